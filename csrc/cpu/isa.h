@@ -1,0 +1,13 @@
+// The instruction set the CPU kernels use, chosen when first asked and then kept.
+#pragma once
+
+namespace relops {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+// The widest set this processor and this build support; RELOPS_CPU_ISA=baseline|avx2|avx512 lowers it (never raises).
+Isa isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace relops

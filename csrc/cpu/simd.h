@@ -1,0 +1,194 @@
+// Vectors of one instruction set, for kernel files compiled by foreach_isa.h (hence no include guard).
+//
+// Vec<C> holds kLanes<C> values of the compute type C (float or double) in the widest register of the set; arithmetic,
+// comparisons and ?: on it are the compiler's own (GCC vector extensions). Features stored in 16 bits are converted
+// as they are loaded and stored.
+
+namespace relops::RELOPS_ISA {
+
+template <class C>
+constexpr int64_t kLanes = RELOPS_VECTOR_BYTES / sizeof(C);
+
+template <class C>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  using Scalar = int32_t;
+  typedef float Float __attribute__((vector_size(RELOPS_VECTOR_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(RELOPS_VECTOR_BYTES)));
+  typedef float FloatMem __attribute__((vector_size(RELOPS_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t IntMem __attribute__((vector_size(RELOPS_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct VecTypes<double> {
+  using Scalar = int64_t;
+  typedef double Float __attribute__((vector_size(RELOPS_VECTOR_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(RELOPS_VECTOR_BYTES)));
+  typedef double FloatMem __attribute__((vector_size(RELOPS_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t IntMem __attribute__((vector_size(RELOPS_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class C>
+using Vec = typename VecTypes<C>::Float;
+// Integers as wide as C, so that comparisons of Vec<C> are masks for both.
+template <class C>
+using VecInt = typename VecTypes<C>::Int;
+template <class C>
+using Int = typename VecTypes<C>::Scalar;
+
+template <class C>
+inline Vec<C> broadcast(C x) {
+  return x - Vec<C>{};
+}
+
+template <class C>
+inline VecInt<C> broadcast_int(Int<C> x) {
+  return x - VecInt<C>{};
+}
+
+template <class C>
+inline Vec<C> load(const C* p) {
+  return *reinterpret_cast<const typename VecTypes<C>::FloatMem*>(p);
+}
+
+template <class C>
+inline VecInt<C> load_int(const Int<C>* p) {
+  return *reinterpret_cast<const typename VecTypes<C>::IntMem*>(p);
+}
+
+template <class C>
+inline void store(C* p, Vec<C> v) {
+  *reinterpret_cast<typename VecTypes<C>::FloatMem*>(p) = v;
+}
+
+template <class C>
+inline void store_int(Int<C>* p, VecInt<C> v) {
+  *reinterpret_cast<typename VecTypes<C>::IntMem*>(p) = v;
+}
+
+typedef uint16_t HalfBits __attribute__((vector_size(RELOPS_VECTOR_BYTES / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(RELOPS_VECTOR_BYTES)));
+
+inline Vec<float> load(const BFloat16* p) {
+  HalfBits bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return (Vec<float>)(__builtin_convertvector(bits, FloatBits) << 16);
+}
+
+// Rounds to nearest even, as torch does; a NaN stays one.
+inline void store(BFloat16* p, Vec<float> v) {
+  const FloatBits bits = (FloatBits)v;
+  const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const FloatBits chosen = v == v ? rounded : (bits >> 16) | 0x40;
+  const HalfBits out = __builtin_convertvector(chosen, HalfBits);
+  __builtin_memcpy(p, &out, sizeof(out));
+}
+
+#if RELOPS_VECTOR_BYTES == 64
+inline Vec<float> load(const Half* p) {
+  // maskz: the plain form makes GCC 12 warn of an uninitialised operand of its own header.
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(Half* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif RELOPS_VECTOR_BYTES == 32
+inline Vec<float> load(const Half* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(Half* p, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline Vec<float> load(const Half* p) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+}
+inline void store(Half* p, Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = static_cast<Half>(v[i]);
+}
+#endif
+
+// dst[0..n) = src[0..n), converted.
+template <class To, class From>
+inline void convert(const From* src, To* dst, int64_t n) {
+  using C = ComputeType<To>;
+  constexpr int64_t W = kLanes<C>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load(src + i));
+  if (i == n) return;
+  alignas(RELOPS_VECTOR_BYTES) From in[W] = {};
+  alignas(RELOPS_VECTOR_BYTES) To out[W];
+  for (int64_t j = i; j < n; ++j) in[j - i] = src[j];
+  store(out, load(in));
+  for (int64_t j = i; j < n; ++j) dst[j] = out[j - i];
+}
+
+// Lane j of the result is the sum of the lanes of v[j]. Each level adds halves of two vectors into one, so that W sums
+// cost W - 1 additions instead of W log2(W).
+template <class C, int kDistance = kLanes<C> / 2>
+inline Vec<C> transpose_sum(Vec<C>* v) {
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else {
+    constexpr Int<C> W = kLanes<C>;
+    VecInt<C> keep, cross;  // in the numbering of __builtin_shuffle: a's lanes, then b's
+    for (Int<C> j = 0; j < W; ++j) {
+      const Int<C> from = (j & kDistance) ? W : 0;
+      keep[j] = from + j;
+      cross[j] = from + (j ^ kDistance);
+    }
+    for (int i = 0; i < kDistance; ++i)
+      v[i] = __builtin_shuffle(v[i], v[i + kDistance], keep) + __builtin_shuffle(v[i], v[i + kDistance], cross);
+    return transpose_sum<C, kDistance / 2>(v);
+  }
+}
+
+template <class C>
+inline C sum(Vec<C> v) {
+  C total = 0;
+  for (int i = 0; i < kLanes<C>; ++i) total += v[i];
+  return total;
+}
+
+// e^x for x <= 0 to about 1 unit in the last place; 0 below the normal range; NaN stays NaN.
+inline Vec<float> exp_nonpositive(Vec<float> x) {
+  const VecInt<float> underflow = x < -87.0f;
+  x = underflow ? broadcast(-87.0f) : x;
+  // Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits.
+  const Vec<float> shifted = x * 1.44269504f + 12582912.0f;
+  const Vec<float> n = shifted - 12582912.0f;
+  const Vec<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vec<float> p = r * (1.0f / 720) + (1.0f / 120);
+  p = p * r + (1.0f / 24);
+  p = p * r + (1.0f / 6);
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const VecInt<float> scale = ((VecInt<float>)shifted << 23) + (127 << 23);
+  const Vec<float> y = p * (Vec<float>)scale;
+  return underflow ? Vec<float>{} : y;
+}
+
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// In place over p[0..padded), padded a multiple of the lanes; entries from n on become 0.
+template <class C>
+inline void softmax(C* p, int64_t n, int64_t padded) {
+  for (int64_t i = n; i < padded; ++i) p[i] = -std::numeric_limits<C>::infinity();
+  C top = p[0];
+  for (int64_t i = 1; i < n; ++i) top = p[i] > top ? p[i] : top;
+  Vec<C> total = {};
+  for (int64_t i = 0; i < padded; i += kLanes<C>) {
+    const Vec<C> e = exp_nonpositive(load(p + i) - top);
+    store(p + i, e);
+    total += e;
+  }
+  const C scale = 1 / sum<C>(total);
+  for (int64_t i = 0; i < padded; i += kLanes<C>) store(p + i, load(p + i) * scale);
+}
+
+}  // namespace relops::RELOPS_ISA

@@ -1,0 +1,22 @@
+// The Python module relops._C: facts about the build. No tensor passes through it; importing it loads the library whose
+// static initialisers register the schemas and the CPU kernels.
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict facts;
+        facts["version"] = RELOPS_VERSION;
+        facts["torch"] = RELOPS_TORCH;
+        facts["compiler"] = RELOPS_COMPILER;
+        facts["nvcc"] = RELOPS_NVCC;
+        facts["cuda_archs"] = RELOPS_CUDA_ARCHS;
+        facts["cpu_isa"] = relops::isa_name(relops::isa());
+        return facts;
+      },
+      "What this build was made with, and the instruction set its CPU kernels chose on this machine.");
+}

@@ -1,0 +1,103 @@
+// What the CPU and the CUDA half of multi-scale deformable attention share: sizes and their checks.
+//
+// These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
+// people are raised by relops/ops/ms_deform_attn.py.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace relops {
+
+using torch::stable::Tensor;
+
+struct MsDeformAttnSizes {
+  int64_t N;  // batch
+  int64_t S;  // sum of the level sizes
+  int64_t M;  // heads
+  int64_t D;  // head width
+  int64_t Q;  // queries
+  int64_t L;  // levels
+  int64_t P;  // points per level
+  int64_t R;  // coordinates per reference point: 2 or 4; 0 where locations are given (not fused)
+};
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t size : shape) equal = equal && tensor.size(i++) == size;
+  STD_TORCH_CHECK(equal, op, ": ", name, " has the wrong shape");
+}
+
+// locations: sampling_locations, or sampling_offsets where reference_points is given; weights likewise logits.
+inline MsDeformAttnSizes ms_deform_attn_sizes(const char* op, const Tensor& value, const Tensor& spatial_shapes,
+                                              const std::optional<Tensor>& level_start_index, const Tensor& locations,
+                                              const Tensor& weights, const std::optional<Tensor>& reference_points,
+                                              const std::optional<Tensor>& value_mask) {
+  STD_TORCH_CHECK(value.dim() == 4, op, ": value must be [N,S,M,D]");
+  STD_TORCH_CHECK(locations.dim() == 6, op, ": locations or offsets must be [N,Q,M,L,P,2]");
+  MsDeformAttnSizes z{value.size(0),     value.size(1),     value.size(2),     value.size(3),
+                      locations.size(1), locations.size(3), locations.size(4), 0};
+  STD_TORCH_CHECK(z.L > 0 && z.P > 0, op, ": needs at least one level and one point");
+  STD_TORCH_CHECK(z.S < std::numeric_limits<int32_t>::max(), op, ": more than 2^31 - 2 locations in value");
+  check_shape(op, "spatial_shapes", spatial_shapes, {z.L, 2});
+  STD_TORCH_CHECK(spatial_shapes.scalar_type() == ScalarType::Long, op, ": spatial_shapes must be int64");
+  if (level_start_index) {
+    check_shape(op, "level_start_index", *level_start_index, {z.L});
+    STD_TORCH_CHECK(level_start_index->scalar_type() == ScalarType::Long, op, ": level_start_index must be int64");
+  }
+  check_shape(op, "locations or offsets", locations, {z.N, z.Q, z.M, z.L, z.P, 2});
+  check_shape(op, "weights or logits", weights, {z.N, z.Q, z.M, z.L, z.P});
+  STD_TORCH_CHECK(locations.scalar_type() == weights.scalar_type(), op, ": locations and weights differ in dtype");
+  if (reference_points) {
+    STD_TORCH_CHECK(reference_points->dim() == 4, op, ": reference_points must be [N,Q,L,2] or [N,Q,L,4]");
+    z.R = reference_points->size(3);
+    STD_TORCH_CHECK(z.R == 2 || z.R == 4, op, ": reference_points must have 2 or 4 coordinates");
+    check_shape(op, "reference_points", *reference_points, {z.N, z.Q, z.L, z.R});
+    STD_TORCH_CHECK(reference_points->scalar_type() == compute_dtype(value.scalar_type()), op,
+                    ": reference_points must be float32 (float64 beside a float64 value)");
+  }
+  if (value_mask) {
+    check_shape(op, "value_mask", *value_mask, {z.N, z.S});
+    STD_TORCH_CHECK(value_mask->scalar_type() == ScalarType::Bool, op, ": value_mask must be bool");
+  }
+  return z;
+}
+
+// One pyramid level, read on the host.
+struct Level {
+  int64_t height, width, start;
+};
+
+// spatial_shapes and level_start_index must be CPU tensors.
+inline std::vector<Level> read_levels(const char* op, const MsDeformAttnSizes& z, const Tensor& spatial_shapes,
+                                      const std::optional<Tensor>& level_start_index) {
+  const Tensor shapes = torch::stable::contiguous(spatial_shapes);
+  const int64_t* hw = shapes.const_data_ptr<int64_t>();
+  std::optional<Tensor> starts;
+  if (level_start_index) starts = torch::stable::contiguous(*level_start_index);
+  std::vector<Level> levels(z.L);
+  int64_t sum = 0;
+  for (int64_t l = 0; l < z.L; ++l) {
+    const int64_t h = hw[2 * l], w = hw[2 * l + 1];
+    // Bounding each factor by S first keeps the product inside 64 bits.
+    STD_TORCH_CHECK(h >= 0 && w >= 0 && (h == 0 || w == 0 || (h <= z.S && w <= z.S && h * w <= z.S - sum)), op,
+                    ": spatial_shapes do not add up to S = ", z.S, ": level ", l, " is ", h, " x ", w);
+    const int64_t start = starts ? starts->const_data_ptr<int64_t>()[l] : sum;
+    STD_TORCH_CHECK(start >= 0 && start <= z.S - h * w, op, ": level ", l, " of ", h, " x ", w, " at ", start,
+                    " does not fit in S = ", z.S);
+    levels[l] = {h, w, start};
+    sum += h * w;
+  }
+  STD_TORCH_CHECK(sum == z.S, op, ": spatial_shapes add up to ", sum, ", but value has S = ", z.S);
+  return levels;
+}
+
+}  // namespace relops

@@ -1,0 +1,51 @@
+"""python -m relops info"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import torch
+
+
+def info() -> None:
+    """Prints what is built, what is loaded and what this machine has."""
+    import relops
+    from relops import _library
+
+    build = _library.build_info()
+    rows = {
+        "relops": relops.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__} (built with {build['torch']})",
+        "C++ compiler": build["compiler"],
+        "CPU kernels": f"{build['cpu_isa']}, {torch.get_num_threads()} threads",
+        "CUDA kernels": _library.cuda_missing or "loaded",
+    }
+    if build["cuda_archs"]:
+        rows["CUDA archs"] = f"{build['cuda_archs']} (nvcc {build['nvcc']})"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            rows[f"cuda:{i}"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    else:
+        rows["GPU"] = "none visible to torch"
+    for key, value in rows.items():
+        print(f"{key:14}{value}")
+    print("\nop" + " " * 36 + "kernels")
+    for name, devices in _library.op_kernels().items():
+        print(f"{name:38}{', '.join(devices)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m relops")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is built and loaded")
+    parser.parse_args(argv)
+    info()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

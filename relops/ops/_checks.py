@@ -1,0 +1,67 @@
+"""Argument checks shared by the ops: each error names the op, the argument, the rule and what was got."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def compute_dtype(features: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and coordinates are computed: float32, or float64 for float64 features."""
+    return torch.float64 if features == torch.float64 else torch.float32
+
+
+def check_tensor(op: str, name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"relops.{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+
+
+def check_features(op: str, name: str, tensor: Tensor) -> None:
+    check_tensor(op, name, tensor)
+    if tensor.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"relops.{op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_coordinates(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:
+    """Coordinates have the dtype of the features, or are float32 beside 16-bit ones; they share the device."""
+    check_tensor(op, name, tensor)
+    allowed = {features.dtype, compute_dtype(features.dtype)}
+    if tensor.dtype not in allowed:
+        words = " or ".join(sorted(str(dtype) for dtype in allowed))
+        raise TypeError(
+            f"relops.{op}: {name} must be {words} where {features_name} is {features.dtype}, got {tensor.dtype}"
+        )
+    check_device(op, name, tensor, features_name, features)
+
+
+def check_device(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:
+    if tensor.device != features.device:
+        raise ValueError(
+            f"relops.{op}: {name} must be on the device of {features_name}, {features.device}, got {tensor.device}"
+        )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int | tuple[int, ...]) -> None:
+    """`expected` holds a size, or several allowed ones, per dimension of `letters`."""
+    ok = tensor.dim() == len(expected) and all(
+        size in want if isinstance(want, tuple) else size == want for size, want in zip(tensor.shape, expected)
+    )
+    if not ok:
+        words = ["/".join(map(str, want)) if isinstance(want, tuple) else str(want) for want in expected]
+        raise ValueError(
+            f"relops.{op}: {name} must be {letters} = [{','.join(words)}], got shape {list(tensor.shape)}"
+        )
+
+
+def no_double_backward(op: str):
+    """The backward of a backward op: raises, where silence would give a wrong higher-order gradient."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"relops.{op}: its backward is not differentiable (double backward is not provided). "
+            f"Call backward without create_graph=True, or use relops.reference.{op} where second derivatives are needed."
+        )
+
+    return backward

@@ -1,0 +1,312 @@
+"""Multi-scale deformable attention (Deformable DETR, https://arxiv.org/abs/2010.04159)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relops._library import check_device_has_kernels
+from relops.ops._checks import (
+    check_coordinates,
+    check_device,
+    check_features,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    no_double_backward,
+)
+
+Shapes = Tensor | Sequence[tuple[int, int]]
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Weighted sum of bilinear samples of a feature pyramid, per query and head.
+
+    ``output[n,q,m] = sum over l, p of attention_weights[n,q,m,l,p] * sample(level l of value[n,:,m], location)``, with
+    the sampling of ``grid_sample(align_corners=False, padding_mode="zeros")``: pixel = location * size - 0.5, and what
+    lies outside the level is zero. The definition is that of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
+
+    Args:
+        value: [N,S,M,D], float64, float32, float16 or bfloat16. S is the sum of all H * W, level after level, each in
+            row-major order.
+        spatial_shapes: [L,2] int64, rows (H,W), or a list of such pairs. A list or a CPU tensor beside CUDA inputs
+            spares the kernel reading them from memory and lets the host check them.
+        level_start_index: [L] int64, where each level begins in S; None: one after the other.
+        sampling_locations: [N,Q,M,L,P,2], (x,y) normalized to [0,1] over the level, in the dtype of value, or float32
+            beside a 16-bit value (recommended: a bfloat16 location is off by a pixel at 200). Computed in float32
+            or better. A location that is not finite contributes zero and gets zero gradient.
+        attention_weights: [N,Q,M,L,P], dtype as for sampling_locations.
+
+    Returns:
+        [N,Q,M*D] in the dtype of value. Sums are in float32 for 16-bit values.
+
+    Gradients: to value, sampling_locations and attention_weights; only those asked for are computed. Not twice
+    differentiable: asking for it raises RuntimeError. Under torch.use_deterministic_algorithms(True) the gradient of
+    value is bit-identical from run to run (on the CPU it always is).
+
+    Raises:
+        TypeError: a dtype, or a non-tensor.
+        ValueError: a shape, a device, or levels that do not add up to S. Where spatial_shapes is a CUDA tensor the
+            last would cost a synchronization; the output is NaN instead.
+
+    Example:
+        >>> value, shapes = torch.randn(1, 20, 8, 32), [(4, 4), (2, 2)]
+        >>> relops.ms_deform_attn(value, shapes, None, torch.rand(1, 5, 8, 2, 4, 2), torch.full((1, 5, 8, 2, 4), 1 / 8))
+    """
+    op = "ms_deform_attn"
+    check_features(op, "value", value)
+    sampling_locations, attention_weights = _under_autocast(value, sampling_locations, attention_weights)
+    shapes = _check_sampling(
+        op, value, spatial_shapes, level_start_index, "sampling_locations", sampling_locations, "attention_weights",
+        attention_weights,
+    )  # fmt: skip
+    sampling_locations, attention_weights = _same_dtype(sampling_locations, attention_weights)
+    return torch.ops.relops.ms_deform_attn(value, shapes, level_start_index, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    value_mask: Tensor | None = None,
+) -> Tensor:
+    """`ms_deform_attn` with the softmax, the sampling locations and the padding mask computed inside the kernel.
+
+    Equal to ``ms_deform_attn(value with masked rows zero, ..., locations, softmax(attention_logits over L*P))`` with
+    ``locations = reference + offset / (W,H)`` for points and ``reference_xy + offset / P * reference_wh * 0.5`` for
+    boxes; none of these is ever in memory, forward or backward.
+
+    Args:
+        value, spatial_shapes, level_start_index: as in `ms_deform_attn`.
+        reference_points: [N,Q,L,2] points (x,y) or [N,Q,L,4] boxes (center x, center y, width, height), normalized;
+            float32 (float64 beside a float64 value), or the dtype of value.
+        sampling_offsets: [N,Q,M,L,P,2], in pixels of the level for points, in half box sizes per P for boxes; the dtype
+            of value, or float32 beside a 16-bit value.
+        attention_logits: [N,Q,M,L,P], dtype as for sampling_offsets.
+        value_mask: [N,S] bool, True = padding, which counts as zero; or None.
+
+    Returns:
+        [N,Q,M*D] in the dtype of value.
+
+    Gradients: to value (zero where masked), reference_points, sampling_offsets and attention_logits; otherwise as
+    `ms_deform_attn`, errors likewise.
+
+    Example:
+        >>> value, shapes = torch.randn(1, 20, 8, 32), [(4, 4), (2, 2)]
+        >>> reference, offsets = torch.rand(1, 5, 2, 2), torch.randn(1, 5, 8, 2, 4, 2)
+        >>> relops.ms_deform_attn_fused(value, shapes, None, reference, offsets, torch.randn(1, 5, 8, 2, 4))
+    """
+    op = "ms_deform_attn_fused"
+    check_features(op, "value", value)
+    sampling_offsets, attention_logits, reference_points = _under_autocast(
+        value, sampling_offsets, attention_logits, reference_points
+    )
+    shapes = _check_sampling(
+        op, value, spatial_shapes, level_start_index, "sampling_offsets", sampling_offsets, "attention_logits",
+        attention_logits,
+    )  # fmt: skip
+    check_coordinates(op, "reference_points", reference_points, "value", value)
+    N, Q, _, L, _, _ = sampling_offsets.shape
+    check_shape(op, "reference_points", reference_points, "[N,Q,L,2/4]", N, Q, L, (2, 4))
+    if value_mask is not None:
+        check_tensor(op, "value_mask", value_mask)
+        if value_mask.dtype != torch.bool:
+            raise TypeError(f"relops.{op}: value_mask must be bool (True = padding), got {value_mask.dtype}")
+        check_device(op, "value_mask", value_mask, "value", value)
+        check_shape(op, "value_mask", value_mask, "[N,S]", *value.shape[:2])
+    sampling_offsets, attention_logits = _same_dtype(sampling_offsets, attention_logits)
+    return torch.ops.relops.ms_deform_attn_fused(
+        value, shapes, level_start_index, reference_points.to(compute_dtype(value.dtype)), sampling_offsets,
+        attention_logits, value_mask,
+    )  # fmt: skip
+
+
+def _check_sampling(
+    op: str,
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    locations_name: str,
+    locations: Tensor,
+    weights_name: str,
+    weights: Tensor,
+) -> Tensor:
+    """Checks what both ops share and gives spatial_shapes as a tensor."""
+    if value.dim() != 4:
+        raise ValueError(f"relops.{op}: value must be [N,S,M,D], got shape {list(value.shape)}")
+    check_coordinates(op, locations_name, locations, "value", value)
+    check_coordinates(op, weights_name, weights, "value", value)
+    N, S, M, _ = value.shape
+    if locations.dim() != 6:
+        raise ValueError(f"relops.{op}: {locations_name} must be [N,Q,M,L,P,2], got shape {list(locations.shape)}")
+    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    check_shape(op, locations_name, locations, "[N,Q,M,L,P,2]", N, Q, M, L, P, 2)
+    check_shape(op, weights_name, weights, "[N,Q,M,L,P]", N, Q, M, L, P)
+    if L == 0 or P == 0:
+        raise ValueError(
+            f"relops.{op}: {locations_name} must have at least one level and one point, got L = {L}, P = {P}"
+        )
+
+    if not isinstance(spatial_shapes, Tensor):
+        try:
+            spatial_shapes = torch.tensor([(h, w) for h, w in spatial_shapes], dtype=torch.int64).view(-1, 2)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"relops.{op}: spatial_shapes must be an int64 Tensor [L,2] or a list of (H,W), got {spatial_shapes!r}"
+            ) from error
+    for name, tensor, letters, shape in (
+        ("spatial_shapes", spatial_shapes, "[L,2]", (L, 2)),
+        ("level_start_index", level_start_index, "[L]", (L,)),
+    ):
+        if tensor is None:
+            continue
+        check_tensor(op, name, tensor)
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"relops.{op}: {name} must be int64, got {tensor.dtype}")
+        check_shape(op, name, tensor, letters, *shape)
+        if tensor.device.type != "cpu":
+            check_device(op, name, tensor, "value", value)
+    # While a graph is being traced there are no values to look at; the kernel checks again.
+    if not torch.compiler.is_compiling() and spatial_shapes.device.type == "cpu":
+        _check_levels(op, S, spatial_shapes, level_start_index)
+    check_device_has_kernels(op, value.device)
+    return spatial_shapes
+
+
+def _check_levels(op: str, S: int, spatial_shapes: Tensor, level_start_index: Tensor | None) -> None:
+    shapes = spatial_shapes.tolist()
+    if any(h < 0 or w < 0 for h, w in shapes) or sum(h * w for h, w in shapes) != S:
+        raise ValueError(
+            f"relops.{op}: spatial_shapes must add up to S = {S}, the second size of value, got "
+            f"{[tuple(shape) for shape in shapes]} = {sum(h * w for h, w in shapes)}"
+        )
+    if level_start_index is None or level_start_index.device.type != "cpu":
+        return
+    for level, (start, (h, w)) in enumerate(zip(level_start_index.tolist(), shapes)):
+        if not 0 <= start <= S - h * w:
+            raise ValueError(
+                f"relops.{op}: level_start_index must leave each level inside S = {S}, got {start} for level {level} "
+                f"of {h} x {w}"
+            )
+
+
+def _under_autocast(value: Tensor, *coordinates: Tensor) -> list[Tensor]:
+    """Autocast makes some inputs 16 bit and leaves others: coordinates follow value upwards, never down."""
+    if not (isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type)):
+        return list(coordinates)
+    allowed = (value.dtype, compute_dtype(value.dtype))
+    return [
+        c.to(compute_dtype(value.dtype)) if isinstance(c, Tensor) and c.is_floating_point() and c.dtype not in allowed
+        else c
+        for c in coordinates
+    ]  # fmt: skip
+
+
+def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def _fake_forward(value, spatial_shapes, level_start_index, locations, *rest):
+    N, _, M, D = value.shape
+    return value.new_empty(N, locations.shape[1], M * D)
+
+
+def _fake_forward_fused(value, spatial_shapes, level_start_index, reference_points, offsets, logits, value_mask=None):
+    return _fake_forward(value, spatial_shapes, level_start_index, offsets)
+
+
+def _fresh(tensor: Tensor, wanted: bool) -> Tensor:
+    return tensor.new_empty(tensor.shape if wanted else (0,))
+
+
+def _fake_backward(grad, value, shapes, starts, locations, weights, value_grad, sampling_grad, deterministic):
+    return _fresh(value, value_grad), _fresh(locations, sampling_grad), _fresh(weights, sampling_grad)
+
+
+def _fake_backward_fused(
+    grad, value, shapes, starts, reference, offsets, logits, mask, value_grad, sampling_grad, reference_grad,
+    deterministic,
+):  # fmt: skip
+    sampling = sampling_grad or reference_grad
+    return (
+        _fresh(value, value_grad),
+        _fresh(reference, reference_grad),
+        _fresh(offsets, sampling),
+        _fresh(logits, sampling),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_output):
+    need_value, _, _, need_locations, need_weights = ctx.needs_input_grad
+    grads = torch.ops.relops._ms_deform_attn_backward(
+        grad_output, *ctx.saved_tensors, need_value, need_locations or need_weights,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    value, locations, weights = grads
+    return value if need_value else None, None, None, locations if need_locations else None, weights if need_weights else None
+
+
+def _backward_fused(ctx, grad_output):
+    need_value, _, _, need_reference, need_offsets, need_logits, _ = ctx.needs_input_grad
+    value, reference, offsets, logits = torch.ops.relops._ms_deform_attn_fused_backward(
+        grad_output, *ctx.saved_tensors, need_value, need_offsets or need_logits, need_reference,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return (
+        value if need_value else None,
+        None,
+        None,
+        reference if need_reference else None,
+        offsets if need_offsets else None,
+        logits if need_logits else None,
+        None,
+    )
+
+
+def _vmap(op, batched_arguments: tuple[int, ...]):
+    """vmap folds its dimension into N; levels cannot differ between the entries."""
+
+    def fold(info, in_dims, *args):
+        if any(dim is not None for i, dim in enumerate(in_dims) if i not in batched_arguments):
+            raise ValueError(f"relops.{op.__name__}: vmap over spatial_shapes or level_start_index is not supported")
+        folded = list(args)
+        for i in batched_arguments:
+            if i >= len(args) or args[i] is None:
+                continue
+            tensor = args[i]
+            if in_dims[i] is None:
+                tensor = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
+            else:
+                tensor = tensor.movedim(in_dims[i], 0)
+            folded[i] = tensor.flatten(0, 1)
+        return op(*folded).unflatten(0, (info.batch_size, -1)), 0
+
+    return fold
+
+
+torch.library.register_fake("relops::ms_deform_attn", _fake_forward)
+torch.library.register_fake("relops::ms_deform_attn_fused", _fake_forward_fused)
+torch.library.register_fake("relops::_ms_deform_attn_backward", _fake_backward)
+torch.library.register_fake("relops::_ms_deform_attn_fused_backward", _fake_backward_fused)
+torch.library.register_autograd("relops::ms_deform_attn", _backward, setup_context=_setup_context)
+torch.library.register_autograd("relops::ms_deform_attn_fused", _backward_fused, setup_context=_setup_context)
+torch.library.register_autograd("relops::_ms_deform_attn_backward", no_double_backward("ms_deform_attn"))
+torch.library.register_autograd("relops::_ms_deform_attn_fused_backward", no_double_backward("ms_deform_attn_fused"))
+torch.library.register_vmap("relops::ms_deform_attn", _vmap(torch.ops.relops.ms_deform_attn, (0, 3, 4)))
+torch.library.register_vmap("relops::ms_deform_attn_fused", _vmap(torch.ops.relops.ms_deform_attn_fused, (0, 3, 4, 5, 6)))

@@ -1,0 +1,208 @@
+"""Builds relops._C (CPU kernels, schemas) and, where nvcc is found, relops._cuda (CUDA kernels).
+
+One ninja file builds both, so that objects of both compile side by side, header dependencies are tracked
+for C++ and CUDA alike also on a CPU-only torch (where torch.utils.cpp_extension tracks none for .cu files),
+and the ptxas report of each .cu file is kept beside its object for tests/test_build.py to read.
+
+Environment: RELOPS_CUDA=1 (nvcc required) or 0 (skip the CUDA half); TORCH_CUDA_ARCH_LIST; MAX_JOBS; CUDA_HOME;
+CXX; CFLAGS and NVCC_APPEND_FLAGS are passed on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+DEFAULT_ARCHS = "8.0;9.0+PTX"
+# The oldest torch whose stable ABI the sources use. A build runs on this torch and on every later one.
+TORCH_TARGET_VERSION = (2, 10)
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"relops: building needs PyTorch >= {'.'.join(map(str, TORCH_TARGET_VERSION))}, and importing it failed: {error}\n"
+        "  Install it first (https://pytorch.org/get-started), then either\n"
+        "    pip install --no-build-isolation .     # build against the torch you have\n"
+        "  or let pip bring its own for the build:\n"
+        "    pip install ."
+    ) from error
+
+
+def find_cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else the home that the nvcc on PATH reports, else /usr/local/cuda."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return Path(os.environ[name])
+    if nvcc := shutil.which("nvcc"):
+        # nvcc may be a wrapper script elsewhere on PATH, so it is asked, not its path looked at.
+        dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        if top := re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE):
+            return Path(top[1].strip()).resolve()
+        return Path(nvcc).resolve().parent.parent
+    default = Path("/usr/local/cuda")
+    return default if (default / "bin/nvcc").exists() else None
+
+
+def cuda_plan() -> tuple[Path | None, str]:
+    """The CUDA home to build with (None: no CUDA half) and, in words, why."""
+    wanted = os.environ.get("RELOPS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"relops: RELOPS_CUDA must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "0":
+        return None, "skipped (RELOPS_CUDA=0)"
+    home = find_cuda_home()
+    if home is not None and (home / "bin/nvcc").exists():
+        return home, f"built with {home}/bin/nvcc"
+    if wanted == "1":
+        raise SystemExit(
+            "relops: RELOPS_CUDA=1, but no nvcc was found"
+            + (f" under CUDA_HOME={home}" if home else " (CUDA_HOME and CUDA_PATH unset, none on PATH)")
+            + ".\n  Install the CUDA toolkit and set CUDA_HOME to it, or build the CPU half alone with RELOPS_CUDA=0."
+        )
+    return None, "skipped: no nvcc found (set CUDA_HOME, or RELOPS_CUDA=1 to make this an error)"
+
+
+def version() -> str:
+    return re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for all extensions and runs it; an unchanged source is not compiled again."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # A fixed place per Python and torch, also where pip (editable or not) would use a temporary folder:
+        # that is what makes a second build incremental.
+        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
+
+    def build_extensions(self) -> None:
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            raise SystemExit("relops: building needs ninja: pip install ninja")
+        import pybind11
+
+        target = 0
+        for shift, part in zip((56, 48), TORCH_TARGET_VERSION):
+            target |= part << shift
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        cxx = os.environ.get("CXX", "g++")
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        cuda_home, cuda_words = cuda_plan()
+
+        temp = Path(self.build_temp)
+        temp.mkdir(parents=True, exist_ok=True)
+        torch_includes = cpp_extension.include_paths()
+        includes = " ".join(
+            [f"-I{shlex.quote(str(CSRC))}"]
+            + [f"-isystem {shlex.quote(p)}" for p in [*torch_includes, sysconfig.get_path("include"), pybind11.get_include()]]
+        )
+        common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
+        cflags = f"{common} -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
+        libraries = " ".join(f"-L{shlex.quote(p)} -Wl,-rpath-link,{shlex.quote(p)}" for p in cpp_extension.library_paths())
+        rules = [
+            "ninja_required_version = 1.3",
+            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {cflags} $defines -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = C++  $name",
+            # Without --no-as-needed the linker drops libtorch, on which a CUDA torch hangs libtorch_cuda.
+            f"rule link\n  command = {cxx} -shared $in -o $out -Wl,--no-as-needed {libraries} -ltorch -ltorch_cpu -lc10 $libs\n"
+            "  description = link $name",
+        ]
+        if cuda_home is not None:
+            gencode = " ".join(cpp_extension._get_cuda_arch_flags())
+            nvcc = os.environ.get("PYTORCH_NVCC", str(cuda_home / "bin/nvcc"))
+            rules.append(
+                f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {common} -DUSE_CUDA -O3 {gencode} -Xcompiler -fPIC,-fvisibility=hidden"
+                " --expt-relaxed-constexpr -Xptxas -v -c $in -o $out > $out.ptxas 2>&1"
+                " || { cat $out.ptxas; rm -f $out; exit 1; }\n"
+                "  depfile = $out.d\n  deps = gcc\n  description = CUDA $name"
+            )
+
+        # What only module.cpp prints goes to its own command line: a new build time must not recompile the kernels.
+        facts = {
+            "VERSION": version(),
+            "TORCH": torch.__version__,
+            "COMPILER": subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0],
+            "CUDA_ARCHS": archs if cuda_home else "",
+            "NVCC": nvcc_release(cuda_home) if cuda_home else "",
+        }
+        defines = " ".join(shlex.quote(f'-DRELOPS_{key}="{value}"') for key, value in facts.items())
+
+        print("relops build plan", file=sys.stderr)
+        rows = {
+            "version": facts["VERSION"],
+            "torch": f"{torch.__version__} (stable ABI of {'.'.join(map(str, TORCH_TARGET_VERSION))})",
+            "C++": facts["COMPILER"],
+            "relops._C": f"{sum(self.is_cpu(s) for e in self.extensions for s in e.sources)} sources",
+            "relops._cuda": cuda_words,
+            **({"CUDA archs": archs, "nvcc": facts["NVCC"]} if cuda_home else {}),
+            "jobs": jobs,
+            "objects": os.path.relpath(temp, ROOT),
+        }
+        for key, value in rows.items():
+            print(f"  {key:13}{value}", file=sys.stderr)
+        sys.stderr.flush()
+
+        if cuda_home is None:
+            self.extensions = [e for e in self.extensions if e.name != "relops._cuda"]
+        edges = []
+        for extension in self.extensions:
+            objects = []
+            for source in extension.sources:
+                obj = temp / (source + ".o")
+                obj.parent.mkdir(parents=True, exist_ok=True)
+                edge = f"build {escape(obj)}: {'cxx' if self.is_cpu(source) else 'nvcc'} {escape(ROOT / source)}\n  name = {source}"
+                if source == "csrc/module.cpp":
+                    edge += f"\n  defines = {defines.replace('$', '$$')}"
+                edges.append(edge)
+                objects.append(escape(obj))
+            library = Path(self.get_ext_fullpath(extension.name)).resolve()
+            library.parent.mkdir(parents=True, exist_ok=True)
+            libs = ""
+            if extension.name == "relops._cuda":
+                lib_dir = next((d for d in ("lib64", "lib") if (cuda_home / d / "libcudart_static.a").exists()), "lib64")
+                # The runtime is linked statically: the build must not depend on which CUDA the user's torch brings.
+                libs = f"-L{shlex.quote(str(cuda_home / lib_dir))} -lcudart_static -lrt -ldl -lpthread"
+            edges.append(f"build {escape(library)}: link {' '.join(objects)}\n  libs = {libs}\n  name = {extension.name}")
+        (temp / "build.ninja").write_text("\n".join([*rules, *edges]) + "\n")
+        done = subprocess.run([ninja, "-C", str(temp), "-j", jobs])
+        if done.returncode:
+            raise SystemExit("relops: the build failed; the compiler's message is above. README.md, 'Troubleshooting builds'.")
+
+    @staticmethod
+    def is_cpu(source: str) -> bool:
+        return source.endswith(".cpp")
+
+
+def nvcc_release(cuda_home: Path) -> str:
+    out = subprocess.run([str(cuda_home / "bin/nvcc"), "--version"], capture_output=True, text=True).stdout
+    return match[1] if (match := re.search(r"release [\d.]+, V([\d.]+)", out)) else "unknown"
+
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern))
+
+
+setup(
+    ext_modules=[
+        Extension("relops._C", sources("*.cpp", "cpu/*.cpp")),
+        Extension("relops._cuda", sources("cuda/*.cu")),
+    ],
+    cmdclass={"build_ext": NinjaBuild},
+)
