@@ -4,12 +4,14 @@
 // people are raised by relops/ops/ms_deform_attn.py.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "dispatch.h"
@@ -17,6 +19,15 @@
 namespace relops {
 
 using torch::stable::Tensor;
+
+inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
+}
+
+// What stands for a gradient that was not asked for.
+inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 
 struct MsDeformAttnSizes {
   int64_t N;  // batch
@@ -76,13 +87,11 @@ struct Level {
   int64_t height, width, start;
 };
 
-// spatial_shapes and level_start_index must be CPU tensors.
+// spatial_shapes and level_start_index must be dense CPU tensors.
 inline std::vector<Level> read_levels(const char* op, const MsDeformAttnSizes& z, const Tensor& spatial_shapes,
                                       const std::optional<Tensor>& level_start_index) {
-  const Tensor shapes = torch::stable::contiguous(spatial_shapes);
-  const int64_t* hw = shapes.const_data_ptr<int64_t>();
-  std::optional<Tensor> starts;
-  if (level_start_index) starts = torch::stable::contiguous(*level_start_index);
+  const int64_t* hw = spatial_shapes.const_data_ptr<int64_t>();
+  const int64_t* starts = level_start_index ? level_start_index->const_data_ptr<int64_t>() : nullptr;
   std::vector<Level> levels(z.L);
   int64_t sum = 0;
   for (int64_t l = 0; l < z.L; ++l) {
@@ -90,7 +99,7 @@ inline std::vector<Level> read_levels(const char* op, const MsDeformAttnSizes& z
     // Bounding each factor by S first keeps the product inside 64 bits.
     STD_TORCH_CHECK(h >= 0 && w >= 0 && (h == 0 || w == 0 || (h <= z.S && w <= z.S && h * w <= z.S - sum)), op,
                     ": spatial_shapes do not add up to S = ", z.S, ": level ", l, " is ", h, " x ", w);
-    const int64_t start = starts ? starts->const_data_ptr<int64_t>()[l] : sum;
+    const int64_t start = starts ? starts[l] : sum;
     STD_TORCH_CHECK(start >= 0 && start <= z.S - h * w, op, ": level ", l, " of ", h, " x ", w, " at ", start,
                     " does not fit in S = ", z.S);
     levels[l] = {h, w, start};
@@ -99,5 +108,104 @@ inline std::vector<Level> read_levels(const char* op, const MsDeformAttnSizes& z
   STD_TORCH_CHECK(sum == z.S, op, ": spatial_shapes add up to ", sum, ", but value has S = ", z.S);
   return levels;
 }
+
+// The inputs of all four ops, checked and dense. locations and weights are offsets and logits where reference_points
+// is given.
+struct MsDeformAttnInputs {
+  MsDeformAttnInputs(const char* op, const Tensor& value, const Tensor& spatial_shapes,
+                     const std::optional<Tensor>& level_start_index, const std::optional<Tensor>& reference_points,
+                     const Tensor& locations, const Tensor& weights, const std::optional<Tensor>& value_mask)
+      : op(op),
+        sizes(ms_deform_attn_sizes(op, value, spatial_shapes, level_start_index, locations, weights, reference_points,
+                                   value_mask)),
+        spatial_shapes(dense(spatial_shapes)),
+        level_start_index(dense(level_start_index)),
+        value(dense(value)),
+        reference_points(dense(reference_points)),
+        locations(dense(locations)),
+        weights(dense(weights)),
+        value_mask(dense(value_mask)) {
+    const auto check_device = [&](const char* name, const Tensor& tensor) {
+      STD_TORCH_CHECK(tensor.device() == value.device(), op, ": ", name, " is not on the device of value");
+    };
+    check_device("locations or offsets", locations);
+    check_device("weights or logits", weights);
+    if (reference_points) check_device("reference_points", *reference_points);
+    if (value_mask) check_device("value_mask", *value_mask);
+    if (value.is_cpu()) check_device("spatial_shapes", spatial_shapes);
+    if (value.is_cpu() && level_start_index) check_device("level_start_index", *level_start_index);
+  }
+
+  const char* op;
+  MsDeformAttnSizes sizes;
+  Tensor spatial_shapes;
+  std::optional<Tensor> level_start_index;
+  Tensor value;
+  std::optional<Tensor> reference_points;
+  Tensor locations, weights;
+  std::optional<Tensor> value_mask;
+};
+
+struct MsDeformAttnWanted {
+  bool value, sampling, reference, deterministic;
+};
+
+struct MsDeformAttnGrads {
+  Tensor value, locations, weights, reference;
+};
+
+// The ops with the signatures of library.cpp, from a device's
+//   Tensor forward(const MsDeformAttnInputs&) and
+//   MsDeformAttnGrads backward(const MsDeformAttnInputs&, const Tensor& grad_output, MsDeformAttnWanted).
+template <auto kForward, auto kBackward>
+struct MsDeformAttnOps {
+  using OptionalTensor = std::optional<Tensor>;
+
+  static Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const OptionalTensor& level_start_index,
+                        const Tensor& sampling_locations, const Tensor& attention_weights) {
+    return kForward(MsDeformAttnInputs("ms_deform_attn", value, spatial_shapes, level_start_index, std::nullopt,
+                                       sampling_locations, attention_weights, std::nullopt));
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,
+                                                     const Tensor& spatial_shapes,
+                                                     const OptionalTensor& level_start_index,
+                                                     const Tensor& sampling_locations, const Tensor& attention_weights,
+                                                     bool value_grad, bool sampling_grad, bool deterministic) {
+    const MsDeformAttnGrads grads =
+        kBackward(MsDeformAttnInputs("_ms_deform_attn_backward", value, spatial_shapes, level_start_index, std::nullopt,
+                                     sampling_locations, attention_weights, std::nullopt),
+                  grad_output, MsDeformAttnWanted{value_grad, sampling_grad, false, deterministic});
+    return {grads.value, grads.locations, grads.weights};
+  }
+
+  static Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
+                              const OptionalTensor& level_start_index, const Tensor& reference_points,
+                              const Tensor& sampling_offsets, const Tensor& attention_logits,
+                              const OptionalTensor& value_mask) {
+    return kForward(MsDeformAttnInputs("ms_deform_attn_fused", value, spatial_shapes, level_start_index,
+                                       reference_points, sampling_offsets, attention_logits, value_mask));
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
+      const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes,
+      const OptionalTensor& level_start_index, const Tensor& reference_points, const Tensor& sampling_offsets,
+      const Tensor& attention_logits, const OptionalTensor& value_mask, bool value_grad, bool sampling_grad,
+      bool reference_grad, bool deterministic) {
+    const MsDeformAttnGrads grads = kBackward(
+        MsDeformAttnInputs("_ms_deform_attn_fused_backward", value, spatial_shapes, level_start_index, reference_points,
+                           sampling_offsets, attention_logits, value_mask),
+        grad_output, MsDeformAttnWanted{value_grad, sampling_grad || reference_grad, reference_grad, deterministic});
+    return {grads.value, grads.reference, grads.locations, grads.weights};
+  }
+};
+
+// Registers them: RELOPS_MS_DEFORM_ATTN_IMPL(m, MsDeformAttnOps<&forward, &backward>).
+#define RELOPS_MS_DEFORM_ATTN_IMPL(m, ...)                              \
+  using RelopsOps = __VA_ARGS__;                                        \
+  m.impl("ms_deform_attn", TORCH_BOX(&RelopsOps::forward));             \
+  m.impl("_ms_deform_attn_backward", TORCH_BOX(&RelopsOps::backward));  \
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&RelopsOps::fused_forward)); \
+  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&RelopsOps::fused_backward))
 
 }  // namespace relops

@@ -36,16 +36,16 @@
 #undef RELOPS_VECTOR_BYTES
 #pragma GCC pop_options
 
-#define RELOPS_CALL_ISA(kernel, ...)            \
-  switch (::relops::isa()) {                    \
-    case ::relops::Isa::kAvx512:                \
-      ::relops::avx512::kernel(__VA_ARGS__);    \
-      break;                                    \
-    case ::relops::Isa::kAvx2:                  \
-      ::relops::avx2::kernel(__VA_ARGS__);      \
-      break;                                    \
-    default:                                    \
-      ::relops::baseline::kernel(__VA_ARGS__);  \
+#define RELOPS_CALL_ISA(kernel, ...)           \
+  switch (::relops::isa()) {                   \
+    case ::relops::Isa::kAvx512:               \
+      ::relops::avx512::kernel(__VA_ARGS__);   \
+      break;                                   \
+    case ::relops::Isa::kAvx2:                 \
+      ::relops::avx2::kernel(__VA_ARGS__);     \
+      break;                                   \
+    default:                                   \
+      ::relops::baseline::kernel(__VA_ARGS__); \
   }
 
 #else

@@ -80,13 +80,13 @@ struct SampleConstants {
 // The samples of one item. Corners are numbered (top left, top right, bottom left, bottom right).
 template <class C>
 struct Samples {
-  C *x, *y;            // pixels
-  C* weight;           // attention weight
+  C *x, *y;   // pixels
+  C* weight;  // attention weight
   C *fraction_x, *fraction_y;
-  Int<C>* row[4];      // index of a corner's row; S outside
-  C* corner_weight[4]; // bilinear weight times attention weight; 0 where the whole sample is outside
-  C* dot[4];           // backward: gradient of the output times the corner's row
-  C* raw;              // locations or offsets as given, converted
+  Int<C>* row[4];       // index of a corner's row; S outside
+  C* corner_weight[4];  // bilinear weight times attention weight; 0 where the whole sample is outside
+  C* dot[4];            // backward: gradient of the output times the corner's row
+  C* raw;               // locations or offsets as given, converted
   C *grad_xy, *grad_weight;
 
   Samples(int64_t padded, bool backward, Scratch& scratch) {
@@ -396,7 +396,8 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
   const bool scatter = a.grad_value != nullptr;
   // In place, a float32 or float64 gradient is its own array of sums.
   const bool sums_in_place = std::is_same_v<T, C> && !worth_packing(a);
-  const int64_t parts = sums_in_place ? 1 : std::clamp<int64_t>((threads + pairs - 1) / pairs, 1, std::min<int64_t>(a.Q, 4));
+  const int64_t parts =
+      sums_in_place ? 1 : std::clamp<int64_t>((threads + pairs - 1) / pairs, 1, std::min<int64_t>(a.Q, 4));
   const int64_t sums_size = (a.S + 1) * width;
   Scratch shared;
   // With several parts their sums must outlive the task.
