@@ -89,7 +89,8 @@ class NinjaBuild(build_ext):
         self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
 
     def build_extensions(self) -> None:
-        ninja = shutil.which("ninja")
+        # Beside this Python first: it need not be on PATH where an environment is used without being activated.
+        ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
         if ninja is None:
             raise SystemExit("relops: building needs ninja: pip install ninja")
         import pybind11
@@ -156,6 +157,9 @@ class NinjaBuild(build_ext):
         sys.stderr.flush()
 
         if cuda_home is None:
+            # What an earlier build in place left would be loaded as if it were of this one.
+            for stale in (ROOT / "relops").glob("_cuda.*") if self.inplace else ():
+                stale.unlink()
             self.extensions = [e for e in self.extensions if e.name != "relops._cuda"]
         edges = []
         for extension in self.extensions:

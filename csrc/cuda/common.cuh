@@ -49,6 +49,7 @@ template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool wanted = true) {
   constexpr int kBytes = sizeof(T) * V;
   static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+#ifdef __CUDA_ARCH__
   Pack<T, V> pack;
   const int predicate = wanted;
   if constexpr (kBytes == 16) {
@@ -80,6 +81,9 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool wanted = true) 
     memcpy(&pack, &raw, kBytes);
   }
   return pack;
+#else  // the emulation of tests/cuda_emulation
+  return wanted ? *reinterpret_cast<const Pack<T, V>*>(p) : Pack<T, V>{};
+#endif
 }
 
 template <class T, int V>

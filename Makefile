@@ -1,0 +1,59 @@
+# make run    set up, build, run the microbenchmarks against pure PyTorch in a quick setting
+# make test   set up, build, run the tests
+# make bench  set up, build, run all microbenchmarks, write results and plots
+#
+# PYTHON   the Python to make the virtual environment of (python3)
+# VENV     where to make it (.venv)
+# TORCH    the torch to install where that Python has none (torch==2.13.0); a torch that is there stays as it is
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+# Extras must not replace torch, and some (timm, torchvision) would.
+PIN := $(VENV)/torch-pin.txt
+
+.PHONY: run test bench build info lint clean
+
+run: build
+	$(PY) -m benchmarks.run --quick
+
+test: build
+	$(PY) -m pytest
+
+bench: build
+	$(PIP) -c $(PIN) -e '.[bench]' --no-build-isolation
+	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.report
+
+# The build is incremental: only what changed is compiled.
+build: $(VENV)/installed
+	$(PY) setup.py -q build_ext --inplace
+
+info: build
+	$(PY) -m relops info
+
+lint: $(VENV)/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/cuda_emulation/*.h' 'tests/cuda_emulation/*.cuh')
+
+# Where $(PYTHON) has a torch, the environment sees that one.
+$(PY):
+	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+
+$(PIN): | $(PY)
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
+	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $@.tmp && mv $@.tmp $@
+
+# The build comes first, because pip hides its plan and its progress; pip then finds everything compiled.
+$(VENV)/installed: pyproject.toml $(PIN)
+	$(PIP) -c $(PIN) 'setuptools>=77' wheel ninja pybind11 numpy
+	$(PY) setup.py -q build_ext --inplace
+	$(PIP) -c $(PIN) -e '.[test]' --no-build-isolation
+	touch $@
+
+clean:
+	rm -rf build relops/*.so $(VENV) *.egg-info

@@ -1,0 +1,186 @@
+// Enough of CUDA to run csrc/cuda on a CPU, in tests, where there is no GPU: it checks what kernels compute, not how fast.
+//
+// Blocks run one after the other. The threads of a block are fibers, switched only where they wait for one another
+// (__syncthreads, __syncwarp, shuffles), so a missing barrier shows as a wrong result: a thread runs on to its next
+// wait before the others move at all.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+// The tensors of the emulated ops are on the CPU.
+#define is_cuda is_cpu
+#define DeviceGuard EmulatedDeviceGuard
+#undef STD_CUDA_CHECK
+#define STD_CUDA_CHECK(expression) ((void)(expression))
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+inline cudaError_t cudaGetLastError() { return 0; }
+inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+namespace torch::stable::accelerator {
+struct EmulatedDeviceGuard {
+  explicit EmulatedDeviceGuard(int32_t) {}
+};
+}  // namespace torch::stable::accelerator
+
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx{0}, blockIdx{0}, blockDim{1}, gridDim{1};
+
+using std::max;
+using std::min;
+
+template <class T>
+T atomicAdd(T* p, T x) {
+  const T old = *p;
+  *p += x;
+  return old;
+}
+
+namespace emulation {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr int kWarp = 32;
+
+// Threads that wait for one another: all of a block, or of a warp. A thread that has returned counts as arrived.
+struct Barrier {
+  int members = 0, arrived = 0, generation = 0;
+  void arrive() {
+    if (++arrived >= members) release();
+  }
+  void leave() {
+    --members;
+    if (members > 0 && arrived >= members) release();
+  }
+  void release() {
+    arrived = 0;
+    ++generation;
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  bool done = false;
+};
+
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline std::vector<Barrier> warps;
+inline Barrier block;
+inline unsigned current;
+inline const std::function<void()>* body;
+inline std::vector<char> shared_memory;
+inline uint64_t exchanged[1024];
+
+inline char* dynamic_shared() {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 15) / 16 * 16);
+}
+
+inline void run_fiber() {
+  (*body)();
+  fibers[current].done = true;
+  warps[current / kWarp].leave();
+  block.leave();
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void wait(Barrier& barrier) {
+  const int generation = barrier.generation;
+  barrier.arrive();
+  while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
+  // Poisoned, as nothing may rely on what shared memory holds at first.
+  shared_memory.assign(shared + 16, static_cast<char>(0xcd));
+  if (shared > 48 << 10 || threads > 1024) {
+    std::fprintf(stderr, "emulated launch: %zu bytes of shared memory, %u threads\n", shared, threads);
+    std::abort();
+  }
+  if (fibers.size() < threads) fibers.resize(threads);
+  body = &kernel;
+  blockDim = dim3(threads);
+  gridDim = grid;
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      block = {static_cast<int>(threads)};
+      warps.assign((threads + kWarp - 1) / kWarp, {});
+      for (unsigned t = 0; t < threads; ++t) {
+        ++warps[t / kWarp].members;
+        Fiber& fiber = fibers[t];
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_fiber, 0);
+      }
+      for (bool busy = true; busy;) {
+        busy = false;
+        for (current = 0; current < threads; ++current)
+          if (!fibers[current].done) {
+            busy = true;
+            threadIdx = dim3(current);
+            swapcontext(&scheduler, &fibers[current].context);
+          }
+      }
+    }
+}
+
+template <class T>
+T shuffle(T x, int from_lane) {
+  const unsigned self = current, warp = self / kWarp;
+  std::memcpy(&exchanged[self], &x, sizeof(T));
+  wait(warps[warp]);
+  T got;
+  std::memcpy(&got, &exchanged[warp * kWarp + from_lane], sizeof(T));
+  wait(warps[warp]);
+  return got;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::wait(emulation::block); }
+inline void __syncwarp() { emulation::wait(emulation::warps[emulation::current / emulation::kWarp]); }
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return emulation::shuffle(x, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return emulation::shuffle(x, static_cast<int>(emulation::current % emulation::kWarp) ^ mask);
+}
