@@ -35,7 +35,7 @@ struct MsDeformAttnArgs : MsDeformAttnSizes {
   T* output;  // [N,Q,M,D]; forward only
 
   const T* grad_output;  // [N,Q,M,D]; from here on backward only
-  T* grad_value;         // [N,S,M,D], null where not wanted, like the rest; zeroed by the caller
+  T* grad_value;         // [N,S,M,D], null where not wanted, like the rest
   U* grad_locations;     // [N,Q,M,L,P,2]
   U* grad_weights;       // [N,Q,M,L,P]
   C* grad_reference;     // [N,M,Q,L,R]: a share per head
@@ -87,17 +87,21 @@ MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_outp
   const Tensor grad = dense(grad_output);
   MsDeformAttnGrads grads{none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
   Tensor head_shares = grads.reference;
-  // Zeroed: with D = 0 no item is visited, and not every location of value need be sampled.
-  if (wanted.value) grads.value = torch::stable::new_zeros(in.value, in.value.sizes());
+  // Where there is nothing to do, nothing is written.
+  const bool nothing = grad.numel() == 0;
+  const auto grad_like = [&](const Tensor& t) {
+    return nothing ? torch::stable::new_zeros(t, t.sizes()) : torch::stable::new_empty(t, t.sizes());
+  };
+  if (wanted.value) grads.value = grad_like(in.value);
   if (wanted.sampling) {
-    grads.locations = torch::stable::new_zeros(in.locations, in.locations.sizes());
-    grads.weights = torch::stable::new_zeros(in.weights, in.weights.sizes());
+    grads.locations = grad_like(in.locations);
+    grads.weights = grad_like(in.weights);
   }
   if (wanted.reference) {
     grads.reference = torch::stable::new_zeros(*in.reference_points, in.reference_points->sizes());
     head_shares = torch::stable::new_empty(*in.reference_points, {z.N, z.M, z.Q, z.L, z.R});
   }
-  if (grad.numel() == 0) return grads;
+  if (nothing) return grads;
   dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
     using T = typename decltype(t)::type;
     using U = typename decltype(u)::type;

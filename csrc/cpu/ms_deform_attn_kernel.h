@@ -40,14 +40,30 @@ class Scratch {
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
 };
 
-// Rows of one (image, head): row i at base + i * stride; row S, all zeros, stands for whatever lies outside.
+// Rows of one (image, head) where they lie. Row S, all zeros, stands for whatever is outside.
 template <class R>
-struct Rows {
+struct PlacedRows {
   R* base;
   int64_t stride;
   R* zero;
   int64_t S;
   R* operator[](int64_t i) const { return i == S ? zero : base + i * stride; }
+  template <int64_t kWidth>
+  PlacedRows of_width() const {
+    return *this;
+  }
+};
+
+// Rows in an array of their own, row S among them. kWidth: their width where known when compiling, else 0.
+template <class R, int64_t kWidth = 0>
+struct DenseRows {
+  R* base;
+  int64_t width;
+  R* operator[](int64_t i) const { return base + i * (kWidth ? kWidth : width); }
+  template <int64_t kKnown>
+  DenseRows<R, kKnown> of_width() const {
+    return {base, width};
+  }
 };
 
 // Constants of the L * P samples of an item, padded to whole vectors with samples of an empty level.
@@ -56,6 +72,7 @@ struct SampleConstants {
   int64_t count, padded;
   C *width, *height;
   Int<C>*width_int, *height_int, *start;
+  Int<C>* level;
 
   template <class Args>
   SampleConstants(const Args& a, Scratch& scratch)
@@ -65,14 +82,16 @@ struct SampleConstants {
         height(scratch.take<C>(padded)),
         width_int(scratch.take<Int<C>>(padded)),
         height_int(scratch.take<Int<C>>(padded)),
-        start(scratch.take<Int<C>>(padded)) {
+        start(scratch.take<Int<C>>(padded)),
+        level(scratch.take<Int<C>>(padded)) {
     for (int64_t s = 0; s < padded; ++s) {
-      const Level level = s < count ? a.levels[s / a.P] : Level{0, 0, 0};
-      width[s] = level.width;
-      height[s] = level.height;
-      width_int[s] = level.width;
-      height_int[s] = level.height;
-      start[s] = level.start;
+      const Level of = s < count ? a.levels[s / a.P] : Level{0, 0, 0};
+      width[s] = of.width;
+      height[s] = of.height;
+      width_int[s] = of.width;
+      height_int[s] = of.height;
+      start[s] = of.start;
+      level[s] = s < count ? s / a.P : 0;
     }
   }
 };
@@ -101,37 +120,77 @@ struct Samples {
   }
 };
 
+// The pairs p[0..2 * count) as C, padded with zeros: p itself where nothing is to be converted or padded.
+template <class C, class U>
+const C* padded_pairs(const U* p, const SampleConstants<C>& k, C* buffer) {
+  if constexpr (std::is_same_v<U, C>)
+    if (k.count == k.padded) return p;
+  convert(p, buffer, 2 * k.count);
+  for (int64_t i = 2 * k.count; i < 2 * k.padded; ++i) buffer[i] = 0;
+  return buffer;
+}
+
+// The reference point or box of each sample's level, a vector of samples at a time.
+template <class C>
+class References {
+ public:
+  template <class Args>
+  References(const Args& a, int64_t n, int64_t q, const SampleConstants<C>& k)
+      : k_(k), R_(a.R), ref_(a.reference + (n * a.Q + q) * a.L * a.R), in_vector_(a.L * a.R <= kLanes<C>) {
+    if (!in_vector_) return;
+    alignas(64) C few[kLanes<C>] = {};
+    const bool inside = ref_ + kLanes<C> <= a.reference + a.N * a.Q * a.L * a.R;
+    if (!inside) std::copy_n(ref_, a.L * a.R, few);
+    all_ = load(inside ? ref_ : few);
+  }
+
+  // Coordinate c of the levels of samples i, i + 1, ...
+  Vec<C> get(int64_t i, Int<C> c) const {
+    const VecInt<C> at = load_int<C>(k_.level + i) * static_cast<Int<C>>(R_) + c;
+    if (in_vector_) return __builtin_shuffle(all_, at);
+    Vec<C> v;
+    for (int j = 0; j < kLanes<C>; ++j) v[j] = ref_[at[j]];
+    return v;
+  }
+
+ private:
+  const SampleConstants<C>& k_;
+  int64_t R_;
+  const C* ref_;
+  bool in_vector_;
+  Vec<C> all_;
+};
+
 // Fills x, y (in pixels) and weight from the inputs of item (n, q, m).
 template <class T, class U, class C>
 void read_samples(const MsDeformAttnArgs<T, U>& a, const SampleConstants<C>& k, int64_t n, int64_t q, int64_t m,
                   const Samples<C>& s) {
   const int64_t item = (n * a.Q + q) * a.M + m;
-  const C* xy = s.raw;
-  if constexpr (std::is_same_v<U, C>)
-    xy = a.locations + item * k.count * 2;
-  else
-    convert(a.locations + item * k.count * 2, s.raw, 2 * k.count);
+  const C* xy = padded_pairs(a.locations + item * k.count * 2, k, s.raw);
   convert(a.weights + item * k.count, s.weight, k.count);
+  Vec<C> x, y;
   if (a.reference == nullptr) {
-    for (int64_t i = 0; i < k.count; ++i) {
-      s.x[i] = xy[2 * i] * k.width[i] - C(0.5);
-      s.y[i] = xy[2 * i + 1] * k.height[i] - C(0.5);
+    for (int64_t i = k.count; i < k.padded; ++i) s.weight[i] = 0;
+    for (int64_t i = 0; i < k.padded; i += kLanes<C>) {
+      load_pairs(xy + 2 * i, x, y);
+      store(s.x + i, x * load(k.width + i) - C(0.5));
+      store(s.y + i, y * load(k.height + i) - C(0.5));
     }
-  } else {
-    softmax(s.weight, k.count, k.padded);
-    const C* ref = a.reference + (n * a.Q + q) * a.L * a.R;
-    for (int64_t l = 0, i = 0; l < a.L; ++l, ref += a.R) {
-      const C width = k.width[i], height = k.height[i];
-      const C base_x = ref[0] * width - C(0.5), base_y = ref[1] * height - C(0.5);
-      const C unit_x = a.R == 2 ? C(1) : ref[2] * width * C(0.5) / a.P;
-      const C unit_y = a.R == 2 ? C(1) : ref[3] * height * C(0.5) / a.P;
-      for (int64_t p = 0; p < a.P; ++p, ++i) {
-        s.x[i] = base_x + xy[2 * i] * unit_x;
-        s.y[i] = base_y + xy[2 * i + 1] * unit_y;
-      }
-    }
+    return;
   }
-  for (int64_t i = k.count; i < k.padded; ++i) s.x[i] = s.y[i] = s.weight[i] = 0;
+  softmax(s.weight, k.count, k.padded);
+  const References<C> reference(a, n, q, k);
+  const C half_per_point = C(0.5) / a.P;
+  for (int64_t i = 0; i < k.padded; i += kLanes<C>) {
+    const Vec<C> width = load(k.width + i), height = load(k.height + i);
+    load_pairs(xy + 2 * i, x, y);
+    if (a.R == 4) {
+      x *= reference.get(i, 2) * width * half_per_point;
+      y *= reference.get(i, 3) * height * half_per_point;
+    }
+    store(s.x + i, reference.get(i, 0) * width - C(0.5) + x);
+    store(s.y + i, reference.get(i, 1) * height - C(0.5) + y);
+  }
 }
 
 // From x, y and weight to rows and weights of corners. `mask` is given only where rows are read in place.
@@ -173,28 +232,46 @@ void locate_samples(const SampleConstants<C>& k, int64_t S, const bool* mask, co
       if (row[i] != S && mask[row[i]]) row[i] = S;
 }
 
-// Calls f(constant number of vectors, first channel) over the D channels of a row, padded to whole vectors.
+// Calls f(constant number of vectors, whether they are all of a row, first channel) over the D channels of a row,
+// padded to whole vectors.
 template <class C, class F>
 void for_channels(int64_t D, F f) {
   constexpr int64_t W = kLanes<C>;
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 4> four;
   int64_t vectors = (D + W - 1) / W, d = 0;
-  for (; vectors >= 4; vectors -= 4, d += 4 * W) f(std::integral_constant<int, 4>{}, d);
-  if (vectors & 2) f(std::integral_constant<int, 2>{}, d), d += 2 * W;
-  if (vectors & 1) f(std::integral_constant<int, 1>{}, d);
+  if (vectors == 1) return f(one, std::true_type{}, 0);
+  if (vectors == 2) return f(two, std::true_type{}, 0);
+  if (vectors == 4) return f(four, std::true_type{}, 0);
+  for (; vectors >= 4; vectors -= 4, d += 4 * W) f(four, std::false_type{}, d);
+  if (vectors & 2) f(two, std::false_type{}, d), d += 2 * W;
+  if (vectors & 1) f(one, std::false_type{}, d);
+}
+
+// Rows as for_channels' f best reads them.
+template <bool kWhole, int64_t kWidth, class Rows>
+auto known_width(const Rows& rows) {
+  if constexpr (kWhole)
+    return rows.template of_width<kWidth>();
+  else
+    return rows;
 }
 
 // out[0..D) = sum over samples and corners of weight * row.
-template <class T, class R, class C>
-void gather_item(const Rows<const R>& rows, const Samples<C>& s, int64_t count, int64_t D, T* out) {
+template <class T, class Rows, class C>
+void gather_item(const Rows& all_rows, const Samples<C>& s, int64_t count, int64_t D, T* out) {
   constexpr int64_t W = kLanes<C>;
-  for_channels<C>(D, [&](auto vectors, int64_t d) {
+  for_channels<C>(D, [&](auto vectors, auto whole, int64_t d) {
     constexpr int V = vectors;
+    const auto rows = known_width<whole, V * W>(all_rows);
     // Separate sums break the chain of dependent additions: as many as registers allow.
     constexpr int kSums = V == 4 ? 2 : 4;
     Vec<C> sums[kSums][V] = {};
     for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 4
       for (int corner = 0; corner < 4; ++corner) {
-        const R* row = rows[s.row[corner][i]] + d;
+        const auto* row = rows[s.row[corner][i]] + d;
         const C weight = s.corner_weight[corner][i];
         for (int v = 0; v < V; ++v) sums[corner % kSums][v] += weight * load(row + v * W);
       }
@@ -215,21 +292,24 @@ void gather_item(const Rows<const R>& rows, const Samples<C>& s, int64_t count, 
 
 // dot[corner][sample] = grad . row, and, with kScatter, sums[row] += corner_weight * grad.
 // grad is padded with zeros to whole vectors.
-template <bool kScatter, class R, class C>
-void backward_item(const Rows<const R>& rows, const Rows<C>& sums, const Samples<C>& s, int64_t count, int64_t D,
+template <bool kScatter, class Rows, class Sums, class C>
+void backward_item(const Rows& all_rows, const Sums& all_sums, const Samples<C>& s, int64_t count, int64_t D,
                    const C* grad) {
   constexpr int64_t W = kLanes<C>;
   constexpr int kGroup = W < 4 ? 1 : W / 4;  // samples whose 4 dot products fill a vector
-  for_channels<C>(D, [&](auto vectors, int64_t d) {
+  for_channels<C>(D, [&](auto vectors, auto whole, int64_t d) {
     constexpr int V = vectors;
+    const auto rows = known_width<whole, V * W>(all_rows);
+    const auto sums = known_width<whole, V * W>(all_sums);
     Vec<C> g[V];
     for (int v = 0; v < V; ++v) g[v] = load(grad + d + v * W);
     for (int64_t i = 0; i < count; i += kGroup) {
       Vec<C> partial[4 * kGroup];
       for (int j = 0; j < kGroup; ++j)
+#pragma GCC unroll 4
         for (int corner = 0; corner < 4; ++corner) {
           const Int<C> index = s.row[corner][i + j];
-          const R* row = rows[index] + d;
+          const auto* row = rows[index] + d;
           Vec<C> product = g[0] * load(row);
           for (int v = 1; v < V; ++v) product += g[v] * load(row + v * W);
           partial[corner * kGroup + j] = product;
@@ -261,46 +341,58 @@ void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants
     store(s.x + i, weight * dx);  // x and y are spent; from here on they hold the gradient in pixels
     store(s.y + i, weight * dy);
   }
-  if (a.reference == nullptr) {
-    for (int64_t i = 0; i < k.count; ++i) {
-      s.grad_xy[2 * i] = s.x[i] * k.width[i];
-      s.grad_xy[2 * i + 1] = s.y[i] * k.height[i];
+  // Written in place where the memory holds whole vectors of C.
+  C *grad_xy = s.grad_xy, *grad_weight = s.grad_weight;
+  bool in_place = false;
+  if constexpr (std::is_same_v<U, C>)
+    if (k.count == k.padded) {
+      in_place = true;
+      grad_xy = a.grad_locations + item * k.count * 2;
+      grad_weight = a.grad_weights + item * k.count;
     }
-  } else {
-    Vec<C> mean = {};
-    for (int64_t i = 0; i < k.padded; i += kLanes<C>) mean += load(s.weight + i) * load(s.grad_weight + i);
-    const C expected = sum<C>(mean);
-    for (int64_t i = 0; i < k.padded; i += kLanes<C>)
-      store(s.grad_weight + i, load(s.weight + i) * (load(s.grad_weight + i) - expected));
+  Vec<C> expected = {};
+  for (int64_t i = 0; i < k.padded; i += kLanes<C>) expected += load(s.weight + i) * load(s.grad_weight + i);
+  const C mean = a.reference ? sum<C>(expected) : C(0);
+  for (int64_t i = 0; i < k.padded; i += kLanes<C>) {
+    const Vec<C> dx = load(s.x + i), dy = load(s.y + i);
+    if (a.reference == nullptr) {
+      store(grad_weight + i, load(s.grad_weight + i));
+      store_pairs(grad_xy + 2 * i, dx * load(k.width + i), dy * load(k.height + i));
+      continue;
+    }
+    store(grad_weight + i, load(s.weight + i) * (load(s.grad_weight + i) - mean));
+    if (a.R == 2) {
+      store_pairs(grad_xy + 2 * i, dx, dy);
+      continue;
+    }
+    const References<C> reference(a, n, q, k);
+    const C half_per_point = C(0.5) / a.P;
+    // A sample that contributed nothing, a non-finite one among them, has no gradient.
+    store_pairs(grad_xy + 2 * i, dx != 0 ? dx * load(k.width + i) * half_per_point * reference.get(i, 2) : Vec<C>{},
+                dy != 0 ? dy * load(k.height + i) * half_per_point * reference.get(i, 3) : Vec<C>{});
+  }
+  if (!in_place) {
+    convert(grad_xy, a.grad_locations + item * k.count * 2, 2 * k.count);
+    convert(grad_weight, a.grad_weights + item * k.count, k.count);
+  }
+  if (a.grad_reference == nullptr) return;
 
-    const C* ref = a.reference + (n * a.Q + q) * a.L * a.R;
-    const C* offsets = s.raw;
-    if constexpr (std::is_same_v<U, C>) offsets = a.locations + item * k.count * 2;
-    C* grad_ref = a.grad_reference ? a.grad_reference + ((n * a.M + m) * a.Q + q) * a.L * a.R : nullptr;
-    for (int64_t l = 0, i = 0; l < a.L; ++l, ref += a.R) {
-      const C scale[2] = {k.width[i], k.height[i]};
-      C center[2] = {}, extent[2] = {};
-      for (int64_t p = 0; p < a.P; ++p, ++i) {
-        const C grad[2] = {s.x[i], s.y[i]};
-        for (int c = 0; c < 2; ++c) {
-          const C half = scale[c] * C(0.5) / a.P;
-          // A sample that contributed nothing, a non-finite one among them, has no gradient.
-          const bool none = grad[c] == 0;
-          s.grad_xy[2 * i + c] = none ? C(0) : grad[c] * (a.R == 2 ? C(1) : half * ref[2 + c]);
-          center[c] += grad[c] * scale[c];
-          extent[c] += none ? C(0) : grad[c] * half * offsets[2 * i + c];
-        }
-      }
-      if (grad_ref == nullptr) continue;
+  const C* offsets = padded_pairs(a.locations + item * k.count * 2, k, s.raw);
+  C* grad_ref = a.grad_reference + ((n * a.M + m) * a.Q + q) * a.L * a.R;
+  for (int64_t l = 0, i = 0; l < a.L; ++l, grad_ref += a.R) {
+    C center[2] = {}, extent[2] = {};
+    for (int64_t p = 0; p < a.P; ++p, ++i) {
+      const C grad[2] = {s.x[i] * k.width[i], s.y[i] * k.height[i]};
       for (int c = 0; c < 2; ++c) {
-        grad_ref[c] = center[c];
-        if (a.R == 4) grad_ref[2 + c] = extent[c];
+        center[c] += grad[c];
+        if (grad[c] != 0) extent[c] += grad[c] * C(0.5) / a.P * offsets[2 * i + c];
       }
-      grad_ref += a.R;
+    }
+    for (int c = 0; c < 2; ++c) {
+      grad_ref[c] = center[c];
+      if (a.R == 4) grad_ref[2 + c] = extent[c];
     }
   }
-  convert(s.grad_xy, a.grad_locations + item * k.count * 2, 2 * k.count);
-  convert(s.grad_weight, a.grad_weights + item * k.count, k.count);
 }
 
 // Whether to copy the rows of a head before gathering from them. In place, a row must be whole vectors.
@@ -342,9 +434,9 @@ class RowSource {
     if (packs) {
       if (n != n_ || m != m_) pack_rows(a_, n, m, packed_, width);
       n_ = n, m_ = m;
-      f(Rows<const C>{packed_, width, packed_ + a_.S * width, a_.S});
+      f(DenseRows<const C>{packed_, width});
     } else {
-      f(Rows<const T>{a_.value + (n * a_.S * a_.M + m) * a_.D, a_.M * a_.D, zero_, a_.S});
+      f(PlacedRows<const T>{a_.value + (n * a_.S * a_.M + m) * a_.D, a_.M * a_.D, zero_, a_.S});
     }
   }
 
@@ -407,10 +499,14 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
   auto write_grad_value = [&](int64_t pair, C* sums, int64_t from, int64_t to) {
     const int64_t n = pair / a.M, m = pair % a.M;
     for (int64_t i = from; i < to; ++i) {
-      if (a.mask && a.mask[n * a.S + i]) continue;
+      T* row = a.grad_value + ((n * a.S + i) * a.M + m) * a.D;
+      if (a.mask && a.mask[n * a.S + i]) {
+        std::fill_n(row, a.D, T(0));
+        continue;
+      }
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t d = 0; d < width; ++d) sums[i * width + d] += sums[part * sums_size + i * width + d];
-      convert(sums + i * width, a.grad_value + ((n * a.S + i) * a.M + m) * a.D, a.D);
+      convert(sums + i * width, row, a.D);
     }
   };
 
@@ -428,15 +524,20 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
 
     for (int64_t task = begin; task < end; ++task) {
       const int64_t pair = task / parts, part = task % parts, n = pair / a.M, m = pair % a.M;
-      Rows<C> sums{nullptr, width, unused_row, a.S};
+      C* dense_sums = nullptr;
       if (scatter && sums_in_place) {
-        sums.base = reinterpret_cast<C*>(a.grad_value) + (n * a.S * a.M + m) * a.D;
-        sums.stride = a.M * a.D;
+        for (int64_t i = 0; i < a.S; ++i) std::fill_n(a.grad_value + ((n * a.S + i) * a.M + m) * a.D, a.D, T(0));
       } else if (scatter) {
-        sums.base = own_sums ? own_sums : part_sums + task * sums_size;
-        std::fill_n(sums.base, sums_size, C(0));
+        dense_sums = own_sums ? own_sums : part_sums + task * sums_size;
+        std::fill_n(dense_sums, sums_size, C(0));
       }
       source.with(n, m, [&](const auto& rows) {
+        const auto sums = [&] {
+          if constexpr (std::is_same_v<std::decay_t<decltype(rows)>, PlacedRows<const C>>)
+            return PlacedRows<C>{a.grad_value + (n * a.S * a.M + m) * a.D, a.M * a.D, unused_row, a.S};
+          else
+            return DenseRows<C>{dense_sums, width};
+        }();
         for (int64_t q = a.Q * part / parts; q < a.Q * (part + 1) / parts; ++q) {
           read_samples(a, constants, n, q, m, samples);
           locate_samples(constants, a.S, source.mask_in_place(n), samples);

@@ -146,11 +146,41 @@ inline Vec<C> transpose_sum(Vec<C>* v) {
   }
 }
 
+// Folds the lanes of v into one value with the associative f.
+template <class C, class F>
+inline C fold(Vec<C> v, F f) {
+  for (Int<C> distance = kLanes<C> / 2; distance > 0; distance /= 2) {
+    VecInt<C> other;
+    for (Int<C> j = 0; j < kLanes<C>; ++j) other[j] = j ^ distance;
+    v = f(v, (Vec<C>)__builtin_shuffle(v, other));
+  }
+  return v[0];
+}
+
 template <class C>
 inline C sum(Vec<C> v) {
-  C total = 0;
-  for (int i = 0; i < kLanes<C>; ++i) total += v[i];
-  return total;
+  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
+}
+
+// From pairs p[0], p[1], .. to the first and the second of each.
+template <class C>
+inline void load_pairs(const C* p, Vec<C>& first, Vec<C>& second) {
+  VecInt<C> even, odd;
+  for (Int<C> j = 0; j < kLanes<C>; ++j) even[j] = 2 * j, odd[j] = 2 * j + 1;
+  const Vec<C> low = load(p), high = load(p + kLanes<C>);
+  first = __builtin_shuffle(low, high, even);
+  second = __builtin_shuffle(low, high, odd);
+}
+
+template <class C>
+inline void store_pairs(C* p, Vec<C> first, Vec<C> second) {
+  VecInt<C> low, high;
+  for (Int<C> j = 0; j < kLanes<C>; ++j) {
+    low[j] = j / 2 + (j % 2 ? kLanes<C> : 0);
+    high[j] = low[j] + kLanes<C> / 2;
+  }
+  store(p, (Vec<C>)__builtin_shuffle(first, second, low));
+  store(p + kLanes<C>, (Vec<C>)__builtin_shuffle(first, second, high));
 }
 
 // e^x for x <= 0 to about 1 unit in the last place; 0 below the normal range; NaN stays NaN.
@@ -180,8 +210,10 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
 template <class C>
 inline void softmax(C* p, int64_t n, int64_t padded) {
   for (int64_t i = n; i < padded; ++i) p[i] = -std::numeric_limits<C>::infinity();
-  C top = p[0];
-  for (int64_t i = 1; i < n; ++i) top = p[i] > top ? p[i] : top;
+  const auto larger = [](Vec<C> a, Vec<C> b) { return a > b ? a : b; };
+  Vec<C> tops = load(p);
+  for (int64_t i = kLanes<C>; i < padded; i += kLanes<C>) tops = larger(load(p + i), tops);
+  const C top = fold<C>(tops, larger);
   Vec<C> total = {};
   for (int64_t i = 0; i < padded; i += kLanes<C>) {
     const Vec<C> e = exp_nonpositive(load(p + i) - top);
