@@ -33,7 +33,7 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
-        f"relops: building needs PyTorch >= {'.'.join(map(str, TORCH_TARGET_VERSION))}, and importing it failed: {error}\n"
+        f"relops: building needs PyTorch >= {'.'.join(map(str, TORCH_TARGET_VERSION))}; importing it failed: {error}\n"
         "  Install it first (https://pytorch.org/get-started), then either\n"
         "    pip install --no-build-isolation .     # build against the torch you have\n"
         "  or let pip bring its own for the build:\n"
@@ -93,106 +93,108 @@ class NinjaBuild(build_ext):
         ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
         if ninja is None:
             raise SystemExit("relops: building needs ninja: pip install ninja")
-        import pybind11
-
-        target = 0
-        for shift, part in zip((56, 48), TORCH_TARGET_VERSION):
-            target |= part << shift
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         cxx = os.environ.get("CXX", "g++")
+        if shutil.which(shlex.split(cxx)[0]) is None:
+            raise SystemExit(f"relops: building needs a C++ compiler; {cxx} is not there: install g++, or set CXX")
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         cuda_home, cuda_words = cuda_plan()
-
-        temp = Path(self.build_temp)
-        temp.mkdir(parents=True, exist_ok=True)
-        torch_includes = cpp_extension.include_paths()
-        includes = " ".join(
-            [f"-I{shlex.quote(str(CSRC))}"]
-            + [f"-isystem {shlex.quote(p)}" for p in [*torch_includes, sysconfig.get_path("include"), pybind11.get_include()]]
-        )
-        common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
-        cflags = f"{common} -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
-        libraries = " ".join(f"-L{shlex.quote(p)} -Wl,-rpath-link,{shlex.quote(p)}" for p in cpp_extension.library_paths())
-        rules = [
-            "ninja_required_version = 1.3",
-            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {cflags} $defines -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc\n  description = C++  $name",
-            # Without --no-as-needed the linker drops libtorch, on which a CUDA torch hangs libtorch_cuda.
-            f"rule link\n  command = {cxx} -shared $in -o $out -Wl,--no-as-needed {libraries} -ltorch -ltorch_cpu -lc10 $libs\n"
-            "  description = link $name",
-        ]
-        if cuda_home is not None:
-            gencode = " ".join(cpp_extension._get_cuda_arch_flags())
-            nvcc = os.environ.get("PYTORCH_NVCC", str(cuda_home / "bin/nvcc"))
-            rules.append(
-                f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {common} -DUSE_CUDA -O3 {gencode} -Xcompiler -fPIC,-fvisibility=hidden"
-                " --expt-relaxed-constexpr -Xptxas -v -c $in -o $out > $out.ptxas 2>&1"
-                " || { cat $out.ptxas; rm -f $out; exit 1; }\n"
-                "  depfile = $out.d\n  deps = gcc\n  description = CUDA $name"
-            )
-
-        # What only module.cpp prints goes to its own command line: a new build time must not recompile the kernels.
-        facts = {
-            "VERSION": version(),
-            "TORCH": torch.__version__,
-            "COMPILER": subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0],
-            "CUDA_ARCHS": archs if cuda_home else "",
-            "NVCC": nvcc_release(cuda_home) if cuda_home else "",
-        }
-        defines = " ".join(shlex.quote(f'-DRELOPS_{key}="{value}"') for key, value in facts.items())
-
-        print("relops build plan", file=sys.stderr)
-        rows = {
-            "version": facts["VERSION"],
-            "torch": f"{torch.__version__} (stable ABI of {'.'.join(map(str, TORCH_TARGET_VERSION))})",
-            "C++": facts["COMPILER"],
-            "relops._C": f"{sum(self.is_cpu(s) for e in self.extensions for s in e.sources)} sources",
-            "relops._cuda": cuda_words,
-            **({"CUDA archs": archs, "nvcc": facts["NVCC"]} if cuda_home else {}),
-            "jobs": jobs,
-            "objects": os.path.relpath(temp, ROOT),
-        }
-        for key, value in rows.items():
-            print(f"  {key:13}{value}", file=sys.stderr)
-        sys.stderr.flush()
-
         if cuda_home is None:
             # What an earlier build in place left would be loaded as if it were of this one.
             for stale in (ROOT / "relops").glob("_cuda.*") if self.inplace else ():
                 stale.unlink()
             self.extensions = [e for e in self.extensions if e.name != "relops._cuda"]
+        facts = {
+            "VERSION": version(),
+            "TORCH": torch.__version__,
+            "COMPILER": run(*shlex.split(cxx), "--version").splitlines()[0],
+            "CUDA_ARCHS": archs if cuda_home else "",
+            "NVCC": nvcc_release(cuda_home) if cuda_home else "",
+        }
+        temp = Path(self.build_temp)
+        rows = {
+            "version": facts["VERSION"],
+            "torch": f"{torch.__version__} (stable ABI of {'.'.join(map(str, TORCH_TARGET_VERSION))})",
+            "C++": facts["COMPILER"],
+            "relops._cuda": cuda_words,
+            **({"CUDA archs": archs, "nvcc": facts["NVCC"]} if cuda_home else {}),
+            "jobs": jobs,
+            "objects": os.path.relpath(temp, ROOT),
+        }
+        print("relops build plan", *(f"  {key:13}{value}" for key, value in rows.items()), sep="\n", file=sys.stderr)
+        sys.stderr.flush()
+
+        temp.mkdir(parents=True, exist_ok=True)
+        (temp / "build.ninja").write_text(
+            "\n".join([*ninja_rules(cxx, cuda_home), *self.ninja_edges(temp, facts)]) + "\n"
+        )
+        if subprocess.run([ninja, "-C", str(temp), "-j", jobs]).returncode:
+            raise SystemExit(
+                "relops: the build failed; the message is above. See 'Troubleshooting builds' in README.md."
+            )
+
+    def ninja_edges(self, temp: Path, facts: dict[str, str]) -> list[str]:
+        """One edge an object, one a library."""
+        defines = " ".join(shlex.quote(f'-DRELOPS_{key}="{value}"') for key, value in facts.items())
         edges = []
         for extension in self.extensions:
             objects = []
             for source in extension.sources:
-                obj = temp / (source + ".o")
+                obj = temp / f"{source}.o"
                 obj.parent.mkdir(parents=True, exist_ok=True)
-                edge = f"build {escape(obj)}: {'cxx' if self.is_cpu(source) else 'nvcc'} {escape(ROOT / source)}\n  name = {source}"
-                if source == "csrc/module.cpp":
-                    edge += f"\n  defines = {defines.replace('$', '$$')}"
-                edges.append(edge)
                 objects.append(escape(obj))
+                rule = "cxx" if source.endswith(".cpp") else "nvcc"
+                edges.append(f"build {objects[-1]}: {rule} {escape(ROOT / source)}\n  name = {source}")
+                if source == "csrc/module.cpp":  # what only it prints must not make the kernels compile again
+                    edges.append(f"  defines = {defines.replace('$', '$$')}")
             library = Path(self.get_ext_fullpath(extension.name)).resolve()
             library.parent.mkdir(parents=True, exist_ok=True)
-            libs = ""
-            if extension.name == "relops._cuda":
-                lib_dir = next((d for d in ("lib64", "lib") if (cuda_home / d / "libcudart_static.a").exists()), "lib64")
-                # The runtime is linked statically: the build must not depend on which CUDA the user's torch brings.
-                libs = f"-L{shlex.quote(str(cuda_home / lib_dir))} -lcudart_static -lrt -ldl -lpthread"
-            edges.append(f"build {escape(library)}: link {' '.join(objects)}\n  libs = {libs}\n  name = {extension.name}")
-        (temp / "build.ninja").write_text("\n".join([*rules, *edges]) + "\n")
-        done = subprocess.run([ninja, "-C", str(temp), "-j", jobs])
-        if done.returncode:
-            raise SystemExit("relops: the build failed; the compiler's message is above. README.md, 'Troubleshooting builds'.")
+            rule = "link" if extension.name == "relops._C" else "link_cuda"
+            edges.append(f"build {escape(library)}: {rule} {' '.join(objects)}\n  name = {extension.name}")
+        return edges
 
-    @staticmethod
-    def is_cpu(source: str) -> bool:
-        return source.endswith(".cpp")
+
+def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
+    import pybind11
+
+    system = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
+    includes = " ".join([f"-I{shlex.quote(str(CSRC))}", *(f"-isystem {shlex.quote(path)}" for path in system)])
+    target = sum(part << shift for part, shift in zip(TORCH_TARGET_VERSION, (56, 48)))
+    common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
+    cflags = f"{common} -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
+    paths = " ".join(f"-L{shlex.quote(p)} -Wl,-rpath-link,{shlex.quote(p)}" for p in cpp_extension.library_paths())
+    # Without --no-as-needed the linker drops libtorch, and with it what brings libtorch_cuda on a torch with CUDA.
+    link = f"{cxx} -shared $in -o $out -Wl,--no-as-needed {paths} -ltorch -ltorch_cpu -lc10"
+    rules = [
+        "ninja_required_version = 1.3",
+        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {cflags} $defines -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = C++  $name",
+        f"rule link\n  command = {link}\n  description = link $name",
+    ]
+    if cuda_home is None:
+        return rules
+    nvcc = os.environ.get("PYTORCH_NVCC", str(cuda_home / "bin/nvcc"))
+    archs = " ".join(cpp_extension._get_cuda_arch_flags())
+    flags = f"{common} -DUSE_CUDA -O3 {archs} -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr -Xptxas -v"
+    lib = next((d for d in ("lib64", "lib") if (cuda_home / d / "libcudart_static.a").exists()), "lib64")
+    # The runtime is linked statically: the build must not depend on which CUDA the user's torch brings.
+    cudart = f"-L{shlex.quote(str(cuda_home / lib))} -lcudart_static -lrt -ldl -lpthread"
+    return [
+        *rules,
+        f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {flags} -c $in -o $out > $out.ptxas 2>&1"
+        " || { cat $out.ptxas; rm -f $out; exit 1; }",
+        "  depfile = $out.d\n  deps = gcc\n  description = CUDA $name",
+        f"rule link_cuda\n  command = {link} {cudart}\n  description = link $name",
+    ]
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def nvcc_release(cuda_home: Path) -> str:
-    out = subprocess.run([str(cuda_home / "bin/nvcc"), "--version"], capture_output=True, text=True).stdout
-    return match[1] if (match := re.search(r"release [\d.]+, V([\d.]+)", out)) else "unknown"
+    release = re.search(r"release [\d.]+, V([\d.]+)", run(str(cuda_home / "bin/nvcc"), "--version"))
+    return release[1] if release else "unknown"
 
 
 def escape(path: Path) -> str:

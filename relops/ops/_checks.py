@@ -50,9 +50,7 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int
     )
     if not ok:
         words = ["/".join(map(str, want)) if isinstance(want, tuple) else str(want) for want in expected]
-        raise ValueError(
-            f"relops.{op}: {name} must be {letters} = [{','.join(words)}], got shape {list(tensor.shape)}"
-        )
+        raise ValueError(f"relops.{op}: {name} must be {letters} = [{','.join(words)}], got shape {list(tensor.shape)}")
 
 
 def no_double_backward(op: str):
@@ -60,8 +58,8 @@ def no_double_backward(op: str):
 
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"relops.{op}: its backward is not differentiable (double backward is not provided). "
-            f"Call backward without create_graph=True, or use relops.reference.{op} where second derivatives are needed."
+            f"relops.{op}: its backward is not differentiable (double backward is not provided). Call backward "
+            f"without create_graph=True, or use relops.reference.{op} where second derivatives are needed."
         )
 
     return backward

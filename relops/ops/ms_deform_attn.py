@@ -254,21 +254,31 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_output):
     need_value, _, _, need_locations, need_weights = ctx.needs_input_grad
-    grads = torch.ops.relops._ms_deform_attn_backward(
+    value, locations, weights = torch.ops.relops._ms_deform_attn_backward(
         grad_output, *ctx.saved_tensors, need_value, need_locations or need_weights,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    value, locations, weights = grads
-    return value if need_value else None, None, None, locations if need_locations else None, weights if need_weights else None
+    return (
+        value if need_value else None,
+        None,
+        None,
+        locations if need_locations else None,
+        weights if need_weights else None,
+    )
+
+
+def _setup_context_fused(ctx, inputs, output):
+    # The dispatcher leaves out a value_mask that is None, the default.
+    ctx.save_for_backward(*inputs, *[None] * (7 - len(inputs)))
 
 
 def _backward_fused(ctx, grad_output):
-    need_value, _, _, need_reference, need_offsets, need_logits, _ = ctx.needs_input_grad
+    need_value, _, _, need_reference, need_offsets, need_logits = ctx.needs_input_grad[:6]
     value, reference, offsets, logits = torch.ops.relops._ms_deform_attn_fused_backward(
         grad_output, *ctx.saved_tensors, need_value, need_offsets or need_logits, need_reference,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    return (
+    grads = (
         value if need_value else None,
         None,
         None,
@@ -277,6 +287,7 @@ def _backward_fused(ctx, grad_output):
         logits if need_logits else None,
         None,
     )
+    return grads[: len(ctx.needs_input_grad)]
 
 
 def _vmap(op, batched_arguments: tuple[int, ...]):
@@ -305,8 +316,10 @@ torch.library.register_fake("relops::ms_deform_attn_fused", _fake_forward_fused)
 torch.library.register_fake("relops::_ms_deform_attn_backward", _fake_backward)
 torch.library.register_fake("relops::_ms_deform_attn_fused_backward", _fake_backward_fused)
 torch.library.register_autograd("relops::ms_deform_attn", _backward, setup_context=_setup_context)
-torch.library.register_autograd("relops::ms_deform_attn_fused", _backward_fused, setup_context=_setup_context)
+torch.library.register_autograd("relops::ms_deform_attn_fused", _backward_fused, setup_context=_setup_context_fused)
 torch.library.register_autograd("relops::_ms_deform_attn_backward", no_double_backward("ms_deform_attn"))
 torch.library.register_autograd("relops::_ms_deform_attn_fused_backward", no_double_backward("ms_deform_attn_fused"))
 torch.library.register_vmap("relops::ms_deform_attn", _vmap(torch.ops.relops.ms_deform_attn, (0, 3, 4)))
-torch.library.register_vmap("relops::ms_deform_attn_fused", _vmap(torch.ops.relops.ms_deform_attn_fused, (0, 3, 4, 5, 6)))
+torch.library.register_vmap(
+    "relops::ms_deform_attn_fused", _vmap(torch.ops.relops.ms_deform_attn_fused, (0, 3, 4, 5, 6))
+)
