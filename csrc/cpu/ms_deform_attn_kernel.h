@@ -267,7 +267,9 @@ void gather_item(const Rows& all_rows, const Samples<C>& s, int64_t count, int64
     const auto rows = known_width<whole, V * W>(all_rows);
     // Separate sums break the chain of dependent additions: as many as registers allow.
     constexpr int kSums = V == 4 ? 2 : 4;
-    Vec<C> sums[kSums][V] = {};
+    Vec<C> sums[kSums][V];
+    for (int k = 0; k < kSums; ++k)
+      for (int v = 0; v < V; ++v) sums[k][v] = Vec<C>{};  // = {} would be a memset
     for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
       for (int corner = 0; corner < 4; ++corner) {

@@ -160,7 +160,10 @@ def _check_sampling(
 
     if not isinstance(spatial_shapes, Tensor):
         try:
-            spatial_shapes = torch.tensor([(h, w) for h, w in spatial_shapes], dtype=torch.int64).view(-1, 2)
+            pairs = [(h, w) for h, w in spatial_shapes]
+            if any(isinstance(size, float) for pair in pairs for size in pair):
+                raise TypeError("torch.tensor would cut fractions off")
+            spatial_shapes = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"relops.{op}: spatial_shapes must be an int64 Tensor [L,2] or a list of (H,W), got {spatial_shapes!r}"

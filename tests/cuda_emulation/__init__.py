@@ -22,7 +22,9 @@ def translate(source: str) -> str:
         source,
     )
     assert "<<<" not in source, "a launch in a form that translate() does not know"
-    source = source.replace("extern __shared__ __align__(16) char memory[];", "char* memory = emulation::dynamic_shared();")
+    source = source.replace(
+        "extern __shared__ __align__(16) char memory[];", "char* memory = emulation::dynamic_shared();"
+    )
     source = source.replace("LIBRARY_IMPL(relops, CUDA,", f"LIBRARY_IMPL({NAMESPACE}, CPU,")
     return source.replace("STABLE_TORCH_LIBRARY(relops,", f"STABLE_TORCH_LIBRARY({NAMESPACE},")
 
@@ -36,7 +38,14 @@ def build(folder: Path) -> Path:
         target.write_text(translate(path.read_text()))
         if path.suffix in (".cpp", ".cu"):
             commands.append(
-                ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+                [
+                    "g++",
+                    "-std=c++20",
+                    "-O1",
+                    "-fPIC",
+                    "-fvisibility=hidden",
+                    "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+                ]
                 + ["-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"]
                 + [f"-I{p}" for p in (HERE, folder, CSRC)]
                 + [f"-isystem{p}" for p in cpp_extension.include_paths()]
@@ -48,7 +57,9 @@ def build(folder: Path) -> Path:
     library = folder / f"lib{NAMESPACE}.so"
     objects = [str(p) for p in (folder / "cuda").glob("*.o")]
     paths = [f"-L{p}" for p in cpp_extension.library_paths()]
-    subprocess.run(["g++", "-shared", *objects, *paths, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)], check=True)
+    subprocess.run(
+        ["g++", "-shared", *objects, *paths, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)], check=True
+    )
     return library
 
 

@@ -1,0 +1,63 @@
+"""Devices, seeds and tolerances that all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from relops import _library
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_no_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU visible to torch"
+    return _library.cuda_missing and f"relops._cuda is {_library.cuda_missing}"
+
+
+needs_cuda = pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def tolerances(dtype: torch.dtype) -> tuple[float, float]:
+    """(relative, as a fraction of the largest value) by which a result of this dtype may miss the float64 twin.
+
+    16-bit results are sums in float32 rounded once: twice the rounding error, and nothing besides it but float32's.
+    """
+    return {
+        torch.float64: (1e-12, 1e-13),
+        torch.float32: (1e-5, 1e-5),
+        torch.float16: (1e-3, 1e-5),
+        torch.bfloat16: (8e-3, 1e-5),
+    }[dtype]
+
+
+def assert_matches(actual: Tensor, expected: Tensor, what: str = "output", dtype: torch.dtype | None = None) -> None:
+    """`expected` is float64, from the inputs as rounded to the tested dtype; `dtype` where actual was cast since."""
+    relative, of_largest = tolerances(dtype or actual.dtype)
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(
+        actual.detach().double().cpu(), expected.detach().cpu(), rtol=relative, atol=of_largest * largest,
+        msg=lambda text: f"{what}: {text}",
+    )  # fmt: skip

@@ -1,0 +1,367 @@
+"""What every op keeps, whatever it computes; an op gets all of this by its entry in cases.OPS."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from cases import OPS, Bad, Inputs, Op, Sample, grad_like
+from conftest import DTYPES, assert_matches, needs_cuda, why_no_cuda
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import relops
+from relops import _library
+
+SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name, sample in op.samples.items()]
+EMPTY = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name, sample in op.empty.items()]
+# One sample per op, where more would only repeat.
+FIRST = [pytest.param(op, next(iter(op.samples.values())), id=op.name) for op in OPS]
+BAD = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad]
+
+# Of features and coordinates: 16-bit features go with float32 coordinates, or with their own kind.
+DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in DTYPES] + [
+    (dtype, dtype) for dtype in DTYPES if dtype.itemsize == 2
+]
+
+on_samples = pytest.mark.parametrize(("op", "sample"), SAMPLES)
+on_first_sample = pytest.mark.parametrize(("op", "sample"), FIRST)
+on_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same kernels on the same numbers: equal but for the order of atomic additions on CUDA."""
+    for name, x in actual.items():
+        assert x.dtype == expected[name].dtype and x.shape == expected[name].shape, name
+        if x.is_cuda:
+            assert_matches(x, expected[name].double(), name)
+        else:
+            assert torch.equal(x, expected[name]), name
+
+
+# ---- Values and gradients ----
+
+
+@on_samples
+@pytest.mark.parametrize(("features", "coordinates"), DTYPE_PAIRS, ids=str)
+def test_matches_twin(op: Op, sample: Sample, device: str, features: torch.dtype, coordinates: torch.dtype) -> None:
+    inputs = op.cast(op.draw(sample, device), features, coordinates)
+    actual = op.run(inputs)
+    expected = op.run_twin(inputs)
+    assert actual["output"].dtype == features
+    for name, x in actual.items():
+        assert_matches(x, expected[name], name)
+
+
+@on_samples
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic(op: Op, sample: Sample, device: str, dtype: torch.dtype, deterministic: None) -> None:
+    inputs = op.draw(sample, device, dtype)
+    runs = [op.run(inputs) for _ in range(3)]
+    expected = op.run_twin(inputs)
+    for name, x in runs[0].items():
+        assert all(torch.equal(x, run[name]) for run in runs[1:]), name
+        assert_matches(x, expected[name], name)
+
+
+@on_samples
+def test_gradcheck(op: Op, sample: Sample, device: str, deterministic: None) -> None:
+    inputs = op.draw(sample, device, torch.float64)
+    names = [name for name in inputs if name in op.differentiable]
+    wanted = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: op.function(**inputs | dict(zip(names, tensors))), wanted, fast_mode=True
+    )
+
+
+@on_samples
+def test_only_wanted_gradients(op: Op, sample: Sample, device: str, deterministic: None) -> None:
+    inputs = op.draw(sample, device)
+    everything = op.run(inputs)
+    for name in op.differentiable:
+        alone = op.run(inputs, wanted=(name,))  # run() hands the others in without requires_grad
+        assert_same(alone, everything)
+        others = tuple(other for other in op.differentiable if other != name)
+        if others:
+            assert_same(op.run(inputs, wanted=others), everything)
+
+
+@on_ops
+def test_no_gradient_no_graph(op: Op, device: str) -> None:
+    inputs = op.draw(next(iter(op.samples.values())), device)
+    assert not op.function(**inputs).requires_grad
+
+
+@on_first_sample
+def test_double_backward_raises(op: Op, sample: Sample, device: str) -> None:
+    inputs = op.draw(sample, device)
+    for name in op.differentiable:
+        x = inputs[name].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(op.function(**inputs | {name: x}).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=rf"relops\.{op.name}: its backward is not differentiable"):
+            grad.sum().backward()
+
+
+# ---- Layouts ----
+
+
+def reversed_strides(x: Tensor) -> Tensor:
+    order = list(range(x.dim()))[::-1]
+    return x.permute(order).contiguous().permute(order)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Every second element of a buffer whose other elements would show."""
+    filler = torch.ones_like(x) if x.dtype == torch.bool else torch.full_like(x, float("nan"))
+    return torch.stack([filler, x], -1)[..., 1]
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Dense, but not aligned to more than an element."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+LAYOUTS = [reversed_strides, sliced, shifted]
+
+
+@on_samples
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_of_inputs(op: Op, sample: Sample, device: str, layout: Callable, dtype: torch.dtype) -> None:
+    inputs = op.draw(sample, device, dtype)
+    tensors = [*op.features, *op.coordinates, *(name for name in op.vmapped if inputs[name] is not None)]
+    laid_out = inputs | {name: layout(inputs[name]) for name in tensors}
+    assert_same(op.run(laid_out), op.run(inputs))
+
+
+@on_samples
+def test_expanded_inputs(op: Op, sample: Sample, device: str) -> None:
+    inputs = op.draw(sample, device)
+    expanded = {
+        name: x[:1].expand_as(x) if isinstance(x, Tensor) and name in op.vmapped else x for name, x in inputs.items()
+    }
+    dense = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in expanded.items()}
+    assert_same(op.run(expanded), op.run(dense))
+
+
+@on_samples
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"], ids=lambda layout: getattr(layout, "__name__", layout))
+def test_layouts_of_grad_output(op: Op, sample: Sample, device: str, layout: Callable | str) -> None:
+    inputs = op.draw(sample, device)
+    output = op.function(**inputs)
+    if layout == "expanded":  # what out.sum().backward() hands back
+        dense = torch.ones_like(output)
+        grad = torch.ones((), device=device).expand_as(output)
+    else:
+        dense = grad_like(output)
+        grad = layout(dense)
+    assert_same(op.run(inputs, grad_output=grad), op.run(inputs, grad_output=dense))
+
+
+@pytest.mark.parametrize(("op", "sample"), EMPTY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_empty(op: Op, sample: Sample, device: str, dtype: torch.dtype) -> None:
+    inputs = op.draw(sample, device, dtype)
+    results = op.run(inputs)
+    fake = op.overload(*[x.to("meta") if isinstance(x, Tensor) else x for x in op.raw(inputs).values()])
+    assert results["output"].shape == fake.shape
+    assert not results["output"].any()
+    for name in op.differentiable:
+        assert results[name].shape == inputs[name].shape and not results[name].any(), name
+
+
+# ---- The rest of torch ----
+
+
+@on_samples
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
+def test_opcheck(op: Op, sample: Sample, device: str, requires_grad: bool) -> None:
+    inputs = op.raw(op.draw(sample, device))
+    for name in op.differentiable:
+        inputs[name].requires_grad_(requires_grad)
+    # opcheck compares two runs of the backward without tolerance to speak of; fast CUDA sums differ in order.
+    torch.library.opcheck(op.overload, tuple(inputs.values()), rtol=1e-4, atol=1e-5)
+
+
+@on_samples
+def test_compile(op: Op, sample: Sample, device: str, fresh_compiler: None) -> None:
+    inputs = op.draw(sample, device)
+    assert_same(op.run(inputs, torch.compile(op.function, fullgraph=True, backend="aot_eager")), op.run(inputs))
+
+
+@on_first_sample
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compile_inductor(op: Op, sample: Sample, device: str, dtype: torch.dtype, fresh_compiler: None) -> None:
+    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("inductor needs a C++ compiler")
+    inputs = op.draw(sample, device, dtype)
+
+    # Something for inductor to fuse around the op, whose layout assumptions then matter.
+    def around(**inputs: Tensor) -> Tensor:
+        scaled = {name: x * 1.0 if name in op.differentiable else x for name, x in inputs.items()}
+        return op.function(**scaled).flip(-1) * 2
+
+    actual = op.run(inputs, torch.compile(around, fullgraph=True))
+    expected = op.run(op.cast(inputs, torch.float64, torch.float64), around)
+    for name, x in actual.items():
+        assert_matches(x, expected[name], name)
+
+
+@on_ops
+def test_compile_does_not_recompile_for_ever(op: Op, device: str, fresh_compiler: None) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
+    for k in range(5):
+        inputs = op.draw(op.growing(k), device)
+        assert_same(op.run(inputs, compiled), op.run(inputs))
+    assert counter.frame_count == 1
+
+
+@on_samples
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export(op: Op, sample: Sample, device: str, strict: bool, fresh_compiler: None) -> None:
+    inputs = op.draw(sample, device)
+    exported = torch.export.export(AsModule(op.function), (inputs,), strict=strict).module()
+    assert_same({"output": exported(inputs)}, {"output": op.function(**inputs)})
+
+
+@on_ops
+def test_export_dynamic_shapes(op: Op, device: str, fresh_compiler: None) -> None:
+    inputs, larger = (op.draw(op.growing(k), device) for k in (0, 1))
+    names = {*op.features, *op.coordinates, *op.vmapped}
+    dynamic = {
+        name: dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if name in names and isinstance(x, Tensor) else None
+        for name, x in inputs.items()
+    }
+    exported = torch.export.export(AsModule(op.function), (inputs,), dynamic_shapes=(dynamic,)).module()
+    assert_same({"output": exported(larger)}, {"output": op.function(**larger)})
+
+
+class AsModule(torch.nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return self.function(**inputs)
+
+
+@on_samples
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(op: Op, sample: Sample, device: str, autocast_dtype: torch.dtype) -> None:
+    """Linear layers give 16 bit, what did not pass one stays float32: each mixture must do without a cast by hand."""
+    f32 = torch.float32
+    narrow_features = op.cast(op.draw(sample, device), autocast_dtype, f32)
+    narrow_coordinates = op.cast(op.draw(sample, device), f32, autocast_dtype)
+    first = op.coordinates[0]
+    one_narrow = narrow_features | {first: narrow_features[first].to(autocast_dtype)}
+
+    def autocast(**inputs: Tensor) -> Tensor:
+        with torch.autocast(device, autocast_dtype):
+            return op.function(**inputs)
+
+    for given, meant in (
+        (narrow_features, narrow_features),
+        (narrow_coordinates, op.cast(narrow_coordinates, f32, f32)),
+        (one_narrow, op.cast(one_narrow, autocast_dtype, f32)),
+    ):
+        actual, expected = op.run(given, autocast), op.run(meant)
+        assert_same(actual, {name: x.to(actual[name].dtype) for name, x in expected.items()})
+        assert all(actual[name].dtype == given[name].dtype for name in op.differentiable)
+        assert actual["output"].dtype == given[op.features[0]].dtype
+
+
+@on_first_sample
+def test_vmap(op: Op, sample: Sample, device: str) -> None:
+    B = 3
+    inputs = op.draw(sample, device)
+    names = [name for name in op.vmapped if inputs[name] is not None]
+    scale = torch.linspace(0.9, 1.1, B, device=device)
+
+    def batched(name: str, dim: int) -> Tensor:
+        """Entry b scaled by its own factor; a mask's entries rolled by their own number of places."""
+        x = inputs[name]
+        entries = [x.roll(b, -1) if x.dtype == torch.bool else x * scale[b].to(x.dtype) for b in range(B)]
+        return torch.stack(entries, dim)
+
+    choices = [dict.fromkeys(names, 0), dict.fromkeys(names, -1), {name: i for i, name in enumerate(names)}]
+    for in_dims in [*choices, *({name: 1} for name in names)]:
+        given = {name: batched(name, dim) for name, dim in in_dims.items()}
+
+        def mapped(**given: Tensor) -> Tensor:
+            return torch.vmap(lambda entry: op.function(**inputs | entry), in_dims=(in_dims,))(given)  # noqa: B023
+
+        def looped(**given: Tensor) -> Tensor:
+            entries = [{name: given[name].select(dim, b) for name, dim in in_dims.items()} for b in range(B)]  # noqa: B023
+            return torch.stack([op.function(**inputs | entry) for entry in entries])
+
+        wanted = tuple(name for name in given if name in op.differentiable)
+        actual, expected = (op.run(given, f, wanted=wanted) for f in (mapped, looped))
+        for name, x in actual.items():  # sums over the batch come in another order
+            assert_matches(x, expected[name].double(), f"{name}, mapped over {in_dims}")
+
+
+# ---- Bad input ----
+
+
+@pytest.mark.parametrize(("op", "bad"), BAD)
+def test_bad_input(op: Op, bad: Bad, device: str) -> None:
+    inputs = op.draw(next(iter(op.samples.values())), device)
+    with pytest.raises(bad.error, match=bad.message) as raised:
+        op.function(**bad.change(inputs))
+    assert f"relops.{op.name}: " in str(raised.value)
+
+
+@pytest.mark.parametrize(("op", "bad"), BAD)
+def test_bad_input_past_the_checks(op: Op, bad: Bad, device: str) -> None:
+    """Called as torch.ops.relops.<name>, errors need not be friendly, but memory is not touched."""
+    inputs = bad.change(op.draw(next(iter(op.samples.values())), device))
+    if any(isinstance(x, Tensor) and x.is_meta for x in inputs.values()):
+        pytest.skip("torch sends a call with a meta tensor to the fake")
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        output = op.overload(*op.raw(inputs).values())
+        assert not output.is_cuda  # where the host cannot look, the answer is NaN: of the op's own tests
+
+
+@needs_cuda
+@on_samples
+def test_no_synchronization(op: Op, sample: Sample) -> None:
+    inputs = op.draw(sample, "cuda")
+    grad = grad_like(op.function(**inputs))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op.run(inputs, grad_output=grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_ops
+def test_kernels_registered(op: Op) -> None:
+    kernels = _library.op_kernels()
+    devices = {"CPU"} | ({"CUDA"} if why_no_cuda() is None else set())
+    for name in (op.name, f"_{op.name}_backward"):
+        assert devices <= set(kernels[name]), name
+
+
+def test_every_public_op_has_cases() -> None:
+    public = {name for name in _library.op_kernels() if not name.startswith("_")}
+    assert public == {op.name for op in OPS}
+    assert public <= set(relops.__all__)
+
+
+@on_ops
+def test_documented(op: Op) -> None:
+    doc = op.function.__doc__
+    assert "Example" in doc and "Gradients" in doc
+    assert all(name in doc for name in op.draw(next(iter(op.samples.values()))))

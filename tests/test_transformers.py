@@ -1,0 +1,83 @@
+"""A whole detector of Hugging Face transformers, with relops in place of its sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import relops
+
+transformers = pytest.importorskip("transformers")
+
+H, W = 480, 640
+
+
+@pytest.fixture(scope="module")
+def detector() -> torch.nn.Module:
+    """Deformable DETR with four levels and random weights: nothing is downloaded."""
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.DeformableDetrConfig(
+        use_timm_backbone=False, backbone_config=backbone, d_model=64,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
+        decoder_ffn_dim=96, num_queries=50, num_feature_levels=4, with_box_refine=True, dropout=0.0,
+    )  # fmt: skip
+    model = transformers.DeformableDetrForObjectDetection(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # They begin as zeros, with every location exactly on a pixel, where its gradient jumps.
+            if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+                parameter.normal_(std=0.05)
+    return model
+
+
+def photographs() -> dict[str, Tensor]:
+    """Two of 480 x 640, the second padded on the right and below: smooth shapes and noise, normalized."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(2, 3, 12, 16, generator=generator)
+    pixels = torch.nn.functional.interpolate(coarse, (H, W), mode="bicubic")
+    pixels += 0.1 * torch.randn(pixels.shape, generator=generator)
+    mask = torch.ones(2, H, W, dtype=torch.int64)
+    mask[1, 400:] = mask[1, :, 500:] = 0
+    return {"pixel_values": pixels * mask[:, None], "pixel_mask": mask}
+
+
+def outputs_and_gradients(model: torch.nn.Module, device: str) -> dict[str, Tensor]:
+    model.zero_grad()
+    outputs = model(**{name: x.to(device) for name, x in photographs().items()})
+    (outputs.logits.square().mean() + outputs.pred_boxes.square().mean()).backward()
+    return {
+        "logits": outputs.logits.detach(),
+        "boxes": outputs.pred_boxes.detach(),
+        "encoder": outputs.encoder_last_hidden_state.detach(),
+    } | {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and ("encoder_attn" in name or "self_attn.value_proj" in name or "class" in name)
+    }
+
+
+def test_swapped_detector_gives_the_same(detector: torch.nn.Module, device: str) -> None:
+    detector = detector.to(device)
+    own = [module for module in detector.modules() if type(module).__name__ == "MultiScaleDeformableAttention"]
+    assert len(own) == 4
+    expected = outputs_and_gradients(detector, device)
+    original, calls = type(own[0]), []
+    for module in own:
+        module.__class__ = relops.nn.MultiScaleDeformableAttention
+        module.register_forward_hook(lambda module, arguments, output: calls.append(output))
+    try:
+        actual = outputs_and_gradients(detector, device)
+    finally:
+        for module in own:
+            module.__class__ = original
+            module._forward_hooks.clear()
+    assert len(calls) == 4
+    assert len(expected) > 10
+    for name, x in actual.items():
+        difference = (x - expected[name]).square().mean().sqrt()
+        assert difference <= 1e-4 * expected[name].square().mean().sqrt(), f"{name} differs by {difference}"
