@@ -1,0 +1,354 @@
+"""Multi-scale deformable attention: encoder, decoder, fused, local, 16 bit, and a transformers encoder around it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import relops
+from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Contender, Model, Skipped
+from relops import reference
+
+Levels = tuple[tuple[int, int], ...]
+
+ENCODER: Levels = ((100, 152), (50, 76), (25, 38), (13, 19))  # an image of 800 x 1216 at strides 8 to 64
+PAPER: Levels = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800 x 1333
+PHOTOGRAPH: Levels = ((100, 134), (50, 67), (25, 34), (13, 17))  # 800 x 1066
+BEVFORMER: Levels = ((116, 200), (58, 100), (29, 50), (15, 25))
+LOCAL_SPREAD = 2.0  # pixels: standard deviation of the offsets of a "local" row
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one row. Q None: a query per pixel, as in an encoder."""
+
+    name: str
+    levels: Levels
+    Q: int | None = None
+    N: int = 1
+    M: int = 8
+    D: int = 32
+    P: int = 4
+    local: bool = False  # locations around the query's own pixel, as a real encoder has them; else anywhere
+    boxes: bool = False  # fused only: reference boxes instead of points
+
+    @property
+    def S(self) -> int:
+        return sum(h * w for h, w in self.levels)
+
+    @property
+    def queries(self) -> int:
+        return self.S if self.Q is None else self.Q
+
+    @property
+    def label(self) -> str:
+        (h, w), (h_last, w_last) = self.levels[0], self.levels[-1]
+        batch = f" N{self.N}" if self.N != 1 else ""
+        queries = "S" if self.Q is None else str(self.Q)
+        return f"{self.name}{batch} {h}x{w}..{h_last}x{w_last} Q={queries} M{self.M} D{self.D} P{self.P}"
+
+    def model(self, dtype: torch.dtype, coordinate_bytes: int, reference_bytes: int, direction: str) -> Model:
+        """A sample reads four corners of D values: D * 4 multiply-adds forward; backward as many again for the gradient
+        of value and for that of location and weight."""
+        size = dtype.itemsize
+        rows = self.N * self.queries * self.M
+        samples = rows * len(self.levels) * self.P
+        value = self.N * self.S * self.M * self.D * size
+        gathered = samples * 4 * self.D * size
+        read = min(value, gathered) + 3 * samples * coordinate_bytes + reference_bytes
+        output = rows * self.D * size
+        flops = samples * 4 * self.D * 2
+        if direction == FORWARD:
+            return Model(read + output, flops, gathered)
+        written = value + 3 * samples * coordinate_bytes + reference_bytes
+        return Model(read + output + output + read + written, 3 * flops, 2 * gathered)
+
+
+def pixel_centers(levels: Levels, device: str) -> Tensor:
+    """[S,2] as (x,y) in [0,1]: the middle of each pixel of the pyramid."""
+    centers = []
+    for h, w in levels:
+        y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        centers.append(torch.stack([(x + 0.5) / w, (y + 0.5) / h], -1).view(-1, 2))
+    return torch.cat(centers)
+
+
+def sizes_xy(levels: Levels, device: str) -> Tensor:
+    """[L,1,2] as (W,H), to lie against [...,L,P,2]."""
+    return torch.tensor(levels, dtype=torch.float32, device=device).flip(-1)[:, None]
+
+
+def draw_points(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Reference points [N,Q,2] and sampling locations [N,Q,M,L,P,2], normalized, in float32.
+
+    Locations keep 1/20 of a pixel away from where the four corners change: there the gradient of the location jumps,
+    and a comparison with float64 would measure on which side rounding falls instead of what the op computes.
+    """
+    device = generator.device.type
+    N, Q, M, L, P = case.N, case.queries, case.M, len(case.levels), case.P
+    if case.Q is None:
+        points = pixel_centers(case.levels, device).expand(N, Q, 2)
+    else:
+        points = torch.rand(N, Q, 2, generator=generator, device=device)
+    sizes = sizes_xy(case.levels, device)
+    if case.local:
+        offsets = torch.randn(N, Q, M, L, P, 2, generator=generator, device=device) * LOCAL_SPREAD
+        pixels = points[:, :, None, None, None] * sizes - 0.5 + offsets
+    else:
+        pixels = torch.rand(N, Q, M, L, P, 2, generator=generator, device=device) * sizes - 0.5
+    corner = pixels.floor()
+    pixels = corner + 0.05 + 0.9 * (pixels - corner)
+    return points, (pixels + 0.5) / sizes
+
+
+def draw_value(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    shape = (case.N, case.S, case.M, case.D)
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+
+def draw_logits(case: Case, generator: torch.Generator) -> Tensor:
+    shape = (case.N, case.queries, case.M, len(case.levels), case.P)
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unfused_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    """Locations and weights beside a 16-bit value are float32, as the op recommends."""
+    _, locations = draw_points(case, generator)
+    weights = draw_logits(case, generator).flatten(-2).softmax(-1).unflatten(-1, (len(case.levels), case.P))
+    wide = compute_dtype(dtype)
+    return draw_value(case, dtype, generator), case.levels, None, locations.to(wide), weights.to(wide)
+
+
+def fused_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    """Offsets and logits come from linear layers, so they have the dtype of value; reference points do not."""
+    points, locations = draw_points(case, generator)
+    points = points[:, :, None].expand(-1, -1, len(case.levels), -1)  # [N,Q,L,2]
+    offsets = locations - points[:, :, None, :, None]
+    if case.boxes:
+        wh = torch.rand(points.shape, generator=generator, device=points.device) * 0.4 + 0.1
+        offsets = offsets / wh[:, :, None, :, None] * (2 * case.P)
+        points = torch.cat([points, wh], -1)
+    else:
+        offsets = offsets * sizes_xy(case.levels, generator.device.type)
+    return (
+        draw_value(case, dtype, generator),
+        case.levels,
+        None,
+        points.to(compute_dtype(dtype)).contiguous(),
+        offsets.to(dtype),
+        draw_logits(case, generator).to(dtype),
+    )
+
+
+def locations_of(levels: Levels, points: Tensor, offsets: Tensor) -> Tensor:
+    points, P = points[:, :, None, :, None], offsets.shape[4]
+    if points.shape[-1] == 2:
+        return points + offsets / sizes_xy(levels, offsets.device.type)
+    return points[..., :2] + offsets / P * points[..., 2:] * 0.5
+
+
+def relops_unfused(value: Tensor, levels: Levels, starts: None, points: Tensor, offsets: Tensor, logits: Tensor):
+    """What one writes with `relops.ms_deform_attn` alone; the fused op should beat it."""
+    wide = compute_dtype(value.dtype)
+    weights = logits.to(wide).flatten(-2).softmax(-1).view(logits.shape)
+    return relops.ms_deform_attn(value, levels, starts, locations_of(levels, points, offsets.to(wide)), weights)
+
+
+def deformops_peers(fused: bool) -> dict[str, Callable]:
+    """https://pypi.org/project/deformops: its default back end on CUDA."""
+    if importlib.util.find_spec("deformops") is None:
+        return {}
+    from deformops.registry import msda
+
+    @functools.cache
+    def level_tensors(levels: Levels) -> tuple[Tensor, Tensor]:
+        shapes = torch.tensor(levels, device="cuda")
+        areas = shapes.prod(-1)
+        return shapes, areas.cumsum(0) - areas
+
+    def unfused(value: Tensor, levels: Levels, starts: None, locations: Tensor, weights: Tensor) -> Tensor:
+        return msda(value, *level_tensors(levels), locations, weights).view(*locations.shape[:2], -1)
+
+    def softmax_fused(
+        value: Tensor, levels: Levels, starts: None, points: Tensor, offsets: Tensor, logits: Tensor
+    ) -> Tensor:
+        locations = locations_of(levels, points, offsets.to(points.dtype))
+        return msda(value, *level_tensors(levels), locations, logits, method="softmax").view(*offsets.shape[:2], -1)
+
+    return {"deformops": softmax_fused if fused else unfused}
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def make(case: Case, device: str, dtype: torch.dtype, direction: str, fused: bool = False, **options) -> Bench:
+    peers = {}
+    if fused:
+        peers["relops unfused"] = relops_unfused
+        references = case.N * case.queries * len(case.levels) * (4 if case.boxes else 2) * compute_dtype(dtype).itemsize
+        model = case.model(dtype, dtype.itemsize, references, direction)
+    else:
+        model = case.model(dtype, compute_dtype(dtype).itemsize, 0, direction)
+    if device == "cuda":
+        if dtype != torch.float64:
+            peers |= deformops_peers(fused)
+        if direction == FORWARD_BACKWARD:
+            op = relops.ms_deform_attn_fused if fused else relops.ms_deform_attn
+            peers["relops deterministic"] = Contender(op, deterministic)
+    return Bench(
+        op="ms_deform_attn_fused" if fused else "ms_deform_attn",
+        shape=case.label,
+        dtype=dtype,
+        device=device,
+        direction=direction,
+        make_inputs=functools.partial(fused_inputs if fused else unfused_inputs, case, dtype),
+        relops=relops.ms_deform_attn_fused if fused else relops.ms_deform_attn,
+        pytorch=reference.ms_deform_attn_fused if fused else reference.ms_deform_attn,
+        model=model,
+        peers=peers,
+        **options,
+    )
+
+
+# ---- The real use: the encoder of transformers' Deformable DETR, from its configuration, with random weights ----
+
+
+@functools.cache
+def transformers_encoders(layers: int, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The encoder as it is, and with relops in place of its sampling; the same weights."""
+    from transformers import DeformableDetrConfig
+    from transformers.models.deformable_detr import modeling_deformable_detr as modeling
+
+    # The backbone of the configuration is never built; it is named so that nothing is looked up.
+    config = DeformableDetrConfig(encoder_layers=layers, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    torch.manual_seed(0)
+    plain = modeling.DeformableDetrEncoder(config).to(device).eval()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            # They begin as zeros, with every location exactly on a pixel, where its gradient jumps.
+            if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+                parameter.normal_(std=0.05)
+    swapped = modeling.DeformableDetrEncoder(config).to(device).eval()
+    swapped.load_state_dict(plain.state_dict())
+    replaced = 0
+    for module in swapped.modules():
+        if type(module).__name__ == "MultiScaleDeformableAttention":
+            module.__class__ = relops.nn.MultiScaleDeformableAttention
+            replaced += 1
+    assert replaced == layers, f"replaced the sampling of {replaced} of {layers} layers"
+    return plain, swapped
+
+
+def transformers_bench(device: str, layers: int, direction: str, min_rounds: int) -> Bench | Skipped:
+    op, shape = "ms_deform_attn", f"transformers encoder, {layers} layers, 800x1066"
+    if importlib.util.find_spec("transformers") is None:
+        return Skipped(op, shape, "transformers is not installed")
+    levels, width = PHOTOGRAPH, 256
+    S = sum(h * w for h, w in levels)
+    names: Sequence[str] = ()
+
+    # Weights are inputs, so that their gradients are computed and compared, and float64 is a matter of casting.
+    def make_inputs(generator: torch.Generator) -> tuple:
+        nonlocal names
+        plain, _ = transformers_encoders(layers, device)
+        names = [name for name, _ in plain.named_parameters()]
+        features, positions = (torch.randn(1, S, width, generator=generator, device=device) for _ in range(2))
+        return (features, positions, *(parameter.detach() for parameter in plain.parameters()))
+
+    def call(which: int, features: Tensor, positions: Tensor, *weights: Tensor) -> Tensor:
+        shapes = torch.tensor(levels, device=device)
+        arguments = {
+            "inputs_embeds": features,
+            "attention_mask": torch.ones(1, S, dtype=torch.bool, device=device),
+            "spatial_position_embeddings": positions,
+            "spatial_shapes": shapes,
+            "spatial_shapes_list": list(levels),
+            "level_start_index": shapes.prod(-1).cumsum(0) - shapes.prod(-1),
+            "valid_ratios": torch.ones(1, len(levels), 2, dtype=features.dtype, device=device),
+        }
+        module = transformers_encoders(layers, device)[which]
+        return torch.func.functional_call(module, dict(zip(names, weights)), (), arguments).last_hidden_state
+
+    return Bench(
+        op=op,
+        shape=shape,
+        dtype=torch.float32,
+        device=device,
+        direction=direction,
+        make_inputs=make_inputs,
+        relops=functools.partial(call, 1),
+        pytorch=functools.partial(call, 0),
+        # Of millions of locations and ReLUs a few fall on the other side of their jump in float32, which alone moves
+        # some gradients by 2e-3: PyTorch's too, whose error is in the record.
+        tolerance=1e-2,
+        min_rounds=min_rounds,
+    )
+
+
+def benches(device: str) -> list[Bench | Skipped]:
+    encoder, decoder = Case("encoder", ENCODER), Case("decoder", ENCODER, Q=300)
+    local = replace(encoder, name="encoder local", local=True)
+    boxes = replace(decoder, name="decoder boxes", local=True, boxes=True)
+    f32 = torch.float32
+    rows: list[Bench | Skipped] = [
+        make(encoder, device, f32, FORWARD, target=20, quick=True, compiled=True),
+        make(encoder, device, f32, FORWARD_BACKWARD, target=10, quick=True, compiled=True),
+        make(decoder, device, f32, FORWARD, target=3, quick=True, compiled=True),
+        make(decoder, device, f32, FORWARD_BACKWARD),
+        make(encoder, device, torch.bfloat16, FORWARD, quick=True),
+        make(encoder, device, torch.bfloat16, FORWARD_BACKWARD),
+        make(encoder, device, torch.float16, FORWARD),
+        make(encoder, device, torch.float16, FORWARD_BACKWARD),
+        make(encoder, device, torch.float64, FORWARD),
+        make(encoder, device, torch.float64, FORWARD_BACKWARD),
+        make(local, device, f32, FORWARD),
+        make(local, device, f32, FORWARD_BACKWARD),
+        make(local, device, torch.bfloat16, FORWARD),
+    ]
+    if device == "cuda":
+        paper = Case("encoder", PAPER, N=2)
+        bevformer = Case("BEVFormer", BEVFORMER, Q=10000, N=6, P=8)  # 40000 queries, of which a camera sees few
+        graph = replace(decoder, name="decoder, CUDA graph")
+        rows += [
+            make(graph, device, f32, FORWARD, graph=True),
+            make(graph, device, torch.bfloat16, FORWARD, graph=True),
+            make(paper, device, f32, FORWARD),
+            make(paper, device, f32, FORWARD_BACKWARD),
+            make(paper, device, torch.bfloat16, FORWARD),
+            make(paper, device, torch.bfloat16, FORWARD_BACKWARD),
+            make(bevformer, device, f32, FORWARD),
+            make(bevformer, device, f32, FORWARD_BACKWARD),
+        ]
+    # Backward, the baseline holds 2 GB a layer in float64 for verification; the CPU takes fewer layers.
+    rows += [
+        transformers_bench(device, 6, FORWARD, min_rounds=5),
+        transformers_bench(device, 6 if device == "cuda" else 2, FORWARD_BACKWARD, min_rounds=5),
+    ]
+    rows += [
+        make(encoder, device, f32, FORWARD, fused=True, target=20, quick=True, compiled=True),
+        make(encoder, device, f32, FORWARD_BACKWARD, fused=True, compiled=True),
+        make(local, device, f32, FORWARD, fused=True),
+        make(local, device, f32, FORWARD_BACKWARD, fused=True),
+        make(local, device, torch.bfloat16, FORWARD, fused=True),
+        make(local, device, torch.bfloat16, FORWARD_BACKWARD, fused=True),
+        make(boxes, device, f32, FORWARD, fused=True),
+        make(boxes, device, f32, FORWARD_BACKWARD, fused=True),
+    ]
+    return rows

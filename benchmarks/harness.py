@@ -1,0 +1,676 @@
+"""What every benchmark shares: a description of a row, verification, timing, memory, machine limits, records.
+
+A `bench_<op>.py` has a function ``benches(device) -> list[Bench | Skipped]`` and nothing else that runs; `run.py`
+discovers it, and conftest.py makes pytest-benchmark tests of it.
+
+A row is measured in this order. (1) Verify: the relops call, in the dtype of the row, against the pure-PyTorch twin in
+float64 on the same inputs; beyond a bound nothing is timed. (2) Peak memory of one call each. (3) Rounds: each draws
+fresh random inputs and runs every contender once on them, in rotating order, so that what the machine does meanwhile
+meets all of them. Times are medians over rounds, and a ratio is the median of the ratios within rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import functools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import relops
+from relops import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+
+# Bounds on the relative RMS error of relops against the float64 twin: several times what rounding explains.
+ERROR_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+
+
+@dataclass(frozen=True)
+class Model:
+    """The work that no implementation can avoid.
+
+    Attributes:
+        bytes: moved at least: each input read once, each output (and gradient) written once.
+        flops: floating point operations of the definition, a multiply-add being two.
+        gathered_bytes: read at least by a kernel that caches nothing, where that informs.
+    """
+
+    bytes: int
+    flops: int
+    gathered_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A callable to time, and a context it needs around its forward and backward."""
+
+    call: Callable[..., Any]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One row.
+
+    Attributes:
+        op, shape, dtype, device, direction: what the row is; together its key. shape is a label for people.
+        make_inputs: generator (on the device) -> fresh random arguments, tensors or not, for every callable below.
+            For "forward+backward" gradients are taken to every floating point one.
+        relops, pytorch: the op and its pure-PyTorch twin. They return a tensor or a tuple of tensors.
+        model: compulsory work; None where it says nothing (a whole model).
+        peers: others to time beside them, by name. One that fails or is wrong is left out with a note.
+        compiled: also time the twin under torch.compile (not in the quick setting).
+        target: the ratio that the project wants to reach.
+        quick: part of the quick setting.
+        cold: flush the last-level cache before each call; None: on CUDA. On the CPU the layer before has usually just
+            written the input.
+        graph: time CUDA graph replays (forward only), for calls that are shorter than their launch.
+        tolerance: bound on the error, where that of the dtype does not fit.
+        min_rounds: fewer where the baseline takes minutes.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    device: str
+    direction: str
+    make_inputs: Callable[[torch.Generator], tuple]
+    relops: Callable[..., Any]
+    pytorch: Callable[..., Any]
+    model: Model | None = None
+    peers: Mapping[str, Callable[..., Any] | Contender] = field(default_factory=dict)
+    compiled: bool = False
+    target: float | None = None
+    quick: bool = False
+    cold: bool | None = None
+    graph: bool = False
+    tolerance: float | None = None
+    min_rounds: int = MIN_ROUNDS
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} | {self.shape} | {self.dtype_name} | {self.device} | {self.direction}"
+
+    @property
+    def flushed(self) -> bool:
+        return self.device == "cuda" if self.cold is None else self.cold
+
+    @property
+    def error_bound(self) -> float:
+        return ERROR_BOUNDS[self.dtype] if self.tolerance is None else self.tolerance
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot run here, and why."""
+
+    op: str
+    shape: str
+    why: str
+    quick: bool = False
+
+
+class VerificationError(Exception):
+    """relops disagrees with its twin; timing it would mean nothing."""
+
+
+# ---- Running one contender ----
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def to_float64(inputs: Iterable[Any]) -> tuple:
+    return tuple(x.double() if is_float(x) else x for x in inputs)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor, ...]) -> Callable[[], tuple]:
+    """One call of the contender on these inputs, with nothing left to do but the work that is timed.
+
+    It gives (outputs, gradients of the floating point inputs); without gradients for the forward direction.
+    """
+    if bench.direction == FORWARD:
+
+        def forward() -> tuple:
+            with torch.no_grad(), contender.context():
+                return as_tuple(contender.call(*inputs))
+
+        return forward
+
+    leaves = [x for x in inputs if is_float(x)]
+
+    def forward_backward() -> tuple:
+        with contender.context():
+            outputs = as_tuple(contender.call(*inputs))
+            return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
+
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return forward_backward
+
+
+class Inputs:
+    """Draws the inputs of a bench, and the gradients of its outputs once their shapes are known."""
+
+    def __init__(self, bench: Bench, seed: int = 0) -> None:
+        self.bench = bench
+        self.generator = torch.Generator(bench.device).manual_seed(seed)
+        self.outputs: list[Tensor] = []  # meta tensors: shapes and dtypes of the outputs
+
+    def draw(self) -> tuple[tuple, tuple[Tensor, ...]]:
+        inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in self.bench.make_inputs(self.generator))
+        if self.bench.direction == FORWARD:
+            return inputs, ()
+        if not self.outputs:
+            with torch.no_grad():
+                self.outputs = [x.to("meta") for x in as_tuple(self.bench.relops(*inputs))]
+        grads = tuple(
+            torch.randn(x.shape, generator=self.generator, dtype=torch.float32, device=self.bench.device).to(x.dtype)
+            for x in self.outputs
+        )
+        return inputs, grads
+
+
+class Graph:
+    """A CUDA graph of a contender's forward: fresh inputs are copied into place, then it is replayed."""
+
+    def __init__(self, contender: Contender, inputs: tuple) -> None:
+        self.inputs = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad(), contender.context():
+            for _ in range(3):  # lazy initialization must not be captured
+                contender.call(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), contender.context(), torch.cuda.graph(self.graph):
+            self.outputs = as_tuple(contender.call(*self.inputs))
+
+    def bind(self, inputs: tuple) -> Callable[[], tuple]:
+        for mine, new in zip(self.inputs, inputs):
+            if isinstance(mine, Tensor):
+                mine.copy_(new)
+
+        def replay() -> tuple:
+            self.graph.replay()
+            return self.outputs
+
+        return replay
+
+
+# ---- Verification ----
+
+
+def relative_rms_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest over tensors of RMS(found - expected) / RMS(expected); inf where shapes differ or NaN appears."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if b.numel() == 0:
+            continue
+        b = b.detach().double()
+        difference = (a.detach().double() - b).square_().mean().sqrt().item()
+        scale = b.square().mean().sqrt().item()
+        error = difference / scale if scale > 0 else difference
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def expected_in_float64(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    run = bind(bench, Contender(bench.pytorch), to_float64(x.detach() if is_float(x) else x for x in inputs), tuple(
+        g.double() for g in grads
+    ))  # fmt: skip
+    return run()
+
+
+def verify(
+    bench: Bench, name: str, contender: Contender, inputs: tuple, grads: tuple, expected: Sequence[Tensor]
+) -> float:
+    """The error of one contender, called `name`, against the float64 twin.
+
+    Raises:
+        VerificationError: where it is beyond the bound of the row.
+    """
+    error = relative_rms_error(bind(bench, contender, inputs, grads)(), expected)
+    if not error <= bench.error_bound:
+        raise VerificationError(
+            f"{name}: relative RMS error {error:.3g} against the float64 twin, bound {bench.error_bound:.3g}; "
+            f"not timed: {bench.label}"
+        )
+    return error
+
+
+# ---- Time and memory ----
+
+
+@functools.cache
+def _flush_buffer(device: str) -> Tensor:
+    if device == "cuda":
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+    else:
+        cache = last_level_cache_bytes() or 64 << 20
+    return torch.empty(max(4 * cache, 256 << 20), dtype=torch.uint8, device=device)
+
+
+def flush_cache(device: str) -> None:
+    """Overwrites more memory than the last-level cache holds."""
+    _flush_buffer(device).zero_()
+
+
+def last_level_cache_bytes() -> int | None:
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
+        return None
+    return int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]]
+
+
+def time_once(run: Callable[[], Any], device: str, cold: bool) -> float:
+    """Seconds of one call: by CUDA events, after whatever was queued; by the clock on the CPU."""
+    if cold:
+        flush_cache(device)
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        outputs = run()
+        end.record()
+        torch.cuda.synchronize()
+        seconds = start.elapsed_time(end) / 1e3
+    else:
+        begin = time.perf_counter()
+        outputs = run()
+        seconds = time.perf_counter() - begin
+    del outputs  # freeing them is not part of the call
+    return seconds
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Memory that one call takes at its peak beyond what was in use before it, its outputs included.
+
+    CUDA: torch's caching allocator. CPU under Linux: the growth of the peak resident set, which also sees what kernels
+    allocate for themselves; free heap pages are returned first, so that memory kept from an earlier call counts again.
+    Elsewhere on the CPU: torch's own allocations as its profiler records them, without kernels' scratch.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = run()
+        torch.cuda.synchronize()
+        del outputs
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS
+    except (OSError, AttributeError):
+        return _peak_bytes_by_profiler(run)
+    before = _proc_status_bytes("VmRSS")
+    outputs = run()
+    peak = _proc_status_bytes("VmHWM")
+    del outputs
+    return max(peak - before, 0)
+
+
+def _proc_status_bytes(name: str) -> int:
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match, name
+    return int(match[1]) << 10
+
+
+def _peak_bytes_by_profiler(run: Callable[[], Any]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = run()
+        del outputs
+    running = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            running += event.nbytes()
+            peak = max(peak, running)
+    return peak
+
+
+def _best_seconds(run: Callable[[], Any], device: str, repeats: int = 7) -> float:
+    run()
+    return min(time_once(run, device, cold=False) for _ in range(repeats))
+
+
+@functools.cache
+def machine_limits(device: str, threads: int) -> dict[str, float]:
+    """What this machine can do, as the best of a few tries: a large copy (bytes read plus bytes written), and large
+    matrix products in float32 and float64 as the ceiling of arithmetic (TF32 stays off)."""
+    del threads  # only a key of the cache
+    count, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 1536)
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    limits = {"copy_bytes_per_s": 2 * count / _best_seconds(lambda: target.copy_(source), device)}
+    for dtype in (torch.float32, torch.float64):
+        a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+        limits[f"{str(dtype).removeprefix('torch.')}_flops_per_s"] = 2 * n**3 / _best_seconds(lambda: a @ b, device)  # noqa: B023
+    return limits
+
+
+def limit_ms(model: Model, dtype: torch.dtype, limits: Mapping[str, float]) -> tuple[float, str]:
+    """The time that the machine needs for the compulsory work, and what bounds it. 16-bit inputs count as float32."""
+    arithmetic = limits["float64_flops_per_s" if dtype == torch.float64 else "float32_flops_per_s"]
+    times = {"memory": model.bytes / limits["copy_bytes_per_s"] * 1e3, "arithmetic": model.flops / arithmetic * 1e3}
+    by = max(times, key=times.__getitem__)
+    return times[by], by
+
+
+# ---- One row ----
+
+
+def contenders_of(bench: Bench, quick: bool) -> dict[str, Contender]:
+    found: dict[str, Contender] = {"relops": Contender(bench.relops), "pytorch": Contender(bench.pytorch)}
+    for name, peer in bench.peers.items():
+        found[name] = peer if isinstance(peer, Contender) else Contender(peer)
+    if bench.compiled and not quick:
+        torch.compiler.reset()  # each row is a compilation of its own
+        found["torch.compile"] = Contender(torch.compile(bench.pytorch, dynamic=False))
+    return found
+
+
+def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
+    """Verifies and times one bench and gives its row, ready for JSON.
+
+    Raises:
+        VerificationError: relops disagrees with the float64 twin.
+    """
+    budget_s = 3.0 if quick else 10.0
+    source = Inputs(bench)
+    contenders, notes = contenders_of(bench, quick), []
+    inputs, grads = source.draw()
+    expected = expected_in_float64(bench, inputs, grads)
+    errors: dict[str, float] = {}
+    for name, contender in list(contenders.items()):
+        try:
+            errors[name] = verify(bench, name, contender, inputs, grads, expected)
+        except Exception as error:
+            if name in ("relops", "pytorch"):
+                raise
+            notes.append(f"{name} left out: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            del contenders[name]
+    del expected
+
+    # Verification has warmed everything up, so only the call itself is seen here.
+    peaks = {name: peak_bytes(bind(bench, c, inputs, grads), bench.device) for name, c in contenders.items()}
+
+    graphs = {name: Graph(c, inputs) for name, c in contenders.items()} if bench.graph else {}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    begin = time.perf_counter()
+    for round_ in range(MAX_ROUNDS):
+        inputs, grads = source.draw()
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            run = graphs[name].bind(inputs) if graphs else bind(bench, contenders[name], inputs, grads)
+            synchronize(bench.device)
+            times[name].append(time_once(run, bench.device, bench.flushed))
+        if round_ + 1 >= bench.min_rounds and time.perf_counter() - begin > budget_s:
+            break
+
+    ratio = _ratio(times["pytorch"], times["relops"])
+    row: dict[str, Any] = {
+        "op": bench.op,
+        "shape": bench.shape,
+        "dtype": bench.dtype_name,
+        "device": bench.device,
+        "direction": bench.direction,
+        "threads": torch.get_num_threads() if bench.device == "cpu" else None,
+        "rounds": len(times["relops"]),
+        "cache": "cold" if bench.flushed else "warm",
+        "cuda_graph": bench.graph,
+        "ms": {name: _summary(values) for name, values in times.items()},
+        "ratio": ratio,
+        "peer_ratio": {n: _ratio(times[n], times["relops"]) for n in names if n not in ("relops", "pytorch")},
+        "target": bench.target,
+        "target_reached": None if bench.target is None else ratio >= bench.target,
+        "peak_bytes": peaks,
+        "error": errors,
+        "error_bound": bench.error_bound,
+        "notes": notes,
+    }
+    if bench.model is not None:
+        milliseconds, by = limit_ms(bench.model, bench.dtype, machine_limits(bench.device, torch.get_num_threads()))
+        seconds = row["ms"]["relops"]["median"] / 1e3
+        row["model"] = asdict(bench.model)
+        row["limit_ms"], row["limited_by"] = milliseconds, by
+        row["fraction_of_limit"] = milliseconds / 1e3 / seconds
+        if bench.model.gathered_bytes:
+            row["gathered_bytes_per_s"] = bench.model.gathered_bytes / seconds
+    return row
+
+
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast))
+
+
+def _summary(seconds: Sequence[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"median": median * 1e3, "quartile_1": low * 1e3, "quartile_3": high * 1e3, "min": min(seconds) * 1e3}
+
+
+def release_memory(device: str) -> None:
+    """Between rows: what one leaves cached must not be missing for the next."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ---- Records ----
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_name(device: str) -> str:
+    """A folder name: 'amd-epyc-2-cores', 'nvidia-h200'."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {cores()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def describe_run(device: str) -> dict[str, Any]:
+    """Everything about a run that its rows share."""
+    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    run: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"cpu": cpu_model(), "cores": cores(), "platform": platform.platform()},
+        "cpu_isa": _library.build_info()["cpu_isa"],
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "relops": relops.__version__},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "limits": machine_limits(device, torch.get_num_threads()),
+    }
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        run["versions"]["numpy"] = numpy.__version__
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        run["machine"] |= {
+            "gpu": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        }
+        run["versions"]["cuda"] = torch.version.cuda
+    return run
+
+
+def row_key(row: Mapping[str, Any]) -> tuple:
+    return tuple(row[name] for name in ("op", "shape", "dtype", "device", "direction", "threads"))
+
+
+class Record:
+    """results/<machine>/<op>.json: rows, and the runs that they came from. A row replaces the one of the same key."""
+
+    def __init__(self, out: Path, device: str, op: str, run: dict[str, Any]) -> None:
+        self.path = out / machine_name(device) / f"{op}.json"
+        self.run = run
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Writes at once: an interrupted run keeps what it measured."""
+        runs: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            stored = json.loads(self.path.read_text())
+            runs, rows = stored["runs"], stored["rows"]
+        row = {**row, "run": self.run["date"]}
+        places = [i for i, old in enumerate(rows) if row_key(old) == row_key(row)]
+        if places:
+            rows[places[0]] = row
+        else:
+            rows.append(row)
+        runs[row["run"]] = self.run
+        used = {r["run"] for r in rows}
+        runs = {date: run for date, run in runs.items() if date in used}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+# ---- The table ----
+
+
+def format_ms(milliseconds: float) -> str:
+    return f"{milliseconds:.4g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
+
+
+def format_bytes(count: int) -> str:
+    return f"{count / 2**20:.3g}M" if count < 1000 * 2**20 else f"{count / 2**30:.3g}G"
+
+
+def format_ratio(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+SHORT_DIRECTIONS = {FORWARD: "fwd", FORWARD_BACKWARD: "fwd+bwd"}
+HEADER = (
+    f"{'shape':47} {'dtype':5} {'pass':7} {'relops ms':>9} {'PyTorch ms':>10} {'ratio':>7}  {'target':11}"
+    f" {'peak, relops':>12} {'PyTorch':>7} {'error':>8} {'of limit':>8}"
+)
+
+
+def table_line(row: Mapping[str, Any]) -> str:
+    target = ""
+    if row["target"] is not None:
+        target = f"{row['target']:g}x {'reached' if row['target_reached'] else 'MISSED'}"
+    fraction = f"{row['fraction_of_limit'] * 100:.2g}%" if "fraction_of_limit" in row else ""
+    return (
+        f"{row['shape']:47} {SHORT_DTYPES.get(row['dtype'], row['dtype']):5} {SHORT_DIRECTIONS[row['direction']]:7}"
+        f" {format_ms(row['ms']['relops']['median']):>9} {format_ms(row['ms']['pytorch']['median']):>10}"
+        f" {format_ratio(row['ratio']):>7}  {target:11} {format_bytes(row['peak_bytes']['relops']):>12}"
+        f" {format_bytes(row['peak_bytes']['pytorch']):>7} {row['error']['relops']:>8.1e} {fraction:>8}"
+    )
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows, a section per op and device, peers below the row that they were timed with."""
+    lines: list[str] = []
+    section = None
+    for row in rows:
+        if section != (row["op"], row["device"]):
+            section = (row["op"], row["device"])
+            cuda = row["device"] == "cuda"
+            where = torch.cuda.get_device_name() if cuda else f"{cpu_model()}, {row['threads']} threads"
+            lines += ["", f"{row['op']} on {row['device']} ({where})", HEADER, "-" * len(HEADER)]
+        lines.append(table_line(row))
+        for name, ratio in row["peer_ratio"].items():
+            lines.append(
+                f"{'    against ' + name:60} {'':9} {format_ms(row['ms'][name]['median']):>10}"
+                f" {format_ratio(ratio):>7}  {'':11} {'':12} {format_bytes(row['peak_bytes'][name]):>7}"
+                f" {row['error'][name]:>8.1e}"
+            )
+        lines += [f"    note: {note}" for note in row["notes"]]
+    return "\n".join(lines)
+
+
+def progress(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+# ---- pytest-benchmark ----
+
+
+@functools.cache
+def _verified_inputs(bench: Bench) -> Inputs:
+    source = Inputs(bench)
+    inputs, grads = source.draw()
+    verify(bench, "relops", Contender(bench.relops), inputs, grads, expected_in_float64(bench, inputs, grads))
+    return source
+
+
+def run_in_pytest(benchmark: Any, bench: Bench, contender: Contender) -> None:
+    """One contender of one bench as a pytest-benchmark test; contenders of a bench share a group. Times are of the
+    clock, launches included: `python -m benchmarks.run` is the finer instrument."""
+    source = _verified_inputs(bench)
+    inputs, _ = source.draw()
+    graph = Graph(contender, inputs) if bench.graph else None
+    benchmark.group = bench.label
+
+    def setup() -> tuple[tuple, dict]:
+        inputs, grads = source.draw()
+        run = bind(bench, contender, inputs, grads) if graph is None else graph.bind(inputs)
+        if bench.flushed:
+            flush_cache(bench.device)
+        synchronize(bench.device)
+        return (run,), {}
+
+    def call(run: Callable[[], Any]) -> None:
+        run()
+        synchronize(bench.device)
+
+    benchmark.pedantic(call, setup=setup, rounds=bench.min_rounds, warmup_rounds=1)
