@@ -72,7 +72,7 @@ Tensor forward(const MsDeformAttnInputs& in) {
     using T = typename decltype(t)::type;
     auto a = make_args<T, typename decltype(u)::type>(in, levels);
     a.output = static_cast<T*>(output.mutable_data_ptr());
-    RELOPS_CALL_ISA(ms_deform_attn_forward, a);
+    RELOPS_CALL_ISA(ms_deform_attn_forward, a, torch::stable::get_num_threads());
   });
   return output;
 }

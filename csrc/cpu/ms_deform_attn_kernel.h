@@ -403,6 +403,13 @@ bool worth_packing(const MsDeformAttnArgs<T, U>& a) {
   return a.D % kLanes<ComputeType<T>> != 0 || a.Q * a.L * a.P * 4 > 2 * a.S;
 }
 
+// Parts into which the queries of a pair are split where every part has dense rows of its own: `enough` to balance the
+// threads where there are pairs for all of them, else as few as occupy them, and never more than 4, which bounds
+// memory.
+inline int64_t packing_parts(int64_t threads, int64_t pairs, int64_t enough) {
+  return threads <= pairs ? enough : std::min<int64_t>((threads + pairs - 1) / pairs, 4);
+}
+
 // Dense rows of (n, m), padded with zeros to whole vectors; masked rows and row S are zero.
 template <class T, class U, class C>
 void pack_rows(const MsDeformAttnArgs<T, U>& a, int64_t n, int64_t m, C* packed, int64_t width) {
@@ -460,12 +467,12 @@ class RowSource {
 }  // namespace
 
 template <class T, class U>
-void ms_deform_attn_forward(const MsDeformAttnArgs<T, U>& a) {
+void ms_deform_attn_forward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
   using C = ComputeType<T>;
-  // Tasks of one (n, m) are neighbours, so a thread that gets several packs once. In place, an item is little work and
-  // many queries make up a task.
-  const int64_t parts = std::min<int64_t>(a.Q, 8);
-  torch::stable::parallel_for(0, a.N * a.M * parts, 1, [&](int64_t begin, int64_t end) {
+  // Tasks of one (n, m) are neighbours, so a thread that gets several packs once.
+  const int64_t pairs = a.N * a.M;
+  const int64_t parts = std::min(a.Q, worth_packing(a) ? packing_parts(threads, pairs, 8) : 1 + 4 * threads / pairs);
+  torch::stable::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     const SampleConstants<C> constants(a, scratch);
     const Samples<C> samples(constants.padded, false, scratch);
@@ -490,8 +497,7 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
   const bool scatter = a.grad_value != nullptr;
   // In place, a float32 or float64 gradient is its own array of sums.
   const bool sums_in_place = std::is_same_v<T, C> && !worth_packing(a);
-  const int64_t parts =
-      sums_in_place ? 1 : std::clamp<int64_t>((threads + pairs - 1) / pairs, 1, std::min<int64_t>(a.Q, 4));
+  const int64_t parts = sums_in_place ? 1 : std::min(a.Q, packing_parts(threads, pairs, 1));
   const int64_t sums_size = (a.S + 1) * width;
   Scratch shared;
   // With several parts their sums must outlive the task.
