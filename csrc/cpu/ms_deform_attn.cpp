@@ -15,6 +15,7 @@
 #include <new>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace relops {

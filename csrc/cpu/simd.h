@@ -126,6 +126,17 @@ inline void convert(const From* src, To* dst, int64_t n) {
   for (int64_t j = i; j < n; ++j) dst[j] = out[j - i];
 }
 
+// The vector whose lane j is f(j). Built from an initialiser, which the compiler turns into a constant; lanes assigned
+// in a loop it may insert one by one at run time.
+template <class C, class F, size_t... J>
+inline VecInt<C> lanes(F f, std::index_sequence<J...>) {
+  return VecInt<C>{f(static_cast<Int<C>>(J))...};
+}
+template <class C, class F>
+inline VecInt<C> lanes(F f) {
+  return lanes<C>(f, std::make_index_sequence<kLanes<C>>{});
+}
+
 // Lane j of the result is the sum of the lanes of v[j]. Each level adds halves of two vectors into one, so that W sums
 // cost W - 1 additions instead of W log2(W).
 template <class C, int kDistance = kLanes<C> / 2>
@@ -134,12 +145,9 @@ inline Vec<C> transpose_sum(Vec<C>* v) {
     return v[0];
   } else {
     constexpr Int<C> W = kLanes<C>;
-    VecInt<C> keep, cross;  // in the numbering of __builtin_shuffle: a's lanes, then b's
-    for (Int<C> j = 0; j < W; ++j) {
-      const Int<C> from = (j & kDistance) ? W : 0;
-      keep[j] = from + j;
-      cross[j] = from + (j ^ kDistance);
-    }
+    // In the numbering of __builtin_shuffle: a's lanes, then b's.
+    const VecInt<C> keep = lanes<C>([](Int<C> j) { return (j & kDistance ? W : 0) + j; });
+    const VecInt<C> cross = lanes<C>([](Int<C> j) { return (j & kDistance ? W : 0) + (j ^ kDistance); });
     for (int i = 0; i < kDistance; ++i)
       v[i] = __builtin_shuffle(v[i], v[i + kDistance], keep) + __builtin_shuffle(v[i], v[i + kDistance], cross);
     return transpose_sum<C, kDistance / 2>(v);
@@ -147,14 +155,14 @@ inline Vec<C> transpose_sum(Vec<C>* v) {
 }
 
 // Folds the lanes of v into one value with the associative f.
-template <class C, class F>
+template <class C, int kDistance = kLanes<C> / 2, class F>
 inline C fold(Vec<C> v, F f) {
-  for (Int<C> distance = kLanes<C> / 2; distance > 0; distance /= 2) {
-    VecInt<C> other;
-    for (Int<C> j = 0; j < kLanes<C>; ++j) other[j] = j ^ distance;
-    v = f(v, (Vec<C>)__builtin_shuffle(v, other));
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else {
+    const VecInt<C> other = lanes<C>([](Int<C> j) { return j ^ kDistance; });
+    return fold<C, kDistance / 2>(f(v, (Vec<C>)__builtin_shuffle(v, other)), f);
   }
-  return v[0];
 }
 
 template <class C>
@@ -165,22 +173,17 @@ inline C sum(Vec<C> v) {
 // From pairs p[0], p[1], .. to the first and the second of each.
 template <class C>
 inline void load_pairs(const C* p, Vec<C>& first, Vec<C>& second) {
-  VecInt<C> even, odd;
-  for (Int<C> j = 0; j < kLanes<C>; ++j) even[j] = 2 * j, odd[j] = 2 * j + 1;
   const Vec<C> low = load(p), high = load(p + kLanes<C>);
-  first = __builtin_shuffle(low, high, even);
-  second = __builtin_shuffle(low, high, odd);
+  first = __builtin_shuffle(low, high, lanes<C>([](Int<C> j) { return 2 * j; }));
+  second = __builtin_shuffle(low, high, lanes<C>([](Int<C> j) { return 2 * j + 1; }));
 }
 
 template <class C>
 inline void store_pairs(C* p, Vec<C> first, Vec<C> second) {
-  VecInt<C> low, high;
-  for (Int<C> j = 0; j < kLanes<C>; ++j) {
-    low[j] = j / 2 + (j % 2 ? kLanes<C> : 0);
-    high[j] = low[j] + kLanes<C> / 2;
-  }
+  constexpr Int<C> W = kLanes<C>;
+  const VecInt<C> low = lanes<C>([](Int<C> j) { return j / 2 + (j % 2 ? W : 0); });
   store(p, (Vec<C>)__builtin_shuffle(first, second, low));
-  store(p + kLanes<C>, (Vec<C>)__builtin_shuffle(first, second, high));
+  store(p + W, (Vec<C>)__builtin_shuffle(first, second, low + W / 2));
 }
 
 // e^x for x <= 0 to about 1 unit in the last place; 0 below the normal range; NaN stays NaN.
