@@ -596,6 +596,10 @@ def format_ratio(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
 
 
+def format_fraction(fraction: float) -> str:
+    return f"{fraction * 100:.0f}%" if fraction >= 0.1 else f"{fraction * 100:.1f}%"
+
+
 SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHORT_DIRECTIONS = {FORWARD: "fwd", FORWARD_BACKWARD: "fwd+bwd"}
 HEADER = (
@@ -608,7 +612,7 @@ def table_line(row: Mapping[str, Any]) -> str:
     target = ""
     if row["target"] is not None:
         target = f"{row['target']:g}x {'reached' if row['target_reached'] else 'MISSED'}"
-    fraction = f"{row['fraction_of_limit'] * 100:.2g}%" if "fraction_of_limit" in row else ""
+    fraction = format_fraction(row["fraction_of_limit"]) if "fraction_of_limit" in row else ""
     return (
         f"{row['shape']:47} {SHORT_DTYPES.get(row['dtype'], row['dtype']):5} {SHORT_DIRECTIONS[row['direction']]:7}"
         f" {format_ms(row['ms']['relops']['median']):>9} {format_ms(row['ms']['pytorch']['median']):>10}"

@@ -44,7 +44,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"{name} {harness.format_ms(ms[name]['median'])} ms ({harness.format_ratio(peer)})"
             for name, peer in row["peer_ratio"].items()
         )
-        fraction = f"{row['fraction_of_limit'] * 100:.2g} %" if "fraction_of_limit" in row else ""
+        fraction = harness.format_fraction(row["fraction_of_limit"]) if "fraction_of_limit" in row else ""
         lines.append(
             f"| {row['op']} | {row['shape']} | {harness.SHORT_DTYPES.get(row['dtype'], row['dtype'])}"
             f" | {harness.SHORT_DIRECTIONS[row['direction']]} | {harness.format_ms(ms['relops']['median'])} ms"

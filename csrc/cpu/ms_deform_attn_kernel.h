@@ -569,7 +569,7 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
             return DenseRows<C>{dense_sums, width};
         }();
         for (int64_t q = a.Q * part / parts; q < a.Q * (part + 1) / parts; ++q) {
-          prefetch_item(a, n, q + 3, m);  // farther ahead they evict one another: their stride is a power of two
+          prefetch_item(a, n, q + 3, m);
           read_samples(a, constants, n, q, m, samples);
           locate_samples(constants, a.S, source.mask_in_place(n), samples);
           convert(a.grad_output + ((n * a.Q + q) * a.M + m) * a.D, grad, a.D);
