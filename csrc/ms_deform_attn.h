@@ -154,6 +154,29 @@ struct MsDeformAttnGrads {
   Tensor value, locations, weights, reference;
 };
 
+inline MsDeformAttnGrads no_grads(const MsDeformAttnInputs& in) {
+  return {none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
+}
+
+// What is wanted where the output is empty.
+inline MsDeformAttnGrads zero_grads(const MsDeformAttnInputs& in, MsDeformAttnWanted wanted) {
+  const auto zeros = [](const Tensor& tensor) { return torch::stable::new_zeros(tensor, tensor.sizes()); };
+  MsDeformAttnGrads grads = no_grads(in);
+  if (wanted.value) grads.value = zeros(in.value);
+  if (wanted.sampling) grads.locations = zeros(in.locations);
+  if (wanted.sampling) grads.weights = zeros(in.weights);
+  if (wanted.reference) grads.reference = zeros(*in.reference_points);
+  return grads;
+}
+
+inline void check_grad_output(const MsDeformAttnInputs& in, const Tensor& grad_output) {
+  const auto& z = in.sizes;
+  check_shape(in.op, "grad_output", grad_output, {z.N, z.Q, z.M * z.D});
+  STD_TORCH_CHECK(grad_output.scalar_type() == in.value.scalar_type(), in.op,
+                  ": grad_output differs from value in dtype");
+  STD_TORCH_CHECK(grad_output.device() == in.value.device(), in.op, ": grad_output is not on the device of value");
+}
+
 // The ops with the signatures of library.cpp, from a device's
 //   Tensor forward(const MsDeformAttnInputs&) and
 //   MsDeformAttnGrads backward(const MsDeformAttnInputs&, const Tensor& grad_output, MsDeformAttnWanted).

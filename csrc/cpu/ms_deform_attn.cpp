@@ -82,17 +82,12 @@ Tensor forward(const MsDeformAttnInputs& in) {
 MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_output, MsDeformAttnWanted wanted) {
   const auto& z = in.sizes;
   const std::vector<Level> levels = read_levels(in.op, z, in.spatial_shapes, in.level_start_index);
-  check_shape(in.op, "grad_output", grad_output, {z.N, z.Q, z.M * z.D});
-  STD_TORCH_CHECK(grad_output.scalar_type() == in.value.scalar_type(), in.op,
-                  ": grad_output differs from value in dtype");
+  check_grad_output(in, grad_output);
+  if (grad_output.numel() == 0) return zero_grads(in, wanted);
   const Tensor grad = dense(grad_output);
-  MsDeformAttnGrads grads{none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
+  MsDeformAttnGrads grads = no_grads(in);
   Tensor head_shares = grads.reference;
-  // Where there is nothing to do, nothing is written.
-  const bool nothing = grad.numel() == 0;
-  const auto grad_like = [&](const Tensor& t) {
-    return nothing ? torch::stable::new_zeros(t, t.sizes()) : torch::stable::new_empty(t, t.sizes());
-  };
+  const auto grad_like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
   if (wanted.value) grads.value = grad_like(in.value);
   if (wanted.sampling) {
     grads.locations = grad_like(in.locations);
@@ -102,7 +97,6 @@ MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_outp
     grads.reference = torch::stable::new_zeros(*in.reference_points, in.reference_points->sizes());
     head_shares = torch::stable::new_empty(*in.reference_points, {z.N, z.M, z.Q, z.L, z.R});
   }
-  if (nothing) return grads;
   dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
     using T = typename decltype(t)::type;
     using U = typename decltype(u)::type;

@@ -252,9 +252,8 @@ void launch_reference(const char* op, const P& p, typename P::C* grad_reference,
 MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, const Tensor& grad_output,
                                                MsDeformAttnWanted wanted) {
   const auto& z = in.sizes;
-  check_shape(in.op, "grad_output", grad_output, {z.N, z.Q, z.M * z.D});
-  STD_TORCH_CHECK(grad_output.scalar_type() == in.value.scalar_type(), in.op,
-                  ": grad_output differs from value in dtype");
+  check_grad_output(in, grad_output);
+  if (grad_output.numel() == 0) return zero_grads(in, wanted);
   const torch::stable::accelerator::DeviceGuard guard(in.value.get_device_index());
   const cudaStream_t stream = current_stream(in.value.get_device_index());
   const bool fused = in.reference_points.has_value();
@@ -263,15 +262,7 @@ MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, con
     return torch::stable::new_empty(like, like.sizes(), compute);
   };
 
-  MsDeformAttnGrads grads{none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
-  if (grad_output.numel() == 0) {
-    if (wanted.value) grads.value = torch::stable::new_zeros(in.value, in.value.sizes());
-    if (wanted.sampling) grads.locations = torch::stable::new_zeros(in.locations, in.locations.sizes());
-    if (wanted.sampling) grads.weights = torch::stable::new_zeros(in.weights, in.weights.sizes());
-    if (wanted.reference)
-      grads.reference = torch::stable::new_zeros(*in.reference_points, in.reference_points->sizes());
-    return grads;
-  }
+  MsDeformAttnGrads grads = no_grads(in);
   const Tensor grad = aligned(grad_output);
   const bool scatter = wanted.value && !wanted.deterministic;
   Tensor value_sums = none_like(in.value), raw_grad_weights = none_like(in.weights), grad_pixels = none_like(in.value);
