@@ -25,15 +25,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
-# The oldest torch whose stable ABI the sources use. A build runs on this torch and on every later one.
-TORCH_TARGET_VERSION = (2, 10)
+MINIMUM_TORCH = tuple(
+    map(int, re.search(r"^MINIMUM_TORCH = \((\d+), (\d+)\)", (ROOT / "relops/_library.py").read_text(), re.M).groups())
+)
 
 try:
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
-        f"relops: building needs PyTorch >= {'.'.join(map(str, TORCH_TARGET_VERSION))}; importing it failed: {error}\n"
+        f"relops: building needs PyTorch >= {'.'.join(map(str, MINIMUM_TORCH))}; importing it failed: {error}\n"
         "  Install it first (https://pytorch.org/get-started), then either\n"
         "    pip install --no-build-isolation .     # build against the torch you have\n"
         "  or let pip bring its own for the build:\n"
@@ -114,7 +115,7 @@ class NinjaBuild(build_ext):
         temp = Path(self.build_temp)
         rows = {
             "version": facts["VERSION"],
-            "torch": f"{torch.__version__} (stable ABI of {'.'.join(map(str, TORCH_TARGET_VERSION))})",
+            "torch": f"{torch.__version__} (stable ABI of {'.'.join(map(str, MINIMUM_TORCH))})",
             "C++": facts["COMPILER"],
             "relops._cuda": cuda_words,
             **({"CUDA archs": archs, "nvcc": facts["NVCC"]} if cuda_home else {}),
@@ -159,7 +160,7 @@ def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
 
     system = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
     includes = " ".join([f"-I{shlex.quote(str(CSRC))}", *(f"-isystem {shlex.quote(path)}" for path in system)])
-    target = sum(part << shift for part, shift in zip(TORCH_TARGET_VERSION, (56, 48)))
+    target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))
     common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
     cflags = f"{common} -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
     paths = " ".join(f"-L{shlex.quote(p)} -Wl,-rpath-link,{shlex.quote(p)}" for p in cpp_extension.library_paths())

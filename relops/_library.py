@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+# The oldest torch whose stable ABI the sources use; setup.py reads it here. A build runs on it and on every later one.
 MINIMUM_TORCH = (2, 10)
 
 # Why relops._cuda is not loaded: None where it is.
@@ -24,7 +25,8 @@ def load() -> None:
     global cuda_missing
     found = tuple(int("".join(filter(str.isdigit, part))) for part in torch.__version__.split("+")[0].split(".")[:2])
     if found < MINIMUM_TORCH:
-        raise ImportError(f"relops needs PyTorch >= 2.10, found {torch.__version__}: pip install -U torch")
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        raise ImportError(f"relops needs PyTorch >= {minimum}, found {torch.__version__}: pip install -U torch")
     try:
         importlib.import_module("relops._C")
     except ImportError as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from relops._library import MINIMUM_TORCH
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 NAMESPACE = "relops_emulated"
@@ -44,7 +46,7 @@ def build(folder: Path) -> Path:
                     "-O1",
                     "-fPIC",
                     "-fvisibility=hidden",
-                    "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+                    "-DTORCH_TARGET_VERSION=" + str((MINIMUM_TORCH[0] << 56) + (MINIMUM_TORCH[1] << 48)) + "ULL",
                 ]
                 + ["-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"]
                 + [f"-I{p}" for p in (HERE, folder, CSRC)]
