@@ -14,6 +14,7 @@ from torch import Tensor
 import relops
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Contender, Model, Skipped
 from relops import reference
+from relops.ops._checks import compute_dtype
 
 Levels = tuple[tuple[int, int], ...]
 
@@ -115,10 +116,6 @@ def draw_value(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Te
 def draw_logits(case: Case, generator: torch.Generator) -> Tensor:
     shape = (case.N, case.queries, case.M, len(case.levels), case.P)
     return torch.randn(shape, generator=generator, device=generator.device)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def unfused_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:

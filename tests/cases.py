@@ -322,3 +322,4 @@ OPS = [
         raw=shapes_as_tensor,
     ),
 ]
+PLAIN, FUSED = (next(op for op in OPS if op.name == name) for name in ("ms_deform_attn", "ms_deform_attn_fused"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import Inputs, Op
 from torch import Tensor
 
 from relops import _library
@@ -32,12 +34,20 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@contextlib.contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    with determinism(True):
+        yield
 
 
 def tolerances(dtype: torch.dtype) -> tuple[float, float]:
@@ -61,3 +71,10 @@ def assert_matches(actual: Tensor, expected: Tensor, what: str = "output", dtype
         actual.detach().double().cpu(), expected.detach().cpu(), rtol=relative, atol=of_largest * largest,
         msg=lambda text: f"{what}: {text}",
     )  # fmt: skip
+
+
+def assert_matches_twin(op: Op, inputs: Inputs, dtype: torch.dtype | None = None) -> None:
+    """The output and every gradient."""
+    actual = op.run(inputs)
+    for name, expected in op.run_twin(inputs).items():
+        assert_matches(actual[name], expected, name, dtype)

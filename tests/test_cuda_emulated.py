@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import cuda_emulation
 import pytest
 import torch
-from cases import OPS, DeformAttn, Op
-from conftest import DTYPES, assert_matches
+from cases import FUSED, OPS, PLAIN, DeformAttn, Op
+from conftest import DTYPES, assert_matches, assert_matches_twin, determinism
 
 from relops import _library
 
@@ -34,23 +34,14 @@ SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for na
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, sample", SAMPLES)
 def test_outputs_and_gradients(op: Op, sample, dtype: torch.dtype, deterministic: bool) -> None:
-    inputs = op.draw(sample, dtype=dtype)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        got = op.run(inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, expected in op.run_twin(inputs).items():
-        assert_matches(got[name], expected, name)
+    with determinism(deterministic):
+        assert_matches_twin(op, op.draw(sample, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("op, sample", SAMPLES)
 def test_coordinates_of_16_bits(op: Op, sample, dtype: torch.dtype) -> None:
-    inputs = op.cast(op.draw(sample), dtype, dtype)
-    got = op.run(inputs)
-    for name, expected in op.run_twin(inputs).items():
-        assert_matches(got[name], expected, name, dtype)
+    assert_matches_twin(op, op.cast(op.draw(sample), dtype, dtype), dtype)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -64,70 +55,52 @@ def test_empty_inputs(op: Op) -> None:
 
 @pytest.mark.parametrize("wanted", [("value",), ("sampling_locations",), ("attention_weights",)])
 def test_only_what_is_wanted(wanted: tuple[str, ...]) -> None:
-    op = next(op for op in OPS if op.name == "ms_deform_attn")
-    inputs = op.draw(op.samples["typical"])
-    everything = op.run(inputs)
-    for name, got in op.run(inputs, wanted=wanted).items():
+    inputs = PLAIN.draw(PLAIN.samples["typical"])
+    everything = PLAIN.run(inputs)
+    for name, got in PLAIN.run(inputs, wanted=wanted).items():
         assert_matches(got, everything[name].double(), name)
 
 
 @pytest.mark.parametrize("D", [40, 200, 260], ids=lambda D: f"D{D}")
 def test_heads_wider_than_a_group_of_lanes(D: int) -> None:
     case = DeformAttn(N=1, M=1, D=D, mask=True)
-    for op in OPS:
-        inputs = op.draw(case.fused if op.name.endswith("fused") else case.plain)
-        got = op.run(inputs)
-        for name, expected in op.run_twin(inputs).items():
-            assert_matches(got[name], expected, name)
+    for op, sample in ((PLAIN, case.plain), (FUSED, case.fused)):
+        assert_matches_twin(op, op.draw(sample))
 
 
 def test_encoder_whose_patches_end_inside_a_level() -> None:
     """Queries that are the pixels of the pyramid are worked on in patches of 8 rows: each must be visited once."""
     levels = ((17, 9), (8, 3), (3, 11), (1, 2))
     case = DeformAttn(levels=levels, N=2, Q=sum(h * w for h, w in levels), M=2, D=16, P=2)
-    op = next(op for op in OPS if op.name == "ms_deform_attn")
-    inputs = op.draw(case.plain)
-    got = op.run(inputs)
-    for name, expected in op.run_twin(inputs).items():
-        assert_matches(got[name], expected, name)
+    assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
 
 
 @pytest.mark.parametrize("starts", [None, "in order"])
 def test_levels_read_by_the_kernel(starts: str | None) -> None:
     """More levels than travel as parameters take the path of sizes in device memory."""
     case = DeformAttn(levels=((2, 3),) * 17, P=1, starts=starts)
-    op = next(op for op in OPS if op.name == "ms_deform_attn")
-    inputs = op.draw(case.plain)
-    got = op.run(inputs)
-    for name, expected in op.run_twin(inputs).items():
-        assert_matches(got[name], expected, name)
+    assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
 
 
 def test_levels_that_do_not_fit_give_nan() -> None:
     """The kernel's own check: the host cannot see sizes in device memory."""
     case = DeformAttn(levels=((2, 3),) * 17, P=1)
-    op = next(op for op in OPS if op.name == "ms_deform_attn")
-    inputs = op.draw(case.plain)
+    inputs = PLAIN.draw(case.plain)
     for wrong in ([(2, 3)] * 16 + [(2, 4)], [(2, 3)] * 16 + [(-2, -3)], [(2**40, 2**40)] + [(0, 0)] * 16):
-        arguments = op.raw(inputs | {"spatial_shapes": torch.tensor(wrong)})
-        assert op.overload(*arguments.values()).isnan().all()
+        arguments = PLAIN.raw(inputs | {"spatial_shapes": torch.tensor(wrong)})
+        assert PLAIN.overload(*arguments.values()).isnan().all()
 
 
-def test_samples_that_are_not_finite_give_nothing() -> None:
-    op = next(op for op in OPS if op.name == "ms_deform_attn")
-    inputs = op.draw(op.samples["typical"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+def test_samples_that_are_not_finite_give_nothing(deterministic: bool) -> None:
+    inputs = PLAIN.draw(PLAIN.samples["typical"])
     clean = inputs["sampling_locations"]
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        for value in (float("nan"), float("inf"), -float("inf"), 1e30, -1e30):
-            dirty = clean.clone()
-            dirty[:, ::2, :, 0, 1, 1] = value
-            away = clean.clone()
-            away[:, ::2, :, 0, 1] = 9.0
-            got, expected = (
-                op.run(inputs | {"sampling_locations": dirty}),
-                op.run(inputs | {"sampling_locations": away}),
-            )
-            for name in got:
-                assert torch.equal(got[name], expected[name]), (name, value)
-    torch.use_deterministic_algorithms(False)
+    for value in (float("nan"), float("inf"), -float("inf"), 1e30, -1e30):
+        dirty = clean.clone()
+        dirty[:, ::2, :, 0, 1, 1] = value
+        away = clean.clone()
+        away[:, ::2, :, 0, 1] = 9.0
+        with determinism(deterministic):
+            got, expected = (PLAIN.run(inputs | {"sampling_locations": locations}) for locations in (dirty, away))
+        for name in got:
+            assert torch.equal(got[name], expected[name]), (name, value)

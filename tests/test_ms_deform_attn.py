@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import OPS, DeformAttn, Inputs, Op, Sample, grad_like
-from conftest import DTYPES, assert_matches, needs_cuda, why_no_cuda
+from cases import FUSED, PLAIN, DeformAttn, Inputs, Op, Sample, grad_like
+from conftest import DTYPES, assert_matches, assert_matches_twin, needs_cuda, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,7 +23,6 @@ import relops
 from relops import reference
 from relops._library import build_info
 
-PLAIN, FUSED = (next(op for op in OPS if op.name == name) for name in ("ms_deform_attn", "ms_deform_attn_fused"))
 both = pytest.mark.parametrize("op", [PLAIN, FUSED], ids=lambda op: op.name)
 
 
@@ -150,10 +149,7 @@ SHAPES = {
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_shapes(op: Op, case: DeformAttn, device: str, dtype: torch.dtype) -> None:
-    inputs = draw(op, case, device, dtype)
-    actual = op.run(inputs)
-    for name, expected in op.run_twin(inputs).items():
-        assert_matches(actual[name], expected, name)
+    assert_matches_twin(op, draw(op, case, device, dtype))
 
 
 @both
@@ -200,17 +196,13 @@ def test_logits_and_weights_of_any_size(op: Op, device: str) -> None:
     inputs = draw(op, DeformAttn(), device)
     name = "attention_logits" if op is FUSED else "attention_weights"
     inputs[name] = inputs[name] * 1e4  # a softmax that does not subtract its maximum overflows
-    actual = op.run(inputs)
-    for name, expected in op.run_twin(inputs).items():
-        assert_matches(actual[name], expected, name)
+    assert_matches_twin(op, inputs)
 
 
 def test_logit_of_minus_infinity_drops_its_sample(device: str) -> None:
     inputs = draw(FUSED, DeformAttn(), device)
     inputs["attention_logits"][:, :, :, 0, 1] = -math.inf
-    actual = FUSED.run(inputs)
-    for name, expected in FUSED.run_twin(inputs).items():
-        assert_matches(actual[name], expected, name)
+    assert_matches_twin(FUSED, inputs)
 
 
 # ---- Values that are not finite ----
@@ -585,23 +577,15 @@ def test_cuda_graph_of_a_training_step(op: Op) -> None:
 @needs_cuda
 @both
 @pytest.mark.parametrize(
-    "shapes",
-    [[[6, 4], [3, 3]], [[60, 40], [3, 2]], [[-6, -4], [3, 2]], [[2**40, 2**40], [3, 2]], [[6, 4], [0, 0]]],
+    ("name", "sizes"),
+    [("spatial_shapes", shapes) for shapes in (
+        [[6, 4], [3, 3]], [[60, 40], [3, 2]], [[-6, -4], [3, 2]], [[2**40, 2**40], [3, 2]], [[6, 4], [0, 0]],
+    )] + [("level_start_index", starts) for starts in ([0, 25], [-1, 24], [0, 2**62])],
     ids=str,
-)
-def test_cuda_shapes_on_the_device_that_do_not_add_up(op: Op, shapes: list[list[int]]) -> None:
+)  # fmt: skip
+def test_cuda_levels_on_the_device_that_do_not_fit(op: Op, name: str, sizes: list) -> None:
     """The host cannot look without synchronizing: the output says so with NaN, and nothing outside is read."""
-    inputs = draw(op, DeformAttn(), "cuda") | {"spatial_shapes": torch.tensor(shapes, device="cuda")}
-    results = op.run(inputs)
-    torch.cuda.synchronize()
-    assert results["output"].isnan().all()
-
-
-@needs_cuda
-@both
-@pytest.mark.parametrize("starts", [[0, 25], [-1, 24], [0, 2**62]], ids=str)
-def test_cuda_level_starts_on_the_device_outside(op: Op, starts: list[int]) -> None:
-    inputs = draw(op, DeformAttn(), "cuda") | {"level_start_index": torch.tensor(starts, device="cuda")}
+    inputs = draw(op, DeformAttn(), "cuda") | {name: torch.tensor(sizes, device="cuda")}
     results = op.run(inputs)
     torch.cuda.synchronize()
     assert results["output"].isnan().all()
