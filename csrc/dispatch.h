@@ -33,6 +33,23 @@ struct Type {
   using type = T;
 };
 
+// Calls f(Type<T>{}) for features of type T.
+template <class F>
+void dispatch_features(const char* op, ScalarType features, F f) {
+  switch (features) {
+    case ScalarType::Double:
+      return f(Type<double>{});
+    case ScalarType::Float:
+      return f(Type<float>{});
+    case ScalarType::Half:
+      return f(Type<Half>{});
+    case ScalarType::BFloat16:
+      return f(Type<BFloat16>{});
+    default:
+      STD_TORCH_CHECK(false, op, ": expected float64, float32, float16 or bfloat16");
+  }
+}
+
 // Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U, where U is T, or float beside a
 // 16-bit T.
 template <class F>

@@ -2,7 +2,8 @@
 // (cpu/<op>.cpp, cuda/<op>.cu); checks for users, fakes, autograd and autocast are in relops/ops/<op>.py.
 //
 // An op with a leading underscore is the backward of the op it is named after. Its *_grad flags say which gradients
-// are wanted; one not asked for comes back as an empty tensor of one dimension.
+// are wanted; one not asked for comes back as an empty tensor of one dimension. input and inputs are given to the
+// backward of a region op only where its gradients need them: those of the boxes, and the place of a maximum.
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,4 +23,38 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "Tensor? level_start_index, Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
       "Tensor? value_mask, bool value_grad, bool sampling_grad, bool reference_grad, "
       "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  m.def(
+      "roi_align(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0, int sampling_ratio=-1, "
+      "bool aligned=False) -> Tensor");
+  m.def(
+      "_roi_align_backward(Tensor grad_output, Tensor? input, Tensor boxes, SymInt[] input_shape, "
+      "float spatial_scale, int sampling_ratio, bool aligned, bool channels_last, bool input_grad, "
+      "bool boxes_grad) -> (Tensor, Tensor)");
+  m.def("roi_pool(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0) -> Tensor");
+  m.def(
+      "_roi_pool_backward(Tensor grad_output, Tensor input, Tensor boxes, Tensor output, "
+      "float spatial_scale) -> Tensor");
+  m.def(
+      "ps_roi_align(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0, "
+      "int sampling_ratio=-1) -> Tensor");
+  m.def(
+      "_ps_roi_align_backward(Tensor grad_output, Tensor? input, Tensor boxes, SymInt[] input_shape, "
+      "float spatial_scale, int sampling_ratio, bool channels_last, bool input_grad, "
+      "bool boxes_grad) -> (Tensor, Tensor)");
+  m.def("ps_roi_pool(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0) -> Tensor");
+  m.def(
+      "_ps_roi_pool_backward(Tensor grad_output, Tensor boxes, SymInt[] input_shape, float spatial_scale, "
+      "bool channels_last) -> Tensor");
+  m.def("prroi_pool(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0) -> Tensor");
+  m.def(
+      "_prroi_pool_backward(Tensor grad_output, Tensor? input, Tensor boxes, SymInt[] input_shape, "
+      "float spatial_scale, bool channels_last, bool input_grad, bool boxes_grad) -> (Tensor, Tensor)");
+  m.def(
+      "multi_scale_roi_align(Tensor[] inputs, Tensor boxes, int[2] output_size, float[] spatial_scales, "
+      "int sampling_ratio=2, bool aligned=False, float canonical_box_size=224.0, int canonical_level=4) -> Tensor");
+  m.def(
+      "_multi_scale_roi_align_backward(Tensor grad_output, Tensor[] inputs, Tensor boxes, SymInt[] input_shape, "
+      "float[] spatial_scales, int sampling_ratio, bool aligned, float canonical_box_size, int canonical_level, "
+      "bool channels_last, bool[] input_grads, bool boxes_grad) -> (Tensor[], Tensor)");
 }

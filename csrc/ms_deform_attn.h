@@ -5,29 +5,14 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <limits>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "dispatch.h"
+#include "tensors.h"
 
 namespace relops {
-
-using torch::stable::Tensor;
-
-inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
-
-inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
-}
-
-// What stands for a gradient that was not asked for.
-inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 
 struct MsDeformAttnSizes {
   int64_t N;  // batch
@@ -39,13 +24,6 @@ struct MsDeformAttnSizes {
   int64_t P;  // points per level
   int64_t R;  // coordinates per reference point: 2 or 4; 0 where locations are given (not fused)
 };
-
-inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t i = 0;
-  for (int64_t size : shape) equal = equal && tensor.size(i++) == size;
-  STD_TORCH_CHECK(equal, op, ": ", name, " has the wrong shape");
-}
 
 // locations: sampling_locations, or sampling_offsets where reference_points is given; weights likewise logits.
 inline MsDeformAttnSizes ms_deform_attn_sizes(const char* op, const Tensor& value, const Tensor& spatial_shapes,

@@ -6,7 +6,23 @@ _library.load()
 
 from relops import nn  # noqa: E402  (the ops must be loaded before anything that uses them)
 from relops.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused  # noqa: E402
+from relops.ops.multi_scale_roi_align import multi_scale_roi_align  # noqa: E402
+from relops.ops.prroi_pool import prroi_pool  # noqa: E402
+from relops.ops.ps_roi_align import ps_roi_align  # noqa: E402
+from relops.ops.ps_roi_pool import ps_roi_pool  # noqa: E402
+from relops.ops.roi_align import roi_align  # noqa: E402
+from relops.ops.roi_pool import roi_pool  # noqa: E402
 
 __version__: str = _library.build_info()["version"]
 
-__all__ = ["ms_deform_attn", "ms_deform_attn_fused", "nn"]
+__all__ = [
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "multi_scale_roi_align",
+    "nn",
+    "prroi_pool",
+    "ps_roi_align",
+    "ps_roi_pool",
+    "roi_align",
+    "roi_pool",
+]

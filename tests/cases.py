@@ -5,8 +5,11 @@ An op that is added to OPS gets all of test_contract.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 import relops
 from relops import reference
 
-# Arguments by name, in the order of the signature.
+# Arguments by name, in the order of the signature; a list of tensors one by one, for Op.assemble to join.
 Inputs = dict[str, Any]
 # Draws them in float64 on the CPU, so that every device and dtype is given the same numbers.
 Sample = Callable[[torch.Generator], Inputs]
@@ -29,6 +32,7 @@ class Bad:
     change: Callable[[Inputs], Inputs]
     error: type[Exception] | tuple[type[Exception], ...]
     message: str
+    harmless: bool = False  # the kernels make something of it
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,28 @@ class Op:
     differentiable: tuple[str, ...]
     vmapped: tuple[str, ...]  # arguments that torch.vmap may map
     bad: tuple[Bad, ...]
-    raw: Callable[[Inputs], Inputs] = dict  # from arguments of relops.<name> to those of torch.ops.relops.<name>
+    indices: Mapping[str, int] = field(default_factory=dict)  # leading columns of arguments that are whole numbers
+    assemble: Callable[[Inputs], Inputs] = dict  # gives the arguments of relops.<name>
+    raw: Callable[[Inputs], Inputs] = dict  # gives those of torch.ops.relops.<name>
 
     @property
     def function(self) -> Callable[..., Tensor]:
-        return getattr(relops, self.name)
+        return self.of_inputs(getattr(relops, self.name))
 
     @property
     def reference(self) -> Callable[..., Tensor]:
-        return getattr(reference, self.name)
+        return self.of_inputs(getattr(reference, self.name))
+
+    def of_inputs(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        assemble = self.assemble
+        if assemble is dict:
+            return function
+
+        @functools.wraps(function)
+        def assembled(**inputs: Any) -> Tensor:
+            return function(**assemble(inputs))
+
+        return assembled
 
     @property
     def overload(self) -> Any:
@@ -76,7 +93,8 @@ class Op:
         wanted = self.differentiable if wanted is None else wanted
         inputs = {name: x.detach().requires_grad_() if name in wanted else x for name, x in inputs.items()}
         output = (function or self.function)(**inputs)
-        output.backward(grad_like(output) if grad_output is None else grad_output)
+        if wanted:
+            output.backward(grad_like(output) if grad_output is None else grad_output)
         return {"output": output.detach()} | {name: inputs[name].grad for name in wanted}
 
     def run_twin(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -296,6 +314,264 @@ def bad_fused() -> tuple[Bad, ...]:
     )  # fmt: skip
 
 
+# ---- Regions ----
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Sizes and kinds of arguments of a sample; letters as in relops.roi_align.
+
+    Boxes are drawn again until rounding, of theirs to whatever dtype or of the arithmetic, decides nothing: how many
+    samples, between which pixels or whether on the map, which pixels, which level.
+    """
+
+    N: int = 2
+    C: int = 5  # of the output
+    H: int = 9
+    W: int = 12
+    K: int = 7
+    PH: int = 3
+    PW: int = 2
+    scale: float = 0.5
+    sampling_ratio: int = -1
+    aligned: bool = False
+    channels_last: bool = False
+    canonical_box_size: float = 3.0  # of the second level; multi-scale only
+    levels: int = 1  # each of half the size of the one before
+
+    @property
+    def finest(self) -> int:
+        return round(-math.log2(self.scale))
+
+    def arguments(self, features: Inputs, boxes: Tensor, *options: str) -> Inputs:
+        everything = {
+            "spatial_scale": self.scale,
+            "spatial_scales": [self.scale / 2**level for level in range(self.levels)],
+            "sampling_ratio": self.sampling_ratio,
+            "aligned": self.aligned,
+            "canonical_box_size": self.canonical_box_size,
+            "canonical_level": self.finest + 1,
+        }
+        wanted = {name: everything[name] for name in options}
+        return features | {"boxes": boxes, "output_size": (self.PH, self.PW)} | wanted
+
+    def map(self, generator: torch.Generator, channels: int, level: int = 0, distinct: bool = False) -> Tensor:
+        shape = (self.N, channels, -(-self.H // 2**level), -(-self.W // 2**level))
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if distinct:  # in every dtype, for maxima without ties
+            x = (x.flatten(2).argsort(-1).view(shape) - self.H * self.W // 2).double() / 64
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def boxes(self, generator: torch.Generator, decides: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of every size, inside, across the border and outside."""
+        M = 100 * self.K + 1
+        width_height = torch.tensor([self.W, self.H], dtype=torch.float64).clamp(min=1)
+        center, extent = torch.rand(2, M, 2, generator=generator, dtype=torch.float64)
+        center, half = (1.2 * center - 0.1) * width_height, 0.03 * 12**extent * width_height
+        index = torch.randint(max(self.N, 1), (M, 1), generator=generator)
+        boxes = torch.cat([index, (center - half) / self.scale, (center + half) / self.scale], 1)
+        dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        steady = ~torch.stack([decides(boxes.to(dtype).double()) for dtype in dtypes]).any(0)
+        kept = boxes[steady][: self.K]
+        assert len(kept) == self.K
+        return kept
+
+    def sampled_decides(self, aligned: bool) -> Callable[[Tensor], Tensor]:
+        def decides(boxes: Tensor) -> Tensor:
+            scale, found = torch.full((len(boxes), 1), self.scale, dtype=torch.float64), False
+            if self.levels > 1:
+                side = ((boxes[:, 3:4] - boxes[:, 1:2]) * (boxes[:, 4:5] - boxes[:, 2:3])).sqrt()
+                level = self.finest + 1 + (side / self.canonical_box_size).log2()
+                scale = 2.0 ** -level.floor().clamp(self.finest, self.finest + self.levels - 1)
+                found = near_whole(level)
+            for first, last, bins in ((1, 3, self.PW), (2, 4, self.PH)):
+                begin, end = boxes[:, [first]] * scale, boxes[:, [last]] * scale
+                length = end - begin
+                if not aligned:
+                    found = found | ((length - 1).abs() < 1e-2)
+                    length = length.clamp(min=1)
+                bin = length / bins
+                if self.sampling_ratio > 0:
+                    grid = torch.full_like(bin, self.sampling_ratio)
+                else:
+                    grid = bin.ceil()
+                    found = found | (near_whole(bin) & (length != 1))  # which widened boxes have in every dtype
+                step = torch.arange(bins * int(grid.max()))
+                position = begin - (0.5 if aligned else 0) + (step + 0.5) * bin / grid
+                found = found | (near_whole(position) & (step < bins * grid)).any(1, keepdim=True)
+            return found[:, 0]
+
+        return decides
+
+    def rounded_decides(self, last_included: bool) -> Callable[[Tensor], Tensor]:
+        def decides(boxes: Tensor) -> Tensor:
+            found = near_whole(boxes[:, 1:] * self.scale + 0.5).any(1)
+            corners = (boxes * self.scale).round()
+            for first, last, bins in ((1, 3, self.PW), (2, 4, self.PH)):
+                length = (corners[:, [last]] - corners[:, [first]] + last_included).clamp(min=1).long()
+                edges = torch.arange(bins + 1) * length  # in units of 1 / bins
+                for dtype in (torch.float32, torch.float64):
+                    at = torch.arange(bins + 1) * (length.to(dtype) / bins)
+                    found |= ((at.floor() != edges // bins) | (at.ceil() != -(-edges // bins))).any(1)
+            return found
+
+        return decides
+
+    def roi_align(self, generator: torch.Generator) -> Inputs:
+        boxes = self.boxes(generator, self.sampled_decides(self.aligned))
+        features = {"input": self.map(generator, self.C)}
+        return self.arguments(features, boxes, "spatial_scale", "sampling_ratio", "aligned")
+
+    def ps_roi_align(self, generator: torch.Generator) -> Inputs:
+        boxes = self.boxes(generator, self.sampled_decides(True))
+        features = {"input": self.map(generator, self.C * self.PH * self.PW)}
+        return self.arguments(features, boxes, "spatial_scale", "sampling_ratio")
+
+    def multi_scale_roi_align(self, generator: torch.Generator) -> Inputs:
+        case = replace(self, levels=3)
+        boxes = case.boxes(generator, case.sampled_decides(self.aligned))
+        features = {f"level{level}": case.map(generator, self.C, level) for level in range(3)}
+        return case.arguments(
+            features, boxes, "spatial_scales", "sampling_ratio", "aligned", "canonical_box_size", "canonical_level"
+        )
+
+    def roi_pool(self, generator: torch.Generator) -> Inputs:
+        boxes = self.boxes(generator, self.rounded_decides(last_included=True))
+        return self.arguments({"input": self.map(generator, self.C, distinct=True)}, boxes, "spatial_scale")
+
+    def ps_roi_pool(self, generator: torch.Generator) -> Inputs:
+        boxes = self.boxes(generator, self.rounded_decides(last_included=False))
+        features = {"input": self.map(generator, self.C * self.PH * self.PW)}
+        return self.arguments(features, boxes, "spatial_scale")
+
+    def prroi_pool(self, generator: torch.Generator) -> Inputs:
+        boxes = self.boxes(generator, lambda boxes: torch.zeros(len(boxes), dtype=torch.bool))
+        return self.arguments({"input": self.map(generator, self.C)}, boxes, "spatial_scale")
+
+
+def near_whole(x: Tensor) -> Tensor:
+    return (x - x.round()).abs() < 1e-3
+
+
+def join_levels(inputs: Inputs) -> Inputs:
+    levels = [x for name, x in inputs.items() if name.startswith("level")]
+    return {"inputs": levels} | {name: x for name, x in inputs.items() if not name.startswith("level")}
+
+
+REGIONS = {
+    "typical": Regions(),
+    "smallest": Regions(N=1, C=1, H=1, W=1, K=1, PH=1, PW=1, scale=1.0),
+    "fixed grid": Regions(
+        N=3, C=16, H=17, W=21, K=12, PH=4, PW=5, scale=0.25, sampling_ratio=2, aligned=True, canonical_box_size=10.0
+    ),
+    "channels_last": Regions(C=40, K=9, sampling_ratio=2, channels_last=True),
+    "channels_last odd": Regions(
+        N=1, H=13, K=30, PH=2, PW=7, scale=0.125, aligned=True, channels_last=True, canonical_box_size=14.0
+    ),
+}
+REGIONS_EMPTY = {
+    "N": Regions(N=0, K=0),
+    "K": Regions(K=0, channels_last=True),
+    "C": Regions(C=0),
+    "H": Regions(H=0, sampling_ratio=2),
+    "W": Regions(W=0, channels_last=True),
+}
+
+
+def regions_growing(k: int) -> Regions:
+    """At k = 0 no two sizes are equal, nor one to the 5 columns of the boxes."""
+    return Regions(N=4 + k, C=8 + 3 * k, H=22 + 4 * k, W=26 + 8 * k, K=9 + 2 * k, canonical_box_size=7.0)
+
+
+def bad_options(name: str, error: type[Exception], *values: Any, harmless: bool = False) -> Iterator[Bad]:
+    for value in values:
+        message = rf"{name}(\[0\])? must be .*got .*{re.escape(repr(value))}"
+        yield Bad(f"{name} {value!r}", put(name, value), error, message, harmless)
+
+
+def bad_regions(features: str, *more: Bad) -> tuple[Bad, ...]:
+    """Of "typical": N = 2, K = 7, PH = 3, PW = 2, float32."""
+    first = r"inputs\[0\]" if features == "level0" else features
+
+    def split(f: Callable[[Tensor], Any]) -> Callable[[Inputs], Inputs]:
+        return change("boxes", lambda x: [x[:3, 1:], f(x[3:, 1:])])
+
+    return (
+        Bad(f"{features} no tensor", put(features, [1.0]), TypeError, f"{first} must be a Tensor, got list"),
+        Bad(f"{features} int", change(features, Tensor.int), TypeError, f"{first} must be float64.*got torch.int32"),
+        Bad(f"{features} 3-D", change(features, lambda x: x[0]), ValueError, rf"{first} must be \[N,C,H,W\], got "),
+        Bad("boxes no tensor", put("boxes", 3), TypeError, r"boxes must be a Tensor \[K,5\] or a list.*got int"),
+        Bad("boxes int", change("boxes", Tensor.long), TypeError, "boxes must be .*float32.*got torch.int64"),
+        Bad("boxes wider", change("boxes", Tensor.double), TypeError, "boxes must be .*got torch.float64"),
+        Bad("boxes narrower", change("boxes", Tensor.bfloat16), TypeError, "boxes must be .*got torch.bfloat16"),
+        Bad("boxes elsewhere", change("boxes", elsewhere), ValueError, "boxes must be on the device of input.*got"),
+        Bad("boxes of 4", change("boxes", lambda x: x[:, 1:]), ValueError, r"boxes must be \[K,5\].*got .*\[7, 4\]"),
+        # What torchvision raises there, and its users catch.
+        Bad("boxes of 4, asserted", change("boxes", lambda x: x[:, 1:]), AssertionError, r"boxes must be \[K,5\]"),
+        Bad("boxes 1-D", change("boxes", lambda x: x[0]), ValueError, r"boxes must be \[K,5\].*got shape \[5\]"),
+        Bad("list short", change("boxes", lambda x: [x[:, 1:]]), ValueError,
+            "boxes must be a list of N = 2 Tensors.*got 1"),
+        Bad("list no tensor", split(Tensor.tolist), TypeError, r"boxes\[1\] must be a Tensor, got list"),
+        Bad("list wider", split(Tensor.double), TypeError, r"boxes\[1\] must be .*got torch.float64"),
+        Bad("list of 3", split(lambda x: x[:, 1:]), AssertionError, r"boxes\[1\] must be \[Ki,4\].*\[4, 3\]"),
+        *bad_options("output_size", ValueError, 0, (3, -1), (3,), (1, 2, 3)),
+        *bad_options("output_size", TypeError, "3", 2.5, (3, 2.5), None),
+        *more,
+    )  # fmt: skip
+
+
+BAD_SCALE = (
+    *bad_options("spatial_scale", ValueError, 0.0, -1.0, math.nan, math.inf),
+    *bad_options("spatial_scale", TypeError, "1"),
+)
+BAD_RATIO = (
+    *bad_options("sampling_ratio", ValueError, 65537),
+    *bad_options("sampling_ratio", TypeError, 2.5),
+    *bad_options("sampling_ratio", TypeError, True, harmless=True),
+)
+BAD_ALIGNED = tuple(bad_options("aligned", TypeError, "no"))
+BAD_CHANNELS = Bad("channels", change("input", lambda x: x[:, 1:]), ValueError, "input must .* 3 x 2, .*got C = 29")
+BAD_LEVELS = (
+    Bad("no list", lambda x: x | {"inputs": x["level0"]}, TypeError, "inputs must be a list of Tensors.*got Tensor"),
+    Bad("no levels", lambda x: {name: x[name] for name in x if "level" not in name[:5]}, ValueError,
+        "inputs must hold at least one level, got none"),
+    Bad("level elsewhere", change("level1", elsewhere), ValueError, r"inputs\[1\] must be on the device of .*got"),
+    Bad("level batch", change("level2", lambda x: x[:1]), ValueError,
+        r"inputs\[2\] must be \[N,C,Hl,Wl\] with N, C = 2, 5 .*got shape \[1, 5, 3, 3\]"),
+    Bad("level wider", change("level1", Tensor.double), TypeError, r"inputs\[1\] must be torch.float32.*got .*float64"),
+    Bad("scales too few", put("spatial_scales", [0.5, 0.25]), ValueError, "spatial_scales must .* 3 levels .*got 2"),
+    Bad("scales no list", put("spatial_scales", 0.5), TypeError, "spatial_scales must be a list of floats, got float"),
+    *bad_options("spatial_scales", ValueError, [0.5, 0.25, 0.25], [0.3, 0.15, 0.075], harmless=True),
+    Bad("scales negative", put("spatial_scales", [-0.5, -0.25, -0.125]), ValueError,
+        r"spatial_scales\[0\] must be a finite positive number, got -0.5"),
+    *bad_options("canonical_box_size", ValueError, 0.0, math.nan, harmless=True),
+    *bad_options("canonical_level", TypeError, 3.5),
+)  # fmt: skip
+
+
+def region_op(
+    name: str,
+    features: tuple[str, ...],
+    differentiable: tuple[str, ...],
+    bad: tuple[Bad, ...],
+    join: Callable[[Inputs], Inputs] = dict,
+) -> Op:
+    return Op(
+        name=name,
+        samples={key: getattr(case, name) for key, case in REGIONS.items()},
+        empty={key: getattr(case, name) for key, case in REGIONS_EMPTY.items()},
+        growing=lambda k: getattr(regions_growing(k), name),
+        features=features,
+        coordinates=("boxes",),
+        differentiable=differentiable,
+        vmapped=(*features, "boxes"),
+        bad=bad,
+        indices={"boxes": 1},
+        assemble=join,
+        raw=join,
+    )
+
+
 OPS = [
     Op(
         name="ms_deform_attn",
@@ -320,6 +596,20 @@ OPS = [
         vmapped=("value", "reference_points", "sampling_offsets", "attention_logits", "value_mask"),
         bad=bad_fused(),
         raw=shapes_as_tensor,
+    ),
+    region_op("roi_align", ("input",), ("input", "boxes"), bad_regions("input", *BAD_SCALE, *BAD_RATIO, *BAD_ALIGNED)),
+    region_op("roi_pool", ("input",), ("input",), bad_regions("input", *BAD_SCALE)),
+    region_op(
+        "ps_roi_align", ("input",), ("input", "boxes"), bad_regions("input", *BAD_SCALE, *BAD_RATIO, BAD_CHANNELS)
+    ),
+    region_op("ps_roi_pool", ("input",), ("input",), bad_regions("input", *BAD_SCALE, BAD_CHANNELS)),
+    region_op("prroi_pool", ("input",), ("input", "boxes"), bad_regions("input", *BAD_SCALE)),
+    region_op(
+        "multi_scale_roi_align",
+        ("level0", "level1", "level2"),
+        ("level0", "level1", "level2", "boxes"),
+        bad_regions("level0", *BAD_LEVELS, *BAD_RATIO, *BAD_ALIGNED),
+        join_levels,
     ),
 ]
 PLAIN, FUSED = (next(op for op in OPS if op.name == name) for name in ("ms_deform_attn", "ms_deform_attn_fused"))

@@ -12,6 +12,7 @@ from cases import OPS, Bad, Inputs, Op, Sample, grad_like
 from conftest import DTYPES, assert_matches, needs_cuda, why_no_cuda
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map
 
 import relops
 from relops import _library
@@ -21,6 +22,7 @@ EMPTY = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name
 # One sample per op, where more would only repeat.
 FIRST = [pytest.param(op, next(iter(op.samples.values())), id=op.name) for op in OPS]
 BAD = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad]
+HARMFUL = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad if not bad.harmless]
 
 # Of features and coordinates: 16-bit features go with float32 coordinates, or with their own kind.
 DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in DTYPES] + [
@@ -40,10 +42,11 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same kernels on the same numbers: equal but for the order of atomic additions on CUDA."""
+    """The same kernels on the same numbers: equal but for the order of sums, on CUDA or by memory format."""
+    in_order = not actual["output"].is_cuda and actual["output"].stride() == expected["output"].stride()
     for name, x in actual.items():
         assert x.dtype == expected[name].dtype and x.shape == expected[name].shape, name
-        if x.is_cuda:
+        if not in_order:
             assert_matches(x, expected[name].double(), name)
         else:
             assert torch.equal(x, expected[name]), name
@@ -78,10 +81,16 @@ def test_deterministic(op: Op, sample: Sample, device: str, dtype: torch.dtype, 
 def test_gradcheck(op: Op, sample: Sample, device: str, deterministic: None) -> None:
     inputs = op.draw(sample, device, torch.float64)
     names = [name for name in inputs if name in op.differentiable]
-    wanted = [inputs[name].requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: op.function(**inputs | dict(zip(names, tensors))), wanted, fast_mode=True
-    )
+    wanted = [inputs[name].clone().requires_grad_() for name in names]
+
+    def function(*tensors: Tensor) -> Tensor:
+        moved = dict(zip(names, tensors))
+        for name, columns in op.indices.items():  # these cannot be moved a little
+            if name in moved:
+                moved[name] = torch.cat([inputs[name][..., :columns], moved[name][..., columns:]], -1)
+        return op.function(**inputs | moved)
+
+    assert torch.autograd.gradcheck(function, wanted, fast_mode=True)
 
 
 @on_samples
@@ -173,7 +182,8 @@ def test_layouts_of_grad_output(op: Op, sample: Sample, device: str, layout: Cal
 def test_empty(op: Op, sample: Sample, device: str, dtype: torch.dtype) -> None:
     inputs = op.draw(sample, device, dtype)
     results = op.run(inputs)
-    fake = op.overload(*[x.to("meta") if isinstance(x, Tensor) else x for x in op.raw(inputs).values()])
+    meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    fake = op.overload(*op.raw(meta).values())
     assert results["output"].shape == fake.shape
     assert not results["output"].any()
     for name in op.differentiable:
@@ -186,11 +196,11 @@ def test_empty(op: Op, sample: Sample, device: str, dtype: torch.dtype) -> None:
 @on_samples
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
 def test_opcheck(op: Op, sample: Sample, device: str, requires_grad: bool) -> None:
-    inputs = op.raw(op.draw(sample, device))
+    inputs = op.draw(sample, device)
     for name in op.differentiable:
         inputs[name].requires_grad_(requires_grad)
     # opcheck compares two runs of the backward without tolerance to speak of; fast CUDA sums differ in order.
-    torch.library.opcheck(op.overload, tuple(inputs.values()), rtol=1e-4, atol=1e-5)
+    torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()), rtol=1e-4, atol=1e-5)
 
 
 @on_samples
@@ -221,10 +231,12 @@ def test_compile_inductor(op: Op, sample: Sample, device: str, dtype: torch.dtyp
 def test_compile_does_not_recompile_for_ever(op: Op, device: str, fresh_compiler: None) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
     for k in range(5):
         inputs = op.draw(op.growing(k), device)
         assert_same(op.run(inputs, compiled), op.run(inputs))
-    assert counter.frame_count == 1
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
 
 
 @on_samples
@@ -240,7 +252,9 @@ def test_export_dynamic_shapes(op: Op, device: str, fresh_compiler: None) -> Non
     inputs, larger = (op.draw(op.growing(k), device) for k in (0, 1))
     names = {*op.features, *op.coordinates, *op.vmapped}
     dynamic = {
-        name: dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if name in names and isinstance(x, Tensor) else None
+        name: dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO)
+        if name in names and isinstance(x, Tensor)
+        else tree_map(lambda _: None, x)
         for name, x in inputs.items()
     }
     exported = torch.export.export(AsModule(op.function), (inputs,), dynamic_shapes=(dynamic,)).module()
@@ -289,12 +303,12 @@ def test_vmap(op: Op, sample: Sample, device: str) -> None:
     scale = torch.linspace(0.9, 1.1, B, device=device)
 
     def batched(name: str, dim: int) -> Tensor:
-        """Entry b scaled by its own factor; a mask's entries rolled by their own number of places."""
+        """Features of entry b scaled by its own factor; of all else, rows rolled by their own number of places."""
         x = inputs[name]
-        entries = [x.roll(b, -1) if x.dtype == torch.bool else x * scale[b].to(x.dtype) for b in range(B)]
+        entries = [x * scale[b].to(x.dtype) if name in op.features else x.roll(b, 0) for b in range(B)]
         return torch.stack(entries, dim)
 
-    choices = [dict.fromkeys(names, 0), dict.fromkeys(names, -1), {name: i for i, name in enumerate(names)}]
+    choices = [dict.fromkeys(names, 0), dict.fromkeys(names, -1), {name: i % 3 for i, name in enumerate(names)}]
     for in_dims in [*choices, *({name: 1} for name in names)]:
         given = {name: batched(name, dim) for name, dim in in_dims.items()}
 
@@ -322,7 +336,7 @@ def test_bad_input(op: Op, bad: Bad, device: str) -> None:
     assert f"relops.{op.name}: " in str(raised.value)
 
 
-@pytest.mark.parametrize(("op", "bad"), BAD)
+@pytest.mark.parametrize(("op", "bad"), HARMFUL)
 def test_bad_input_past_the_checks(op: Op, bad: Bad, device: str) -> None:
     """Called as torch.ops.relops.<name>, errors need not be friendly, but memory is not touched."""
     inputs = bad.change(op.draw(next(iter(op.samples.values())), device))
@@ -364,4 +378,4 @@ def test_every_public_op_has_cases() -> None:
 def test_documented(op: Op) -> None:
     doc = op.function.__doc__
     assert "Example" in doc and "Gradients" in doc
-    assert all(name in doc for name in op.draw(next(iter(op.samples.values()))))
+    assert all(name in doc for name in op.assemble(op.draw(next(iter(op.samples.values())))))

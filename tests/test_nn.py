@@ -1,14 +1,17 @@
-"""The modules of deformable attention."""
+"""The modules: relops.nn."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import OPS, Op
 from conftest import assert_matches
 from torch import Tensor
 
 import relops
 from relops import reference
+
+# ---- Deformable attention ----
 
 LEVELS = [(9, 13), (5, 7), (3, 4), (2, 2)]
 S = sum(h * w for h, w in LEVELS)
@@ -120,3 +123,175 @@ def test_transformers_layer_has_neither_init_nor_parameters() -> None:
     assert "__init__" not in vars(layer)
     assert not layer().state_dict()
     assert layer.can_torch_compile and layer.has_backward
+
+
+# ---- Regions ----
+
+REGION_MODULES = {
+    "roi_align": relops.nn.RoIAlign((3, 2), 0.5, 2, aligned=True),
+    "roi_pool": relops.nn.RoIPool((3, 2), 0.5),
+    "ps_roi_align": relops.nn.PSRoIAlign((3, 2), 0.5, -1),
+    "ps_roi_pool": relops.nn.PSRoIPool((3, 2), 0.5),
+    "prroi_pool": relops.nn.PrRoIPool((3, 2), 0.5),
+}
+BOXES = [
+    torch.tensor([[1.1, 2.3, 17.4, 14.6], [0.4, 0.2, 5.3, 4.9], [-6.2, 3.3, 30.1, 9.7]]),
+    torch.zeros(0, 4),
+    torch.tensor([[3.2, -2.1, 9.3, 8.8]]),
+]
+MAP_SIZES = {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6)}
+IMAGES = [(60, 96), (64, 90), (62, 91)]  # padded to 64 x 96: the maps have scales of 1/4, 1/8, 1/16
+LARGE_BOXES = [torch.tensor([[2.1, 3.2, 13.3, 15.7], [4.4, 1.3, 40.2, 33.7]]), torch.zeros(0, 4), 7 * BOXES[2]]
+
+on_region_modules = pytest.mark.parametrize("name", REGION_MODULES)
+
+
+def region_arguments(name: str) -> tuple[torch.nn.Module, Tensor, Tensor]:
+    rows = torch.cat([torch.nn.functional.pad(boxes, (1, 0), value=n) for n, boxes in enumerate(BOXES)])
+    return REGION_MODULES[name], torch.randn(3, 12, 9, 12), rows
+
+
+def maps() -> dict[str, Tensor]:
+    return {name: torch.randn(3, 6, *size) for name, size in MAP_SIZES.items()}
+
+
+def multi_scale_module() -> torch.nn.Module:
+    return relops.nn.MultiScaleRoIAlign(["p2", "p3", "p4"], (3, 2), 2, canonical_scale=20, canonical_level=3)
+
+
+@on_region_modules
+def test_region_module_is_its_op(name: str) -> None:
+    module, x, rows = region_arguments(name)
+    options = {key: getattr(module, key) for key in ("sampling_ratio", "aligned") if hasattr(module, key)}
+    expected = getattr(relops, name)(x, rows, (3, 2), 0.5, **options)
+    assert torch.equal(module(x, rows), expected)
+    assert torch.equal(module(x, BOXES), expected)
+    assert torch.equal(module(x, tuple(BOXES)), expected)
+
+
+@on_region_modules
+def test_batch_index_of_a_list_is_not_rounded(name: str) -> None:
+    """bfloat16 has no 257."""
+    module = REGION_MODULES[name]
+    x = torch.zeros(260, 6, 4, 4, dtype=torch.bfloat16)
+    x[257] = 1
+    output = module(x, [torch.tensor([[0.0, 0.0, 4.0, 4.0]], dtype=torch.bfloat16)] * 260)
+    assert output[257].any() and not output[256].any() and not output[258].any()
+
+
+@on_region_modules
+def test_no_images_and_an_empty_list(name: str) -> None:
+    module, x, _ = region_arguments(name)
+    output = module(x[:0], [])
+    assert output.shape[0] == 0 and output.shape[2:] == (3, 2)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "roi" in op.name], ids=lambda op: op.name)
+def test_memory_format_is_kept(op: Op, device: str) -> None:
+    for sample, memory_format in (
+        ("typical", torch.contiguous_format),
+        ("channels_last", torch.channels_last),
+    ):
+        for name, x in op.run(op.draw(op.samples[sample], device)).items():
+            assert name == "boxes" or x.is_contiguous(memory_format=memory_format), (sample, name)
+
+
+@on_region_modules
+def test_image_of_a_neighbor_under_vmap(name: str) -> None:
+    """vmap makes one batch of its entries: an index past the end of one must not reach into the next."""
+    module, x, rows = region_arguments(name)
+    rows[0, 0] = len(x)
+    with pytest.raises(IndexError, match=f"relops.{name}: boxes must have a batch index"):
+        torch.vmap(module)(torch.stack([x, x]), torch.stack([rows, rows]))
+
+
+@pytest.mark.parametrize("name", ["roi_pool", "ps_roi_pool"])
+def test_boxes_without_gradient(name: str) -> None:
+    module, x, rows = region_arguments(name)
+    rows.requires_grad_()
+    module(x.requires_grad_(), rows).sum().backward()
+    assert rows.grad is None and x.grad is not None
+
+
+def test_multi_scale_module_is_its_op() -> None:
+    x = maps()
+    output = multi_scale_module()(x | {"pool": torch.randn(3, 6, 2, 3)}, LARGE_BOXES, IMAGES)
+    scales = [1 / 4, 1 / 8, 1 / 16]
+    expected = relops.multi_scale_roi_align(
+        list(x.values()), LARGE_BOXES, (3, 2), scales, canonical_box_size=20.0, canonical_level=3
+    )
+    assert torch.equal(output, expected)
+
+
+def test_multi_scale_module_follows_the_shapes() -> None:
+    """No state is left by a call: images of twice the size have scales of half."""
+    module, x = multi_scale_module(), maps()
+    module(x, LARGE_BOXES, IMAGES)
+    boxes = [2 * of_image for of_image in LARGE_BOXES]
+    expected = relops.multi_scale_roi_align(
+        list(x.values()), boxes, (3, 2), [1 / 8, 1 / 16, 1 / 32], canonical_box_size=20.0, canonical_level=3
+    )
+    assert torch.equal(module(x, boxes, [(128, 192)]), expected)
+
+
+def test_multi_scale_module_without_images() -> None:
+    with pytest.raises(ValueError, match="image_shapes must hold at least one"):
+        multi_scale_module()(maps(), LARGE_BOXES, [])
+
+
+def test_levels_of_several_dtypes_under_autocast() -> None:
+    """Layers that autocast does not know leave float32 beside bfloat16."""
+    mixed = list(maps().values())
+    mixed[1] = mixed[1].bfloat16()
+    arguments = LARGE_BOXES, 3, [1 / 4, 1 / 8, 1 / 16]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = relops.multi_scale_roi_align(mixed, *arguments)
+    assert torch.equal(output, relops.multi_scale_roi_align([x.float() for x in mixed], *arguments))
+
+
+@on_region_modules
+def test_region_modules_script_and_trace(name: str) -> None:
+    module, x, rows = region_arguments(name)
+    expected = module(x, rows)
+    scripted = torch.jit.script(module)
+    assert torch.equal(scripted(x, rows), expected)
+    assert torch.equal(scripted(x, BOXES), expected)
+    function = torch.jit.script(getattr(relops, name))
+    assert torch.equal(function(x, BOXES, 2), getattr(relops, name)(x, rows, (2, 2)))
+    traced = torch.fx.symbolic_trace(module)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "placeholder", "call_function", "output"]
+    assert torch.equal(traced(x, rows), expected)
+    assert torch.equal(traced(x, BOXES), expected)
+
+
+def test_multi_scale_module_scripts_and_traces() -> None:
+    arguments = (maps(), LARGE_BOXES, IMAGES)
+    module = multi_scale_module()
+    expected = module(*arguments)
+    assert torch.equal(torch.jit.script(module)(*arguments), expected)
+    traced = torch.fx.symbolic_trace(module)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder"] * 3 + ["call_function", "output"]
+    assert torch.equal(traced(*arguments), expected)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(*arguments), expected)
+
+
+@on_region_modules
+def test_region_modules_are_those_of_torchvision(name: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    if name == "prroi_pool":
+        pytest.skip("not in torchvision")
+    module, x, rows = region_arguments(name)
+    arguments = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+    theirs = getattr(torchvision.ops, type(module).__name__)(**arguments)
+    assert repr(module) == repr(theirs)
+    torch.testing.assert_close(module(x, rows), theirs(x, rows))
+
+
+def test_multi_scale_module_is_that_of_torchvision() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    module = multi_scale_module()
+    theirs = torchvision.ops.MultiScaleRoIAlign(["p2", "p3", "p4"], (3, 2), 2, canonical_scale=20, canonical_level=3)
+    assert repr(module) == repr(theirs)
+    x = maps()
+    torch.testing.assert_close(module(x, LARGE_BOXES, IMAGES), theirs(x, LARGE_BOXES, IMAGES))

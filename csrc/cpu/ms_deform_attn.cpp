@@ -9,14 +9,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "cpu/work.h"
 
 namespace relops {
 

@@ -20,26 +20,6 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-template <class I>
-constexpr I round_up(I n, I multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
-// Uninitialised memory for a thread's own use, aligned to a cache line.
-class Scratch {
- public:
-  template <class X>
-  X* take(int64_t count) {
-    void* p = std::aligned_alloc(64, round_up<int64_t>(std::max<int64_t>(count, 1) * sizeof(X), 64));
-    if (p == nullptr) throw std::bad_alloc();
-    blocks_.emplace_back(p, std::free);
-    return static_cast<X*>(p);
-  }
-
- private:
-  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
-};
-
 // Rows of one (image, head) where they lie. Row S, all zeros, stands for whatever is outside.
 template <class R>
 struct PlacedRows {

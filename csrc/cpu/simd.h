@@ -111,6 +111,38 @@ inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
+// The first n values at p, and zeros: nothing past them is read.
+template <class T>
+inline Vec<ComputeType<T>> load_first(const T* p, int64_t n) {
+  alignas(RELOPS_VECTOR_BYTES) T few[kLanes<ComputeType<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) few[i] = p[i];
+  return load(few);
+}
+
+template <class T>
+inline void store_first(T* p, Vec<ComputeType<T>> v, int64_t n) {
+  alignas(RELOPS_VECTOR_BYTES) T few[kLanes<ComputeType<T>>];
+  store(few, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = few[i];
+}
+
+// Lane j of the result is p[at[j]].
+#if RELOPS_VECTOR_BYTES == 64
+inline Vec<float> gather(const float* p, VecInt<float> at) {
+  return (Vec<float>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)at, p, 4);
+}
+inline Vec<double> gather(const double* p, VecInt<double> at) {
+  return (Vec<double>)_mm512_mask_i64gather_pd(_mm512_setzero_pd(), 0xff, (__m512i)at, p, 8);
+}
+#else
+template <class C>
+inline Vec<C> gather(const C* p, VecInt<C> at) {
+  Vec<C> v;
+  for (int j = 0; j < kLanes<C>; ++j) v[j] = p[at[j]];
+  return v;
+}
+#endif
+
 // dst[0..n) = src[0..n), converted.
 template <class To, class From>
 inline void convert(const From* src, To* dst, int64_t n) {
@@ -168,6 +200,26 @@ inline C fold(Vec<C> v, F f) {
 template <class C>
 inline C sum(Vec<C> v) {
   return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
+}
+
+// A mask's lanes as bits.
+template <class C>
+inline unsigned mask_bits(VecInt<C> mask) {
+#if RELOPS_VECTOR_BYTES == 64
+  if constexpr (sizeof(C) == 4)
+    return _mm512_movepi32_mask((__m512i)mask);
+  else
+    return _mm512_movepi64_mask((__m512i)mask);
+#elif RELOPS_VECTOR_BYTES == 32
+  if constexpr (sizeof(C) == 4)
+    return _mm256_movemask_ps((__m256)mask);
+  else
+    return _mm256_movemask_pd((__m256d)mask);
+#else
+  unsigned bits = 0;
+  for (int j = 0; j < kLanes<C>; ++j) bits |= (mask[j] & 1u) << j;
+  return bits;
+#endif
 }
 
 // From pairs p[0], p[1], .. to the first and the second of each.

@@ -1,5 +1,20 @@
 """Modules built on the ops."""
 
 from relops.nn.ms_deform_attn import MSDeformAttn, MultiScaleDeformableAttention
+from relops.nn.multi_scale_roi_align import MultiScaleRoIAlign
+from relops.nn.prroi_pool import PrRoIPool
+from relops.nn.ps_roi_align import PSRoIAlign
+from relops.nn.ps_roi_pool import PSRoIPool
+from relops.nn.roi_align import RoIAlign
+from relops.nn.roi_pool import RoIPool
 
-__all__ = ["MSDeformAttn", "MultiScaleDeformableAttention"]
+__all__ = [
+    "MSDeformAttn",
+    "MultiScaleDeformableAttention",
+    "MultiScaleRoIAlign",
+    "PSRoIAlign",
+    "PSRoIPool",
+    "PrRoIPool",
+    "RoIAlign",
+    "RoIPool",
+]

@@ -53,6 +53,17 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int
         raise ValueError(f"relops.{op}: {name} must be {letters} = [{','.join(words)}], got shape {list(tensor.shape)}")
 
 
+def under_autocast(features: Tensor, *coordinates: Tensor) -> list[Tensor]:
+    """Autocast makes some inputs 16 bit and leaves others: coordinates follow the features upwards, never down."""
+    if not (isinstance(features, Tensor) and torch.is_autocast_enabled(features.device.type)):
+        return list(coordinates)
+    wide = compute_dtype(features.dtype)
+    return [
+        c.to(wide) if isinstance(c, Tensor) and c.is_floating_point() and c.dtype not in (features.dtype, wide) else c
+        for c in coordinates
+    ]
+
+
 def no_double_backward(op: str):
     """The backward of a backward op: raises, where silence would give a wrong higher-order gradient."""
 

@@ -16,6 +16,7 @@ from relops.ops._checks import (
     check_tensor,
     compute_dtype,
     no_double_backward,
+    under_autocast,
 )
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -63,7 +64,7 @@ def ms_deform_attn(
     """
     op = "ms_deform_attn"
     check_features(op, "value", value)
-    sampling_locations, attention_weights = _under_autocast(value, sampling_locations, attention_weights)
+    sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)
     shapes = _check_sampling(
         op, value, spatial_shapes, level_start_index, "sampling_locations", sampling_locations, "attention_weights",
         attention_weights,
@@ -109,7 +110,7 @@ def ms_deform_attn_fused(
     """
     op = "ms_deform_attn_fused"
     check_features(op, "value", value)
-    sampling_offsets, attention_logits, reference_points = _under_autocast(
+    sampling_offsets, attention_logits, reference_points = under_autocast(
         value, sampling_offsets, attention_logits, reference_points
     )
     shapes = _check_sampling(
@@ -202,18 +203,6 @@ def _check_levels(op: str, S: int, spatial_shapes: Tensor, level_start_index: Te
                 f"relops.{op}: level_start_index must leave each level inside S = {S}, got {start} for level {level} "
                 f"of {h} x {w}"
             )
-
-
-def _under_autocast(value: Tensor, *coordinates: Tensor) -> list[Tensor]:
-    """Autocast makes some inputs 16 bit and leaves others: coordinates follow value upwards, never down."""
-    if not (isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type)):
-        return list(coordinates)
-    allowed = (value.dtype, compute_dtype(value.dtype))
-    return [
-        c.to(compute_dtype(value.dtype)) if isinstance(c, Tensor) and c.is_floating_point() and c.dtype not in allowed
-        else c
-        for c in coordinates
-    ]  # fmt: skip
 
 
 def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

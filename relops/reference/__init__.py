@@ -1,5 +1,20 @@
 """Pure-PyTorch twins of the ops: oracle of the tests, baseline of the benchmarks, written to be read."""
 
 from relops.reference.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from relops.reference.multi_scale_roi_align import multi_scale_roi_align
+from relops.reference.prroi_pool import prroi_pool
+from relops.reference.ps_roi_align import ps_roi_align
+from relops.reference.ps_roi_pool import ps_roi_pool
+from relops.reference.roi_align import roi_align
+from relops.reference.roi_pool import roi_pool
 
-__all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
+__all__ = [
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "multi_scale_roi_align",
+    "prroi_pool",
+    "ps_roi_align",
+    "ps_roi_pool",
+    "roi_align",
+    "roi_pool",
+]

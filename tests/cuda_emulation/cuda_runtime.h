@@ -6,6 +6,7 @@
 // wait before the others move at all.
 #pragma once
 
+#include <setjmp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -70,6 +71,14 @@ T atomicAdd(T* p, T x) {
   return old;
 }
 
+inline unsigned atomicOr(unsigned* p, unsigned x) {
+  const unsigned old = *p;
+  *p |= x;
+  return old;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+
 namespace emulation {
 
 constexpr size_t kStackBytes = 64 << 10;
@@ -91,13 +100,15 @@ struct Barrier {
   }
 };
 
+// Entered through its context, then switched by _setjmp and _longjmp, which need no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf where;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  bool done = false;
+  bool started = false, done = false;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
 inline std::vector<Barrier> warps;
 inline Barrier block;
@@ -115,13 +126,21 @@ inline void run_fiber() {
   fibers[current].done = true;
   warps[current / kWarp].leave();
   block.leave();
-  swapcontext(&fibers[current].context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
 inline void wait(Barrier& barrier) {
   const int generation = barrier.generation;
   barrier.arrive();
-  while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
+  while (barrier.generation == generation)
+    if (_setjmp(fibers[current].where) == 0) _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.where, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
 }
 
 inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
@@ -135,6 +154,8 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
   body = &kernel;
   blockDim = dim3(threads);
   gridDim = grid;
+  ucontext_t blank;
+  getcontext(&blank);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y);
@@ -143,8 +164,8 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
       for (unsigned t = 0; t < threads; ++t) {
         ++warps[t / kWarp].members;
         Fiber& fiber = fibers[t];
-        fiber.done = false;
-        getcontext(&fiber.context);
+        fiber.started = fiber.done = false;
+        fiber.context = blank;
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = kStackBytes;
         fiber.context.uc_link = nullptr;
@@ -156,7 +177,7 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
           if (!fibers[current].done) {
             busy = true;
             threadIdx = dim3(current);
-            swapcontext(&scheduler, &fibers[current].context);
+            resume(fibers[current]);
           }
       }
     }
@@ -184,4 +205,9 @@ T __shfl_sync(unsigned, T x, int lane) {
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulation::shuffle(x, static_cast<int>(emulation::current % emulation::kWarp) ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool wanted) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= unsigned{emulation::shuffle(wanted, lane)} << lane;
+  return bits;
 }

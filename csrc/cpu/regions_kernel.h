@@ -1,0 +1,955 @@
+// Region pooling on the CPU; compiled once per instruction set by foreach_isa.h.
+//
+// The weight of a pixel in a bin is the product of a factor for its row and one for its column, given as taps
+// (regions.h). What a bin reads is thus a small grid of rows and columns.
+//
+// Maps in NCHW: an item of work is a block of channels of one map, and all its regions, so that a plane is fetched from
+// memory once and found in cache by the next region. A region's rows are first combined into one row of columns per row
+// of bins, a vector of columns at a time; then each bin gathers its few columns from that, a vector of bins at a time.
+// No sampled value is computed twice, and nothing is transposed. Backward goes the other way: gradients are spread to
+// columns (a permutation of a register, as a column takes part in few bins), then added to the rows. A thread owns the
+// planes it adds to.
+//
+// Maps in channels_last: an item of the forward pass is a few regions; a bin adds up its pixels, a vector of channels
+// at a time. In the backward pass an item is a band of rows of one map, which stays in cache while all regions that
+// reach into it add their part; a thread owns its band.
+
+#include "cpu/simd.h"
+
+namespace relops::RELOPS_ISA {
+
+namespace {
+
+// The vector at p of an array that ends at `end`: lanes past it are zero.
+template <class T>
+inline Vec<ComputeType<T>> load_before(const T* p, const T* end) {
+  constexpr int64_t W = kLanes<ComputeType<T>>;
+  if (p + W <= end) [[likely]]
+    return load(p);
+  return load_first(p, std::max<int64_t>(end - p, 0));
+}
+
+// The map an item works on.
+template <class T>
+struct Map {
+  Map(const RegionArgs<T>& a, int64_t m)
+      : H(a.levels[m / a.N].H),
+        W(a.levels[m / a.N].W),
+        image(m % a.N),
+        input(a.levels[m / a.N].input),
+        grad_input(a.levels[m / a.N].grad_input),
+        begin(a.regions + a.map_begin[m]),
+        end(a.regions + a.map_begin[m + 1]) {}
+  int64_t H, W, image;
+  const T* input;
+  T* grad_input;
+  const Region<ComputeType<T>>*begin, *end;
+};
+
+// ---- NCHW ----
+
+// The columns that a region reads, in whole vectors that begin at `left`. They stay inside the row where it is wide
+// enough; else they run on into the next.
+struct Columns {
+  int64_t left, width;
+  Columns(int64_t low, int64_t high, int64_t W, int64_t lanes)
+      : left(low), width(round_up(std::max<int64_t>(high - low, 1), lanes)) {
+    left = std::max<int64_t>(0, std::min(left, W - width));
+    width = round_up(std::max<int64_t>(high - left, 1), lanes);
+  }
+};
+
+// For each bin the columns it gathers, and their weights: entry j of bin o is at [j * padded + o].
+template <class C>
+struct ColumnTable {
+  int64_t bins, padded, depth = 0;
+  Int<C>* at;
+  C* weight;
+
+  ColumnTable(int64_t bins, int64_t most, Scratch& scratch)
+      : bins(bins),
+        padded(round_up(bins, kLanes<C>)),
+        at(scratch.take<Int<C>>(padded * most)),
+        weight(scratch.take<C>(padded * most)) {}
+
+  // Rows of bins are `stride` apart in what is gathered from; what has no weight reads the zero at `zero`.
+  void fill(const AxisTaps<C>& x, int64_t PH, int64_t PW, int64_t left, int64_t stride, int64_t zero) {
+    depth = x.most;
+    for (int64_t j = 0; j < depth; ++j)
+      for (int64_t pw = 0; pw < PW; ++pw) {
+        const int64_t tap = x.begin[pw] + j;
+        const bool there = tap < x.begin[pw + 1];
+        for (int64_t ph = 0; ph < PH; ++ph) {
+          at[j * padded + ph * PW + pw] = there ? ph * stride + x.pixel[tap] - left : zero;
+          weight[j * padded + ph * PW + pw] = there ? x.weight[tap] : 0;
+        }
+      }
+    for (int64_t j = 0; j < depth; ++j)
+      for (int64_t o = bins; o < padded; ++o) {
+        at[j * padded + o] = zero;
+        weight[j * padded + o] = 0;
+      }
+  }
+};
+
+// Items are blocks of channels of the maps, and, where those are few, parts of a map's regions.
+struct PlaneItems {
+  int64_t blocks, parts, count;
+  PlaneItems(int64_t maps, int64_t channels, int64_t block, int64_t threads, bool may_split)
+      : blocks((channels + block - 1) / block), parts(1) {
+    if (may_split && maps * blocks > 0) parts = std::max<int64_t>(1, 4 * threads / (maps * blocks));
+    count = maps * blocks * parts;
+  }
+};
+
+template <class T>
+void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW;
+  const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    const int64_t most_width = round_up(a.most_columns, W) + W;
+    ColumnTable<C> table(bins, a.most_taps_x, *scratch);
+    C* rows = scratch->template take<C>(a.PH * most_width + W);
+    return [&, scratch, table, rows](int64_t item) mutable {
+      const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
+      const Map<T> map(a, item / items.parts / items.blocks);
+      const int64_t plane = map.H * map.W, channel = block * kChannelBlock;
+      const int64_t channel_end = std::min(channel + kChannelBlock, a.channels);
+      const T* tensor_end = map.input + a.N * a.channels * plane;
+      const int64_t regions = map.end - map.begin;
+      for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
+           ++r) {
+        const Columns columns(r->x.low, r->x.high, map.W, W);
+        const int64_t zero = a.PH * columns.width;
+        store(rows + zero, Vec<C>{});
+        table.fill(r->x, a.PH, a.PW, columns.left, columns.width, zero);
+        for (int64_t c = channel; c < channel_end; ++c) {
+          const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
+          for (int64_t ph = 0; ph < a.PH; ++ph)
+            for (int64_t i = 0; i < columns.width; i += W) {
+              Vec<C> sum = {};
+              for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap)
+                sum += load_before(first + r->y.pixel[tap] * map.W + i, tensor_end) * r->y.weight[tap];
+              store(rows + ph * columns.width + i, sum);
+            }
+          T* out = a.output + (r->k * a.channels + c) * bins;
+          for (int64_t o = 0; o < bins; o += W) {
+            Vec<C> sum = {};
+            for (int64_t j = o; j < table.depth * table.padded; j += table.padded)
+              sum += gather(rows, load_int<C>(table.at + j)) * load(table.weight + j);
+            if (o + W <= bins)
+              store(out + o, sum);
+            else
+              store_first(out + o, sum, bins - o);
+          }
+        }
+      }
+    };
+  });
+}
+
+// The transpose of a ColumnTable: for each column the bins of a row of bins that read it. Entry j of column i is at
+// [j * width + i]; where there is none, `used` is 0.
+template <class C>
+struct BinTable {
+  int64_t width = 0, depth = 0;
+  Int<C>*at, *used;
+  C *weight, *slope_first, *slope_last;
+  int32_t* count;
+
+  BinTable(int64_t most_width, int64_t PW, bool slopes, Scratch& scratch)
+      : at(scratch.take<Int<C>>(most_width * PW)),
+        used(scratch.take<Int<C>>(most_width * PW)),
+        weight(scratch.take<C>(most_width * PW)),
+        slope_first(slopes ? scratch.take<C>(most_width * PW) : nullptr),
+        slope_last(slopes ? scratch.take<C>(most_width * PW) : nullptr),
+        count(scratch.take<int32_t>(most_width)) {}
+
+  void fill(const AxisTaps<C>& x, int64_t PW, int64_t left, int64_t width_) {
+    width = width_;
+    depth = 0;
+    std::fill_n(count, width, 0);
+    for (int32_t tap = 0; tap < x.begin[PW]; ++tap) depth = std::max<int64_t>(depth, ++count[x.pixel[tap] - left]);
+    std::fill_n(at, depth * width, 0);
+    std::fill_n(used, depth * width, 0);
+    std::fill_n(weight, depth * width, C(0));
+    if (slope_first != nullptr) {
+      std::fill_n(slope_first, depth * width, C(0));
+      std::fill_n(slope_last, depth * width, C(0));
+    }
+    std::fill_n(count, width, 0);
+    for (int64_t pw = 0; pw < PW; ++pw)
+      for (int32_t tap = x.begin[pw]; tap < x.begin[pw + 1]; ++tap) {
+        const int64_t i = x.pixel[tap] - left, entry = count[i]++ * width + i;
+        at[entry] = pw;
+        used[entry] = -1;
+        weight[entry] = x.weight[tap];
+        if (slope_first == nullptr) continue;
+        slope_first[entry] = x.slope_first[tap];
+        slope_last[entry] = x.slope_last[tap];
+      }
+  }
+};
+
+// The gradients of the bins of one row, looked up by number. kInRegister: there are no more than a vector holds.
+template <class C, bool kInRegister>
+struct BinRow {
+  const C* p;
+  Vec<C> all;
+  explicit BinRow(const C* p) : p(p), all{} {
+    if constexpr (kInRegister) all = load(p);
+  }
+  // Zero where not used, also where gradients are not finite.
+  Vec<C> get(const BinTable<C>& table, int64_t entry) const {
+    const VecInt<C> at = load_int<C>(table.at + entry);
+    Vec<C> v;
+    if constexpr (kInRegister)
+      v = __builtin_shuffle(all, at);
+    else
+      v = gather(p, at);
+    return load_int<C>(table.used + entry) ? v : Vec<C>{};
+  }
+};
+
+// For each row of the map the rows of bins that read it, and their weights: of row low + i at [begin[i], begin[i + 1]).
+template <class C>
+struct RowTable {
+  int32_t *begin, *bin;
+  C* weight;
+
+  RowTable(int64_t most_rows, int64_t most_taps, int64_t PH, Scratch& scratch)
+      : begin(scratch.take<int32_t>(most_rows + 2)),
+        bin(scratch.take<int32_t>(most_taps * PH)),
+        weight(scratch.take<C>(most_taps * PH)) {}
+
+  void fill(const AxisTaps<C>& y, int64_t PH) {
+    const int64_t rows = y.high - y.low;
+    std::fill_n(begin, rows + 2, 0);
+    for (int32_t tap = 0; tap < y.begin[PH]; ++tap) ++begin[y.pixel[tap] - y.low + 2];
+    for (int64_t i = 2; i <= rows + 1; ++i) begin[i] += begin[i - 1];
+    for (int64_t ph = 0; ph < PH; ++ph)
+      for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
+        const int32_t entry = begin[y.pixel[tap] - y.low + 1]++;
+        bin[entry] = ph;
+        weight[entry] = y.weight[tap];
+      }
+  }
+};
+
+// A plane's gradient: summed in place, or in memory of its own where sums are wider than what is stored.
+template <class T>
+class GradPlane {
+ public:
+  using C = ComputeType<T>;
+  GradPlane(int64_t most, Scratch& scratch) : own_(std::is_same_v<T, C> ? nullptr : scratch.take<C>(most)) {}
+
+  C* begin(T* target, int64_t size) {
+    target_ = target;
+    size_ = size;
+    if constexpr (std::is_same_v<T, C>)
+      sums_ = target;
+    else
+      sums_ = own_;
+    std::fill_n(sums_, size, C(0));
+    return sums_;
+  }
+  void finish() {
+    if constexpr (!std::is_same_v<T, C>) convert(sums_, target_, size_);
+  }
+
+ private:
+  C *own_, *sums_ = nullptr;
+  T* target_ = nullptr;
+  int64_t size_ = 0;
+};
+
+template <class T>
+int64_t largest_plane(const RegionArgs<T>& a) {
+  int64_t most = 0;
+  for (int64_t l = 0; l < a.L; ++l) most = std::max(most, a.levels[l].H * a.levels[l].W);
+  return most;
+}
+
+// As many planes at a time as leave room in the second level cache.
+template <class T>
+int64_t planes_in_cache(const RegionArgs<T>& a) {
+  const int64_t bytes = std::max<int64_t>(1, largest_plane(a) * sizeof(ComputeType<T>));
+  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, 1, kChannelBlock);
+}
+
+template <class T, bool kInRegister>
+void mean_backward_planes(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW, block = planes_in_cache(a), most_plane = largest_plane(a);
+  const PlaneItems items(a.L * a.N, a.channels, block, threads, false);
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    const int64_t most_width = round_up(a.most_columns, W) + W;
+    BinTable<C> table(most_width, a.PW, false, *scratch);
+    RowTable<C> row_table(a.most_rows, a.most_taps_y, a.PH, *scratch);
+    C* grads = scratch->template take<C>(bins + W);
+    C* spread = scratch->template take<C>(a.PH * most_width);
+    std::vector<GradPlane<T>> planes;
+    for (int64_t i = 0; i < block; ++i) planes.emplace_back(most_plane, *scratch);
+    return [&, scratch, table, row_table, grads, spread, planes](int64_t item) mutable {
+      const Map<T> map(a, item / items.blocks);
+      if (map.grad_input == nullptr) return;
+      const int64_t plane = map.H * map.W, channel = item % items.blocks * block;
+      const int64_t channel_end = std::min(channel + block, a.channels);
+      C* sums[kChannelBlock];
+      for (int64_t c = channel; c < channel_end; ++c)
+        sums[c - channel] = planes[c - channel].begin(map.grad_input + (map.image * a.channels + c) * plane, plane);
+      for (auto* r = map.begin; r < map.end; ++r) {
+        const int64_t rows = r->y.high - r->y.low;
+        if (rows == 0 || r->x.high == r->x.low) continue;
+        const Columns columns(r->x.low, r->x.high, map.W, W);
+        table.fill(r->x, a.PW, columns.left, columns.width);
+        row_table.fill(r->y, a.PH);
+        for (int64_t c = channel; c < channel_end; ++c) {
+          convert(a.grad_output + (r->k * a.channels + c) * bins, grads, bins);
+          for (int64_t ph = 0; ph < a.PH; ++ph) {
+            if (r->y.begin[ph] == r->y.begin[ph + 1]) continue;
+            const BinRow<C, kInRegister> row(grads + ph * a.PW);
+            for (int64_t i = 0; i < columns.width; i += W) {
+              Vec<C> sum = {};
+              for (int64_t j = i; j < table.depth * table.width; j += table.width)
+                sum += row.get(table, j) * load(table.weight + j);
+              store(spread + ph * columns.width + i, sum);
+            }
+          }
+          C *sum = sums[c - channel], *end = sum + plane;
+          for (int64_t y = 0; y < rows; ++y) {
+            const int32_t first = row_table.begin[y], last = row_table.begin[y + 1];
+            if (first == last) continue;
+            C* target = sum + (r->y.low + y) * map.W + columns.left;
+            for (int64_t i = 0; i < columns.width; i += W) {
+              Vec<C> add = {};
+              for (int32_t entry = first; entry < last; ++entry)
+                add += load(spread + row_table.bin[entry] * columns.width + i) * row_table.weight[entry];
+              if (target + i + W <= end) [[likely]]
+                store(target + i, load(target + i) + add);
+              else
+                for (int64_t j = 0; target + i + j < end; ++j) target[i + j] += add[j];
+            }
+          }
+        }
+      }
+      for (int64_t c = channel; c < channel_end; ++c) planes[c - channel].finish();
+    };
+  });
+}
+
+template <class T, bool kInRegister>
+void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW;
+  const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    BinTable<C> table(round_up(a.most_columns, W) + W, a.PW, true, *scratch);
+    C* grads = scratch->template take<C>(bins + W);
+    return [&, scratch, table, grads](int64_t item) mutable {
+      const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
+      const Map<T> map(a, item / items.parts / items.blocks);
+      const int64_t plane = map.H * map.W, channel = block * kChannelBlock;
+      const int64_t channel_end = std::min(channel + kChannelBlock, a.channels);
+      const T* tensor_end = map.input + a.N * a.channels * plane;
+      const int64_t regions = map.end - map.begin;
+      for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
+           ++r) {
+        Vec<C> x_first = {}, y_first = {}, x_last = {}, y_last = {};
+        const Columns columns(r->x.low, r->x.high, map.W, W);
+        table.fill(r->x, a.PW, columns.left, columns.width);
+        for (int64_t c = channel; c < channel_end; ++c) {
+          convert(a.grad_output + (r->k * a.channels + c) * bins, grads, bins);
+          const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
+          for (int64_t ph = 0; ph < a.PH; ++ph) {
+            const BinRow<C, kInRegister> row(grads + ph * a.PW);
+            for (int64_t i = 0; i < columns.width && table.depth > 0; i += W) {
+              // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
+              Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
+              for (int64_t j = i; j < table.depth * table.width; j += table.width) {
+                const Vec<C> bin = row.get(table, j);
+                g += bin * load(table.weight + j);
+                g_first += bin * load(table.slope_first + j);
+                g_last += bin * load(table.slope_last + j);
+              }
+              const VecInt<C> used = load_int<C>(table.used + i);
+              for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap) {
+                const Vec<C> read = load_before(first + r->y.pixel[tap] * map.W + i, tensor_end);
+                const Vec<C> pixels = used ? read : Vec<C>{};
+                f += pixels * r->y.weight[tap];
+                f_first += pixels * r->y.slope_first[tap];
+                f_last += pixels * r->y.slope_last[tap];
+              }
+              x_first += f * g_first;
+              x_last += f * g_last;
+              y_first += f_first * g;
+              y_last += f_last * g;
+            }
+          }
+        }
+        C* share = a.box_shares + (block * a.K + r->k) * 4;
+        share[0] = sum<C>(x_first);
+        share[1] = sum<C>(y_first);
+        share[2] = sum<C>(x_last);
+        share[3] = sum<C>(y_last);
+      }
+    };
+  });
+}
+
+// The taps of bin (ph, pw) of a region: f(pixel, y tap, x tap).
+template <class C, class F>
+inline void for_each_pixel(const Region<C>& r, int64_t ph, int64_t pw, int64_t map_width, F f) {
+  for (int32_t y = r.y.begin[ph]; y < r.y.begin[ph + 1]; ++y)
+    for (int32_t x = r.x.begin[pw]; x < r.x.begin[pw + 1]; ++x) f(r.y.pixel[y] * map_width + r.x.pixel[x], y, x);
+}
+
+// Position-sensitive, NCHW: a plane serves one bin of every region, so that a few single pixels are all there is to a
+// result.
+template <class T>
+void mean_forward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  const int64_t bins = a.PH * a.PW;
+  const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
+  for_each_item(items.count, threads, [&] {
+    return [&](int64_t item) {
+      const int64_t part = item % items.parts, channel = item / items.parts % items.blocks * kChannelBlock;
+      const Map<T> map(a, item / items.parts / items.blocks);
+      const int64_t regions = map.end - map.begin;
+      for (int64_t c = channel; c < std::min(channel + kChannelBlock, a.channels); ++c) {
+        const int64_t ph = c % bins / a.PW, pw = c % a.PW;
+        const T* plane = map.input + (map.image * a.channels + c) * map.H * map.W;
+        for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
+             ++r) {
+          C sum = 0;
+          for_each_pixel(*r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
+            sum += static_cast<C>(plane[pixel]) * (r->y.weight[y] * r->x.weight[x]);
+          });
+          a.output[r->k * a.channels + c] = static_cast<T>(sum);
+        }
+      }
+    };
+  });
+}
+
+template <class T>
+void mean_backward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  const int64_t bins = a.PH * a.PW;
+  const PlaneItems items(a.L * a.N, a.channels, 1, threads, false);
+  const int64_t most_plane = largest_plane(a);
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    GradPlane<T> plane(most_plane, *scratch);
+    return [&, scratch, plane](int64_t item) mutable {
+      const int64_t c = item % items.blocks, ph = c % bins / a.PW, pw = c % a.PW;
+      const Map<T> map(a, item / items.blocks);
+      if (map.grad_input == nullptr) return;
+      const int64_t size = map.H * map.W;
+      C* sum = plane.begin(map.grad_input + (map.image * a.channels + c) * size, size);
+      for (auto* r = map.begin; r < map.end; ++r) {
+        const C grad = static_cast<C>(a.grad_output[r->k * a.channels + c]);
+        for_each_pixel(*r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
+          sum[pixel] += grad * (r->y.weight[y] * r->x.weight[x]);
+        });
+      }
+      plane.finish();
+    };
+  });
+}
+
+template <class T>
+void mean_backward_boxes_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  const int64_t bins = a.PH * a.PW;
+  const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
+  for_each_item(items.count, threads, [&] {
+    return [&](int64_t item) {
+      const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
+      const Map<T> map(a, item / items.parts / items.blocks);
+      const int64_t regions = map.end - map.begin;
+      for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
+           ++r) {
+        C* share = a.box_shares + (block * a.K + r->k) * 4;
+        std::fill_n(share, 4, C(0));
+        for (int64_t c = block * kChannelBlock; c < std::min((block + 1) * kChannelBlock, a.channels); ++c) {
+          const int64_t ph = c % bins / a.PW, pw = c % a.PW;
+          const T* plane = map.input + (map.image * a.channels + c) * map.H * map.W;
+          const C grad = static_cast<C>(a.grad_output[r->k * a.channels + c]);
+          for_each_pixel(*r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
+            const C value = grad * static_cast<C>(plane[pixel]);
+            share[0] += value * (r->y.weight[y] * r->x.slope_first[x]);
+            share[1] += value * (r->y.slope_first[y] * r->x.weight[x]);
+            share[2] += value * (r->y.weight[y] * r->x.slope_last[x]);
+            share[3] += value * (r->y.slope_last[y] * r->x.weight[x]);
+          });
+        }
+      }
+    };
+  });
+}
+
+// The largest s with 2^s <= n, n > 0.
+inline int64_t floor_log2(int64_t n) { return 63 - __builtin_clzll(static_cast<uint64_t>(n)); }
+
+// The maximum over a bin's columns is that over two runs of 2^s columns that together cover them: runs of every such
+// length are computed for all columns at once, by doubling, and a bin gathers two.
+template <class T>
+void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW, padded = round_up(bins, W);
+  const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
+  const int64_t doublings = a.most_taps_x > 0 ? floor_log2(a.most_taps_x) : 0;
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    const int64_t most_run = a.PH * (round_up(a.most_columns, W) + W);
+    C* runs = scratch->template take<C>((doublings + 1) * most_run + round_up<int64_t>(1 << doublings, W) + W);
+    auto* first_at = scratch->template take<Int<C>>(padded);
+    auto* second_at = scratch->template take<Int<C>>(padded);
+    return [&, scratch, runs, first_at, second_at](int64_t item) {
+      const int64_t part = item % items.parts, channel = item / items.parts % items.blocks * kChannelBlock;
+      const Map<T> map(a, item / items.parts / items.blocks);
+      const int64_t plane = map.H * map.W, channel_end = std::min(channel + kChannelBlock, a.channels);
+      const T* tensor_end = map.input + a.N * a.channels * plane;
+      const int64_t regions = map.end - map.begin;
+      for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
+           ++r) {
+        const Columns columns(r->x.low, r->x.high, map.W, W);
+        const int64_t levels = r->x.most > 0 ? floor_log2(r->x.most) : 0, run = a.PH * columns.width;
+        const int64_t zero = (levels + 1) * run;
+        for (int64_t o = 0; o < padded; ++o) {
+          const int64_t ph = o / a.PW, pw = o % a.PW;
+          first_at[o] = second_at[o] = zero;
+          if (o >= bins || r->y.begin[ph] == r->y.begin[ph + 1] || r->x.begin[pw] == r->x.begin[pw + 1]) continue;
+          const int64_t n = r->x.begin[pw + 1] - r->x.begin[pw], level = floor_log2(n);
+          const int64_t begin = level * run + ph * columns.width + r->x.pixel[r->x.begin[pw]] - columns.left;
+          first_at[o] = begin;
+          second_at[o] = begin + n - (1 << level);
+        }
+        for (int64_t c = channel; c < channel_end; ++c) {
+          const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
+          for (int64_t ph = 0; ph < a.PH; ++ph)
+            for (int64_t i = 0; i < columns.width; i += W) {
+              Vec<C> most = broadcast(-std::numeric_limits<C>::infinity());
+              for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap) {
+                const Vec<C> read = load_before(first + r->y.pixel[tap] * map.W + i, tensor_end);
+                most = read > most ? read : most;  // passes NaN over, as torchvision does
+              }
+              store(runs + ph * columns.width + i, most);
+            }
+          for (int64_t level = 0; level < levels; ++level) {
+            // Past the end a run is of no use, and nobody gathers it; but it must not be another thread's memory.
+            for (int64_t i = 0; i < run; i += W) {
+              const Vec<C> here = load(runs + level * run + i), there = load(runs + level * run + i + (1 << level));
+              store(runs + (level + 1) * run + i, here > there ? here : there);
+            }
+          }
+          store(runs + zero, Vec<C>{});
+          T* out = a.output + (r->k * a.channels + c) * bins;
+          for (int64_t o = 0; o < bins; o += W) {
+            const Vec<C> one = gather(runs, load_int<C>(first_at + o)), two = gather(runs, load_int<C>(second_at + o));
+            const Vec<C> most = one > two ? one : two;
+            if (o + W <= bins)
+              store(out + o, most);
+            else
+              store_first(out + o, most, bins - o);
+          }
+        }
+      }
+    };
+  });
+}
+
+// The gradient of a maximum goes to the first pixel, row by row, that has its value.
+template <class T>
+void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW, most_plane = largest_plane(a);
+  const PlaneItems items(a.L * a.N, a.channels, 1, threads, false);
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    GradPlane<T> grad_plane(most_plane, *scratch);
+    return [&, scratch, grad_plane](int64_t item) mutable {
+      const int64_t c = item % items.blocks;
+      const Map<T> map(a, item / items.blocks);
+      if (map.grad_input == nullptr) return;
+      const int64_t plane = map.H * map.W;
+      const T *first = map.input + (map.image * a.channels + c) * plane, *end = first + plane;
+      C* sum = grad_plane.begin(map.grad_input + (map.image * a.channels + c) * plane, plane);
+      for (auto* r = map.begin; r < map.end; ++r) {
+        const int64_t outputs = (r->k * a.channels + c) * bins;
+        for (int64_t o = 0; o < bins; ++o) {
+          const int64_t ph = o / a.PW, pw = o % a.PW, columns = r->x.begin[pw + 1] - r->x.begin[pw];
+          if (columns == 0) continue;
+          const C most = static_cast<C>(a.pooled[outputs + o]), grad = static_cast<C>(a.grad_output[outputs + o]);
+          const int64_t left = r->x.pixel[r->x.begin[pw]];
+          for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap) {
+            const int64_t row = r->y.pixel[tap] * map.W + left;
+            int64_t found = columns;
+            for (int64_t i = 0; i < columns; i += W) {
+              const unsigned equal = mask_bits<C>(load_before(first + row + i, end) == most);
+              if (equal == 0) continue;
+              found = i + __builtin_ctz(equal);
+              break;
+            }
+            if (found >= columns) continue;
+            sum[row + found] += grad;
+            break;
+          }
+        }
+      }
+      grad_plane.finish();
+    };
+  });
+}
+
+// ---- channels_last ----
+
+// Where the pixels of a bin lie in a map, and their weights.
+template <class C>
+struct PixelList {
+  int64_t* offset;  // in elements
+  C* weight;
+  int64_t count = 0;
+
+  PixelList(int64_t most, Scratch& scratch) : offset(scratch.take<int64_t>(most)), weight(scratch.take<C>(most)) {}
+
+  void fill(const Region<C>& r, int64_t ph, int64_t pw, int64_t map_width, int64_t channels) {
+    count = 0;
+    for_each_pixel(r, ph, pw, map_width, [&](int64_t pixel, int32_t y, int32_t x) {
+      offset[count] = pixel * channels;
+      weight[count++] = r.y.weight[y] * r.x.weight[x];
+    });
+  }
+};
+
+// Calls f(c, n) for the channels in blocks: n vectors at c, the last of them moved back to end with the channels.
+// Fewer channels than one vector are left to the caller: returns false.
+template <class C, int kVectors, class F>
+inline bool for_each_channel_block(int64_t channels, F f) {
+  constexpr int64_t W = kLanes<C>;
+  if (channels < W) return false;
+  int64_t c = 0;
+  for (; c + kVectors * W <= channels; c += kVectors * W) f(c, std::integral_constant<int, kVectors>{});
+  for (; c + W <= channels; c += W) f(c, std::integral_constant<int, 1>{});
+  if (c < channels) f(channels - W, std::integral_constant<int, 1>{});
+  return true;
+}
+
+template <class T>
+void mean_forward_pixels(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW;
+  for_each_item(a.K, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, *scratch);
+    return [&, scratch, pixels](int64_t item) mutable {
+      const Region<C>& r = a.regions[item];
+      const Map<T> map(a, r.map);
+      const T* image = map.input + map.image * map.H * map.W * a.channels;
+      for (int64_t o = 0; o < bins; ++o) {
+        pixels.fill(r, o / a.PW, o % a.PW, map.W, a.channels);
+        T* out = a.output + (r.k * bins + o) * a.out_channels;
+        const auto one_channel = [&](int64_t c) {
+          C sum = 0;
+          for (int64_t i = 0; i < pixels.count; ++i)
+            sum += static_cast<C>(image[pixels.offset[i] + c]) * pixels.weight[i];
+          return static_cast<T>(sum);
+        };
+        if (a.position_sensitive) {
+          for (int64_t c = 0; c < a.out_channels; ++c) out[c] = one_channel(c * bins + o);
+          continue;
+        }
+        const bool done = for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
+          Vec<C> sum[vectors.value] = {};
+          for (int64_t i = 0; i < pixels.count; ++i) {
+            const T* p = image + pixels.offset[i] + c;
+            const C weight = pixels.weight[i];
+            for (int v = 0; v < vectors.value; ++v) sum[v] += load(p + v * W) * weight;
+          }
+          for (int v = 0; v < vectors.value; ++v) store(out + c + v * W, sum[v]);
+        });
+        for (int64_t c = 0; c < a.channels && !done; ++c) out[c] = one_channel(c);
+      }
+    };
+  });
+}
+
+template <class T>
+void maximum_forward_pixels(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW;
+  for_each_item(a.K, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, *scratch);
+    return [&, scratch, pixels](int64_t item) mutable {
+      const Region<C>& r = a.regions[item];
+      const Map<T> map(a, r.map);
+      const T* image = map.input + map.image * map.H * map.W * a.channels;
+      for (int64_t o = 0; o < bins; ++o) {
+        pixels.fill(r, o / a.PW, o % a.PW, map.W, a.channels);
+        T* out = a.output + (r.k * bins + o) * a.channels;
+        const C least = pixels.count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
+        const bool done = for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
+          Vec<C> most[vectors.value];
+          for (int v = 0; v < vectors.value; ++v) most[v] = broadcast(least);
+          for (int64_t i = 0; i < pixels.count; ++i) {
+            const T* p = image + pixels.offset[i] + c;
+            for (int v = 0; v < vectors.value; ++v) {
+              const Vec<C> read = load(p + v * W);
+              most[v] = read > most[v] ? read : most[v];
+            }
+          }
+          for (int v = 0; v < vectors.value; ++v) store(out + c + v * W, most[v]);
+        });
+        for (int64_t c = 0; c < a.channels && !done; ++c) {
+          C most = least;
+          for (int64_t i = 0; i < pixels.count; ++i) {
+            const C read = static_cast<C>(image[pixels.offset[i] + c]);
+            most = read > most ? read : most;
+          }
+          out[c] = static_cast<T>(most);
+        }
+      }
+    };
+  });
+}
+
+// Items are bands of rows of the maps that want a gradient, as many rows as fit in cache. add(map, region, low, high,
+// sum) adds what a region gives to the rows [low, high); sum is where the map's row 0 would be.
+template <class T, class MakeAdd>
+void for_each_band(const RegionArgs<T>& a, int64_t threads, const MakeAdd& make_add) {
+  using C = ComputeType<T>;
+  constexpr int64_t kBandBytes = 512 << 10;
+  struct Band {
+    int64_t map, begin, end;
+  };
+  std::vector<Band> bands;
+  int64_t most = 0;
+  for (int64_t m = 0; m < a.L * a.N; ++m) {
+    const Map<T> map(a, m);
+    const int64_t row = map.W * a.channels;
+    if (map.grad_input == nullptr || row == 0) continue;
+    const int64_t rows = std::max<int64_t>(1, kBandBytes / (row * static_cast<int64_t>(sizeof(C))));
+    for (int64_t begin = 0; begin < map.H; begin += rows) bands.push_back({m, begin, std::min(begin + rows, map.H)});
+    most = std::max(most, std::min(rows, map.H) * row);
+  }
+  for_each_item(bands.size(), threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    GradPlane<T> plane(most, *scratch);
+    return [&, scratch, plane, add = make_add(*scratch)](int64_t item) mutable {
+      const auto [m, begin, end] = bands[item];
+      const Map<T> map(a, m);
+      const int64_t row = map.W * a.channels;
+      C* sum = plane.begin(map.grad_input + (map.image * map.H + begin) * row, (end - begin) * row) - begin * row;
+      for (auto* r = map.begin; r < map.end; ++r)
+        if (r->y.low < end && r->y.high > begin) add(map, *r, begin, end, sum);
+      plane.finish();
+    };
+  });
+}
+
+// The taps [begin, end) of a bin that lie in the rows [low, high).
+template <class C>
+inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<C>& y, int64_t ph, int64_t low, int64_t high) {
+  int32_t begin = y.begin[ph], end = y.begin[ph + 1];
+  while (begin < end && y.pixel[begin] < low) ++begin;
+  while (begin < end && y.pixel[end - 1] >= high) --end;
+  return {begin, end};
+}
+
+template <class T>
+void mean_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW;
+  for_each_band(a, threads, [&](Scratch& scratch) {
+    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, scratch);
+    C* grads = scratch.take<C>(a.out_channels);
+    return [&, pixels, grads](const Map<T>& map, const Region<C>& r, int64_t low, int64_t high, C* sum) mutable {
+      for (int64_t o = 0; o < bins; ++o) {
+        const auto [begin, end] = taps_within(r.y, o / a.PW, low, high);
+        pixels.count = 0;
+        for (int32_t y = begin; y < end; ++y)
+          for (int32_t x = r.x.begin[o % a.PW]; x < r.x.begin[o % a.PW + 1]; ++x) {
+            pixels.offset[pixels.count] = (r.y.pixel[y] * map.W + r.x.pixel[x]) * a.channels;
+            pixels.weight[pixels.count++] = r.y.weight[y] * r.x.weight[x];
+          }
+        if (pixels.count == 0) continue;
+        convert(a.grad_output + (r.k * bins + o) * a.out_channels, grads, a.out_channels);
+        if (a.position_sensitive) {
+          for (int64_t i = 0; i < pixels.count; ++i)
+            for (int64_t c = 0; c < a.out_channels; ++c)
+              sum[pixels.offset[i] + c * bins + o] += pixels.weight[i] * grads[c];
+          continue;
+        }
+        int64_t c = 0;
+        for (; c + 4 * W <= a.channels; c += 4 * W) {
+          const Vec<C> g0 = load(grads + c), g1 = load(grads + c + W), g2 = load(grads + c + 2 * W),
+                       g3 = load(grads + c + 3 * W);
+          for (int64_t i = 0; i < pixels.count; ++i) {
+            C* p = sum + pixels.offset[i] + c;
+            const C weight = pixels.weight[i];
+            store(p, load(p) + g0 * weight);
+            store(p + W, load(p + W) + g1 * weight);
+            store(p + 2 * W, load(p + 2 * W) + g2 * weight);
+            store(p + 3 * W, load(p + 3 * W) + g3 * weight);
+          }
+        }
+        for (int64_t i = 0; i < pixels.count; ++i) {
+          C* p = sum + pixels.offset[i];
+          int64_t d = c;
+          for (; d + W <= a.channels; d += W) store(p + d, load(p + d) + load(grads + d) * pixels.weight[i]);
+          for (; d < a.channels; ++d) p[d] += grads[d] * pixels.weight[i];
+        }
+      }
+    };
+  });
+}
+
+// An item is a vector of channels of a map: a maximum must be looked for from the first row of its bin on, which makes
+// bands cost too much.
+template <class T>
+void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW, blocks = (a.channels + W - 1) / W, most_plane = largest_plane(a);
+  for_each_item(a.L * a.N * blocks, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    C* sums = scratch->template take<C>(most_plane * W);
+    return [&, scratch, sums](int64_t item) {
+      const Map<T> map(a, item / blocks);
+      if (map.grad_input == nullptr) return;
+      const int64_t plane = map.H * map.W, channel = item % blocks * W, n = std::min(W, a.channels - channel);
+      const T* image = map.input + map.image * plane * a.channels + channel;
+      const T* end = map.input + a.N * plane * a.channels;
+      std::fill_n(sums, plane * W, C(0));
+      for (auto* r = map.begin; r < map.end; ++r)
+        for (int64_t o = 0; o < bins; ++o) {
+          const int64_t output = (r->k * bins + o) * a.channels + channel, ph = o / a.PW, pw = o % a.PW;
+          const Vec<C> pooled = load_first(a.pooled + output, n), grad = load_first(a.grad_output + output, n);
+          // Lanes past the channels are never open.
+          VecInt<C> open = lanes<C>([](Int<C> j) { return j; }) < broadcast_int<C>(n);
+          for (int32_t y = r->y.begin[ph]; y < r->y.begin[ph + 1]; ++y)
+            for (int32_t x = r->x.begin[pw]; x < r->x.begin[pw + 1]; ++x) {
+              const int64_t pixel = r->y.pixel[y] * map.W + r->x.pixel[x];
+              const VecInt<C> here = open & (load_before(image + pixel * a.channels, end) == pooled);
+              if (mask_bits<C>(here) == 0) continue;
+              open &= ~here;
+              store(sums + pixel * W, load(sums + pixel * W) + (here ? grad : Vec<C>{}));
+            }
+        }
+      T* target = map.grad_input + map.image * plane * a.channels + channel;
+      for (int64_t pixel = 0; pixel < plane; ++pixel, target += a.channels) {
+        const Vec<C> sum = load(sums + pixel * W);
+        if (n == W)
+          store(target, sum);
+        else
+          store_first(target, sum, n);
+      }
+    };
+  });
+}
+
+template <class T>
+void mean_backward_boxes_pixels(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW;
+  for_each_item(a.K, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    C* grads = scratch->template take<C>(a.out_channels);
+    return [&, scratch, grads](int64_t item) {
+      const Region<C>& r = a.regions[item];
+      const Map<T> map(a, r.map);
+      const T* image = map.input + map.image * map.H * map.W * a.channels;
+      C* share = a.box_shares + r.k * 4;
+      std::fill_n(share, 4, C(0));
+      for (int64_t o = 0; o < bins; ++o) {
+        convert(a.grad_output + (r.k * bins + o) * a.out_channels, grads, a.out_channels);
+        for_each_pixel(r, o / a.PW, o % a.PW, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
+          const T* p = image + pixel * a.channels;
+          C value = 0;
+          int64_t c = 0;
+          if (a.position_sensitive) {
+            for (; c < a.out_channels; ++c) value += grads[c] * static_cast<C>(p[c * bins + o]);
+          } else {
+            Vec<C> total = {};
+            for (; c + W <= a.channels; c += W) total += load(grads + c) * load(p + c);
+            value = sum<C>(total);
+            for (; c < a.channels; ++c) value += grads[c] * static_cast<C>(p[c]);
+          }
+          share[0] += value * (r.y.weight[y] * r.x.slope_first[x]);
+          share[1] += value * (r.y.slope_first[y] * r.x.weight[x]);
+          share[2] += value * (r.y.weight[y] * r.x.slope_last[x]);
+          share[3] += value * (r.y.slope_last[y] * r.x.weight[x]);
+        });
+      }
+    };
+  });
+}
+
+}  // namespace
+
+template <class T>
+void region_mean_forward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
+  if (channels_last)
+    mean_forward_pixels(a, threads);
+  else if (a.position_sensitive)
+    mean_forward_planes_sensitive(a, threads);
+  else
+    mean_forward_planes(a, threads);
+}
+
+template <class T>
+void region_mean_backward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
+  if (channels_last)
+    mean_backward_pixels(a, threads);
+  else if (a.position_sensitive)
+    mean_backward_planes_sensitive(a, threads);
+  else if (a.PW <= kLanes<ComputeType<T>>)
+    mean_backward_planes<T, true>(a, threads);
+  else
+    mean_backward_planes<T, false>(a, threads);
+}
+
+template <class T>
+void region_mean_backward_boxes(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
+  if (channels_last)
+    mean_backward_boxes_pixels(a, threads);
+  else if (a.position_sensitive)
+    mean_backward_boxes_planes_sensitive(a, threads);
+  else if (a.PW <= kLanes<ComputeType<T>>)
+    mean_backward_boxes_planes<T, true>(a, threads);
+  else
+    mean_backward_boxes_planes<T, false>(a, threads);
+}
+
+template <class T>
+void region_maximum_forward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
+  if (channels_last)
+    maximum_forward_pixels(a, threads);
+  else
+    maximum_forward_planes(a, threads);
+}
+
+template <class T>
+void region_maximum_backward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
+  if (channels_last)
+    maximum_backward_pixels(a, threads);
+  else
+    maximum_backward_planes(a, threads);
+}
+
+}  // namespace relops::RELOPS_ISA

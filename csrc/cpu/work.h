@@ -1,0 +1,49 @@
+// How CPU kernels share work among threads and get memory of their own.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace relops {
+
+template <class I>
+constexpr I round_up(I n, I multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Uninitialised memory for a thread's own use, aligned to a cache line.
+class Scratch {
+ public:
+  template <class X>
+  X* take(int64_t count) {
+    void* p = std::aligned_alloc(64, round_up<int64_t>(std::max<int64_t>(count, 1) * sizeof(X), 64));
+    if (p == nullptr) throw std::bad_alloc();
+    blocks_.emplace_back(p, std::free);
+    return static_cast<X*>(p);
+  }
+
+ private:
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
+};
+
+// Each thread makes a worker of its own, make(), and calls worker(item) for items that it takes one at a time, so that
+// unequal ones are spread evenly. Which thread does an item must not matter to its result.
+template <class Make>
+void for_each_item(int64_t items, int64_t threads, const Make& make) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(items, threads), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      auto worker = make();
+      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) worker(item);
+    }
+  });
+}
+
+}  // namespace relops

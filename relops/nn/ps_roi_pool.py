@@ -1,0 +1,26 @@
+"""The module of position-sensitive RoI pooling."""
+
+import torch
+from torch import Tensor, nn
+from torch.jit.annotations import BroadcastingList2
+
+from relops.ops._regions import Boxes
+from relops.ops.ps_roi_pool import ps_roi_pool
+
+torch.fx.wrap("ps_roi_pool")
+
+
+class PSRoIPool(nn.Module):
+    """`relops.ps_roi_pool` with its options fixed; the arguments are those of torchvision's module of this name."""
+
+    def __init__(self, output_size: BroadcastingList2[int], spatial_scale: float) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+
+    def forward(self, input: Tensor, rois: Boxes) -> Tensor:
+        """input [N,C,H,W] and rois [K,5], or a list of N tensors [Ki,4], to [K,C/(PH*PW),PH,PW]."""
+        return ps_roi_pool(input, rois, self.output_size, self.spatial_scale)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(output_size={self.output_size}, spatial_scale={self.spatial_scale})"

@@ -1,0 +1,219 @@
+"""What the region ops share: checks, boxes as rows, memory formats, fakes, autograd and vmap.
+
+torch.jit.script compiles the public functions and `as_rows`. It reads annotations as objects, so neither this file nor
+those of the ops import annotations from __future__.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from relops._library import check_device_has_kernels
+from relops.ops._checks import check_coordinates, check_features, no_double_backward, under_autocast
+
+Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
+
+MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio of the kernels: bounds their loops
+
+
+class BoxesShapeError(ValueError, AssertionError):
+    """Boxes of the wrong shape. Also an AssertionError, which callers of torchvision's ops know to expect."""
+
+
+# ---- Checks ----
+
+
+def check_map(op: str, name: str, tensor: Tensor) -> None:
+    check_features(op, name, tensor)
+    if tensor.dim() != 4:
+        raise ValueError(f"relops.{op}: {name} must be [N,C,H,W], got shape {list(tensor.shape)}")
+    check_device_has_kernels(op, tensor.device)
+
+
+def checked_boxes(op: str, boxes: object, features_name: str, features: Tensor) -> Boxes:
+    """The boxes as given, for `as_rows`; under autocast in a dtype that fits the features."""
+    if isinstance(boxes, Tensor):
+        (boxes,) = under_autocast(features, boxes)
+        _check_columns(op, "boxes", boxes, "[K,5], rows of (batch index, x1, y1, x2, y2)", 5, features_name, features)
+        return boxes
+    if not isinstance(boxes, (list, tuple)):
+        raise TypeError(
+            f"relops.{op}: boxes must be a Tensor [K,5] or a list of N Tensors [Ki,4], got {type(boxes).__name__}"
+        )
+    if len(boxes) != features.size(0):
+        raise ValueError(
+            f"relops.{op}: boxes must be a list of N = {features.size(0)} Tensors, one per image of {features_name}, "
+            f"got {len(boxes)}"
+        )
+    boxes = under_autocast(features, *boxes)
+    for i, each in enumerate(boxes):
+        _check_columns(op, f"boxes[{i}]", each, "[Ki,4], rows of (x1, y1, x2, y2)", 4, features_name, features)
+    return boxes
+
+
+def _check_columns(
+    op: str, name: str, boxes: Tensor, words: str, columns: int, features_name: str, features: Tensor
+) -> None:
+    check_coordinates(op, name, boxes, features_name, features)
+    if boxes.dim() != 2 or boxes.size(1) != columns:
+        raise BoxesShapeError(f"relops.{op}: {name} must be {words}, got shape {list(boxes.shape)}")
+
+
+def checked_output_size(op: str, output_size: object) -> list[int]:
+    """(height, width)."""
+    sizes = [output_size, output_size] if isinstance(output_size, int) else output_size
+    ints = isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes)
+    if not ints or len(sizes) != 2 or min(sizes) < 1:
+        raise (ValueError if ints else TypeError)(
+            f"relops.{op}: output_size must be a positive int or two, (height, width), got {output_size!r}"
+        )
+    return list(sizes)
+
+
+def check_positive(op: str, name: str, number: object) -> None:
+    real = isinstance(number, (float, int))
+    if not real or not 0 < number < math.inf:
+        raise (ValueError if real else TypeError)(
+            f"relops.{op}: {name} must be a finite positive number, got {number!r}"
+        )
+
+
+def check_sampling_ratio(op: str, sampling_ratio: object) -> None:
+    # A bool here is `aligned` in the wrong place.
+    whole = isinstance(sampling_ratio, int) and not isinstance(sampling_ratio, bool)
+    if not whole or sampling_ratio > MAX_SAMPLING_RATIO:
+        raise (ValueError if whole else TypeError)(
+            f"relops.{op}: sampling_ratio must be an int of at most {MAX_SAMPLING_RATIO}, got {sampling_ratio!r}"
+        )
+
+
+def check_type(op: str, name: str, value: object, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        raise TypeError(f"relops.{op}: {name} must be of type {wanted.__name__}, got {value!r}")
+
+
+def check_divisible(op: str, input: Tensor, output_size: Sequence[int]) -> None:
+    if input.size(1) % (output_size[0] * output_size[1]):
+        raise ValueError(
+            f"relops.{op}: input must have a number of channels C that output_size, {output_size[0]} x "
+            f"{output_size[1]}, divides, got C = {input.size(1)}"
+        )
+
+
+def checked_region(
+    op: str, input: Tensor, boxes: object, output_size: object, spatial_scale: object
+) -> tuple[Boxes, list[int]]:
+    """The checks of every op with one input; gives the boxes and the output size in the form that the op takes."""
+    check_map(op, "input", input)
+    boxes = checked_boxes(op, boxes, "input", input)
+    check_positive(op, "spatial_scale", spatial_scale)
+    return boxes, checked_output_size(op, output_size)
+
+
+# ---- Boxes ----
+
+
+def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
+    """[K,5] in the dtype that kernels compute in."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if isinstance(boxes, Tensor):
+        rows = boxes
+    elif len(boxes) == 0:
+        rows = torch.empty([0, 5], dtype=dtype, device=input.device)
+    else:
+        # As many launches whatever the number of images: expanding costs none. The indices are never rounded to 16 bit.
+        images = torch.arange(len(boxes), dtype=dtype, device=input.device)[:, None].unbind(0)
+        indices = torch.cat([image.expand(each.size(0)) for image, each in zip(images, boxes)])
+        rows = torch.cat([indices[:, None], torch.cat(boxes)], 1)
+    return rows.to(dtype)
+
+
+# ---- Memory formats and fakes ----
+
+
+def is_channels_last(input: Tensor) -> bool:
+    """The rule of the kernels: a map that is consumed as it lies, and whose output and gradient lie likewise."""
+    return input.dim() == 4 and not input.is_contiguous() and input.size(1) > 1 and input.stride(1) == 1
+
+
+def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def fake_forward(input, boxes, output_size, *_):
+    return empty(input, (boxes.size(0), input.size(1), *output_size), is_channels_last(input))
+
+
+def fake_forward_position_sensitive(input, boxes, output_size, *_):
+    channels = input.size(1) // (output_size[0] * output_size[1])
+    return empty(input, (boxes.size(0), channels, *output_size), is_channels_last(input))
+
+
+def fake_backward(grad_output, input, boxes, input_shape, *rest):
+    channels_last, input_grad, boxes_grad = rest[-3:]
+    return (
+        empty(grad_output, input_shape, channels_last) if input_grad else grad_output.new_empty(0),
+        boxes.new_empty(boxes.shape if boxes_grad else 0),
+    )
+
+
+# ---- Registration ----
+
+
+def register(op: str, fake: Callable, fake_of_backward: Callable, setup_context: Callable, backward: Callable) -> None:
+    torch.library.register_fake(f"relops::{op}", fake)
+    torch.library.register_fake(f"relops::_{op}_backward", fake_of_backward)
+    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"relops::_{op}_backward", no_double_backward(op))
+
+
+def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> None:
+    """An op(input, boxes, output_size, *options) with gradients to input and boxes."""
+
+    def setup_context(ctx, inputs, output):
+        input, boxes, _, *ctx.options = inputs
+        # The gradient of the input is linear in it: only that of the boxes reads its values.
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, boxes)
+        ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
+
+    def backward(ctx, grad_output):
+        input, boxes = ctx.saved_tensors
+        need_input, need_boxes, *others = ctx.needs_input_grad
+        grad_input, grad_boxes = getattr(torch.ops.relops, f"_{op}_backward")(
+            grad_output, input, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, need_input, need_boxes
+        )
+        return grad_input if need_input else None, grad_boxes if need_boxes else None, *[None] * len(others)
+
+    register(op, fake, fake_backward, setup_context, backward)
+    register_vmap(op)
+
+
+def register_vmap(op: str) -> None:
+    """vmap folds its dimension into N and K."""
+
+    def rule(info, in_dims, input, boxes, *rest):
+        N = None
+        if in_dims[0] is not None:
+            input = input.movedim(in_dims[0], 0)
+            N = input.size(1)
+            input = input.flatten(0, 1)
+        boxes = boxes_per_entry(boxes, in_dims[1], info.batch_size, N)
+        output = getattr(torch.ops.relops, op)(input, boxes.flatten(0, 1), *rest)
+        return output.unflatten(0, boxes.shape[:2]), 0
+
+    torch.library.register_vmap(f"relops::{op}", rule)
+
+
+def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | None) -> Tensor:
+    """[B,K,5] for vmap. N: images per entry, where every entry has its own; None where all look at the same."""
+    boxes = boxes.expand(batch_size, *boxes.shape) if dim is None else boxes.movedim(dim, 0)
+    if N is None:
+        return boxes
+    index = boxes[..., :1]
+    first = N * torch.arange(batch_size, dtype=boxes.dtype, device=boxes.device)[:, None, None]
+    # An image that the entry does not have must not become one of its neighbor's.
+    index = torch.where((index >= 0) & (index < N), index + first, -1)
+    return torch.cat([index, boxes[..., 1:]], -1)

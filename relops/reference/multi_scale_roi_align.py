@@ -1,0 +1,37 @@
+"""RoIAlign on the level of a feature pyramid that fits the box (FPN, https://arxiv.org/abs/1612.03144, equation 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relops.reference._regions import box_rows, compute_dtype
+from relops.reference.roi_align import roi_align
+
+
+def multi_scale_roi_align(
+    inputs: Sequence[Tensor],  # L times [N,C,H,W], finest first
+    boxes: Tensor | Sequence[Tensor],  # [K,5], or N times [Ki,4]
+    output_size: int | Sequence[int],  # PH, PW
+    spatial_scales: Sequence[float],  # L powers of 1/2
+    sampling_ratio: int = 2,
+    aligned: bool = False,
+    canonical_box_size: float = 224.0,
+    canonical_level: int = 4,
+) -> Tensor:  # [K,C,PH,PW]
+    """16-bit inputs are computed in float32. Features must be finite. First derivatives only."""
+    boxes = box_rows(boxes)
+    finest, coarsest = (round(-math.log2(spatial_scales[end])) for end in (0, -1))
+    x1, y1, x2, y2 = boxes[:, 1:].detach().to(compute_dtype(inputs[0])).unbind(1)
+    side = ((x2 - x1) * (y2 - y1)).clamp(min=0).sqrt()
+    level = (canonical_level + (side / canonical_box_size).log2() + 1e-6).floor().clamp(finest, coarsest) - finest
+
+    places, pooled = [], []
+    for index, (input, scale) in enumerate(zip(inputs, spatial_scales)):
+        # A box that is not finite may have no level; it is zero on any.
+        places.append((level.nan_to_num() == index).nonzero()[:, 0])
+        pooled.append(roi_align(input, boxes[places[-1]], output_size, scale, sampling_ratio, aligned))
+    return torch.cat(pooled)[torch.cat(places).argsort()]

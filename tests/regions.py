@@ -1,0 +1,127 @@
+"""The six region ops called in one way, and boxes for them: what the tests of their values share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from cases import grad_like
+from conftest import assert_matches
+from torch import Tensor
+
+import relops
+from relops import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and arguments, letters as in relops.roi_align, except that C counts output channels."""
+
+    H: int = 12
+    W: int = 17
+    C: int = 3
+    N: int = 2
+    K: int = 9
+    output_size: tuple[int, int] = (3, 2)
+    spatial_scale: float = 0.25
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Region:
+    name: str
+    box_gradient: bool = True
+    position_sensitive: bool = False
+    whole_pixels: bool = False  # bins are rounded to pixels
+    levels: int = 1
+    options: tuple[dict[str, Any], ...] = ({},)  # what is to be tested
+
+    def __call__(
+        self, features: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], case: Case, module: ModuleType = relops
+    ) -> Tensor:
+        function = getattr(module, self.name)
+        if self.levels == 1:
+            return function(features[0], boxes, case.output_size, case.spatial_scale, **case.options)
+        scales = [case.spatial_scale / 2**level for level in range(self.levels)]
+        # So that boxes of a fourth of the map lie between the first two levels.
+        canonical = {"canonical_level": 3, "canonical_box_size": case.H / case.spatial_scale / 4}
+        return function(features, boxes, case.output_size, scales, **canonical, **case.options)
+
+    def features(self, case: Case) -> list[Tensor]:
+        bins = case.output_size[0] * case.output_size[1] if self.position_sensitive else 1
+        sizes = [(-(-case.H // 2**level), -(-case.W // 2**level)) for level in range(self.levels)]
+        return [torch.randn(case.N, case.C * bins, H, W, dtype=torch.float64) for H, W in sizes]
+
+    def run(
+        self,
+        features: Sequence[Tensor],
+        boxes: Tensor,
+        case: Case,
+        module: ModuleType = relops,
+        grad_output: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The output, the gradients of the levels, and that of the boxes where the op has one."""
+        features = [x.detach().requires_grad_() for x in features]
+        boxes = boxes.detach().requires_grad_(self.box_gradient)
+        output = self(features, boxes, case, module)
+        output.backward(grad_like(output) if grad_output is None else grad_output)
+        results = {"output": output.detach()} | {f"input {level}": x.grad for level, x in enumerate(features)}
+        # A level that no box is pooled from is no part of the twin's graph.
+        results = {name: x for name, x in results.items() if x is not None}
+        return results | ({"boxes": boxes.grad} if self.box_gradient else {})
+
+    def run_twin(
+        self, features: Sequence[Tensor], boxes: Tensor, case: Case, grad_output: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """In float64; where bins are rounded to pixels, in the dtype of the boxes, which decides what they round to."""
+        dtype = boxes.dtype if self.whole_pixels else torch.float64
+        grad = None if grad_output is None else grad_output.to(dtype)
+        results = self.run([x.to(dtype) for x in features], boxes.to(dtype), case, reference, grad)
+        return {name: x.double() for name, x in results.items()}
+
+    def assert_matches_twin(self, features: Sequence[Tensor], boxes: Tensor, case: Case) -> None:
+        actual = self.run(features, boxes, case)
+        for name, expected in self.run_twin(features, boxes, case).items():
+            assert_matches(actual[name], expected, f"{self.name} {name}")
+
+
+SAMPLING = tuple({"sampling_ratio": ratio} for ratio in (2, -1, 3))
+REGIONS = {
+    region.name: region
+    for region in (
+        Region("roi_align", options=tuple(s | {"aligned": aligned} for s in SAMPLING for aligned in (False, True))),
+        Region("roi_pool", box_gradient=False, whole_pixels=True),
+        Region("ps_roi_align", position_sensitive=True, options=SAMPLING),
+        Region("ps_roi_pool", box_gradient=False, position_sensitive=True, whole_pixels=True),
+        Region("prroi_pool"),
+        Region("multi_scale_roi_align", levels=3, options=(*SAMPLING, {"aligned": True})),
+    )
+}
+
+
+def box_dtype(features: torch.dtype) -> torch.dtype:
+    return torch.promote_types(features, torch.float32)
+
+
+def as_rows(*boxes: Sequence[float], image: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    """[K,5] of boxes given by x1, y1, x2, y2."""
+    return torch.tensor([[image, *box] for box in boxes], dtype=dtype, device=device)
+
+
+def random_boxes(case: Case, inside: bool = False) -> Tensor:  # [K,5] float64
+    """Mostly inside, some beyond the border; of every nine one each is tiny, inverted and without area.
+
+    Numbers of float32, so that the ops are given the same boxes in every dtype.
+    """
+    size = torch.tensor([case.W, case.H], dtype=torch.float64) / case.spatial_scale
+    low, span = (0.1, 0.8) if inside else (-0.3, 1.6)
+    corners = (low + span * torch.rand(case.K, 2, 2, dtype=torch.float64)).sort(1).values * size
+    if not inside:
+        corners[6::9, 1] = corners[6::9, 0] + torch.rand(2, dtype=torch.float64)
+        corners[7::9] = corners[7::9].flip(1)
+        corners[8::9, 1] = corners[8::9, 0]
+    images = torch.randint(max(case.N, 1), (case.K, 1), dtype=torch.float64)
+    return torch.cat([images, corners.flatten(1)], 1).float().double()

@@ -1,0 +1,339 @@
+"""What all region ops have in common; their values are in test_<op>.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import grad_like
+from conftest import DTYPES, assert_matches, why_no_cuda
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from regions import REGIONS, Case, Region, as_rows, box_dtype, random_boxes
+from torch import Tensor
+
+import relops
+from relops import reference
+
+every = pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS.keys())
+every_of_one_level = pytest.mark.parametrize(
+    "region", [region for region in REGIONS.values() if region.levels == 1], ids=lambda region: region.name
+)
+every_with_box_gradient = pytest.mark.parametrize(
+    "region", [region for region in REGIONS.values() if region.box_gradient], ids=lambda region: region.name
+)
+
+
+def draw(
+    region: Region, case: Case, device: str, dtype: torch.dtype = torch.float64, inside: bool = False
+) -> tuple[list[Tensor], Tensor]:
+    features, boxes = region.features(case), random_boxes(case, inside)
+    return [x.to(device, dtype) for x in features], boxes.to(device, box_dtype(dtype))
+
+
+# ---- Independent facts ----
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: str) -> None:
+    """Of every image its own constant: the batch index is what picks it."""
+    case = Case(N=3, K=20, output_size=(2, 3))
+    features, boxes = draw(region, case, device, dtype, inside=True)
+    features = [torch.ones_like(x) * torch.tensor([0.5, 2.0, -3.0]).to(x).view(3, 1, 1, 1) for x in features]
+    constant = features[0][boxes[:, 0].long(), :1, :1, :1].expand(-1, case.C, 2, 3)
+    torch.testing.assert_close(region(features, boxes, case), constant)
+
+
+@every
+def test_translation(region: Region, device: str) -> None:
+    """A map moved by whole pixels, here within a larger one of zeros, and its boxes with it."""
+    case = Case(H=40, W=44, C=2)
+    features, boxes = draw(region, case, device, inside=True)
+    coarsest = 2 ** (region.levels - 1)
+    dx, dy = 2 * coarsest, coarsest
+    moved = [F.pad(x, (dx >> level, 3, dy >> level, 2)) for level, x in enumerate(features)]
+    shift = torch.tensor([0, dx, dy, dx, dy], device=device) / case.spatial_scale
+    expected = region.run(features, boxes, case)
+    actual = region.run(moved, boxes + shift, case)
+    assert_matches(actual["output"], expected["output"])
+    if region.box_gradient:
+        assert_matches(actual["boxes"], expected["boxes"])
+    for level, x in enumerate(features):
+        grad = actual[f"input {level}"][:, :, dy >> level :, dx >> level :][:, :, : x.shape[2], : x.shape[3]]
+        assert_matches(grad, expected[f"input {level}"])
+
+
+@every
+def test_list_of_boxes(region: Region, device: str) -> None:
+    case = Case(N=3, K=10)
+    features, boxes = draw(region, case, device)
+    boxes[:, 0] = torch.tensor([0.0] * 4 + [2.0] * 6)  # none in image 1
+    boxes.requires_grad_(region.box_gradient)
+    of_images = [boxes[boxes[:, 0] == n, 1:] for n in range(3)]
+    expected, actual = region(features, boxes, case), region(features, of_images, case)
+    assert torch.equal(actual, expected)
+    if region.box_gradient:
+        grad = grad_like(expected)
+        (expected,) = torch.autograd.grad(expected, boxes, grad)
+        (actual,) = torch.autograd.grad(actual, boxes, grad)
+        torch.testing.assert_close(actual, expected)
+
+
+@every
+def test_output_size_of_one_number_is_square(region: Region, device: str) -> None:
+    case = Case(output_size=(3, 3))
+    features, boxes = draw(region, case, device)
+    scales = [case.spatial_scale / 2**level for level in range(region.levels)]
+    function, arguments = (
+        (relops.multi_scale_roi_align, (features, boxes, 3, scales))
+        if region.levels > 1
+        else (getattr(relops, region.name), (features[0], boxes, 3, scales[0]))
+    )
+    assert torch.equal(function(*arguments), function(*arguments[:2], (3, 3), *arguments[3:]))
+
+
+@every_of_one_level
+def test_scale_of_boxes_is_that_of_the_map(region: Region, device: str) -> None:
+    """Boxes in pixels of the map at scale 1 are boxes of the image at scale 1/4."""
+    case = Case()
+    features, boxes = draw(region, case, device)
+    of_map = torch.cat([boxes[:, :1], boxes[:, 1:] / 4], 1)
+    actual = region(features, of_map, Case(spatial_scale=1.0))
+    assert torch.equal(actual, region(features, boxes, case))
+
+
+# ---- Against the twin ----
+
+SHAPES = {
+    "typical": Case(),
+    "one pixel": Case(H=1, W=1, C=2, spatial_scale=1.0),
+    "one row": Case(H=1, W=70, C=5, output_size=(1, 4)),
+    "one column": Case(H=70, W=1, C=5, output_size=(4, 1)),
+    "wide": Case(H=3, W=150, C=5, output_size=(2, 7), spatial_scale=0.5),
+    "tall": Case(H=150, W=3, C=1, output_size=(7, 2), spatial_scale=0.5),
+    "14 x 14": Case(H=9, W=11, C=16, K=5, output_size=(14, 14)),
+    "17 columns": Case(C=3, output_size=(3, 17), K=12),
+    "40 channels": Case(C=40, N=1, output_size=(2, 2)),
+    "boxes of many images": Case(N=5, K=30, H=8, W=9),
+    "one bin": Case(H=30, W=20, C=4, output_size=(1, 1)),
+    "odd scale": Case(spatial_scale=0.0625 * 1.5),
+}
+
+
+def variants(region: Region, case: Case) -> list[Case]:
+    if region.levels > 1:  # its scales are powers of 1/2
+        case = Case(**vars(case) | {"spatial_scale": 2.0 ** round(math.log2(case.spatial_scale))})
+    return [Case(**vars(case) | {"options": options}) for options in region.options]
+
+
+@every
+@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_shapes(region: Region, case: Case, dtype: torch.dtype, device: str) -> None:
+    for variant in variants(region, case):
+        region.assert_matches_twin(*draw(region, variant, device, dtype), variant)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["typical", "wide", "14 x 14", "40 channels"])
+def test_16_bit(region: Region, name: str, dtype: torch.dtype, device: str) -> None:
+    """Sums in float32, rounded once, and boxes never rounded: one of 16 bit would be a pixel off in "wide"."""
+    for variant in variants(region, SHAPES[name])[:1]:
+        region.assert_matches_twin(*draw(region, variant, device, dtype), variant)
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["typical", "17 columns", "14 x 14", "one row", "40 channels"])
+def test_channels_last(region: Region, name: str, dtype: torch.dtype, device: str) -> None:
+    """It stays so, forward and backward, with the values of the other order."""
+    (variant, *_) = variants(region, SHAPES[name])
+    features, boxes = draw(region, variant, device, dtype)
+    features = [x.to(memory_format=torch.channels_last) for x in features]
+    actual = region.run(features, boxes, variant)
+    for result, expected in region.run_twin(features, boxes, variant).items():
+        assert_matches(actual[result], expected, result)
+        if result != "boxes":
+            assert actual[result].is_contiguous(memory_format=torch.channels_last), result
+
+
+@every
+def test_only_wanted_gradients(region: Region, device: str) -> None:
+    case = Case(options=region.options[0])
+    features, boxes = draw(region, case, device)
+    expected = region.run(features, boxes, case)
+    leaves = [x.clone().requires_grad_() for x in features]
+    output = region(leaves, boxes, case)
+    output.backward(grad_like(output))
+    assert all(torch.equal(x.grad, expected[name]) for x, name in zip(leaves, input_names(region)))
+
+    leaf = boxes.clone().requires_grad_()
+    if region.box_gradient:
+        output = region(features, leaf, case)
+        output.backward(grad_like(output))
+        assert torch.equal(leaf.grad, expected["boxes"])
+
+
+def input_names(region: Region) -> list[str]:
+    return [f"input {level}" for level in range(region.levels)]
+
+
+@every_with_box_gradient
+def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
+    case = Case(options=region.options[0])
+    grad = region.run(*draw(region, case, device, inside=True), case)["boxes"]
+    assert not grad[:, 0].any()
+    assert grad[:, 1:].any(1).all()
+
+
+@every
+def test_gradcheck(region: Region, device: str, deterministic: None) -> None:
+    for options in region.options:
+        case = Case(H=5, W=6, C=2, K=4, output_size=(2, 3), options=options)
+        features, boxes = draw(region, case, device)
+        images, corners = boxes.split([1, 4], 1)
+        corners.requires_grad_(region.box_gradient)
+        features = [x.requires_grad_() for x in features]
+        assert torch.autograd.gradcheck(
+            lambda corners, *features, images=images, case=case: region(
+                features, torch.cat([images, corners], 1), case
+            ),
+            (corners, *features),
+            fast_mode=True,
+        )
+
+
+# ---- Degenerate boxes ----
+
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+
+@every
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_coordinate_that_is_not_finite(
+    region: Region, bad: float, dtype: torch.dtype, memory_format: torch.memory_format, device: str
+) -> None:
+    """Its row is zero with zero gradient, and the other boxes do not notice."""
+    case = Case(K=14, options=region.options[0])
+    features, boxes = draw(region, case, device, dtype)
+    features = [x.to(memory_format=memory_format) for x in features]
+    broken = boxes.clone()
+    spoiled = torch.tensor([0, 2, 5, 6, 13], device=device)
+    for k, column in zip(spoiled.tolist(), (1, 2, 3, 4, slice(1, 5))):
+        broken[k, column] = bad
+    actual = region.run(features, broken, case)
+    grad = grad_like(actual["output"])
+    expected = region.run_twin(features, boxes, case, grad.index_fill(0, spoiled, 0))
+    expected["output"][spoiled] = 0
+    for name, x in expected.items():
+        assert_matches(actual[name], x, name)
+
+
+@every
+@pytest.mark.parametrize("index", [-1.0, 2.0, 1e9, -0.5, math.nan, math.inf, -math.inf])
+def test_batch_index_outside(region: Region, index: float, device: str) -> None:
+    """The host of a CUDA device cannot look without synchronizing: the output says so with NaN."""
+    case = Case()
+    features, boxes = draw(region, case, device, torch.float32)
+    good = boxes.clone()
+    boxes[3, 0] = index
+    if device == "cpu":
+        with pytest.raises(IndexError, match="boxes"):
+            region(features, boxes, case)
+        return
+    actual = region(features, boxes, case)
+    assert actual[3].isnan().all()
+    others = [k for k in range(case.K) if k != 3]
+    assert torch.equal(actual[others], region(features, good, case)[others])
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1e4, 1e9, 1e18, 1e30])
+def test_huge_boxes_return(region: Region, size: float, dtype: torch.dtype, device: str) -> None:
+    case = Case(options={"sampling_ratio": -1} if len(region.options) > 1 else {})
+    boxes = as_rows(
+        (0, 0, size, size), (-size, -size, size, size), (size, size, 2 * size, 2 * size), (size, size, -size, -size),
+        (-size, 3, size, 9), (5, -size, 6, size), (size, 0, size, 9), (0, 0, -size, size),
+        image=1, dtype=dtype, device=device,
+    )  # fmt: skip
+    features = [x.to(device, dtype) for x in region.features(case)]
+    results = region.run(features, boxes, case)
+    assert all(x.isfinite().all() for x in results.values())
+    assert not results["input 0"][0].any()
+
+
+@every
+def test_no_boxes(region: Region, device: str) -> None:
+    case = Case(K=0)
+    features, boxes = draw(region, case, device, torch.float32)
+    results = region.run(features, boxes, case)
+    assert results["output"].shape == (0, 3, 3, 2)
+    assert not any(results[name].any() for name in input_names(region))
+    assert region(features, [boxes[:, 1:]] * 2, case).shape == (0, 3, 3, 2)
+
+
+# ---- Random search ----
+
+# Borders, centers, halves and a pixel outside of maps up to 9 x 9, far off, and not finite.
+COORDINATES = st.one_of(
+    st.integers(-8, 44).map(lambda i: i / 4),
+    st.floats(-3, 12, width=32),
+    st.sampled_from([-1.0, 0.0, 1e-30, 0.5, 9.0, 100.0, -1e4, 1e9, -1e9, 1e30, *NOT_FINITE]),
+)
+
+
+@st.composite
+def searched(draw_from: st.DrawFn) -> tuple[Case, list[list[float]], int, int]:
+    sizes = st.integers(1, 9)
+    case = Case(
+        H=draw_from(sizes),
+        W=draw_from(sizes),
+        C=draw_from(st.integers(1, 3)),
+        N=draw_from(st.integers(1, 3)),
+        output_size=(draw_from(st.integers(1, 5)), draw_from(st.integers(1, 5))),
+        spatial_scale=draw_from(st.sampled_from([1.0, 0.5, 2.0])),
+    )
+    boxes = draw_from(st.lists(st.lists(COORDINATES, min_size=4, max_size=4), min_size=1, max_size=8))
+    return case, boxes, draw_from(st.integers(0, 5)), draw_from(st.integers(0, 2**31))
+
+
+@every
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(search=searched())
+def test_random_search(region: Region, search: tuple[Case, list[list[float]], int, int]) -> None:
+    case, corners, option, seed = search
+    options = region.options[option % len(region.options)]
+    case = Case(**vars(case) | {"K": len(corners), "options": options})
+    for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
+        torch.manual_seed(seed)
+        boxes = torch.cat([torch.randint(case.N, (case.K, 1)), torch.tensor(corners, dtype=torch.float64)], 1)
+        compare_where_smooth(region, [x.to(device) for x in region.features(case)], boxes.to(device), case)
+
+
+def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, case: Case) -> None:
+    """A sample a rounding error off the border counts or not, one off a pixel has this slope or that: such boxes, which
+    show by a result that jumps when they are moved by nearly nothing, are left out."""
+    expected = region.run(features, boxes, case, reference)
+    steady = torch.ones(case.K, dtype=torch.bool, device=boxes.device)
+    steady_gradient = steady
+    if not region.whole_pixels:
+        for step in (1e-9, -1e-9):
+            moved = torch.cat([boxes[:, :1], boxes[:, 1:] + step], 1)
+            nearby = region.run(features, moved, case, reference)
+            steady = steady & (nearby["output"] - expected["output"]).abs().flatten(1).amax(1).lt(1e-6)
+            steady_gradient = steady_gradient & (nearby["boxes"] - expected["boxes"]).abs().amax(1).lt(1e-6)
+    grad = grad_like(expected["output"]) * steady[:, None, None, None]
+    expected = region.run(features, boxes, case, reference, grad)
+    actual = region.run(features, boxes, case, grad_output=grad)
+    for name, x in expected.items():
+        kept = {"output": steady, "boxes": steady & steady_gradient}.get(name, slice(None))
+        torch.testing.assert_close(
+            actual[name][kept], x[kept], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
