@@ -36,11 +36,11 @@ from relops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+FORWARD, BACKWARD, FORWARD_BACKWARD = "forward", "backward", "forward+backward"
 
 # Bounds on the relative RMS error of relops against the float64 twin: several times what rounding explains.
 ERROR_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+MIN_ROUNDS, QUICK_MIN_ROUNDS, MAX_ROUNDS = 5, 3, 100
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,22 @@ class Bench:
     """One row.
 
     Attributes:
-        op, shape, dtype, device, direction: what the row is; together its key. shape is a label for people.
+        op, shape, dtype, device, direction: what the row is; together its key. shape is a label for people. "backward"
+            runs the forward outside of what is timed.
         make_inputs: generator (on the device) -> fresh random arguments, tensors or not, for every callable below.
-            For "forward+backward" gradients are taken to every floating point one.
         relops, pytorch: the op and its pure-PyTorch twin. They return a tensor or a tuple of tensors.
         model: compulsory work; None where it says nothing (a whole model).
         peers: others to time beside them, by name. One that fails or is wrong is left out with a note.
         compiled: also time the twin under torch.compile (not in the quick setting).
         target: the ratio that the project wants to reach.
+        peer_targets: the same against peers, by name.
         quick: part of the quick setting.
         cold: flush the last-level cache before each call; None: on CUDA. On the CPU the layer before has usually just
             written the input.
         graph: time CUDA graph replays (forward only), for calls that are shorter than their launch.
         tolerance: bound on the error, where that of the dtype does not fit.
         min_rounds: fewer where the baseline takes minutes.
+        differentiated: positions of the inputs that gradients are taken to; None: every floating point one.
     """
 
     op: str
@@ -99,11 +101,13 @@ class Bench:
     peers: Mapping[str, Callable[..., Any] | Contender] = field(default_factory=dict)
     compiled: bool = False
     target: float | None = None
+    peer_targets: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
     cold: bool | None = None
     graph: bool = False
     tolerance: float | None = None
     min_rounds: int = MIN_ROUNDS
+    differentiated: tuple[int, ...] | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -159,7 +163,7 @@ def synchronize(device: str) -> None:
 def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor, ...]) -> Callable[[], tuple]:
     """One call of the contender on these inputs, with nothing left to do but the work that is timed.
 
-    It gives (outputs, gradients of the floating point inputs); without gradients for the forward direction.
+    It gives (outputs, gradients of the inputs); without gradients for the forward direction. A backward runs once.
     """
     if bench.direction == FORWARD:
 
@@ -169,16 +173,31 @@ def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor,
 
         return forward
 
-    leaves = [x for x in inputs if is_float(x)]
+    if bench.differentiated is None:
+        leaves = [x for x in inputs if is_float(x)]
+    else:
+        leaves = [inputs[i] for i in bench.differentiated]
+    for leaf in leaves:
+        leaf.requires_grad_()
 
     def forward_backward() -> tuple:
         with contender.context():
             outputs = as_tuple(contender.call(*inputs))
             return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
 
-    for leaf in leaves:
-        leaf.requires_grad_()
-    return forward_backward
+    if bench.direction == FORWARD_BACKWARD:
+        return forward_backward
+
+    with contender.context():
+        outputs = as_tuple(contender.call(*inputs))
+    # The layers after hand back gradients in the layout that they were given.
+    grads = tuple(torch.empty_like(output).copy_(grad) for output, grad in zip(outputs, grads))
+
+    def backward() -> tuple:
+        with contender.context():
+            return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
+
+    return backward
 
 
 class Inputs:
@@ -409,7 +428,7 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
     Raises:
         VerificationError: relops disagrees with the float64 twin.
     """
-    budget_s = 3.0 if quick else 10.0
+    budget_s, min_rounds = (3.0, min(bench.min_rounds, QUICK_MIN_ROUNDS)) if quick else (10.0, bench.min_rounds)
     source = Inputs(bench)
     contenders, notes = contenders_of(bench, quick), []
     inputs, grads = source.draw()
@@ -439,7 +458,7 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
             run = graphs[name].bind(inputs) if graphs else bind(bench, contenders[name], inputs, grads)
             synchronize(bench.device)
             times[name].append(time_once(run, bench.device, bench.flushed))
-        if round_ + 1 >= bench.min_rounds and time.perf_counter() - begin > budget_s:
+        if round_ + 1 >= min_rounds and time.perf_counter() - begin > budget_s:
             break
 
     ratio = _ratio(times["pytorch"], times["relops"])
@@ -458,6 +477,7 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
         "peer_ratio": {n: _ratio(times[n], times["relops"]) for n in names if n not in ("relops", "pytorch")},
         "target": bench.target,
         "target_reached": None if bench.target is None else ratio >= bench.target,
+        "peer_targets": dict(bench.peer_targets),
         "peak_bytes": peaks,
         "error": errors,
         "error_bound": bench.error_bound,
@@ -601,17 +621,19 @@ def format_fraction(fraction: float) -> str:
 
 
 SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-SHORT_DIRECTIONS = {FORWARD: "fwd", FORWARD_BACKWARD: "fwd+bwd"}
+SHORT_DIRECTIONS = {FORWARD: "fwd", BACKWARD: "bwd", FORWARD_BACKWARD: "fwd+bwd"}
 HEADER = (
     f"{'shape':47} {'dtype':5} {'pass':7} {'relops ms':>9} {'PyTorch ms':>10} {'ratio':>7}  {'target':11}"
     f" {'peak, relops':>12} {'PyTorch':>7} {'error':>8} {'of limit':>8}"
 )
 
 
+def format_target(ratio: float, target: float | None) -> str:
+    return "" if target is None else f"{target:g}x {'reached' if ratio >= target else 'MISSED'}"
+
+
 def table_line(row: Mapping[str, Any]) -> str:
-    target = ""
-    if row["target"] is not None:
-        target = f"{row['target']:g}x {'reached' if row['target_reached'] else 'MISSED'}"
+    target = format_target(row["ratio"], row["target"])
     fraction = format_fraction(row["fraction_of_limit"]) if "fraction_of_limit" in row else ""
     return (
         f"{row['shape']:47} {SHORT_DTYPES.get(row['dtype'], row['dtype']):5} {SHORT_DIRECTIONS[row['direction']]:7}"
@@ -633,9 +655,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines += ["", f"{row['op']} on {row['device']} ({where})", HEADER, "-" * len(HEADER)]
         lines.append(table_line(row))
         for name, ratio in row["peer_ratio"].items():
+            target = format_target(ratio, row["peer_targets"].get(name))
             lines.append(
                 f"{'    against ' + name:60} {'':9} {format_ms(row['ms'][name]['median']):>10}"
-                f" {format_ratio(ratio):>7}  {'':11} {'':12} {format_bytes(row['peak_bytes'][name]):>7}"
+                f" {format_ratio(ratio):>7}  {target:11} {'':12} {format_bytes(row['peak_bytes'][name]):>7}"
                 f" {row['error'][name]:>8.1e}"
             )
         lines += [f"    note: {note}" for note in row["notes"]]

@@ -29,6 +29,12 @@ def machine_line(record: dict[str, Any]) -> str:
     return f"{where}, torch {run['versions']['torch']}, {run['date'][:10]}, commit {', '.join(commits)}"
 
 
+def with_target(ratio: float, target: float | None) -> str:
+    if target is None:
+        return harness.format_ratio(ratio)
+    return f"{harness.format_ratio(ratio)}, {'target' if ratio >= target else 'MISSED:'} {target:g}x"
+
+
 def markdown(record: dict[str, Any]) -> str:
     lines = [
         "| op | shape | dtype | pass | relops | PyTorch | ratio | others (relops against them) | peak memory | error |"
@@ -37,11 +43,10 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     for row in record["rows"]:
         ms, peak = row["ms"], row["peak_bytes"]
-        ratio = harness.format_ratio(row["ratio"])
-        if row["target"] is not None:
-            ratio += f" ({'target' if row['target_reached'] else 'MISSED:'} {row['target']:g}x)"
+        ratio = with_target(row["ratio"], row["target"])
+        targets = row.get("peer_targets", {})  # older rows have none
         others = ", ".join(
-            f"{name} {harness.format_ms(ms[name]['median'])} ms ({harness.format_ratio(peer)})"
+            f"{name} {harness.format_ms(ms[name]['median'])} ms ({with_target(peer, targets.get(name))})"
             for name, peer in row["peer_ratio"].items()
         )
         fraction = harness.format_fraction(row["fraction_of_limit"]) if "fraction_of_limit" in row else ""
