@@ -244,6 +244,7 @@ Tensor forward(const RegionProblem& p) {
     RegionWork<T> work(p, false);
     if (output.numel() == 0) return;
     work.args.output = static_cast<T*>(output.mutable_data_ptr());
+    use_huge_pages(work.args.output, output.numel() * sizeof(T));
     const int threads = torch::stable::get_num_threads();
     if (p.spec.rule.kind == RegionKind::kMaximum) {
       RELOPS_CALL_ISA(region_maximum_forward, work.args, p.channels_last, threads);
@@ -263,7 +264,10 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     auto& args = work.args;
     args.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
     for (size_t l = 0; l < p.levels.size(); ++l)
-      if (grads.wanted(l)) work.maps[l].grad_input = static_cast<T*>(grads.inputs[l].mutable_data_ptr());
+      if (grads.wanted(l)) {
+        work.maps[l].grad_input = static_cast<T*>(grads.inputs[l].mutable_data_ptr());
+        use_huge_pages(work.maps[l].grad_input, grads.inputs[l].numel() * sizeof(T));
+      }
     const int threads = torch::stable::get_num_threads();
     if (p.spec.rule.kind == RegionKind::kMaximum) {
       args.pooled = static_cast<const T*>(output->const_data_ptr());

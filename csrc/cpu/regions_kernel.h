@@ -102,6 +102,76 @@ struct PlaneItems {
   }
 };
 
+// Where the rows of a region's taps begin, in elements from the first column read.
+template <class C>
+inline void row_offsets(const AxisTaps<C>& y, int64_t PH, int64_t map_width, int64_t* offset) {
+  for (int32_t tap = 0; tap < y.begin[PH]; ++tap) offset[tap] = y.pixel[tap] * map_width;
+}
+
+// Of kRows rows the weighted sum, or the maximum, which passes NaN over as torchvision does; together with what is in
+// `out` where there is `more`.
+template <bool kMaximum, int kRows, class T, class C>
+inline void combine_some_rows(const T* first, const int64_t* offset, const C* weight, int64_t width, bool more,
+                              C* out) {
+  const T* row[kRows];
+  for (int t = 0; t < kRows; ++t) row[t] = first + offset[t];
+  for (int64_t i = 0; i < width; i += kLanes<C>) {
+    Vec<C> result = more ? load(out + i) : broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
+    for (int t = 0; t < kRows; ++t) {
+      const Vec<C> read = load(row[t] + i);
+      if constexpr (kMaximum)
+        result = read > result ? read : result;
+      else
+        result += read * weight[t];
+    }
+    store(out + i, result);
+  }
+}
+
+// out[0..width), whole vectors, from the rows of a bin's taps.
+template <bool kMaximum, class T, class C>
+inline void combine_rows(const T* first, const T* end, const int64_t* offset, const C* weight, int64_t count,
+                         int64_t width, C* out) {
+  bool more = false;
+  int64_t t = 0;
+  if (count == 0 || first + offset[count - 1] + width <= end) [[likely]] {
+    for (; t + 4 <= count; t += 4, more = true)
+      combine_some_rows<kMaximum, 4>(first, offset + t, weight + t, width, more, out);
+    if (t + 2 <= count) {
+      combine_some_rows<kMaximum, 2>(first, offset + t, weight + t, width, more, out);
+      t += 2;
+      more = true;
+    }
+    if (t < count || !more)
+      t < count ? combine_some_rows<kMaximum, 1>(first, offset + t, weight + t, width, more, out)
+                : combine_some_rows<kMaximum, 0>(first, offset, weight, width, more, out);
+    return;
+  }
+  // At the end of the tensor, past which nothing may be read.
+  for (int64_t i = 0; i < width; i += kLanes<C>) {
+    Vec<C> result = broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
+    for (t = 0; t < count; ++t) {
+      const Vec<C> read = load_before(first + offset[t] + i, end);
+      if constexpr (kMaximum)
+        result = read > result ? read : result;
+      else
+        result += read * weight[t];
+    }
+    store(out + i, result);
+  }
+}
+
+// Asks for the rows of a plane that a region reads. always_inline, because GCC drops calls of a function that does
+// nothing but prefetch: it sees no effect in them.
+template <class T, class C>
+[[gnu::always_inline]] inline void prefetch_rows(const Region<C>& r, const T* plane, int64_t map_width, int64_t PH) {
+  const int64_t bytes = (r.x.high - r.x.low) * sizeof(T);
+  for (int32_t tap = 0; tap < r.y.begin[PH]; ++tap) {
+    const auto* row = reinterpret_cast<const char*>(plane + r.y.pixel[tap] * map_width + r.x.low);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 template <class T>
 void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
@@ -113,28 +183,29 @@ void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
     const int64_t most_width = round_up(a.most_columns, W) + W;
     ColumnTable<C> table(bins, a.most_taps_x, *scratch);
     C* rows = scratch->template take<C>(a.PH * most_width + W);
-    return [&, scratch, table, rows](int64_t item) mutable {
+    int64_t* offsets = scratch->template take<int64_t>(a.PH * a.most_taps_y);
+    return [&, scratch, table, rows, offsets](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
       const Map<T> map(a, item / items.parts / items.blocks);
       const int64_t plane = map.H * map.W, channel = block * kChannelBlock;
       const int64_t channel_end = std::min(channel + kChannelBlock, a.channels);
       const T* tensor_end = map.input + a.N * a.channels * plane;
       const int64_t regions = map.end - map.begin;
-      for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
-           ++r) {
+      const auto* end = map.begin + regions * (part + 1) / items.parts;
+      for (auto* r = map.begin + regions * part / items.parts; r < end; ++r) {
         const Columns columns(r->x.low, r->x.high, map.W, W);
         const int64_t zero = a.PH * columns.width;
         store(rows + zero, Vec<C>{});
         table.fill(r->x, a.PH, a.PW, columns.left, columns.width, zero);
+        row_offsets(r->y, a.PH, map.W, offsets);
         for (int64_t c = channel; c < channel_end; ++c) {
+          if (r + 1 < end) prefetch_rows(r[1], map.input + (map.image * a.channels + c) * plane, map.W, a.PH);
           const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
-          for (int64_t ph = 0; ph < a.PH; ++ph)
-            for (int64_t i = 0; i < columns.width; i += W) {
-              Vec<C> sum = {};
-              for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap)
-                sum += load_before(first + r->y.pixel[tap] * map.W + i, tensor_end) * r->y.weight[tap];
-              store(rows + ph * columns.width + i, sum);
-            }
+          for (int64_t ph = 0; ph < a.PH; ++ph) {
+            const int32_t tap = r->y.begin[ph];
+            combine_rows<false>(first, tensor_end, offsets + tap, r->y.weight + tap, r->y.begin[ph + 1] - tap,
+                                columns.width, rows + ph * columns.width);
+          }
           T* out = a.output + (r->k * a.channels + c) * bins;
           for (int64_t o = 0; o < bins; o += W) {
             Vec<C> sum = {};
@@ -514,7 +585,8 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
     C* runs = scratch->template take<C>((doublings + 1) * most_run + round_up<int64_t>(1 << doublings, W) + W);
     auto* first_at = scratch->template take<Int<C>>(padded);
     auto* second_at = scratch->template take<Int<C>>(padded);
-    return [&, scratch, runs, first_at, second_at](int64_t item) {
+    int64_t* offsets = scratch->template take<int64_t>(a.PH * a.most_taps_y);
+    return [&, scratch, runs, first_at, second_at, offsets](int64_t item) {
       const int64_t part = item % items.parts, channel = item / items.parts % items.blocks * kChannelBlock;
       const Map<T> map(a, item / items.parts / items.blocks);
       const int64_t plane = map.H * map.W, channel_end = std::min(channel + kChannelBlock, a.channels);
@@ -525,6 +597,7 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
         const Columns columns(r->x.low, r->x.high, map.W, W);
         const int64_t levels = r->x.most > 0 ? floor_log2(r->x.most) : 0, run = a.PH * columns.width;
         const int64_t zero = (levels + 1) * run;
+        row_offsets(r->y, a.PH, map.W, offsets);
         for (int64_t o = 0; o < padded; ++o) {
           const int64_t ph = o / a.PW, pw = o % a.PW;
           first_at[o] = second_at[o] = zero;
@@ -536,15 +609,11 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
         }
         for (int64_t c = channel; c < channel_end; ++c) {
           const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
-          for (int64_t ph = 0; ph < a.PH; ++ph)
-            for (int64_t i = 0; i < columns.width; i += W) {
-              Vec<C> most = broadcast(-std::numeric_limits<C>::infinity());
-              for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap) {
-                const Vec<C> read = load_before(first + r->y.pixel[tap] * map.W + i, tensor_end);
-                most = read > most ? read : most;  // passes NaN over, as torchvision does
-              }
-              store(runs + ph * columns.width + i, most);
-            }
+          for (int64_t ph = 0; ph < a.PH; ++ph) {
+            const int32_t tap = r->y.begin[ph];
+            combine_rows<true>(first, tensor_end, offsets + tap, r->y.weight + tap, r->y.begin[ph + 1] - tap,
+                               columns.width, runs + ph * columns.width);
+          }
           for (int64_t level = 0; level < levels; ++level) {
             // Past the end a run is of no use, and nobody gathers it; but it must not be another thread's memory.
             for (int64_t i = 0; i < run; i += W) {

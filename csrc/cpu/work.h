@@ -3,6 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -32,6 +36,16 @@ class Scratch {
  private:
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
 };
+
+// Asks for huge pages under a large new result: faulting in 4 KB pages one by one takes longer than filling them.
+inline void use_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(p), kPage);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // Each thread makes a worker of its own, make(), and calls worker(item) for items that it takes one at a time, so that
 // unequal ones are spread evenly. Which thread does an item must not matter to its result.
