@@ -99,6 +99,13 @@ struct RegionProblem {
   Tensor boxes;  // [K,5]
 };
 
+// What the backward of a maximum needs, which remembers pixels.
+inline void check_pixels_fit_int(const RegionProblem& p) {
+  for (const RegionLevel& level : p.levels)
+    STD_TORCH_CHECK(level.H * level.W <= std::numeric_limits<int32_t>::max(), p.spec.op,
+                    ": more than 2^31 - 1 pixels in a map");
+}
+
 // The rule of relops/ops/_regions.py.
 inline bool is_channels_last(const Tensor& input) {
   return input.dim() == 4 && !input.is_contiguous() && input.size(1) > 1 && input.stride(1) == 1;

@@ -112,8 +112,8 @@ def test_samples_that_are_not_finite_give_nothing(deterministic: bool) -> None:
 
 # ---- Regions ----
 
-# Each leaves a path that the samples take: "wide", the rows of columns in shared memory; "bins" and "boxes", what a tile
-# looks at in one go; "channels", what a block does.
+# Each leaves a path that the samples take: "wide", the rows of columns in shared memory; "bins" and "boxes", what a
+# tile looks at in one go; "channels", what a block does.
 BEYOND = {
     "wide": Regions(N=1, C=2, H=3, W=800, K=4, scale=1.0),
     "bins": Regions(N=1, C=2, H=5, W=40, K=2, PH=2, PW=35, sampling_ratio=1),

@@ -108,13 +108,14 @@ def test_nan_features_are_passed_over(
 
 @in_both_formats
 def test_infinite_features(memory_format: torch.memory_format, device: str) -> None:
+    """A maximum of -inf has no gradient, as in torchvision."""
     image = torch.full((1, 2, 2, 3), -math.inf, device=device)
     image[:, 1, 0, 1] = math.inf
     image = image.to(memory_format=memory_format).requires_grad_()
     output = relops.roi_pool(image, as_rows((0, 0, 2, 1), dtype=torch.float32, device=device), 1)
     assert output.flatten().tolist() == [-math.inf, math.inf]
     output.backward(torch.ones_like(output))
-    assert image.grad.nonzero().tolist() == [[0, 0, 0, 0], [0, 1, 0, 1]]
+    assert image.grad.nonzero().tolist() == [[0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

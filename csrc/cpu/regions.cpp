@@ -270,6 +270,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
       }
     const int threads = torch::stable::get_num_threads();
     if (p.spec.rule.kind == RegionKind::kMaximum) {
+      check_pixels_fit_int(p);
       args.pooled = static_cast<const T*>(output->const_data_ptr());
       RELOPS_CALL_ISA(region_maximum_backward, args, p.channels_last, threads);
       return;

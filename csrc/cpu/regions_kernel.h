@@ -637,7 +637,28 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// The gradient of a maximum goes to the first pixel, row by row, that has its value.
+// Per column the maximum of rows and which of them has it first: -1 where none is more than -infinity, which no NaN is.
+template <class T, class C>
+inline void first_maxima(const T* first, const T* end, const int64_t* offset, int64_t count, int64_t width, C* most,
+                         Int<C>* which) {
+  const bool safe = count == 0 || first + offset[count - 1] + width <= end;
+  for (int64_t i = 0; i < width; i += kLanes<C>) {
+    Vec<C> best = broadcast(-std::numeric_limits<C>::infinity());
+    VecInt<C> at = broadcast_int<C>(-1);
+    for (int64_t t = 0; t < count; ++t) {
+      const T* p = first + offset[t] + i;
+      const Vec<C> read = safe ? load(p) : load_before(p, end);
+      const VecInt<C> better = read > best;
+      best = better ? read : best;
+      at = better ? broadcast_int<C>(t) : at;
+    }
+    store(most + i, best);
+    store_int<C>(which + i, at);
+  }
+}
+
+// The gradient of a maximum goes to the first pixel, row by row, that has its value: of the columns of its bin that
+// have it, the one that has it first.
 template <class T>
 void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
@@ -647,32 +668,46 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     GradPlane<T> grad_plane(most_plane, *scratch);
-    return [&, scratch, grad_plane](int64_t item) mutable {
+    const int64_t most_width = round_up(a.most_columns, W) + W;
+    C* most = scratch->template take<C>(most_width + W);
+    auto* which = scratch->template take<Int<C>>(most_width + W);
+    C* pooled = scratch->template take<C>(bins + W);
+    C* grads = scratch->template take<C>(bins + W);
+    int64_t* offsets = scratch->template take<int64_t>(a.PH * a.most_taps_y);
+    return [&, scratch, grad_plane, most, which, pooled, grads, offsets](int64_t item) mutable {
       const int64_t c = item % items.blocks;
       const Map<T> map(a, item / items.blocks);
       if (map.grad_input == nullptr) return;
       const int64_t plane = map.H * map.W;
-      const T *first = map.input + (map.image * a.channels + c) * plane, *end = first + plane;
+      const T *origin = map.input + (map.image * a.channels + c) * plane, *end = origin + plane;
       C* sum = grad_plane.begin(map.grad_input + (map.image * a.channels + c) * plane, plane);
       for (auto* r = map.begin; r < map.end; ++r) {
-        const int64_t outputs = (r->k * a.channels + c) * bins;
-        for (int64_t o = 0; o < bins; ++o) {
-          const int64_t ph = o / a.PW, pw = o % a.PW, columns = r->x.begin[pw + 1] - r->x.begin[pw];
-          if (columns == 0) continue;
-          const C most = static_cast<C>(a.pooled[outputs + o]), grad = static_cast<C>(a.grad_output[outputs + o]);
-          const int64_t left = r->x.pixel[r->x.begin[pw]];
-          for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap) {
-            const int64_t row = r->y.pixel[tap] * map.W + left;
-            int64_t found = columns;
-            for (int64_t i = 0; i < columns; i += W) {
-              const unsigned equal = mask_bits<C>(load_before(first + row + i, end) == most);
-              if (equal == 0) continue;
-              found = i + __builtin_ctz(equal);
-              break;
+        const Columns columns(r->x.low, r->x.high, map.W, W);
+        row_offsets(r->y, a.PH, map.W, offsets);
+        convert(a.pooled + (r->k * a.channels + c) * bins, pooled, bins);
+        convert(a.grad_output + (r->k * a.channels + c) * bins, grads, bins);
+        for (int64_t ph = 0; ph < a.PH; ++ph) {
+          const int64_t* rows = offsets + r->y.begin[ph];
+          first_maxima(origin + columns.left, end, rows, r->y.begin[ph + 1] - r->y.begin[ph], columns.width, most,
+                       which);
+          for (int64_t pw = 0; pw < a.PW; ++pw) {
+            const int64_t count = r->x.begin[pw + 1] - r->x.begin[pw], o = ph * a.PW + pw;
+            if (count == 0) continue;
+            const int64_t left = r->x.pixel[r->x.begin[pw]] - columns.left;
+            int64_t row = -1, column = 0;
+            for (int64_t i = left; i < left + count; i += W) {
+              // Of the lanes that are of the bin.
+              unsigned equal = mask_bits<C>(load(most + i) == pooled[o]);
+              if (left + count - i < W) equal &= (1u << (left + count - i)) - 1;
+              for (; equal != 0; equal &= equal - 1) {
+                const int64_t at = i + __builtin_ctz(equal);
+                if (which[at] >= 0 && (row < 0 || which[at] < row)) {
+                  row = which[at];
+                  column = at;
+                }
+              }
             }
-            if (found >= columns) continue;
-            sum[row + found] += grad;
-            break;
+            if (row >= 0) sum[rows[row] + columns.left + column] += grads[o];
           }
         }
       }
@@ -887,46 +922,48 @@ void mean_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// An item is a vector of channels of a map: a maximum must be looked for from the first row of its bin on, which makes
-// bands cost too much.
+// An item is some channels of a map: a maximum must be looked for from the first row of its bin on, which makes bands
+// cost too much.
 template <class T>
 void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW, blocks = (a.channels + W - 1) / W, most_plane = largest_plane(a);
+  constexpr int64_t W = kLanes<C>, kVectors = 4, kBlock = kVectors * W;
+  constexpr bool kInPlace = std::is_same_v<T, C>;
+  const int64_t bins = a.PH * a.PW, blocks = (a.channels + kBlock - 1) / kBlock, most_plane = largest_plane(a);
   for_each_item(a.L * a.N * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    C* sums = scratch->template take<C>(most_plane * W);
-    return [&, scratch, sums](int64_t item) {
+    C* own = scratch->template take<C>(kInPlace ? 0 : most_plane * kBlock);
+    return [&, scratch, own](int64_t item) {
       const Map<T> map(a, item / blocks);
       if (map.grad_input == nullptr) return;
-      const int64_t plane = map.H * map.W, channel = item % blocks * W, n = std::min(W, a.channels - channel);
-      const T* image = map.input + map.image * plane * a.channels + channel;
-      const T* end = map.input + a.N * plane * a.channels;
-      std::fill_n(sums, plane * W, C(0));
+      const int64_t plane = map.H * map.W, channel = item % blocks * kBlock;
+      const int64_t n = std::min(kBlock, a.channels - channel), image = map.image * plane * a.channels + channel;
+      const T *pixels = map.input + image, *end = map.input + a.N * plane * a.channels;
+      T* target = map.grad_input + image;
+      C* sums = own;
+      if constexpr (kInPlace) sums = target;
+      const int64_t stride = kInPlace ? a.channels : kBlock;
+      for (int64_t pixel = 0; pixel < plane; ++pixel) std::fill_n(sums + pixel * stride, n, C(0));
       for (auto* r = map.begin; r < map.end; ++r)
         for (int64_t o = 0; o < bins; ++o) {
           const int64_t output = (r->k * bins + o) * a.channels + channel, ph = o / a.PW, pw = o % a.PW;
-          const Vec<C> pooled = load_first(a.pooled + output, n), grad = load_first(a.grad_output + output, n);
-          // Lanes past the channels are never open.
-          VecInt<C> open = lanes<C>([](Int<C> j) { return j; }) < broadcast_int<C>(n);
-          for (int32_t y = r->y.begin[ph]; y < r->y.begin[ph + 1]; ++y)
-            for (int32_t x = r->x.begin[pw]; x < r->x.begin[pw + 1]; ++x) {
-              const int64_t pixel = r->y.pixel[y] * map.W + r->x.pixel[x];
-              const VecInt<C> here = open & (load_before(image + pixel * a.channels, end) == pooled);
-              if (mask_bits<C>(here) == 0) continue;
-              open &= ~here;
-              store(sums + pixel * W, load(sums + pixel * W) + (here ? grad : Vec<C>{}));
-            }
+          for (int64_t c = 0; c < n; c += W) {
+            const int64_t some = std::min(W, n - c);
+            const Vec<C> pooled = load_first(a.pooled + output + c, some);
+            // Backwards, so that the first pixel is the last word.
+            VecInt<C> found = broadcast_int<C>(-1);
+            for (int32_t y = r->y.begin[ph + 1] - 1; y >= r->y.begin[ph]; --y)
+              for (int32_t x = r->x.begin[pw + 1] - 1; x >= r->x.begin[pw]; --x) {
+                const int64_t pixel = r->y.pixel[y] * map.W + r->x.pixel[x];
+                found = load_before(pixels + pixel * a.channels + c, end) == pooled ? broadcast_int<C>(pixel) : found;
+              }
+            found = pooled > -std::numeric_limits<C>::infinity() ? found : broadcast_int<C>(-1);
+            for (int64_t j = 0; j < some; ++j)
+              if (found[j] >= 0) sums[found[j] * stride + c + j] += static_cast<C>(a.grad_output[output + c + j]);
+          }
         }
-      T* target = map.grad_input + map.image * plane * a.channels + channel;
-      for (int64_t pixel = 0; pixel < plane; ++pixel, target += a.channels) {
-        const Vec<C> sum = load(sums + pixel * W);
-        if (n == W)
-          store(target, sum);
-        else
-          store_first(target, sum, n);
-      }
+      if constexpr (!kInPlace)
+        for (int64_t pixel = 0; pixel < plane; ++pixel) convert(sums + pixel * stride, target + pixel * a.channels, n);
     };
   });
 }

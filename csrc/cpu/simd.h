@@ -114,6 +114,7 @@ inline void store(Half* p, Vec<float> v) {
 // The first n values at p, and zeros: nothing past them is read.
 template <class T>
 inline Vec<ComputeType<T>> load_first(const T* p, int64_t n) {
+  if (n >= kLanes<ComputeType<T>>) return load(p);
   alignas(RELOPS_VECTOR_BYTES) T few[kLanes<ComputeType<T>>] = {};
   for (int64_t i = 0; i < n; ++i) few[i] = p[i];
   return load(few);

@@ -44,7 +44,9 @@ __device__ inline bool may_reach(const RegionAxis& axis, int low, int high) {
 }
 
 template <class P, bool kChannelsLast, bool kMaximum, int V>
-__global__ __launch_bounds__(256, sizeof(typename P::C) == 8 ? 1 : 2) void region_gather_kernel(const __grid_constant__ P p) {
+__global__ __launch_bounds__(256, sizeof(typename P::C) == 8
+                                      ? 1
+                                      : 2) void region_gather_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
   using C = typename P::C;
   constexpr int kColumns = kTileColumns<kChannelsLast>;
@@ -233,7 +235,8 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8 ? 1 : 2) void regio
   }
 }
 
-// The pixel of each maximum: the first of its bin, row by row, that has its value. A thread per output.
+// The pixel of each maximum: the first of its bin, row by row, that has its value; -infinity is none. A thread per
+// output.
 template <class P>
 __global__ __launch_bounds__(256, 1) void region_place_kernel(const __grid_constant__ P p, bool channels_last,
                                                               const typename P::T* pooled, int* place) {
@@ -253,7 +256,7 @@ __global__ __launch_bounds__(256, 1) void region_place_kernel(const __grid_const
       const PixelRange x = pixel_range<C>(x_axis, static_cast<int>(bin % p.PW));
       const C most = static_cast<C>(pooled[k * outputs + i]);
       const auto* origin = level.input + int64_t{at.image} * p.channels * plane + (channels_last ? c : c * plane);
-      for (int h = y.begin; h < y.end && pixel < 0; ++h)
+      for (int h = y.begin; h < y.end && pixel < 0 && most > -static_cast<C>(INFINITY); ++h)
         for (int w = x.begin; w < x.end && pixel < 0; ++w) {
           const int here = h * level.W + w;
           if (static_cast<C>(origin[here * stride]) == most) pixel = here;
@@ -304,7 +307,7 @@ void region_backward_input(const RegionProblem& p, const Tensor& grad_output, co
       launch_gather<RegionParams<T>, false>(p, a, stream);
       return;
     }
-    STD_TORCH_CHECK(p.levels[0].H * p.levels[0].W <= 2147483647, p.spec.op, ": more than 2^31 - 1 pixels in a map");
+    check_pixels_fit_int(p);
     const Tensor place =
         torch::stable::new_empty(grad_output, {std::max<int64_t>(grad_output.numel(), 4)}, ScalarType::Int);
     a.place = static_cast<const int*>(place.const_data_ptr());

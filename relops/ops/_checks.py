@@ -70,7 +70,7 @@ def no_double_backward(op: str):
     def backward(ctx, *grads):
         raise RuntimeError(
             f"relops.{op}: its backward is not differentiable (double backward is not provided). Call backward "
-            f"without create_graph=True, or use relops.reference.{op} where second derivatives are needed."
+            "without create_graph=True."
         )
 
     return backward
