@@ -3,16 +3,16 @@
 // The weight of a pixel in a bin is the product of a factor for its row and one for its column, given as taps
 // (regions.h). What a bin reads is thus a small grid of rows and columns.
 //
-// Maps in NCHW: an item of work is a block of channels of one map, and all its regions, so that a plane is fetched from
-// memory once and found in cache by the next region. A region's rows are first combined into one row of columns per row
-// of bins, a vector of columns at a time; then each bin gathers its few columns from that, a vector of bins at a time.
-// No sampled value is computed twice, and nothing is transposed. Backward goes the other way: gradients are spread to
-// columns (a permutation of a register, as a column takes part in few bins), then added to the rows. A thread owns the
-// planes it adds to.
+// Forward, NCHW: an item of work is a block of channels of one map, and all its regions, so that a plane is fetched
+// from memory once and found in cache by the next region. A region's rows are first combined into one row of columns
+// per row of bins, a vector of columns at a time; then each bin gathers its few columns from that, a vector of bins at
+// a time. Nothing is transposed. Gradients of boxes are found the same way.
 //
-// Maps in channels_last: an item of the forward pass is a few regions; a bin adds up its pixels, a vector of channels
-// at a time. In the backward pass an item is a band of rows of one map, which stays in cache while all regions that
-// reach into it add their part; a thread owns its band.
+// Forward, channels_last: an item is a region; a bin adds up its pixels, a vector of channels at a time.
+//
+// Backward, either layout: an item is a band of rows of one map, for some channels, which stays in cache as rows of
+// channels while all regions that reach into it add their part; NCHW gradients are transposed on the way in and out,
+// in registers. A thread owns its band, so sums have one order.
 
 #include "cpu/simd.h"
 
@@ -231,12 +231,12 @@ struct BinTable {
   C *weight, *slope_first, *slope_last;
   int32_t* count;
 
-  BinTable(int64_t most_width, int64_t PW, bool slopes, Scratch& scratch)
+  BinTable(int64_t most_width, int64_t PW, Scratch& scratch)
       : at(scratch.take<Int<C>>(most_width * PW)),
         used(scratch.take<Int<C>>(most_width * PW)),
         weight(scratch.take<C>(most_width * PW)),
-        slope_first(slopes ? scratch.take<C>(most_width * PW) : nullptr),
-        slope_last(slopes ? scratch.take<C>(most_width * PW) : nullptr),
+        slope_first(scratch.take<C>(most_width * PW)),
+        slope_last(scratch.take<C>(most_width * PW)),
         count(scratch.take<int32_t>(most_width)) {}
 
   void fill(const AxisTaps<C>& x, int64_t PW, int64_t left, int64_t width_) {
@@ -247,10 +247,8 @@ struct BinTable {
     std::fill_n(at, depth * width, 0);
     std::fill_n(used, depth * width, 0);
     std::fill_n(weight, depth * width, C(0));
-    if (slope_first != nullptr) {
-      std::fill_n(slope_first, depth * width, C(0));
-      std::fill_n(slope_last, depth * width, C(0));
-    }
+    std::fill_n(slope_first, depth * width, C(0));
+    std::fill_n(slope_last, depth * width, C(0));
     std::fill_n(count, width, 0);
     for (int64_t pw = 0; pw < PW; ++pw)
       for (int32_t tap = x.begin[pw]; tap < x.begin[pw + 1]; ++tap) {
@@ -258,7 +256,6 @@ struct BinTable {
         at[entry] = pw;
         used[entry] = -1;
         weight[entry] = x.weight[tap];
-        if (slope_first == nullptr) continue;
         slope_first[entry] = x.slope_first[tap];
         slope_last[entry] = x.slope_last[tap];
       }
@@ -282,31 +279,6 @@ struct BinRow {
     else
       v = gather(p, at);
     return load_int<C>(table.used + entry) ? v : Vec<C>{};
-  }
-};
-
-// For each row of the map the rows of bins that read it, and their weights: of row low + i at [begin[i], begin[i + 1]).
-template <class C>
-struct RowTable {
-  int32_t *begin, *bin;
-  C* weight;
-
-  RowTable(int64_t most_rows, int64_t most_taps, int64_t PH, Scratch& scratch)
-      : begin(scratch.take<int32_t>(most_rows + 2)),
-        bin(scratch.take<int32_t>(most_taps * PH)),
-        weight(scratch.take<C>(most_taps * PH)) {}
-
-  void fill(const AxisTaps<C>& y, int64_t PH) {
-    const int64_t rows = y.high - y.low;
-    std::fill_n(begin, rows + 2, 0);
-    for (int32_t tap = 0; tap < y.begin[PH]; ++tap) ++begin[y.pixel[tap] - y.low + 2];
-    for (int64_t i = 2; i <= rows + 1; ++i) begin[i] += begin[i - 1];
-    for (int64_t ph = 0; ph < PH; ++ph)
-      for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
-        const int32_t entry = begin[y.pixel[tap] - y.low + 1]++;
-        bin[entry] = ph;
-        weight[entry] = y.weight[tap];
-      }
   }
 };
 
@@ -344,76 +316,6 @@ int64_t largest_plane(const RegionArgs<T>& a) {
   return most;
 }
 
-// As many planes at a time as leave room in the second level cache.
-template <class T>
-int64_t planes_in_cache(const RegionArgs<T>& a) {
-  const int64_t bytes = std::max<int64_t>(1, largest_plane(a) * sizeof(ComputeType<T>));
-  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, 1, kChannelBlock);
-}
-
-template <class T, bool kInRegister>
-void mean_backward_planes(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW, block = planes_in_cache(a), most_plane = largest_plane(a);
-  const PlaneItems items(a.L * a.N, a.channels, block, threads, false);
-  for_each_item(items.count, threads, [&] {
-    auto scratch = std::make_shared<Scratch>();
-    const int64_t most_width = round_up(a.most_columns, W) + W;
-    BinTable<C> table(most_width, a.PW, false, *scratch);
-    RowTable<C> row_table(a.most_rows, a.most_taps_y, a.PH, *scratch);
-    C* grads = scratch->template take<C>(bins + W);
-    C* spread = scratch->template take<C>(a.PH * most_width);
-    std::vector<GradPlane<T>> planes;
-    for (int64_t i = 0; i < block; ++i) planes.emplace_back(most_plane, *scratch);
-    return [&, scratch, table, row_table, grads, spread, planes](int64_t item) mutable {
-      const Map<T> map(a, item / items.blocks);
-      if (map.grad_input == nullptr) return;
-      const int64_t plane = map.H * map.W, channel = item % items.blocks * block;
-      const int64_t channel_end = std::min(channel + block, a.channels);
-      C* sums[kChannelBlock];
-      for (int64_t c = channel; c < channel_end; ++c)
-        sums[c - channel] = planes[c - channel].begin(map.grad_input + (map.image * a.channels + c) * plane, plane);
-      for (auto* r = map.begin; r < map.end; ++r) {
-        const int64_t rows = r->y.high - r->y.low;
-        if (rows == 0 || r->x.high == r->x.low) continue;
-        const Columns columns(r->x.low, r->x.high, map.W, W);
-        table.fill(r->x, a.PW, columns.left, columns.width);
-        row_table.fill(r->y, a.PH);
-        for (int64_t c = channel; c < channel_end; ++c) {
-          convert(a.grad_output + (r->k * a.channels + c) * bins, grads, bins);
-          for (int64_t ph = 0; ph < a.PH; ++ph) {
-            if (r->y.begin[ph] == r->y.begin[ph + 1]) continue;
-            const BinRow<C, kInRegister> row(grads + ph * a.PW);
-            for (int64_t i = 0; i < columns.width; i += W) {
-              Vec<C> sum = {};
-              for (int64_t j = i; j < table.depth * table.width; j += table.width)
-                sum += row.get(table, j) * load(table.weight + j);
-              store(spread + ph * columns.width + i, sum);
-            }
-          }
-          C *sum = sums[c - channel], *end = sum + plane;
-          for (int64_t y = 0; y < rows; ++y) {
-            const int32_t first = row_table.begin[y], last = row_table.begin[y + 1];
-            if (first == last) continue;
-            C* target = sum + (r->y.low + y) * map.W + columns.left;
-            for (int64_t i = 0; i < columns.width; i += W) {
-              Vec<C> add = {};
-              for (int32_t entry = first; entry < last; ++entry)
-                add += load(spread + row_table.bin[entry] * columns.width + i) * row_table.weight[entry];
-              if (target + i + W <= end) [[likely]]
-                store(target + i, load(target + i) + add);
-              else
-                for (int64_t j = 0; target + i + j < end; ++j) target[i + j] += add[j];
-            }
-          }
-        }
-      }
-      for (int64_t c = channel; c < channel_end; ++c) planes[c - channel].finish();
-    };
-  });
-}
-
 template <class T, bool kInRegister>
 void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
@@ -422,7 +324,7 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    BinTable<C> table(round_up(a.most_columns, W) + W, a.PW, true, *scratch);
+    BinTable<C> table(round_up(a.most_columns, W) + W, a.PW, *scratch);
     C* grads = scratch->template take<C>(bins + W);
     return [&, scratch, table, grads](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
@@ -873,50 +775,152 @@ inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<C>& y, int64_t ph,
   return {begin, end};
 }
 
+// Position-sensitive: an output channel goes to one of the channels of a pixel for each bin.
 template <class T>
-void mean_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
+void mean_backward_pixels_sensitive(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
   const int64_t bins = a.PH * a.PW;
   for_each_band(a, threads, [&](Scratch& scratch) {
-    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, scratch);
     C* grads = scratch.take<C>(a.out_channels);
-    return [&, pixels, grads](const Map<T>& map, const Region<C>& r, int64_t low, int64_t high, C* sum) mutable {
+    return [&, grads](const Map<T>& map, const Region<C>& r, int64_t low, int64_t high, C* sum) {
       for (int64_t o = 0; o < bins; ++o) {
-        const auto [begin, end] = taps_within(r.y, o / a.PW, low, high);
-        pixels.count = 0;
-        for (int32_t y = begin; y < end; ++y)
-          for (int32_t x = r.x.begin[o % a.PW]; x < r.x.begin[o % a.PW + 1]; ++x) {
-            pixels.offset[pixels.count] = (r.y.pixel[y] * map.W + r.x.pixel[x]) * a.channels;
-            pixels.weight[pixels.count++] = r.y.weight[y] * r.x.weight[x];
-          }
-        if (pixels.count == 0) continue;
+        const int64_t ph = o / a.PW, pw = o % a.PW;
+        const auto [begin, end] = taps_within(r.y, ph, low, high);
+        if (begin == end) continue;
         convert(a.grad_output + (r.k * bins + o) * a.out_channels, grads, a.out_channels);
-        if (a.position_sensitive) {
-          for (int64_t i = 0; i < pixels.count; ++i)
-            for (int64_t c = 0; c < a.out_channels; ++c)
-              sum[pixels.offset[i] + c * bins + o] += pixels.weight[i] * grads[c];
-          continue;
-        }
-        int64_t c = 0;
-        for (; c + 4 * W <= a.channels; c += 4 * W) {
-          const Vec<C> g0 = load(grads + c), g1 = load(grads + c + W), g2 = load(grads + c + 2 * W),
-                       g3 = load(grads + c + 3 * W);
-          for (int64_t i = 0; i < pixels.count; ++i) {
-            C* p = sum + pixels.offset[i] + c;
-            const C weight = pixels.weight[i];
-            store(p, load(p) + g0 * weight);
-            store(p + W, load(p + W) + g1 * weight);
-            store(p + 2 * W, load(p + 2 * W) + g2 * weight);
-            store(p + 3 * W, load(p + 3 * W) + g3 * weight);
+        for (int32_t y = begin; y < end; ++y)
+          for (int32_t x = r.x.begin[pw]; x < r.x.begin[pw + 1]; ++x) {
+            C* p = sum + (r.y.pixel[y] * map.W + r.x.pixel[x]) * a.channels + o;
+            for (int64_t c = 0; c < a.out_channels; ++c) p[c * bins] += r.y.weight[y] * r.x.weight[x] * grads[c];
+          }
+      }
+    };
+  });
+}
+
+// The gradients of a row of bins, for some channels, as rows of channels: transposed from the planes of grad_output.
+// grads: [PW,width].
+template <class T, class C>
+inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t ph, int64_t channel, int64_t count, int64_t width,
+                           C* grads) {
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW;
+  const T* end = a.grad_output + a.K * a.channels * bins;
+  for (int64_t c = 0; c < width; c += W)
+    for (int64_t pw = 0; pw < a.PW; pw += W) {
+      const T* from = a.grad_output + (k * a.channels + channel + c) * bins + ph * a.PW + pw;
+      Vec<C> v[W];
+      for (int64_t i = 0; i < W; ++i) v[i] = c + i < count ? load_before(from + i * bins, end) : Vec<C>{};
+      transpose<C>(v);
+      for (int64_t i = 0; i < std::min(W, a.PW - pw); ++i) store(grads + (pw + i) * width + c, v[i]);
+    }
+}
+
+// pixels[n,width] to planes[c][n], c < count: planes lie `plane` apart.
+template <class T, class C>
+inline void transpose_pixels(const C* pixels, int64_t n, int64_t width, int64_t count, int64_t plane, T* planes) {
+  constexpr int64_t W = kLanes<C>;
+  for (int64_t c = 0; c < count; c += W)
+    for (int64_t pixel = 0; pixel < n; pixel += W) {
+      Vec<C> v[W];
+      for (int64_t i = 0; i < W; ++i) v[i] = pixel + i < n ? load(pixels + (pixel + i) * width + c) : Vec<C>{};
+      transpose<C>(v);
+      for (int64_t i = 0; i < std::min(W, count - c); ++i) {
+        T* to = planes + (c + i) * plane + pixel;
+        if (pixel + W <= n)
+          store(to, v[i]);
+        else
+          store_first(to, v[i], n - pixel);
+      }
+    }
+}
+
+// p[0..width) += grad[0..width) * weight for each pixel of a list, whole vectors.
+template <class C>
+inline void add_to_pixels(const PixelList<C>& pixels, const C* grad, int64_t width, C* sums) {
+  constexpr int64_t W = kLanes<C>;
+  int64_t c = 0;
+  for (; c + 4 * W <= width; c += 4 * W) {
+    const Vec<C> g0 = load(grad + c), g1 = load(grad + c + W), g2 = load(grad + c + 2 * W), g3 = load(grad + c + 3 * W);
+    for (int64_t i = 0; i < pixels.count; ++i) {
+      C* p = sums + pixels.offset[i] + c;
+      const C weight = pixels.weight[i];
+      store(p, load(p) + g0 * weight);
+      store(p + W, load(p + W) + g1 * weight);
+      store(p + 2 * W, load(p + 2 * W) + g2 * weight);
+      store(p + 3 * W, load(p + 3 * W) + g3 * weight);
+    }
+  }
+  for (; c < width; c += W) {
+    const Vec<C> g = load(grad + c);
+    for (int64_t i = 0; i < pixels.count; ++i) {
+      C* p = sums + pixels.offset[i] + c;
+      store(p, load(p) + g * pixels.weight[i]);
+    }
+  }
+}
+
+// Either layout: an item is a band of rows of a map and some channels, summed as rows of channels in memory of its own.
+template <class T, bool kChannelsLast>
+void mean_backward(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>, kChannels = 64, kBandBytes = 512 << 10;
+  const int64_t bins = a.PH * a.PW, width = std::min(kChannels, round_up(a.channels, W));
+  const int64_t blocks = (a.channels + width - 1) / width;
+  struct Band {
+    int64_t map, begin, end;
+  };
+  std::vector<Band> bands;
+  int64_t most = 0;
+  for (int64_t m = 0; m < a.L * a.N; ++m) {
+    const Map<T> map(a, m);
+    if (map.grad_input == nullptr || map.W == 0) continue;
+    const int64_t rows = std::max<int64_t>(1, kBandBytes / (map.W * width * static_cast<int64_t>(sizeof(C))));
+    for (int64_t begin = 0; begin < map.H; begin += rows) bands.push_back({m, begin, std::min(begin + rows, map.H)});
+    most = std::max(most, std::min(rows, map.H) * map.W);
+  }
+  for_each_item(bands.size() * blocks, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    C* sums = scratch->template take<C>(most * width);
+    C* grads = scratch->template take<C>(a.PW * width);
+    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, *scratch);
+    return [&, scratch, sums, grads, pixels](int64_t item) mutable {
+      const auto [m, low, high] = bands[item / blocks];
+      const Map<T> map(a, m);
+      const int64_t channel = item % blocks * width, count = std::min(width, a.channels - channel);
+      const int64_t first = low * map.W, n = (high - low) * map.W;
+      std::fill_n(sums, n * width, C(0));
+      for (auto* r = map.begin; r < map.end; ++r) {
+        if (r->y.low >= high || r->y.high <= low) continue;
+        for (int64_t ph = 0; ph < a.PH; ++ph) {
+          const auto [begin, end] = taps_within(r->y, ph, low, high);
+          if (begin == end) continue;
+          if constexpr (kChannelsLast) {
+            for (int64_t pw = 0; pw < a.PW; ++pw) {
+              convert(a.grad_output + (r->k * bins + ph * a.PW + pw) * a.channels + channel, grads + pw * width, count);
+              std::fill_n(grads + pw * width + count, width - count, C(0));
+            }
+          } else {
+            transpose_bins(a, r->k, ph, channel, count, width, grads);
+          }
+          for (int64_t pw = 0; pw < a.PW; ++pw) {
+            pixels.count = 0;
+            for (int32_t y = begin; y < end; ++y)
+              for (int32_t x = r->x.begin[pw]; x < r->x.begin[pw + 1]; ++x) {
+                pixels.offset[pixels.count] = (r->y.pixel[y] * map.W + r->x.pixel[x] - first) * width;
+                pixels.weight[pixels.count++] = r->y.weight[y] * r->x.weight[x];
+              }
+            add_to_pixels(pixels, grads + pw * width, width, sums);
           }
         }
-        for (int64_t i = 0; i < pixels.count; ++i) {
-          C* p = sum + pixels.offset[i];
-          int64_t d = c;
-          for (; d + W <= a.channels; d += W) store(p + d, load(p + d) + load(grads + d) * pixels.weight[i]);
-          for (; d < a.channels; ++d) p[d] += grads[d] * pixels.weight[i];
-        }
+      }
+      if constexpr (kChannelsLast) {
+        T* target = map.grad_input + (map.image * map.H * map.W + first) * a.channels + channel;
+        for (int64_t pixel = 0; pixel < n; ++pixel) convert(sums + pixel * width, target + pixel * a.channels, count);
+      } else {
+        const int64_t plane = map.H * map.W;
+        transpose_pixels(sums, n, width, count, plane,
+                         map.grad_input + (map.image * a.channels + channel) * plane + first);
       }
     };
   });
@@ -1020,14 +1024,10 @@ void region_mean_forward(const RegionArgs<T>& a, bool channels_last, int64_t thr
 
 template <class T>
 void region_mean_backward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
-  if (channels_last)
-    mean_backward_pixels(a, threads);
-  else if (a.position_sensitive)
-    mean_backward_planes_sensitive(a, threads);
-  else if (a.PW <= kLanes<ComputeType<T>>)
-    mean_backward_planes<T, true>(a, threads);
+  if (a.position_sensitive)
+    channels_last ? mean_backward_pixels_sensitive(a, threads) : mean_backward_planes_sensitive(a, threads);
   else
-    mean_backward_planes<T, false>(a, threads);
+    channels_last ? mean_backward<T, true>(a, threads) : mean_backward<T, false>(a, threads);
 }
 
 template <class T>

@@ -187,6 +187,23 @@ inline Vec<C> transpose_sum(Vec<C>* v) {
   }
 }
 
+// v[i][j] becomes v[j][i]: log2(W) rounds, each of which exchanges blocks of lanes between vectors kDistance apart.
+template <class C, int kDistance = kLanes<C> / 2>
+inline void transpose(Vec<C>* v) {
+  if constexpr (kDistance > 0) {
+    constexpr Int<C> W = kLanes<C>;
+    const VecInt<C> upper = lanes<C>([](Int<C> j) { return j & kDistance ? W + j - kDistance : j; });
+    const VecInt<C> lower = lanes<C>([](Int<C> j) { return j & kDistance ? W + j : j + kDistance; });
+    for (int i = 0; i < W; ++i) {
+      if (i & kDistance) continue;
+      const Vec<C> a = v[i], b = v[i + kDistance];
+      v[i] = __builtin_shuffle(a, b, upper);
+      v[i + kDistance] = __builtin_shuffle(a, b, lower);
+    }
+    transpose<C, kDistance / 2>(v);
+  }
+}
+
 // Folds the lanes of v into one value with the associative f.
 template <class C, int kDistance = kLanes<C> / 2, class F>
 inline C fold(Vec<C> v, F f) {
