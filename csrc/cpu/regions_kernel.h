@@ -3,10 +3,13 @@
 // The weight of a pixel in a bin is the product of a factor for its row and one for its column, given as taps
 // (regions.h). What a bin reads is thus a small grid of rows and columns.
 //
-// Forward, NCHW: an item of work is a block of channels of one map, and all its regions, so that a plane is fetched
-// from memory once and found in cache by the next region. A region's rows are first combined into one row of columns
-// per row of bins, a vector of columns at a time; then each bin gathers its few columns from that, a vector of bins at
-// a time. Nothing is transposed. Gradients of boxes are found the same way.
+// Forward, NCHW, where regions read a map more than once over: an item of work is a vector of channels of a map, which
+// is transposed to rows of channels, in registers, once for all regions. For each row of bins the rows of pixels are
+// first combined, at the columns that are read; then each bin combines its few columns.
+//
+// Forward, NCHW, where they read less: an item is a block of channels of a map. Rows are combined as they lie, a vector
+// of columns at a time; then bins gather their columns, a vector of bins at a time. Gradients of boxes are found in the
+// same way.
 //
 // Forward, channels_last: an item is a region; a bin adds up its pixels, a vector of channels at a time.
 //
@@ -222,6 +225,150 @@ void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
+template <class T>
+int64_t largest_plane(const RegionArgs<T>& a) {
+  int64_t most = 0;
+  for (int64_t l = 0; l < a.L; ++l) most = std::max(most, a.levels[l].H * a.levels[l].W);
+  return most;
+}
+
+// The rows [low, high) that the regions of a map read.
+template <class T>
+std::pair<int64_t, int64_t> rows_read(const Map<T>& map) {
+  int64_t low = map.H, high = 0;
+  for (auto* r = map.begin; r < map.end; ++r)
+    if (r->y.low < r->y.high) {
+      low = std::min<int64_t>(low, r->y.low);
+      high = std::max<int64_t>(high, r->y.high);
+    }
+  return {std::min(low, high), high};
+}
+
+// pixels[n,width] to planes[c][n], c < count: planes lie `plane` apart.
+template <class T, class C>
+inline void transpose_pixels(const C* pixels, int64_t n, int64_t width, int64_t count, int64_t plane, T* planes) {
+  constexpr int64_t W = kLanes<C>;
+  for (int64_t c = 0; c < count; c += W)
+    for (int64_t pixel = 0; pixel < n; pixel += W) {
+      Vec<C> v[W];
+      for (int64_t i = 0; i < W; ++i) v[i] = pixel + i < n ? load(pixels + (pixel + i) * width + c) : Vec<C>{};
+      transpose<C>(v);
+      for (int64_t i = 0; i < std::min(W, count - c); ++i) {
+        T* to = planes + (c + i) * plane + pixel;
+        if (pixel + W <= n)
+          store(to, v[i]);
+        else
+          store_first(to, v[i], n - pixel);
+      }
+    }
+}
+
+// ---- NCHW by slices ----
+
+// Whether the regions of the maps read so much that transposing those rows pays: measured, a pixel for each that is
+// transposed. There must be work for all threads, as a slice is one thread's.
+template <class T>
+bool by_slices(const RegionArgs<T>& a, int64_t threads) {
+  if (a.position_sensitive || a.L * a.N * (a.channels / kLanes<ComputeType<T>>) < threads) return false;
+  int64_t read = 0, pixels = 0;
+  for (int64_t m = 0; m < a.L * a.N; ++m) {
+    const Map<T> map(a, m);
+    const auto [low, high] = rows_read(map);
+    pixels += (high - low) * map.W;
+    for (auto* r = map.begin; r < map.end; ++r) read += int64_t{r->y.begin[a.PH]} * r->x.begin[a.PW];
+  }
+  return read > pixels;
+}
+
+// planes[c][n], c < count, to pixels[n,W]: planes lie `plane` apart. Missing channels are zero.
+template <class T, class C>
+inline void transpose_planes(const T* planes, int64_t n, int64_t count, int64_t plane, C* pixels) {
+  constexpr int64_t W = kLanes<C>;
+  for (int64_t pixel = 0; pixel < n; pixel += W) {
+    Vec<C> v[W];
+    for (int64_t i = 0; i < W; ++i) v[i] = i < count ? load_first(planes + i * plane + pixel, n - pixel) : Vec<C>{};
+    transpose<C>(v);
+    for (int64_t i = 0; i < std::min(W, n - pixel); ++i) store(pixels + (pixel + i) * W, v[i]);
+  }
+}
+
+// For each tap of the columns the weighted sum, or the maximum, of the pixels of kRows rows; together with what is in
+// `out` where there is `more`. A pixel is a vector.
+template <bool kMaximum, int kRows, class C>
+inline void combine_some_pixel_rows(const C* pixels, const int64_t* offset, const C* weight, const int64_t* column,
+                                    int64_t columns, bool more, C* out) {
+  constexpr int64_t W = kLanes<C>;
+  const C* row[kRows];
+  for (int t = 0; t < kRows; ++t) row[t] = pixels + offset[t];
+  for (int64_t i = 0; i < columns; ++i) {
+    Vec<C> result = more ? load(out + i * W) : broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
+    for (int t = 0; t < kRows; ++t) {
+      const Vec<C> read = load(row[t] + column[i]);
+      if constexpr (kMaximum)
+        result = read > result ? read : result;
+      else
+        result += read * weight[t];
+    }
+    store(out + i * W, result);
+  }
+}
+
+// An item is a vector of channels of a map, transposed to rows of channels once for all regions.
+template <class T, bool kMaximum>
+void forward_slices(const RegionArgs<T>& a, int64_t threads) {
+  using C = ComputeType<T>;
+  constexpr int64_t W = kLanes<C>;
+  const int64_t bins = a.PH * a.PW, padded = round_up(bins, W), most_plane = largest_plane(a);
+  const PlaneItems items(a.L * a.N, a.channels, W, threads, false);
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    C* slice = scratch->template take<C>(most_plane * W);
+    use_huge_pages(slice, most_plane * W * sizeof(C));
+    C* combined = scratch->template take<C>(a.PW * a.most_taps_x * W);
+    C* results = scratch->template take<C>(padded * W);
+    int64_t* rows = scratch->template take<int64_t>(a.PH * a.most_taps_y);
+    int64_t* columns = scratch->template take<int64_t>(a.PW * a.most_taps_x);
+    return [&, scratch, slice, combined, results, rows, columns](int64_t item) {
+      const Map<T> map(a, item / items.blocks);
+      const int64_t channel = item % items.blocks * W, count = std::min(W, a.channels - channel);
+      const int64_t plane = map.H * map.W;
+      const auto [low, high] = rows_read(map);
+      transpose_planes(map.input + (map.image * a.channels + channel) * plane + low * map.W, (high - low) * map.W,
+                       count, plane, slice);
+      for (auto* r = map.begin; r < map.end; ++r) {
+        for (int32_t tap = 0; tap < r->y.begin[a.PH]; ++tap) rows[tap] = (r->y.pixel[tap] - low) * map.W * W;
+        const int64_t taps = r->x.begin[a.PW];
+        for (int64_t tap = 0; tap < taps; ++tap) columns[tap] = r->x.pixel[tap] * W;
+        for (int64_t ph = 0; ph < a.PH; ++ph) {
+          int32_t y = r->y.begin[ph];
+          const int32_t end = r->y.begin[ph + 1];
+          const bool none = y == end;
+          bool more = false;
+          for (; y + 4 <= end; y += 4, more = true)
+            combine_some_pixel_rows<kMaximum, 4>(slice, rows + y, r->y.weight + y, columns, taps, more, combined);
+          for (; y < end; ++y, more = true)
+            combine_some_pixel_rows<kMaximum, 1>(slice, rows + y, r->y.weight + y, columns, taps, more, combined);
+          for (int64_t pw = 0; pw < a.PW; ++pw) {
+            const int32_t begin = r->x.begin[pw], last = none ? begin : r->x.begin[pw + 1];
+            Vec<C> result = broadcast(kMaximum && begin < last ? -std::numeric_limits<C>::infinity() : C(0));
+            for (int32_t x = begin; x < last; ++x) {
+              const Vec<C> read = load(combined + x * W);
+              if constexpr (kMaximum)
+                result = read > result ? read : result;
+              else
+                result += read * r->x.weight[x];
+            }
+            store(results + (ph * a.PW + pw) * W, result);
+          }
+        }
+        transpose_pixels(results, bins, W, count, bins, a.output + (r->k * a.channels + channel) * bins);
+      }
+    };
+  });
+}
+
+// ---- NCHW, gradients of boxes ----
+
 // The transpose of a ColumnTable: for each column the bins of a row of bins that read it. Entry j of column i is at
 // [j * width + i]; where there is none, `used` is 0.
 template <class C>
@@ -308,13 +455,6 @@ class GradPlane {
   T* target_ = nullptr;
   int64_t size_ = 0;
 };
-
-template <class T>
-int64_t largest_plane(const RegionArgs<T>& a) {
-  int64_t most = 0;
-  for (int64_t l = 0; l < a.L; ++l) most = std::max(most, a.levels[l].H * a.levels[l].W);
-  return most;
-}
 
 template <class T, bool kInRegister>
 void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
@@ -732,38 +872,30 @@ void maximum_forward_pixels(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Items are bands of rows of the maps that want a gradient, as many rows as fit in cache. add(map, region, low, high,
-// sum) adds what a region gives to the rows [low, high); sum is where the map's row 0 would be.
-template <class T, class MakeAdd>
-void for_each_band(const RegionArgs<T>& a, int64_t threads, const MakeAdd& make_add) {
-  using C = ComputeType<T>;
+// Rows [begin, end) of a map.
+struct Band {
+  int64_t map, begin, end;
+};
+
+// Of the maps that want a gradient, as many rows at a time as fit in cache where a pixel takes so many bytes.
+template <class T>
+std::vector<Band> bands_of(const RegionArgs<T>& a, int64_t pixel_bytes) {
   constexpr int64_t kBandBytes = 512 << 10;
-  struct Band {
-    int64_t map, begin, end;
-  };
   std::vector<Band> bands;
-  int64_t most = 0;
   for (int64_t m = 0; m < a.L * a.N; ++m) {
     const Map<T> map(a, m);
-    const int64_t row = map.W * a.channels;
-    if (map.grad_input == nullptr || row == 0) continue;
-    const int64_t rows = std::max<int64_t>(1, kBandBytes / (row * static_cast<int64_t>(sizeof(C))));
+    if (map.grad_input == nullptr || map.W * pixel_bytes == 0) continue;
+    const int64_t rows = std::max<int64_t>(1, kBandBytes / (map.W * pixel_bytes));
     for (int64_t begin = 0; begin < map.H; begin += rows) bands.push_back({m, begin, std::min(begin + rows, map.H)});
-    most = std::max(most, std::min(rows, map.H) * row);
   }
-  for_each_item(bands.size(), threads, [&] {
-    auto scratch = std::make_shared<Scratch>();
-    GradPlane<T> plane(most, *scratch);
-    return [&, scratch, plane, add = make_add(*scratch)](int64_t item) mutable {
-      const auto [m, begin, end] = bands[item];
-      const Map<T> map(a, m);
-      const int64_t row = map.W * a.channels;
-      C* sum = plane.begin(map.grad_input + (map.image * map.H + begin) * row, (end - begin) * row) - begin * row;
-      for (auto* r = map.begin; r < map.end; ++r)
-        if (r->y.low < end && r->y.high > begin) add(map, *r, begin, end, sum);
-      plane.finish();
-    };
-  });
+  return bands;
+}
+
+template <class T>
+int64_t most_pixels(const RegionArgs<T>& a, const std::vector<Band>& bands) {
+  int64_t most = 0;
+  for (const Band& band : bands) most = std::max(most, (band.end - band.begin) * Map<T>(a, band.map).W);
+  return most;
 }
 
 // The taps [begin, end) of a bin that lie in the rows [low, high).
@@ -775,25 +907,35 @@ inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<C>& y, int64_t ph,
   return {begin, end};
 }
 
-// Position-sensitive: an output channel goes to one of the channels of a pixel for each bin.
+// Position-sensitive, channels_last: an output channel goes to one of the channels of a pixel for each bin.
 template <class T>
 void mean_backward_pixels_sensitive(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   const int64_t bins = a.PH * a.PW;
-  for_each_band(a, threads, [&](Scratch& scratch) {
-    C* grads = scratch.take<C>(a.out_channels);
-    return [&, grads](const Map<T>& map, const Region<C>& r, int64_t low, int64_t high, C* sum) {
-      for (int64_t o = 0; o < bins; ++o) {
-        const int64_t ph = o / a.PW, pw = o % a.PW;
-        const auto [begin, end] = taps_within(r.y, ph, low, high);
-        if (begin == end) continue;
-        convert(a.grad_output + (r.k * bins + o) * a.out_channels, grads, a.out_channels);
-        for (int32_t y = begin; y < end; ++y)
-          for (int32_t x = r.x.begin[pw]; x < r.x.begin[pw + 1]; ++x) {
-            C* p = sum + (r.y.pixel[y] * map.W + r.x.pixel[x]) * a.channels + o;
-            for (int64_t c = 0; c < a.out_channels; ++c) p[c * bins] += r.y.weight[y] * r.x.weight[x] * grads[c];
-          }
-      }
+  const std::vector<Band> bands = bands_of(a, a.channels * sizeof(C));
+  const int64_t most = most_pixels(a, bands) * a.channels;
+  for_each_item(bands.size(), threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    GradPlane<T> plane(most, *scratch);
+    C* grads = scratch->template take<C>(a.out_channels);
+    return [&, scratch, plane, grads](int64_t item) mutable {
+      const auto [m, low, high] = bands[item];
+      const Map<T> map(a, m);
+      const int64_t row = map.W * a.channels;
+      C* sum = plane.begin(map.grad_input + (map.image * map.H + low) * row, (high - low) * row) - low * row;
+      for (auto* r = map.begin; r < map.end; ++r)
+        for (int64_t o = 0; o < bins; ++o) {
+          const int64_t ph = o / a.PW, pw = o % a.PW;
+          const auto [begin, end] = taps_within(r->y, ph, low, high);
+          if (begin == end) continue;
+          convert(a.grad_output + (r->k * bins + o) * a.out_channels, grads, a.out_channels);
+          for (int32_t y = begin; y < end; ++y)
+            for (int32_t x = r->x.begin[pw]; x < r->x.begin[pw + 1]; ++x) {
+              C* p = sum + (r->y.pixel[y] * map.W + r->x.pixel[x]) * a.channels + o;
+              for (int64_t c = 0; c < a.out_channels; ++c) p[c * bins] += r->y.weight[y] * r->x.weight[x] * grads[c];
+            }
+        }
+      plane.finish();
     };
   });
 }
@@ -813,25 +955,6 @@ inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t ph, int64_
       for (int64_t i = 0; i < W; ++i) v[i] = c + i < count ? load_before(from + i * bins, end) : Vec<C>{};
       transpose<C>(v);
       for (int64_t i = 0; i < std::min(W, a.PW - pw); ++i) store(grads + (pw + i) * width + c, v[i]);
-    }
-}
-
-// pixels[n,width] to planes[c][n], c < count: planes lie `plane` apart.
-template <class T, class C>
-inline void transpose_pixels(const C* pixels, int64_t n, int64_t width, int64_t count, int64_t plane, T* planes) {
-  constexpr int64_t W = kLanes<C>;
-  for (int64_t c = 0; c < count; c += W)
-    for (int64_t pixel = 0; pixel < n; pixel += W) {
-      Vec<C> v[W];
-      for (int64_t i = 0; i < W; ++i) v[i] = pixel + i < n ? load(pixels + (pixel + i) * width + c) : Vec<C>{};
-      transpose<C>(v);
-      for (int64_t i = 0; i < std::min(W, count - c); ++i) {
-        T* to = planes + (c + i) * plane + pixel;
-        if (pixel + W <= n)
-          store(to, v[i]);
-        else
-          store_first(to, v[i], n - pixel);
-      }
     }
 }
 
@@ -864,21 +987,11 @@ inline void add_to_pixels(const PixelList<C>& pixels, const C* grad, int64_t wid
 template <class T, bool kChannelsLast>
 void mean_backward(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>, kChannels = 64, kBandBytes = 512 << 10;
+  constexpr int64_t W = kLanes<C>, kChannels = 64;
   const int64_t bins = a.PH * a.PW, width = std::min(kChannels, round_up(a.channels, W));
   const int64_t blocks = (a.channels + width - 1) / width;
-  struct Band {
-    int64_t map, begin, end;
-  };
-  std::vector<Band> bands;
-  int64_t most = 0;
-  for (int64_t m = 0; m < a.L * a.N; ++m) {
-    const Map<T> map(a, m);
-    if (map.grad_input == nullptr || map.W == 0) continue;
-    const int64_t rows = std::max<int64_t>(1, kBandBytes / (map.W * width * static_cast<int64_t>(sizeof(C))));
-    for (int64_t begin = 0; begin < map.H; begin += rows) bands.push_back({m, begin, std::min(begin + rows, map.H)});
-    most = std::max(most, std::min(rows, map.H) * map.W);
-  }
+  const std::vector<Band> bands = bands_of(a, width * sizeof(C));
+  const int64_t most = most_pixels(a, bands);
   for_each_item(bands.size() * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     C* sums = scratch->template take<C>(most * width);
@@ -1016,6 +1129,8 @@ template <class T>
 void region_mean_forward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
   if (channels_last)
     mean_forward_pixels(a, threads);
+  else if (by_slices(a, threads))
+    forward_slices<T, false>(a, threads);
   else if (a.position_sensitive)
     mean_forward_planes_sensitive(a, threads);
   else
@@ -1046,6 +1161,8 @@ template <class T>
 void region_maximum_forward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
   if (channels_last)
     maximum_forward_pixels(a, threads);
+  else if (by_slices(a, threads))
+    forward_slices<T, true>(a, threads);
   else
     maximum_forward_planes(a, threads);
 }

@@ -23,9 +23,11 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kTileBins = 32;       // bins of an axis whose weights are there at a time; the bits of a mask
-constexpr int kThreadPixels = 4;    // of a thread, in both layouts
+constexpr int kThreadPixels = 4;    // of a thread, in both layouts; NCHW: a column of the tile
 constexpr int kThreadChannels = 2;  // NCHW: of a thread
 constexpr int kBlockChannels = kThreadChannels * kRegionWarps;  // NCHW
+
+static_assert(kTileRows == kThreadPixels && kRegionWarps == 2 * kTileRows);
 
 template <bool kChannelsLast>
 constexpr int kTileColumns = kChannelsLast ? 8 : 32;

@@ -43,7 +43,8 @@ def multi_scale_roi_align(
 
     Args:
         inputs: the levels, finest first: L tensors [N,C,Hl,Wl] of one dtype, float64, float32, float16 or bfloat16,
-            with N and C in common. Where one is channels_last, all are read so, as they lie if they are.
+            with N and C in common. Where one is channels_last, all are read so, as they lie if they are. At most 16 on
+            CUDA.
         boxes: as in `roi_align`, in image pixels.
         output_size: (PH,PW), or one int for both.
         spatial_scales: L numbers, pixels of the level per pixel of the image: powers of 1/2, each half the one before.
