@@ -275,7 +275,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
       RELOPS_CALL_ISA(region_maximum_backward, args, p.channels_last, threads);
       return;
     }
-    RELOPS_CALL_ISA(region_mean_backward, args, p.channels_last, threads);
+    if (p.C > 0) RELOPS_CALL_ISA(region_mean_backward, args, p.channels_last, threads);
     if (!grads.wanted_boxes()) return;
     C* grad_boxes = static_cast<C*>(grads.boxes.mutable_data_ptr());
     std::fill_n(grad_boxes, 5 * p.K, C(0));
