@@ -791,8 +791,8 @@ inline bool for_each_channel_block(int64_t channels, F f) {
   return true;
 }
 
-template <class T>
-void mean_forward_pixels(const RegionArgs<T>& a, int64_t threads) {
+template <class T, bool kMaximum>
+void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
   const int64_t bins = a.PH * a.PW;
@@ -806,67 +806,38 @@ void mean_forward_pixels(const RegionArgs<T>& a, int64_t threads) {
       for (int64_t o = 0; o < bins; ++o) {
         pixels.fill(r, o / a.PW, o % a.PW, map.W, a.channels);
         T* out = a.output + (r.k * bins + o) * a.out_channels;
+        const C start = kMaximum && pixels.count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
         const auto one_channel = [&](int64_t c) {
-          C sum = 0;
-          for (int64_t i = 0; i < pixels.count; ++i)
-            sum += static_cast<C>(image[pixels.offset[i] + c]) * pixels.weight[i];
-          return static_cast<T>(sum);
+          C result = start;
+          for (int64_t i = 0; i < pixels.count; ++i) {
+            const C read = static_cast<C>(image[pixels.offset[i] + c]);
+            if constexpr (kMaximum)
+              result = read > result ? read : result;
+            else
+              result += read * pixels.weight[i];
+          }
+          return static_cast<T>(result);
         };
         if (a.position_sensitive) {
           for (int64_t c = 0; c < a.out_channels; ++c) out[c] = one_channel(c * bins + o);
           continue;
         }
         const bool done = for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
-          Vec<C> sum[vectors.value] = {};
-          for (int64_t i = 0; i < pixels.count; ++i) {
-            const T* p = image + pixels.offset[i] + c;
-            const C weight = pixels.weight[i];
-            for (int v = 0; v < vectors.value; ++v) sum[v] += load(p + v * W) * weight;
-          }
-          for (int v = 0; v < vectors.value; ++v) store(out + c + v * W, sum[v]);
-        });
-        for (int64_t c = 0; c < a.channels && !done; ++c) out[c] = one_channel(c);
-      }
-    };
-  });
-}
-
-template <class T>
-void maximum_forward_pixels(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW;
-  for_each_item(a.K, threads, [&] {
-    auto scratch = std::make_shared<Scratch>();
-    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, *scratch);
-    return [&, scratch, pixels](int64_t item) mutable {
-      const Region<C>& r = a.regions[item];
-      const Map<T> map(a, r.map);
-      const T* image = map.input + map.image * map.H * map.W * a.channels;
-      for (int64_t o = 0; o < bins; ++o) {
-        pixels.fill(r, o / a.PW, o % a.PW, map.W, a.channels);
-        T* out = a.output + (r.k * bins + o) * a.channels;
-        const C least = pixels.count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
-        const bool done = for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
-          Vec<C> most[vectors.value];
-          for (int v = 0; v < vectors.value; ++v) most[v] = broadcast(least);
+          Vec<C> result[vectors.value];
+          for (int v = 0; v < vectors.value; ++v) result[v] = broadcast(start);
           for (int64_t i = 0; i < pixels.count; ++i) {
             const T* p = image + pixels.offset[i] + c;
             for (int v = 0; v < vectors.value; ++v) {
               const Vec<C> read = load(p + v * W);
-              most[v] = read > most[v] ? read : most[v];
+              if constexpr (kMaximum)
+                result[v] = read > result[v] ? read : result[v];
+              else
+                result[v] += read * pixels.weight[i];
             }
           }
-          for (int v = 0; v < vectors.value; ++v) store(out + c + v * W, most[v]);
+          for (int v = 0; v < vectors.value; ++v) store(out + c + v * W, result[v]);
         });
-        for (int64_t c = 0; c < a.channels && !done; ++c) {
-          C most = least;
-          for (int64_t i = 0; i < pixels.count; ++i) {
-            const C read = static_cast<C>(image[pixels.offset[i] + c]);
-            most = read > most ? read : most;
-          }
-          out[c] = static_cast<T>(most);
-        }
+        for (int64_t c = 0; c < a.channels && !done; ++c) out[c] = one_channel(c);
       }
     };
   });
@@ -1128,7 +1099,7 @@ void mean_backward_boxes_pixels(const RegionArgs<T>& a, int64_t threads) {
 template <class T>
 void region_mean_forward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
   if (channels_last)
-    mean_forward_pixels(a, threads);
+    forward_pixels<T, false>(a, threads);
   else if (by_slices(a, threads))
     forward_slices<T, false>(a, threads);
   else if (a.position_sensitive)
@@ -1160,7 +1131,7 @@ void region_mean_backward_boxes(const RegionArgs<T>& a, bool channels_last, int6
 template <class T>
 void region_maximum_forward(const RegionArgs<T>& a, bool channels_last, int64_t threads) {
   if (channels_last)
-    maximum_forward_pixels(a, threads);
+    forward_pixels<T, true>(a, threads);
   else if (by_slices(a, threads))
     forward_slices<T, true>(a, threads);
   else
