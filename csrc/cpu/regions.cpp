@@ -54,8 +54,8 @@ struct RegionArgs {
   const RegionMaps<T>* levels;  // [L]
   const Region<C>* regions;     // [K], ordered by map
   const int64_t* map_begin;     // [L*N + 1]
-  // The largest of the regions: columns read, rows read, taps of a bin.
-  int64_t most_columns, most_rows, most_taps_y, most_taps_x;
+  // The largest of the regions: columns read, taps of a bin.
+  int64_t most_columns, most_taps_y, most_taps_x;
 
   T* output;             // [K,out_channels,PH,PW] in the layout of the input; forward only
   const T* grad_output;  // likewise
@@ -226,7 +226,6 @@ struct RegionWork {
     args.map_begin = regions.map_begin.data();
     for (const Region<C>& region : regions.list) {
       args.most_columns = std::max<int64_t>(args.most_columns, region.x.high - region.x.low);
-      args.most_rows = std::max<int64_t>(args.most_rows, region.y.high - region.y.low);
       args.most_taps_x = std::max<int64_t>(args.most_taps_x, region.x.most);
       args.most_taps_y = std::max<int64_t>(args.most_taps_y, region.y.most);
     }

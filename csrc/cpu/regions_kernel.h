@@ -32,6 +32,15 @@ inline Vec<ComputeType<T>> load_before(const T* p, const T* end) {
   return load_first(p, std::max<int64_t>(end - p, 0));
 }
 
+// What becomes of a pixel: a weighted sum, or a maximum, which passes NaN over as torchvision does. V: one or a vector.
+template <bool kMaximum, class V, class C>
+inline void take(V& result, V pixel, C weight) {
+  if constexpr (kMaximum)
+    result = pixel > result ? pixel : result;
+  else
+    result += pixel * weight;
+}
+
 // The map an item works on.
 template <class T>
 struct Map {
@@ -111,8 +120,7 @@ inline void row_offsets(const AxisTaps<C>& y, int64_t PH, int64_t map_width, int
   for (int32_t tap = 0; tap < y.begin[PH]; ++tap) offset[tap] = y.pixel[tap] * map_width;
 }
 
-// Of kRows rows the weighted sum, or the maximum, which passes NaN over as torchvision does; together with what is in
-// `out` where there is `more`.
+// Of kRows rows the weighted sum or the maximum, together with what is in `out` where there is `more`.
 template <bool kMaximum, int kRows, class T, class C>
 inline void combine_some_rows(const T* first, const int64_t* offset, const C* weight, int64_t width, bool more,
                               C* out) {
@@ -122,10 +130,7 @@ inline void combine_some_rows(const T* first, const int64_t* offset, const C* we
     Vec<C> result = more ? load(out + i) : broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
     for (int t = 0; t < kRows; ++t) {
       const Vec<C> read = load(row[t] + i);
-      if constexpr (kMaximum)
-        result = read > result ? read : result;
-      else
-        result += read * weight[t];
+      take<kMaximum>(result, read, weight[t]);
     }
     store(out + i, result);
   }
@@ -155,10 +160,7 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
     Vec<C> result = broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
     for (t = 0; t < count; ++t) {
       const Vec<C> read = load_before(first + offset[t] + i, end);
-      if constexpr (kMaximum)
-        result = read > result ? read : result;
-      else
-        result += read * weight[t];
+      take<kMaximum>(result, read, weight[t]);
     }
     store(out + i, result);
   }
@@ -304,10 +306,7 @@ inline void combine_some_pixel_rows(const C* pixels, const int64_t* offset, cons
     Vec<C> result = more ? load(out + i * W) : broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
     for (int t = 0; t < kRows; ++t) {
       const Vec<C> read = load(row[t] + column[i]);
-      if constexpr (kMaximum)
-        result = read > result ? read : result;
-      else
-        result += read * weight[t];
+      take<kMaximum>(result, read, weight[t]);
     }
     store(out + i * W, result);
   }
@@ -353,10 +352,7 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
             Vec<C> result = broadcast(kMaximum && begin < last ? -std::numeric_limits<C>::infinity() : C(0));
             for (int32_t x = begin; x < last; ++x) {
               const Vec<C> read = load(combined + x * W);
-              if constexpr (kMaximum)
-                result = read > result ? read : result;
-              else
-                result += read * r->x.weight[x];
+              take<kMaximum>(result, read, r->x.weight[x]);
             }
             store(results + (ph * a.PW + pw) * W, result);
           }
@@ -524,6 +520,15 @@ inline void for_each_pixel(const Region<C>& r, int64_t ph, int64_t pw, int64_t m
     for (int32_t x = r.x.begin[pw]; x < r.x.begin[pw + 1]; ++x) f(r.y.pixel[y] * map_width + r.x.pixel[x], y, x);
 }
 
+// What a pixel, times the gradient of its bin, gives to the gradient of its box.
+template <class C>
+inline void add_share(const Region<C>& r, int32_t y, int32_t x, C value, C* share) {
+  share[0] += value * (r.y.weight[y] * r.x.slope_first[x]);
+  share[1] += value * (r.y.slope_first[y] * r.x.weight[x]);
+  share[2] += value * (r.y.weight[y] * r.x.slope_last[x]);
+  share[3] += value * (r.y.slope_last[y] * r.x.weight[x]);
+}
+
 // Position-sensitive, NCHW: a plane serves one bin of every region, so that a few single pixels are all there is to a
 // result.
 template <class T>
@@ -598,10 +603,7 @@ void mean_backward_boxes_planes_sensitive(const RegionArgs<T>& a, int64_t thread
           const C grad = static_cast<C>(a.grad_output[r->k * a.channels + c]);
           for_each_pixel(*r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
             const C value = grad * static_cast<C>(plane[pixel]);
-            share[0] += value * (r->y.weight[y] * r->x.slope_first[x]);
-            share[1] += value * (r->y.slope_first[y] * r->x.weight[x]);
-            share[2] += value * (r->y.weight[y] * r->x.slope_last[x]);
-            share[3] += value * (r->y.slope_last[y] * r->x.weight[x]);
+            add_share(*r, y, x, value, share);
           });
         }
       }
@@ -811,10 +813,7 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
           C result = start;
           for (int64_t i = 0; i < pixels.count; ++i) {
             const C read = static_cast<C>(image[pixels.offset[i] + c]);
-            if constexpr (kMaximum)
-              result = read > result ? read : result;
-            else
-              result += read * pixels.weight[i];
+            take<kMaximum>(result, read, pixels.weight[i]);
           }
           return static_cast<T>(result);
         };
@@ -829,10 +828,7 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
             const T* p = image + pixels.offset[i] + c;
             for (int v = 0; v < vectors.value; ++v) {
               const Vec<C> read = load(p + v * W);
-              if constexpr (kMaximum)
-                result[v] = read > result[v] ? read : result[v];
-              else
-                result[v] += read * pixels.weight[i];
+              take<kMaximum>(result[v], read, pixels.weight[i]);
             }
           }
           for (int v = 0; v < vectors.value; ++v) store(out + c + v * W, result[v]);
@@ -1084,10 +1080,7 @@ void mean_backward_boxes_pixels(const RegionArgs<T>& a, int64_t threads) {
             value = sum<C>(total);
             for (; c < a.channels; ++c) value += grads[c] * static_cast<C>(p[c]);
           }
-          share[0] += value * (r.y.weight[y] * r.x.slope_first[x]);
-          share[1] += value * (r.y.slope_first[y] * r.x.weight[x]);
-          share[2] += value * (r.y.weight[y] * r.x.slope_last[x]);
-          share[3] += value * (r.y.slope_last[y] * r.x.weight[x]);
+          add_share(r, y, x, value, share);
         });
       }
     };
