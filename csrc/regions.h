@@ -11,13 +11,7 @@
 // as torchvision does, so that the decision is the same there, on the CPU and on CUDA.
 #pragma once
 
-#include <math.h>
-
-#ifdef __CUDACC__
-#define RELOPS_HOST_DEVICE __host__ __device__
-#else
-#define RELOPS_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace relops {
 
@@ -36,22 +30,6 @@ struct RegionRule {
 
 // The most samples per bin and axis that may be asked for: what bounds the loops.
 constexpr int kMaxSamplingRatio = 65536;
-
-// a * b, rounded: never fused with an addition, which would round differently from device to device.
-RELOPS_HOST_DEVICE inline float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-RELOPS_HOST_DEVICE inline double product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
 
 // A box on one axis of a feature map of `size` pixels, divided into `bins`.
 struct RegionAxis {

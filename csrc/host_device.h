@@ -1,0 +1,31 @@
+// What lets the same source be host and device code, and give the same bits on both.
+#pragma once
+
+#include <math.h>
+
+#ifdef __CUDACC__
+#define RELOPS_HOST_DEVICE __host__ __device__
+#else
+#define RELOPS_HOST_DEVICE
+#endif
+
+namespace relops {
+
+// a * b, rounded: never fused with an addition, which would round differently from device to device. On the CPU it is
+// the file that must not be compiled to fuse (`#pragma GCC optimize("fp-contract=off")`) where its target can.
+template <class F>
+RELOPS_HOST_DEVICE inline F product(F a, F b) {
+  return a * b;
+}
+#ifdef __CUDA_ARCH__
+template <>
+RELOPS_HOST_DEVICE inline float product(float a, float b) {
+  return __fmul_rn(a, b);
+}
+template <>
+RELOPS_HOST_DEVICE inline double product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+#endif
+
+}  // namespace relops
