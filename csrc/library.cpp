@@ -57,4 +57,8 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "_multi_scale_roi_align_backward(Tensor grad_output, Tensor[] inputs, Tensor boxes, SymInt[] input_shape, "
       "float[] spatial_scales, int sampling_ratio, bool aligned, float canonical_box_size, int canonical_level, "
       "bool channels_last, bool[] input_grads, bool boxes_grad) -> (Tensor[], Tensor)");
+
+  m.def(
+      "linear_sum_assignment(Tensor cost, Tensor? num_rows=None, Tensor? num_cols=None, bool maximize=False) -> "
+      "(Tensor, Tensor)");
 }

@@ -5,6 +5,7 @@ from relops import _library
 _library.load()
 
 from relops import nn  # noqa: E402  (the ops must be loaded before anything that uses them)
+from relops.ops.linear_sum_assignment import linear_sum_assignment  # noqa: E402
 from relops.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused  # noqa: E402
 from relops.ops.multi_scale_roi_align import multi_scale_roi_align  # noqa: E402
 from relops.ops.prroi_pool import prroi_pool  # noqa: E402
@@ -16,6 +17,7 @@ from relops.ops.roi_pool import roi_pool  # noqa: E402
 __version__: str = _library.build_info()["version"]
 
 __all__ = [
+    "linear_sum_assignment",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "multi_scale_roi_align",

@@ -370,7 +370,7 @@ def test_kernels_registered(op: Op) -> None:
 
 def test_every_public_op_has_cases() -> None:
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
-    assert public == {op.name for op in OPS}
+    assert public == {op.name for op in OPS} | {"linear_sum_assignment"}  # of tests/test_linear_sum_assignment.py
     assert public <= set(relops.__all__)
 
 

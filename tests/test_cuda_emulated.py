@@ -12,7 +12,8 @@ import torch
 from cases import FUSED, OPS, PLAIN, DeformAttn, Op, Regions, grad_like
 from conftest import DTYPES, assert_matches, assert_matches_twin, determinism
 
-from relops import _library
+import relops
+from relops import _library, reference
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -170,3 +171,72 @@ def test_boxes_far_larger_than_the_map() -> None:
         inputs["boxes"][:, 1:] = torch.tensor([-1e9, -1e30, 1e9, 1e30])
         inputs["boxes"][3:, 1:] *= -1
         assert all(x.isfinite().all() for x in op.run(inputs).values())
+
+
+# ---- Linear assignment ----
+
+
+def assignment_problems(R: int, C: int, forbidden: float | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Costs with ties, and used sizes, of which the first are everything."""
+    generator = torch.Generator().manual_seed(R + C)
+    cost = torch.randint(-20, 20, (3, R, C), generator=generator).to(dtype)
+    if forbidden is not None:
+        cost[torch.rand(cost.shape, generator=generator) < 0.6] = forbidden
+    sizes = [torch.randint(1, size + 1, (3,), generator=generator) for size in (R, C)]
+    sizes[0][0], sizes[1][0] = R, C
+    return cost, *sizes
+
+
+# The last ones have more columns than a thread looks at in one go with 32 and with 512 threads; of those, the search of
+# the last does not fit in shared memory.
+ASSIGNMENTS = [
+    (R, C, forbidden, dtype)
+    for R, C in [(1, 1), (1, 7), (7, 1), (5, 6), (20, 70), (70, 20), (40, 40), (200, 6), (8, 2100)]
+    for forbidden in (None, float("inf"), float("nan"))
+    for dtype in DTYPES
+]
+# By the CPU kernel: once the tests run, the ops lead to the CUDA kernels.
+ASSIGNED = {
+    (case, maximize): relops.linear_sum_assignment(*assignment_problems(*case), maximize)
+    for case in ASSIGNMENTS
+    for maximize in (False, True)
+}
+
+
+@pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
+@pytest.mark.parametrize("case", ASSIGNMENTS, ids=str)
+def test_assignments_of_the_cpu_kernel(case: tuple, maximize: bool) -> None:
+    """The same steps on both devices: not only the same sum, but the same pairs."""
+    found = relops.linear_sum_assignment(*assignment_problems(*case), maximize)
+    assert all(torch.equal(*pair) for pair in zip(found, ASSIGNED[case, maximize]))
+
+
+def test_assignments_of_fractions_and_large_numbers() -> None:
+    """Where rounding decides and sums would overflow; and one problem, without sizes."""
+    for scale in (1e-310, 1.0, 1e308):
+        for R, C in ((12, 30), (30, 12)):
+            cost = torch.randn(R, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
+            cost[cost.abs() > 1.5 * scale] = float("inf")
+            row_to_col, _ = relops.linear_sum_assignment(cost)
+            expected, _ = reference.linear_sum_assignment(cost)
+            assert torch.equal(row_to_col, expected)  # with real numbers only one assignment is the best
+
+
+def test_assignments_of_sizes_out_of_range() -> None:
+    cost, *_ = assignment_problems(9, 4, None, torch.float32)
+    for value in (-1, 10, 2**40, -(2**63)):
+        for which in ("num_rows", "num_cols"):
+            sizes = {which: torch.tensor([4, value, 2])}
+            found = torch.ops.relops.linear_sum_assignment(cost, **sizes)
+            expected = relops.linear_sum_assignment(cost[::2], **{which: [4, 2]})
+            for x, y in zip(found, expected):
+                assert (x[1] == -1).all() and torch.equal(x[::2], y)
+
+
+def test_assignments_of_nothing() -> None:
+    for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0, 0), (0, 0)):
+        cost = torch.empty(shape)
+        for sizes in (None, torch.zeros(shape[:-2], dtype=torch.int64)):
+            rows, cols = relops.linear_sum_assignment(cost, sizes, sizes)
+            assert rows.shape == shape[:-1] and cols.shape == (*shape[:-2], shape[-1])
+            assert (rows == -1).all() and (cols == -1).all()

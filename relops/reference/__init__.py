@@ -1,5 +1,6 @@
 """Pure-PyTorch twins of the ops: oracle of the tests, baseline of the benchmarks, written to be read."""
 
+from relops.reference.linear_sum_assignment import linear_sum_assignment
 from relops.reference.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from relops.reference.multi_scale_roi_align import multi_scale_roi_align
 from relops.reference.prroi_pool import prroi_pool
@@ -9,6 +10,7 @@ from relops.reference.roi_align import roi_align
 from relops.reference.roi_pool import roi_pool
 
 __all__ = [
+    "linear_sum_assignment",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "multi_scale_roi_align",

@@ -1,0 +1,138 @@
+"""Linear assignment: the matching of DETR's loss (plain, padded, many queries), and large problems of several kinds.
+
+Every contender gives the total cost of its matching, which verification compares: of equally good matchings any will
+do. SciPy is called in a loop over problems, on the CPU, as DETR does; on CUDA its time has the copies there and back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import relops
+from benchmarks.harness import FORWARD, Bench, Model
+from relops import reference
+
+CLASSES = 91
+
+
+def draw_boxes(B: int, count: int, generator: torch.Generator) -> Tensor:
+    """[B,count,4] of cx, cy, w, h in the unit square."""
+    boxes = torch.rand(B, count, 4, generator=generator, device=generator.device)
+    return torch.cat([boxes[..., :2], 0.02 + 0.4 * boxes[..., 2:]], -1)
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Of boxes [B,R,4] and [B,C,4], every one with every one."""
+    low_a, high_a = (a[:, :, None, :2] + sign * a[:, :, None, 2:] / 2 for sign in (-1, 1))
+    low_b, high_b = (b[:, None, :, :2] + sign * b[:, None, :, 2:] / 2 for sign in (-1, 1))
+    overlap = (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).prod(-1)
+    union = a[:, :, None, 2:].prod(-1) + b[:, None, :, 2:].prod(-1) - overlap
+    return overlap / union - (hull - union) / hull
+
+
+def draw_detr(B: int, R: int, C: int, padded: bool, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    """Costs of R queries and C objects: class, L1 and generalized IoU, weighted as in DETR."""
+    device = generator.device
+    probabilities = torch.randn(B, R, CLASSES, generator=generator, device=device).softmax(-1)
+    labels = torch.randint(CLASSES, (B, 1, C), generator=generator, device=device)
+    queries, objects = draw_boxes(B, R, generator), draw_boxes(B, C, generator)
+    classes = probabilities.gather(2, labels.expand(B, R, C))
+    cost = 5 * torch.cdist(queries, objects, 1) - 2 * classes - 2 * generalized_iou(queries, objects)
+    used = torch.randint(1, C + 1, (B,), generator=generator, device=device) if padded else None
+    return cost.to(dtype), used
+
+
+def draw_square(kind: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    """[1,n,n]."""
+    device = generator.device
+    uniform = functools.partial(torch.rand, generator=generator, device=device)
+    if kind == "uniform":
+        cost = uniform(n, n)
+    elif kind == "ties":
+        cost = torch.randint(0, 100, (n, n), generator=generator, device=device)
+    elif kind == "products":
+        steps = torch.arange(1.0, n + 1, device=device)
+        cost = steps[:, None] * steps
+    elif kind == "distances":
+        cost = torch.cdist(uniform(n, 2), uniform(n, 2))
+    else:  # "low rank"
+        cost = (uniform(n, 5) - 0.5) @ (uniform(5, n) - 0.5) + 0.01 * uniform(n, n)
+    return cost[None].to(dtype), None
+
+
+def total_costs(cost: Tensor, row_to_col: Tensor) -> Tensor:
+    costs = cost.gather(-1, row_to_col.clamp(min=0)[..., None])[..., 0].double()
+    return torch.where(row_to_col >= 0, costs, 0).sum(-1)
+
+
+def of_total(assign: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def call(cost: Tensor, num_cols: Tensor | None) -> Tensor:
+        return total_costs(cost, assign(cost, num_cols=num_cols)[0])
+
+    return call
+
+
+def scipy_loop(cost: Tensor, num_cols: Tensor | None) -> tuple[Tensor, Tensor]:
+    from scipy.optimize import linear_sum_assignment
+
+    on_host = cost.cpu().numpy() if cost.dtype in (torch.float32, torch.float64) else cost.float().cpu().numpy()
+    used = [cost.size(2)] * cost.size(0) if num_cols is None else num_cols.tolist()
+    row_to_col = torch.full(cost.shape[:2], -1)
+    for b, columns in enumerate(used):
+        rows, cols = linear_sum_assignment(on_host[b, :, :columns])
+        row_to_col[b, torch.from_numpy(rows)] = torch.from_numpy(cols)
+    return row_to_col.to(cost.device), cost.new_empty(0)
+
+
+def bench(shape: str, device: str, draw: Callable, dtype: torch.dtype, B: int, R: int, C: int, **options: Any) -> Bench:
+    peers = {}
+    if importlib.util.find_spec("scipy") is not None:
+        peers["scipy"] = of_total(lambda cost, num_cols: scipy_loop(cost, num_cols))
+    return Bench(
+        op="linear_sum_assignment",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        direction=FORWARD,
+        make_inputs=draw,
+        relops=of_total(relops.linear_sum_assignment),
+        pytorch=of_total(reference.linear_sum_assignment),
+        # A cost is read, and compared at least once.
+        model=Model(B * (R * C * dtype.itemsize + (R + C) * 8), B * R * C),
+        peers=peers,
+        min_rounds=3,
+        tolerance=1e-9,  # of a sum in float64, whatever the dtype of the costs
+        **options,
+    )
+
+
+def benches(device: str) -> list[Bench]:
+    def detr(
+        name: str, B: int, R: int, C: int, padded: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Bench:
+        draw = functools.partial(draw_detr, B, R, C, padded, dtype)
+        return bench(f"{name} {B}x{R}x{C}", device, draw, dtype, B, R, C, **options)
+
+    def square(kind: str, n: int = 1000, dtype: torch.dtype = torch.float32) -> Bench:
+        draw = functools.partial(draw_square, kind, n, dtype)
+        goals = {"peer_targets": {"scipy": 1}} if device == "cpu" else {}
+        return bench(f"{kind} 1x{n}x{n}", device, draw, dtype, 1, n, n, **goals)
+
+    return [
+        detr("DETR", 32, 300, 60, peer_targets={"scipy": 3}, quick=True),
+        detr("DETR padded", 32, 300, 60, padded=True, quick=True),
+        detr("DETR one image", 1, 300, 60),
+        detr("DINO padded, 6 layers", 96, 900, 100, padded=True),
+        detr("DETR", 32, 300, 60, dtype=torch.bfloat16),
+        detr("DETR", 32, 300, 60, dtype=torch.float64),
+        *(square(kind) for kind in ("uniform", "ties", "distances", "low rank")),
+        square("products", n=400),  # of the twin's steps there are n * n / 2
+        square("uniform", dtype=torch.float64),
+    ]

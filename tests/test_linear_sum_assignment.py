@@ -1,0 +1,582 @@
+"""linear_sum_assignment: values against brute force, SciPy and the twin; what test_contract.py asks of other ops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import DTYPES, needs_cuda, why_no_cuda
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import relops
+from relops import _library, reference
+
+INF, NAN = math.inf, math.nan
+OVERLOAD = torch.ops.relops.linear_sum_assignment.default
+
+# Of problems: fewer, as many and more rows than columns; a side of one; more than a vector or a warp has lanes.
+SIZES = [(1, 1), (1, 5), (5, 1), (3, 4), (4, 4), (5, 3), (7, 40), (40, 7), (33, 33), (70, 130), (130, 70)]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def check_consistent(cost: Tensor, row_to_col: Tensor, col_to_row: Tensor) -> None:
+    """Shapes, and that both outputs say the same: a matching of permitted pairs."""
+    *batch, R, C = cost.shape
+    assert row_to_col.dtype == col_to_row.dtype == torch.int64
+    assert row_to_col.device == col_to_row.device == cost.device
+    assert list(row_to_col.shape) == [*batch, R] and list(col_to_row.shape) == [*batch, C]
+    for b in itertools.product(*map(range, batch)):
+        rows, cols = row_to_col[b].tolist(), col_to_row[b].tolist()
+        pairs = {(i, j) for i, j in enumerate(rows) if j != -1}
+        assert pairs == {(i, j) for j, i in enumerate(cols) if i != -1}
+        assert all(math.isfinite(cost[b][pair]) for pair in pairs)
+
+
+def summary(cost: Tensor, row_to_col: Tensor) -> tuple[Tensor, Tensor]:
+    """How many pairs, and the sum of their costs in float64, of each problem."""
+    used = row_to_col >= 0
+    if cost.size(-1) == 0:
+        return used.sum(-1), used.sum(-1).double()
+    costs = cost.double().gather(-1, row_to_col.clamp(min=0)[..., None])[..., 0]
+    return used.sum(-1), torch.where(used, costs, 0.0).sum(-1)
+
+
+def assert_as_good(cost: Tensor, actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """As many pairs, and the same sum but for rounding."""
+    check_consistent(cost, *actual)
+    (pairs, total), (expected_pairs, expected_total) = summary(cost, actual[0]), summary(cost, expected[0])
+    assert torch.equal(pairs, expected_pairs)
+    torch.testing.assert_close(total, expected_total, rtol=1e-11, atol=1e-11 * largest_of(cost))
+
+
+def largest_of(cost: Tensor) -> float:
+    finite = cost[cost.isfinite()].double().abs()
+    return finite.max().item() if finite.numel() else 0.0
+
+
+def brute_force(cost: list[list[float]], maximize: bool = False) -> tuple[int, float]:
+    """The number of pairs and the sum, by trying every assignment of the smaller side."""
+    R, C = len(cost), len(cost[0]) if cost else 0
+    if R > C:
+        cost, R, C = [list(column) for column in zip(*cost)], C, R
+    best = (0, 0.0)
+    for columns in itertools.permutations(range(C), R):
+        costs = [x for i, j in enumerate(columns) if math.isfinite(x := cost[i][j])]
+        best = max(best, (len(costs), sum(costs) if maximize else -sum(costs)))
+    return best[0], best[1] if maximize else -best[1]
+
+
+def random_costs(B: int, R: int, C: int, seed: int = 0) -> Tensor:
+    return torch.randn(B, R, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_sizes(B: int, limit: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, limit + 1, (B,), generator=torch.Generator().manual_seed(seed))
+
+
+def forbid_some(cost: Tensor, share: float, value: float = INF) -> Tensor:
+    draws = torch.rand(cost.shape, generator=torch.Generator().manual_seed(1)).to(cost.device)
+    return torch.where(draws < share, value, cost)
+
+
+# ---- Values ----
+
+
+@pytest.mark.parametrize(
+    ("cost", "maximize", "expected"),
+    [
+        ([[4, 1, 3], [2, 0, 5], [3, 2, 2]], False, [1, 0, 2]),  # 1 + 2 + 2
+        ([[4, 1, 3], [2, 0, 5], [3, 2, 2]], True, [0, 2, 1]),  # 4 + 5 + 2
+        ([[1, 2, 3]], False, [0]),
+        ([[3], [1], [2]], False, [-1, 0, -1]),
+        ([[1, 2], [1, 10], [0, 10]], False, [1, -1, 0]),  # 2 + 0
+        ([[-1, -2], [-1, -4]], False, [0, 1]),
+        ([[1, INF], [1, INF]], False, None),  # one of the rows
+        ([[1, INF], [0, 9]], False, [0, 1]),  # two pairs, although 0 alone costs less
+        ([[NAN, INF], [-INF, NAN]], False, [-1, -1]),
+        ([[NAN, 7], [-INF, INF]], True, [1, -1]),
+        ([[0, 0], [0, 0]], False, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_by_hand(
+    cost: list[list[float]], maximize: bool, expected: list[int] | None, dtype: torch.dtype, device: str
+) -> None:
+    tensor = torch.tensor(cost, dtype=dtype, device=device)
+    outputs = relops.linear_sum_assignment(tensor, maximize=maximize)
+    check_consistent(tensor, *outputs)
+    pairs, total = summary(tensor, outputs[0])
+    assert (pairs.item(), total.item()) == brute_force(cost, maximize)
+    assert expected is None or outputs[0].tolist() == expected
+
+
+@pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
+@pytest.mark.parametrize("forbidden", [None, INF, -INF, NAN], ids=str)
+@pytest.mark.parametrize("R, C", [(1, 4), (4, 1), (3, 5), (5, 3), (5, 5)])
+def test_brute_force(R: int, C: int, forbidden: float | None, maximize: bool, device: str) -> None:
+    cost = random_costs(20, R, C).mul(4).round().to(device)  # ties
+    if forbidden is not None:
+        cost = forbid_some(cost, 0.5, forbidden)
+    outputs = relops.linear_sum_assignment(cost, maximize=maximize)
+    check_consistent(cost, *outputs)
+    pairs, totals = summary(cost, outputs[0])
+    for problem, *found in zip(cost.tolist(), pairs.tolist(), totals.tolist()):
+        assert tuple(found) == brute_force(problem, maximize)
+
+
+@pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("R, C", SIZES)
+def test_scipy(R: int, C: int, dtype: torch.dtype, maximize: bool, device: str) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    cost = random_costs(4, R, C).to(device, dtype)
+    row_to_col, col_to_row = relops.linear_sum_assignment(cost, maximize=maximize)
+    check_consistent(cost, row_to_col, col_to_row)
+    for b in range(len(cost)):
+        numbers = cost[b].double().cpu().numpy()
+        rows, cols = optimize.linear_sum_assignment(numbers, maximize)
+        pairs, total = summary(cost[b], row_to_col[b])
+        assert pairs.item() == min(R, C)
+        assert total.item() == pytest.approx(numbers[rows, cols].sum(), rel=1e-12, abs=1e-12)
+
+
+def adversarial(kind: str, n: int, generator: torch.Generator) -> Tensor:
+    if kind == "products":
+        steps = torch.arange(1.0, n + 1)
+        return steps[:, None] * steps
+    if kind == "few values":
+        return torch.randint(0, 3, (n, n), generator=generator).float()
+    if kind == "many values":
+        return torch.randint(0, 10 * n, (n, n), generator=generator).float()
+    if kind == "distances":
+        return torch.cdist(torch.rand(n, 2, generator=generator), torch.rand(n, 2, generator=generator))
+    if kind == "low rank":
+        return torch.randn(n, 3, generator=generator) @ torch.randn(3, n, generator=generator)
+    return torch.rand(n, 1, generator=generator).expand(n, n)  # "equal columns"
+
+
+@pytest.mark.parametrize("kind", ["products", "few values", "many values", "distances", "low rank", "equal columns"])
+def test_hard_for_augmenting_paths(kind: str, device: str) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    cost = adversarial(kind, 150, torch.Generator().manual_seed(0))
+    rows, cols = optimize.linear_sum_assignment(cost.numpy())
+    cost = cost.to(device)
+    outputs = relops.linear_sum_assignment(cost)
+    check_consistent(cost, *outputs)
+    assert summary(cost, outputs[0])[1].item() == pytest.approx(
+        cost.double().cpu().numpy()[rows, cols].sum(), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("R, C", SIZES)
+def test_twin(R: int, C: int, share: float, maximize: bool, device: str) -> None:
+    cost = forbid_some(random_costs(3, R, C).to(device), share)
+    sizes = [random_sizes(3, limit, seed).to(device) for seed, limit in enumerate((R, C))]
+    actual, expected = (
+        function(cost, *sizes, maximize) for function in (relops.linear_sum_assignment, reference.linear_sum_assignment)
+    )
+    assert_as_good(cost, actual, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_integers(data: st.DataObject) -> None:
+    R, C = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
+    entry = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([INF, -INF, NAN, 1e6, 0.5]))
+    rows = data.draw(st.lists(st.lists(entry, min_size=C, max_size=C), min_size=R, max_size=R))
+    r, c = data.draw(st.integers(0, R)), data.draw(st.integers(0, C))
+    maximize = data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
+    cost = torch.tensor(rows, dtype=dtype).reshape(R, C)
+    for function in (relops.linear_sum_assignment, reference.linear_sum_assignment):
+        outputs = function(cost, r, c, maximize)
+        check_consistent(cost, *outputs)
+        assert (outputs[0][r:] == -1).all() and (outputs[1][c:] == -1).all()
+        pairs, total = summary(cost, outputs[0])
+        assert (pairs.item(), total.item()) == brute_force([row[:c] for row in rows[:r]], maximize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 0.0, -6e4])
+@pytest.mark.parametrize("R, C", [(20, 9), (9, 20), (12, 12)])
+def test_padding_is_ignored(R: int, C: int, garbage: float, dtype: torch.dtype, device: str) -> None:
+    B = 12
+    cost = random_costs(B, R, C).to(device, dtype)
+    num_rows, num_cols = random_sizes(B, R, 1), random_sizes(B, C, 2)
+    for b in range(B):
+        cost[b, num_rows[b] :] = garbage
+        cost[b, :, num_cols[b] :] = garbage
+    row_to_col, col_to_row = relops.linear_sum_assignment(cost, num_rows.to(device), num_cols.to(device))
+    for b, (r, c) in enumerate(zip(num_rows.tolist(), num_cols.tolist())):
+        rows, cols = relops.linear_sum_assignment(cost[b, :r, :c])
+        assert torch.equal(row_to_col[b, :r], rows) and torch.equal(col_to_row[b, :c], cols)
+        assert (row_to_col[b, r:] == -1).all() and (col_to_row[b, c:] == -1).all()
+
+
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
+def test_forms_of_sizes(form: Callable, device: str) -> None:
+    cost = random_costs(3, 6, 5).to(device)
+    given = [form(sizes) for sizes in ([6, 0, 3], [2, 5, 4])]
+    given = [x.to(device) if isinstance(x, Tensor) else x for x in given]
+    actual = relops.linear_sum_assignment(cost, *given)
+    expected = reference.linear_sum_assignment(cost, [6, 0, 3], [2, 5, 4])
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    for rows in (3, [3], torch.tensor(3, device=device), torch.tensor([3], device=device)):
+        actual = relops.linear_sum_assignment(cost[2], rows, 4)
+        assert torch.equal(actual[0], expected[0][2]) and torch.equal(actual[1], expected[1][2])
+
+
+@pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
+@pytest.mark.parametrize("largest", [1e-310, 1e-30, 1.0, 1e30, 3e38, 1e300, 1.7e308])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_any_magnitude(share: float, dtype: torch.dtype, largest: float, maximize: bool, device: str) -> None:
+    """Nothing overflows, neither sums of the largest costs there are nor what stands for a forbidden pair."""
+    if dtype == torch.float32 and not 1e-38 < largest < 3.3e38:
+        pytest.skip("beyond float32")
+    cost = torch.rand(2, 30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    cost = forbid_some((cost * largest).to(dtype), share).to(device)
+    row_to_col, col_to_row = relops.linear_sum_assignment(cost, maximize=maximize)
+    check_consistent(cost, row_to_col, col_to_row)
+    normal = cost.double() * 0.25 if largest > 1 else cost.double() * 2.0**60
+    expected = reference.linear_sum_assignment(normal, maximize=maximize)
+    (pairs, total), (expected_pairs, expected_total) = summary(normal, row_to_col), summary(normal, expected[0])
+    assert torch.equal(pairs, expected_pairs)
+    scale = largest_of(normal)
+    torch.testing.assert_close(total / scale, expected_total / scale, rtol=1e-11, atol=1e-11)
+
+
+def test_small_costs_beside_huge_ones(device: str) -> None:
+    """What a huge cost is added to loses its digits; costs that never meet one keep theirs."""
+    small = random_costs(1, 20, 20).abs()[0] * 1e-30
+    huge = torch.where(torch.rand(20, 20, generator=torch.Generator().manual_seed(2)) < 0.3, 1e300, small)
+    cost = huge.to(device)
+    optimize = pytest.importorskip("scipy.optimize")
+    rows, cols = optimize.linear_sum_assignment(huge.numpy())
+    outputs = relops.linear_sum_assignment(cost)
+    check_consistent(cost, *outputs)
+    assert summary(cost, outputs[0])[1].item() == pytest.approx(huge.numpy()[rows, cols].sum(), rel=1e-12)
+
+
+def test_nothing_permitted(device: str) -> None:
+    for R, C in SIZES:
+        for value in (NAN, INF, -INF):
+            outputs = relops.linear_sum_assignment(torch.full((2, R, C), value, device=device))
+            assert all((x == -1).all() for x in outputs)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0, 0), (0, 4), (3, 0), (0, 0)], ids=str)
+def test_empty(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    outputs = relops.linear_sum_assignment(torch.empty(shape, dtype=dtype, device=device))
+    assert outputs[0].shape == shape[:-1] and outputs[1].shape == (*shape[:-2], shape[-1])
+    assert all((x == -1).all() for x in outputs)
+    zeros = torch.zeros(shape[:-2], dtype=torch.int64, device=device)
+    relops.linear_sum_assignment(torch.empty(shape, device=device), zeros, zeros)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool], ids=str)
+def test_integer_costs(dtype: torch.dtype, device: str) -> None:
+    cost = random_costs(3, 9, 7).mul(50).abs().to(dtype).to(device)
+    assert_as_good(cost, relops.linear_sum_assignment(cost), reference.linear_sum_assignment(cost))
+
+
+def test_many_problems(device: str) -> None:
+    """More than threads, of unequal sizes: each as if it were alone, and the same every time."""
+    B, R, C = 200, 25, 18
+    cost = random_costs(B, R, C).to(device, torch.float32)
+    sizes = [random_sizes(B, limit, seed).to(device) for seed, limit in enumerate((R, C))]
+    outputs = relops.linear_sum_assignment(cost, *sizes)
+    for _ in range(3):
+        again = relops.linear_sum_assignment(cost, *sizes)
+        assert torch.equal(outputs[0], again[0]) and torch.equal(outputs[1], again[1])
+    for b in range(0, B, 7):
+        rows, cols = relops.linear_sum_assignment(cost[b], sizes[0][b], sizes[1][b])
+        assert torch.equal(rows, outputs[0][b]) and torch.equal(cols, outputs[1][b])
+
+
+def test_threads_do_not_matter() -> None:
+    cost = random_costs(50, 60, 70)
+    expected = relops.linear_sum_assignment(cost)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(*pair) for pair in zip(relops.linear_sum_assignment(cost), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_assignment_on_both_devices(dtype: torch.dtype) -> None:
+    for R, C in [*SIZES, (900, 100), (50, 2000)]:
+        for share in (0.0, 0.5):
+            cost = forbid_some(random_costs(4, R, C).mul(8).round(), share).to(dtype)  # ties
+            on_cuda = relops.linear_sum_assignment(cost.cuda())
+            assert all(torch.equal(x.cpu(), y) for x, y in zip(on_cuda, relops.linear_sum_assignment(cost)))
+
+
+# ---- Layouts ----
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    return {
+        "transposed": x.mT.contiguous().mT,
+        "every second": torch.stack([torch.full_like(x, NAN), x], -1)[..., 1],
+        "shifted": torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+        "batch last": x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(dtype: torch.dtype, device: str) -> None:
+    for R, C in ((13, 21), (21, 13)):
+        cost = random_costs(3, R, C).to(device, dtype)
+        expected = relops.linear_sum_assignment(cost)
+        for name, x in layouts(cost).items():
+            assert all(torch.equal(*pair) for pair in zip(relops.linear_sum_assignment(x), expected)), name
+        for expanded in (cost[:1].expand(3, R, C), cost[:, :1].expand(3, R, C), cost[:, :, :1].expand(3, R, C)):
+            dense = relops.linear_sum_assignment(expanded.contiguous())
+            assert all(torch.equal(*pair) for pair in zip(relops.linear_sum_assignment(expanded), dense))
+        sizes = torch.tensor([[3, 9], [13, 9], [0, 9]], device=device)[:, 0]
+        strided = relops.linear_sum_assignment(cost, sizes)
+        assert all(torch.equal(*pair) for pair in zip(strided, relops.linear_sum_assignment(cost, sizes.contiguous())))
+
+
+# ---- The rest of torch ----
+
+CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
+    "one": lambda device: (random_costs(1, 6, 4)[0].to(device), None, None, False),
+    "batch": lambda device: (random_costs(3, 5, 7).float().to(device), None, None, True),
+    "padded": lambda device: (
+        random_costs(3, 5, 7).float().to(device), random_sizes(3, 5).to(device), random_sizes(3, 7).to(device), False
+    ),
+    "empty": lambda device: (torch.empty(2, 0, 3, device=device), None, None, False),
+}  # fmt: skip
+
+on_calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@on_calls
+def test_opcheck(call: Callable, device: str) -> None:
+    torch.library.opcheck(OVERLOAD, call(device))
+
+
+def test_gradients_do_not_pass(device: str) -> None:
+    cost = random_costs(2, 4, 5).to(device).requires_grad_()
+    outputs = relops.linear_sum_assignment(cost)
+    assert not any(x.requires_grad for x in outputs)
+    cost.gather(-1, outputs[0][..., None]).sum().backward()  # as a loss does
+    assert torch.equal(cost.grad.sum(-1), torch.ones(2, 4, device=device, dtype=torch.float64))
+
+
+@on_calls
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
+def test_compile(call: Callable, requires_grad: bool, device: str, fresh_compiler: None) -> None:
+    cost, *rest = call(device)
+    cost.requires_grad_(requires_grad)
+
+    def around(cost: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        row_to_col, col_to_row = relops.linear_sum_assignment(cost * 2, *rest)
+        return row_to_col + 1, col_to_row
+
+    compiled = torch.compile(around, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(*pair) for pair in zip(compiled(cost, *rest), around(cost, *rest)))
+
+
+def test_compile_of_lists(device: str, fresh_compiler: None) -> None:
+    cost = random_costs(2, 5, 6).to(device)
+    compiled = torch.compile(
+        lambda x: relops.linear_sum_assignment(x, [2, 5], [6, 3]), fullgraph=True, backend="aot_eager"
+    )
+    expected = relops.linear_sum_assignment(cost, [2, 5], [6, 3])
+    assert all(torch.equal(*pair) for pair in zip(compiled(cost), expected))
+
+
+def growing(k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    B, R, C = 3 + k, 9 + 4 * k, 6 + 3 * k
+    return random_costs(B, R, C).to(device), random_sizes(B, R, 1).to(device), random_sizes(B, C, 2).to(device)
+
+
+def test_compile_does_not_recompile_for_ever(device: str, fresh_compiler: None) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(relops.linear_sum_assignment, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
+    for k in range(5):
+        inputs = growing(k, device)
+        assert all(torch.equal(*pair) for pair in zip(compiled(*inputs), relops.linear_sum_assignment(*inputs)))
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[0]
+
+
+class Assignment(torch.nn.Module):
+    def forward(self, cost: Tensor, num_rows: Tensor, num_cols: Tensor) -> tuple[Tensor, Tensor]:
+        return relops.linear_sum_assignment(cost, num_rows, num_cols)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export(dynamic: bool, strict: bool, device: str, fresh_compiler: None) -> None:
+    inputs, larger = growing(0, device), growing(1 if dynamic else 0, device)
+    shapes = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in inputs) if dynamic else None
+    exported = torch.export.export(Assignment(), inputs, dynamic_shapes=shapes, strict=strict).module()
+    assert all(torch.equal(*pair) for pair in zip(exported(*larger), relops.linear_sum_assignment(*larger)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype: torch.dtype, device: str) -> None:
+    """Takes what it is given."""
+    cost = random_costs(3, 8, 6).to(device, dtype)
+    expected = relops.linear_sum_assignment(cost)
+    with torch.autocast(device, torch.bfloat16):
+        assert all(torch.equal(*pair) for pair in zip(relops.linear_sum_assignment(cost), expected))
+
+
+def test_vmap(device: str) -> None:
+    V, B, R, C = 4, 3, 6, 5
+    cost = random_costs(V * B, R, C).view(V, B, R, C).to(device)
+    sizes = random_sizes(V * B, R).view(V, B).to(device)
+
+    def mapped(cost: Tensor, num_rows: Tensor | None, in_dims: tuple, looped: list[tuple]) -> None:
+        actual = torch.vmap(lambda x, y: relops.linear_sum_assignment(x, y), in_dims=in_dims)(cost, num_rows)
+        expected = [relops.linear_sum_assignment(x, y) for x, y in looped]
+        for i, x in enumerate(actual):
+            assert torch.equal(x, torch.stack([outputs[i] for outputs in expected]))
+
+    mapped(cost, None, (0, None), [(x, None) for x in cost])
+    mapped(cost.movedim(0, -1), sizes.T, (-1, 1), list(zip(cost, sizes)))
+    mapped(cost, sizes[0], (0, None), [(x, sizes[0]) for x in cost])
+    mapped(cost[0], sizes, (None, 0), [(cost[0], x) for x in sizes])
+    mapped(cost[0], None, (0, None), [(x, None) for x in cost[0]])  # one problem an entry
+    mapped(cost[0], sizes[0], (0, 0), list(zip(cost[0], sizes[0])))
+    nested = torch.vmap(torch.vmap(relops.linear_sum_assignment))(cost)
+    for x, y in zip(nested, relops.linear_sum_assignment(cost.flatten(0, 1))):
+        assert torch.equal(x.flatten(0, 1), y)
+
+
+# ---- Bad input ----
+
+COST = torch.zeros(2, 3, 4)
+BAD: dict[str, tuple[tuple, type[Exception], str]] = {
+    "cost no tensor": (([[1.0]],), TypeError, "cost must be a Tensor, got list"),
+    "cost complex": ((COST.cfloat(),), TypeError, "cost must be float64.*or integer, got torch.complex64"),
+    "cost 1-D": ((COST[0, 0],), ValueError, r"cost must be \[B,R,C\] or \[R,C\], got shape \[4\]"),
+    "cost 4-D": ((COST[None],), ValueError, r"cost must be \[B,R,C\] or \[R,C\], got shape \[1, 2, 3, 4\]"),
+    "sizes float": ((COST, torch.ones(2)), TypeError, "num_rows must be int64 or int32, got torch.float32"),
+    "sizes shape": ((COST, torch.ones(3).long()), ValueError, r"num_rows must be \[B\] = \[2\], got shape \[3\]"),
+    "sizes 0-D": ((COST, torch.ones(()).long()), ValueError, r"num_rows must be \[B\] = \[2\], got shape \[\]"),
+    "sizes 2-D": ((COST, None, torch.ones(2, 1).long()), ValueError, r"num_cols must be .*got shape \[2, 1\]"),
+    "sizes of one": ((COST[0], torch.ones(2).long()), ValueError, r"num_rows must be \[\] or \[1\], got shape \[2\]"),
+    "sizes elsewhere": (
+        (COST, torch.ones(2, device="meta").long()), ValueError, "num_rows must be on the device of cost.*got meta"
+    ),
+    "sizes int": ((COST, 3), TypeError, "num_rows must be a Tensor .* a list of ints or None, got 3"),
+    "sizes floats": ((COST, [1.0, 2.0]), TypeError, r"num_rows must be a Tensor .*got \[1.0, 2.0\]"),
+    "sizes bools": ((COST[0], None, True), TypeError, "num_cols must be a Tensor .* an int or None, got True"),
+    "too few sizes": ((COST, None, [1]), ValueError, r"num_cols must be \[B\] = \[2\], got 1 ints"),
+    "list too large": ((COST, [3, 4]), ValueError, r"num_rows must be in \[0,R\] = \[0,3\], got 4 for problem 1"),
+    "list negative": ((COST, None, [-1, 0]), ValueError, r"num_cols must be in \[0,C\] = \[0,4\], got -1 for prob.* 0"),
+    "maximize int": ((COST, None, None, 1), TypeError, "maximize must be of type bool, got 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input(arguments: tuple, error: type[Exception], message: str, device: str) -> None:
+    arguments = tuple(x.to(device) if isinstance(x, Tensor) and not x.is_meta else x for x in arguments)
+    with pytest.raises(error, match=message) as raised:
+        relops.linear_sum_assignment(*arguments)
+    assert "relops.linear_sum_assignment: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (COST[0, 0],),
+        (COST[None],),
+        (COST.long(),),
+        (COST, torch.ones(2)),
+        (COST, torch.ones(2, dtype=torch.int32)),
+        (COST, torch.ones(3).long()),
+        (COST, torch.ones(2, 1).long()),
+        (COST, None, torch.ones(1).long()),
+        (COST, None, torch.ones(0).long()),
+        (COST[0], torch.ones(2).long()),
+    ],
+)  # fmt: skip
+def test_bad_input_past_the_checks(arguments: tuple, device: str) -> None:
+    """Called as torch.ops.relops.linear_sum_assignment, errors need not be friendly, but memory is not touched."""
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        OVERLOAD(*(x.to(device) if isinstance(x, Tensor) else x for x in arguments))
+
+
+@pytest.mark.parametrize("value", [-1, 8, 2**40, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("which", ["num_rows", "num_cols"])
+def test_sizes_out_of_range(which: str, value: int, device: str) -> None:
+    cost = random_costs(3, 7, 7).to(device)
+    sizes = {which: torch.tensor([7, value, 2], device=device)}
+    if device == "cpu":
+        letter = "R" if which == "num_rows" else "C"
+        message = (
+            rf"relops.linear_sum_assignment: {which} must be in \[0,{letter}\] = \[0,7\], got {value} for prob.* 1"
+        )
+        with pytest.raises(ValueError, match=message):
+            relops.linear_sum_assignment(cost, **sizes)
+        return
+    outputs = relops.linear_sum_assignment(cost, **sizes)
+    expected = relops.linear_sum_assignment(cost[::2], **{which: sizes[which][::2]})
+    for x, y in zip(outputs, expected):
+        assert (x[1] == -1).all() and torch.equal(x[::2], y)
+
+
+@needs_cuda
+def test_no_synchronization() -> None:
+    cost = random_costs(3, 60, 20).cuda()
+    sizes = random_sizes(3, 20).cuda()
+    relops.linear_sum_assignment(cost, sizes, sizes)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        relops.linear_sum_assignment(cost, sizes, sizes)
+        relops.linear_sum_assignment(cost, [1, 2, 3], [20, 0, 5])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_cuda_graph() -> None:
+    cost, sizes = random_costs(3, 60, 20).cuda(), torch.tensor([60, 30, 7], device="cuda")
+    relops.linear_sum_assignment(cost, sizes)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = relops.linear_sum_assignment(cost, sizes)
+    for seed in (1, 2):
+        cost.copy_(random_costs(3, 60, 20, seed))
+        sizes.copy_(random_sizes(3, 60, seed))
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(outputs, relops.linear_sum_assignment(cost, sizes)))
+
+
+def test_kernels_registered() -> None:
+    devices = {"CPU"} | ({"CUDA"} if why_no_cuda() is None else set())
+    assert devices <= set(_library.op_kernels()["linear_sum_assignment"])
+
+
+def test_documented() -> None:
+    doc = relops.linear_sum_assignment.__doc__
+    assert all(word in doc for word in ("Example", "Gradients", "cost", "num_rows", "num_cols", "maximize"))
