@@ -61,4 +61,10 @@ STABLE_TORCH_LIBRARY(relops, m) {
   m.def(
       "linear_sum_assignment(Tensor cost, Tensor? num_rows=None, Tensor? num_cols=None, bool maximize=False) -> "
       "(Tensor, Tensor)");
+  m.def("box_iou(Tensor a, Tensor b) -> Tensor");
+  m.def("_box_iou_backward(Tensor grad_output, Tensor a, Tensor b, bool a_grad, bool b_grad) -> (Tensor, Tensor)");
+  m.def("generalized_box_iou(Tensor a, Tensor b) -> Tensor");
+  m.def(
+      "_generalized_box_iou_backward(Tensor grad_output, Tensor a, Tensor b, bool a_grad, "
+      "bool b_grad) -> (Tensor, Tensor)");
 }

@@ -5,6 +5,8 @@ from relops import _library
 _library.load()
 
 from relops import nn  # noqa: E402  (the ops must be loaded before anything that uses them)
+from relops.ops.box_iou import box_iou  # noqa: E402
+from relops.ops.generalized_box_iou import generalized_box_iou  # noqa: E402
 from relops.ops.linear_sum_assignment import linear_sum_assignment  # noqa: E402
 from relops.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused  # noqa: E402
 from relops.ops.multi_scale_roi_align import multi_scale_roi_align  # noqa: E402
@@ -17,6 +19,8 @@ from relops.ops.roi_pool import roi_pool  # noqa: E402
 __version__: str = _library.build_info()["version"]
 
 __all__ = [
+    "box_iou",
+    "generalized_box_iou",
     "linear_sum_assignment",
     "ms_deform_attn",
     "ms_deform_attn_fused",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import cuda_emulation
 import pytest
 import torch
-from cases import FUSED, OPS, PLAIN, DeformAttn, Op, Regions, grad_like
+from cases import FUSED, OPS, PLAIN, BoxPairs, DeformAttn, Op, Regions, grad_like
 from conftest import DTYPES, assert_matches, assert_matches_twin, determinism
 
 import relops
@@ -121,7 +121,7 @@ BEYOND = {
     "boxes": Regions(C=1, H=6, W=40, K=300, PH=1, PW=1, scale=0.25, sampling_ratio=1, aligned=True),
     "channels": Regions(N=1, C=136, H=5, W=10, K=3, sampling_ratio=1),
 }
-REGION_OPS = [op for op in OPS if op not in (PLAIN, FUSED)]
+REGION_OPS = [op for op in OPS if "boxes" in op.coordinates]
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
@@ -240,3 +240,47 @@ def test_assignments_of_nothing() -> None:
             rows, cols = relops.linear_sum_assignment(cost, sizes, sizes)
             assert rows.shape == shape[:-1] and cols.shape == (*shape[:-2], shape[-1])
             assert (rows == -1).all() and (cols == -1).all()
+
+
+# ---- IoU ----
+
+BOX_PAIR_OPS = [op for op in OPS if op.features == ("a", "b")]
+# Beyond what the samples reach: sums in slices, along either side; more tiles than blocks.
+MANY_PAIRS = {
+    "columns": BoxPairs(A=3, B=700),
+    "rows": BoxPairs(A=700, B=3),
+    "rows and columns": BoxPairs(A=90, B=300),
+    "matrices": BoxPairs(N=2050, A=1, B=1),
+}
+
+
+@pytest.mark.parametrize("case", MANY_PAIRS.values(), ids=MANY_PAIRS)
+@pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
+def test_many_pairs(op: Op, case: BoxPairs) -> None:
+    assert_matches_twin(op, op.draw(case.arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
+def test_overlap_is_that_of_plain_arithmetic(op: Op, dtype: torch.dtype) -> None:
+    """To the bit, as on the CPU: what is not finite, has no area or is inverted included."""
+    numbers = [-float("inf"), -2.0, 0.0, 0.3, 1.1, 1e30, float("nan")]
+    boxes = torch.cartesian_prod(*[torch.tensor(numbers, dtype=dtype)] * 4)
+    a, b = boxes[torch.randperm(len(boxes))][:300].split([100, 200])
+    torch.testing.assert_close(op.function(a, b), op.reference(a, b), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "row expanded", "column expanded"])
+@pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
+def test_layouts_of_the_gradient_of_pairs(op: Op, layout: str) -> None:
+    inputs = op.draw(BoxPairs(A=70, B=90).arguments)
+    grad = grad_like(torch.empty(70, 90))
+    grad = {
+        "transposed": grad.T.contiguous().T,
+        "expanded": grad[:1, 1:2].expand(70, 90),
+        "row expanded": grad[:1].expand(70, 90),
+        "column expanded": grad[:, :1].expand(70, 90),
+    }[layout]
+    actual = op.run(inputs, grad_output=grad)
+    for name, x in op.run(op.cast(inputs, torch.float64, torch.float64), op.reference, grad.double()).items():
+        assert_matches(actual[name], x, name)

@@ -1,4 +1,4 @@
-"""The ops that torchvision has too, against torchvision's: outputs and gradients of the input."""
+"""The ops that torchvision has too, against torchvision's: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -80,3 +80,27 @@ def test_multi_scale_roi_align(dtype: torch.dtype, device: str) -> None:
         *zip(torch.autograd.grad(actual, features, grad), torch.autograd.grad(expected, features, grad)),
     ):
         torch.testing.assert_close(x, y, rtol=0, atol=tolerance * y.abs().max().item())
+
+
+@float64_and_float32
+@pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
+def test_box_iou(name: str, dtype: torch.dtype, device: str) -> None:
+    corner, size = torch.rand(2, 150, 2, dtype=torch.float64)
+    boxes = torch.cat([corner, corner + 0.4 * size], 1).to(device, dtype)
+    actual, expected = ([x.clone().requires_grad_() for x in boxes.split([50, 100])] for _ in range(2))
+    outputs = getattr(relops, name)(*actual), getattr(torchvision.ops, name)(*expected)
+    assert torch.equal(*outputs)
+    grad = grad_like(outputs[0])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for x, y in zip(torch.autograd.grad(outputs[0], actual, grad), torch.autograd.grad(outputs[1], expected, grad)):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * y.abs().max().item())
+
+
+@float64_and_float32
+@pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
+def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> None:
+    """On a grid, inverted ones among them. What torchvision makes 0 / 0 has a value here."""
+    boxes = torch.randint(-2, 4, (150, 4)).to(device, dtype)
+    actual, expected = (getattr(module, name)(boxes[:50], boxes[50:]) for module in (relops, torchvision.ops))
+    assert expected.isfinite().any() and not expected.isfinite().all() and actual.isfinite().all()
+    assert torch.equal(torch.where(expected.isfinite(), actual, expected).nan_to_num(), expected.nan_to_num())

@@ -1,5 +1,7 @@
 """Pure-PyTorch twins of the ops: oracle of the tests, baseline of the benchmarks, written to be read."""
 
+from relops.reference.box_iou import box_iou
+from relops.reference.generalized_box_iou import generalized_box_iou
 from relops.reference.linear_sum_assignment import linear_sum_assignment
 from relops.reference.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from relops.reference.multi_scale_roi_align import multi_scale_roi_align
@@ -10,6 +12,8 @@ from relops.reference.roi_align import roi_align
 from relops.reference.roi_pool import roi_pool
 
 __all__ = [
+    "box_iou",
+    "generalized_box_iou",
     "linear_sum_assignment",
     "ms_deform_attn",
     "ms_deform_attn_fused",

@@ -1,0 +1,329 @@
+"""Values and gradients of box_iou and generalized_box_iou."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import OPS, Op, grad_like
+from conftest import why_no_cuda
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import relops
+from relops import _library
+
+IOU, GENERALIZED = (next(op for op in OPS if op.name == name) for name in ("box_iou", "generalized_box_iou"))
+both = pytest.mark.parametrize("op", [IOU, GENERALIZED], ids=lambda op: op.name)
+wide_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
+def rows(*boxes: tuple[float, ...], dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    return torch.tensor(boxes, dtype=dtype, device=device)
+
+
+def random_boxes(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    corner, size = torch.rand(2, *shape, 2, dtype=torch.float64)
+    return torch.cat([100 * corner, 100 * corner + 40 * size], -1).to(device, dtype)
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    """To the bit, except that NaN equals NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- Independent facts ----
+
+# a, b, IoU, generalized IoU.
+VALUES = {
+    "itself": ((1, 2, 4, 7), (1, 2, 4, 7), 1, 1),
+    "half each": ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3, 1 / 3),
+    "a corner": ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7, 1 / 7 - 2 / 9),
+    "inside": ((0, 0, 4, 4), (1, 1, 3, 3), 1 / 4, 1 / 4),
+    "across": ((0, 1, 3, 2), (1, 0, 2, 3), 1 / 5, 1 / 5 - 4 / 9),
+    "beside": ((0, 0, 1, 1), (2, 0, 3, 1), 0, -1 / 3),
+    "above": ((0, 0, 1, 1), (0, 4, 1, 5), 0, -3 / 5),
+    "far": ((0, 0, 1, 1), (9, 9, 10, 10), 0, -98 / 100),
+    "side by side": ((0, 0, 1, 1), (1, 0, 2, 1), 0, 0),
+    "corner to corner": ((0, 0, 1, 1), (1, 1, 2, 2), 0, -1 / 2),
+    "negative coordinates": ((-3, -2, -1, 0), (-2, -2, 0, 0), 1 / 3, 1 / 3),
+    "a line in a box": ((1, 0, 1, 2), (0, 0, 2, 2), 0, 0),
+    "a point and itself": ((1, 1, 1, 1), (1, 1, 1, 1), 0, 0),
+    "two points": ((0, 0, 0, 0), (2, 2, 2, 2), 0, -1),
+    "two lines": ((0, 0, 0, 2), (3, 0, 3, 2), 0, -1),
+    "two lines on a line": ((0, 0, 1, 0), (2, 0, 3, 0), 0, 0),
+    "areas that cancel": ((2, 0, 0, 2), (0, 0, 2, 2), 0, -1),
+    "inverted in one direction": ((1, 0, 0, 1), (0, 0, 2, 2), 0, -1 / 4),
+    "inverted in both": ((2, 2, 0, 0), (0, 0, 2, 2), 0, 1),
+}
+
+
+@pytest.mark.parametrize(("a", "b", "iou", "generalized"), VALUES.values(), ids=VALUES.keys())
+@wide_dtypes
+def test_values(
+    a: tuple[float, ...], b: tuple[float, ...], iou: float, generalized: float, dtype: torch.dtype, device: str
+) -> None:
+    a, b = (rows(box, dtype=dtype, device=device) for box in (a, b))
+    tolerance = {torch.float64: 1e-15, torch.float32: 1e-7}[dtype]
+    for x, y in ((a, b), (b, a)):
+        assert relops.box_iou(x, y).item() == pytest.approx(iou, abs=tolerance)
+        assert relops.generalized_box_iou(x, y).item() == pytest.approx(generalized, abs=tolerance)
+
+
+@both
+@wide_dtypes
+def test_identities(op: Op, dtype: torch.dtype, device: str) -> None:
+    a, b = random_boxes(40, dtype=dtype, device=device), random_boxes(67, dtype=dtype, device=device)
+    output = op.function(a, b)
+    assert torch.equal(op.function(b, a).mT, output)
+    assert (op.function(a, a).diagonal() == 1).all()
+    flipped = [torch.stack([-x[:, 2], x[:, 1], -x[:, 0], x[:, 3]], 1) for x in (a, b)]
+    turned = [x[:, [1, 0, 3, 2]] for x in (a, b)]
+    scaled = [x * 4 for x in (a, b)]
+    for others in (flipped, turned, scaled):
+        assert torch.equal(op.function(*others), output)
+    torch.testing.assert_close(op.function(a + 1000, b + 1000), output, rtol=0, atol=1e-3)
+
+
+@wide_dtypes
+def test_bounds(dtype: torch.dtype, device: str) -> None:
+    a, b = random_boxes(60, dtype=dtype, device=device), random_boxes(80, dtype=dtype, device=device)
+    iou, generalized = relops.box_iou(a, b), relops.generalized_box_iou(a, b)
+    disjoint = (torch.maximum(a[:, None, :2], b[:, :2]) >= torch.minimum(a[:, None, 2:], b[:, 2:])).any(-1)
+    assert disjoint.any() and not disjoint.all()
+    assert torch.equal(iou == 0, disjoint)
+    assert (iou <= 1).all() and (generalized <= iou + 1e-6).all() and (generalized >= -1).all()
+    assert (generalized[disjoint] < 0).all()
+
+
+@both
+def test_batch_is_a_loop(op: Op, device: str) -> None:
+    a, b = random_boxes(3, 20, device=device), random_boxes(3, 33, device=device)
+    whole = op.run({"a": a, "b": b}, grad_output=grad_like(torch.empty(3, 20, 33, device=device)))
+    grads = grad_like(whole["output"])
+    for n in range(3):
+        for name, x in op.run({"a": a[n], "b": b[n]}, grad_output=grads[n]).items():
+            torch.testing.assert_close(whole[name][n], x)
+    assert torch.equal(op.function(a, b)[1], op.function(a[1], b[1]))
+
+
+@both
+def test_vmap_of_batches(op: Op, device: str) -> None:
+    a, b = random_boxes(2, 3, 5, device=device), random_boxes(3, 7, 2, device=device)
+    output = torch.vmap(op.function, in_dims=(0, 2))(a, b)
+    assert torch.equal(output, torch.stack([op.function(a[v], b[:, :, v]) for v in range(2)]))
+
+
+@both
+@wide_dtypes
+def test_every_lane_computes_alike(op: Op, dtype: torch.dtype, device: str) -> None:
+    """Whole vectors, what is left of one, and single values: the same bits, which are those of plain arithmetic."""
+    for B in [*range(1, 36), 63, 64, 65, 1024, 1025, 2100]:
+        a, b = random_boxes(5, dtype=dtype, device=device), random_boxes(B, dtype=dtype, device=device)
+        output = op.function(a, b)
+        assert torch.equal(output, op.reference(a, b))
+        assert torch.equal(output, op.function(b, a).mT)
+        for j in {0, B // 2, B - 2, B - 1} - {-1}:
+            assert torch.equal(output[:, j : j + 1], op.function(a, b[j : j + 1]))
+
+
+# ---- Gradients ----
+
+
+def formula(op: Op, a: Tensor, b: Tensor) -> Tensor:
+    """As one would write it down, with 0 where that is 0 / 0."""
+    a, b = a[:, None], b[None]
+
+    def sides(x: Tensor) -> Tensor:
+        return torch.where(x >= 0, x, 0.0)
+
+    inner = sides(torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
+    outer = sides(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+    intersection, hull = inner[..., 0] * inner[..., 1], outer[..., 0] * outer[..., 1]
+    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b)]
+    union = areas[0] + areas[1] - intersection
+    iou = torch.where(union == 0, 0.0, intersection / torch.where(union == 0, 1.0, union))
+    if op is IOU:
+        return iou
+    return iou - torch.where(hull == 0, 0.0, (hull - union) / torch.where(hull == 0, 1.0, hull))
+
+
+@both
+def test_gradients_at_ties(op: Op, device: str) -> None:
+    """On a coarse grid most pairs share coordinates, touch, or have no area."""
+    inputs = {}
+    for name, K in (("a", 60), ("b", 90)):
+        corner, size = torch.randint(0, 5, (2, K, 2)).double().to(device)
+        inputs[name] = torch.cat([corner, corner + size], 1)
+    actual = op.run(inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    output = formula(op, *leaves)
+    assert_equal(actual["output"], output)
+    for name, x in zip(inputs, torch.autograd.grad(output, leaves, grad_like(output))):
+        torch.testing.assert_close(actual[name], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        # d IoU / d intersection = 1 / U + I / U^2; d IoU / d area = -I / U^2.
+        ((0, 0, 2, 2), (1, 0, 3, 2), (2 * 2 / 36, 0, 2 * 8 / 36 - 2 * 2 / 36, 0)),
+        ((0, 0, 4, 4), (1, 1, 3, 3), (4 * 4 / 256, 4 * 4 / 256, -4 * 4 / 256, -4 * 4 / 256)),
+        ((1, 2, 4, 7), (1, 2, 4, 7), (0, 0, 0, 0)),  # the most there can be
+        ((0, 0, 1, 1), (1, 0, 2, 1), (0, 0, 1 / 2, 0)),  # would overlap
+        ((0, 0, 1, 1), (2, 0, 3, 1), (0, 0, 0, 0)),
+        ((1, 1, 1, 1), (1, 1, 1, 1), (0, 0, 0, 0)),
+        ((0, 0, 1, 0), (0, 0, 3, 0), (0, 0, 0, 0)),
+    ],
+)
+def test_gradient_of_iou_by_hand(a: tuple, b: tuple, expected: tuple, device: str) -> None:
+    leaf = rows(a, device=device).requires_grad_()
+    relops.box_iou(leaf, rows(b, device=device)).sum().backward()
+    assert leaf.grad[0].tolist() == pytest.approx(expected, abs=1e-15)
+    leaf = rows(a, device=device).requires_grad_()
+    relops.box_iou(rows(b, device=device), leaf).sum().backward()
+    assert leaf.grad[0].tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_generalized_iou_draws_disjoint_boxes_together(device: str) -> None:
+    """Following its gradient ends on the box, where that of IoU is zero."""
+    target = rows((5, 6, 9, 11), device=device)
+    box = rows((-3, -4, 0, 0), device=device).requires_grad_()
+    optimizer = torch.optim.Adam([box], lr=0.1)
+    for _ in range(600):
+        optimizer.zero_grad()
+        (1 - relops.generalized_box_iou(box, target)).sum().backward()
+        optimizer.step()
+    assert relops.box_iou(box, target).item() > 0.9
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@both
+@pytest.mark.parametrize(("A", "B"), [(1100, 1050), (3, 5000), (5000, 3)], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "transposed", "expanded", "column expanded"])
+def test_sums_over_many(op: Op, A: int, B: int, layout: str, device: str, threads: None) -> None:
+    """Longer than what a thread sums at a time; by one thread or several, the same."""
+    inputs = {"a": random_boxes(A, device=device), "b": random_boxes(B, device=device)}
+    grad = grad_like(torch.empty(A, B, device=device))
+    grad = {
+        "dense": grad,
+        "transposed": grad.T.contiguous().T,
+        "expanded": grad[:1, 1:2].expand(A, B),
+        "column expanded": grad[:, :1].expand(A, B),
+    }[layout]
+    actual = op.run(inputs, grad_output=grad)
+    expected = op.run(op.cast(inputs, torch.float64, torch.float64), op.reference, grad.double())
+    for name, x in expected.items():
+        assert torch.allclose(actual[name].double(), x, rtol=1e-5, atol=1e-5 * x.abs().max().item()), name
+    torch.set_num_threads(1)
+    for name, x in op.run(inputs, grad_output=grad.contiguous()).items():
+        if device == "cpu":
+            assert torch.equal(x, actual[name]), name
+
+
+# ---- Coordinates that are no boxes ----
+
+
+@both
+@wide_dtypes
+@pytest.mark.parametrize("column", range(4))
+def test_nan_stays_in_its_row_and_column(op: Op, dtype: torch.dtype, column: int, device: str) -> None:
+    a, b = random_boxes(6, dtype=dtype, device=device), random_boxes(40, dtype=dtype, device=device)
+    expected = op.function(a, b)
+    a[2, column] = b[17, column] = b[38, column] = math.nan
+    expected[2] = expected[:, [17, 38]] = math.nan
+    assert_equal(op.function(a, b), expected)
+
+
+@both
+@wide_dtypes
+def test_what_is_not_finite_is_plain_arithmetic(op: Op, dtype: torch.dtype, device: str) -> None:
+    numbers = [-math.inf, -1e30, -1.0, 0.0, 1.0, 1e30, math.inf, math.nan]
+    boxes = torch.cartesian_prod(*[torch.tensor(numbers, dtype=dtype)] * 4).to(device)
+    boxes = boxes[torch.randperm(len(boxes), device=boxes.device)][:300]
+    assert_equal(op.function(boxes, boxes.flip(0)), op.reference(boxes, boxes.flip(0)))
+
+
+# ---- Dtypes ----
+
+
+@both
+@pytest.mark.parametrize("of_a", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_b", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_dtypes_may_differ(op: Op, of_a: torch.dtype, of_b: torch.dtype, autocast: bool, device: str) -> None:
+    inputs = {"a": random_boxes(9, dtype=of_a, device=device), "b": random_boxes(20, dtype=of_b, device=device)}
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        actual = op.run(inputs)
+    assert actual["output"].dtype == torch.float32
+    assert actual["a"].dtype == of_a and actual["b"].dtype == of_b
+    for name, x in op.run(op.cast(inputs, torch.float32, torch.float32)).items():
+        assert torch.equal(actual[name], x.to(actual[name].dtype)), name
+
+
+@both
+def test_scripts(op: Op) -> None:
+    a, b = random_boxes(3, dtype=torch.bfloat16), random_boxes(4)
+    assert torch.equal(torch.jit.script(op.function)(a, b), op.function(a, b))
+
+
+# ---- Instruction sets ----
+
+ISAS = ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str) -> None:
+    """Every lane, and the gradients, in a process that is told to use only `isa`."""
+    here = _library.build_info()["cpu_isa"]
+    if ISAS.index(isa) >= ISAS.index(here):
+        pytest.skip(f"the tests in this process use {here}")
+    paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"RELOPS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
+    done = subprocess.run(
+        [*command, "-k", "cpu and (lane or ties or nan or finite or (many and dense))"],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+# ---- Random search ----
+
+COORDINATE = st.integers(-2, 3).map(float)
+BOX = st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE)
+
+
+@both
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(a=st.lists(BOX, min_size=1, max_size=6), b=st.lists(BOX, min_size=1, max_size=20))
+def test_random_search(op: Op, a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> None:
+    """Boxes on a grid, inverted and without area among them: ties everywhere."""
+    for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
+        for dtype in (torch.float64, torch.float32):
+            inputs = {name: rows(*boxes, dtype=dtype, device=device) for name, boxes in (("a", a), ("b", b))}
+            assert_equal(op.function(**inputs), op.reference(**inputs))
+            actual, tolerance = op.run(inputs), {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+            for name, x in op.run_twin(inputs).items():  # sums of 20 terms of the order of 1, which may cancel
+                torch.testing.assert_close(actual[name].double(), x, rtol=tolerance, atol=tolerance)
+
+
+@both
+def test_twin_is_finite_where_nothing_has_area(op: Op) -> None:
+    boxes = rows((1, 1, 1, 1), (0, 0, 2, 0))
+    results = op.run({"a": boxes, "b": boxes}, op.reference)
+    assert all(x.isfinite().all() for x in results.values())
