@@ -67,4 +67,13 @@ STABLE_TORCH_LIBRARY(relops, m) {
   m.def(
       "_generalized_box_iou_backward(Tensor grad_output, Tensor a, Tensor b, bool a_grad, "
       "bool b_grad) -> (Tensor, Tensor)");
+
+  m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
+  m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+  m.def(
+      "nms_padded(Tensor boxes, Tensor scores, float iou_threshold, SymInt max_output, Tensor? idxs=None, "
+      "float? score_threshold=None) -> (Tensor, Tensor)");
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, str method=\"gaussian\", float iou_threshold=0.3, float sigma=0.5, "
+      "float score_threshold=1e-3, Tensor? idxs=None) -> (Tensor, Tensor)");
 }

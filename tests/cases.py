@@ -1,6 +1,7 @@
 """Sample inputs of every op: the one list that contract tests and benchmarks draw on.
 
-An op that is added to OPS gets all of test_contract.py.
+An op that is added to OPS gets all of test_contract.py, one that is added to SELECTIONS all of
+test_contract_selection.py.
 """
 
 from __future__ import annotations
@@ -35,18 +36,14 @@ class Bad:
     harmless: bool = False  # the kernels make something of it
 
 
-@dataclass(frozen=True)
-class Op:
+@dataclass(frozen=True, kw_only=True)
+class Case:
     name: str
     samples: Mapping[str, Sample]
     empty: Mapping[str, Sample]
     growing: Callable[[int], Sample]  # the k-th size of a series whose sizes all differ, without lists of sizes
-    features: tuple[str, ...]  # arguments of the tested dtype
-    coordinates: tuple[str, ...]  # arguments that stay float32 beside 16-bit features
-    differentiable: tuple[str, ...]
     vmapped: tuple[str, ...]  # arguments that torch.vmap may map
     bad: tuple[Bad, ...]
-    indices: Mapping[str, int] = field(default_factory=dict)  # leading columns of arguments that are whole numbers
     assemble: Callable[[Inputs], Inputs] = dict  # gives the arguments of relops.<name>
     raw: Callable[[Inputs], Inputs] = dict  # gives those of torch.ops.relops.<name>
     wide_output: bool = False  # float32 for 16-bit features
@@ -55,20 +52,20 @@ class Op:
         return torch.promote_types(features, torch.float32) if self.wide_output else features
 
     @property
-    def function(self) -> Callable[..., Tensor]:
+    def function(self) -> Callable[..., Any]:
         return self.of_inputs(getattr(relops, self.name))
 
     @property
-    def reference(self) -> Callable[..., Tensor]:
+    def reference(self) -> Callable[..., Any]:
         return self.of_inputs(getattr(reference, self.name))
 
-    def of_inputs(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def of_inputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
         assemble = self.assemble
         if assemble is dict:
             return function
 
         @functools.wraps(function)
-        def assembled(**inputs: Any) -> Tensor:
+        def assembled(**inputs: Any) -> Any:
             return function(**assemble(inputs))
 
         return assembled
@@ -77,10 +74,23 @@ class Op:
     def overload(self) -> Any:
         return getattr(torch.ops.relops, self.name).default
 
+
+def drawn(sample: Sample, device: str, seed: int = 0) -> Inputs:
+    inputs = sample(torch.Generator().manual_seed(seed))
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op(Case):
+    """A differentiable op with one output."""
+
+    features: tuple[str, ...]  # arguments of the tested dtype
+    coordinates: tuple[str, ...]  # arguments that stay float32 beside 16-bit features
+    differentiable: tuple[str, ...]
+    indices: Mapping[str, int] = field(default_factory=dict)  # leading columns of arguments that are whole numbers
+
     def draw(self, sample: Sample, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
-        inputs = sample(torch.Generator().manual_seed(0))
-        inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        return self.cast(inputs, dtype, torch.promote_types(dtype, torch.float32))
+        return self.cast(drawn(sample, device), dtype, torch.promote_types(dtype, torch.float32))
 
     def cast(self, inputs: Inputs, features: torch.dtype, coordinates: torch.dtype) -> Inputs:
         dtypes = dict.fromkeys(self.features, features) | dict.fromkeys(self.coordinates, coordinates)
@@ -104,6 +114,32 @@ class Op:
     def run_twin(self, inputs: Inputs) -> dict[str, Tensor]:
         """The same by the twin, in float64."""
         return self.run(self.cast(inputs, torch.float64, torch.float64), self.reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Case):
+    """An op that selects: its outputs are indices, equal to the twin's, and perhaps numbers; none has a gradient."""
+
+    floats: tuple[str, ...]  # arguments of any floating dtype, each
+    # Of outputs, what is equal to the twin's but for rounding of the numbers among it.
+    comparable: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
+    waits: Callable[[Inputs], bool] = lambda inputs: False  # for the device: where sizes of outputs depend on values
+
+    def draw(
+        self, sample: Sample, device: str = "cpu", dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float32,
+        seed: int = 0,
+    ) -> Inputs:  # fmt: skip
+        """`dtype`: of all floats, or of each."""
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(self.floats)
+        inputs = drawn(sample, device, seed)
+        return inputs | {name: inputs[name].to(dtype) for name, dtype in zip(self.floats, dtypes)}
+
+    def run(self, inputs: Inputs, function: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
+        outputs = (function or self.function)(**inputs)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    def run_twin(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        return self.run(inputs, self.reference)
 
 
 def grad_like(output: Tensor) -> Tensor:
@@ -711,3 +747,220 @@ OPS = [
     box_pair_op("generalized_box_iou"),
 ]
 PLAIN, FUSED = (next(op for op in OPS if op.name == name) for name in ("ms_deform_attn", "ms_deform_attn_fused"))
+
+
+# ---- Suppression ----
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """Sizes and kinds of a sample; letters as in relops.nms_padded."""
+
+    K: int = 40
+    B: int | None = None
+    classes: int | None = None  # None: no idxs, for ops that can do without
+    kind: str = "grid"  # of boxes and scores: "grid", "anywhere" or "degenerate"
+    iou_threshold: float = 1 / 3
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.K,) if self.B is None else (self.B, self.K)
+
+    def boxes(self, generator: torch.Generator) -> Tensor:
+        """On a grid there are duplicates, and IoU that equal the threshold."""
+        corner, extent = torch.rand(2, *self.shape, 2, generator=generator, dtype=torch.float64)
+        if self.kind == "anywhere":
+            return torch.cat([100 * corner, 100 * corner + 60 * extent], -1)
+        corner, extent = (9 * corner).floor() - 4, (6 * extent).floor() + 1
+        boxes = torch.cat([corner, corner + extent], -1)
+        if self.kind == "degenerate":
+            odd = [
+                [math.nan, 0.0, 3.0, 3.0], [0.0, 0.0, math.inf, 3.0], [-math.inf, 0.0, 3.0, 3.0],
+                [0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [3.0, 0.0, 0.0, 3.0], [3.0, 3.0, 0.0, 0.0],
+                [-1e30, -1e30, 1e30, 1e30], [0.0, 0.0, 1e30, 1e30], [-1e4, -1e4, 1e4, 1e4],
+            ]  # fmt: skip
+            places = torch.randperm(self.K, generator=generator)[: 2 * len(odd)]
+            boxes[..., places, :] = torch.tensor(odd + odd, dtype=torch.float64)[: len(places)]
+        return boxes
+
+    def scores(self, generator: torch.Generator) -> Tensor:
+        """On a grid, ties."""
+        scores = torch.rand(self.shape, generator=generator, dtype=torch.float64)
+        if self.kind != "anywhere":
+            scores = (16 * scores).floor() / 16
+        if self.kind == "degenerate":
+            odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, math.nan, -1.0])
+            places = torch.randperm(self.K, generator=generator)[: len(odd)]
+            scores[..., places] = odd.double()[: len(places)]
+        return scores
+
+    def idxs(self, generator: torch.Generator) -> Tensor | None:
+        if self.classes is None:
+            return None
+        ids = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 2**32, 5])
+        return ids[torch.randint(self.classes, self.shape, generator=generator)]
+
+    def nms(self, generator: torch.Generator) -> Inputs:
+        boxes, scores = self.boxes(generator), self.scores(generator)
+        return {"boxes": boxes, "scores": scores, "iou_threshold": self.iou_threshold}
+
+    def batched_nms(self, generator: torch.Generator) -> Inputs:
+        boxes, scores = self.boxes(generator), self.scores(generator)
+        idxs = replace(self, classes=self.classes or 1).idxs(generator)
+        return {"boxes": boxes, "scores": scores, "idxs": idxs, "iou_threshold": self.iou_threshold}
+
+    def nms_padded(self, generator: torch.Generator) -> Inputs:
+        options = {"max_output": 12, "idxs": self.idxs(generator), "score_threshold": None} | dict(self.options)
+        return self.nms(generator) | options
+
+    def soft_nms(self, generator: torch.Generator) -> Inputs:
+        options = {
+            "method": "gaussian",
+            "iou_threshold": self.iou_threshold,
+            "sigma": 0.5,
+            "score_threshold": 1e-3,
+            "idxs": self.idxs(generator),
+        }
+        scores = self.scores(generator)
+        scores[scores == math.inf] = 2.0  # which a product cannot lower
+        return {"boxes": self.boxes(generator), "scores": scores} | options | dict(self.options)
+
+
+SUPPRESSION = {
+    "typical": Suppression(),
+    "one": Suppression(K=1),
+    "anywhere": Suppression(K=150, kind="anywhere", iou_threshold=0.3),
+    "classes": Suppression(K=150, classes=6),
+    "degenerate": Suppression(K=60, kind="degenerate", classes=2, iou_threshold=0.0),
+}
+SUPPRESSION_BATCHED = SUPPRESSION | {
+    "batch": Suppression(K=70, B=3, classes=2),
+    "batch of one": Suppression(B=1, kind="anywhere"),
+    "batch degenerate": Suppression(K=30, B=2, kind="degenerate", iou_threshold=0.5),
+}
+NMS_PADDED = SUPPRESSION_BATCHED | {
+    "more than there are": Suppression(K=9, B=2, options=(("max_output", 20),)),
+    "none wanted": Suppression(options=(("max_output", 0),)),
+    "score threshold": Suppression(B=2, options=(("score_threshold", 0.5), ("max_output", 40))),
+}
+SOFT_NMS = SUPPRESSION_BATCHED | {
+    "linear": Suppression(K=70, classes=2, options=(("method", "linear"),)),
+    "linear batch": Suppression(B=2, kind="degenerate", options=(("method", "linear"), ("score_threshold", 0.25))),
+}
+SUPPRESSION_EMPTY = {"K": Suppression(K=0)}
+SUPPRESSION_EMPTY_BATCHED = SUPPRESSION_EMPTY | {
+    "K of a batch": Suppression(K=0, B=2, classes=1),
+    "B": Suppression(B=0, classes=1),
+}
+
+
+def suppression_growing(k: int, B: int | None) -> Suppression:
+    return Suppression(K=11 + 13 * k, B=None if B is None else B + k, classes=6, kind="anywhere")
+
+
+def bad_numbers(name: str, rule: str, *values: Any) -> Iterator[Bad]:
+    """The kernels compute with any."""
+    for value in values:
+        error = ValueError if type(value) in (float, int) else TypeError
+        message = rf"{name} must be a number {rule}, got {re.escape(repr(value))}"
+        yield Bad(f"{name} {value!r}", put(name, value), error, message, harmless=True)
+
+
+def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
+    """Of "typical": K = 40, float32, no batch."""
+    return (
+        Bad("boxes no tensor", put("boxes", [1.0]), TypeError, "boxes must be a Tensor, got list"),
+        Bad("boxes int", change("boxes", Tensor.int), TypeError, "boxes must be float64.*got torch.int32"),
+        Bad("boxes 1-D", change("boxes", lambda x: x[0]), ValueError, rf"boxes must be {letters}, got shape \[4\]"),
+        Bad("boxes 4-D", change("boxes", lambda x: x[None, None]), ValueError, rf"boxes must be {letters}, got shape"),
+        Bad("boxes of 5", change("boxes", lambda x: x[:, [0, 0, 1, 2, 3]]), ValueError,
+            rf"boxes must be {letters}, got shape \[40, 5\]"),
+        Bad("scores no tensor", put("scores", None), TypeError, "scores must be a Tensor, got NoneType"),
+        Bad("scores int", change("scores", Tensor.long), TypeError, "scores must be float64.*got torch.int64"),
+        Bad("scores too few", change("scores", lambda x: x[1:]), ValueError,
+            r"scores must be \[K\] = \[40\], got shape \[39\]"),
+        Bad("scores too many", change("scores", lambda x: torch.cat([x, x])), ValueError,
+            r"scores must be \[K\] = \[40\], got shape \[80\]"),
+        Bad("scores 2-D", change("scores", lambda x: x[:, None]), ValueError, r"scores must be .*got shape \[40, 1\]"),
+        Bad("scores elsewhere", change("scores", elsewhere), ValueError, "scores must be on the device of boxes.*got"),
+        *bad_numbers("iou_threshold", r"in \[0,1\]", -0.1, 1.1, math.nan, math.inf, 2, True),
+        Bad("iou_threshold str", put("iou_threshold", "0.5"), TypeError, "iou_threshold must be a number.*got '0.5'"),
+        *more,
+    )  # fmt: skip
+
+
+BAD_IDXS = (
+    Bad("idxs no tensor", put("idxs", 3), TypeError, "idxs must be a Tensor, got int"),
+    Bad("idxs float", lambda x: x | {"idxs": x["scores"]}, TypeError, "idxs must be of an integer.*got torch.float32"),
+    Bad("idxs bool", lambda x: x | {"idxs": x["scores"] > 0}, TypeError, "idxs must be of an integer.*torch.bool"),
+    Bad("idxs too few", lambda x: x | {"idxs": x["scores"][1:].long()}, ValueError, r"idxs must be .*got shape \[39\]"),
+    Bad("idxs elsewhere", lambda x: x | {"idxs": elsewhere(x["scores"].long())}, ValueError,
+        "idxs must be on the device of boxes.*got"),
+)  # fmt: skip
+BAD_BATCH = (
+    Bad("batch of boxes only", change("boxes", lambda x: x[None]), ValueError,
+        r"scores must be \[B,K\] = \[1,40\], got shape \[40\]"),
+    Bad("batch of another size", lambda x: x | {"boxes": x["boxes"][None], "scores": x["scores"].expand(2, -1)},
+        ValueError, r"scores must be \[B,K\] = \[1,40\], got shape \[2, 40\]"),
+)  # fmt: skip
+BAD_PADDED = (
+    *BAD_IDXS,
+    *BAD_BATCH,
+    *bad_options("max_output", ValueError, -1),
+    *bad_options("max_output", TypeError, 2.5, "3", None),
+    *bad_options("max_output", TypeError, True, harmless=True),
+    *bad_numbers("score_threshold", "or None", math.nan, True),
+)
+BAD_SOFT = (
+    *BAD_IDXS,
+    *BAD_BATCH,
+    *bad_options("method", ValueError, "hard", ""),
+    *bad_options("method", ValueError, None, 3),
+    *bad_numbers("sigma", "positive and finite", 0.0, -1.0, math.nan, math.inf, True),
+    *bad_numbers("score_threshold", "finite and at least 0", -0.1, math.nan, math.inf, True),
+)
+
+
+def by_index(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of soft_nms, whose order rounding decides where scores decay to nearly the same."""
+    order = outputs[0].argsort(dim=-1, stable=True)
+    return tuple(x.gather(-1, order) for x in outputs)
+
+
+def suppression_op(
+    name: str,
+    samples: Mapping[str, Suppression],
+    empty: Mapping[str, Suppression],
+    bad: tuple[Bad, ...],
+    B: int | None = None,
+    **others: Any,
+) -> Selection:
+    return Selection(
+        name=name,
+        samples={key: getattr(case, name) for key, case in samples.items()},
+        empty={key: getattr(case, name) for key, case in empty.items()},
+        growing=lambda k: getattr(suppression_growing(k, B), name),
+        floats=("boxes", "scores"),
+        bad=bad,
+        **others,
+    )
+
+
+one_image = r"\[K,4\]"
+images = r"\[K,4\] or \[B,K,4\]"
+SELECTIONS = [
+    suppression_op("nms", SUPPRESSION, SUPPRESSION_EMPTY, bad_suppression(one_image), vmapped=(), waits=lambda x: True),
+    suppression_op(
+        "batched_nms", SUPPRESSION, SUPPRESSION_EMPTY, bad_suppression(one_image, *BAD_IDXS), vmapped=(),
+        waits=lambda x: True,
+    ),
+    suppression_op(
+        "nms_padded", NMS_PADDED, SUPPRESSION_EMPTY_BATCHED, bad_suppression(images, *BAD_PADDED), B=3,
+        vmapped=("boxes", "scores", "idxs"),
+    ),
+    suppression_op(
+        "soft_nms", SOFT_NMS, SUPPRESSION_EMPTY_BATCHED, bad_suppression(images, *BAD_SOFT), B=3, vmapped=(),
+        waits=lambda x: x["boxes"].dim() == 2, comparable=by_index,
+    ),
+]  # fmt: skip

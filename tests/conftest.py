@@ -1,13 +1,14 @@
-"""Devices, seeds and tolerances that all tests share."""
+"""Devices, seeds, tolerances and layouts that all tests share."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
-from cases import Inputs, Op
+from cases import Inputs, Op, Selection
 from torch import Tensor
 
 from relops import _library
@@ -50,6 +51,49 @@ def deterministic() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class AsModule(torch.nn.Module):
+    """What torch.export takes: a function of inputs by name."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Inputs) -> Any:
+        return self.function(**inputs)
+
+
+# ---- Layouts ----
+
+
+def reversed_strides(x: Tensor) -> Tensor:
+    order = list(range(x.dim()))[::-1]
+    return x.permute(order).contiguous().permute(order)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Every second element of a buffer whose other elements would show."""
+    filler = torch.full_like(x, float("nan")) if x.is_floating_point() else torch.ones_like(x)
+    return torch.stack([filler, x], -1)[..., 1]
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Dense, but not aligned to more than an element."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+LAYOUTS = [reversed_strides, sliced, shifted]
+
+
+# ---- Comparisons ----
+
+
 def tolerances(dtype: torch.dtype) -> tuple[float, float]:
     """(relative, as a fraction of the largest value) by which a result of this dtype may miss the float64 twin.
 
@@ -78,3 +122,19 @@ def assert_matches_twin(op: Op, inputs: Inputs, dtype: torch.dtype | None = None
     actual = op.run(inputs)
     for name, expected in op.run_twin(inputs).items():
         assert_matches(actual[name], expected, name, dtype)
+
+
+def assert_same_selection(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """The same kernels on the same numbers."""
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def assert_matches_selection(op: Selection, inputs: Inputs) -> None:
+    """The twin's indices exactly; its numbers, which soft_nms has, but for rounding."""
+    actual, expected = op.run(inputs), op.run_twin(inputs)
+    for x, y in zip(op.comparable(actual), op.comparable(expected), strict=True):
+        assert x.dtype == y.dtype
+        relative = tolerances(x.dtype)[0] if x.is_floating_point() else 0
+        torch.testing.assert_close(x, y, rtol=relative, atol=0)

@@ -1,15 +1,18 @@
-"""What every op keeps, whatever it computes; an op gets all of this by its entry in cases.OPS."""
+"""What every differentiable op keeps, whatever it computes; an op gets all of this by its entry in cases.OPS.
+
+Ops that select are in test_contract_selection.py.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from cases import OPS, Bad, Inputs, Op, Sample, grad_like
-from conftest import DTYPES, assert_matches, needs_cuda, why_no_cuda
+from cases import OPS, SELECTIONS, Bad, Op, Sample, grad_like
+from conftest import DTYPES, LAYOUTS, AsModule, assert_matches, needs_cuda, why_no_cuda
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
@@ -32,13 +35,6 @@ DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in D
 on_samples = pytest.mark.parametrize(("op", "sample"), SAMPLES)
 on_first_sample = pytest.mark.parametrize(("op", "sample"), FIRST)
 on_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -122,25 +118,6 @@ def test_double_backward_raises(op: Op, sample: Sample, device: str) -> None:
 
 
 # ---- Layouts ----
-
-
-def reversed_strides(x: Tensor) -> Tensor:
-    order = list(range(x.dim()))[::-1]
-    return x.permute(order).contiguous().permute(order)
-
-
-def sliced(x: Tensor) -> Tensor:
-    """Every second element of a buffer whose other elements would show."""
-    filler = torch.ones_like(x) if x.dtype == torch.bool else torch.full_like(x, float("nan"))
-    return torch.stack([filler, x], -1)[..., 1]
-
-
-def shifted(x: Tensor) -> Tensor:
-    """Dense, but not aligned to more than an element."""
-    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
-
-
-LAYOUTS = [reversed_strides, sliced, shifted]
 
 
 @on_samples
@@ -261,15 +238,6 @@ def test_export_dynamic_shapes(op: Op, device: str, fresh_compiler: None) -> Non
     assert_same({"output": exported(larger)}, {"output": op.function(**larger)})
 
 
-class AsModule(torch.nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return self.function(**inputs)
-
-
 @on_samples
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(op: Op, sample: Sample, device: str, autocast_dtype: torch.dtype) -> None:
@@ -368,7 +336,7 @@ def test_kernels_registered(op: Op) -> None:
 
 def test_every_public_op_has_cases() -> None:
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
-    assert public == {op.name for op in OPS} | {"linear_sum_assignment"}  # of tests/test_linear_sum_assignment.py
+    assert public == {op.name for op in (*OPS, *SELECTIONS)} | {"linear_sum_assignment"}  # of its own test file
     assert public <= set(relops.__all__)
 
 

@@ -240,6 +240,28 @@ inline unsigned mask_bits(VecInt<C> mask) {
 #endif
 }
 
+// The second where either is NaN.
+inline Vec<float> minimum(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
+inline Vec<double> minimum(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+
+// The lanes in which a > b, as bits.
+inline unsigned greater_bits(Vec<float> a, Vec<float> b) {
+#if RELOPS_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+  return mask_bits<float>(a > b);
+#endif
+}
+inline unsigned greater_bits(Vec<double> a, Vec<double> b) {
+#if RELOPS_VECTOR_BYTES == 64
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+#else
+  return mask_bits<double>(a > b);
+#endif
+}
+
 // From pairs p[0], p[1], .. to the first and the second of each.
 template <class C>
 inline void load_pairs(const C* p, Vec<C>& first, Vec<C>& second) {

@@ -1,65 +1,58 @@
-"""What ops of boxes (x1, y1, x2, y2) share: checks, and what box_iou has in common with generalized_box_iou.
+"""What the ops on boxes without features share: checks, the dtype they compute in, sizes that fakes cannot know.
 
-torch.jit.script compiles the public functions and `computed`. It reads annotations as objects, so neither this file nor
-those of the ops import annotations from __future__.
+torch.jit.script compiles `nms`, `batched_nms`, `box_iou`, `generalized_box_iou` and `computed`. It reads annotations as
+objects, so neither this file nor those of the ops import annotations from __future__.
 """
 
 import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_device, check_features, compute_dtype, no_double_backward
+from relops.ops._checks import check_device, check_features, check_shape, check_tensor
 
 
-def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
-    for name, boxes in (("a", a), ("b", b)):
-        check_features(op, name, boxes)
-        if boxes.dim() not in (2, 3) or boxes.size(-1) != 4:
-            K = name.upper()
-            raise ValueError(f"relops.{op}: {name} must be [{K},4] or [N,{K},4], got shape {list(boxes.shape)}")
-    if compute_dtype(a.dtype) != compute_dtype(b.dtype):
-        allowed = "float64" if a.dtype == torch.float64 else "float16, bfloat16 or float32"
-        raise TypeError(f"relops.{op}: b must be {allowed} where a is {a.dtype}, got {b.dtype}")
-    check_device(op, "b", b, "a", a)
-    if a.shape[:-2] != b.shape[:-2]:
-        rule = "[B,4] as a is [A,4]" if a.dim() == 2 else f"[N,B,4] with the N of a, {a.size(0)}"
-        raise ValueError(f"relops.{op}: b must be {rule}, got shape {list(b.shape)}")
-    check_device_has_kernels(op, a.device)
+def check_boxes(op: str, boxes: object, batched: bool = False) -> None:
+    check_features(op, "boxes", boxes)
+    if boxes.dim() not in ((2, 3) if batched else (2,)) or boxes.size(-1) != 4:
+        shapes = "[K,4] or [B,K,4]" if batched else "[K,4]"
+        raise ValueError(f"relops.{op}: boxes must be {shapes}, got shape {list(boxes.shape)}")
+    check_device_has_kernels(op, boxes.device)
 
 
-def computed(boxes: Tensor) -> Tensor:
+def check_scores(op: str, scores: object, boxes: Tensor) -> None:
+    check_features(op, "scores", scores)
+    _check_per_box(op, "scores", scores, boxes)
+
+
+def check_idxs(op: str, idxs: object, boxes: Tensor) -> None:
+    check_tensor(op, "idxs", idxs)
+    if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
+        raise TypeError(f"relops.{op}: idxs must be of an integer dtype, got {idxs.dtype}")
+    _check_per_box(op, "idxs", idxs, boxes)
+
+
+def _check_per_box(op: str, name: str, tensor: Tensor, boxes: Tensor) -> None:
+    check_device(op, name, tensor, "boxes", boxes)
+    check_shape(op, name, tensor, "[K]" if boxes.dim() == 2 else "[B,K]", *boxes.shape[:-1])
+
+
+def check_number(op: str, name: str, number: object, rule: str, low: float, high: float) -> None:
+    """`rule` is "in [low,high]" in words; NaN is never in it."""
+    real = isinstance(number, (float, int, torch.SymFloat)) and not isinstance(number, bool)
+    if not real or not low <= number <= high:
+        raise (ValueError if real else TypeError)(f"relops.{op}: {name} must be a number {rule}, got {number!r}")
+
+
+def check_iou_threshold(op: str, iou_threshold: object) -> None:
+    check_number(op, "iou_threshold", iou_threshold, "in [0,1]", 0.0, 1.0)
+
+
+def computed(tensor: Tensor) -> Tensor:
     """In the dtype that kernels compute in."""
-    return boxes.to(torch.float64 if boxes.dtype == torch.float64 else torch.float32)
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
-def register_box_pair(op: str) -> None:
-    """An op(a [..,A,4], b [..,B,4]) -> [..,A,B]."""
-
-    def fake(a, b):
-        return a.new_empty(*a.shape[:-1], b.size(-2))
-
-    def fake_backward(grad_output, a, b, a_grad, b_grad):
-        return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in ((a, a_grad), (b, b_grad)))
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    def backward(ctx, grad_output):
-        wanted = ctx.needs_input_grad
-        grads = getattr(torch.ops.relops, f"_{op}_backward")(grad_output, *ctx.saved_tensors, *wanted)
-        return tuple(grad if want else None for grad, want in zip(grads, wanted))
-
-    def vmap(info, in_dims, a, b):
-        """Its dimension is folded into N."""
-        a, b = (
-            boxes.expand(info.batch_size, *boxes.shape) if dim is None else boxes.movedim(dim, 0)
-            for boxes, dim in zip((a, b), in_dims)
-        )
-        output = getattr(torch.ops.relops, op)(a.flatten(0, -3), b.flatten(0, -3))
-        return output.unflatten(0, a.shape[:-2]), 0
-
-    torch.library.register_fake(f"relops::{op}", fake)
-    torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
-    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"relops::_{op}_backward", no_double_backward(op))
-    torch.library.register_vmap(f"relops::{op}", vmap)
+def unknown_count(boxes: Tensor) -> int | torch.SymInt:
+    """For fakes: how many boxes are kept. Of none, none: inductor cannot index them by an unknown number of indices."""
+    K = boxes.size(0)
+    return 0 if isinstance(K, int) and K == 0 else torch.library.get_ctx().new_dynamic_size()

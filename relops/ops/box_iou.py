@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from relops.ops._boxes import check_box_pair, computed, register_box_pair
+from relops.ops._box_pairs import check_box_pair, register_box_pair
+from relops.ops._boxes import computed
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

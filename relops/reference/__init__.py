@@ -1,26 +1,34 @@
 """Pure-PyTorch twins of the ops: oracle of the tests, baseline of the benchmarks, written to be read."""
 
+from relops.reference.batched_nms import batched_nms
 from relops.reference.box_iou import box_iou
 from relops.reference.generalized_box_iou import generalized_box_iou
 from relops.reference.linear_sum_assignment import linear_sum_assignment
 from relops.reference.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from relops.reference.multi_scale_roi_align import multi_scale_roi_align
+from relops.reference.nms import nms
+from relops.reference.nms_padded import nms_padded
 from relops.reference.prroi_pool import prroi_pool
 from relops.reference.ps_roi_align import ps_roi_align
 from relops.reference.ps_roi_pool import ps_roi_pool
 from relops.reference.roi_align import roi_align
 from relops.reference.roi_pool import roi_pool
+from relops.reference.soft_nms import soft_nms
 
 __all__ = [
+    "batched_nms",
     "box_iou",
     "generalized_box_iou",
     "linear_sum_assignment",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "multi_scale_roi_align",
+    "nms",
+    "nms_padded",
     "prroi_pool",
     "ps_roi_align",
     "ps_roi_pool",
     "roi_align",
     "roi_pool",
+    "soft_nms",
 ]

@@ -40,6 +40,16 @@
 using cudaStream_t = void*;
 using cudaError_t = int;
 inline cudaError_t cudaGetLastError() { return 0; }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline void cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+}
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+inline void cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+}
+inline void cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { std::memset(p, value, bytes); }
+inline void cudaStreamSynchronize(cudaStream_t) {}
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
@@ -71,13 +81,20 @@ T atomicAdd(T* p, T x) {
   return old;
 }
 
+inline int atomicMax(int* p, int x) {
+  const int old = *p;
+  *p = max(old, x);
+  return old;
+}
 inline unsigned atomicOr(unsigned* p, unsigned x) {
   const unsigned old = *p;
   *p |= x;
   return old;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
 namespace emulation {
 

@@ -16,7 +16,7 @@ struct DeviceRadixSort {
       bytes = 1;
       return 0;
     }
-    const Key mask = static_cast<Key>(((uint64_t{1} << end_bit) - 1) >> begin_bit << begin_bit);
+    const Key mask = static_cast<Key>(~uint64_t{0} >> (64 - end_bit) >> begin_bit << begin_bit);
     std::vector<int64_t> order(count);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),

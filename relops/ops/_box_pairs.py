@@ -1,0 +1,58 @@
+"""What box_iou and generalized_box_iou share: all but what they compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relops._library import check_device_has_kernels
+from relops.ops._checks import check_device, check_features, compute_dtype, no_double_backward
+
+
+def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
+    for name, boxes in (("a", a), ("b", b)):
+        check_features(op, name, boxes)
+        if boxes.dim() not in (2, 3) or boxes.size(-1) != 4:
+            K = name.upper()
+            raise ValueError(f"relops.{op}: {name} must be [{K},4] or [N,{K},4], got shape {list(boxes.shape)}")
+    if compute_dtype(a.dtype) != compute_dtype(b.dtype):
+        allowed = "float64" if a.dtype == torch.float64 else "float16, bfloat16 or float32"
+        raise TypeError(f"relops.{op}: b must be {allowed} where a is {a.dtype}, got {b.dtype}")
+    check_device(op, "b", b, "a", a)
+    if a.shape[:-2] != b.shape[:-2]:
+        rule = "[B,4] as a is [A,4]" if a.dim() == 2 else f"[N,B,4] with the N of a, {a.size(0)}"
+        raise ValueError(f"relops.{op}: b must be {rule}, got shape {list(b.shape)}")
+    check_device_has_kernels(op, a.device)
+
+
+def register_box_pair(op: str) -> None:
+    """An op(a [..,A,4], b [..,B,4]) -> [..,A,B]."""
+
+    def fake(a, b):
+        return a.new_empty(*a.shape[:-1], b.size(-2))
+
+    def fake_backward(grad_output, a, b, a_grad, b_grad):
+        return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in ((a, a_grad), (b, b_grad)))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, grad_output):
+        wanted = ctx.needs_input_grad
+        grads = getattr(torch.ops.relops, f"_{op}_backward")(grad_output, *ctx.saved_tensors, *wanted)
+        return tuple(grad if want else None for grad, want in zip(grads, wanted))
+
+    def vmap(info, in_dims, a, b):
+        """Its dimension is folded into N."""
+        a, b = (
+            boxes.expand(info.batch_size, *boxes.shape) if dim is None else boxes.movedim(dim, 0)
+            for boxes, dim in zip((a, b), in_dims)
+        )
+        output = getattr(torch.ops.relops, op)(a.flatten(0, -3), b.flatten(0, -3))
+        return output.unflatten(0, a.shape[:-2]), 0
+
+    torch.library.register_fake(f"relops::{op}", fake)
+    torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
+    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"relops::_{op}_backward", no_double_backward(op))
+    torch.library.register_vmap(f"relops::{op}", vmap)

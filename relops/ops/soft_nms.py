@@ -1,0 +1,99 @@
+"""Soft-NMS (https://arxiv.org/abs/1704.04503)."""
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from relops.ops._boxes import (
+    check_boxes,
+    check_idxs,
+    check_iou_threshold,
+    check_number,
+    check_scores,
+    computed,
+    unknown_count,
+)
+from relops.ops._checks import compute_dtype
+
+METHODS = ("linear", "gaussian")
+SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    method: str = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 1e-3,
+    idxs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Suppression that lowers the scores of overlapping boxes instead of dropping them.
+
+    The box of the highest score is kept, the lower index of equal ones, and the scores of the others of its class are
+    multiplied by 1 - IoU where IoU > iou_threshold ("linear"), or by exp(-IoU^2 / sigma) ("gaussian"); then the same
+    among the others, as long as there is one whose score is larger than score_threshold. The definition is that of
+    Bodla et al. 2017 (https://arxiv.org/abs/1704.04503), IoU that of `relops.nms`.
+
+    Args:
+        boxes: [K,4] or [B,K,4], as in `relops.nms`. Give a batch, boxes[None], where nothing may wait for the device:
+            its result has a size known beforehand, so that it can be captured in a CUDA graph.
+        scores: [K] or [B,K], as in `relops.nms`. If either is float64, boxes and scores are computed in it, else in
+            float32.
+        method: "gaussian" or "linear".
+        iou_threshold: of "linear", in [0,1]; "gaussian" does not use it.
+        sigma: of "gaussian", a finite positive number; "linear" does not use it.
+        score_threshold: finite and at least 0. An entry whose score is not larger is as if absent, from the beginning
+            or once it has been lowered so far.
+        idxs: [K] or [B,K], as in `relops.batched_nms`; None: all boxes of an image are of one class.
+
+    Returns:
+        For boxes [K,4]: keep [kept] int64, indices by descending decayed score, and those scores [kept]; on CUDA their
+        length makes this wait for the device once. For a batch: keep [B,K] padded with -1, and scores [B,K] padded
+        with 0. Scores have the dtype of the scores given.
+
+    Gradients: none, neither to boxes nor to scores.
+
+    Raises:
+        TypeError: a dtype, or an argument of another type.
+        ValueError: a shape, a device, an unknown method, a number out of its range.
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [1.0, 0.0, 9.0, 8.0], [20.0, 0.0, 30.0, 5.0]])
+        >>> keep, decayed = relops.soft_nms(boxes, torch.tensor([0.6, 0.9, 0.3]))  # [1, 2, 0], [0.9, 0.3, 0.18]
+    """
+    op = "soft_nms"
+    check_boxes(op, boxes, batched=True)
+    check_scores(op, scores, boxes)
+    if method not in METHODS:
+        raise ValueError(f'relops.{op}: method must be "linear" or "gaussian", got {method!r}')
+    check_iou_threshold(op, iou_threshold)
+    check_number(op, "sigma", sigma, "positive and finite", SMALLEST, LARGEST)
+    check_number(op, "score_threshold", score_threshold, "finite and at least 0", 0.0, LARGEST)
+    if idxs is not None:
+        check_idxs(op, idxs, boxes)
+        idxs = idxs.to(torch.int64)
+    dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+    keep, decayed = torch.ops.relops.soft_nms(
+        computed(boxes.detach()).to(dtype),
+        computed(scores.detach()).to(dtype),
+        method,
+        iou_threshold,
+        sigma,
+        score_threshold,
+        idxs,
+    )
+    return keep, decayed.to(scores.dtype)
+
+
+@torch.library.register_fake("relops::soft_nms")
+def _fake(boxes, scores, method="gaussian", iou_threshold=0.3, sigma=0.5, score_threshold=1e-3, idxs=None):
+    shape = scores.shape if boxes.dim() == 3 else (unknown_count(boxes),)
+    return boxes.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
+
+
+# Without it the scores of an op that has no backward come out with one that raises.
+_library = torch.library.Library("relops", "IMPL")
+_library.impl("soft_nms", torch.library.fallthrough_kernel, "Autograd")

@@ -1,0 +1,73 @@
+"""What the twins of the suppression ops share: IoU, which entries count, and who is kept of boxes in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Pairs of boxes whose overlaps are computed at a time: what the caches of a CPU hold, and enough for its threads.
+PAIRS = 1 << 18
+
+
+def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [...,A,4], [...,B,4]
+    """[...,A,B] each. Every operation is rounded to the dtype of the boxes, in the order that the kernels keep too."""
+    ax1, ay1, ax2, ay2 = a[..., :, None, :].unbind(-1)
+    bx1, by1, bx2, by2 = b[..., None, :, :].unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
+    intersection = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+    return intersection, union
+
+
+def overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:  # [A,4], [B,4] -> bool [A,B]
+    """IoU > iou_threshold. NaN, as of two boxes without area, is not."""
+    intersection, union = intersection_and_union(a, b)
+    return intersection.div_(union) > iou_threshold
+
+
+def present(boxes: Tensor, scores: Tensor, score_threshold: float | None = None) -> Tensor:
+    """Which entries count."""
+    counts = boxes.isfinite().all(-1) & ~scores.isnan()
+    return counts if score_threshold is None else counts & (scores > score_threshold)
+
+
+def kept_in_order(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:  # [K,4], [K] -> bool [K]
+    """Who is kept of boxes that are sorted by group, and in a group by descending score.
+
+    A block of boxes is settled among itself; those of it that are kept then suppress what follows in the group of the
+    last, and what is left of that is the next block. A block may hold many small groups.
+    """
+    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    everything = torch.arange(len(boxes), device=boxes.device)
+    ends = torch.unique_consecutive(groups, return_counts=True)[1].cumsum(0)
+    start = 0
+    while start < len(boxes):
+        size = 256
+        block = everything[start : start + size]
+        last = groups[block[-1]]
+        start = int(ends[torch.searchsorted(ends, block[-1], right=True)])
+        rest = everything[block[-1] + 1 : start]
+        while len(block):
+            winners = block[settled(overlaps(boxes[block], boxes[block], iou_threshold) & same(groups[block]))]
+            keep[winners] = True
+            rivals = boxes[winners[groups[winners] == last]]
+            beaten = [overlaps(rivals, part, iou_threshold).any(0) for part in boxes[rest].split(PAIRS // size)]
+            rest = rest[~torch.cat(beaten)] if beaten else rest
+            block, rest = rest[:size], rest[size:]
+    return keep
+
+
+def same(groups: Tensor) -> Tensor:
+    return groups[:, None] == groups
+
+
+def settled(suppresses: Tensor) -> Tensor:  # bool [K,K] -> bool [K]
+    """Who is kept where i suppresses a later j if it is kept itself: repeated until nothing changes."""
+    earlier = suppresses.triu(1)
+    keep = torch.ones(len(earlier), dtype=torch.bool, device=earlier.device)
+    while True:
+        changed = ~(earlier & keep[:, None]).any(0)
+        if torch.equal(changed, keep):
+            return keep
+        keep = changed

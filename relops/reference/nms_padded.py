@@ -1,0 +1,45 @@
+"""Non-maximum suppression of a batch, padded: all classes of all images are groups of one problem."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relops.reference._suppression import kept_in_order, present
+
+
+def nms_padded(
+    boxes: Tensor,  # [...,K,4]
+    scores: Tensor,  # [...,K]
+    iou_threshold: float,
+    max_output: int,
+    idxs: Tensor | None = None,  # [...,K]
+    score_threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:  # [...,max_output], [...]
+    """16-bit boxes are computed in float32."""
+    if boxes.dim() == 2:
+        keep, count = nms_padded(
+            boxes[None], scores[None], iou_threshold, max_output, None if idxs is None else idxs[None], score_threshold
+        )
+        return keep[0], count[0]
+    B, K = scores.shape
+    wide = torch.float32
+    boxes, scores = (x.detach().to(torch.promote_types(x.dtype, wide)) for x in (boxes, scores))
+    groups = torch.arange(B, device=boxes.device)[:, None].expand(B, K)
+    if idxs is not None:
+        classes, idxs = idxs.unique(return_inverse=True)
+        groups = groups * len(classes) + idxs
+
+    order = scores.argsort(descending=True, stable=True)  # [B,K]
+    flat = (order + K * torch.arange(B, device=boxes.device)[:, None]).flatten()
+    flat = flat[present(boxes, scores, score_threshold).flatten()[flat]]
+    flat = flat[groups.flatten()[flat].argsort(stable=True)]
+    kept = torch.zeros(B * K, dtype=torch.bool, device=boxes.device)
+    kept[flat] = kept_in_order(boxes.flatten(0, 1)[flat], groups.flatten()[flat], iou_threshold)
+
+    kept = kept.view(B, K).gather(1, order)
+    first = (~kept).to(torch.uint8).argsort(stable=True)[:, :max_output]  # the kept ones before the others
+    count = kept.sum(1).clamp(max=max_output)
+    keep = order.new_full((B, max_output), -1)
+    keep[:, :K] = order.gather(1, first)
+    return keep.masked_fill(torch.arange(max_output, device=boxes.device) >= count[:, None], -1), count

@@ -1,0 +1,286 @@
+"""What every op that selects keeps, whatever it selects; an op gets all of this by its entry in cases.SELECTIONS."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import SELECTIONS, Bad, Sample, Selection
+from conftest import DTYPES, LAYOUTS, AsModule, assert_matches_selection, assert_same_selection, needs_cuda, why_no_cuda
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from relops import _library
+
+
+def first_sample(op: Selection) -> Sample:
+    return next(iter(op.samples.values()))
+
+
+on_samples = pytest.mark.parametrize(
+    ("op", "sample"),
+    [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.samples.items()],
+)
+# Where more would only repeat: one image, and a batch for the ops that take one.
+on_few_samples = pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        pytest.param(op, op.samples[name], id=f"{op.name}-{name}")
+        for op in SELECTIONS
+        for name in (next(iter(op.samples)), "batch")
+        if name in op.samples
+    ],
+)
+on_empty = pytest.mark.parametrize(
+    ("op", "sample"),
+    [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.empty.items()],
+)
+on_ops = pytest.mark.parametrize("op", SELECTIONS, ids=lambda op: op.name)
+
+
+def bad_inputs(harmful: bool) -> pytest.MarkDecorator:
+    cases = [(op, bad) for op in SELECTIONS for bad in op.bad if not (harmful and bad.harmless)]
+    return pytest.mark.parametrize(
+        ("op", "bad"), [pytest.param(*case, id=f"{case[0].name}-{case[1].id}") for case in cases]
+    )
+
+
+def tensors_of(inputs: dict) -> dict[str, Tensor]:
+    return {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+
+
+# ---- Values ----
+
+
+@on_samples
+def test_equals_twin(op: Selection, sample: Sample, device: str) -> None:
+    for shift, start in itertools.product(range(2 if len(op.floats) > 1 else 1), range(len(DTYPES))):
+        dtypes = tuple(DTYPES[(start + shift * i) % len(DTYPES)] for i in range(len(op.floats)))
+        assert_matches_selection(op, op.draw(sample, device, dtypes))
+
+
+@on_samples
+def test_inputs_that_require_grad(op: Selection, sample: Sample, device: str) -> None:
+    inputs = op.draw(sample, device)
+    wanting = inputs | {name: inputs[name].clone().requires_grad_() for name in op.floats}
+    actual = op.run(wanting)
+    assert not any(x.requires_grad for x in actual)
+    assert_same_selection(actual, op.run(inputs))
+
+
+@on_samples
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(op: Selection, sample: Sample, device: str, autocast_dtype: torch.dtype) -> None:
+    for dtype in (torch.float32, autocast_dtype):
+        inputs = op.draw(sample, device, dtype)
+        with torch.autocast(device, autocast_dtype):
+            actual = op.run(inputs)
+        assert_same_selection(actual, op.run(inputs))
+
+
+@on_samples
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_layouts_of_inputs(op: Selection, sample: Sample, device: str, layout: Callable) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        inputs = op.draw(sample, device, dtype)
+        laid_out = inputs | {name: layout(x) for name, x in tensors_of(inputs).items()}
+        assert_same_selection(op.run(laid_out), op.run(inputs))
+
+
+@on_samples
+def test_expanded_inputs(op: Selection, sample: Sample, device: str) -> None:
+    inputs = op.draw(sample, device)
+    tensors = tensors_of(inputs)
+    for names in [*((name,) for name in tensors), tuple(tensors)]:
+        expanded = {name: tensors[name][:1].expand_as(tensors[name]) for name in names}
+        dense = {name: x.contiguous() for name, x in expanded.items()}
+        assert_same_selection(op.run(inputs | expanded), op.run(inputs | dense))
+
+
+@on_empty
+def test_empty(op: Selection, sample: Sample, device: str) -> None:
+    inputs = op.draw(sample, device)
+    actual = op.run(inputs)
+    with FakeTensorMode() as mode:
+        fake = op.run({name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in inputs.items()})
+    assert [x.shape for x in fake] == [x.shape for x in actual]
+    assert_same_selection(actual, op.run_twin(inputs))
+
+
+# ---- The rest of torch ----
+
+
+@on_few_samples
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
+def test_opcheck(op: Selection, sample: Sample, device: str, requires_grad: bool) -> None:
+    inputs = op.draw(sample, device)
+    for name in op.floats:
+        inputs[name].requires_grad_(requires_grad)
+    torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()))
+
+
+@on_few_samples
+def test_compile(op: Selection, sample: Sample, device: str, fresh_compiler: None) -> None:
+    inputs = op.draw(sample, device)
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    for seed in (0, 1):  # of which another number is kept
+        inputs = op.draw(sample, device, seed=seed)
+        assert_same_selection(op.run(inputs, compiled), op.run(inputs))
+
+
+@on_ops
+def test_compile_inductor(op: Selection, device: str, fresh_compiler: None) -> None:
+    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("inductor needs a C++ compiler")
+
+    # Something for inductor to fuse around the op, whose layout assumptions then matter.
+    def around(**inputs: Tensor) -> tuple[Tensor, ...]:
+        doubled = {name: x * 2 if name in op.floats else x for name, x in inputs.items()}
+        return tuple(x * 2 for x in op.run(doubled))
+
+    inputs = op.draw(first_sample(op), device)
+    assert_same_selection(op.run(inputs, torch.compile(around, fullgraph=True)), op.run(inputs, around))
+
+
+@on_ops
+def test_compile_does_not_recompile_for_ever(op: Selection, device: str, fresh_compiler: None) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
+    for k in range(5):
+        inputs = op.draw(op.growing(k), device)
+        assert_same_selection(op.run(inputs, compiled), op.run(inputs))
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
+
+
+@on_few_samples
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export(op: Selection, sample: Sample, device: str, strict: bool, fresh_compiler: None) -> None:
+    inputs, others = (op.draw(sample, device, seed=seed) for seed in (0, 1))
+    exported = torch.export.export(AsModule(op.function), (inputs,), strict=strict).module()
+    for each in (inputs, others):
+        assert_same_selection(op.run(each, lambda **inputs: exported(inputs)), op.run(each))
+
+
+@on_ops
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export_dynamic_shapes(op: Selection, device: str, strict: bool, fresh_compiler: None) -> None:
+    inputs, larger = (op.draw(op.growing(k), device) for k in (0, 1))
+    dynamic = {
+        name: dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) if isinstance(x, Tensor) else None
+        for name, x in inputs.items()
+    }
+    module = AsModule(op.function)
+    exported = torch.export.export(module, (inputs,), dynamic_shapes=(dynamic,), strict=strict).module()
+    for each in (inputs, larger):
+        assert_same_selection(op.run(each, lambda **inputs: exported(inputs)), op.run(each))
+
+
+VMAPPED = [
+    pytest.param(op, sample, id=f"{op.name}-{name}")
+    for op in SELECTIONS
+    if op.vmapped
+    for name, sample in op.samples.items()
+]
+
+
+@pytest.mark.parametrize(("op", "sample"), VMAPPED)
+def test_vmap(op: Selection, sample: Sample, device: str) -> None:
+    V = 3
+    inputs = op.draw(sample, device)
+    names = [name for name in op.vmapped if inputs[name] is not None]
+    mixed = {name: i % inputs[name].dim() for i, name in enumerate(names)}
+    choices = [dict.fromkeys(names, 0), dict.fromkeys(names, -1), mixed, *({name: 1} for name in names)]
+    for in_dims in choices:
+        given = {name: torch.stack([inputs[name].roll(v, -1) for v in range(V)], dim) for name, dim in in_dims.items()}
+        mapped = torch.vmap(lambda entry: op.run(inputs | entry), in_dims=(in_dims,))(given)
+        for v in range(V):
+            entry = {name: given[name].select(dim, v) for name, dim in in_dims.items()}
+            assert_same_selection([x[v] for x in mapped], op.run(inputs | entry))
+
+
+# ---- Bad input ----
+
+
+@bad_inputs(harmful=False)
+def test_bad_input(op: Selection, bad: Bad, device: str) -> None:
+    inputs = op.draw(first_sample(op), device)
+    with pytest.raises(bad.error, match=bad.message) as raised:
+        op.function(**bad.change(inputs))
+    assert f"relops.{op.name}: " in str(raised.value)
+
+
+@bad_inputs(harmful=True)
+def test_bad_input_past_the_checks(op: Selection, bad: Bad, device: str) -> None:
+    """Called as torch.ops.relops.<name>, errors need not be friendly, but memory is not touched."""
+    inputs = bad.change(op.draw(first_sample(op), device))
+    if any(x.is_meta for x in tensors_of(inputs).values()):
+        pytest.skip("torch sends a call with a meta tensor to the fake")
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        op.overload(*op.raw(inputs).values())
+
+
+@on_ops
+def test_16_bits_past_the_checks(op: Selection, device: str) -> None:
+    """Kernels are not given them."""
+    with pytest.raises(RuntimeError):
+        op.overload(*op.raw(op.draw(first_sample(op), device, torch.float16)).values())
+
+
+# ---- CUDA ----
+
+
+@needs_cuda
+@on_samples
+def test_no_synchronization(op: Selection, sample: Sample) -> None:
+    inputs = op.draw(sample, "cuda")
+    if op.waits(inputs):
+        pytest.skip("the size of its output depends on values")
+    op.run(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op.run(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@on_samples
+def test_cuda_graph(op: Selection, sample: Sample) -> None:
+    inputs = op.draw(sample, "cuda")
+    if op.waits(inputs):
+        pytest.skip("the size of its output depends on values")
+    op.run(inputs)  # what is set up once is not captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op.run(inputs)
+    for seed in (0, 1):
+        others = op.draw(sample, "cuda", seed=seed)
+        for name, x in tensors_of(others).items():
+            inputs[name].copy_(x)
+        graph.replay()
+        assert_same_selection(captured, op.run(others))
+
+
+# ---- The house ----
+
+
+@on_ops
+def test_kernels_registered(op: Selection) -> None:
+    devices = {"CPU"} | ({"CUDA"} if why_no_cuda() is None else set())
+    assert devices <= set(_library.op_kernels()[op.name])
+
+
+@on_ops
+def test_documented(op: Selection) -> None:
+    doc = op.function.__doc__
+    assert "Example" in doc and "Gradients" in doc
+    assert all(name in doc for name in op.draw(first_sample(op)))
