@@ -9,8 +9,17 @@ from dataclasses import replace
 import cuda_emulation
 import pytest
 import torch
-from cases import FUSED, OPS, PLAIN, BoxPairs, DeformAttn, Op, Regions, grad_like
-from conftest import DTYPES, assert_matches, assert_matches_twin, determinism
+from cases import FUSED, OPS, PLAIN, SELECTIONS, BoxPairs, DeformAttn, Op, Regions, Selection, grad_like
+from conftest import (
+    DTYPES,
+    assert_matches,
+    assert_matches_selection,
+    assert_matches_twin,
+    assert_same_selection,
+    determinism,
+)
+from search_nms import search
+from suppression import clustered
 
 import relops
 from relops import _library, reference
@@ -284,3 +293,55 @@ def test_layouts_of_the_gradient_of_pairs(op: Op, layout: str) -> None:
     actual = op.run(inputs, grad_output=grad)
     for name, x in op.run(op.cast(inputs, torch.float64, torch.float64), op.reference, grad.double()).items():
         assert_matches(actual[name], x, name)
+
+
+# ---- Selections ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "op, sample",
+    [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.samples.items()],
+)
+def test_selections(op: Selection, sample, dtype: torch.dtype) -> None:
+    assert_matches_selection(op, op.draw(sample, dtype=dtype))
+
+
+@pytest.mark.parametrize("op", SELECTIONS, ids=lambda op: op.name)
+def test_selections_of_nothing(op: Selection) -> None:
+    for sample in op.empty.values():
+        inputs = op.draw(sample)
+        assert_same_selection(op.run(inputs), op.run_twin(inputs))
+
+
+def test_small_suppression_problems() -> None:
+    search(200, seed=1)
+
+
+@pytest.mark.parametrize("K", [1, 63, 64, 65, 129, 1024, 1025])
+def test_suppression_of_any_number_of_boxes(K: int) -> None:
+    """Around the sizes of tiles and blocks."""
+    boxes, scores, _ = (x.float() for x in clustered([K], boxes_per_object=8, seed=K))
+    scores = (100 * scores).floor() / 100
+    assert torch.equal(relops.nms(boxes, scores, 0.4), reference.nms(boxes, scores, 0.4))
+
+
+def test_suppression_in_classes_of_very_different_sizes() -> None:
+    boxes, scores, idxs = clustered([1, 63, 64, 65, 2, 128, 129, 1, 257, 1025], boxes_per_object=8)
+    boxes, scores = boxes.float(), (500 * scores).floor().float()
+    assert torch.equal(relops.batched_nms(boxes, scores, idxs, 0.4), reference.batched_nms(boxes, scores, idxs, 0.4))
+    names = torch.randperm(5000) - 2500
+    idxs = names[torch.randint(5000, (len(boxes),))]  # hardly two boxes in one
+    assert torch.equal(relops.batched_nms(boxes, scores, idxs, 0.4), reference.batched_nms(boxes, scores, idxs, 0.4))
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@pytest.mark.parametrize("K", [63, 64, 65, 257, 600])
+def test_soft_nms_of_any_number_of_boxes(K: int, method: str) -> None:
+    boxes, scores, idxs = clustered([K - K // 3, K // 3], boxes_per_object=10, seed=K)
+    for classes in (None, idxs):
+        by_index = []
+        for op in (relops.soft_nms, reference.soft_nms):
+            keep, decayed = op(boxes, scores, method, idxs=classes)
+            by_index.append(torch.zeros_like(scores).scatter(0, keep, decayed))
+        torch.testing.assert_close(*by_index, rtol=1e-12, atol=0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import grad_like
 from regions import REGIONS, Case, Region, random_boxes
+from suppression import clustered
 from torch import Tensor
 
 import relops
@@ -104,3 +106,20 @@ def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> Non
     actual, expected = (getattr(module, name)(boxes[:50], boxes[50:]) for module in (relops, torchvision.ops))
     assert expected.isfinite().any() and not expected.isfinite().all() and actual.isfinite().all()
     assert torch.equal(torch.where(expected.isfinite(), actual, expected).nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("iou_threshold", [0.2, 0.5, 0.8])
+def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
+    """On boxes at positive coordinates, whose IoU is not within a rounding of the threshold."""
+    boxes, scores, idxs = (x.to(device) for x in clustered([700, 500, 300, 100], boxes_per_object=12))
+    boxes, scores = (boxes - boxes.min()).to(dtype), scores.to(dtype)
+    expected = torchvision.ops.nms(boxes, scores, iou_threshold)
+    assert torch.equal(relops.nms(boxes, scores, iou_threshold), expected)
+    expected = torchvision.ops.batched_nms(boxes, scores, idxs, iou_threshold)
+    assert torch.equal(relops.batched_nms(boxes, scores, idxs, iou_threshold), expected)
+
+
+@pytest.mark.parametrize("name", ["nms", "batched_nms"])
+def test_nms_takes_the_same_arguments(name: str) -> None:
+    mine, theirs = (inspect.signature(getattr(module, name)).parameters for module in (relops, torchvision.ops))
+    assert list(mine) == list(theirs)
