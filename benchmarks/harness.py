@@ -4,9 +4,10 @@ A `bench_<op>.py` has a function ``benches(device) -> list[Bench | Skipped]`` an
 discovers it, and conftest.py makes pytest-benchmark tests of it.
 
 A row is measured in this order. (1) Verify: the relops call, in the dtype of the row, against the pure-PyTorch twin in
-float64 on the same inputs; beyond a bound nothing is timed. (2) Peak memory of one call each. (3) Rounds: each draws
-fresh random inputs and runs every contender once on them, in rotating order, so that what the machine does meanwhile
-meets all of them. Times are medians over rounds, and a ratio is the median of the ratios within rounds.
+float64 on the same inputs (of indices, in the dtype of the row and exactly); beyond a bound nothing is timed. (2) Peak
+memory of one call each. (3) Rounds: each draws fresh random inputs and runs every contender once on them, in rotating
+order, so that what the machine does meanwhile meets all of them. Times are medians over rounds, and a ratio is the
+median of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ FORWARD, BACKWARD, FORWARD_BACKWARD = "forward", "backward", "forward+backward"
 
 # Bounds on the relative RMS error of relops against the float64 twin: several times what rounding explains.
 ERROR_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# Bound on the share of indices that a peer selects otherwise: some round coordinates of their own.
+PEER_SELECTION_BOUND = 0.01
 MIN_ROUNDS, QUICK_MIN_ROUNDS, MAX_ROUNDS = 5, 3, 100
 
 
@@ -86,6 +89,10 @@ class Bench:
         graph: time CUDA graph replays (forward only), for calls that are shorter than their launch.
         tolerance: bound on the error, where that of the dtype does not fit.
         min_rounds: fewer where the baseline takes minutes.
+        selection: outputs are indices, -1 being padding, and perhaps numbers. A rounding may decide who is selected, so
+            that they are compared with the twin in the dtype of the row: relops must equal it, but for `tolerance` on
+            the numbers, and peers select the same but for PEER_SELECTION_BOUND.
+        comparable: of outputs, what is compared.
         differentiated: positions of the inputs that gradients are taken to; None: every floating point one.
     """
 
@@ -107,6 +114,8 @@ class Bench:
     graph: bool = False
     tolerance: float | None = None
     min_rounds: int = MIN_ROUNDS
+    selection: bool = False
+    comparable: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
     differentiated: tuple[int, ...] | None = None
 
     @property
@@ -123,7 +132,9 @@ class Bench:
 
     @property
     def error_bound(self) -> float:
-        return ERROR_BOUNDS[self.dtype] if self.tolerance is None else self.tolerance
+        if self.tolerance is not None:
+            return self.tolerance
+        return 0.0 if self.selection else ERROR_BOUNDS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -268,27 +279,44 @@ def relative_rms_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
     return worst
 
 
-def expected_in_float64(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def selection_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The share of indices that one selects and the other does not, image by image; at least that of one index where
+    only their order differs. Where no index does, the relative RMS error of the numbers beside them."""
+    if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if not b.is_floating_point()):
+        return relative_rms_error(*([x for x in outputs if is_float(x)] for outputs in (found, expected)))
+    rows = zip(*(torch.atleast_2d(outputs[0]).tolist() for outputs in (found, expected)), strict=True)
+    sets = [({*a} - {-1}, {*b} - {-1}) for a, b in rows]
+    selected = max(1, sum(max(len(a), len(b)) for a, b in sets))
+    return max(1, sum(max(len(a - b), len(b - a)) for a, b in sets)) / selected
+
+
+def expected_of_twin(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What is compared of its outputs: in float64, but for selections."""
+    if bench.selection:
+        return bench.comparable(bind(bench, Contender(bench.pytorch), inputs, grads)())
     run = bind(bench, Contender(bench.pytorch), to_float64(x.detach() if is_float(x) else x for x in inputs), tuple(
         g.double() for g in grads
     ))  # fmt: skip
-    return run()
+    return bench.comparable(run())
 
 
 def verify(
     bench: Bench, name: str, contender: Contender, inputs: tuple, grads: tuple, expected: Sequence[Tensor]
 ) -> float:
-    """The error of one contender, called `name`, against the float64 twin.
+    """The error of one contender, called `name`, against the twin.
 
     Raises:
         VerificationError: where it is beyond the bound of the row.
     """
-    error = relative_rms_error(bind(bench, contender, inputs, grads)(), expected)
-    if not error <= bench.error_bound:
-        raise VerificationError(
-            f"{name}: relative RMS error {error:.3g} against the float64 twin, bound {bench.error_bound:.3g}; "
-            f"not timed: {bench.label}"
-        )
+    outputs, bound = bench.comparable(bind(bench, contender, inputs, grads)()), bench.error_bound
+    if bench.selection:
+        error, what = selection_error(outputs, expected), "share of indices other than those of the twin"
+        if name not in ("relops", "pytorch"):
+            bound = PEER_SELECTION_BOUND
+    else:
+        error, what = relative_rms_error(outputs, expected), "relative RMS error against the float64 twin"
+    if not error <= bound:
+        raise VerificationError(f"{name}: {what} {error:.3g}, bound {bound:.3g}; not timed: {bench.label}")
     return error
 
 
@@ -426,13 +454,13 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
     """Verifies and times one bench and gives its row, ready for JSON.
 
     Raises:
-        VerificationError: relops disagrees with the float64 twin.
+        VerificationError: relops disagrees with its twin.
     """
     budget_s, min_rounds = (3.0, min(bench.min_rounds, QUICK_MIN_ROUNDS)) if quick else (10.0, bench.min_rounds)
     source = Inputs(bench)
     contenders, notes = contenders_of(bench, quick), []
     inputs, grads = source.draw()
-    expected = expected_in_float64(bench, inputs, grads)
+    expected = expected_of_twin(bench, inputs, grads)
     errors: dict[str, float] = {}
     for name, contender in list(contenders.items()):
         try:
@@ -676,7 +704,7 @@ def progress(text: str, end: str = "\n") -> None:
 def _verified_inputs(bench: Bench) -> Inputs:
     source = Inputs(bench)
     inputs, grads = source.draw()
-    verify(bench, "relops", Contender(bench.relops), inputs, grads, expected_in_float64(bench, inputs, grads))
+    verify(bench, "relops", Contender(bench.relops), inputs, grads, expected_of_twin(bench, inputs, grads))
     return source
 
 

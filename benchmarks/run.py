@@ -92,7 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         interrupted = True
 
     print(harness.table(rows) if rows else "No rows measured.")
-    print("\nMedians of rounds. Peak: memory of one call beyond its inputs. Error: relative RMS against float64.")
+    print(
+        "\nMedians of rounds. Peak: memory of one call beyond its inputs. Error: relative RMS against float64; of ops"
+    )
+    print("that select, the share of indices that are not those of the twin in the same dtype.")
     print(f"Of limit: the time that memory bandwidth or arithmetic allow, over the time taken. {len(rows)} rows in "
           f"{time.perf_counter() - begin:.0f} s.")  # fmt: skip
     if options.quick:
