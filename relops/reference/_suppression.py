@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Pairs of boxes whose overlaps are computed at a time: what the caches of a CPU hold, and enough for its threads.
-PAIRS = 1 << 18
+# Boxes settled at a time, and later ones they are compared with at a time: what the caches of a CPU hold, and on a GPU
+# few launches.
+BLOCK, TILE_CPU, TILE_CUDA = 256, 256, 65536
 
 
 def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [...,A,4], [...,B,4]
@@ -41,10 +42,10 @@ def kept_in_order(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     everything = torch.arange(len(boxes), device=boxes.device)
     ends = torch.unique_consecutive(groups, return_counts=True)[1].cumsum(0)
+    tile = TILE_CUDA if boxes.is_cuda else TILE_CPU
     start = 0
     while start < len(boxes):
-        size = 256
-        block = everything[start : start + size]
+        block = everything[start : start + BLOCK]
         last = groups[block[-1]]
         start = int(ends[torch.searchsorted(ends, block[-1], right=True)])
         rest = everything[block[-1] + 1 : start]
@@ -52,9 +53,9 @@ def kept_in_order(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor
             winners = block[settled(overlaps(boxes[block], boxes[block], iou_threshold) & same(groups[block]))]
             keep[winners] = True
             rivals = boxes[winners[groups[winners] == last]]
-            beaten = [overlaps(rivals, part, iou_threshold).any(0) for part in boxes[rest].split(PAIRS // size)]
+            beaten = [overlaps(rivals, part, iou_threshold).any(0) for part in boxes[rest].split(tile)]
             rest = rest[~torch.cat(beaten)] if beaten else rest
-            block, rest = rest[:size], rest[size:]
+            block, rest = rest[:BLOCK], rest[BLOCK:]
     return keep
 
 
