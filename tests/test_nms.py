@@ -124,7 +124,7 @@ def test_any_boxes(rows: list, iou_threshold: float, dtypes: tuple) -> None:
         assert actual.tolist() == expected
 
 
-@pytest.mark.parametrize("iou_threshold", [0.0, 0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("iou_threshold", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_many_boxes(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
     boxes, scores, _ = (x.to(device) for x in clustered([3000]))
