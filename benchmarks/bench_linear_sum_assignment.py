@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,16 +28,6 @@ def draw_boxes(B: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([boxes[..., :2], 0.02 + 0.4 * boxes[..., 2:]], -1)
 
 
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Of boxes [B,R,4] and [B,C,4], every one with every one."""
-    low_a, high_a = (a[:, :, None, :2] + sign * a[:, :, None, 2:] / 2 for sign in (-1, 1))
-    low_b, high_b = (b[:, None, :, :2] + sign * b[:, None, :, 2:] / 2 for sign in (-1, 1))
-    overlap = (torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp(min=0).prod(-1)
-    hull = (torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).prod(-1)
-    union = a[:, :, None, 2:].prod(-1) + b[:, None, :, 2:].prod(-1) - overlap
-    return overlap / union - (hull - union) / hull
-
-
 def draw_detr(B: int, R: int, C: int, padded: bool, dtype: torch.dtype, generator: torch.Generator) -> tuple:
     """Costs of R queries and C objects: class, L1 and generalized IoU, weighted as in DETR."""
     device = generator.device
@@ -44,7 +35,8 @@ def draw_detr(B: int, R: int, C: int, padded: bool, dtype: torch.dtype, generato
     labels = torch.randint(CLASSES, (B, 1, C), generator=generator, device=device)
     queries, objects = draw_boxes(B, R, generator), draw_boxes(B, C, generator)
     classes = probabilities.gather(2, labels.expand(B, R, C))
-    cost = 5 * torch.cdist(queries, objects, 1) - 2 * classes - 2 * generalized_iou(queries, objects)
+    corners = (torch.cat([x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2], -1) for x in (queries, objects))
+    cost = 5 * torch.cdist(queries, objects, 1) - 2 * classes - 2 * relops.generalized_box_iou(*corners)
     used = torch.randint(1, C + 1, (B,), generator=generator, device=device) if padded else None
     return cost.to(dtype), used
 
@@ -84,11 +76,11 @@ def scipy_loop(cost: Tensor, num_cols: Tensor | None) -> tuple[Tensor, Tensor]:
 
     on_host = cost.cpu().numpy() if cost.dtype in (torch.float32, torch.float64) else cost.float().cpu().numpy()
     used = [cost.size(2)] * cost.size(0) if num_cols is None else num_cols.tolist()
-    row_to_col = torch.full(cost.shape[:2], -1)
+    row_to_col = np.full(cost.shape[:2], -1)
     for b, columns in enumerate(used):
         rows, cols = linear_sum_assignment(on_host[b, :, :columns])
-        row_to_col[b, torch.from_numpy(rows)] = torch.from_numpy(cols)
-    return row_to_col.to(cost.device), cost.new_empty(0)
+        row_to_col[b, rows] = cols
+    return torch.from_numpy(row_to_col).to(cost.device), cost.new_empty(0)
 
 
 def bench(shape: str, device: str, draw: Callable, dtype: torch.dtype, B: int, R: int, C: int, **options: Any) -> Bench:
