@@ -26,7 +26,7 @@ on_samples = pytest.mark.parametrize(
     ("op", "sample"),
     [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.samples.items()],
 )
-# Where more would only repeat: one image, and a batch for the ops that take one.
+# Where more would only repeat: without a batch, and with one for the ops that take it.
 on_few_samples = pytest.mark.parametrize(
     ("op", "sample"),
     [
@@ -96,8 +96,8 @@ def test_layouts_of_inputs(op: Selection, sample: Sample, device: str, layout: C
 def test_expanded_inputs(op: Selection, sample: Sample, device: str) -> None:
     inputs = op.draw(sample, device)
     tensors = tensors_of(inputs)
-    for names in [*((name,) for name in tensors), tuple(tensors)]:
-        expanded = {name: tensors[name][:1].expand_as(tensors[name]) for name in names}
+    for names, dim in itertools.product([*((name,) for name in tensors), tuple(tensors)], (0, -1)):
+        expanded = {name: tensors[name].narrow(dim, 0, 1).expand_as(tensors[name]) for name in names}
         dense = {name: x.contiguous() for name, x in expanded.items()}
         assert_same_selection(op.run(inputs | expanded), op.run(inputs | dense))
 
@@ -226,7 +226,7 @@ def test_bad_input_past_the_checks(op: Selection, bad: Bad, device: str) -> None
         op.overload(*op.raw(inputs).values())
 
 
-@on_ops
+@pytest.mark.parametrize("op", [op for op in SELECTIONS if op.widened], ids=lambda op: op.name)
 def test_16_bits_past_the_checks(op: Selection, device: str) -> None:
     """Kernels are not given them."""
     with pytest.raises(RuntimeError):
