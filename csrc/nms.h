@@ -38,15 +38,6 @@ RELOPS_HOST_DEVICE inline ScoreKey<S> score_key(S score) {
   return bits & kSign ? bits : bits ^ ~kSign;
 }
 
-template <class S>
-RELOPS_HOST_DEVICE inline S score_of_key(ScoreKey<S> key) {
-  constexpr ScoreKey<S> kSign = ScoreKey<S>{1} << (8 * sizeof(S) - 1);
-  const ScoreKey<S> bits = key & kSign ? key : key ^ ~kSign;
-  S score;
-  memcpy(&score, &bits, sizeof(bits));
-  return score;
-}
-
 // Whether the entry is there: its coordinates are finite, and its score is beyond the threshold (NaN: any number).
 template <class C, class S>
 RELOPS_HOST_DEVICE inline bool counts(const C* box, S score, S score_threshold) {

@@ -3,9 +3,8 @@
 // Boxes come by descending score, in blocks. A block is first compared with all boxes kept before it, by several
 // threads where that is worth it; what is left then goes through the greedy order, compared with what the block itself
 // has kept so far. The kept boxes lie in groups of a vector's width. Comparing costs 9 operations a group and no
-// division: intersection > t / (1 + t) (area + area) is IoU > t but for rounding, so that a hair less than that is a
-// filter, and what passes it is decided by the one expression of boxes.h. Bound by arithmetic: 40 bytes of a box from
-// L1 for 16 of them.
+// division: with the shares of nms.h it is a filter, and what passes is decided by the one expression of boxes.h. Bound
+// by arithmetic; boxes are compared tile by tile, so that the 20 bytes of each come from L1.
 
 #include "cpu/simd.h"
 
