@@ -22,8 +22,6 @@ namespace relops {
 constexpr int64_t kBoxTile = 1024;
 constexpr int64_t kPairsPerItem = 32768;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Divides N matrices of A x B pairs into work items: some rows of a tile of columns.
 struct BoxTiling {
   struct Item {

@@ -15,7 +15,7 @@ class KeptBoxes {
  public:
   KeptBoxes(C* groups, C threshold) : groups_(groups), threshold_(threshold) {}
 
-  int64_t groups() const { return (count_ + W - 1) / W; }
+  int64_t groups() const { return ceil_div(count_, W); }
   int64_t count() const { return count_; }
 
   void add(const SharedBox<C>& b) {
@@ -110,7 +110,7 @@ void suppress_classes(const NmsArgs<C>& a, int64_t threads) {
     }
   // A thread takes several classes at a time, where they are many.
   const int64_t count = small.size(), share = std::max<int64_t>(1, count / (16 * threads));
-  for_each_item((count + share - 1) / share, threads, [&] {
+  for_each_item(ceil_div(count, share), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), room = static_cast<C*>(nullptr)](int64_t item) mutable {
       if (room == nullptr) room = scratch->template take<C>(kept_size<C>(largest));
       for (int64_t i = item * share; i < std::min(count, (item + 1) * share); ++i) do_class(small[i], room, 1);

@@ -118,7 +118,7 @@ void decay_classes(const SoftNmsArgs<C>& a, int64_t threads) {
   int64_t largest = 0;
   for (int64_t c = 0; c < a.num_classes; ++c) largest = std::max(largest, a.classes[c].end - a.classes[c].begin);
   const int64_t share = std::max<int64_t>(1, a.num_classes / (16 * threads));
-  for_each_item((a.num_classes + share - 1) / share, threads, [&] {
+  for_each_item(ceil_div(a.num_classes, share), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), rows = SoftRows<C>{}](int64_t item) mutable {
       if (rows.values == nullptr) {
         rows.values = scratch->template take<C>(SoftRows<C>::room(largest));

@@ -22,6 +22,8 @@ constexpr I round_up(I n, I multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Uninitialised memory for a thread's own use, aligned to a cache line.
 class Scratch {
  public:

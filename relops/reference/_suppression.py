@@ -1,29 +1,20 @@
-"""What the twins of the suppression ops share: IoU, which entries count, and who is kept of boxes in order."""
+"""What the twins of the suppression ops share: which entries count, and who is kept of boxes in order."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from relops.reference.box_iou import intersection_and_union, pairs
+
 # Boxes settled at a time, and later ones they are compared with at a time: what the caches of a CPU hold, and on a GPU
 # few launches.
 BLOCK, TILE_CPU, TILE_CUDA = 256, 256, 65536
 
 
-def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [...,A,4], [...,B,4]
-    """[...,A,B] each. Every operation is rounded to the dtype of the boxes, in the order that the kernels keep too."""
-    ax1, ay1, ax2, ay2 = a[..., :, None, :].unbind(-1)
-    bx1, by1, bx2, by2 = b[..., None, :, :].unbind(-1)
-    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
-    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
-    intersection = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
-    return intersection, union
-
-
 def overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:  # [A,4], [B,4] -> bool [A,B]
     """IoU > iou_threshold. NaN, as of two boxes without area, is not."""
-    intersection, union = intersection_and_union(a, b)
+    intersection, union = intersection_and_union(*pairs(a, b))
     return intersection.div_(union) > iou_threshold
 
 

@@ -11,8 +11,7 @@ def box_iou(
     b: Tensor,  # [..,B,4]
 ) -> Tensor:  # [..,A,B]
     """16-bit boxes are computed in float32."""
-    a, b = pairs(a, b)
-    return ratio(*intersection_and_union(a, b))
+    return ratio(*intersection_and_union(*pairs(a, b)))
 
 
 def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [..,A,1,4] and [..,1,B,4]
@@ -20,21 +19,18 @@ def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [..,A,1,4] and [..,
     return a.unsqueeze(-2), b.unsqueeze(-3)
 
 
-def area(corner: Tensor, opposite: Tensor) -> Tensor:
-    width, height = (opposite - corner).unbind(-1)
-    return width * height
+def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [..,A,1,4] and [..,1,B,4]
+    """[..,A,B] each. Every operation is rounded to the dtype of the boxes, in the order that the kernels keep too."""
+    ax1, ay1, ax2, ay2 = a.unbind(-1)
+    bx1, by1, bx2, by2 = b.unbind(-1)
+    width = if_any(torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1))
+    intersection = width * if_any(torch.minimum(ay2, by2) - torch.maximum(ay1, by1))
+    return intersection, (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
 
 
-def area_if_any(corner: Tensor, opposite: Tensor) -> Tensor:
-    """Sides are limited to 0, where the gradient of torch.clamp changes with the version."""
-    sides = opposite - corner
-    width, height = torch.where(sides >= 0, sides, 0).unbind(-1)
-    return width * height
-
-
-def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    intersection = area_if_any(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
-    return intersection, area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - intersection
+def if_any(side: Tensor) -> Tensor:
+    """Limited to 0, where the gradient of torch.clamp changes with the version."""
+    return torch.where(side >= 0, side, 0) if side.requires_grad else side.clamp_(min=0)
 
 
 def ratio(x: Tensor, y: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relops.reference.box_iou import area_if_any, intersection_and_union, pairs, ratio
+from relops.reference.box_iou import if_any, intersection_and_union, pairs, ratio
 
 
 def generalized_box_iou(
@@ -15,5 +15,8 @@ def generalized_box_iou(
     """16-bit boxes are computed in float32."""
     a, b = pairs(a, b)
     intersection, union = intersection_and_union(a, b)
-    hull = area_if_any(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
+    ax1, ay1, ax2, ay2 = a.unbind(-1)
+    bx1, by1, bx2, by2 = b.unbind(-1)
+    width = if_any(torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1))
+    hull = width * if_any(torch.maximum(ay2, by2) - torch.minimum(ay1, by1))
     return ratio(intersection, union) - ratio(hull - union, hull)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relops.reference._suppression import intersection_and_union, present
+from relops.reference._suppression import present
+from relops.reference.box_iou import intersection_and_union, pairs
 
 
 def soft_nms(
@@ -29,7 +30,7 @@ def soft_nms(
     boxes, current = boxes.detach().to(dtype), scores.detach().to(dtype)
     B, K = scores.shape
 
-    intersection, union = intersection_and_union(boxes, boxes)
+    intersection, union = intersection_and_union(*pairs(boxes, boxes))
     iou = intersection / union
     if method == "linear":
         lowered, factors = iou > iou_threshold, 1 - iou
