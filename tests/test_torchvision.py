@@ -108,6 +108,7 @@ def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> Non
     assert torch.equal(torch.where(expected.isfinite(), actual, expected).nan_to_num(), expected.nan_to_num())
 
 
+@float64_and_float32
 @pytest.mark.parametrize("iou_threshold", [0.2, 0.5, 0.8])
 def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
     """On boxes at positive coordinates, whose IoU is not within a rounding of the threshold."""
