@@ -86,7 +86,7 @@ def scipy_loop(cost: Tensor, num_cols: Tensor | None) -> tuple[Tensor, Tensor]:
 def bench(shape: str, device: str, draw: Callable, dtype: torch.dtype, B: int, R: int, C: int, **options: Any) -> Bench:
     peers = {}
     if importlib.util.find_spec("scipy") is not None:
-        peers["scipy"] = of_total(lambda cost, num_cols: scipy_loop(cost, num_cols))
+        peers["scipy"] = of_total(scipy_loop)
     return Bench(
         op="linear_sum_assignment",
         shape=shape,

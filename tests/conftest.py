@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import Inputs, Op, Selection
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from relops import _library
 
@@ -67,6 +68,18 @@ class AsModule(torch.nn.Module):
 
     def forward(self, inputs: Inputs) -> Any:
         return self.function(**inputs)
+
+
+def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any, Any], None]) -> None:
+    """Sizes that grow compile once, and the results of both runs are the same."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
+    for k in range(5):
+        inputs = op.draw(op.growing(k), device)
+        assert_same(op.run(inputs, compiled), op.run(inputs))
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
 
 
 # ---- Layouts ----

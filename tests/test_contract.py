@@ -12,9 +12,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import OPS, SELECTIONS, Bad, Op, Sample, grad_like
-from conftest import DTYPES, LAYOUTS, AsModule, assert_matches, needs_cuda, why_no_cuda
+from conftest import DTYPES, LAYOUTS, AsModule, assert_matches, check_recompiles, needs_cuda, why_no_cuda
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
 import relops
@@ -206,14 +205,7 @@ def test_compile_inductor(op: Op, sample: Sample, device: str, dtype: torch.dtyp
 
 @on_ops
 def test_compile_does_not_recompile_for_ever(op: Op, device: str, fresh_compiler: None) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
-    frames = []
-    for k in range(5):
-        inputs = op.draw(op.growing(k), device)
-        assert_same(op.run(inputs, compiled), op.run(inputs))
-        frames.append(counter.frame_count)
-    assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
+    check_recompiles(op, device, assert_same)
 
 
 @on_samples

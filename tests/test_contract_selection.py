@@ -10,9 +10,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import SELECTIONS, Bad, Sample, Selection
-from conftest import DTYPES, LAYOUTS, AsModule, assert_matches_selection, assert_same_selection, needs_cuda, why_no_cuda
+from conftest import (
+    DTYPES,
+    LAYOUTS,
+    AsModule,
+    assert_matches_selection,
+    assert_same_selection,
+    check_recompiles,
+    needs_cuda,
+    why_no_cuda,
+)
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relops import _library
@@ -149,14 +157,7 @@ def test_compile_inductor(op: Selection, device: str, fresh_compiler: None) -> N
 
 @on_ops
 def test_compile_does_not_recompile_for_ever(op: Selection, device: str, fresh_compiler: None) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
-    frames = []
-    for k in range(5):
-        inputs = op.draw(op.growing(k), device)
-        assert_same_selection(op.run(inputs, compiled), op.run(inputs))
-        frames.append(counter.frame_count)
-    assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
+    check_recompiles(op, device, assert_same_selection)
 
 
 @on_few_samples

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from relops._library import check_device_has_kernels
 from relops.ops._checks import check_device, check_features, compute_dtype, no_double_backward
+from relops.ops._vmap import mapped_first
 
 
 def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
@@ -44,10 +45,7 @@ def register_box_pair(op: str) -> None:
 
     def vmap(info, in_dims, a, b):
         """Its dimension is folded into N."""
-        a, b = (
-            boxes.expand(info.batch_size, *boxes.shape) if dim is None else boxes.movedim(dim, 0)
-            for boxes, dim in zip((a, b), in_dims)
-        )
+        a, b = (mapped_first(boxes, dim, info.batch_size) for boxes, dim in zip((a, b), in_dims))
         output = getattr(torch.ops.relops, op)(a.flatten(0, -3), b.flatten(0, -3))
         return output.unflatten(0, a.shape[:-2]), 0
 

@@ -13,6 +13,11 @@ def compute_dtype(features: torch.dtype) -> torch.dtype:
     return torch.float64 if features == torch.float64 else torch.float32
 
 
+def is_int(x: object) -> bool:
+    """An int or what stands for one in a graph; a bool is most likely an argument in the wrong place."""
+    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+
+
 def check_tensor(op: str, name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"relops.{op}: {name} must be a Tensor, got {type(tensor).__name__}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from relops._library import check_device_has_kernels
 from relops.ops._checks import check_coordinates, check_features, no_double_backward, under_autocast
+from relops.ops._vmap import mapped_first
 
 Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
 
@@ -209,7 +210,7 @@ def register_vmap(op: str) -> None:
 
 def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | None) -> Tensor:
     """[B,K,5] for vmap. N: images per entry, where every entry has its own; None where all look at the same."""
-    boxes = boxes.expand(batch_size, *boxes.shape) if dim is None else boxes.movedim(dim, 0)
+    boxes = mapped_first(boxes, dim, batch_size)
     if N is None:
         return boxes
     index = boxes[..., :1]

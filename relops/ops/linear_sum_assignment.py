@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import FEATURE_DTYPES, check_device, check_tensor
+from relops.ops._checks import FEATURE_DTYPES, check_device, check_tensor, is_int
+from relops.ops._vmap import mapped_first
 
 OP = "linear_sum_assignment"
 
@@ -82,8 +83,8 @@ def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: i
         if sizes.dim() > 1 or (batched and sizes.dim() == 0) or sizes.numel() != B:
             raise ValueError(f"relops.{OP}: {name} must be {words()}, got shape {list(sizes.shape)}")
         return sizes.long().reshape(B)
-    ints = [sizes] if _is_int(sizes) and not batched else sizes
-    if not isinstance(ints, (list, tuple)) or not all(_is_int(size) for size in ints):
+    ints = [sizes] if is_int(sizes) and not batched else sizes
+    if not isinstance(ints, (list, tuple)) or not all(is_int(size) for size in ints):
         raise TypeError(
             f"relops.{OP}: {name} must be a Tensor {words()}, {'a list of ints' if batched else 'an int'} or None, got "
             f"{sizes!r}"
@@ -97,10 +98,6 @@ def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: i
     return torch.tensor(ints, dtype=torch.int64).to(cost.device, non_blocking=True)
 
 
-def _is_int(x: object) -> bool:
-    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
-
-
 @torch.library.register_fake(f"relops::{OP}")
 def _(cost, num_rows=None, num_cols=None, maximize=False):
     *batch, R, C = cost.shape
@@ -110,13 +107,11 @@ def _(cost, num_rows=None, num_cols=None, maximize=False):
 def _vmap(info, in_dims, cost, num_rows=None, num_cols=None, maximize=False):
     """vmap folds its dimension into B."""
 
-    def first(x, dim):
-        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-    cost = first(cost, in_dims[0])
+    V = info.batch_size
+    cost = mapped_first(cost, in_dims[0], V)
     # torch leaves out arguments at the end that have their default values, and their dimensions.
     dims = (*in_dims[1:], None, None)
-    sizes = [None if x is None else first(x, dim).flatten() for x, dim in zip((num_rows, num_cols), dims)]
+    sizes = [None if x is None else mapped_first(x, dim, V).flatten() for x, dim in zip((num_rows, num_cols), dims)]
     outputs = torch.ops.relops.linear_sum_assignment(cost.flatten(0, -3), *sizes, maximize)
     return tuple(x.view(*cost.shape[:-2], x.size(-1)) for x in outputs), (0, 0)
 

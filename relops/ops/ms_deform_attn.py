@@ -18,6 +18,7 @@ from relops.ops._checks import (
     no_double_backward,
     under_autocast,
 )
+from relops.ops._vmap import mapped_first
 
 Shapes = Tensor | Sequence[tuple[int, int]]
 
@@ -292,12 +293,7 @@ def _vmap(op, batched_arguments: tuple[int, ...]):
         for i in batched_arguments:
             if i >= len(args) or args[i] is None:
                 continue
-            tensor = args[i]
-            if in_dims[i] is None:
-                tensor = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
-            else:
-                tensor = tensor.movedim(in_dims[i], 0)
-            folded[i] = tensor.flatten(0, 1)
+            folded[i] = mapped_first(args[i], in_dims[i], info.batch_size).flatten(0, 1)
         return op(*folded).unflatten(0, (info.batch_size, -1)), 0
 
     return fold

@@ -21,6 +21,7 @@ from relops.ops._regions import (
     is_channels_last,
     register,
 )
+from relops.ops._vmap import mapped_first
 
 OP = "multi_scale_roi_align"
 
@@ -177,10 +178,7 @@ def _vmap(info, in_dims, inputs, boxes, *rest):
     """Folds its dimension into N, of all levels if of any, and K."""
     N = None
     if any(dim is not None for dim in in_dims[0]):
-        inputs = [
-            level.expand(info.batch_size, *level.shape) if dim is None else level.movedim(dim, 0)
-            for level, dim in zip(inputs, in_dims[0])
-        ]
+        inputs = [mapped_first(level, dim, info.batch_size) for level, dim in zip(inputs, in_dims[0])]
         N = inputs[0].size(1)
         inputs = [level.flatten(0, 1) for level in inputs]
     boxes = boxes_per_entry(boxes, in_dims[1], info.batch_size, N)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from relops.ops._boxes import check_boxes, check_idxs, check_iou_threshold, check_number, check_scores, computed
+from relops.ops._checks import is_int
+from relops.ops._vmap import mapped_first
 
 
 def nms_padded(
@@ -49,7 +51,7 @@ def nms_padded(
     check_boxes(op, boxes, batched=True)
     check_scores(op, scores, boxes)
     check_iou_threshold(op, iou_threshold)
-    whole = isinstance(max_output, (int, torch.SymInt)) and not isinstance(max_output, bool)
+    whole = is_int(max_output)
     if not whole or max_output < 0:
         raise (ValueError if whole else TypeError)(
             f"relops.{op}: max_output must be an int of at least 0, got {max_output!r}"
@@ -74,16 +76,9 @@ def _fake(boxes, scores, iou_threshold, max_output, idxs=None, score_threshold=N
 def _vmap(info, in_dims, boxes, scores, iou_threshold, max_output, idxs=None, score_threshold=None):
     """vmap is a batch, or folds its dimension into the one there is."""
     V = info.batch_size
-
-    def first(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.expand(V, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-    dims = dict(zip(("boxes", "scores", "iou_threshold", "max_output", "idxs"), in_dims))
-    boxes, scores, idxs = first(boxes, dims["boxes"]), first(scores, dims["scores"]), first(idxs, dims.get("idxs"))
+    boxes, scores = mapped_first(boxes, in_dims[0], V), mapped_first(scores, in_dims[1], V)
     images = boxes.shape[:-2]  # V, or V and B
     boxes, scores = boxes.flatten(0, -3), scores.flatten(0, -2)
-    idxs = None if idxs is None else idxs.flatten(0, -2)
+    idxs = None if idxs is None else mapped_first(idxs, in_dims[4], V).flatten(0, -2)
     keep, count = torch.ops.relops.nms_padded(boxes, scores, iou_threshold, max_output, idxs, score_threshold)
     return (keep.unflatten(0, images), count.unflatten(0, images)), (0, 0)

@@ -23,8 +23,7 @@ def nms_padded(
         )
         return keep[0], count[0]
     B, K = scores.shape
-    wide = torch.float32
-    boxes, scores = (x.detach().to(torch.promote_types(x.dtype, wide)) for x in (boxes, scores))
+    boxes, scores = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (boxes, scores))
     groups = torch.arange(B, device=boxes.device)[:, None].expand(B, K)
     if idxs is not None:
         classes, idxs = idxs.unique(return_inverse=True)
