@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define RELOPS_HOST_DEVICE __host__ __device__
 #define RELOPS_HOST_DEVICE_INLINE __host__ __device__ __forceinline__
@@ -14,6 +16,8 @@
 #endif
 
 namespace relops {
+
+RELOPS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // a * b, rounded: never fused with an addition, which would round differently from device to device. On the CPU it is
 // the file that must not be compiled to fuse (`#pragma GCC optimize("fp-contract=off")`) where its target can.

@@ -27,16 +27,8 @@ inline Vec<double> load_cost(const float* p) {
 #endif
 }
 
-inline Vec<double> smaller(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
-inline double lowest_lane(Vec<double> v) { return fold<double>(v, smaller); }
-
-// The lanes that are equal, as bits.
-inline unsigned equal_bits(Vec<double> a, Vec<double> b) {
-#if RELOPS_VECTOR_BYTES == 64  // GCC would make vectors of the mask and back
-  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
-#else
-  return mask_bits<double>(a == b);
-#endif
+inline double lowest_lane(Vec<double> v) {
+  return fold<double>(v, [](Vec<double> a, Vec<double> b) { return minimum(a, b); });
 }
 
 // Of the columns whose value is `wanted`, the first one without a row; if there is none, the first one. value(j) gives
@@ -89,7 +81,7 @@ class Search {
     for (int64_t j = 0; j < columns; j += kWide, at += kWide) {
       const Vec<double> x = load_cost(cost + j) - load(price + j);
       const VecInt<double> lower = x < first;
-      second = smaller(second, lower ? first : x);
+      second = minimum(second, lower ? first : x);
       first = lower ? x : first;
       first_at = lower ? at : first_at;
     }
@@ -123,7 +115,7 @@ class Search {
       const Vec<double> x = load_cost(cost + j) - load(price + j);
       store(distance + j, x);
       store_int<double>(from + j, broadcast_int<double>(i));
-      nearest = smaller(x, nearest);
+      nearest = minimum(x, nearest);
     }
     return pick(nearest);
   }
@@ -143,10 +135,10 @@ class Search {
     Vec<double> nearest = broadcast(kInfinity);
     for (int64_t j = 0; j < columns; j += kWide) {
       const Vec<double> x = load_cost(cost + j) - load(price + j) + offset;
-      const Vec<double> old = load(distance + j), now = smaller(x, old);
+      const Vec<double> old = load(distance + j), now = minimum(x, old);
       store(distance + j, now);
       store_int<double>(from + j, x < old ? broadcast_int<double>(row) : load_int<double>(from + j));
-      nearest = smaller(now, nearest);
+      nearest = minimum(now, nearest);
     }
     return pick(nearest);
   }
@@ -278,7 +270,7 @@ class Solver {
     const Packing<C> start(a_.maximize);
     const Packing<C> packing = size.columns_are_rows ? pack_columns(cost, a_.C, end, size, start, packed_)
                                                      : pack_rows(cost, a_.C, end, size, start, packed_);
-    const double largest = fold<C>(packing.largest, [](Vec<C> x, Vec<C> y) { return x > y ? x : y; });
+    const double largest = fold<C>(packing.largest, [](Vec<C> x, Vec<C> y) { return maximum(x, y); });
     const bool forbids = mask_bits<C>(packing.any_forbidden) != 0;
     const CostScale scale = cost_scale(largest, static_cast<int>(size.n));
     if (!forbids && scale.scale == 1.0) return solve(search_, packed_, b, size, kInfinity);

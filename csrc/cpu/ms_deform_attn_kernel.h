@@ -242,7 +242,7 @@ void for_channels(int64_t D, F f) {
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
   constexpr std::integral_constant<int, 4> four;
-  int64_t vectors = (D + W - 1) / W, d = 0;
+  int64_t vectors = ceil_div(D, W), d = 0;
   if (vectors == 1) return f(one, std::true_type{}, 0);
   if (vectors == 2) return f(two, std::true_type{}, 0);
   if (vectors == 4) return f(four, std::true_type{}, 0);
@@ -409,7 +409,7 @@ bool worth_packing(const MsDeformAttnArgs<T, U>& a) {
 // threads where there are pairs for all of them, else as few as occupy them, and never more than 4, which bounds
 // memory.
 inline int64_t packing_parts(int64_t threads, int64_t pairs, int64_t enough) {
-  return threads <= pairs ? enough : std::min<int64_t>((threads + pairs - 1) / pairs, 4);
+  return threads <= pairs ? enough : std::min<int64_t>(ceil_div(threads, pairs), 4);
 }
 
 // Dense rows of (n, m), padded with zeros to whole vectors; masked rows and row S are zero.

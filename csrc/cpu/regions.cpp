@@ -280,7 +280,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     std::fill_n(grad_boxes, 5 * p.K, C(0));
     if (grad_output.numel() == 0) return;
     // channels_last: a thread sums all channels of a region.
-    const int64_t blocks = p.channels_last ? 1 : (p.C + kChannelBlock - 1) / kChannelBlock;
+    const int64_t blocks = p.channels_last ? 1 : ceil_div(p.C, kChannelBlock);
     const Tensor shares = torch::stable::new_empty(p.boxes, {blocks, p.K, 4});
     args.box_shares = static_cast<C*>(shares.mutable_data_ptr());
     RELOPS_CALL_ISA(region_mean_backward_boxes, args, p.channels_last, threads);

@@ -108,7 +108,7 @@ struct ColumnTable {
 struct PlaneItems {
   int64_t blocks, parts, count;
   PlaneItems(int64_t maps, int64_t channels, int64_t block, int64_t threads, bool may_split)
-      : blocks((channels + block - 1) / block), parts(1) {
+      : blocks(ceil_div(channels, block)), parts(1) {
     if (may_split && maps * blocks > 0) parts = std::max<int64_t>(1, 4 * threads / (maps * blocks));
     count = maps * blocks * parts;
   }
@@ -956,7 +956,7 @@ void mean_backward(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>, kChannels = 64;
   const int64_t bins = a.PH * a.PW, width = std::min(kChannels, round_up(a.channels, W));
-  const int64_t blocks = (a.channels + width - 1) / width;
+  const int64_t blocks = ceil_div(a.channels, width);
   const std::vector<Band> bands = bands_of(a, width * sizeof(C));
   const int64_t most = most_pixels(a, bands);
   for_each_item(bands.size() * blocks, threads, [&] {
@@ -1013,7 +1013,7 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>, kVectors = 4, kBlock = kVectors * W;
   constexpr bool kInPlace = std::is_same_v<T, C>;
-  const int64_t bins = a.PH * a.PW, blocks = (a.channels + kBlock - 1) / kBlock, most_plane = largest_plane(a);
+  const int64_t bins = a.PH * a.PW, blocks = ceil_div(a.channels, kBlock), most_plane = largest_plane(a);
   for_each_item(a.L * a.N * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     C* own = scratch->template take<C>(kInPlace ? 0 : most_plane * kBlock);

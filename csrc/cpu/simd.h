@@ -246,7 +246,8 @@ inline Vec<double> minimum(Vec<double> a, Vec<double> b) { return a < b ? a : b;
 inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 
-// The lanes in which a > b, as bits.
+// The lanes in which a > b, as bits. By intrinsic: from a comparison GCC makes a vector of the mask, and a mask of
+// that.
 inline unsigned greater_bits(Vec<float> a, Vec<float> b) {
 #if RELOPS_VECTOR_BYTES == 64
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
@@ -259,6 +260,15 @@ inline unsigned greater_bits(Vec<double> a, Vec<double> b) {
   return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
 #else
   return mask_bits<double>(a > b);
+#endif
+}
+
+// The lanes in which a and b are equal, as bits.
+inline unsigned equal_bits(Vec<double> a, Vec<double> b) {
+#if RELOPS_VECTOR_BYTES == 64
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+#else
+  return mask_bits<double>(a == b);
 #endif
 }
 
@@ -305,10 +315,9 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
 template <class C>
 inline void softmax(C* p, int64_t n, int64_t padded) {
   for (int64_t i = n; i < padded; ++i) p[i] = -std::numeric_limits<C>::infinity();
-  const auto larger = [](Vec<C> a, Vec<C> b) { return a > b ? a : b; };
   Vec<C> tops = load(p);
-  for (int64_t i = kLanes<C>; i < padded; i += kLanes<C>) tops = larger(load(p + i), tops);
-  const C top = fold<C>(tops, larger);
+  for (int64_t i = kLanes<C>; i < padded; i += kLanes<C>) tops = maximum(load(p + i), tops);
+  const C top = fold<C>(tops, [](Vec<C> a, Vec<C> b) { return maximum(a, b); });
   Vec<C> total = {};
   for (int64_t i = 0; i < padded; i += kLanes<C>) {
     const Vec<C> e = exp_nonpositive(load(p + i) - top);

@@ -15,14 +15,14 @@
 #include <new>
 #include <vector>
 
+#include "host_device.h"
+
 namespace relops {
 
 template <class I>
 constexpr I round_up(I n, I multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Uninitialised memory for a thread's own use, aligned to a cache line.
 class Scratch {

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "host_device.h"
 
 namespace relops {
 
@@ -29,7 +30,7 @@ inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
 
 // Blocks of a one-dimensional grid.
 inline unsigned grid_size(const char* op, int64_t blocks) {
@@ -130,14 +131,14 @@ __device__ __forceinline__ T* row_at(T* p, int row, unsigned stride) {
 // Sum over a group of 2^k neighbouring lanes; every lane of the warp must call it.
 template <class C>
 __device__ __forceinline__ C group_sum(C x, int group) {
-  for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
   return x;
 }
 
 template <class C>
 __device__ __forceinline__ C group_max(C x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) {
-    const C other = __shfl_xor_sync(0xffffffffu, x, distance);
+    const C other = __shfl_xor_sync(kAll, x, distance);
     x = other > x ? other : x;
   }
   return x;

@@ -91,7 +91,7 @@ struct LowestOne {
     if (precedes(other, *this)) *this = other;
   }
   __device__ LowestOne from_lane(int mask) const {
-    return {__shfl_xor_sync(0xffffffffu, first, mask), __shfl_xor_sync(0xffffffffu, key, mask)};
+    return {__shfl_xor_sync(kAll, first, mask), __shfl_xor_sync(kAll, key, mask)};
   }
 };
 
@@ -109,8 +109,7 @@ struct LowestTwo {
     key = better ? other.key : key;
   }
   __device__ LowestTwo from_lane(int mask) const {
-    return {__shfl_xor_sync(0xffffffffu, first, mask), __shfl_xor_sync(0xffffffffu, second, mask),
-            __shfl_xor_sync(0xffffffffu, key, mask)};
+    return {__shfl_xor_sync(kAll, first, mask), __shfl_xor_sync(kAll, second, mask), __shfl_xor_sync(kAll, key, mask)};
   }
 };
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void sum_and_share(C (&x)[kTogether][3], int lane, in
 #pragma unroll
       for (int k = 0; k < 3; ++k) {
         const C keep = upper ? x[j + half][k] : x[j][k], give = upper ? x[j][k] : x[j + half][k];
-        x[j][k] = keep + __shfl_xor_sync(0xffffffffu, give, distance);
+        x[j][k] = keep + __shfl_xor_sync(kAll, give, distance);
       }
     first += upper ? half : 0;
     count = half;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void sum_and_share(C (&x)[kTogether][3], int lane, in
   }
   for (; distance > 0; distance /= 2)
 #pragma unroll
-    for (int k = 0; k < 3; ++k) x[0][k] += __shfl_xor_sync(0xffffffffu, x[0][k], distance);
+    for (int k = 0; k < 3; ++k) x[0][k] += __shfl_xor_sync(kAll, x[0][k], distance);
 }
 
 // kOneStep: the group's lanes hold all D channels at once.

@@ -96,7 +96,6 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
                                                         const uint32_t* numbers, typename P::T* grad_value) {
   using T = typename P::T;
   using C = typename P::C;
-  constexpr unsigned kAll = 0xffffffffu;
   extern __shared__ __align__(16) char memory[];
   DeviceLevel* levels = reinterpret_cast<DeviceLevel*>(memory);
   load_levels(p, p.levels, levels);

@@ -19,7 +19,6 @@ namespace {
 
 constexpr int kChunk = 1024, kWords = kChunk / 64;
 constexpr unsigned kMostBlocks = 4096;  // of a launch whose places most often are none of the round's
-constexpr unsigned kAll = 0xffffffffu;
 
 // Apart, so that a box is one load of 16 bytes, or two.
 template <class C>

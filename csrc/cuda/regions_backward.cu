@@ -93,7 +93,7 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
                 may_reach(region_axis(p, l, first + threadIdx.x, false), top, bottom) &&
                 may_reach(region_axis(p, l, first + threadIdx.x, true), left, right);
     }
-    const unsigned ballot = __ballot_sync(0xffffffffu, reaches);
+    const unsigned ballot = __ballot_sync(kAll, reaches);
     if (lane == 0) found[warp] = __popc(ballot);
     __syncthreads();
     int total = 0, mine = __popc(ballot & ((1u << lane) - 1));

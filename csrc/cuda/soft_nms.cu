@@ -11,7 +11,6 @@ namespace relops {
 namespace {
 
 constexpr int kDecayThreads = 512, kWarps = kDecayThreads / 32;
-constexpr unsigned kAll = 0xffffffffu;
 
 template <class C>
 using ScoreInt = std::make_signed_t<ScoreKey<C>>;
