@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_device, check_features, check_shape, check_tensor
+from relops.ops._checks import check_device, check_features, check_number, check_shape, check_tensor
 
 
 def check_boxes(op: str, boxes: object, batched: bool = False) -> None:
@@ -34,13 +34,6 @@ def check_idxs(op: str, idxs: object, boxes: Tensor) -> None:
 def _check_per_box(op: str, name: str, tensor: Tensor, boxes: Tensor) -> None:
     check_device(op, name, tensor, "boxes", boxes)
     check_shape(op, name, tensor, "[K]" if boxes.dim() == 2 else "[B,K]", *boxes.shape[:-1])
-
-
-def check_number(op: str, name: str, number: object, rule: str, low: float, high: float) -> None:
-    """`rule` is "in [low,high]" in words; NaN is never in it."""
-    real = isinstance(number, (float, int, torch.SymFloat)) and not isinstance(number, bool)
-    if not real or not low <= number <= high:
-        raise (ValueError if real else TypeError)(f"relops.{op}: {name} must be a number {rule}, got {number!r}")
 
 
 def check_iou_threshold(op: str, iou_threshold: object) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import torch
 from torch import Tensor
 
+SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max  # of positive and finite numbers
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -16,6 +20,13 @@ def compute_dtype(features: torch.dtype) -> torch.dtype:
 def is_int(x: object) -> bool:
     """An int or what stands for one in a graph; a bool is most likely an argument in the wrong place."""
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+
+
+def check_number(op: str, name: str, number: object, rule: str, low: float, high: float) -> None:
+    """`rule` is "in [low,high]" in words; NaN is never in it."""
+    real = isinstance(number, (float, int, torch.SymFloat)) and not isinstance(number, bool)
+    if not real or not low <= number <= high:
+        raise (ValueError if real else TypeError)(f"relops.{op}: {name} must be a number {rule}, got {number!r}")
 
 
 def check_tensor(op: str, name: str, tensor: object) -> None:

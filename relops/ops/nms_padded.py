@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from relops.ops._boxes import check_boxes, check_idxs, check_iou_threshold, check_number, check_scores, computed
-from relops.ops._checks import is_int
+from relops.ops._boxes import check_boxes, check_idxs, check_iou_threshold, check_scores, computed
+from relops.ops._checks import check_number, is_int
 from relops.ops._vmap import mapped_first
 
 

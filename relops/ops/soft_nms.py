@@ -1,8 +1,5 @@
 """Soft-NMS (https://arxiv.org/abs/1704.04503)."""
 
-import math
-import sys
-
 import torch
 from torch import Tensor
 
@@ -10,15 +7,13 @@ from relops.ops._boxes import (
     check_boxes,
     check_idxs,
     check_iou_threshold,
-    check_number,
     check_scores,
     computed,
     unknown_count,
 )
-from relops.ops._checks import compute_dtype
+from relops.ops._checks import LARGEST, SMALLEST, check_number, compute_dtype
 
 METHODS = ("linear", "gaussian")
-SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max
 
 
 def soft_nms(
