@@ -58,6 +58,9 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "float[] spatial_scales, int sampling_ratio, bool aligned, float canonical_box_size, int canonical_level, "
       "bool channels_last, bool[] input_grads, bool boxes_grad) -> (Tensor[], Tensor)");
 
+  m.def("rank_embedding(Tensor ranks, SymInt dim, float wavelength) -> Tensor");
+  m.def("_rank_embedding_backward(Tensor grad_output, Tensor ranks, float wavelength) -> Tensor");
+
   m.def(
       "linear_sum_assignment(Tensor cost, Tensor? num_rows=None, Tensor? num_cols=None, bool maximize=False) -> "
       "(Tensor, Tensor)");

@@ -530,6 +530,14 @@ def bad_options(name: str, error: type[Exception], *values: Any, harmless: bool 
         yield Bad(f"{name} {value!r}", put(name, value), error, message, harmless)
 
 
+def bad_numbers(name: str, rule: str, *values: Any) -> Iterator[Bad]:
+    """The kernels compute with any."""
+    for value in values:
+        error = ValueError if type(value) in (float, int) else TypeError
+        message = rf"{name} must be a number {rule}, got {re.escape(repr(value))}"
+        yield Bad(f"{name} {value!r}", put(name, value), error, message, harmless=True)
+
+
 def bad_regions(features: str, *more: Bad) -> tuple[Bad, ...]:
     """Of "typical": N = 2, K = 7, PH = 3, PW = 2, float32."""
     first = r"inputs\[0\]" if features == "level0" else features
@@ -705,6 +713,41 @@ def box_pair_op(name: str) -> Op:
     )
 
 
+# ---- Ranks ----
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Numbers up to 100, of which 16-bit dtypes have fractions."""
+
+    shape: tuple[int, ...] = (3, 7)
+    dim: int = 16
+    wavelength: float = 1000.0
+
+    def rank_embedding(self, generator: torch.Generator) -> Inputs:
+        ranks = 100 * torch.rand(self.shape, generator=generator, dtype=torch.float64)
+        return {"ranks": ranks, "dim": self.dim, "wavelength": self.wavelength}
+
+
+RANKS = {
+    "typical": Ranks(),
+    "one": Ranks((1,), dim=2),
+    "odd": Ranks((2, 1, 5), dim=46, wavelength=10000.0),
+    "wide": Ranks((5,), dim=1024),
+    "many": Ranks((700,), dim=6, wavelength=0.5),
+}
+RANKS_EMPTY = {"all": Ranks((0,)), "some": Ranks((3, 0, 2))}
+# Of "typical": 3 x 7, float32.
+BAD_RANKS = (
+    Bad("ranks no tensor", put("ranks", [1, 2]), TypeError, "ranks must be a Tensor, got list"),
+    Bad("ranks bool", change("ranks", Tensor.bool), TypeError, "ranks must be of an integer dtype.*got torch.bool"),
+    Bad("ranks complex", change("ranks", Tensor.cfloat), TypeError, "ranks must be .*got torch.complex64"),
+    *bad_options("dim", ValueError, 0, 1, 17, -2),
+    *bad_options("dim", TypeError, 2.5, "16", None),
+    Bad("dim True", put("dim", True), TypeError, "dim must be an int, got True"),
+)
+
+
 OPS = [
     Op(
         name="ms_deform_attn",
@@ -746,6 +789,17 @@ OPS = [
     ),
     box_pair_op("box_iou"),
     box_pair_op("generalized_box_iou"),
+    Op(
+        name="rank_embedding",
+        samples={key: case.rank_embedding for key, case in RANKS.items()},
+        empty={key: case.rank_embedding for key, case in RANKS_EMPTY.items()},
+        growing=lambda k: Ranks((5 + k, 7 + 2 * k), dim=12).rank_embedding,
+        features=("ranks",),
+        coordinates=(),
+        differentiable=("ranks",),
+        vmapped=("ranks",),
+        bad=(*BAD_RANKS, *bad_numbers("wavelength", "positive and finite", 0.0, -1.0, math.nan, math.inf, True)),
+    ),
 ]
 PLAIN, FUSED = (next(op for op in OPS if op.name == name) for name in ("ms_deform_attn", "ms_deform_attn_fused"))
 
@@ -858,14 +912,6 @@ SUPPRESSION_EMPTY_BATCHED = SUPPRESSION_EMPTY | {
 
 def suppression_growing(k: int, B: int | None) -> Suppression:
     return Suppression(K=11 + 13 * k, B=None if B is None else B + k, classes=6, kind="anywhere")
-
-
-def bad_numbers(name: str, rule: str, *values: Any) -> Iterator[Bad]:
-    """The kernels compute with any."""
-    for value in values:
-        error = ValueError if type(value) in (float, int) else TypeError
-        message = rf"{name} must be a number {rule}, got {re.escape(repr(value))}"
-        yield Bad(f"{name} {value!r}", put(name, value), error, message, harmless=True)
 
 
 def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:

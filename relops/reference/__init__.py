@@ -11,6 +11,7 @@ from relops.reference.nms_padded import nms_padded
 from relops.reference.prroi_pool import prroi_pool
 from relops.reference.ps_roi_align import ps_roi_align
 from relops.reference.ps_roi_pool import ps_roi_pool
+from relops.reference.rank_embedding import rank_embedding
 from relops.reference.roi_align import roi_align
 from relops.reference.roi_pool import roi_pool
 from relops.reference.soft_nms import soft_nms
@@ -28,6 +29,7 @@ __all__ = [
     "prroi_pool",
     "ps_roi_align",
     "ps_roi_pool",
+    "rank_embedding",
     "roi_align",
     "roi_pool",
     "soft_nms",
