@@ -17,6 +17,7 @@ from relops.ops.prroi_pool import prroi_pool  # noqa: E402
 from relops.ops.ps_roi_align import ps_roi_align  # noqa: E402
 from relops.ops.ps_roi_pool import ps_roi_pool  # noqa: E402
 from relops.ops.rank_embedding import rank_embedding  # noqa: E402
+from relops.ops.relation_attention import relation_attention  # noqa: E402
 from relops.ops.roi_align import roi_align  # noqa: E402
 from relops.ops.roi_pool import roi_pool  # noqa: E402
 from relops.ops.soft_nms import soft_nms  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "ps_roi_align",
     "ps_roi_pool",
     "rank_embedding",
+    "relation_attention",
     "roi_align",
     "roi_pool",
     "soft_nms",

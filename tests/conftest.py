@@ -120,10 +120,13 @@ def tolerances(dtype: torch.dtype) -> tuple[float, float]:
     }[dtype]
 
 
-def assert_matches(actual: Tensor, expected: Tensor, what: str = "output", dtype: torch.dtype | None = None) -> None:
-    """`expected` is float64, from the inputs as rounded to the tested dtype; `dtype` where actual was cast since."""
+def assert_matches(
+    actual: Tensor, expected: Tensor, what: str = "output", dtype: torch.dtype | None = None, noise: float = 1.0
+) -> None:
+    """`expected` is float64, from the inputs as rounded to the tested dtype; `dtype` where actual was cast since;
+    `noise` is that of the op (cases.Op)."""
     relative, of_largest = tolerances(dtype or actual.dtype)
-    largest = expected.abs().max().item() if expected.numel() else 0.0
+    largest = noise * expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.detach().double().cpu(), expected.detach().cpu(), rtol=relative, atol=of_largest * largest,
         msg=lambda text: f"{what}: {text}",
@@ -134,7 +137,7 @@ def assert_matches_twin(op: Op, inputs: Inputs, dtype: torch.dtype | None = None
     """The output and every gradient."""
     actual = op.run(inputs)
     for name, expected in op.run_twin(inputs).items():
-        assert_matches(actual[name], expected, name, dtype)
+        assert_matches(actual[name], expected, name, dtype, op.noise)
 
 
 def assert_same_selection(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

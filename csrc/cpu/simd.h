@@ -288,8 +288,8 @@ inline void store_pairs(C* p, Vec<C> first, Vec<C> second) {
   store(p + W, (Vec<C>)__builtin_shuffle(first, second, low + W / 2));
 }
 
-// e^x for x <= 0 to about 1 unit in the last place; 0 below the normal range; NaN stays NaN.
-inline Vec<float> exp_nonpositive(Vec<float> x) {
+// e^x to about 1 unit in the last place, for x that do not overflow; 0 below the normal range; NaN stays NaN.
+inline Vec<float> exponential(Vec<float> x) {
   const VecInt<float> underflow = x < -87.0f;
   x = underflow ? broadcast(-87.0f) : x;
   // Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits.
@@ -306,7 +306,7 @@ inline Vec<float> exp_nonpositive(Vec<float> x) {
   return underflow ? Vec<float>{} : y;
 }
 
-inline Vec<double> exp_nonpositive(Vec<double> x) {
+inline Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
@@ -320,7 +320,7 @@ inline void softmax(C* p, int64_t n, int64_t padded) {
   const C top = fold<C>(tops, [](Vec<C> a, Vec<C> b) { return maximum(a, b); });
   Vec<C> total = {};
   for (int64_t i = 0; i < padded; i += kLanes<C>) {
-    const Vec<C> e = exp_nonpositive(load(p + i) - top);
+    const Vec<C> e = exponential(load(p + i) - top);
     store(p + i, e);
     total += e;
   }

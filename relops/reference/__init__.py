@@ -12,6 +12,7 @@ from relops.reference.prroi_pool import prroi_pool
 from relops.reference.ps_roi_align import ps_roi_align
 from relops.reference.ps_roi_pool import ps_roi_pool
 from relops.reference.rank_embedding import rank_embedding
+from relops.reference.relation_attention import relation_attention
 from relops.reference.roi_align import roi_align
 from relops.reference.roi_pool import roi_pool
 from relops.reference.soft_nms import soft_nms
@@ -30,6 +31,7 @@ __all__ = [
     "ps_roi_align",
     "ps_roi_pool",
     "rank_embedding",
+    "relation_attention",
     "roi_align",
     "roi_pool",
     "soft_nms",
