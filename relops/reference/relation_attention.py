@@ -24,17 +24,20 @@ def relation_attention(
     """16-bit inputs are computed in float32."""
     D = query.shape[3]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    if key_mask is not None:  # what is masked may be anything
+    if key_mask is not None:  # masked keys may be anything, and so may queries that have no others
+        nothing = key_mask.all(1, keepdim=True)
         key, value = (x.masked_fill(key_mask[:, :, None, None], 0) for x in (key, value))
-        key_boxes = key_boxes.masked_fill(key_mask[:, :, None], 0)
+        query = query.masked_fill(nothing[:, :, None, None], 0)
+        query_boxes, key_boxes = (
+            x.masked_fill(mask[:, :, None], 0) for x, mask in ((query_boxes, nothing), (key_boxes, key_mask))
+        )
     angles = geometry_angles(query_boxes.to(dtype), key_boxes.to(dtype), geometry == "official", wavelength)
     # [M,32] each: of an embedding that is 8 sines, then 8 cosines, of each of the 4 coordinates.
     sine_weight, cosine_weight = (w.flatten(1) for w in geometry_weight.to(dtype).view(-1, 4, 2, 8).unbind(2))
     bias = None if geometry_bias is None else geometry_bias.to(dtype)
     relation = F.linear(angles.sin(), sine_weight, bias) + F.linear(angles.cos(), cosine_weight)  # [N,Q,K,M]
     logits = relation.clamp(min=1e-6).log().permute(0, 3, 1, 2)  # [N,M,Q,K]
-    if key_mask is not None:
-        nothing = key_mask.all(1, keepdim=True)  # to attend to: the softmax of no logit would be NaN
+    if key_mask is not None:  # the softmax of no logit would be NaN
         logits = logits.masked_fill((key_mask & ~nothing)[:, None, None], float("-inf"))
 
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
