@@ -60,12 +60,12 @@ STABLE_TORCH_LIBRARY(relops, m) {
 
   m.def(
       "relation_attention(Tensor query, Tensor key, Tensor value, Tensor query_boxes, Tensor key_boxes, "
-      "Tensor geometry_weight, Tensor? geometry_bias, Tensor? key_mask, bool by_query, float wavelength, float scale, "
+      "Tensor geometry_weight, Tensor? geometry_bias, Tensor? key_mask, bool by_query, float wavelength, float? scale, "
       "bool allow_tf32) -> (Tensor, Tensor)");
   m.def(
       "_relation_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor query_boxes, "
       "Tensor key_boxes, Tensor geometry_weight, Tensor? geometry_bias, Tensor? key_mask, Tensor output, "
-      "Tensor logsumexp, bool by_query, float wavelength, float scale, bool allow_tf32, bool[] wanted) -> "
+      "Tensor logsumexp, bool by_query, float wavelength, float? scale, bool allow_tf32, bool[] wanted) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("rank_embedding(Tensor ranks, SymInt dim, float wavelength) -> Tensor");
   m.def("_rank_embedding_backward(Tensor grad_output, Tensor ranks, float wavelength) -> Tensor");

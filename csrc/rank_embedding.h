@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "host_device.h"
+#include "series.h"
 #include "tensors.h"
 
 namespace relops {
@@ -25,28 +26,9 @@ RELOPS_HOST_DEVICE_INLINE void sin_cos(F x, F& sine, F& cosine) {
   const F r = (x - n * 3.141592653589793) - n * 1.2246467991473532e-16;  // x - n pi, in [-pi / 2, pi / 2]
   const F half = n * 0.5, odd = half - ((half + kRound) - kRound);       // 0 or, of odd n, +-1/2
   const F sign = 1 - 8 * odd * odd;
-  // The Taylor series, whose terms left out are below 2^-55 there.
-  const F y = -r * r;
-  F s = y * (1 / 51090942171709440000.0) + 1 / 121645100408832000.0;
-  s = s * y + 1 / 355687428096000.0;
-  s = s * y + 1 / 1307674368000.0;
-  s = s * y + 1 / 6227020800.0;
-  s = s * y + 1 / 39916800.0;
-  s = s * y + 1 / 362880.0;
-  s = s * y + 1 / 5040.0;
-  s = s * y + 1 / 120.0;
-  s = s * y + 1 / 6.0;
-  F c = y * (1 / 2432902008176640000.0) + 1 / 6402373705728000.0;
-  c = c * y + 1 / 20922789888000.0;
-  c = c * y + 1 / 87178291200.0;
-  c = c * y + 1 / 479001600.0;
-  c = c * y + 1 / 3628800.0;
-  c = c * y + 1 / 40320.0;
-  c = c * y + 1 / 720.0;
-  c = c * y + 1 / 24.0;
-  c = c * y + 1 / 2.0;
-  sine = sign * (s * y * r + r);
-  cosine = sign * (c * y + 1);
+  const F turns = r * 0.3183098861837907, u = turns * turns;  // half turns
+  sine = sign * turns * Series<double>::sine(u);
+  cosine = sign * Series<double>::cosine(u);
 }
 
 // Of coordinate j of `half`.

@@ -30,6 +30,7 @@
 
 #include "dispatch.h"
 #include "host_device.h"
+#include "series.h"
 #include "tensors.h"
 
 namespace relops {
@@ -70,59 +71,6 @@ Waves<C> make_waves(double wavelength) {
   }
   return waves;
 }
-
-// c + x (d + x (...)). F: float, double or a vector of either.
-template <class F, class C>
-RELOPS_HOST_DEVICE_INLINE F polynomial(F x, C c, C d) {
-  return x * d + c;
-}
-template <class F, class C, class... Rest>
-RELOPS_HOST_DEVICE_INLINE F polynomial(F x, C c, Rest... rest) {
-  return polynomial(x, rest...) * x + c;
-}
-
-// In powers of u = r^2: sin(pi r) / r and cos(pi r) for |r| <= 1/2, and log2((1 + r) / (1 - r)) / r for mantissas
-// (1 + r) / (1 - r) from sqrt(1/2) to sqrt(2).
-template <class C>
-struct Series;
-// Minimax: errors 4e-9 (sine) and 5e-8 (cosine) before rounding.
-template <>
-struct Series<float> {
-  template <class F>
-  static RELOPS_HOST_DEVICE_INLINE F sine(F u) {
-    return polynomial(u, 3.14159258f, -5.16770688f, 2.55003138f, -0.59804517f, 0.07722013f);
-  }
-  template <class F>
-  static RELOPS_HOST_DEVICE_INLINE F cosine(F u) {
-    return polynomial(u, 0.99999995f, -4.93479286f, 4.05841191f, -1.33188016f, 0.2196968f);
-  }
-  template <class F>
-  static RELOPS_HOST_DEVICE_INLINE F log2(F u) {
-    return polynomial(u, 2.88539008f, 0.96179669f, 0.57707802f, 0.41219858f, 0.32059890f);
-  }
-};
-// Taylor's: errors below 1e-17.
-template <>
-struct Series<double> {
-  template <class F>
-  static RELOPS_HOST_DEVICE_INLINE F sine(F u) {
-    return polynomial(u, 3.1415926535897932, -5.1677127800499700, 2.5501640398773454, -0.59926452932079208,
-                      0.082145886611128229, -0.0073704309457143508, 4.6630280576761256e-4, -2.1915353447830216e-5,
-                      7.9520540014755128e-7, -2.2948428997269873e-8, 5.3926646626081285e-10);
-  }
-  template <class F>
-  static RELOPS_HOST_DEVICE_INLINE F cosine(F u) {
-    return polynomial(u, 1.0, -4.9348022005446793, 4.0587121264167682, -1.3352627688545895, 0.23533063035889321,
-                      -0.025806891390014060, 0.0019295743094039230, -1.0463810492484571e-4, 4.3030695870329470e-6,
-                      -1.3878952462213773e-7, 3.6047307974625009e-9, -7.7007071306013539e-11);
-  }
-  template <class F>
-  static RELOPS_HOST_DEVICE_INLINE F log2(F u) {
-    return polynomial(u, 2.8853900817779268, 0.96179669392597561, 0.57707801635558536, 0.41219858311113240,
-                      0.32059889797532520, 0.26230818925253880, 0.22195308321368668, 0.19235933878519512,
-                      0.16972882833987806, 0.15186263588304878, 0.13739952770371080, 0.12545174268599682);
-  }
-};
 
 // log2 of something positive, n + l.
 template <class F>
@@ -181,12 +129,13 @@ struct RelationAttention {
   RelationAttention(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& query_boxes_,
                     const Tensor& key_boxes_, const Tensor& geometry_weight_,
                     const std::optional<Tensor>& geometry_bias_, const std::optional<Tensor>& key_mask_, bool by_query,
-                    double wavelength, double scale, bool allow_tf32)
-      : by_query(by_query), wavelength(wavelength), scale(scale), allow_tf32(allow_tf32) {
+                    double wavelength, std::optional<double> scale_, bool allow_tf32)
+      : by_query(by_query), wavelength(wavelength), allow_tf32(allow_tf32) {
     STD_TORCH_CHECK(query_.dim() == 4 && key_.dim() == 4 && value_.dim() == 4, op,
                     ": query, key and value must have 4 dimensions");
     N = query_.size(0), Q = query_.size(1), M = query_.size(2), D = query_.size(3);
     K = key_.size(1), Dv = value_.size(3);
+    scale = scale_ ? *scale_ : D > 0 ? 1 / std::sqrt(static_cast<double>(D)) : 1;
     check_shape(op, "key", key_, {N, K, M, D});
     check_shape(op, "value", value_, {N, K, M, Dv});
     check_shape(op, "query_boxes", query_boxes_, {N, Q, 4});
@@ -292,7 +241,7 @@ struct RelationAttentionOps {
                                             const Tensor& query_boxes, const Tensor& key_boxes,
                                             const Tensor& geometry_weight, const std::optional<Tensor>& geometry_bias,
                                             const std::optional<Tensor>& key_mask, bool by_query, double wavelength,
-                                            double scale, bool allow_tf32) {
+                                            std::optional<double> scale, bool allow_tf32) {
     const RelationAttention r(query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask,
                               by_query, wavelength, scale, allow_tf32);
     const Tensor output = torch::stable::new_empty(r.query, {r.N, r.Q, r.M, r.Dv});
@@ -316,8 +265,8 @@ struct RelationAttentionOps {
                                          const Tensor& value, const Tensor& query_boxes, const Tensor& key_boxes,
                                          const Tensor& geometry_weight, const std::optional<Tensor>& geometry_bias,
                                          const std::optional<Tensor>& key_mask, const Tensor& output_,
-                                         const Tensor& logsumexp_, bool by_query, double wavelength, double scale,
-                                         bool allow_tf32, std::vector<bool> wanted) {
+                                         const Tensor& logsumexp_, bool by_query, double wavelength,
+                                         std::optional<double> scale, bool allow_tf32, std::vector<bool> wanted) {
     const RelationAttention r(query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask,
                               by_query, wavelength, scale, allow_tf32);
     for (const Tensor* tensor : {&grad_output_, &output_}) {

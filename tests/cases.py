@@ -811,8 +811,8 @@ RELATIONS_EMPTY = {
 
 
 def relations_growing(k: int) -> Relations:
-    """At k = 0 no two sizes are equal. D decides scale, which is a constant of a graph."""
-    return Relations(N=3 + k, Q=11 + 3 * k, K=17 + 5 * k, M=5 + k, D=8, Dv=13 + 2 * k, mask="some")
+    """At k = 0 no two sizes are equal."""
+    return Relations(N=3 + k, Q=11 + 3 * k, K=17 + 5 * k, M=5 + k, D=8 + k, Dv=23 + 2 * k, mask="some")
 
 
 def raw_relations(inputs: Inputs) -> Inputs:
@@ -820,7 +820,7 @@ def raw_relations(inputs: Inputs) -> Inputs:
     return tensors | {
         "by_query": inputs["geometry"] == "official",
         "wavelength": inputs["wavelength"],
-        "scale": 0.25 if inputs["scale"] is None else inputs["scale"],
+        "scale": inputs["scale"],
         "allow_tf32": False,
     }
 

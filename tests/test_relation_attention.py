@@ -367,7 +367,7 @@ def test_one_key(device: str) -> None:
 def test_backward_op_gives_what_is_asked_for(flags: int, device: str) -> None:
     inputs = draw(Relations(mask="some"), device)
     wanted = [bool(flags >> i & 1) for i in range(7)]
-    raw = OP.raw(inputs) | {"scale": inputs["query"].shape[3] ** -0.5}
+    raw = OP.raw(inputs)
     output, logsumexp = OP.overload(*raw.values())
     tensors, options = list(raw.values())[:8], list(raw.values())[8:]
     grads = torch.ops.relops._relation_attention_backward(
@@ -384,7 +384,9 @@ def test_logsumexp(device: str) -> None:
     """What the forward keeps for the backward: of the logits; infinite where there are none."""
     inputs = draw(Relations(N=3, Q=5, K=40, mask="all"), device)
     output, logsumexp = OP.overload(*OP.raw(inputs).values())
-    logits = geometry_bias(inputs) + 0.25 * torch.einsum("nqmd,nkmd->nmqk", inputs["query"], inputs["key"])
+    logits = geometry_bias(inputs) + inputs["query"].shape[3] ** -0.5 * torch.einsum(
+        "nqmd,nkmd->nmqk", inputs["query"], inputs["key"]
+    )
     logits = logits.masked_fill(inputs["key_mask"][:, None, None], -math.inf)
     torch.testing.assert_close(logsumexp[1:], logits.logsumexp(-1).transpose(1, 2)[1:], rtol=1e-12, atol=1e-12)
     assert (logsumexp[0] == math.inf).all() and not output[0].any()

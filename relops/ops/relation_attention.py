@@ -128,9 +128,8 @@ def relation_attention(
     if geometry not in GEOMETRIES:
         raise ValueError(f'relops.{op}: geometry must be "paper" or "official", got {geometry!r}')
     check_number(op, "wavelength", wavelength, "positive and finite", SMALLEST, LARGEST)
-    if scale is None:
-        scale = D**-0.5 if D else 1.0
-    check_number(op, "scale", scale, "finite, or None", -LARGEST, LARGEST)
+    if scale is not None:
+        check_number(op, "scale", scale, "finite, or None", -LARGEST, LARGEST)
     check_device_has_kernels(op, query.device)
 
     wide = compute_dtype(query.dtype)
