@@ -2,6 +2,7 @@
 
 from relops.nn.ms_deform_attn import MSDeformAttn, MultiScaleDeformableAttention
 from relops.nn.multi_scale_roi_align import MultiScaleRoIAlign
+from relops.nn.object_relation import ObjectRelation
 from relops.nn.prroi_pool import PrRoIPool
 from relops.nn.ps_roi_align import PSRoIAlign
 from relops.nn.ps_roi_pool import PSRoIPool
@@ -12,6 +13,7 @@ __all__ = [
     "MSDeformAttn",
     "MultiScaleDeformableAttention",
     "MultiScaleRoIAlign",
+    "ObjectRelation",
     "PSRoIAlign",
     "PSRoIPool",
     "PrRoIPool",
