@@ -1,5 +1,6 @@
 """Modules built on the ops."""
 
+from relops.nn.duplicate_removal import DuplicateRemoval, RankedDetections
 from relops.nn.ms_deform_attn import MSDeformAttn, MultiScaleDeformableAttention
 from relops.nn.multi_scale_roi_align import MultiScaleRoIAlign
 from relops.nn.object_relation import ObjectRelation
@@ -10,6 +11,7 @@ from relops.nn.roi_align import RoIAlign
 from relops.nn.roi_pool import RoIPool
 
 __all__ = [
+    "DuplicateRemoval",
     "MSDeformAttn",
     "MultiScaleDeformableAttention",
     "MultiScaleRoIAlign",
@@ -17,6 +19,7 @@ __all__ = [
     "PSRoIAlign",
     "PSRoIPool",
     "PrRoIPool",
+    "RankedDetections",
     "RoIAlign",
     "RoIPool",
 ]

@@ -1,0 +1,249 @@
+"""The learned duplicate removal network, which takes the place of non-maximum suppression."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from relops.nn.object_relation import ObjectRelation
+from relops.ops._checks import check_features, check_shape, check_tensor, compute_dtype
+from relops.ops.box_iou import box_iou
+from relops.ops.rank_embedding import rank_embedding
+
+# The loss sees class scores no closer to 0 and 1 than this: to 1, float32 comes no closer.
+CLOSEST = 2.0**-23
+
+
+class RankedDetections(NamedTuple):
+    """What `DuplicateRemoval` makes of B images, K objects, C classes: n = min(first_n, K) objects a class, best first.
+
+    Classes with fewer than n are filled up with index -1 and zeros. float32, or float64 for float64 inputs.
+    """
+
+    final_scores: Tensor
+    """[B,K,C]: what to rank detections by. s0 times s1, the mean over thresholds; 0 where an object was left out."""
+    indices: Tensor
+    """[B,C,n] int64 in [0,K)."""
+    boxes: Tensor
+    """[B,C,n,4], without gradient."""
+    scores: Tensor
+    """[B,C,n]: s0, the class score."""
+    logits: Tensor
+    """[B,C,n,E]: their sigmoid is s1, the probability to be the one right box of an object, for each IoU threshold."""
+
+
+class DuplicateRemoval(nn.Module):
+    """Learned suppression of duplicates (Hu et al., Relation Networks for Object Detection, 2018).
+
+    In every class the first_n best objects are ranked by class score, s0. The embedded rank of an object and its
+    feature, both projected to hidden_dim, are added, and an `ObjectRelation` lets the objects of the class see each
+    other. From a ReLU of that, a linear layer and a sigmoid give s1: the probability that this box is the right one of
+    its object, for each of several thresholds of IoU. The final score is s0 * s1. All classes of all images are one
+    batch of one kernel.
+
+    Args:
+        channels: width of the features.
+        first_n: how many objects of a class take part; the released code has 100, and 150 with a feature pyramid.
+        thresholds: E thresholds of IoU, each with an s1 of its own.
+        score_threshold: an object whose s0 is not larger is left out of that class, in training too. The released code
+            does so at test alone, and with whole classes; 0 gives what it computes in training.
+        positive_weight: of the one right box in the loss, against 1 of all others.
+        rank_dim: width of the embedded rank: 1024 in the released code, 128 in the paper.
+        hidden_dim, heads, head_dim, geometry: those of the `ObjectRelation`.
+
+    Left out are also objects with a box that is not finite or a score of NaN. Of equal scores the lower index is first.
+    On the CPU, classes in which no object is left cost nothing, and the others only as much as the longest of them; on
+    CUDA and under torch.compile shapes depend on no value, and nothing waits for the device.
+
+    The released parameters fit as they are, with geometry="official":
+
+        nms_rank_weight, nms_rank_bias                               rank.weight [128,1024], rank.bias
+        roi_feat_embedding_weight, roi_feat_embedding_bias           feature.weight [128,1024], feature.bias
+        nms_query_1_weight, nms_query_1_bias                         relation.query.weight [1024,128], ..bias
+        nms_key_1_weight, nms_key_1_bias                             relation.key.weight [1024,128], ..bias
+        nms_linear_out_1_weight.flatten(1), nms_linear_out_1_bias    relation.value.weight [128,128], ..bias
+        nms_pair_pos_fc1_1_weight, nms_pair_pos_fc1_1_bias           relation.geometry.weight [16,64], ..bias
+        nms_logit_weight, nms_logit_bias                             logit.weight [5,128], logit.bias
+
+    Example:
+        >>> removal = relops.nn.DuplicateRemoval()
+        >>> detections = removal(features, logits.softmax(-1)[..., 1:], boxes)  # [B,K,1024], [B,K,80], [B,K,4]
+        >>> loss = removal.loss(detections, gt_boxes, gt_labels)  # [B,G,4], [B,G]
+        >>> score, which = detections.final_scores.flatten(1).topk(100)  # no suppression follows
+        >>> objects, classes = which // 80, which % 80
+    """
+
+    def __init__(
+        self,
+        channels: int = 1024,
+        first_n: int = 100,
+        thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9),
+        score_threshold: float = 0.01,
+        positive_weight: float = 4.0,
+        rank_dim: int = 1024,
+        hidden_dim: int = 128,
+        heads: int = 16,
+        head_dim: int = 64,
+        geometry: str = "paper",
+    ) -> None:
+        super().__init__()
+        self.channels, self.first_n, self.thresholds = channels, first_n, tuple(thresholds)
+        self.score_threshold, self.positive_weight, self.rank_dim = score_threshold, positive_weight, rank_dim
+        self.rank = nn.Linear(rank_dim, hidden_dim)
+        self.feature = nn.Linear(channels, hidden_dim)
+        self.relation = ObjectRelation(hidden_dim, heads, head_dim, geometry)
+        self.logit = nn.Linear(hidden_dim, len(self.thresholds))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As in the released code: at first, s1 is about 1/20."""
+        self.relation.reset_parameters()
+        for linear in (self.rank, self.feature, self.logit):
+            nn.init.normal_(linear.weight, std=0.01)
+            nn.init.zeros_(linear.bias)
+        nn.init.constant_(self.logit.bias, -3.0)
+
+    def forward(
+        self, features: Tensor, scores: Tensor, boxes: Tensor, padding_mask: Tensor | None = None
+    ) -> RankedDetections:
+        """
+        Args:
+            features: [B,K,channels].
+            scores: [B,K,C] in [0,1]: s0, of all classes but the background.
+            boxes: [B,K,4], or [B,K,C,4] where every class has its own: x1, y1, x2, y2 in pixels of the image, float32
+                beside 16-bit features. They get no gradient.
+            padding_mask: [B,K] bool; True: there is no such object.
+        """
+        self._check(features, scores, boxes, padding_mask)
+        B, K, C = scores.shape
+        scores = scores.to(compute_dtype(scores.dtype)).transpose(1, 2)
+        boxes = boxes.detach()[:, None] if boxes.dim() == 3 else boxes.detach().transpose(1, 2)
+        left_out = ~((scores > self.score_threshold) & boxes.isfinite().all(-1))  # [B,C,K]
+        if padding_mask is not None:
+            left_out = left_out | padding_mask[:, None]
+
+        n = min(self.first_n, K)
+        ranked, order = scores.detach().masked_fill(left_out, -math.inf).sort(dim=-1, descending=True, stable=True)
+        order, padding = order[..., :n], ranked[..., :n] == -math.inf
+        scores = scores.gather(-1, order).masked_fill(padding, 0.0)
+        boxes = boxes.expand(B, C, K, 4).gather(2, order[..., None].expand(B, C, n, 4))
+        boxes = boxes.masked_fill(padding[..., None], 0.0)
+
+        logits = self._logits(self.feature(features), order, boxes, padding)
+        final = scores * logits.sigmoid().mean(-1)
+        final_scores = final.new_zeros(B, C, K).scatter(-1, order, final).transpose(1, 2)
+        return RankedDetections(final_scores, order.masked_fill(padding, -1), boxes, scores, logits)
+
+    def _logits(self, features: Tensor, order: Tensor, boxes: Tensor, padding: Tensor) -> Tensor:
+        (B, K, _), (_, C, n) = features.shape, order.shape
+        ranks = torch.arange(n, dtype=compute_dtype(features.dtype), device=features.device)
+        ranks = self.rank(rank_embedding(ranks, self.rank_dim).to(self.rank.weight.dtype))
+
+        objects = order + K * torch.arange(B, device=order.device)[:, None, None]
+        objects, boxes, padding = (x.flatten(0, 1) for x in (objects, boxes, padding))
+        rows, length = slice(None), n
+        if padding.device.type == "cpu" and not torch.compiler.is_compiling():
+            used = n - padding.sum(1)
+            rows = used.nonzero()[:, 0]
+            length = int(used.max()) if len(rows) else 0
+
+        x = features.flatten(0, 1)[objects[rows, :length]] + ranks[:length]
+        x = self.logit(self.relation(x, boxes[rows, :length], padding[rows, :length]).relu())
+        logits = x.new_zeros(B * C, n, x.shape[-1], dtype=compute_dtype(x.dtype))
+        logits[rows, :length] = x.to(logits.dtype)
+        return logits.masked_fill(padding[..., None], 0.0).unflatten(0, (B, C))
+
+    def targets(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
+        """Which detections are right, on the device that they are on, without waiting for it.
+
+        A box belongs to the object of its class with which it has the largest IoU, of equals the first; no box serves
+        two. Of the boxes of an object whose IoU is larger than a threshold, the one of highest s0 is right at it, and
+        all others are wrong. So it is in the released code, but for the pixel that its IoU adds to widths and heights.
+
+        Args:
+            detections: of the forward pass.
+            gt_boxes: [B,G,4], as the boxes.
+            gt_labels: [B,G] of an integer dtype in [0,C); others are padding.
+
+        Returns:
+            [B,C,n,E] bool; False in padding.
+        """
+        self._check_objects(detections, gt_boxes, gt_labels)
+        B, C, n = detections.indices.shape
+        G, device = gt_boxes.shape[1], gt_boxes.device
+        if G == 0:
+            return torch.zeros_like(detections.logits, dtype=torch.bool)
+        iou = box_iou(detections.boxes.flatten(1, 2), gt_boxes.detach()).view(B, C, n, G)
+        of_class = gt_labels[:, None, :] == torch.arange(C, device=device)[:, None]  # [B,C,G]
+        iou, owner = iou.masked_fill(~of_class[:, :, None], -1.0).max(-1)
+        iou = iou.masked_fill(detections.indices < 0, -1.0)
+
+        matches = torch.stack([iou > threshold for threshold in self.thresholds], -1)  # [B,C,n,E]
+        owner = owner[..., None].expand(matches.shape)
+        rank = torch.arange(n, device=device)[:, None].expand(matches.shape)
+        best = rank.new_full((B, C, G, matches.shape[-1]), n)
+        best = best.scatter_reduce(2, owner, rank.where(matches, n), "amin")
+        return matches & (best.gather(2, owner) == rank)
+
+    def loss(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
+        """Binary cross entropy of s0 * s1 and `targets`, whose arguments it takes; a scalar.
+
+        It is summed over the detections, classes and thresholds, divided by first_n * E as in the released code, and
+        averaged over images. It is computed from the logits of s1, as 1 - s0 * s1 = (1 - s0) + s0 * (1 - s1), which
+        nothing cancels in, and without the released code's 1e-8 in the logarithms; instead, s0 is clamped to
+        [2^-23, 1 - 2^-23]. So it is finite for any s0 in [0,1] and any finite logits. Of one term, the derivative by a
+        logit is at most positive_weight, that by s0 at most positive_weight / max(s0, 2^-23) where the box is right and
+        2^23 where it is wrong, but 0 where s0 is clamped.
+        """
+        targets = self.targets(detections, gt_boxes, gt_labels)
+        s0, logits = detections.scores.clamp(CLOSEST, 1 - CLOSEST)[..., None], detections.logits
+        right = -self.positive_weight * (s0.log() + logsigmoid(logits))
+        wrong = -torch.log((1 - s0) + s0 * (-logits).sigmoid())
+        terms = right.where(targets, wrong).masked_fill(detections.indices[..., None] < 0, 0.0)
+        return terms.sum() / (self.first_n * len(self.thresholds) * max(len(terms), 1))
+
+    def _check(self, features: Tensor, scores: Tensor, boxes: Tensor, padding_mask: Tensor | None) -> None:
+        name = "nn.DuplicateRemoval"
+        check_features(name, "features", features)
+        check_features(name, "scores", scores)
+        check_features(name, "boxes", boxes)
+        if features.dim() != 3 or features.shape[-1] != self.channels:
+            raise ValueError(
+                f"relops.{name}: features must be [B,K,channels] with {self.channels} channels, got shape "
+                f"{list(features.shape)}"
+            )
+        B, K, _ = features.shape
+        if scores.dim() != 3 or scores.shape[:2] != (B, K):
+            raise ValueError(f"relops.{name}: scores must be [B,K,C] = [{B},{K},C], got shape {list(scores.shape)}")
+        C = scores.shape[-1]
+        if boxes.shape not in ((B, K, 4), (B, K, C, 4)):
+            raise ValueError(
+                f"relops.{name}: boxes must be [B,K,4] = [{B},{K},4] or [B,K,C,4] = [{B},{K},{C},4], got shape "
+                f"{list(boxes.shape)}"
+            )
+        if padding_mask is not None:
+            check_tensor(name, "padding_mask", padding_mask)
+            if padding_mask.dtype != torch.bool:
+                raise TypeError(f"relops.{name}: padding_mask must be bool, got {padding_mask.dtype}")
+            check_shape(name, "padding_mask", padding_mask, "[B,K]", B, K)
+
+    def _check_objects(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> None:
+        name, B = "nn.DuplicateRemoval", len(detections.indices)
+        check_features(name, "gt_boxes", gt_boxes)
+        if gt_boxes.dim() != 3 or gt_boxes.shape[0] != B or gt_boxes.shape[2] != 4:
+            raise ValueError(f"relops.{name}: gt_boxes must be [B,G,4] = [{B},G,4], got shape {list(gt_boxes.shape)}")
+        check_tensor(name, "gt_labels", gt_labels)
+        if gt_labels.is_floating_point() or gt_labels.is_complex() or gt_labels.dtype == torch.bool:
+            raise TypeError(f"relops.{name}: gt_labels must be of an integer dtype, got {gt_labels.dtype}")
+        check_shape(name, "gt_labels", gt_labels, "[B,G]", *gt_boxes.shape[:2])
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, first_n={self.first_n}, thresholds={self.thresholds}, "
+            f"score_threshold={self.score_threshold}, positive_weight={self.positive_weight}, rank_dim={self.rank_dim}"
+        )
