@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import assert_matches, needs_cuda
+from conftest import needs_cuda
 from relation_networks import (
+    assert_same,
     random_parameters,
     removal_loss,
     removal_shapes,
@@ -86,14 +87,14 @@ def test_released_parameters_give_the_released_result(
         for c, (best, s0, s1) in enumerate(slow):
             n = len(best)
             assert detections.indices[b, c].tolist() == best + [-1] * (detections.indices.shape[-1] - n)
-            assert_matches(detections.scores[b, c, :n], s0)
-            assert_matches(detections.logits[b, c, :n].sigmoid(), s1)
-            assert_matches(detections.boxes[b, c, :n], every[b, best, c])
+            assert_same(detections.scores[b, c, :n], s0)
+            assert_same(detections.logits[b, c, :n].sigmoid(), s1)
+            assert_same(detections.boxes[b, c, :n], every[b, best, c])
             for padding in (detections.scores, detections.logits, detections.boxes):
                 assert not padding[b, c, n:].any()
             final = torch.zeros(features.shape[1], dtype=torch.float64)
             final[best] = (s0[:, None] * s1).mean(1).detach()
-            assert_matches(detections.final_scores[b, :, c], final)
+            assert_same(detections.final_scores[b, :, c], final)
 
             objects = gt_boxes[b, gt_labels[b] == c].tolist()
             right = [right_ones(every[b, best, c].tolist(), objects, threshold) for threshold in THRESHOLDS]
@@ -105,15 +106,15 @@ def test_released_parameters_give_the_released_result(
 
     loss = removal.loss(detections, gt_boxes.to(device), gt_labels.to(device))
     loss.backward()
-    assert_matches(loss, expected_loss)
-    assert_matches(x.grad, features.grad, "features")
-    assert_matches(s.grad, scores.grad, "scores")
+    assert_same(loss, expected_loss)
+    assert_same(x.grad, features.grad, "features")
+    assert_same(s.grad, scores.grad, "scores")
     assert scores.grad.any()
     for name, grad in removal_state({name: x.grad for name, x in p.items()}).items():
         if name == "relation.key.bias":  # zero but for rounding: it moves all logits of a query alike
             assert grad.abs().max() < 1e-12 > removal.relation.key.bias.grad.abs().max()
         else:
-            assert_matches(removal.get_parameter(name).grad, grad, name)
+            assert_same(removal.get_parameter(name).grad, grad, name)
 
 
 def test_parameters_of_the_released_code() -> None:
@@ -148,7 +149,7 @@ def test_order_of_the_objects(device: str) -> None:
     scores = torch.rand(2, 11, 4, dtype=torch.float64, device=device)
     order = torch.randperm(11, device=device)
     permuted = removal(features[:, order], scores[:, order], boxes[:, order]).final_scores
-    assert_matches(permuted, removal(features, scores, boxes).final_scores[:, order].cpu())
+    assert_same(permuted, removal(features, scores, boxes).final_scores[:, order])
 
 
 def test_equal_scores_go_by_index(device: str) -> None:
@@ -169,7 +170,7 @@ def test_padding_is_not_seen(device: str) -> None:
     n = alone.indices.shape[-1]
     for name, x, expected in zip(alone._fields, batch, alone):
         cut = x[:1, :5] if name == "final_scores" else x[:1, :, :n]
-        assert_matches(cut.double(), expected.double().cpu(), name)
+        assert_same(cut, expected, name)
     assert not batch.final_scores[0, 5:].any() and (batch.indices[0, :, n:] == -1).all()
     gt_boxes, gt_labels = draw_objects(boxes)
     together = removal.loss(batch, gt_boxes, gt_labels)
@@ -177,7 +178,7 @@ def test_padding_is_not_seen(device: str) -> None:
         removal.loss(removal(*(x[b : b + 1] for x in (features, scores, boxes, junk))), gt_boxes[[b]], gt_labels[[b]])
         for b in range(2)
     ]
-    assert_matches(together, torch.stack(one_by_one).mean().cpu())
+    assert_same(together, torch.stack(one_by_one).mean())
 
 
 def test_not_finite_is_left_out(device: str) -> None:
@@ -201,7 +202,7 @@ def test_class_in_which_nothing_is_left(device: str) -> None:
     detections = removal(features, scores, boxes)
     assert (detections.indices[:, 1] == -1).all() and not detections.final_scores[..., 1].any()
     for x, expected in zip(detections[1:], full[1:]):
-        assert_matches(x[:, [0, 2]].double(), expected[:, [0, 2]].double().cpu())
+        assert_same(x[:, [0, 2]], expected[:, [0, 2]])
     gt_boxes, gt_labels = boxes[:, :2], torch.tensor([[1, 1]], device=device)
     assert not removal.targets(detections, gt_boxes, gt_labels).any()
 

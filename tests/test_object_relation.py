@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_matches
-from relation_networks import pair_embedding, random_parameters, relation, relation_shapes, relation_state
+from relation_networks import assert_same, pair_embedding, random_parameters, relation, relation_shapes, relation_state
 from torch import Tensor
 
 import relops
@@ -42,13 +41,13 @@ def test_released_parameters_give_the_released_result(geometry: str, num_keys: i
     mask = torch.arange(9, device=device) >= num_keys
     output = module(x, boxes.to(device), None if num_keys == 9 else mask)
     (output * weights.to(device)).sum().backward()
-    assert_matches(output, expected)
-    assert_matches(x.grad, features.grad, "features")
+    assert_same(output, expected)
+    assert_same(x.grad, features.grad, "features")
     for name, grad in relation_state({name: x.grad for name, x in p.items()}).items():
         if name == "key.bias":  # it moves all logits of a query alike, so that its gradient is zero but for rounding
             assert grad.abs().max() < 1e-12 > module.key.bias.grad.abs().max()
         else:
-            assert_matches(module.get_parameter(name).grad, grad, name)
+            assert_same(module.get_parameter(name).grad, grad, name)
 
 
 def test_head_of_the_paper(device: str) -> None:
@@ -67,7 +66,7 @@ def test_head_of_the_paper(device: str) -> None:
         module = relops.nn.ObjectRelation(12, heads=3, head_dim=5).double()
         module.load_state_dict(relation_state(p, index=i))
         y = module.to(device)(fc[i - 1].to(device)(y), boxes).relu()
-    assert_matches(y, x)
+    assert_same(y, x)
 
 
 def test_parameters_of_the_paper() -> None:
@@ -93,13 +92,13 @@ def test_equal_weights_are_a_mean(device: str) -> None:
         module.geometry.bias.fill_(2.0)
     features = torch.randn(2, 5, 12, dtype=torch.float64, device=device)
     expected = features + module.value(features).mean(1, keepdim=True)
-    assert_matches(module(features, draw_boxes(2, 5).to(device)), expected.cpu())
+    assert_same(module(features, draw_boxes(2, 5).to(device)), expected)
 
 
 def test_order_of_the_objects(device: str) -> None:
     module, features, boxes = small(device=device), torch.randn(8, 12, device=device).double(), draw_boxes(8).to(device)
     order = torch.randperm(8, device=device)
-    assert_matches(module(features[order], boxes[order]), module(features, boxes)[order].cpu())
+    assert_same(module(features[order], boxes[order]), module(features, boxes)[order])
 
 
 def test_padding_is_not_seen(device: str) -> None:
@@ -108,9 +107,9 @@ def test_padding_is_not_seen(device: str) -> None:
     features, boxes = torch.randn(2, 9, 12, device=device).double(), draw_boxes(2, 9).to(device)
     mask = torch.arange(9, device=device) >= torch.tensor([[9], [4]], device=device)
     batch = module(features, boxes, mask)
-    assert_matches(batch[0], module(features[0], boxes[0]).cpu())
-    assert_matches(batch[1, :4], module(features[1, :4], boxes[1, :4]).cpu())
-    assert_matches(module(features[1], boxes[1], mask[1]), batch[1].cpu())
+    assert_same(batch[0], module(features[0], boxes[0]))
+    assert_same(batch[1, :4], module(features[1, :4], boxes[1, :4]))
+    assert_same(module(features[1], boxes[1], mask[1]), batch[1])
 
 
 def test_nobody_to_listen_to(device: str) -> None:
