@@ -214,15 +214,17 @@ def test_class_in_which_nothing_is_left(device: str) -> None:
 
 
 def test_what_is_left_out_costs_nothing() -> None:
-    """On the CPU: the relation sees one class of three, and of it as many objects as are left."""
-    removal = small("cpu")
-    features, scores, boxes = draw(1, 9, 3)
+    """On the CPU: the relation sees classes with those of about their length, and none in which nothing is left."""
+    removal = small("cpu", first_n=9)
+    features, scores, boxes = draw(1, 9, 5)
     scores = torch.zeros_like(scores)
-    scores[0, [2, 5, 7], 1] = 0.9
+    for c, count in enumerate((0, 3, 9, 2, 0)):
+        scores[0, -count or 9 :, c] = 0.9
     seen = []
     removal.relation.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
-    removal(features, scores, boxes)
-    assert seen == [(1, 3, 12)]
+    detections = removal(features, scores, boxes)
+    assert seen == [(2, 3, 12), (1, 9, 12)]
+    assert (detections.indices >= 0).sum(-1).tolist() == [[0, 3, 9, 2, 0]]
 
 
 @pytest.mark.parametrize(("B", "K", "C", "G"), [(2, 0, 3, 2), (0, 4, 3, 2), (2, 4, 0, 2), (2, 4, 3, 0), (2, 2, 3, 1)])

@@ -22,19 +22,23 @@ CLOSEST = 2.0**-23
 class RankedDetections(NamedTuple):
     """What `DuplicateRemoval` makes of B images, K objects, C classes: n = min(first_n, K) objects a class, best first.
 
-    Classes with fewer than n are filled up with index -1 and zeros. float32, or float64 for float64 inputs.
+    Classes in which fewer are left are filled up with index -1 and zeros. Numbers are float32, or float64 for float64
+    inputs.
+
+    Attributes:
+        final_scores: [B,K,C], what to rank detections by: s0 times the mean of s1 over the thresholds; 0 where an
+            object was left out.
+        indices: [B,C,n] int64 in [0,K).
+        boxes: [B,C,n,4], without gradient.
+        scores: [B,C,n], s0.
+        logits: [B,C,n,E], whose sigmoid is s1.
     """
 
     final_scores: Tensor
-    """[B,K,C]: what to rank detections by. s0 times s1, the mean over thresholds; 0 where an object was left out."""
     indices: Tensor
-    """[B,C,n] int64 in [0,K)."""
     boxes: Tensor
-    """[B,C,n,4], without gradient."""
     scores: Tensor
-    """[B,C,n]: s0, the class score."""
     logits: Tensor
-    """[B,C,n,E]: their sigmoid is s1, the probability to be the one right box of an object, for each IoU threshold."""
 
 
 class DuplicateRemoval(nn.Module):
@@ -44,7 +48,7 @@ class DuplicateRemoval(nn.Module):
     feature, both projected to hidden_dim, are added, and an `ObjectRelation` lets the objects of the class see each
     other. From a ReLU of that, a linear layer and a sigmoid give s1: the probability that this box is the right one of
     its object, for each of several thresholds of IoU. The final score is s0 * s1. All classes of all images are one
-    batch of one kernel.
+    batch.
 
     Args:
         channels: width of the features.
@@ -57,8 +61,8 @@ class DuplicateRemoval(nn.Module):
         hidden_dim, heads, head_dim, geometry: those of the `ObjectRelation`.
 
     Left out are also objects with a box that is not finite or a score of NaN. Of equal scores the lower index is first.
-    On the CPU, classes in which no object is left cost nothing, and the others only as much as the longest of them; on
-    CUDA and under torch.compile shapes depend on no value, and nothing waits for the device.
+    On the CPU, classes in which no object is left cost nothing, and the others are computed with those of about their
+    length; on CUDA and under torch.compile shapes depend on no value, and nothing waits for the device.
 
     The released parameters fit as they are, with geometry="official":
 
@@ -117,7 +121,7 @@ class DuplicateRemoval(nn.Module):
             scores: [B,K,C] in [0,1]: s0, of all classes but the background.
             boxes: [B,K,4], or [B,K,C,4] where every class has its own: x1, y1, x2, y2 in pixels of the image, float32
                 beside 16-bit features. They get no gradient.
-            padding_mask: [B,K] bool; True: there is no such object.
+            padding_mask: [B,K] bool; True: there is no such object. Its numbers are not used, but features are finite.
         """
         self._check(features, scores, boxes, padding_mask)
         B, K, C = scores.shape
@@ -146,16 +150,15 @@ class DuplicateRemoval(nn.Module):
 
         objects = order + K * torch.arange(B, device=order.device)[:, None, None]
         objects, boxes, padding = (x.flatten(0, 1) for x in (objects, boxes, padding))
-        rows, length = slice(None), n
+        groups: list[tuple[slice | Tensor, int]] = [(slice(None), n)]
         if padding.device.type == "cpu" and not torch.compiler.is_compiling():
-            used = n - padding.sum(1)
-            rows = used.nonzero()[:, 0]
-            length = int(used.max()) if len(rows) else 0
-
-        x = features.flatten(0, 1)[objects[rows, :length]] + ranks[:length]
-        x = self.logit(self.relation(x, boxes[rows, :length], padding[rows, :length]).relu())
-        logits = x.new_zeros(B * C, n, x.shape[-1], dtype=compute_dtype(x.dtype))
-        logits[rows, :length] = x.to(logits.dtype)
+            groups = _groups_of_length(n - padding.sum(1))
+        features = features.flatten(0, 1)
+        logits = features.new_zeros(B * C, n, len(self.thresholds), dtype=compute_dtype(features.dtype))
+        for rows, length in groups:
+            x = features[objects[rows, :length]] + ranks[:length]
+            x = self.logit(self.relation(x, boxes[rows, :length], padding[rows, :length]).relu())
+            logits[rows, :length] = x.to(logits.dtype)
         return logits.masked_fill(padding[..., None], 0.0).unflatten(0, (B, C))
 
     def targets(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
@@ -247,3 +250,19 @@ class DuplicateRemoval(nn.Module):
             f"channels={self.channels}, first_n={self.first_n}, thresholds={self.thresholds}, "
             f"score_threshold={self.score_threshold}, positive_weight={self.positive_weight}, rank_dim={self.rank_dim}"
         )
+
+
+def _groups_of_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows that share the highest bit of their length, and the longest length among them; none of length 0.
+
+    Where there are none at all, a group without rows: parameters then still have a gradient.
+    """
+    groups: dict[int, list[int]] = {}
+    counts = lengths.tolist()
+    for row, count in enumerate(counts):
+        if count:
+            groups.setdefault(count.bit_length(), []).append(row)
+    return [
+        (torch.tensor(rows, dtype=torch.int64), max((counts[row] for row in rows), default=0))
+        for rows in groups.values() or [[]]
+    ]
