@@ -181,14 +181,15 @@ def test_padding_is_not_seen(device: str) -> None:
     assert_same(together, torch.stack(one_by_one).mean())
 
 
-def test_not_finite_is_left_out(device: str) -> None:
+def test_what_is_no_number_or_box_is_left_out(device: str) -> None:
     removal = small(device)
     features, scores, boxes = draw(1, 8, device=device)
-    scores[0, 2, 1], boxes[0, 4, 3], boxes[0, 5, 0] = math.nan, math.inf, math.nan
+    scores[0, 2, 1], boxes[0, 4, 3], boxes[0, 5, 0], boxes[0, 6, 2] = math.nan, math.inf, math.nan, -9.0
     features, scores = requiring_grad(features, scores)
     detections = removal(features, scores, boxes)
-    assert not detections.final_scores[0, [4, 5]].any() and not detections.final_scores[0, 2, 1]
-    removal.loss(detections, *draw_objects(boxes[:, [0, 1, 2, 3, 6]])).backward()
+    assert not detections.final_scores[0, [4, 5, 6]].any() and not detections.final_scores[0, 2, 1]
+    assert detections.final_scores.isfinite().all() and detections.final_scores.any()
+    removal.loss(detections, *draw_objects(boxes[:, [0, 1, 2, 3, 7]])).backward()
     for x in (features, *removal.parameters()):
         assert x.grad.isfinite().all()
 
@@ -459,16 +460,18 @@ def test_learns_to_remove_duplicates(one_thread: None) -> None:
 
     assert quality() < 0.1
     optimizer = torch.optim.Adam(removal.parameters(), lr=0.01)
-    for _ in range(200):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=300)
+    for _ in range(300):
         batch = scenes(16, generator)
         detections = removal(batch["features"], batch["scores"], batch["boxes"])
         loss = removal.loss(detections, batch["gt_boxes"], batch["gt_labels"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     # No threshold of s0 alone comes near.
-    assert max(kept_once(best_scores > t, test["owner"]) for t in torch.linspace(0.3, 0.95, 40)) < 0.45
-    assert quality() > 0.85
+    assert max(kept_once(best_scores > t, test["owner"]) for t in torch.linspace(0.3, 0.95, 40)) < 0.5
+    assert quality() > 0.9
 
 
 # ---- Bad input ----

@@ -60,7 +60,8 @@ class DuplicateRemoval(nn.Module):
         rank_dim: width of the embedded rank: 1024 in the released code, 128 in the paper.
         hidden_dim, heads, head_dim, geometry: those of the `ObjectRelation`.
 
-    Left out are also objects with a box that is not finite or a score of NaN. Of equal scores the lower index is first.
+    Left out are also objects with a score of NaN, or a box that is inverted or not finite, which would spread to all
+    others of their class. Of equal scores the lower index is first.
     On the CPU, classes in which no object is left cost nothing, and the others are computed with those of about their
     length; on CUDA and under torch.compile shapes depend on no value, and nothing waits for the device.
 
@@ -127,7 +128,8 @@ class DuplicateRemoval(nn.Module):
         B, K, C = scores.shape
         scores = scores.to(compute_dtype(scores.dtype)).transpose(1, 2)
         boxes = boxes.detach()[:, None] if boxes.dim() == 3 else boxes.detach().transpose(1, 2)
-        left_out = ~((scores > self.score_threshold) & boxes.isfinite().all(-1))  # [B,C,K]
+        proper = boxes.isfinite().all(-1) & (boxes[..., :2] <= boxes[..., 2:]).all(-1)
+        left_out = ~((scores > self.score_threshold) & proper)  # [B,C,K]
         if padding_mask is not None:
             left_out = left_out | padding_mask[:, None]
 
