@@ -51,15 +51,20 @@ class Case:
 
 
 def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    """Boxes of 16 to 256 pixels anywhere in an image of 1024; relations that the floor of 1e-6 leaves alone."""
+    """Boxes of 16 to 256 pixels anywhere in an image of 1024, at sixteenths of a pixel: there float32 subtracts centers
+    exactly. Elsewhere the twin's gradients of boxes are off by 5 %.
+
+    b stays within (0.3, 1.7): where it meets its floor the gradient jumps, and a comparison with float64 would measure
+    on which side rounding falls.
+    """
     device, wide = generator.device, compute_dtype(dtype)
     features = [
         torch.randn(case.N, case.K, case.M, width, generator=generator, device=device).to(dtype)
         for width in (case.D, case.D, case.Dv)
     ]
     corner, size = torch.rand(2, case.N, case.K, 2, generator=generator, device=device)
-    boxes = torch.cat([1024 * corner, 1024 * corner + 16 * 16**size], -1).to(wide)
-    weight = 0.05 * torch.randn(case.M, EMBEDDING, generator=generator, device=device).to(wide)
+    boxes = torch.cat([1024 * corner, 1024 * corner + 16 * 16**size], -1).mul(16).round().div(16).to(wide)
+    weight = 0.04 * (torch.rand(case.M, EMBEDDING, generator=generator, device=device) - 0.5).to(wide)
     mask = None
     if case.kept is not None:
         mask = torch.rand(case.N, case.K, generator=generator, device=device) > case.kept
@@ -129,7 +134,8 @@ def make(
 
 def benches(device: str) -> list[Bench]:
     f32, both = torch.float32, (FORWARD, FORWARD_BACKWARD)
-    small, large, huge = (Case("self", K) for K in (300, 1000, 4000))
+    small, large = Case("self", 300), Case("self", 1000)
+    huge = Case("self", {"cpu": 2000, "cuda": 4000}[device])  # at 4000 the twin takes 12 GB, in float64 24
     duplicates = Case("duplicate removal", 100, N=80, Dv=8)
     batch = Case("padded batch", 300, N=4, kept=0.7)
     rows = [
@@ -137,7 +143,6 @@ def benches(device: str) -> list[Bench]:
         make(small, device, f32, FORWARD_BACKWARD),
         make(large, device, f32, FORWARD, {"cpu": 10, "cuda": 10}, quick=True),
         make(large, device, f32, FORWARD_BACKWARD, {"cpu": 8}, quick=True),
-        # PyTorch takes 12 GB.
         make(huge, device, f32, FORWARD, {"cuda": 15}, min_rounds=2),
         make(huge, device, f32, FORWARD_BACKWARD, min_rounds=2),
         make(replace(small, name="box gradients", box_gradients=True), device, f32, FORWARD_BACKWARD),

@@ -56,7 +56,7 @@ class KeyIndex {
 template <class C>
 struct RelationAttentionShares {
   int64_t parts;               // of the heads
-  C *weight, *bias;            // [N,M,64], [N,M]
+  double *weight, *bias;       // [N,M,64], [N,M]
   C *query_boxes, *key_boxes;  // [parts,N,Q,4], [parts,N,K,4]: of center x and y, and of the logarithms of the sizes
 };
 
@@ -83,8 +83,8 @@ struct Kernels {
     const int64_t threads = torch::stable::get_num_threads();
     // Every part computes the sines anew.
     const int64_t parts = parts_for(a.N, 1, a.M, threads);
-    std::vector<C> weight(a.grad_weight == nullptr ? 0 : a.N * a.M * kEmbedding);
-    std::vector<C> bias(a.grad_bias == nullptr ? 0 : a.N * a.M);
+    std::vector<double> weight(a.grad_weight == nullptr ? 0 : a.N * a.M * kEmbedding);
+    std::vector<double> bias(a.grad_bias == nullptr ? 0 : a.N * a.M);
     std::vector<C> query_boxes(a.grad_query_boxes == nullptr ? 0 : parts * a.N * a.Q * 4);
     std::vector<C> key_boxes(a.grad_key_boxes == nullptr ? 0 : parts * a.N * a.K * 4);
     const RelationAttentionShares<C> shares{parts, weight.data(), bias.data(), query_boxes.data(), key_boxes.data()};
@@ -98,11 +98,13 @@ struct Kernels {
 
  private:
   // sum[i] of the shares [count,size], in their order.
-  template <class C>
-  static void add_shares(const C* shares, int64_t count, int64_t size, C* sum) {
-    std::copy_n(shares, size, sum);
-    for (int64_t share = 1; share < count; ++share)
-      for (int64_t i = 0; i < size; ++i) sum[i] += shares[share * size + i];
+  template <class S, class C>
+  static void add_shares(const S* shares, int64_t count, int64_t size, C* sum) {
+    for (int64_t i = 0; i < size; ++i) {
+      S total = shares[i];
+      for (int64_t share = 1; share < count; ++share) total += shares[share * size + i];
+      sum[i] = static_cast<C>(total);
+    }
   }
 
   // From shares [parts,boxes,4] of the gradients of centers and logarithms of sizes.

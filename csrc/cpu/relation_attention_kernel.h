@@ -576,13 +576,13 @@ struct BackwardWorker {
   C* key_columns;     // [H,D,kTile]
   C* grad_value;      // [H,kTile,padded Dv]
   C* value_columns;   // [H,Dv,kTile]
+  C* grad_weight;     // [H,32,lanes]: of the half of dx and dy
+  C* grad_bias;       // [H,lanes]
   C* key_terms;       // [kTile,32]: of width and height
   // Of the block of queries and the tile of keys.
-  C* terms;        // [block,32,kTile]: of dx and dy
-  C* b;            // [block,H,kTile], then its gradient
-  C *p, *dp;       // [block,kTile]: logits, then probabilities; gradients of these, then of the logits
-  C* grad_weight;  // [H,32,lanes]: of the half of dx and dy
-  C* grad_bias;    // [H,lanes]
+  C* terms;   // [block,32,kTile]: of dx and dy
+  C* b;       // [block,H,kTile], then its gradient
+  C *p, *dp;  // [block,kTile]: logits, then probabilities; gradients of these, then of the logits
   // Only for gradients of boxes.
   C *slopes, *rotated_slopes;   // [H,32]: derivatives of b by logarithms, as weights of the terms
   C* grad_terms;                // [64,kTile]
@@ -675,8 +675,6 @@ struct BackwardWorker {
     }
     std::fill_n(grad_query, H * a.Q * width, C(0));
     std::fill_n(grad_rotated, a.Q * H * kHalf, C(0));
-    std::fill_n(grad_weight, H * kHalf * W, C(0));
-    std::fill_n(grad_bias, H * W, C(0));
     if (of_boxes) std::fill_n(grad_queries, a.Q * 4 * W, C(0));
   }
 
@@ -692,6 +690,8 @@ struct BackwardWorker {
     std::fill_n(grad_key, H * kKeys * width, C(0));
     std::fill_n(grad_value, H * kKeys * value_width, C(0));
     std::fill_n(grad_keys, 4 * kKeys, C(0));
+    std::fill_n(grad_weight, H * kHalf * W, C(0));
+    std::fill_n(grad_bias, H * W, C(0));
   }
 
   // A block of queries, from q0 on, and the tile of keys.
@@ -806,6 +806,14 @@ struct BackwardWorker {
         store_rows(grad_value + h * kKeys * value_width, value_width, a.Dv, 1, a.grad_value, a.K, n, m0 + h, index,
                    count);
     }
+    // All pairs of an image are too many terms for one sum in float32.
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t head = n * a.M + m0 + h;
+      if (a.grad_bias != nullptr) shares.bias[head] += sum<C>(load(grad_bias + h * W));
+      if (a.grad_weight == nullptr) continue;
+      for (int i = 0; i < kHalf; ++i)
+        shares.weight[head * kEmbedding + i] += sum<C>(load(grad_weight + (h * kHalf + i) * W));
+    }
     if (a.grad_key_boxes == nullptr) return;
     for (int64_t k = 0; k < count; ++k)
       for (int c = 0; c < 4; ++c)
@@ -824,11 +832,8 @@ struct BackwardWorker {
       const int64_t m = m0 + h;
       if (a.grad_query != nullptr)
         store_rows(grad_query + h * a.Q * width, width, a.D, a.scale, a.grad_query, a.Q, n, m, kept.every_query(), a.Q);
-      if (a.grad_bias != nullptr) shares.bias[n * a.M + m] = sum<C>(load(grad_bias + h * W));
       if (a.grad_weight == nullptr) continue;
-      C* const grad = shares.weight + (n * a.M + m) * kEmbedding;
-      for (int i = 0; i < kHalf; ++i) grad[i] = sum<C>(load(grad_weight + (h * kHalf + i) * W));
-      std::fill_n(grad + kHalf, kHalf, C(0));
+      double* const grad = shares.weight + (n * a.M + m) * kEmbedding;
       for (int64_t q = 0; q < a.Q; ++q) {
         const C* const of = grad_rotated + (q * H + h) * kHalf;
         for_separable(a.weight + m * kEmbedding, queries.terms + q, queries.padded,
