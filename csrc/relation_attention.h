@@ -196,6 +196,9 @@ struct RelationAttentionArgs {
   C* logsumexp;  // [N,Q,M]; infinite for a query without keys
 
   FeatureRows<const T> grad_output;  // backward only, from here on
+  // [N,Q,M]: grad_output . output. Gradients of the geometry are sums that cancel, so that the rounding of a 16-bit
+  // output would show in them: for these types it is taken from an output computed once more.
+  C* delta;
   T *grad_query, *grad_key, *grad_value;
   C *grad_query_boxes, *grad_key_boxes, *grad_weight, *grad_bias;
 
@@ -220,6 +223,7 @@ struct RelationAttentionArgs {
         output(nullptr),
         logsumexp(nullptr),
         grad_output{},
+        delta(nullptr),
         grad_query(nullptr),
         grad_key(nullptr),
         grad_value(nullptr),

@@ -90,8 +90,6 @@ class Op(Case):
     indices: Mapping[str, int] = field(default_factory=dict)  # leading columns of arguments that are whole numbers
     # How many times further than sums the rounding of what is inside may take it from the twin, of the largest value.
     noise: float = 1.0
-    # The same of the gradients of 16-bit features, in roundings of theirs: where backward reads the rounded output.
-    roundings: float = 0.0
 
     def draw(self, sample: Sample, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
         return self.cast(drawn(sample, device), dtype, torch.promote_types(dtype, torch.float32))
@@ -103,11 +101,6 @@ class Op(Case):
     def wanted(self, inputs: Inputs) -> tuple[str, ...]:
         """What gradients there are to: an optional argument may be None."""
         return tuple(name for name in self.differentiable if inputs[name] is not None)
-
-    def noise_of(self, result: str, features: torch.dtype) -> float:
-        """Of what run() gives under the name `result`."""
-        rounded = features.itemsize == 2 and result != "output"
-        return self.noise + (self.roundings * torch.finfo(features).eps / 1e-5 if rounded else 0.0)
 
     def run(
         self,
@@ -971,9 +964,6 @@ OPS = [
         # Angles reach 100 log(1e-3) = -691 radians, which float32 rounds by up to 3e-5; relative errors of the twin
         # itself in float32 reach 3.1e-5.
         noise=2.0,
-        # The errors of geometry_bias, whose terms cancel most, reach 3.9 of them. That they have no other reason is
-        # test_16_bit_backward_takes_the_output_as_rounded's.
-        roundings=8.0,
     ),
     Op(
         name="rank_embedding",

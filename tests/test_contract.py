@@ -58,7 +58,7 @@ def test_matches_twin(op: Op, sample: Sample, device: str, features: torch.dtype
     expected = op.run_twin(inputs)
     assert actual["output"].dtype == op.output_dtype(features)
     for name, x in actual.items():
-        assert_matches(x, expected[name], name, noise=op.noise_of(name, features))
+        assert_matches(x, expected[name], name, noise=op.noise)
 
 
 @on_samples
@@ -69,7 +69,7 @@ def test_deterministic(op: Op, sample: Sample, device: str, dtype: torch.dtype, 
     expected = op.run_twin(inputs)
     for name, x in runs[0].items():
         assert all(torch.equal(x, run[name]) for run in runs[1:]), name
-        assert_matches(x, expected[name], name, noise=op.noise_of(name, dtype))
+        assert_matches(x, expected[name], name, noise=op.noise)
 
 
 @on_samples
@@ -199,7 +199,7 @@ def test_compile_inductor(op: Op, sample: Sample, device: str, dtype: torch.dtyp
     actual = op.run(inputs, torch.compile(around, fullgraph=True))
     expected = op.run(op.cast(inputs, torch.float64, torch.float64), around)
     for name, x in actual.items():
-        assert_matches(x, expected[name], name, noise=op.noise_of(name, dtype))
+        assert_matches(x, expected[name], name, noise=op.noise)
 
 
 @on_ops

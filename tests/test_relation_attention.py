@@ -22,7 +22,6 @@ from torch import Tensor
 import relops
 from relops._library import build_info
 from relops.ops.relation_attention import _tf32_allowed
-from relops.reference.relation_attention import geometry_angles
 
 OP = next(op for op in OPS if op.name == "relation_attention")
 dialects = pytest.mark.parametrize("geometry", ["paper", "official"])
@@ -416,33 +415,6 @@ def test_accuracy_in_16_bit(dtype: torch.dtype, device: str) -> None:
     assert error(torch.float32) < 0.005
     if dtype == torch.bfloat16:
         assert error(dtype) > 0.02
-
-
-def logsumexp_of(inputs: Inputs) -> Tensor:
-    """[N,Q,M] in terms of the inputs, for gradients."""
-    angles = geometry_angles(
-        inputs["query_boxes"], inputs["key_boxes"], inputs["geometry"] == "official", inputs["wavelength"]
-    ).unflatten(-1, (4, 8))
-    e = torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
-    b = e @ inputs["geometry_weight"].T + inputs["geometry_bias"]
-    s = torch.einsum("nqmd,nkmd->nqkm", inputs["query"], inputs["key"]) * inputs["query"].shape[3] ** -0.5
-    return (b.clamp(min=1e-6).log() + s).logsumexp(2)
-
-
-@dialects
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_backward_takes_the_output_as_rounded(dtype: torch.dtype, geometry: str, device: str) -> None:
-    """A softmax's backward subtracts grad_output . output, for which there is only the rounded output. Knowing that,
-    gradients are as near as in float32: it adds (grad_output . rounding) times the gradient of logsumexp."""
-    inputs = draw(Relations(Q=40, K=50, D=32, Dv=32), device, dtype, geometry=geometry)
-    actual = OP.run(inputs)
-    exact = OP.cast(inputs, torch.float64, torch.float64)
-    exact |= {name: exact[name].requires_grad_() for name in OP.wanted(inputs)}
-    output, grad = OP.reference(**exact), grad_like(actual["output"]).double()
-    rounding = (grad * (output - actual["output"].double())).sum(-1).detach()
-    ((output * grad).sum() + (rounding * logsumexp_of(exact)).sum()).backward()
-    for name in OP.wanted(inputs):
-        assert_matches(actual[name], exact[name].grad, name, noise=OP.noise)
 
 
 @pytest.mark.parametrize("narrow", [("query",), ("key",), ("value",), ("query", "value")], ids=",".join)

@@ -77,10 +77,19 @@ struct Kernels {
   }
 
   template <class T>
-  static void backward(const RelationAttention&, const RelationAttentionArgs<T>& a) {
+  static void backward(const RelationAttention&, RelationAttentionArgs<T> a) {
     using C = ComputeType<T>;
     const KeyIndex kept(a.N, a.Q, a.K, a.mask);
     const int64_t threads = torch::stable::get_num_threads();
+    std::vector<C> delta(a.N * a.Q * a.M);
+    a.delta = delta.data();
+    if constexpr (sizeof(T) == 2) {
+      RELOPS_CALL_ISA(relation_attention_forward, a, kept, threads);
+    } else {
+      torch::stable::parallel_for(0, a.N * a.Q, 64, [&](int64_t begin, int64_t end) {
+        RELOPS_CALL_ISA(relation_attention_delta, a, begin, end);
+      });
+    }
     // Every part computes the sines anew.
     const int64_t parts = parts_for(a.N, 1, a.M, threads);
     std::vector<double> weight(a.grad_weight == nullptr ? 0 : a.N * a.M * kEmbedding);

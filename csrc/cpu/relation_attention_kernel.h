@@ -357,6 +357,13 @@ inline void pack_columns(FeatureRows<const T> rows, int64_t n, int64_t m, const 
     }
 }
 
+template <class C, class A, class B>
+inline C dot(const A* a, const B* b, int64_t n) {
+  Vec<C> products = {};
+  for (int64_t d = 0; d < n; d += kLanes<C>) products += load_first(a + d, n - d) * load_first(b + d, n - d);
+  return sum<C>(products);
+}
+
 // -1 in the lanes of a vector that begins at k where there is a key.
 template <class C>
 inline VecInt<C> lanes_below(int64_t count, int64_t k) {
@@ -525,16 +532,21 @@ struct ForwardWorker {
     total += sum<C>(totals);
   }
 
+  // The output; or delta, where it is asked for.
   void store_queries(int64_t n, int64_t first, int64_t count) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t m = 0; m < a.M; ++m) {
         const int64_t row = m * most + q, to = (n * a.Q + first + q) * a.M + m;
         const bool none = keys.kept.count(n) == 0;
-        a.logsumexp[to] = none ? std::numeric_limits<C>::infinity() : top[row] + std::log(total[row]);
         const C scale = none ? 0 : 1 / total[row];
         C* const sums = output + row * value_width;
         for (int64_t d = 0; d < value_width; d += W) store(sums + d, load(sums + d) * scale);
+        if (a.delta != nullptr) {
+          a.delta[to] = dot<C>(sums, a.grad_output.at(n, first + q, m), a.Dv);
+          continue;
+        }
         convert(sums, a.output + to * a.Dv, a.Dv);
+        a.logsumexp[to] = none ? std::numeric_limits<C>::infinity() : top[row] + std::log(total[row]);
       }
   }
 };
@@ -569,7 +581,6 @@ struct BackwardWorker {
   // Of the queries.
   C *query, *grad_query;      // [H,Q,padded D]; query is scaled
   C* grad_output;             // [H,Q,padded Dv]
-  C* delta;                   // [H,Q]: grad_output . output
   C *rotated, *grad_rotated;  // [Q,H,32]
   // Of the tile of keys.
   C *key, *grad_key;  // [H,kTile,padded D]
@@ -604,7 +615,6 @@ struct BackwardWorker {
     take(query, heads * a.Q * width);
     take(grad_query, heads * a.Q * width);
     take(grad_output, heads * a.Q * value_width);
-    take(delta, heads * a.Q);
     take(rotated, a.Q * heads * kHalf);
     take(grad_rotated, a.Q * heads * kHalf);
     take(key, heads * kKeys * width);
@@ -655,14 +665,7 @@ struct BackwardWorker {
       pack_rows(a.query, n, m, kept.every_query(), a.Q, a.D, a.scale, query + h * a.Q * width, width);
       pack_rows(a.grad_output, n, m, kept.every_query(), a.Q, a.Dv, C(1), grad_output + h * a.Q * value_width,
                 value_width);
-      for (int64_t q = 0; q < a.Q; ++q) {
-        const T* output = a.output + ((n * a.Q + q) * a.M + m) * a.Dv;
-        const C* grad = grad_output + (h * a.Q + q) * value_width;
-        Vec<C> products = {};
-        for (int64_t d = 0; d < a.Dv; d += W) products += load(grad + d) * load_first(output + d, a.Dv - d);
-        delta[h * a.Q + q] = sum<C>(products);
-        rotate(a.weight + m * kEmbedding, queries, q, rotated + (q * H + h) * kHalf);
-      }
+      for (int64_t q = 0; q < a.Q; ++q) rotate(a.weight + m * kEmbedding, queries, q, rotated + (q * H + h) * kHalf);
       if (!of_boxes) continue;
       // The slope of W_s sin + W_c cos is f (W_s cos - W_c sin).
       for (int c = 0; c < 2; ++c)
@@ -735,7 +738,8 @@ struct BackwardWorker {
   // its gradient.
   void differentiate(int64_t n, int64_t m, int64_t h, int64_t query, int64_t q, int64_t count, int64_t vectors) {
     C *const b = this->b + q * b_stride + h * kKeys, *const p = this->p + q * kKeys, *const dp = this->dp + q * kKeys;
-    const C logsumexp = a.logsumexp[(n * a.Q + query) * a.M + m], delta = this->delta[h * a.Q + query];
+    const int64_t row = (n * a.Q + query) * a.M + m;
+    const C logsumexp = a.logsumexp[row], delta = a.delta[row];
     const C bias = a.bias == nullptr ? 0 : a.bias[m];
     const Vec<C> none = {};
     Vec<C> of_bias = load(grad_bias + h * W);
@@ -848,6 +852,15 @@ struct BackwardWorker {
       shares.query_boxes[(part * a.N + n) * a.Q * 4 + i] = sum<C>(load(grad_queries + i * W));
   }
 };
+
+// delta of queries [begin,end) of all images.
+template <class T>
+void relation_attention_delta(const RelationAttentionArgs<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin * a.M; row < end * a.M; ++row) {
+    const T* const grad = a.grad_output.at(row / a.M / a.Q, row / a.M % a.Q, row % a.M);
+    a.delta[row] = dot<ComputeType<T>>(a.output + row * a.Dv, grad, a.Dv);
+  }
+}
 
 template <class T>
 void relation_attention_backward(const RelationAttentionArgs<T>& a, const KeyIndex& kept,
