@@ -9,7 +9,7 @@ from dataclasses import replace
 import cuda_emulation
 import pytest
 import torch
-from cases import FUSED, OPS, PLAIN, SELECTIONS, BoxPairs, DeformAttn, Op, Regions, Selection, grad_like
+from cases import FUSED, OPS, PLAIN, SELECTIONS, BoxPairs, DeformAttn, Op, Regions, Relations, Selection, grad_like
 from conftest import (
     DTYPES,
     assert_matches,
@@ -284,6 +284,87 @@ def test_layouts_of_the_gradient_of_pairs(op: Op, layout: str) -> None:
     actual = op.run(inputs, grad_output=grad)
     for name, x in op.run(op.cast(inputs, torch.float64, torch.float64), op.reference, grad.double()).items():
         assert_matches(actual[name], x, name)
+
+
+# ---- Relations ----
+
+RELATION = next(op for op in OPS if op.name == "relation_attention")
+# Beyond what the samples reach: groups of 8 heads, chunks of channels, and tiles of which nothing is left.
+RELATED = {
+    "heads": Relations(N=1, M=17, K=18, mask="some"),
+    "wide": Relations(N=1, Q=3, K=5, M=1, D=100, Dv=100),
+    "wide features": Relations(N=1, Q=3, K=5, M=2, D=72, Dv=5),
+    "wide values": Relations(N=1, Q=3, K=5, M=2, D=5, Dv=136),
+    "whole tiles": Relations(N=1, Q=32, K=64, M=2),
+    "one key more": Relations(N=1, Q=33, K=33, M=1, options=(("geometry", "official"),)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", RELATED.values(), ids=RELATED)
+def test_relations_of_other_sizes(case: Relations, dtype: torch.dtype) -> None:
+    assert_matches_twin(RELATION, RELATION.draw(case.relation_attention, dtype=dtype))
+
+
+def test_relations_of_many_blocks() -> None:
+    """From 256 blocks on, one has 32 queries."""
+    inputs = RELATION.draw(Relations(N=86, Q=33, K=2, M=1, D=4, Dv=4).relation_attention)
+    expected = RELATION.run(RELATION.cast(inputs, torch.float64, torch.float64), RELATION.reference, wanted=())
+    assert_matches(RELATION.run(inputs, wanted=())["output"], expected["output"], noise=RELATION.noise)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_relations_in_tf32(offset: int) -> None:
+    """Close to the exact products, but not those; whether or not rows are aligned."""
+    inputs = RELATION.draw(Relations(N=1, Q=17, K=40, D=16 + offset, Dv=16).relation_attention)
+    inputs["query"] = inputs["query"][..., offset:]
+    inputs["key"] = inputs["key"][..., offset:]
+    exact, allowed = (
+        RELATION.overload(*(RELATION.raw(inputs) | {"allow_tf32": allow}).values())[0] for allow in (False, True)
+    )
+    error = (exact - allowed).norm() / exact.norm()
+    assert 1e-5 < error < 1e-3
+
+
+@pytest.mark.parametrize("M", [3, 9])
+@pytest.mark.parametrize("wanted", RELATION.differentiable)
+def test_one_gradient_of_relations(wanted: str, M: int) -> None:
+    inputs = RELATION.draw(Relations(N=1, M=M, mask="some").relation_attention, dtype=torch.float64)
+    expected = RELATION.run_twin(inputs)[wanted]
+    assert_matches(RELATION.run(inputs, wanted=(wanted,))[wanted], expected, wanted)
+
+
+def test_masked_keys_have_no_influence() -> None:
+    """Whatever they are; nor have tiles of nothing else."""
+    inputs = RELATION.draw(Relations(N=1, Q=5, K=100).relation_attention)
+    masked = torch.zeros(1, 100, dtype=torch.bool)
+    masked[:, 10:95] = True
+    dirty = {name: inputs[name].clone() for name in ("key", "value", "key_boxes")}
+    for x in dirty.values():
+        x[masked] = float("nan")
+    got = RELATION.run(inputs | dirty | {"key_mask": masked})
+    kept = RELATION.run(inputs | {name: inputs[name][:, ~masked[0]] for name in dirty})
+    for name, x in got.items():
+        if name in dirty:
+            assert not x[masked].any()
+            x = x[:, ~masked[0]]
+        assert_matches(x, kept[name].double(), name)
+
+
+@pytest.mark.parametrize("box", [(0, 0, float("nan"), 9), (0, 0, float("inf"), 9), (5, 0, 4, 9), (0, 9, 9, 2)], ids=str)
+def test_boxes_that_are_none(box: tuple[float, ...]) -> None:
+    """As a query it spoils its row, as a key its image."""
+    inputs = RELATION.draw(Relations(N=2, Q=20, K=40).relation_attention)
+    clean = RELATION.run(inputs)
+    inputs["query_boxes"][0, 3] = torch.tensor(box)
+    rows = RELATION.run(inputs)
+    others = [i for i in range(20) if i != 3]
+    for name in ("output", "query", "query_boxes"):
+        assert rows[name][0, 3].isnan().all()
+        assert torch.equal(rows[name][0, others], clean[name][0, others]) and torch.equal(rows[name][1], clean[name][1])
+    inputs["key_boxes"][1, 7] = torch.tensor(box)
+    image = RELATION.run(inputs)
+    assert image["output"][1].isnan().all() and torch.equal(image["output"][0, others], clean["output"][0, others])
 
 
 # ---- Selections ----

@@ -50,6 +50,7 @@ inline void cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 inline void cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { std::memset(p, value, bytes); }
 inline void cudaStreamSynchronize(cudaStream_t) {}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
@@ -91,6 +92,9 @@ inline unsigned atomicOr(unsigned* p, unsigned x) {
   *p |= x;
   return old;
 }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __sinf(float x) { return sinf(x); }
+inline float __cosf(float x) { return cosf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
@@ -132,7 +136,8 @@ inline Barrier block;
 inline unsigned current;
 inline const std::function<void()>* body;
 inline std::vector<char> shared_memory;
-inline uint64_t exchanged[1024];
+inline size_t shared_limit = 48 << 10;  // of the next launch
+inline uint64_t exchanged[2][1024];
 
 inline char* dynamic_shared() {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 15) / 16 * 16);
@@ -163,10 +168,11 @@ inline void resume(Fiber& fiber) {
 inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
   // Poisoned, as nothing may rely on what shared memory holds at first.
   shared_memory.assign(shared + 16, static_cast<char>(0xcd));
-  if (shared > 48 << 10 || threads > 1024) {
+  if (shared > shared_limit || threads > 1024) {
     std::fprintf(stderr, "emulated launch: %zu bytes of shared memory, %u threads\n", shared, threads);
     std::abort();
   }
+  shared_limit = 48 << 10;
   if (fibers.size() < threads) fibers.resize(threads);
   body = &kernel;
   blockDim = dim3(threads);
@@ -203,15 +209,21 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
 template <class T>
 T shuffle(T x, int from_lane) {
   const unsigned self = current, warp = self / kWarp;
-  std::memcpy(&exchanged[self], &x, sizeof(T));
+  // Two places in turn: who writes one again has waited for all to have read it, at the shuffle between.
+  uint64_t* places = exchanged[warps[warp].generation % 2];
+  std::memcpy(&places[self], &x, sizeof(T));
   wait(warps[warp]);
   T got;
-  std::memcpy(&got, &exchanged[warp * kWarp + from_lane], sizeof(T));
-  wait(warps[warp]);
+  std::memcpy(&got, &places[warp * kWarp + from_lane], sizeof(T));
   return got;
 }
 
 }  // namespace emulation
+
+template <class Kernel>
+void cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  emulation::shared_limit = min<size_t>(bytes, 163 << 10);  // what sm_80 has
+}
 
 inline void __syncthreads() { emulation::wait(emulation::block); }
 inline void __syncwarp() { emulation::wait(emulation::warps[emulation::current / emulation::kWarp]); }
