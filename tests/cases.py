@@ -788,7 +788,7 @@ RELATIONS = {
     "no bias": Relations(Q=4, K=20, D=5, Dv=7, bias=None),
     "image masked": Relations(N=3, K=12, M=2, D=12, Dv=3, clamped=True, mask="all"),
     "one head": Relations(Q=17, K=33, M=1, D=64, Dv=64),
-    "many": Relations(Q=70, K=150, M=2, D=32, Dv=32, bias=3.0, mask="some"),
+    "many": Relations(Q=40, K=135, M=2, D=32, Dv=32, bias=3.0, mask="some"),
     "numbers": Relations(N=1, D=33, Dv=65, clamped=True, options=(("wavelength", 10000.0), ("scale", -0.3))),
     "no features": Relations(D=0, mask="all", options=(("geometry", "official"), ("wavelength", 50.0))),
 }

@@ -141,6 +141,21 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
   for (int i = 0; i < 2; ++i) {
     total[i] = group_sum(total[i], 4);
     factor[i] = total[i] == 0 ? 0 : 1 / total[i];  // zero: no key, as the highest weight is at least 1
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (a.delta != nullptr) {
+      C dots[2];
+      dot_sums<T>(sums, factor, a.grad_output.at(block.n, block.first, m), a.grad_output.i_stride, block.rows, channel,
+                  static_cast<int>(a.Dv), dots);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (t == 0 && g + 8 * i < block.rows)
+          a.delta[block.chunk * a.N * a.Q * a.M + row + (g + 8 * i) * a.M] = dots[i];
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
     if (t == 0 && block.chunk == 0 && g + 8 * i < block.rows)
       a.logsumexp[row + (g + 8 * i) * a.M] = total[i] == 0 ? kInfinity : (maximum[i] + log2(total[i])) / kLog2E;
   }
@@ -168,6 +183,19 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
   relation_attention_kernel<T, kExact><<<blocks, threads, bytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
+
+}  // namespace
+
+template <class T>
+void launch_delta(RelationAttentionArgs<T> a, float* shares, cudaStream_t stream) {
+  a.delta = shares;
+  launch_forward<T, true>(a, stream);
+}
+
+template void launch_delta(RelationAttentionArgs<Half>, float*, cudaStream_t);
+template void launch_delta(RelationAttentionArgs<BFloat16>, float*, cudaStream_t);
+
+namespace {
 
 struct Kernels {
   template <class T>

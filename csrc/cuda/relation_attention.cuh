@@ -418,6 +418,30 @@ __device__ __forceinline__ void store_rows(const ComputeType<T> (&sums)[kColumns
   }
 }
 
+// dots[i] = sum, over the channels of these sums, of the sums of own row g + 8 i, times factor[i], with row g + 8 i of
+// `others`. All lanes of the warp have them.
+template <class T>
+__device__ __forceinline__ void dot_sums(const ComputeType<T> (&sums)[kColumns<T> / 8][4],
+                                         const ComputeType<T> (&factor)[2], const T* others, int64_t stride, int rows,
+                                         int first, int width, ComputeType<T> (&dots)[2]) {
+  using C = ComputeType<T>;
+  constexpr int V = kPack<T>;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    C dot = 0;
+#pragma unroll
+    for (int i = 0; i < kColumns<T> / 8; ++i)
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int channel = first + (8 * (i / V) + 2 * t + column) * V + i % V;
+        if (g + 8 * row < rows && channel < width)
+          dot += sums[i][2 * row + column] * static_cast<C>(others[(g + 8 * row) * stride + channel]);
+      }
+    dots[row] = group_sum(dot, 4) * factor[row];
+  }
+}
+
 // ---- Launches ----
 
 // Whether all rows are of whole packs and aligned to them.
@@ -439,5 +463,10 @@ void dispatch_exact(bool allow_tf32, F f) {
 // In relation_attention_backward.cu.
 template <class T>
 void relation_attention_backward(const RelationAttention& r, const RelationAttentionArgs<T>& a);
+
+// In relation_attention.cu, for 16-bit features: shares [chunks of kColumns<T> channels,N,Q,M] of delta, by the
+// forward.
+template <class T>
+void launch_delta(RelationAttentionArgs<T> a, float* shares, cudaStream_t stream);
 
 }  // namespace relops

@@ -349,7 +349,7 @@ __global__ __launch_bounds__(kSumThreads) void relation_delta_kernel(const __gri
 }
 
 // result[i] = sum over shares of shares[share * stride + i], in their order: a block has 32 of them, its warps take
-// shares in turn.
+// shares in turn. result may be the first share.
 template <class C>
 __global__ __launch_bounds__(kSumThreads) void relation_sum_kernel(const C* shares, int64_t count, int64_t stride,
                                                                    int64_t size, C* result) {
@@ -425,14 +425,20 @@ void relation_attention_backward(const RelationAttention& r, const RelationAtten
   using C = ComputeType<T>;
   const torch::stable::accelerator::DeviceGuard guard(r.query.get_device_index());
   const cudaStream_t stream = current_stream(r.query.get_device_index());
-  const Tensor delta = torch::stable::new_empty(r.query_boxes, {r.N, r.Q, r.M});
+  const int64_t rows = r.N * r.Q * r.M, shares = sizeof(T) == 2 ? ceil_div(r.Dv, kColumns<T>) : 1;
+  const Tensor memory = torch::stable::new_empty(r.query_boxes, {shares * rows});
+  C* const delta = static_cast<C*>(memory.mutable_data_ptr());
+  if constexpr (sizeof(T) == 2) {
+    launch_delta(a, delta, stream);
+    if (shares > 1) launch_sum(delta, shares, rows, rows, delta, stream);
+  } else {
+    relation_delta_kernel<T><<<grid_size(r.op, ceil_div(rows, kSumWarps)), kSumThreads, 0, stream>>>(a, delta);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   RelationParams<T> p{a};
   p.vector =
       are_packs(a.query, a.D) && are_packs(a.key, a.D) && are_packs(a.value, a.Dv) && are_packs(a.grad_output, a.Dv);
-  p.delta = static_cast<const C*>(delta.const_data_ptr());
-  const unsigned blocks = grid_size(r.op, ceil_div(r.N * r.Q * r.M, kSumWarps));
-  relation_delta_kernel<T><<<blocks, kSumThreads, 0, stream>>>(a, static_cast<C*>(delta.mutable_data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  p.delta = delta;
   if (a.grad_query != nullptr || a.grad_query_boxes != nullptr || a.grad_weight != nullptr || a.grad_bias != nullptr)
     launch_side<T, false>(r, p, a.grad_query_boxes, stream);
   if (a.grad_key != nullptr || a.grad_value != nullptr || a.grad_key_boxes != nullptr)
