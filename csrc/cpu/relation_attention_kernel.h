@@ -437,13 +437,14 @@ struct ForwardWorker {
   int64_t b_stride;
   Scratch scratch;
   BoxTable<C> queries;
-  C* query;        // [M,most,padded D], scaled
-  C* rotated;      // [most,M,32]
-  C* output;       // [M,most,padded Dv]
-  C *top, *total;  // [M,most]: of the keys so far the largest s, and the sum of what is normalised by it
-  C* terms;        // [32,kTile]
-  C* b;            // [most,M,kTile]
-  C* p;            // [most,kTile]
+  C* query;    // [M,most,padded D], scaled
+  C* rotated;  // [most,M,32]
+  C* output;   // [M,most,padded Dv]
+  C* top;      // [M,most]: about the largest s of the keys so far
+  C* total;    // [M,most,lanes]: sums of the weights in its scale
+  C* terms;    // [32,kTile]
+  C* b;        // [most,M,kTile]
+  C* p;        // [most,kTile]
 
   ForwardWorker(const RelationAttentionArgs<T>& a, const PackedKeys<T>& keys, int64_t blocks)
       : a(a),
@@ -458,7 +459,7 @@ struct ForwardWorker {
         rotated(scratch.take<C>(most * a.M * kHalf)),
         output(scratch.take<C>(a.M * most * value_width)),
         top(scratch.take<C>(a.M * most)),
-        total(scratch.take<C>(a.M * most)),
+        total(scratch.take<C>(a.M * most * W)),
         terms(scratch.take<C>(kHalf * kKeys)),
         b(scratch.take<C>(most * b_stride)),
         p(scratch.take<C>(most * kKeys)) {}
@@ -482,7 +483,7 @@ struct ForwardWorker {
     }
     std::fill_n(output, a.M * most * value_width, C(0));
     std::fill_n(top, a.M * most, -std::numeric_limits<C>::infinity());
-    std::fill_n(total, a.M * most, C(0));
+    std::fill_n(total, a.M * most * W, C(0));
   }
 
   void visit(int64_t block, const KeyTile<C>& tile, int64_t count) {
@@ -504,32 +505,32 @@ struct ForwardWorker {
     }
   }
 
-  // p: of one query and head, `row`, and a tile, from logits s to weights in the scale of the sums so far, which may
-  // change.
+  // p: of one query and head, `row`, and a tile, from logits s to weights in the scale of the sums so far. That is
+  // changed only where s is much larger than before: a weight may be as large as exp(kSlack) times b.
   void normalise(int64_t row, C bias, int64_t count, const C* b, C* p) {
-    C &top = this->top[row], &total = this->total[row];
-    Vec<C> tops = broadcast(top);
-    for (int64_t k = 0; k < count; k += W) {
-      Vec<C> s = load(p + k);
-      if (k + W > count) s = lanes_below<C>(count, k) ? s : broadcast(-std::numeric_limits<C>::infinity());
-      store(p + k, s);
-      tops = maximum(s, tops);
+    constexpr C kSlack = 16;
+    if (count % W != 0) {
+      C* const last = p + count / W * W;
+      store(last, lanes_below<C>(count % W, 0) ? load(last) : broadcast(-std::numeric_limits<C>::infinity()));
     }
-    const C now = fold<C>(tops, [](Vec<C> x, Vec<C> y) { return maximum(x, y); });
-    if (now != top) {
-      const C decay = std::exp(top - now);
-      total *= decay;
+    Vec<C> tops = load(p);
+    for (int64_t k = W; k < count; k += W) tops = maximum(load(p + k), tops);
+    const C highest = fold<C>(tops, [](Vec<C> x, Vec<C> y) { return maximum(x, y); });
+    C& top = this->top[row];
+    Vec<C> totals = load(total + row * W);
+    if (highest > top + kSlack) {
+      const C decay = std::exp(top - highest);
+      totals *= decay;
       C* const sums = output + row * value_width;
       for (int64_t d = 0; d < value_width; d += W) store(sums + d, load(sums + d) * decay);
-      top = now;
+      top = highest;
     }
-    Vec<C> totals = {};
     for (int64_t k = 0; k < count; k += W) {
       const Vec<C> weight = above_floor<C>(load(b + k) + bias) * exponential(load(p + k) - top);
       store(p + k, weight);
       totals += weight;
     }
-    total += sum<C>(totals);
+    store(total + row * W, totals);
   }
 
   // The output; or delta, where it is asked for.
@@ -538,7 +539,7 @@ struct ForwardWorker {
       for (int64_t m = 0; m < a.M; ++m) {
         const int64_t row = m * most + q, to = (n * a.Q + first + q) * a.M + m;
         const bool none = keys.kept.count(n) == 0;
-        const C scale = none ? 0 : 1 / total[row];
+        const C weight = sum<C>(load(total + row * W)), scale = none ? 0 : 1 / weight;
         C* const sums = output + row * value_width;
         for (int64_t d = 0; d < value_width; d += W) store(sums + d, load(sums + d) * scale);
         if (a.delta != nullptr) {
@@ -546,7 +547,7 @@ struct ForwardWorker {
           continue;
         }
         convert(sums, a.output + to * a.Dv, a.Dv);
-        a.logsumexp[to] = none ? std::numeric_limits<C>::infinity() : top[row] + std::log(total[row]);
+        a.logsumexp[to] = none ? std::numeric_limits<C>::infinity() : top[row] + std::log(weight);
       }
   }
 };
