@@ -342,10 +342,10 @@ inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int
   }
 }
 
-// out[d][i] = element d of entry index[i], zero for i from count to the end of its vector. Rows of out lie kTile apart.
+// out[d][i] = element d of entry index[i], zero for i from count to the end of its vector. Rows of out lie `row` apart.
 template <class C, class T>
 inline void pack_columns(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count,
-                         int64_t D, C* out) {
+                         int64_t D, C* out, int64_t row) {
   constexpr int64_t W = kLanes<C>;
   for (int64_t first = 0; first < count; first += W)
     for (int64_t d = 0; d < D; d += W) {
@@ -353,7 +353,7 @@ inline void pack_columns(FeatureRows<const T> rows, int64_t n, int64_t m, const 
       for (int64_t i = 0; i < W; ++i)
         block[i] = first + i < count ? load_first(rows.at(n, index[first + i], m) + d, D - d) : Vec<C>{};
       transpose<C>(block);
-      for (int64_t i = 0; i < std::min(W, D - d); ++i) store(out + (d + i) * kTile<C> + first, block[i]);
+      for (int64_t i = 0; i < std::min(W, D - d); ++i) store(out + (d + i) * row + first, block[i]);
     }
 }
 
@@ -383,8 +383,8 @@ inline Vec<C> above_floor(Vec<C> b) {
 template <class C>
 struct KeyTile {
   BoxTable<C> boxes;
-  C* columns;  // [M,D,kTile]
-  C* values;   // [M,kTile,padded Dv]
+  C* columns;  // [M,D,width]
+  C* values;   // [M,width,padded Dv]
 };
 
 // The keys of some images, from `first` on, tile by tile.
@@ -394,18 +394,22 @@ struct PackedKeys {
 
   const RelationAttentionArgs<T>& a;
   const KeyIndex& kept;
-  int64_t of_image, value_width;  // tiles; padded Dv
+  int64_t of_image, width, value_width;  // tiles; keys of each, fewer than kTile where there are no more; padded Dv
   int64_t images, first = 0;
   Scratch scratch;
   std::vector<KeyTile<C>> tiles;
 
   PackedKeys(const RelationAttentionArgs<T>& a, const KeyIndex& kept, int64_t threads)
-      : a(a), kept(kept), of_image(ceil_div(a.K, kTile<C>)), value_width(round_up(a.Dv, kLanes<C>)) {
-    const int64_t bytes = of_image * kTile<C> * a.M * (a.D + value_width) * sizeof(C);
+      : a(a),
+        kept(kept),
+        of_image(ceil_div(a.K, kTile<C>)),
+        width(std::min(kTile<C>, round_up(a.K, kLanes<C>))),
+        value_width(round_up(a.Dv, kLanes<C>)) {
+    const int64_t bytes = of_image * width * a.M * (a.D + value_width) * sizeof(C);
     images = std::clamp<int64_t>(threads * kPackedBytes / bytes, 1, a.N);
     for (int64_t i = 0; i < images * of_image; ++i)
-      tiles.push_back({BoxTable<C>(kTile<C>, scratch), scratch.take<C>(a.M * a.D * kTile<C>),
-                       scratch.take<C>(a.M * kTile<C> * value_width)});
+      tiles.push_back({BoxTable<C>(width, scratch), scratch.take<C>(a.M * a.D * width),
+                       scratch.take<C>(a.M * width * value_width)});
   }
 
   // Packs tile `item`.
@@ -417,8 +421,8 @@ struct PackedKeys {
     KeyTile<C>& tile = tiles[item];
     tile.boxes.fill(a.waves, a.key_boxes + n * a.K * 4, index, count);
     for (int64_t m = 0; m < a.M; ++m) {
-      pack_columns(a.key, n, m, index, count, a.D, tile.columns + m * a.D * kTile<C>);
-      pack_rows(a.value, n, m, index, count, a.Dv, C(1), tile.values + m * kTile<C> * value_width, value_width);
+      pack_columns(a.key, n, m, index, count, a.D, tile.columns + m * a.D * width, width);
+      pack_rows(a.value, n, m, index, count, a.Dv, C(1), tile.values + m * width * value_width, value_width);
     }
   }
 };
@@ -496,12 +500,12 @@ struct ForwardWorker {
     }
     for (int64_t m = 0; m < a.M; ++m) {
       const int64_t row = m * most;
-      multiply<C>({{query + row * width, width, 1}, tile.columns + m * a.D * kKeys, kKeys, a.D}, block, vectors, p,
-                  kKeys);
+      multiply<C>({{query + row * width, width, 1}, tile.columns + m * a.D * keys.width, keys.width, a.D}, block,
+                  vectors, p, kKeys);
       for (int64_t q = 0; q < block; ++q)
         normalise(row + q, a.bias == nullptr ? 0 : a.bias[m], count, b + q * b_stride + m * kKeys, p + q * kKeys);
-      multiply<C>({{p, kKeys, 1}, tile.values + m * kKeys * value_width, value_width, count}, block, value_width / W,
-                  output + row * value_width, value_width, true);
+      multiply<C>({{p, kKeys, 1}, tile.values + m * keys.width * value_width, value_width, count}, block,
+                  value_width / W, output + row * value_width, value_width, true);
     }
   }
 
@@ -686,8 +690,8 @@ struct BackwardWorker {
     keys.fill(a.waves, a.key_boxes + n * a.K * 4, index, count);
     for (int64_t h = 0; h < H; ++h) {
       pack_rows(a.key, n, m0 + h, index, count, a.D, C(1), key + h * kKeys * width, width);
-      pack_columns(a.key, n, m0 + h, index, count, a.D, key_columns + h * a.D * kKeys);
-      pack_columns(a.value, n, m0 + h, index, count, a.Dv, value_columns + h * a.Dv * kKeys);
+      pack_columns(a.key, n, m0 + h, index, count, a.D, key_columns + h * a.D * kKeys, kKeys);
+      pack_columns(a.value, n, m0 + h, index, count, a.Dv, value_columns + h * a.Dv * kKeys, kKeys);
     }
     for (int64_t k = 0; k < count; ++k)
       for (int i = 0; i < kHalf; ++i) key_terms[k * kHalf + i] = keys.terms[i * keys.padded + k];
