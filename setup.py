@@ -88,6 +88,7 @@ class NinjaBuild(build_ext):
         # A fixed place per Python and torch, also where pip (editable or not) would use a temporary folder:
         # that is what makes a second build incremental.
         self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
+        self.into_source = bool(self.inplace)  # which setuptools takes back while it builds
 
     def build_extensions(self) -> None:
         # Beside this Python first: it need not be on PATH where an environment is used without being activated.
@@ -102,7 +103,7 @@ class NinjaBuild(build_ext):
         cuda_home, cuda_words = cuda_plan()
         if cuda_home is None:
             # What an earlier build in place left would be loaded as if it were of this one.
-            for stale in (ROOT / "relops").glob("_cuda.*") if self.inplace else ():
+            for stale in (ROOT / "relops").glob("_cuda.*") if self.into_source else ():
                 stale.unlink()
             self.extensions = [e for e in self.extensions if e.name != "relops._cuda"]
         facts = {
