@@ -326,10 +326,11 @@ def test_loss_is_finite_everywhere(right: bool, device: str) -> None:
 
 def test_loss_is_exact_near_its_ends(device: str) -> None:
     """In float32, against the definition in float64 with s0 and s1 as close to 0 and 1 as float32 and its logits can
-    say: the naive 1 - s0 * s1 would be zero or have no digit right."""
+    say: the naive 1 - s0 * s1 would be zero or have no digit right. Not at the bounds of s0, where the derivative of
+    torch's clamp is 1 up to 2.13 and 0 from 2.14 on."""
     removal = small(device)
     gt_boxes, gt_labels = torch.zeros(1, 0, 4, device=device), torch.zeros(1, 0, dtype=torch.int64, device=device)
-    for s0, z in itertools.product((2.0**-23, 0.01, 0.5, 0.999, 1 - 2.0**-20), (-20.0, -3.0, 0.0, 9.0, 16.0, 30.0)):
+    for s0, z in itertools.product((2.0**-22, 0.01, 0.5, 0.999, 1 - 2.0**-20), (-20.0, -3.0, 0.0, 9.0, 16.0, 30.0)):
         wide = torch.tensor([s0, z]).double().requires_grad_()
         exact = -(((1 - wide[0]) + wide[0] / (1 + wide[1].exp())).log()) / removal.first_n
         exact.backward()
