@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import relops
+from benchmarks.bench_box_iou import draw as draw_boxes
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
 from relops import reference
 from relops.ops._checks import compute_dtype
@@ -62,8 +63,8 @@ def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
         torch.randn(case.N, case.K, case.M, width, generator=generator, device=device).to(dtype)
         for width in (case.D, case.D, case.Dv)
     ]
-    corner, size = torch.rand(2, case.N, case.K, 2, generator=generator, device=device)
-    boxes = torch.cat([1024 * corner, 1024 * corner + 16 * 16**size], -1).mul(16).round().div(16).to(wide)
+    (boxes,) = draw_boxes(wide, ((case.N, case.K),), generator)
+    boxes = boxes.mul(16).round().div(16)
     weight = 0.04 * (torch.rand(case.M, EMBEDDING, generator=generator, device=device) - 0.5).to(wide)
     mask = None
     if case.kept is not None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +16,11 @@ from cases import Inputs, Op, Selection
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import relops
 from relops import _library
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ISAS = ("baseline", "avx2", "avx512")
 
 
 def why_no_cuda() -> str | None:
@@ -53,6 +59,14 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that set their number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
@@ -80,6 +94,47 @@ def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any
         assert_same(op.run(inputs, compiled), op.run(inputs))
         frames.append(counter.frame_count)
     assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own, which imports the relops of this one."""
+    paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
+
+
+def check_instruction_set(isa: str, chosen: str, *files: str) -> None:
+    """Tests, chosen by an expression as for `pytest -k`, pass in a process that is told to use only `isa`."""
+    here = _library.build_info()["cpu_isa"]
+    if ISAS.index(isa) >= ISAS.index(here):
+        pytest.skip(f"the tests in this process use {here}")
+    done = run_python(
+        f"""
+import sys, pytest
+from relops import _library
+used = _library.build_info()["cpu_isa"]
+assert used == {isa!r}, used
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, *{files!r}]))
+""",
+        RELOPS_CPU_ISA=isa,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the step, and what its replays write their results to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
 
 
 # ---- Layouts ----

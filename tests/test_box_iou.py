@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cases import OPS, Op, grad_like
-from conftest import why_no_cuda
+from conftest import ISAS, check_instruction_set, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import relops
-from relops import _library
 
 IOU, GENERALIZED = (next(op for op in OPS if op.name == name) for name in ("box_iou", "generalized_box_iou"))
 both = pytest.mark.parametrize("op", [IOU, GENERALIZED], ids=lambda op: op.name)
@@ -204,13 +199,6 @@ def test_generalized_iou_draws_disjoint_boxes_together(device: str) -> None:
     assert relops.box_iou(box, target).item() > 0.9
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @both
 @pytest.mark.parametrize(("A", "B"), [(1100, 1050), (3, 5000), (5000, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["dense", "transposed", "expanded", "column expanded"])
@@ -282,24 +270,11 @@ def test_scripts(op: Op) -> None:
 
 # ---- Instruction sets ----
 
-ISAS = ("baseline", "avx2", "avx512")
-
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """Every lane, and the gradients, in a process that is told to use only `isa`."""
-    here = _library.build_info()["cpu_isa"]
-    if ISAS.index(isa) >= ISAS.index(here):
-        pytest.skip(f"the tests in this process use {here}")
-    paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"RELOPS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
-    done = subprocess.run(
-        [*command, "-k", "cpu and (lane or ties or nan or finite or (many and dense))"],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
+    check_instruction_set(isa, "cpu and (lane or ties or nan or finite or (many and dense))", Path(__file__).name)
 
 
 # ---- Random search ----

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cases import FUSED, PLAIN, DeformAttn, Inputs, Op, Sample, grad_like
-from conftest import DTYPES, assert_matches, assert_matches_twin, needs_cuda, why_no_cuda
+from conftest import (
+    DTYPES,
+    ISAS,
+    assert_matches,
+    assert_matches_twin,
+    captured,
+    check_instruction_set,
+    needs_cuda,
+    why_no_cuda,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +27,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import relops
 from relops import reference
-from relops._library import build_info
 
 both = pytest.mark.parametrize("op", [PLAIN, FUSED], ids=lambda op: op.name)
 
@@ -337,13 +342,6 @@ def test_queries_at_once_or_few_at_a_time(op: Op, dtype: torch.dtype, device: st
         assert_matches(actual["value"], value_grad, "value")
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @both
 @pytest.mark.parametrize("Q", [1, 3, 200])
 @pytest.mark.parametrize(("N", "M"), [(1, 1), (2, 3)])
@@ -359,30 +357,11 @@ def test_any_number_of_threads(op: Op, Q: int, N: int, M: int, threads: None) ->
             assert_matches(x, expected[name], name)
 
 
-ISAS = ("baseline", "avx2", "avx512")
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """The comparisons with the twin above, in a process that is told to use only `isa`."""
-    here = build_info()["cpu_isa"]
-    if ISAS.index(isa) >= ISAS.index(here):
-        pytest.skip(f"the tests in this process use {here}")
-    program = f"""
-import sys, pytest
-from relops import _library
-used = _library.build_info()["cpu_isa"]
-assert used == {isa!r}, used
-chosen = "cpu and (matches_twin or leak or (finite and both))"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, "test_contract.py", "test_ms_deform_attn.py"]))
-"""
-    paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"RELOPS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
+    chosen = "cpu and (matches_twin or leak or (finite and both))"
+    check_instruction_set(isa, chosen, "test_contract.py", Path(__file__).name)
 
 
 @pytest.mark.parametrize(
@@ -560,14 +539,7 @@ def test_cuda_graph_of_a_training_step(op: Op) -> None:
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(op.function(**inputs), tuple(leaves.values()), grad)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        grads = step()
+    graph, grads = captured(step)
     graph.replay()
     expected = op.run_twin(inputs)
     for name, x in zip(leaves, grads):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import OPS, Ranks, grad_like
-from conftest import assert_matches, assert_matches_twin, needs_cuda, why_no_cuda
+from conftest import ISAS, assert_matches, assert_matches_twin, check_instruction_set, needs_cuda, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +16,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import relops
 from relops import reference
-from relops._library import build_info
 
 OP = next(op for op in OPS if op.name == "rank_embedding")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -165,23 +161,9 @@ def test_vmap_of_integers() -> None:
     assert torch.equal(output, relops.rank_embedding(ranks.T, 8))
 
 
-ISAS = ("baseline", "avx2", "avx512")
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
-    here = build_info()["cpu_isa"]
-    if ISAS.index(isa) >= ISAS.index(here):
-        pytest.skip(f"the tests in this process use {here}")
-    paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"RELOPS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name]
-    done = subprocess.run(
-        [*command, "-k", "cpu and not compile"], cwd=Path(__file__).parent, env=environment, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
+    check_instruction_set(isa, "cpu and not compile", Path(__file__).name)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,13 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import OPS, Inputs, Relations, grad_like
-from conftest import assert_matches, assert_matches_twin, needs_cuda, why_no_cuda
+from conftest import (
+    ISAS,
+    assert_matches,
+    assert_matches_twin,
+    captured,
+    check_instruction_set,
+    needs_cuda,
+    run_python,
+    why_no_cuda,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import relops
-from relops._library import build_info
 from relops.ops.relation_attention import _tf32_allowed
 
 OP = next(op for op in OPS if op.name == "relation_attention")
@@ -520,21 +526,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     if sys.platform != "linux":
         pytest.skip("reads the peak of the resident set in the unit of Linux")
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    done = run_python(program)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 30 * 1024  # KB
-
-
-def environment(**more: str) -> dict[str, str]:
-    paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -547,23 +541,11 @@ def test_any_number_of_threads(case: Relations, threads: None) -> None:
         assert_matches_twin(OP, inputs)
 
 
-ISAS = ("baseline", "avx2", "avx512")
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """The comparisons with the twin, and what must not leak, in a process that is told to use only `isa`."""
-    here = build_info()["cpu_isa"]
-    if ISAS.index(isa) >= ISAS.index(here):
-        pytest.skip(f"the tests in this process use {here}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).name, "test_contract.py"]
     chosen = "cpu and ((matches_twin and relation) or sizes or definition or leak or logarithm or huge)"
-    done = subprocess.run(
-        [*command, "-k", chosen], cwd=Path(__file__).parent, env=environment(RELOPS_CPU_ISA=isa), capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
+    check_instruction_set(isa, chosen, Path(__file__).name, "test_contract.py")
 
 
 # ---- Random search ----
@@ -633,14 +615,7 @@ def test_cuda_graph_of_a_training_step() -> None:
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(OP.function(**inputs), tuple(leaves.values()), grad)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        grads = step()
+    graph, grads = captured(step)
     with torch.no_grad():
         inputs["query"].mul_(0.9)
     graph.replay()

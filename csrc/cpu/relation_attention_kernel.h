@@ -328,6 +328,17 @@ inline void rotate(const C* weight, const BoxTable<C>& queries, int64_t q, C* ou
   });
 }
 
+// b [heads,kTile], without biases, of query q and a tile of keys; terms [32,kTile] as pair_terms leaves them. weight
+// and rotated are those of the first head.
+template <class C>
+inline void geometry_of(const Waves<C>& waves, bool by_query, const BoxTable<C>& queries, int64_t q,
+                        const BoxTable<C>& keys, int64_t vectors, int64_t heads, const C* weight, const C* rotated,
+                        C* terms, C* b) {
+  pair_terms(waves, by_query, queries, q, keys, vectors, terms);
+  const Factors<C> separable{{rotated, kHalf, 1}, keys.terms, keys.padded, kHalf};
+  multiply<C>({{weight, kEmbedding, 1}, terms, kTile<C>, kHalf}, heads, vectors, b, kTile<C>, false, &separable);
+}
+
 // ---- Packing ----
 
 // out[i][0..padded) = scale * (the row of entry index[i]), with zeros after its D elements.
@@ -492,12 +503,9 @@ struct ForwardWorker {
 
   void visit(int64_t block, const KeyTile<C>& tile, int64_t count) {
     const int64_t vectors = ceil_div(count, W);
-    for (int64_t q = 0; q < block; ++q) {
-      pair_terms(a.waves, a.by_query, queries, q, tile.boxes, vectors, terms);
-      const Factors<C> separable{{rotated + q * a.M * kHalf, kHalf, 1}, tile.boxes.terms, tile.boxes.padded, kHalf};
-      multiply<C>({{a.weight, kEmbedding, 1}, terms, kKeys, kHalf}, a.M, vectors, b + q * b_stride, kKeys, false,
-                  &separable);
-    }
+    for (int64_t q = 0; q < block; ++q)
+      geometry_of(a.waves, a.by_query, queries, q, tile.boxes, vectors, a.M, a.weight, rotated + q * a.M * kHalf, terms,
+                  b + q * b_stride);
     for (int64_t m = 0; m < a.M; ++m) {
       const int64_t row = m * most;
       multiply<C>({{query + row * width, width, 1}, tile.columns + m * a.D * keys.width, keys.width, a.D}, block,
@@ -705,13 +713,9 @@ struct BackwardWorker {
   // A block of queries, from q0 on, and the tile of keys.
   void visit(int64_t n, int64_t m0, int64_t H, int64_t q0, int64_t block, int64_t count) {
     const int64_t vectors = ceil_div(count, W);
-    for (int64_t q = 0; q < block; ++q) {
-      C* const terms = this->terms + q * kHalf * kKeys;
-      pair_terms(a.waves, a.by_query, queries, q0 + q, keys, vectors, terms);
-      const Factors<C> separable{{rotated + (q0 + q) * H * kHalf, kHalf, 1}, keys.terms, keys.padded, kHalf};
-      multiply<C>({{a.weight + m0 * kEmbedding, kEmbedding, 1}, terms, kKeys, kHalf}, H, vectors, b + q * b_stride,
-                  kKeys, false, &separable);
-    }
+    for (int64_t q = 0; q < block; ++q)
+      geometry_of(a.waves, a.by_query, queries, q0 + q, keys, vectors, H, a.weight + m0 * kEmbedding,
+                  rotated + (q0 + q) * H * kHalf, terms + q * kHalf * kKeys, b + q * b_stride);
     for (int64_t h = 0; h < H; ++h) {
       C* const query = this->query + (h * a.Q + q0) * width;
       C* const grad_output = this->grad_output + (h * a.Q + q0) * value_width;

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from relops.nn.object_relation import ObjectRelation
-from relops.ops._checks import check_features, check_shape, check_tensor, compute_dtype
+from relops.ops._checks import check_features, check_integers, check_mask, check_shape, compute_dtype
 from relops.ops.box_iou import box_iou
 from relops.ops.rank_embedding import rank_embedding
 
@@ -232,19 +232,14 @@ class DuplicateRemoval(nn.Module):
                 f"{list(boxes.shape)}"
             )
         if padding_mask is not None:
-            check_tensor(name, "padding_mask", padding_mask)
-            if padding_mask.dtype != torch.bool:
-                raise TypeError(f"relops.{name}: padding_mask must be bool, got {padding_mask.dtype}")
-            check_shape(name, "padding_mask", padding_mask, "[B,K]", B, K)
+            check_mask(name, "padding_mask", padding_mask, "[B,K]", B, K)
 
     def _check_objects(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> None:
         name, B = "nn.DuplicateRemoval", len(detections.indices)
         check_features(name, "gt_boxes", gt_boxes)
         if gt_boxes.dim() != 3 or gt_boxes.shape[0] != B or gt_boxes.shape[2] != 4:
             raise ValueError(f"relops.{name}: gt_boxes must be [B,G,4] = [{B},G,4], got shape {list(gt_boxes.shape)}")
-        check_tensor(name, "gt_labels", gt_labels)
-        if gt_labels.is_floating_point() or gt_labels.is_complex() or gt_labels.dtype == torch.bool:
-            raise TypeError(f"relops.{name}: gt_labels must be of an integer dtype, got {gt_labels.dtype}")
+        check_integers(name, "gt_labels", gt_labels)
         check_shape(name, "gt_labels", gt_labels, "[B,G]", *gt_boxes.shape[:2])
 
     def extra_repr(self) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from relops.ops._checks import check_features, check_shape, check_tensor
-from relops.ops.relation_attention import relation_attention
+from relops.ops._checks import check_features, check_mask, check_shape
+from relops.ops.relation_attention import check_geometry, relation_attention
 
 
 class ObjectRelation(nn.Module):
@@ -45,8 +44,7 @@ class ObjectRelation(nn.Module):
         super().__init__()
         if channels % heads:
             raise ValueError(f"relops.nn.ObjectRelation: channels must be divisible by heads, got {channels}, {heads}")
-        if geometry not in ("paper", "official"):
-            raise ValueError(f'relops.nn.ObjectRelation: geometry must be "paper" or "official", got {geometry!r}')
+        check_geometry("nn.ObjectRelation", geometry)
         self.channels, self.heads, self.head_dim, self.dialect = channels, heads, head_dim, geometry
         self.query = nn.Linear(channels, heads * head_dim)
         self.key = nn.Linear(channels, heads * head_dim)
@@ -100,10 +98,7 @@ class ObjectRelation(nn.Module):
         check_features(name, "boxes", boxes)
         check_shape(name, "boxes", boxes, f"[{batch}K,4]", *features.shape[:-1], 4)
         if key_mask is not None:
-            check_tensor(name, "key_mask", key_mask)
-            if key_mask.dtype != torch.bool:
-                raise TypeError(f"relops.{name}: key_mask must be bool, got {key_mask.dtype}")
-            check_shape(name, "key_mask", key_mask, f"[{batch}K]", *features.shape[:-1])
+            check_mask(name, "key_mask", key_mask, f"[{batch}K]", *features.shape[:-1])
 
     def extra_repr(self) -> str:
         return f'channels={self.channels}, heads={self.heads}, head_dim={self.head_dim}, geometry="{self.dialect}"'

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_device, check_features, check_number, check_shape, check_tensor
+from relops.ops._checks import check_device, check_features, check_integers, check_number, check_shape
 
 
 def check_boxes(op: str, boxes: object, batched: bool = False) -> None:
@@ -25,9 +25,7 @@ def check_scores(op: str, scores: object, boxes: Tensor) -> None:
 
 
 def check_idxs(op: str, idxs: object, boxes: Tensor) -> None:
-    check_tensor(op, "idxs", idxs)
-    if idxs.is_floating_point() or idxs.is_complex() or idxs.dtype == torch.bool:
-        raise TypeError(f"relops.{op}: idxs must be of an integer dtype, got {idxs.dtype}")
+    check_integers(op, "idxs", idxs)
     _check_per_box(op, "idxs", idxs, boxes)
 
 

@@ -69,6 +69,20 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int
         raise ValueError(f"relops.{op}: {name} must be {letters} = [{','.join(words)}], got shape {list(tensor.shape)}")
 
 
+def check_mask(op: str, name: str, mask: object, letters: str, *shape: int, meaning: str = "") -> None:
+    """`meaning`: of True, in words for the message."""
+    check_tensor(op, name, mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"relops.{op}: {name} must be bool{meaning}, got {mask.dtype}")
+    check_shape(op, name, mask, letters, *shape)
+
+
+def check_integers(op: str, name: str, tensor: object) -> None:
+    check_tensor(op, name, tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"relops.{op}: {name} must be of an integer dtype, got {tensor.dtype}")
+
+
 def under_autocast(features: Tensor, *coordinates: Tensor) -> list[Tensor]:
     """Autocast makes some inputs 16 bit and leaves others: coordinates follow the features upwards, never down."""
     if not (isinstance(features, Tensor) and torch.is_autocast_enabled(features.device.type)):

@@ -12,6 +12,7 @@ from relops.ops._checks import (
     check_coordinates,
     check_device,
     check_features,
+    check_mask,
     check_shape,
     check_tensor,
     compute_dtype,
@@ -122,11 +123,8 @@ def ms_deform_attn_fused(
     N, Q, _, L, _, _ = sampling_offsets.shape
     check_shape(op, "reference_points", reference_points, "[N,Q,L,2/4]", N, Q, L, (2, 4))
     if value_mask is not None:
-        check_tensor(op, "value_mask", value_mask)
-        if value_mask.dtype != torch.bool:
-            raise TypeError(f"relops.{op}: value_mask must be bool (True = padding), got {value_mask.dtype}")
+        check_mask(op, "value_mask", value_mask, "[N,S]", *value.shape[:2], meaning=" (True = padding)")
         check_device(op, "value_mask", value_mask, "value", value)
-        check_shape(op, "value_mask", value_mask, "[N,S]", *value.shape[:2])
     sampling_offsets, attention_logits = _same_dtype(sampling_offsets, attention_logits)
     return torch.ops.relops.ms_deform_attn_fused(
         value, shapes, level_start_index, reference_points.to(compute_dtype(value.dtype)), sampling_offsets,

@@ -15,6 +15,7 @@ from relops.ops._checks import (
     check_coordinates,
     check_device,
     check_features,
+    check_mask,
     check_number,
     check_shape,
     check_tensor,
@@ -24,7 +25,6 @@ from relops.ops._checks import (
 )
 from relops.ops._vmap import mapped_first
 
-GEOMETRIES = ("paper", "official")
 EMBEDDING = 64  # 8 sines and 8 cosines of each of 4 coordinates
 
 
@@ -119,13 +119,9 @@ def relation_attention(
         check_coordinates(op, name, x, "query", query)
         check_shape(op, name, x, letters, *shape)
     if key_mask is not None:
-        check_tensor(op, "key_mask", key_mask)
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"relops.{op}: key_mask must be bool (True = ignore), got {key_mask.dtype}")
+        check_mask(op, "key_mask", key_mask, "[N,K]", N, K, meaning=" (True = ignore)")
         check_device(op, "key_mask", key_mask, "query", query)
-        check_shape(op, "key_mask", key_mask, "[N,K]", N, K)
-    if geometry not in GEOMETRIES:
-        raise ValueError(f'relops.{op}: geometry must be "paper" or "official", got {geometry!r}')
+    check_geometry(op, geometry)
     check_number(op, "wavelength", wavelength, "positive and finite", SMALLEST, LARGEST)
     if scale is not None:
         check_number(op, "scale", scale, "finite, or None", -LARGEST, LARGEST)
@@ -138,6 +134,11 @@ def relation_attention(
         query.is_cuda and _tf32_allowed(),
     )  # fmt: skip
     return output
+
+
+def check_geometry(op: str, geometry: object) -> None:
+    if geometry not in ("paper", "official"):
+        raise ValueError(f'relops.{op}: geometry must be "paper" or "official", got {geometry!r}')
 
 
 def _widest_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
