@@ -8,7 +8,9 @@
 // The kernel file includes cpu/simd.h, has no include guard, includes nothing from the standard library (whatever it
 // needs is included before, outside the target regions) and defines everything in namespace relops::RELOPS_ISA.
 
+#include "cpu/batch.h"
 #include "cpu/isa.h"
+#include "series.h"
 
 #define RELOPS_ISA baseline
 #define RELOPS_VECTOR_BYTES 16

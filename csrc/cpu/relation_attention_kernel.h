@@ -16,9 +16,11 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-constexpr int64_t kVectors = 4;  // of keys, in a tile
 template <class C>
-constexpr int64_t kTile = kVectors * kLanes<C>;
+constexpr int64_t kTile = 256 / sizeof(C);  // keys
+
+// Vectors that are put through a chain of operations side by side.
+constexpr int kAtOnce = 4;
 
 // ---- Products ----
 
@@ -193,27 +195,25 @@ inline Log2<Vec<C>> log2_of(Vec<C> x) {
   return {__builtin_convertvector(n, Vec<C>), r * Series<C>::log2(r * r)};
 }
 
-// sine and cosine of the angle that a wave has at a logarithm.
-template <class C>
-inline void sine_and_cosine(const Wave<C>& wave, Log2<Vec<C>> log2, Vec<C>& sine, Vec<C>& cosine) {
-  const Vec<C> exact = log2.n * wave.high, rest = log2.n * wave.low + log2.l * wave.per_octave;
-  const Vec<C> shifted = exact + rest + Bits<C>::kRounder;
-  const Vec<C> r = (exact - (shifted - Bits<C>::kRounder)) + rest, u = r * r;
-  // An odd number of half turns changes both signs.
-  const VecInt<C> sign = (VecInt<C>)shifted << (8 * sizeof(C) - 1);
-  sine = (Vec<C>)((VecInt<C>)(r * Series<C>::sine(u)) ^ sign);
-  cosine = (Vec<C>)((VecInt<C>)Series<C>::cosine(u) ^ sign);
-}
-
 // The sines and cosines of one coordinate, to rows `row` apart.
 template <class C>
 inline void store_terms(const Waves<C>& waves, Log2<Vec<C>> log2, C* terms, int64_t row) {
-#pragma GCC unroll 8
-  for (int j = 0; j < kWaves; ++j) {
-    Vec<C> sine, cosine;
-    sine_and_cosine(waves.of[j], log2, sine, cosine);
-    store(terms + j * row, sine);
-    store(terms + (kWaves + j) * row, cosine);
+  using F = Batch<C, kAtOnce>;
+#pragma GCC unroll 2
+  for (int j = 0; j < kWaves; j += kAtOnce) {
+    const Wave<C>* const wave = waves.of + j;
+    const F exact = batch<C, kAtOnce>([&](int i) { return log2.n * wave[i].high; });
+    const F rest = batch<C, kAtOnce>([&](int i) { return log2.n * wave[i].low + log2.l * wave[i].per_octave; });
+    const F shifted = exact + rest + Bits<C>::kRounder;
+    const F r = (exact - (shifted - Bits<C>::kRounder)) + rest, u = r * r;
+    const F sine = r * Series<C>::sine(u), cosine = Series<C>::cosine(u);
+#pragma GCC unroll 4
+    for (int i = 0; i < kAtOnce; ++i) {
+      // An odd number of half turns changes both signs.
+      const VecInt<C> sign = (VecInt<C>)shifted.v[i] << (8 * sizeof(C) - 1);
+      store(terms + (j + i) * row, (Vec<C>)((VecInt<C>)sine.v[i] ^ sign));
+      store(terms + (kWaves + j + i) * row, (Vec<C>)((VecInt<C>)cosine.v[i] ^ sign));
+    }
   }
 }
 
@@ -375,6 +375,14 @@ inline C dot(const A* a, const B* b, int64_t n) {
   return sum<C>(products);
 }
 
+// Into the second cache: `lines` cache lines of p[0..size), from line `first` on.
+template <class C>
+inline void prefetch_lines(const C* p, int64_t size, int64_t first, int64_t lines) {
+  constexpr int64_t kLine = 64 / sizeof(C);
+  for (int64_t i = first * kLine; i < std::min((first + lines) * kLine, size); i += kLine)
+    __builtin_prefetch(p + i, 0, 2);
+}
+
 // -1 in the lanes of a vector that begins at k where there is a key.
 template <class C>
 inline VecInt<C> lanes_below(int64_t count, int64_t k) {
@@ -383,8 +391,7 @@ inline VecInt<C> lanes_below(int64_t count, int64_t k) {
 
 template <class C>
 inline Vec<C> above_floor(Vec<C> b) {
-  const Vec<C> least = broadcast(static_cast<C>(kWeightFloor));
-  return b <= least ? least : b;
+  return maximum(broadcast(static_cast<C>(kWeightFloor)), b);
 }
 
 }  // namespace
@@ -465,7 +472,7 @@ struct ForwardWorker {
       : a(a),
         keys(keys),
         blocks(blocks),
-        most(ceil_div(a.Q, blocks)),
+        most(ceil_div(ceil_div(a.Q, kPanelRows), blocks) * kPanelRows),
         width(round_up(a.D, W)),
         value_width(round_up(a.Dv, W)),
         b_stride(a.M * kKeys + W),
@@ -481,7 +488,9 @@ struct ForwardWorker {
 
   void operator()(int64_t item) {
     const int64_t image = item / blocks, n = keys.first + image;
-    const int64_t first = item % blocks * a.Q / blocks, count = (item % blocks + 1) * a.Q / blocks - first;
+    // Whole panels of rows, of which a smaller one takes nearly as long.
+    const auto from = [&](int64_t block) { return block * ceil_div(a.Q, kPanelRows) / blocks * kPanelRows; };
+    const int64_t first = from(item % blocks), count = std::min(from(item % blocks + 1), a.Q) - first;
     load_queries(n, first, count);
     for (int64_t i = 0; i * kKeys < keys.kept.count(n); ++i)
       visit(count, keys.tiles[image * keys.of_image + i], std::min(kKeys, keys.kept.count(n) - i * kKeys));
@@ -510,8 +519,14 @@ struct ForwardWorker {
       const int64_t row = m * most;
       multiply<C>({{query + row * width, width, 1}, tile.columns + m * a.D * keys.width, keys.width, a.D}, block,
                   vectors, p, kKeys);
-      for (int64_t q = 0; q < block; ++q)
+      // Keys do not fit the second cache: those of the next head are fetched meanwhile, some lines a query.
+      const int64_t columns = a.D * keys.width, values = keys.width * value_width;
+      const int64_t lines = m + 1 < a.M ? ceil_div(std::max(columns, values) * int64_t{sizeof(C)}, 64 * block) : 0;
+      for (int64_t q = 0; q < block; ++q) {
+        prefetch_lines(tile.columns + (m + 1) * columns, columns, q * lines, lines);
+        prefetch_lines(tile.values + (m + 1) * values, values, q * lines, lines);
         normalise(row + q, a.bias == nullptr ? 0 : a.bias[m], count, b + q * b_stride + m * kKeys, p + q * kKeys);
+      }
       multiply<C>({{p, kKeys, 1}, tile.values + m * keys.width * value_width, value_width, count}, block,
                   value_width / W, output + row * value_width, value_width, true);
     }
@@ -537,11 +552,16 @@ struct ForwardWorker {
       for (int64_t d = 0; d < value_width; d += W) store(sums + d, load(sums + d) * decay);
       top = highest;
     }
-    for (int64_t k = 0; k < count; k += W) {
-      const Vec<C> weight = above_floor<C>(load(b + k) + bias) * exponential(load(p + k) - top);
-      store(p + k, weight);
-      totals += weight;
-    }
+    for_batches<C, kAtOnce>(count, [&](int64_t k, auto vectors) __attribute__((always_inline)) {
+      constexpr int N = vectors;
+      const auto e = exponential(batch<C, N>([&](int i) { return load(p + k + i * W) - top; }));
+      const auto weight = e * batch<C, N>([&](int i) { return above_floor<C>(load(b + k + i * W) + bias); });
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        store(p + k + i * W, weight.v[i]);
+        totals += weight.v[i];
+      }
+    });
     store(total + row * W, totals);
   }
 
@@ -570,7 +590,7 @@ void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyInde
   for (; keys.first < a.N; keys.first += keys.images) {
     const int64_t images = std::min(keys.images, a.N - keys.first);
     for_each_item(images * keys.of_image, threads, [&] { return [&](int64_t item) { keys(item); }; });
-    const int64_t blocks = parts_for(images, ceil_div(a.Q, kForwardBlock), a.Q, threads);
+    const int64_t blocks = parts_for(images, ceil_div(a.Q, kForwardBlock), ceil_div(a.Q, kPanelRows), threads);
     for_each_item(images * blocks, threads, [&] { return ForwardWorker<T>(a, keys, blocks); });
   }
 }
@@ -752,17 +772,26 @@ struct BackwardWorker {
     const C bias = a.bias == nullptr ? 0 : a.bias[m];
     const Vec<C> none = {};
     Vec<C> of_bias = load(grad_bias + h * W);
-    for (int64_t k = 0; k < vectors * W; k += W) {
-      Vec<C> e = exponential(load(p + k) - logsumexp);
-      if (k + W > count) e = lanes_below<C>(count, k) ? e : none;
-      const Vec<C> of_b = load(b + k) + bias;
-      const Vec<C> probability = e * above_floor<C>(of_b), change = load(dp + k) - delta;
-      const Vec<C> grad_b = of_b <= static_cast<C>(kWeightFloor) ? none : e * change;
-      store(p + k, probability);
-      store(dp + k, probability * change);
-      store(b + k, grad_b);
-      of_bias += grad_b;
+    if (count % W != 0) {  // no weight where there is no key
+      C* const last = p + count / W * W;
+      store(last, lanes_below<C>(count % W, 0) ? load(last) : broadcast(-std::numeric_limits<C>::infinity()));
     }
+    for_batches<C, kAtOnce>(vectors * W, [&](int64_t k, auto at_once) __attribute__((always_inline)) {
+      constexpr int N = at_once;
+      const auto e = exponential(batch<C, N>([&](int i) { return load(p + k + i * W) - logsumexp; }));
+      const auto of_b = batch<C, N>([&](int i) { return load(b + k + i * W) + bias; });
+      const auto change = batch<C, N>([&](int i) { return load(dp + k + i * W) - delta; });
+      const auto probability = e * batch<C, N>([&](int i) { return above_floor<C>(of_b.v[i]); });
+      const auto by_logit = probability * change, by_b = e * change;
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        const Vec<C> grad_b = of_b.v[i] <= static_cast<C>(kWeightFloor) ? none : by_b.v[i];
+        store(p + k + i * W, probability.v[i]);
+        store(dp + k + i * W, by_logit.v[i]);
+        store(b + k + i * W, grad_b);
+        of_bias += grad_b;
+      }
+    });
     store(grad_bias + h * W, of_bias);
   }
 

@@ -243,8 +243,21 @@ inline unsigned mask_bits(VecInt<C> mask) {
 // The second where either is NaN.
 inline Vec<float> minimum(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
 inline Vec<double> minimum(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+// By intrinsic: of a comparison with a constant and a selection GCC does not make one instruction.
+#if RELOPS_VECTOR_BYTES == 64
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
+inline Vec<double> maximum(Vec<double> a, Vec<double> b) {
+  return (Vec<double>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+}
+#elif RELOPS_VECTOR_BYTES == 32
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#else
 inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+#endif
 
 // The lanes in which a > b, as bits. By intrinsic: from a comparison GCC makes a vector of the mask, and a mask of
 // that.
@@ -288,28 +301,48 @@ inline void store_pairs(C* p, Vec<C> first, Vec<C> second) {
   store(p + W, (Vec<C>)__builtin_shuffle(first, second, low + W / 2));
 }
 
-// e^x to about 1 unit in the last place, for x that do not overflow; 0 below the normal range; NaN stays NaN.
-inline Vec<float> exponential(Vec<float> x) {
-  const VecInt<float> underflow = x < -87.0f;
-  x = underflow ? broadcast(-87.0f) : x;
-  // Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits.
-  const Vec<float> shifted = x * 1.44269504f + 12582912.0f;
-  const Vec<float> n = shifted - 12582912.0f;
-  const Vec<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  Vec<float> p = r * (1.0f / 720) + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  const VecInt<float> scale = ((VecInt<float>)shifted << 23) + (127 << 23);
-  const Vec<float> y = p * (Vec<float>)scale;
-  return underflow ? Vec<float>{} : y;
-}
+template <class C, int N>
+using Batch = VectorBatch<Vec<C>, N>;
 
-inline Vec<double> exponential(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+// v[i] = f(i)
+template <class C, int N, class F>
+RELOPS_HOST_DEVICE_INLINE Batch<C, N> batch(F f) {
+  Batch<C, N> x;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x.v[i] = f(i);
   return x;
 }
+
+// Calls f(k, count) for the vectors of lanes k, k + 1, .. of `lanes`: N of them where there are so many, else 1.
+template <class C, int N, class F>
+RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
+  int64_t k = 0;
+  for (; k + N * kLanes<C> <= lanes; k += N * kLanes<C>) f(k, std::integral_constant<int, N>{});
+  for (; k < lanes; k += kLanes<C>) f(k, std::integral_constant<int, 1>{});
+}
+
+// e^x to about 1 unit in the last place, for x that do not overflow; 0 below the normal range; NaN stays NaN.
+template <int N>
+RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential(Batch<float, N> x) {
+  // At -88 the power of two below is 2^-127, whose bits are those of 0.
+  x = batch<float, N>([&](int i) { return maximum(broadcast(-88.0f), x.v[i]); });
+  // Adding 1.5 * 2^23 + 127 rounds to the nearest integer, which then stands in the low bits, biased as an exponent.
+  constexpr float kRounder = 12582912.0f + 127;
+  const Batch<float, N> shifted = x * 1.44269504f + kRounder, n = shifted - kRounder;
+  const Batch<float, N> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  const Batch<float, N> p = polynomial(r, 1.0f, 1.0f, 0.5f, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720);
+  return batch<float, N>([&](int i) { return p.v[i] * (Vec<float>)((VecInt<float>)shifted.v[i] << 23); });
+}
+
+template <int N>
+inline Batch<double, N> exponential(Batch<double, N> x) {
+  for (Vec<double>& v : x.v)
+    for (int i = 0; i < kLanes<double>; ++i) v[i] = std::exp(v[i]);
+  return x;
+}
+
+inline Vec<float> exponential(Vec<float> x) { return exponential(Batch<float, 1>{{x}}).v[0]; }
+inline Vec<double> exponential(Vec<double> x) { return exponential(Batch<double, 1>{{x}}).v[0]; }
 
 // In place over p[0..padded), padded a multiple of the lanes; entries from n on become 0.
 template <class C>

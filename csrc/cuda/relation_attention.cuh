@@ -4,9 +4,8 @@
 // up to 8 heads, and goes over the `others` in tiles. A step takes a tile through stages, each of which is on another
 // tile, so that there is one barrier a step:
 //   1. the boxes of the tile: logarithms of sizes, and their sines and cosines;
-//   2. b of all pairs and heads, to shared memory: a warp has an other and all own rows; the 32 features of a pair,
-//   sines
-//      and cosines of dx and dy, are computed in the registers where a tensor core wants them;
+//   2. b of all pairs and heads, to shared memory: a warp has an other and all own rows; the 32 features of a pair, of
+//      dx and dy, are computed in the registers where a tensor core wants them;
 //   3. the products of features: a warp has a head;
 //   4. in the backward, the gradients that go through b: warps have others again.
 #pragma once
