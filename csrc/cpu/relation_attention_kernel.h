@@ -224,12 +224,13 @@ struct BoxTable {
   C *x_high, *x_low, *y_high, *y_low;  // centers
   C *width, *height;
   C *width_n, *width_l, *height_n, *height_l;  // log2
-  C* terms;                                    // [32,padded], of width and height; NaN for a box that has none
+  C *terms, *term_rows;                        // [32,padded], [padded,32], of width and height; NaN for no box
 
   BoxTable(int64_t count, Scratch& scratch) : padded(round_up(count, kLanes<C>)) {
     for (C** array : {&x_high, &x_low, &y_high, &y_low, &width, &height, &width_n, &width_l, &height_n, &height_l})
       *array = scratch.take<C>(padded);
     terms = scratch.take<C>(kHalf * padded);
+    term_rows = scratch.take<C>(kHalf * padded);
   }
 
   // Box i is boxes[index[i]], for i < count. The last vector is padded with boxes of one pixel.
@@ -261,6 +262,12 @@ struct BoxTable {
       for (int i = 0; i < kHalf; ++i) {
         C* at = terms + i * padded + first;
         store(at, valid ? load(at) : nan);
+      }
+      for (int i = 0; i < kHalf; i += W) {
+        Vec<C> block[W];
+        for (int j = 0; j < W; ++j) block[j] = load(terms + (i + j) * padded + first);
+        transpose<C>(block);
+        for (int j = 0; j < W; ++j) store(term_rows + (first + j) * kHalf + i, block[j]);
       }
     }
   }
@@ -308,21 +315,22 @@ inline void pair_terms(const Waves<C>& waves, bool by_query, const BoxTable<C>& 
   }
 }
 
-// For each term of the separable half, of which weight [64] is a head's and `terms` (padded apart) are a query's:
+// For each term of the separable half, of which weight [64] is a head's and terms [32] are a query's:
 // f(place, W_s, W_c, sine, cosine), where place is that of the sine in 32.
 template <class C, class F>
-inline void for_separable(const C* weight, const C* terms, int64_t padded, F f) {
+inline void for_separable(const C* weight, const C* terms, F f) {
   for (int c = 0; c < 2; ++c)
+#pragma GCC ivdep
     for (int j = 0; j < kWaves; ++j) {
       const int at = c * kTerms + j;
-      f(at, weight[kHalf + at], weight[kHalf + at + kWaves], terms[at * padded], terms[(at + kWaves) * padded]);
+      f(at, weight[kHalf + at], weight[kHalf + at + kWaves], terms[at], terms[at + kWaves]);
     }
 }
 
 // out [32]: the weights that the terms of a key's width and height have for a query and head.
 template <class C>
-inline void rotate(const C* weight, const BoxTable<C>& queries, int64_t q, C* out) {
-  for_separable(weight, queries.terms + q, queries.padded, [&](int at, C of_sine, C of_cosine, C sine, C cosine) {
+inline void rotate(const C* weight, const C* terms, C* out) {
+  for_separable(weight, terms, [out](int at, C of_sine, C of_cosine, C sine, C cosine) {
     out[at] = of_cosine * sine - of_sine * cosine;
     out[at + kWaves] = of_sine * sine + of_cosine * cosine;
   });
@@ -503,7 +511,7 @@ struct ForwardWorker {
     for (int64_t m = 0; m < a.M; ++m) {
       pack_rows(a.query, n, m, index, count, a.D, a.scale, query + m * most * width, width);
       for (int64_t q = 0; q < count; ++q)
-        rotate(a.weight + m * kEmbedding, queries, q, rotated + (q * a.M + m) * kHalf);
+        rotate(a.weight + m * kEmbedding, queries.term_rows + q * kHalf, rotated + (q * a.M + m) * kHalf);
     }
     std::fill_n(output, a.M * most * value_width, C(0));
     std::fill_n(top, a.M * most, -std::numeric_limits<C>::infinity());
@@ -622,7 +630,6 @@ struct BackwardWorker {
   C* value_columns;   // [H,Dv,kTile]
   C* grad_weight;     // [H,32,lanes]: of the half of dx and dy
   C* grad_bias;       // [H,lanes]
-  C* key_terms;       // [kTile,32]: of width and height
   // Of the block of queries and the tile of keys.
   C* terms;   // [block,32,kTile]: of dx and dy
   C* b;       // [block,H,kTile], then its gradient
@@ -655,7 +662,6 @@ struct BackwardWorker {
     take(key_columns, heads * a.D * kKeys);
     take(grad_value, heads * kKeys * value_width);
     take(value_columns, heads * a.Dv * kKeys);
-    take(key_terms, kKeys * kHalf);
     take(terms, block * kHalf * kKeys);
     take(b, block * b_stride);
     take(p, block * kKeys);
@@ -698,7 +704,8 @@ struct BackwardWorker {
       pack_rows(a.query, n, m, kept.every_query(), a.Q, a.D, a.scale, query + h * a.Q * width, width);
       pack_rows(a.grad_output, n, m, kept.every_query(), a.Q, a.Dv, C(1), grad_output + h * a.Q * value_width,
                 value_width);
-      for (int64_t q = 0; q < a.Q; ++q) rotate(a.weight + m * kEmbedding, queries, q, rotated + (q * H + h) * kHalf);
+      for (int64_t q = 0; q < a.Q; ++q)
+        rotate(a.weight + m * kEmbedding, queries.term_rows + q * kHalf, rotated + (q * H + h) * kHalf);
       if (!of_boxes) continue;
       // The slope of W_s sin + W_c cos is f (W_s cos - W_c sin).
       for (int c = 0; c < 2; ++c)
@@ -721,8 +728,6 @@ struct BackwardWorker {
       pack_columns(a.key, n, m0 + h, index, count, a.D, key_columns + h * a.D * kKeys, kKeys);
       pack_columns(a.value, n, m0 + h, index, count, a.Dv, value_columns + h * a.Dv * kKeys, kKeys);
     }
-    for (int64_t k = 0; k < count; ++k)
-      for (int i = 0; i < kHalf; ++i) key_terms[k * kHalf + i] = keys.terms[i * keys.padded + k];
     std::fill_n(grad_key, H * kKeys * width, C(0));
     std::fill_n(grad_value, H * kKeys * value_width, C(0));
     std::fill_n(grad_keys, 4 * kKeys, C(0));
@@ -756,7 +761,7 @@ struct BackwardWorker {
       multiply_lanes(H, kHalf, block, vectors, b, b_stride, terms, kHalf * kKeys, grad_weight);
       for (int64_t q = 0; q < block; ++q) {
         C* const grad = grad_rotated + (q0 + q) * H * kHalf;
-        multiply<C>({{b + q * b_stride, kKeys, 1}, key_terms, kHalf, count}, H, kHalf / W, grad, kHalf, true);
+        multiply<C>({{b + q * b_stride, kKeys, 1}, keys.term_rows, kHalf, count}, H, kHalf / W, grad, kHalf, true);
       }
     }
     if (of_boxes)
@@ -798,7 +803,7 @@ struct BackwardWorker {
   void differentiate_boxes(int64_t m0, int64_t H, int64_t query, int64_t q, int64_t vectors) {
     const C* const grad_b = b + q * b_stride;
     for (int64_t h = 0; h < H; ++h)
-      for_separable(a.weight + (m0 + h) * kEmbedding, queries.terms + query, queries.padded,
+      for_separable(a.weight + (m0 + h) * kEmbedding, queries.term_rows + query * kHalf,
                     [&](int at, C of_sine, C of_cosine, C sine, C cosine) {
                       const C radians = a.waves.of[at % kTerms].radians;
                       C* const out = rotated_slopes + h * kHalf + at;
@@ -878,11 +883,10 @@ struct BackwardWorker {
       double* const grad = shares.weight + (n * a.M + m) * kEmbedding;
       for (int64_t q = 0; q < a.Q; ++q) {
         const C* const of = grad_rotated + (q * H + h) * kHalf;
-        for_separable(a.weight + m * kEmbedding, queries.terms + q, queries.padded,
-                      [&](int at, C, C, C sine, C cosine) {
-                        grad[kHalf + at] += sine * of[at + kWaves] - cosine * of[at];
-                        grad[kHalf + at + kWaves] += sine * of[at] + cosine * of[at + kWaves];
-                      });
+        for_separable(a.weight + m * kEmbedding, queries.term_rows + q * kHalf, [&](int at, C, C, C sine, C cosine) {
+          grad[kHalf + at] += sine * of[at + kWaves] - cosine * of[at];
+          grad[kHalf + at + kWaves] += sine * of[at] + cosine * of[at + kWaves];
+        });
       }
     }
     if (a.grad_query_boxes == nullptr) return;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from relops.nn.object_relation import ObjectRelation
 from relops.ops._checks import check_features, check_integers, check_mask, check_shape, compute_dtype
@@ -140,28 +141,45 @@ class DuplicateRemoval(nn.Module):
         boxes = boxes.expand(B, C, K, 4).gather(2, order[..., None].expand(B, C, n, 4))
         boxes = boxes.masked_fill(padding[..., None], 0.0)
 
-        logits = self._logits(self.feature(features), order, boxes, padding)
+        logits = self._logits(features, order, boxes, padding)
         final = scores * logits.sigmoid().mean(-1)
         final_scores = final.new_zeros(B, C, K).scatter(-1, order, final).transpose(1, 2)
         return RankedDetections(final_scores, order.masked_fill(padding, -1), boxes, scores, logits)
 
     def _logits(self, features: Tensor, order: Tensor, boxes: Tensor, padding: Tensor) -> Tensor:
         (B, K, _), (_, C, n) = features.shape, order.shape
-        ranks = torch.arange(n, dtype=compute_dtype(features.dtype), device=features.device)
-        ranks = self.rank(rank_embedding(ranks, self.rank_dim).to(self.rank.weight.dtype))
-
         objects = order + K * torch.arange(B, device=order.device)[:, None, None]
         objects, boxes, padding = (x.flatten(0, 1) for x in (objects, boxes, padding))
-        groups: list[tuple[slice | Tensor, int]] = [(slice(None), n)]
+        groups, by_length = [(0, B * C, n)], None
         if padding.device.type == "cpu" and not torch.compiler.is_compiling():
-            groups = _groups_of_length(n - padding.sum(1))
-        features = features.flatten(0, 1)
+            lengths, by_length = (n - padding.sum(1)).sort()
+            groups = _groups_of_length(lengths.tolist())
+            objects, boxes, padding = (x[by_length] for x in (objects, boxes, padding))
+
+        # An object is in many classes, a rank in all, and projections are linear: those of their sum are added up.
+        ranks = torch.arange(groups[-1][2], device=order.device)
+        ranks = rank_embedding(ranks.to(compute_dtype(features.dtype)), self.rank_dim).to(self.rank.weight.dtype)
+        ranks = self._projected(self.rank(ranks), with_bias=False)
+        features = self._projected(self.feature(features).flatten(0, 1))
+        M, D, hidden = self.relation.heads, self.relation.head_dim, self.relation.channels
+
         logits = features.new_zeros(B * C, n, len(self.thresholds), dtype=compute_dtype(features.dtype))
-        for rows, length in groups:
-            x = features[objects[rows, :length]] + ranks[:length]
-            x = self.logit(self.relation(x, boxes[rows, :length], padding[rows, :length]).relu())
-            logits[rows, :length] = x.to(logits.dtype)
-        return logits.masked_fill(padding[..., None], 0.0).unflatten(0, (B, C))
+        for first, end, length in groups:
+            of_group = slice(first, end), slice(length)
+            x = features.index_select(0, objects[of_group].flatten())
+            x = x.view(end - first, length, features.shape[1]).add_(ranks[:length])
+            x, query, key, value = x.split([hidden, M * D, M * D, hidden], -1)
+            x = x + self.relation.relate(query, key, value, boxes[of_group], padding[of_group])
+            logits[of_group] = self.logit(x.relu()).to(logits.dtype)
+        logits = logits.masked_fill(padding[..., None], 0.0)
+        if by_length is not None:
+            logits = torch.empty_like(logits).index_copy(0, by_length, logits)
+        return logits.unflatten(0, (B, C))
+
+    def _projected(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """x [..,hidden_dim], and beside it what the relation makes of it: query, key and value."""
+        projections = (self.relation.query, self.relation.key, self.relation.value)
+        return torch.cat([x, *(F.linear(x, p.weight, p.bias if with_bias else None) for p in projections)], -1)
 
     def targets(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
         """Which detections are right, on the device that they are on, without waiting for it.
@@ -207,7 +225,7 @@ class DuplicateRemoval(nn.Module):
         """
         targets = self.targets(detections, gt_boxes, gt_labels)
         s0, logits = detections.scores.clamp(CLOSEST, 1 - CLOSEST)[..., None], detections.logits
-        right = -self.positive_weight * (s0.log() + logsigmoid(logits))
+        right = -self.positive_weight * (s0.log() + F.logsigmoid(logits))
         wrong = -torch.log((1 - s0) + s0 * (-logits).sigmoid())
         terms = right.where(targets, wrong).masked_fill(detections.indices[..., None] < 0, 0.0)
         return terms.sum() / (self.first_n * len(self.thresholds) * max(len(terms), 1))
@@ -249,17 +267,15 @@ class DuplicateRemoval(nn.Module):
         )
 
 
-def _groups_of_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
-    """Rows that share the highest bit of their length, and the longest length among them; none of length 0.
+def _groups_of_length(lengths: list[int]) -> list[tuple[int, int, int]]:
+    """Of ascending lengths: first, end and longest length of those that share the highest bit; none of length 0.
 
     Where there are none at all, a group without rows: parameters then still have a gradient.
     """
-    groups: dict[int, list[int]] = {}
-    counts = lengths.tolist()
-    for row, count in enumerate(counts):
-        if count:
-            groups.setdefault(count.bit_length(), []).append(row)
-    return [
-        (torch.tensor(rows, dtype=torch.int64), max((counts[row] for row in rows), default=0))
-        for rows in groups.values() or [[]]
-    ]
+    first = bisect.bisect_right(lengths, 0)
+    groups = []
+    while first < len(lengths):
+        end = bisect.bisect_left(lengths, 1 << lengths[first].bit_length())
+        groups.append((first, end, lengths[end - 1]))
+        first = end
+    return groups or [(0, 0, 0)]

@@ -73,18 +73,17 @@ class ObjectRelation(nn.Module):
         self._check(features, boxes, key_mask)
         if features.dim() == 2:
             return self(features[None], boxes[None], None if key_mask is None else key_mask[None])[0]
+        query, key, value = self.query(features), self.key(features), self.value(features)
+        return features + self.relate(query, key, value, boxes, key_mask)
+
+    def relate(self, query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, key_mask: Tensor | None) -> Tensor:
+        """What is added to the features, [N,K,C]: of their projections, [N,K,M*D] twice and [N,K,C]."""
+        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in (query, key, value))
+        weight, bias = self.geometry.weight, self.geometry.bias
         relation = relation_attention(
-            self.query(features).unflatten(-1, (self.heads, self.head_dim)),
-            self.key(features).unflatten(-1, (self.heads, self.head_dim)),
-            self.value(features).unflatten(-1, (self.heads, -1)),
-            boxes,
-            boxes,
-            self.geometry.weight,
-            self.geometry.bias,
-            key_mask=key_mask,
-            geometry=self.dialect,
+            query, key, value, boxes, boxes, weight, bias, key_mask=key_mask, geometry=self.dialect
         )
-        return features + relation.flatten(-2)
+        return relation.flatten(-2)
 
     def _check(self, features: Tensor, boxes: Tensor, key_mask: Tensor | None) -> None:
         name = "nn.ObjectRelation"
