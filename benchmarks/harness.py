@@ -553,8 +553,10 @@ def cores() -> int:
 
 
 def machine_name(device: str) -> str:
-    """A folder name: 'amd-epyc-2-cores', 'nvidia-h200'."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {cores()} cores"
+    """A folder name: 'amd-epyc-avx512-2-cores', 'nvidia-h200'. Under a hypervisor, processors of several generations
+    share a name, and it is the instruction set that tells them apart."""
+    cpu = f"{cpu_model()} {_library.build_info()['cpu_isa']} {cores()} cores"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
