@@ -19,25 +19,30 @@ inline Vec<double> load_as_double(const float* p) {
   return __builtin_convertvector(narrow, Vec<double>);
 }
 
-// Calls f(j, sines, cosines) for the angles of a rank, lanes at a time: from j on.
-template <class F>
-inline void for_angles(double rank, const double* frequencies, int64_t half, F f) {
+// sines and cosines [padded] of the angles of a rank.
+template <class C>
+inline void store_sines(double rank, const double* frequencies, int64_t half, C* sines, C* cosines) {
   constexpr int64_t W = kLanes<double>;
+  using S = std::conditional_t<sizeof(C) == 8, Series<double>, SeriesForFloat>;
   // Frequencies fall or rise from the first to the last.
   const bool small = std::fabs(rank) * std::max(frequencies[0], frequencies[half - 1]) < kLargeAngle;
-  for (int64_t j = 0; j < half; j += W) {
-    const Vec<double> angle = rank * load(frequencies + j);
-    Vec<double> s, c;
-    if (small) {
-      sin_cos(angle, s, c);
-    } else {  // or NaN
-      for (int64_t i = 0; i < W; ++i) {
-        s[i] = std::sin(angle[i]);
-        c[i] = std::cos(angle[i]);
-      }
+  if (!small) {  // or NaN
+    for (int64_t j = 0; j < half; ++j) {
+      sines[j] = static_cast<C>(std::sin(rank * frequencies[j]));
+      cosines[j] = static_cast<C>(std::cos(rank * frequencies[j]));
     }
-    f(j, s, c);
+    return;
   }
+  for_batches<double, 2>(half, [&](int64_t j, auto vectors) __attribute__((always_inline)) {
+    constexpr int N = vectors;
+    Batch<double, N> sine, cosine;
+    sin_cos<S>(batch<double, N>([&](int i) { return rank * load(frequencies + j + i * W); }), sine, cosine);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) {
+      store_as(sines + j + i * W, sine.v[i]);
+      store_as(cosines + j + i * W, cosine.v[i]);
+    }
+  });
 }
 
 template <class T, class O>
@@ -48,10 +53,7 @@ void rank_embedding_forward(const RankEmbeddingArgs<T, O>& p, const double* freq
   C* const sines = scratch.take<C>(2 * padded);
   C* const cosines = sines + padded;
   for (int64_t i = begin; i < end; ++i) {
-    for_angles(static_cast<double>(p.ranks[i]), frequencies, half, [&](int64_t j, Vec<double> s, Vec<double> c) {
-      store_as(sines + j, s);
-      store_as(cosines + j, c);
-    });
+    store_sines(static_cast<double>(p.ranks[i]), frequencies, half, sines, cosines);
     O* const out = p.output + i * 2 * half;
     convert(sines, out, half);
     convert(cosines, out + half, half);
@@ -65,17 +67,18 @@ void rank_embedding_backward(const RankEmbeddingArgs<T, T>& p, const double* fre
   using C = ComputeType<T>;
   const int64_t half = p.half, padded = round_up(half, kLanes<double>);
   Scratch scratch;
-  C* const grad_sines = scratch.take<C>(2 * padded);
-  C* const grad_cosines = grad_sines + padded;
-  std::fill_n(grad_sines, 2 * padded, C(0));
+  C* const grad_sines = scratch.take<C>(4 * padded);
+  C *const grad_cosines = grad_sines + padded, *const sines = grad_cosines + padded, *const cosines = sines + padded;
+  std::fill_n(grad_sines, 4 * padded, C(0));
   for (int64_t i = begin; i < end; ++i) {
     const T* const grad = p.grad_output + i * 2 * half;
     convert(grad, grad_sines, half);
     convert(grad + half, grad_cosines, half);
+    store_sines(static_cast<double>(p.ranks[i]), frequencies, half, sines, cosines);
     Vec<double> total = {};
-    for_angles(static_cast<double>(p.ranks[i]), frequencies, half, [&](int64_t j, Vec<double> s, Vec<double> c) {
-      total += load(frequencies + j) * (c * load_as_double(grad_sines + j) - s * load_as_double(grad_cosines + j));
-    });
+    for (int64_t j = 0; j < half; j += kLanes<double>)
+      total += load(frequencies + j) * (load_as_double(cosines + j) * load_as_double(grad_sines + j) -
+                                        load_as_double(sines + j) * load_as_double(grad_cosines + j));
     p.grad_ranks[i] = static_cast<T>(static_cast<C>(sum<double>(total)));
   }
 }
