@@ -391,10 +391,15 @@ inline void prefetch_lines(const C* p, int64_t size, int64_t first, int64_t line
     __builtin_prefetch(p + i, 0, 2);
 }
 
-// -1 in the lanes of a vector that begins at k where there is a key.
+// Minus infinity in the lanes of the last vector of logits p[0..count) that are of no key.
 template <class C>
-inline VecInt<C> lanes_below(int64_t count, int64_t k) {
-  return lanes<C>([](Int<C> j) { return j; }) < static_cast<Int<C>>(std::min<int64_t>(count - k, kLanes<C>));
+inline void mask_last(C* p, int64_t count) {
+  constexpr int64_t W = kLanes<C>;
+  const Int<C> left = static_cast<Int<C>>(count % W);
+  if (left == 0) return;
+  C* const last = p + count - left;
+  const VecInt<C> key = lanes<C>([](Int<C> j) { return j; }) < left;
+  store(last, key ? load(last) : broadcast(-std::numeric_limits<C>::infinity()));
 }
 
 template <class C>
@@ -544,10 +549,7 @@ struct ForwardWorker {
   // changed only where s is much larger than before: a weight may be as large as exp(kSlack) times b.
   void normalise(int64_t row, C bias, int64_t count, const C* b, C* p) {
     constexpr C kSlack = 16;
-    if (count % W != 0) {
-      C* const last = p + count / W * W;
-      store(last, lanes_below<C>(count % W, 0) ? load(last) : broadcast(-std::numeric_limits<C>::infinity()));
-    }
+    mask_last(p, count);
     Vec<C> tops = load(p);
     for (int64_t k = W; k < count; k += W) tops = maximum(load(p + k), tops);
     const C highest = fold<C>(tops, [](Vec<C> x, Vec<C> y) { return maximum(x, y); });
@@ -777,10 +779,7 @@ struct BackwardWorker {
     const C bias = a.bias == nullptr ? 0 : a.bias[m];
     const Vec<C> none = {};
     Vec<C> of_bias = load(grad_bias + h * W);
-    if (count % W != 0) {  // no weight where there is no key
-      C* const last = p + count / W * W;
-      store(last, lanes_below<C>(count % W, 0) ? load(last) : broadcast(-std::numeric_limits<C>::infinity()));
-    }
+    mask_last(p, count);
     for_batches<C, kAtOnce>(vectors * W, [&](int64_t k, auto at_once) __attribute__((always_inline)) {
       constexpr int N = at_once;
       const auto e = exponential(batch<C, N>([&](int i) { return load(p + k + i * W) - logsumexp; }));
