@@ -321,7 +321,8 @@ RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
   for (; k < lanes; k += kLanes<C>) f(k, std::integral_constant<int, 1>{});
 }
 
-// e^x to about 1 unit in the last place, for x that do not overflow; 0 below the normal range; NaN stays NaN.
+// e^x to about 1 unit in the last place, for x that do not overflow; NaN stays NaN. In float what is below the normal
+// range is inexact down to x = -87.7, and 0 from there on.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential(Batch<float, N> x) {
   // At -88 the power of two below is 2^-127, whose bits are those of 0.
@@ -341,9 +342,6 @@ inline Batch<double, N> exponential(Batch<double, N> x) {
   return x;
 }
 
-inline Vec<float> exponential(Vec<float> x) { return exponential(Batch<float, 1>{{x}}).v[0]; }
-inline Vec<double> exponential(Vec<double> x) { return exponential(Batch<double, 1>{{x}}).v[0]; }
-
 // In place over p[0..padded), padded a multiple of the lanes; entries from n on become 0.
 template <class C>
 inline void softmax(C* p, int64_t n, int64_t padded) {
@@ -353,7 +351,7 @@ inline void softmax(C* p, int64_t n, int64_t padded) {
   const C top = fold<C>(tops, [](Vec<C> a, Vec<C> b) { return maximum(a, b); });
   Vec<C> total = {};
   for (int64_t i = 0; i < padded; i += kLanes<C>) {
-    const Vec<C> e = exponential(load(p + i) - top);
+    const Vec<C> e = exponential(Batch<C, 1>{{load(p + i) - top}}).v[0];
     store(p + i, e);
     total += e;
   }
