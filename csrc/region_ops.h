@@ -34,11 +34,6 @@ struct RegionLevel {
   double scale;
 };
 
-inline torch::headeronly::MemoryFormat memory_format(bool channels_last) {
-  using Format = torch::headeronly::MemoryFormat;
-  return channels_last ? Format::ChannelsLast : Format::Contiguous;
-}
-
 struct RegionProblem {
   // inputs: one per level, or none where only shapes matter (a backward that does not read features). shape: N, C, then
   // H, W per level.
@@ -104,11 +99,6 @@ inline void check_pixels_fit_int(const RegionProblem& p) {
   for (const RegionLevel& level : p.levels)
     STD_TORCH_CHECK(level.H * level.W <= std::numeric_limits<int32_t>::max(), p.spec.op,
                     ": more than 2^31 - 1 pixels in a map");
-}
-
-// The rule of relops/ops/_regions.py.
-inline bool is_channels_last(const Tensor& input) {
-  return input.dim() == 4 && !input.is_contiguous() && input.size(1) > 1 && input.stride(1) == 1;
 }
 
 struct RegionGrads {

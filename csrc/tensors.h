@@ -20,6 +20,16 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
 
+inline torch::headeronly::MemoryFormat memory_format(bool channels_last) {
+  using Format = torch::headeronly::MemoryFormat;
+  return channels_last ? Format::ChannelsLast : Format::Contiguous;
+}
+
+// The rule of relops/ops/_maps.py.
+inline bool is_channels_last(const Tensor& input) {
+  return input.dim() == 4 && !input.is_contiguous() && input.size(1) > 1 && input.stride(1) == 1;
+}
+
 // What stands for a gradient that was not asked for.
 inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 

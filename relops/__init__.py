@@ -9,6 +9,7 @@ from relops.ops.batched_nms import batched_nms  # noqa: E402
 from relops.ops.box_iou import box_iou  # noqa: E402
 from relops.ops.generalized_box_iou import generalized_box_iou  # noqa: E402
 from relops.ops.linear_sum_assignment import linear_sum_assignment  # noqa: E402
+from relops.ops.local_relation import local_relation  # noqa: E402
 from relops.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused  # noqa: E402
 from relops.ops.multi_scale_roi_align import multi_scale_roi_align  # noqa: E402
 from relops.ops.nms import nms  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "box_iou",
     "generalized_box_iou",
     "linear_sum_assignment",
+    "local_relation",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "multi_scale_roi_align",

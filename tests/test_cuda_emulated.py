@@ -9,7 +9,20 @@ from dataclasses import replace
 import cuda_emulation
 import pytest
 import torch
-from cases import FUSED, OPS, PLAIN, SELECTIONS, BoxPairs, DeformAttn, Op, Regions, Relations, Selection, grad_like
+from cases import (
+    FUSED,
+    OPS,
+    PLAIN,
+    SELECTIONS,
+    BoxPairs,
+    DeformAttn,
+    Op,
+    Regions,
+    Relations,
+    Selection,
+    Windows,
+    grad_like,
+)
 from conftest import (
     DTYPES,
     assert_matches,
@@ -365,6 +378,34 @@ def test_boxes_that_are_none(box: tuple[float, ...]) -> None:
     inputs["key_boxes"][1, 7] = torch.tensor(box)
     image = RELATION.run(inputs)
     assert image["output"][1].isnan().all() and torch.equal(image["output"][0, others], clean["output"][0, others])
+
+
+# ---- Local relation ----
+
+# Beyond what the samples take: "tiles", several in both directions, the last of them narrow; "chunks", of channels, and
+# of a tile that shared memory does not hold at full height; "direct", taps that are not in shared memory.
+WINDOWS_BEYOND = {
+    "tiles": Windows(N=1, C=9, G=2, H=69, W=67, k=3),
+    "chunks": Windows(N=1, C=19, G=1, H=40, W=33, k=13, similarity="product", border="zero"),
+    "packs": Windows(N=1, C=32, G=2, H=40, W=18, k=2, channels_last=True),
+    "direct": Windows(N=1, C=13, G=1, H=37, W=39, k=3, stride=2, border="zero"),
+    "too large for a tile": Windows(N=1, C=2, G=1, H=6, W=40, k=63, border="zero"),
+}
+LOCAL = next(op for op in OPS if op.name == "local_relation")
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", WINDOWS_BEYOND.values(), ids=WINDOWS_BEYOND)
+def test_windows_beyond_a_tile(case: Windows, dtype: torch.dtype) -> None:
+    assert_matches_twin(LOCAL, LOCAL.draw(case.local_relation, dtype=dtype))
+
+
+@pytest.mark.parametrize("wanted", LOCAL.differentiable)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_gradient_of_windows(wanted: str, stride: int) -> None:
+    inputs = LOCAL.draw(Windows(C=20, G=2, stride=stride, border="zero").local_relation, dtype=torch.float64)
+    got, everything = LOCAL.run(inputs, wanted=(wanted,)), LOCAL.run(inputs)
+    assert torch.equal(got[wanted], everything[wanted])
 
 
 # ---- Selections ----

@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "cuda/relation_attention.cuh"
+#include "cuda/shares.cuh"
 
 namespace relops {
 
@@ -24,8 +25,8 @@ namespace {
 
 constexpr int kOthers = 16;
 constexpr int kBackwardRing = 4;
-constexpr int kSumThreads = 256;
-constexpr int kSumWarps = kSumThreads / 32;
+constexpr int kDeltaThreads = 256;
+constexpr int kDeltaWarps = kDeltaThreads / 32;
 
 template <class C>
 struct BackwardShared {
@@ -335,10 +336,10 @@ __global__ __launch_bounds__(
 
 // delta[row] of the rows [N,Q,M]. A warp each.
 template <class T>
-__global__ __launch_bounds__(kSumThreads) void relation_delta_kernel(const __grid_constant__ RelationAttentionArgs<T> a,
-                                                                     ComputeType<T>* delta) {
+__global__ __launch_bounds__(kDeltaThreads) void relation_delta_kernel(
+    const __grid_constant__ RelationAttentionArgs<T> a, ComputeType<T>* delta) {
   using C = ComputeType<T>;
-  const int64_t row = int64_t{blockIdx.x} * kSumWarps + threadIdx.x / 32;
+  const int64_t row = int64_t{blockIdx.x} * kDeltaWarps + threadIdx.x / 32;
   if (row >= a.N * a.Q * a.M) return;
   const int64_t m = row % a.M, q = row / a.M % a.Q, n = row / a.M / a.Q;
   const T *grad = a.grad_output.at(n, q, m), *output = a.output + row * a.Dv;
@@ -346,31 +347,6 @@ __global__ __launch_bounds__(kSumThreads) void relation_delta_kernel(const __gri
   for (int64_t i = threadIdx.x % 32; i < a.Dv; i += 32) sum += static_cast<C>(grad[i]) * static_cast<C>(output[i]);
   sum = group_sum(sum, 32);
   if (threadIdx.x % 32 == 0) delta[row] = sum;
-}
-
-// result[i] = sum over shares of shares[share * stride + i], in their order: a block has 32 of them, its warps take
-// shares in turn. result may be the first share.
-template <class C>
-__global__ __launch_bounds__(kSumThreads) void relation_sum_kernel(const C* shares, int64_t count, int64_t stride,
-                                                                   int64_t size, C* result) {
-  __shared__ C of_warps[kSumWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t i = int64_t{blockIdx.x} * 32 + lane;
-  C sum = 0;
-  if (i < size)
-    for (int64_t share = warp; share < count; share += kSumWarps) sum += shares[share * stride + i];
-  of_warps[warp][lane] = sum;
-  __syncthreads();
-  if (warp > 0 || i >= size) return;
-  for (int of = 1; of < kSumWarps; ++of) sum += of_warps[of][lane];
-  result[i] = sum;
-}
-
-template <class C>
-void launch_sum(const C* shares, int64_t count, int64_t stride, int64_t size, C* result, cudaStream_t stream) {
-  const unsigned blocks = grid_size("relops.relation_attention", ceil_div(size, 32));
-  relation_sum_kernel<C><<<blocks, kSumThreads, 0, stream>>>(shares, count, stride, size, result);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <class T, bool kExact, bool kOfKeys, bool kOfBoxes>
@@ -399,11 +375,12 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
   relation_attention_backward_kernel<T, kExact, kOfKeys, kOfBoxes><<<blocks, kHeadThreads, kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (split) launch_sum<C>(p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
+  if (split) launch_sum_of_shares<C>(RelationAttention::op, p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
   if (of_weights && a.grad_weight != nullptr)
-    launch_sum<C>(p.of_weight, shares, share, a.M * kEmbedding, a.grad_weight, stream);
+    launch_sum_of_shares<C>(RelationAttention::op, p.of_weight, shares, share, a.M * kEmbedding, a.grad_weight, stream);
   if (of_weights && a.grad_bias != nullptr)
-    launch_sum<C>(p.of_weight + a.M * kEmbedding, shares, share, a.M, a.grad_bias, stream);
+    launch_sum_of_shares<C>(RelationAttention::op, p.of_weight + a.M * kEmbedding, shares, share, a.M, a.grad_bias,
+                            stream);
 }
 
 // The gradients of boxes, which few want, take registers that would halve the blocks of a multiprocessor.
@@ -430,9 +407,9 @@ void relation_attention_backward(const RelationAttention& r, const RelationAtten
   C* const delta = static_cast<C*>(memory.mutable_data_ptr());
   if constexpr (sizeof(T) == 2) {
     launch_delta(a, delta, stream);
-    if (shares > 1) launch_sum(delta, shares, rows, rows, delta, stream);
+    if (shares > 1) launch_sum_of_shares(r.op, delta, shares, rows, rows, delta, stream);
   } else {
-    relation_delta_kernel<T><<<grid_size(r.op, ceil_div(rows, kSumWarps)), kSumThreads, 0, stream>>>(a, delta);
+    relation_delta_kernel<T><<<grid_size(r.op, ceil_div(rows, kDeltaWarps)), kDeltaThreads, 0, stream>>>(a, delta);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   RelationParams<T> p{a};

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from relops._library import check_device_has_kernels
 from relops.ops._checks import check_coordinates, check_features, no_double_backward, under_autocast
+from relops.ops._maps import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
 Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
@@ -131,17 +132,7 @@ def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
     return rows.to(dtype)
 
 
-# ---- Memory formats and fakes ----
-
-
-def is_channels_last(input: Tensor) -> bool:
-    """The rule of the kernels: a map that is consumed as it lies, and whose output and gradient lie likewise."""
-    return input.dim() == 4 and not input.is_contiguous() and input.size(1) > 1 and input.stride(1) == 1
-
-
-def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+# ---- Fakes ----
 
 
 def fake_forward(input, boxes, output_size, *_):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.jit.annotations import BroadcastingList2
 
-from relops.ops._checks import check_device
+from relops.ops._checks import check_device, is_autocasting
+from relops.ops._maps import empty, is_channels_last
 from relops.ops._regions import (
     Boxes,
     as_rows,
@@ -17,8 +18,6 @@ from relops.ops._regions import (
     check_type,
     checked_boxes,
     checked_output_size,
-    empty,
-    is_channels_last,
     register,
 )
 from relops.ops._vmap import mapped_first
@@ -98,7 +97,7 @@ def _checked_levels(inputs: object) -> list[Tensor]:
                 f"relops.{OP}: {name} must be [N,C,Hl,Wl] with N, C = {first.size(0)}, {first.size(1)} of inputs[0], "
                 f"got shape {list(level.shape)}"
             )
-    if torch.is_autocast_enabled(first.device.type):
+    if is_autocasting(first):
         # Layers that made the levels need not agree on a dtype there.
         dtype = first.dtype
         for level in inputs:

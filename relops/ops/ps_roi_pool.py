@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 from torch.jit.annotations import BroadcastingList2
 
+from relops.ops._maps import empty, is_channels_last
 from relops.ops._regions import (
     Boxes,
     as_rows,
     check_divisible,
     checked_region,
-    empty,
     fake_forward_position_sensitive,
-    is_channels_last,
     register,
     register_vmap,
 )

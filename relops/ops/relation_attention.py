@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
 from relops.ops._checks import (
-    FEATURE_DTYPES,
     LARGEST,
     SMALLEST,
     check_coordinates,
@@ -22,6 +19,7 @@ from relops.ops._checks import (
     compute_dtype,
     no_double_backward,
     under_autocast,
+    widest_under_autocast,
 )
 from relops.ops._vmap import mapped_first
 
@@ -88,7 +86,7 @@ def relation_attention(
         >>> relops.relation_attention(x, x, x, boxes, boxes, weight, torch.ones(16))  # [1,300,16,64]
     """
     op = "relation_attention"
-    query, key, value = _widest_under_autocast(query, key, value)
+    query, key, value = widest_under_autocast(query, key, value)
     check_features(op, "query", query)
     if query.dim() != 4:
         raise ValueError(f"relops.{op}: query must be [N,Q,M,D], got shape {list(query.shape)}")
@@ -139,16 +137,6 @@ def relation_attention(
 def check_geometry(op: str, geometry: object) -> None:
     if geometry not in ("paper", "official"):
         raise ValueError(f'relops.{op}: geometry must be "paper" or "official", got {geometry!r}')
-
-
-def _widest_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Autocast makes some features 16 bit and leaves others: all follow the widest."""
-    if not all(isinstance(x, Tensor) and x.dtype in FEATURE_DTYPES for x in features):
-        return features
-    if not torch.is_autocast_enabled(features[0].device.type):
-        return features
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
-    return tuple(x.to(dtype) for x in features)
 
 
 # The compiler cannot trace the getter, but compiles again when the setting changes.

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 from torch.jit.annotations import BroadcastingList2
 
+from relops.ops._maps import empty, is_channels_last
 from relops.ops._regions import (
     Boxes,
     as_rows,
     checked_region,
-    empty,
     fake_forward,
-    is_channels_last,
     register,
     register_vmap,
 )

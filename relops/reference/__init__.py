@@ -4,6 +4,7 @@ from relops.reference.batched_nms import batched_nms
 from relops.reference.box_iou import box_iou
 from relops.reference.generalized_box_iou import generalized_box_iou
 from relops.reference.linear_sum_assignment import linear_sum_assignment
+from relops.reference.local_relation import local_relation
 from relops.reference.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from relops.reference.multi_scale_roi_align import multi_scale_roi_align
 from relops.reference.nms import nms
@@ -22,6 +23,7 @@ __all__ = [
     "box_iou",
     "generalized_box_iou",
     "linear_sum_assignment",
+    "local_relation",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "multi_scale_roi_align",

@@ -1,0 +1,169 @@
+"""Local relation: the layers of an LR-Net at 224 x 224, windows from 3 to 15, both memory formats."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import relops
+from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
+from relops import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """`N` square maps of `size` pixels a side."""
+
+    N: int
+    C: int
+    G: int
+    size: int
+    k: int = 7
+    stride: int = 1
+    similarity: str = "squared_difference"
+    channels_last: bool = False
+
+    @property
+    def label(self) -> str:
+        stride = f" s{self.stride}" if self.stride > 1 else ""
+        similarity = "" if self.similarity == "squared_difference" else f" {self.similarity}"
+        layout = " channels_last" if self.channels_last else ""
+        return f"{self.N}x{self.C}x{self.size}x{self.size} G{self.G} k{self.k}{stride}{similarity}{layout}"
+
+    @property
+    def output_size(self) -> int:
+        return -(-self.size // self.stride)
+
+    def model(self, dtype: torch.dtype, direction: str) -> Model:
+        inputs, outputs = self.N * self.size**2, self.N * self.output_size**2
+        size = (inputs * (self.C + self.G) + outputs * (self.C + self.G)) * dtype.itemsize
+        # Per tap: of a channel a multiply-add; of a group the logit (3), a maximum, an exponential (1), a sum.
+        taps = outputs * self.k**2
+        forward = Model(size, taps * (2 * self.C + 6 * self.G))
+        if direction == FORWARD:
+            return forward
+        # Of a channel the gradients of weight and value; of a group those of logit, query, key and prior (2, 2, 2, 1).
+        return Model(2 * size + inputs * self.C * dtype.itemsize, forward.flops + taps * (4 * self.C + 7 * self.G))
+
+
+def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def randn(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last) if case.channels_last and len(shape) == 4 else x
+
+    query = randn(case.N, case.G, case.output_size, case.output_size)
+    key, value = (randn(case.N, channels, case.size, case.size) for channels in (case.G, case.C))
+    prior = torch.randn(case.G, case.k, case.k, generator=generator, device=generator.device)
+    return query, key, value, prior.to(torch.promote_types(dtype, torch.float32))
+
+
+def called(op: Callable[..., Tensor], case: Case) -> Callable[..., Tensor]:
+    return functools.partial(op, kernel_size=case.k, stride=case.stride, similarity=case.similarity)
+
+
+def shifted(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_size: int, **_: object) -> Tensor:
+    """In PyTorch without unfolding values: a sum over taps of shifted maps. Stride 1, squared differences."""
+    N, G, H, W = query.shape
+    k, dtype = kernel_size, torch.promote_types(value.dtype, torch.float32)
+    around = (k // 2, k - 1 - k // 2) * 2
+    inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=value.device), around)
+    query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), around)
+    prior = prior.to(dtype)
+    taps = [(i, j, (..., slice(i, i + H), slice(j, j + W))) for i in range(k) for j in range(k)]
+    logits = torch.stack(
+        [
+            (prior[:, i, j, None, None] - (query - key[at]).square()).masked_fill(~inside[at], -math.inf)
+            for i, j, at in taps
+        ]
+    )
+    weights = logits.softmax(0)
+    value = value.unflatten(1, (G, -1))
+    output = torch.zeros(N, G, value.shape[2], H, W, dtype=dtype, device=value.device)
+    for weight, (_, _, at) in zip(weights, taps):
+        output = torch.addcmul(output, weight.unsqueeze(2), value[at])
+    return output.flatten(1, 2)
+
+
+@functools.cache
+def window_mask(size: int, k: int, device: str):
+    def inside(n: Tensor, g: Tensor, q: Tensor, p: Tensor) -> Tensor:
+        y, x = p // size - q // size + k // 2, p % size - q % size + k // 2
+        return (y >= 0) & (y < k) & (x >= 0) & (x < k)
+
+    return create_block_mask(inside, None, None, size * size, size * size, device=device)
+
+
+@torch.compile(dynamic=False)
+def flex(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_size: int, **_: object) -> Tensor:
+    """Squared differences as products of [2q, 1] and [k, -k^2], with the prior in a score_mod and the window as a block
+    mask. Its heads are at least 16 wide: zeros fill them."""
+    N, G, H, W = query.shape
+    m = value.shape[1] // G
+
+    def score_mod(score: Tensor, n: Tensor, g: Tensor, q: Tensor, p: Tensor) -> Tensor:
+        y, x = p // W - q // W + kernel_size // 2, p % W - q % W + kernel_size // 2
+        return score + prior[g, y.clamp(0, kernel_size - 1), x.clamp(0, kernel_size - 1)]
+
+    q, p, v = query.flatten(2), key.flatten(2), value.view(N, G, m, H * W).transpose(2, 3)
+    queries = F.pad(torch.stack([2 * q, torch.ones_like(q)], -1), (0, 14))
+    keys = F.pad(torch.stack([p, -p.square()], -1), (0, 14))
+    mask = window_mask(H, kernel_size, str(value.device))
+    output = flex_attention(queries, keys, F.pad(v, (0, 16 - m)), score_mod, mask, scale=1.0)
+    return output[..., :m].transpose(2, 3).reshape(N, G * m, H, W)
+
+
+def make(
+    case: Case, device: str, dtype: torch.dtype, direction: str, target: dict[str, float] | None = None, **options
+) -> Bench:
+    plain = case.stride == 1 and case.similarity == "squared_difference"
+    peers = {"shifted maps": called(shifted, case)} if plain else {}
+    # It has no gradient for the prior that its score_mod captures.
+    if plain and device == "cuda" and direction == FORWARD and not case.channels_last:
+        peers["flex_attention"] = called(flex, case)
+    return Bench(
+        op="local_relation",
+        shape=case.label,
+        dtype=dtype,
+        device=device,
+        direction=direction,
+        make_inputs=functools.partial(draw, case, dtype),
+        relops=called(relops.local_relation, case),
+        pytorch=called(reference.local_relation, case),
+        model=case.model(dtype, direction),
+        peers=peers,
+        target=(target or {}).get(device),
+        **options,
+    )
+
+
+def benches(device: str) -> list[Bench]:
+    f32, both = torch.float32, (FORWARD, FORWARD_BACKWARD)
+    targets = {FORWARD: {"cpu": 20, "cuda": 20}, FORWARD_BACKWARD: {"cpu": 12, "cuda": 20}}
+    N = {"cpu": 2, "cuda": 32}[device]
+    main = Case(N, 256, 32, 56)
+    rows = [make(main, device, f32, direction, targets[direction], quick=True) for direction in both]
+    cases = [
+        Case(N, 256, 32, 56, channels_last=True),
+        Case(N, 256, 32, 56, k=3),
+        Case(min(N, 4), 256, 32, 56, k=15),  # in float64, the twin takes 6 GB an image
+        Case(N, 256, 32, 56, similarity="product"),
+        Case(N, 256, 32, 56, similarity="absolute_difference"),
+        # Of LR-Net-50.
+        Case(N, 64, 64, 224, stride=2),
+        Case(N, 100, 13, 56),
+        Case(N, 200, 25, 28),
+        Case(N, 400, 50, 28, stride=2),
+        Case(N, 400, 50, 14),
+        Case(N, 800, 100, 7),
+    ]
+    rows += [make(case, device, f32, direction) for case in cases for direction in both]
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        rows += [make(main, device, dtype, direction) for direction in both]
+    return rows

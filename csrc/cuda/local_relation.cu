@@ -1,0 +1,131 @@
+// local_relation on CUDA: the forward. See local_relation.cuh for who does what.
+//
+// Two passes over the window: the largest logit of each output, then exponentials, their sum and eight sums of values.
+// Bound, at 7 x 7 taps, by what both share: per tap and output an exponential, some 16 operations, and, with four
+// outputs a thread, 36 bytes of shared memory for 2.8 of them. At 3 x 3 by memory.
+
+#include "cuda/local_relation.cuh"
+
+namespace relops {
+
+namespace {
+
+template <class T, Similarity kSimilarity, bool kTiled>
+__global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
+    const __grid_constant__ LocalRelationParams<T> p) {
+  using C = ComputeType<T>;
+  constexpr int R = kRows<T, kTiled>;
+  constexpr C kInfinity = std::numeric_limits<C>::infinity();
+  extern __shared__ __align__(16) char memory[];
+  const LocalRelationArgs<T>& a = p.a;
+  const LocalBlock block(p, R);
+  const LocalThread thread(p, R);
+  const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
+  const int channel = block.chunk * kChannels;
+  const int64_t first = block.g * a.m + channel;
+  const int channels = static_cast<int>(min(min(a.channels - first, a.m - channel), int64_t{kChannels}));
+  if (channels <= 0) return;
+
+  const TileArea area{block.y - before, block.x - before, p.groups * R + k - 1, p.width + k - 1, H, W};
+  const int pixels = area.rows * area.columns;
+  const LocalMemory<C> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 1, false};
+  C* const prior = reinterpret_cast<C*>(memory);
+  C* const keys = prior + k * k;
+  auto* const values = reinterpret_cast<Pack<T, kPack<T>>*>(prior + layout.numbers());
+  stage_prior(prior, a, block.g);
+  if constexpr (kTiled) {
+    stage(keys, a.key, block.n, block.g, area);
+    stage_packs(values, a.value, block.n, first, channels, p.packs, area);
+  }
+  __syncthreads();
+
+  const int ho = block.y + thread.row, wo = block.x + thread.column;
+  if (!thread.active || wo >= a.Wo) return;
+  C q[R], most[R], total[R], sums[R][kChannels];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    q[r] = ho + r < a.Ho ? static_cast<C>(*a.query.at(block.n, block.g, ho + r, wo)) : C(0);
+    most[r] = -kInfinity;
+    total[r] = 0;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) sums[r][c] = 0;
+  }
+
+  // Calls f(r, the logit of its tap, where the pixel is) for each output of each row of a column of taps.
+  const auto for_each_tap = [&](auto load, auto f) {
+    for (int j = 0; j < k; ++j) {
+      const int x = kTiled ? wo + j - before : static_cast<int>(a.stride * wo + a.dilation * (j - before));
+      for (int i = 0; i < k + R - 1; ++i) {
+        const int y = kTiled ? ho + i - before : static_cast<int>(a.stride * ho + a.dilation * (i - before));
+        const bool inside = y >= 0 && y < H && x >= 0 && x < W;
+        if (!inside && !a.zero_border) continue;
+        const int at = (thread.row + i) * area.columns + thread.column + j;
+        const C key = kTiled ? keys[at] : inside ? static_cast<C>(*a.key.at(block.n, block.g, y, x)) : C(0);
+        load(at, y, x, inside);
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+          if (static_cast<unsigned>(i - r) < static_cast<unsigned>(k))
+            f(r, similarity<kSimilarity>(q[r], key) * kLog2E<C> + prior[(i - r) * k + j]);
+      }
+    }
+  };
+
+  for_each_tap([](int, int, int, bool) {}, [&](int r, C logit) { most[r] = max(most[r], logit); });
+  C value[kChannels];
+  for_each_tap(
+      [&](int at, int y, int x, bool inside) {
+        if constexpr (kTiled)
+          read_packs<T>(value, values + at, pixels);
+        else
+          read_channels<T>(value, a.value, block.n, first, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
+      },
+      [&](int r, C logit) {
+        const C weight = exp2(logit - most[r]);
+        total[r] += weight;
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) sums[r][c] += weight * value[c];
+      });
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (ho + r >= a.Ho) break;
+    const C scale = 1 / total[r];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) sums[r][c] *= scale;
+    write_channels<T>(sums[r], a.output, block.n, first, ho + r, wo, channels);
+  }
+}
+
+template <Similarity kSimilarity, class T>
+void launch_forward(const LocalRelationArgs<T>& a, cudaStream_t stream) {
+  LocalRelationParams<T> params{a};
+  params.chunks = static_cast<int>(ceil_div(a.m, kChannels));
+  params.packs = has_packs(a.value, a.m);
+  const int Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
+  const LocalLaunch<T> launch(params, Ho, Wo, Wo, 1, false);
+  const auto run = [&](auto tiled) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(local_relation_kernel<T, kSimilarity, tiled()>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.bytes)));
+    local_relation_kernel<T, kSimilarity, tiled()><<<launch.blocks, launch.threads, launch.bytes, stream>>>(launch.p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  launch.tiled ? run(std::true_type{}) : run(std::false_type{});
+}
+
+struct Kernels {
+  template <Similarity kSimilarity, class T>
+  static void forward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
+    const torch::stable::accelerator::DeviceGuard guard(r.value.get_device_index());
+    launch_forward<kSimilarity>(a, current_stream(r.value.get_device_index()));
+  }
+
+  template <Similarity kSimilarity, class T>
+  static void backward(const LocalRelation& r, const LocalRelationArgs<T>& a, const LocalRelationGrads&) {
+    local_relation_backward<kSimilarity>(r, a);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_LOCAL_RELATION_IMPL(m, LocalRelationOps<Kernels>); }
+
+}  // namespace relops

@@ -1,0 +1,18 @@
+"""Memory formats of feature maps [N,C,H,W]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(input: Tensor) -> bool:
+    """The rule of the kernels: a map that is consumed as it lies, and whose output and gradient lie likewise."""
+    return input.dim() == 4 and not input.is_contiguous() and input.size(1) > 1 and input.stride(1) == 1
+
+
+def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

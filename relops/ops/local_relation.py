@@ -1,0 +1,165 @@
+"""Local relation: windows aggregated with weights of similarity and geometry (https://arxiv.org/abs/1904.11491)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relops._library import check_device_has_kernels
+from relops.ops._checks import (
+    check_coordinates,
+    check_device,
+    check_features,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    is_int,
+    no_double_backward,
+    under_autocast,
+    widest_under_autocast,
+)
+from relops.ops._maps import empty, is_channels_last
+from relops.ops._vmap import mapped_first
+
+MAX_KERNEL_SIZE = 63  # kMaxKernelSize of the kernels
+MAX_STEP = 2**24  # of stride and dilation
+SIMILARITIES = ("squared_difference", "absolute_difference", "product")
+BORDERS = ("mask", "zero")
+
+
+def local_relation(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prior: Tensor | None = None,
+    *,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    similarity: str = "squared_difference",
+    border: str = "mask",
+) -> Tensor:
+    """Means of values over windows of k x k pixels, weighted by how similar queries and keys are and where they lie.
+
+    ``output[n,c,ho,wo] = sum over taps t of softmax over t(phi(query[n,g,ho,wo], key[n,g,y,x]) + prior[g,t])
+    value[n,c,y,x]``, g being the group of channel c. Queries and keys are one number per pixel and group. Tap (i, j) of
+    output (ho, wo) is pixel ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``: the
+    window is centered, an even k having one more tap before the center than after. With m = ceil(C / G), group g owns
+    channels [g * m, min((g + 1) * m, C)): C need not be a multiple of G. The definition is that of Local Relation
+    Networks (https://arxiv.org/abs/1904.11491). Neither windows nor weights are in memory, in either direction.
+
+    Args:
+        query: [N,G,Ho,Wo] with Ho = ceil(H / stride) and Wo = ceil(W / stride), in the dtype of value.
+        key: [N,G,H,W] in the dtype of value.
+        value: [N,C,H,W], float64, float32, float16 or bfloat16. channels_last is read as it lies.
+        prior: [G,k,k], in the dtype of value, or float32 beside 16-bit values; None: zeros.
+        kernel_size: k, from 1 to 63.
+        stride: pixels from an output to the next, from 1 to 2^24.
+        dilation: pixels from a tap to the next, from 1 to 2^24.
+        similarity: phi, "squared_difference": -(q - k)^2; "absolute_difference": -|q - k|; "product": q * k.
+        border: taps outside the map leave the softmax ("mask"), or have key 0 and value 0 ("zero").
+
+    Returns:
+        [N,C,Ho,Wo] in the dtype of value, channels_last if value is. Sums are in float32 for 16-bit values.
+
+    Gradients: to query, key, value and prior; only those asked for are computed. That of |q - k| at 0 is 0. Not twice
+    differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+
+    Raises:
+        TypeError: a dtype, or an argument of another type.
+        ValueError: a shape, a device, a name that is unknown, a number out of its range.
+
+    Example:
+        >>> query, key, value = torch.randn(2, 32, 56, 56), torch.randn(2, 32, 56, 56), torch.randn(2, 256, 56, 56)
+        >>> relops.local_relation(query, key, value, torch.zeros(32, 7, 7), kernel_size=7)  # [2,256,56,56]
+    """
+    op = "local_relation"
+    query, key, value = widest_under_autocast(query, key, value)
+    check_features(op, "value", value)
+    if value.dim() != 4:
+        raise ValueError(f"relops.{op}: value must be [N,C,H,W], got shape {list(value.shape)}")
+    for name, number, most in (
+        ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
+        ("stride", stride, MAX_STEP),
+        ("dilation", dilation, MAX_STEP),
+    ):
+        check_size(op, name, number, most)
+    for name, x in (("query", query), ("key", key)):
+        check_tensor(op, name, x)
+        if x.dtype != value.dtype:
+            raise TypeError(f"relops.{op}: {name} must be {value.dtype}, the dtype of value, got {x.dtype}")
+        check_device(op, name, x, "value", value)
+        if x.dim() != 4:
+            letters = "[N,G,Ho,Wo]" if name == "query" else "[N,G,H,W]"
+            raise ValueError(f"relops.{op}: {name} must be {letters}, got shape {list(x.shape)}")
+    N, C, H, W = value.shape
+    G = key.shape[1]
+    check_shape(op, "key", key, "[N,G,H,W]", N, G, H, W)
+    check_shape(op, "query", query, "[N,G,Ho,Wo]", N, G, (H + stride - 1) // stride, (W + stride - 1) // stride)
+    if G == 0 and C != 0:
+        raise ValueError(f"relops.{op}: key must have at least one group for the C = {C} channels of value, got G = 0")
+    (prior,) = under_autocast(value, prior)
+    if prior is not None:
+        check_coordinates(op, "prior", prior, "value", value)
+        check_shape(op, "prior", prior, "[G,k,k]", G, kernel_size, kernel_size)
+        prior = prior.to(compute_dtype(value.dtype))
+    check_choice(op, "similarity", similarity, SIMILARITIES)
+    check_choice(op, "border", border, BORDERS)
+    check_device_has_kernels(op, value.device)
+    return torch.ops.relops.local_relation(
+        query, key, value, prior, kernel_size, stride, dilation, similarity, border == "zero"
+    )
+
+
+def check_size(op: str, name: str, number: object, most: int) -> None:
+    if not is_int(number) or not 1 <= number <= most:
+        raise (ValueError if is_int(number) else TypeError)(
+            f"relops.{op}: {name} must be an int from 1 to {most}, got {number!r}"
+        )
+
+
+def check_choice(op: str, name: str, choice: object, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        words = ", ".join(f'"{x}"' for x in choices[:-1]) + f' or "{choices[-1]}"'
+        raise ValueError(f"relops.{op}: {name} must be {words}, got {choice!r}")
+
+
+def _fake(query, key, value, prior, kernel_size, stride, dilation, similarity, zero_border):
+    return empty(value, (*value.shape[:2], *query.shape[2:]), is_channels_last(value))
+
+
+def _fake_backward(
+    grad_output, query, key, value, prior, kernel_size, stride, dilation, similarity, zero_border, wanted
+):
+    maps = [
+        empty(x, x.shape, is_channels_last(x)) if want else x.new_empty(0)
+        for x, want in zip((query, key, value), wanted)
+    ]
+    return *maps, (value if prior is None else prior).new_empty(prior.shape if prior is not None and wanted[3] else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _backward(ctx, grad_output):
+    wanted = ctx.needs_input_grad[:4]
+    grads = torch.ops.relops._local_relation_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(wanted))
+    return *(grad if want else None for grad, want in zip(grads, wanted)), *(None,) * 5
+
+
+def _vmap(info, in_dims, query, key, value, prior, *settings):
+    """Its dimension is folded into N."""
+    if in_dims[3] is not None:
+        raise ValueError("relops.local_relation: vmap over prior is not supported")
+    maps = [mapped_first(x, dim, info.batch_size).flatten(0, 1) for x, dim in zip((query, key, value), in_dims)]
+    output = torch.ops.relops.local_relation(*maps, prior, *settings)
+    return output.unflatten(0, (info.batch_size, -1)), 0
+
+
+torch.library.register_fake("relops::local_relation", _fake)
+torch.library.register_fake("relops::_local_relation_backward", _fake_backward)
+torch.library.register_autograd("relops::local_relation", _backward, setup_context=_setup_context)
+torch.library.register_autograd("relops::_local_relation_backward", no_double_backward("local_relation"))
+torch.library.register_vmap("relops::local_relation", _vmap)

@@ -1,0 +1,54 @@
+"""Local relation (LR-Net), by unfolding windows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def local_relation(
+    query: Tensor,  # [N,G,Ho,Wo]
+    key: Tensor,  # [N,G,H,W]
+    value: Tensor,  # [N,C,H,W]
+    prior: Tensor | None = None,  # [G,k,k]
+    *,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    similarity: str = "squared_difference",
+    border: str = "mask",
+) -> Tensor:  # [N,C,Ho,Wo]
+    """16-bit inputs are computed in float32."""
+    N, G, Ho, Wo = query.shape
+    C, H, W = value.shape[1:]
+    dtype = torch.promote_types(value.dtype, torch.float32)
+
+    def windows(x: Tensor) -> Tensor:
+        """[N,C,k*k,Ho*Wo] of [N,C,H,W]."""
+        before = dilation * (kernel_size // 2)
+        reach = dilation * (kernel_size - 1) + 1
+        right, below = (stride * (out - 1) + reach - before - size for out, size in ((Wo, W), (Ho, H)))
+        x = F.unfold(F.pad(x, (before, right, before, below)), kernel_size, dilation, stride=stride)
+        return x.unflatten(1, (-1, kernel_size**2))
+
+    q, k = query.to(dtype).flatten(2).unsqueeze(2), windows(key.to(dtype))  # [N,G,1,Ho*Wo], [N,G,k*k,Ho*Wo]
+    if similarity == "squared_difference":
+        logits = -(q - k).square()
+    elif similarity == "absolute_difference":
+        logits = -(q - k).abs()
+    else:
+        logits = q * k
+    if prior is not None:
+        logits = logits + prior.to(dtype).flatten(1).unsqueeze(-1)
+    if border == "mask":
+        inside = windows(torch.ones(1, 1, H, W, dtype=dtype, device=value.device))
+        logits = logits.masked_fill(inside == 0, float("-inf"))
+    weights = logits.softmax(2)
+
+    m = -(-C // G)
+    if C % G:  # the last groups have fewer channels
+        value = F.pad(value, (0, 0, 0, 0, 0, G * m - C))
+    values = windows(value.to(dtype)).unflatten(1, (G, m))  # [N,G,m,k*k,Ho*Wo]
+    output = (weights.unsqueeze(2) * values).sum(3)
+    return output.view(N, G * m, Ho, Wo)[:, :C].to(value.dtype)
