@@ -4,7 +4,7 @@ from relops import _library
 
 _library.load()
 
-from relops import nn  # noqa: E402  (the ops must be loaded before anything that uses them)
+from relops import models, nn  # noqa: E402  (the ops must be loaded before anything that uses them)
 from relops.ops.batched_nms import batched_nms  # noqa: E402
 from relops.ops.box_iou import box_iou  # noqa: E402
 from relops.ops.generalized_box_iou import generalized_box_iou  # noqa: E402
@@ -31,6 +31,7 @@ __all__ = [
     "generalized_box_iou",
     "linear_sum_assignment",
     "local_relation",
+    "models",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "multi_scale_roi_align",

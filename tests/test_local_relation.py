@@ -314,8 +314,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         pytest.skip("reads the peak of the resident set in the unit of Linux")
     done = run_python(program)
     assert done.returncode == 0, done.stderr
-    # KB. Output and gradients, whose sums autograd accumulates into the whole of what was cut: 3 times value and 2 times
-    # both others.
+    # KB. Output and gradients, which autograd adds to those of the whole of what was cut.
     assert int(done.stdout) < 32 * 1024
 
 

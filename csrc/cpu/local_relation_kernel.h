@@ -48,6 +48,19 @@ RELOPS_HOST_DEVICE_INLINE Batch<C, R> weighted_sums(int64_t count, int64_t line,
   return parts[0];
 }
 
+// The sum of f(i), likewise in several parts.
+template <class C, class F>
+RELOPS_HOST_DEVICE_INLINE Vec<C> sum_over(int64_t count, F f) {
+  constexpr int U = 4;
+  Batch<C, U> parts = {};
+  int64_t i = 0;
+  for (; i + U <= count; i += U)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) parts.v[u] += f(i + u);
+  for (; i < count; ++i) parts.v[0] += f(i);
+  return (parts.v[0] + parts.v[1]) + (parts.v[2] + parts.v[3]);
+}
+
 // to[c * line + j] = row[c * c_stride + j * w_stride], converted.
 template <class T, class C>
 inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_t channels, int64_t count, C* to,
@@ -196,31 +209,35 @@ class LocalRelationWorker {
     }
   }
 
-  // Fills weights() for the outputs [w, w + V) with queries q, not yet divided by their sum, which it returns.
+  // Fills weights_ for the outputs [w, w + V) with queries q, not yet divided by their sum, which it returns.
   Vec<C> weigh(int64_t w, Vec<C> q) {
-    Vec<C> most = broadcast(-std::numeric_limits<C>::infinity());
-    if (a_.zero_border || columns_.inside_map[w / V]) {
-      for (int64_t i = 0; i < count_; ++i) {
-        const Vec<C> logit = similarity<kSimilarity, Vec<C>>(q, load(key_at_[i] + w)) + prior_at_[i];
-        store(weights_ + i * V, logit);
-        most = maximum(logit, most);
-      }
-    } else {
-      for (int64_t i = 0; i < count_; ++i) {
-        const Vec<C> logit = similarity<kSimilarity, Vec<C>>(q, load(key_at_[i] + w)) + prior_at_[i];
-        const Vec<C> kept = logit + load(inside_at_[i] + w);
-        store(weights_ + i * V, kept);
-        most = maximum(kept, most);
-      }
-    }
-    for (int64_t i = count_; i % kBatch != 0; ++i)
-      store(weights_ + i * V, broadcast(-std::numeric_limits<C>::infinity()));
+    // In locals: the compiler cannot tell that what is stored below is none of them.
+    const int64_t count = count_;
+    const C* const* const key_at = key_at_;
+    const C* const* const inside_at = inside_at_;
+    const C* const prior_at = prior_at_;
+    C* const weights = weights_;
+    const Vec<C> none = broadcast(-std::numeric_limits<C>::infinity());
+    Vec<C> most = none;
+    const auto logit = [&](int64_t i) __attribute__((always_inline)) {
+      return similarity<kSimilarity, Vec<C>>(q, load(key_at[i] + w)) + prior_at[i];
+    };
+    const auto keep = [&](int64_t i, Vec<C> x) __attribute__((always_inline)) {
+      store(weights + i * V, x);
+      most = maximum(x, most);
+    };
+    if (a_.zero_border || columns_.inside_map[w / V])
+      for (int64_t i = 0; i < count; ++i) keep(i, logit(i));
+    else
+      for (int64_t i = 0; i < count; ++i) keep(i, logit(i) + load(inside_at[i] + w));
+    for (int64_t i = count; i % kBatch != 0; ++i) store(weights + i * V, none);
     Batch<C, kBatch> total = {};
-    for (C* p = weights_; p < weights_ + count_ * V; p += kBatch * V) {
-      const auto e =
-          exponential(batch<C, kBatch>([&](int i) __attribute__((always_inline)) { return load(p + i * V) - most; }));
+    for (int64_t i = 0; i < count; i += kBatch) {
+      C* const p = weights + i * V;
+      const auto e = exponential_of_softmax(
+          batch<C, kBatch>([&](int j) __attribute__((always_inline)) { return load(p + j * V) - most; }));
 #pragma GCC unroll 4
-      for (int i = 0; i < kBatch; ++i) store(p + i * V, e.v[i]);
+      for (int j = 0; j < kBatch; ++j) store(p + j * V, e.v[j]);
       total = total + e;
     }
     return (total.v[0] + total.v[1]) + (total.v[2] + total.v[3]);
@@ -363,7 +380,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 
   // Everything that depends on a row of outputs; `own`: it is this strip's, not a neighbor's.
   void row(int64_t ho, bool own) {
-    const int64_t line = columns_.line, output_line = columns_.output_line, slot = ho % output_ring_;
+    const int64_t output_line = columns_.output_line, slot = ho % output_ring_;
     C* const query = query_ring_ + slot * output_line + columns_.output_left;
     C* const grad = grad_ring_ + slot * a_.m * output_line + columns_.output_left;
     C* const weight = want_value_ ? weight_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
@@ -373,62 +390,78 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     unpack_line(a_.grad_output.at(n_, first_channel_, ho), a_.grad_output.c_stride, a_.grad_output.w_stride, channels_,
                 a_.Wo, grad, output_line);
     this->find_taps(ho);
-    const int64_t count = this->count_, reaching = this->reaching_;
-    const VecInt<C> lane = lanes<C>([](Int<C> j) { return j; });
     for (int64_t w = 0; w < columns_.width; w += V) {
       const Vec<C> q = load(query + w);
       const Vec<C> scale = 1 / this->weigh(w, q);
-      // Past the end of the row there is no output, and nothing else keeps what was computed there finite.
-      const VecInt<C> there = lane < broadcast_int<C>(static_cast<Int<C>>(a_.Wo - w));
-      for (int64_t i = 0; i < count; ++i) {
-        const Vec<C> p = there ? load(weights_ + i * V) * scale : Vec<C>{};
-        store(weights_ + i * V, p);
-        if (weight != nullptr && i < reaching) store(weight + tap_[i] * output_line + w, p);
-      }
-      if (!want_logits_) continue;
-
-      for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
-        constexpr int R = n;
-        Vec<C> g[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) g[r] = load(grad + (c + r) * output_line + w);
-        for (int64_t i = 0; i < reaching; ++i) {
-          const C* const value = value_at_[i] + c * line + w;
-          Vec<C> even = c == 0 ? Vec<C>{} : load(grads_ + i * V), odd = {};
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-            Vec<C>& to = r % 2 ? odd : even;
-            to += g[r] * load(value + r * line);
-          }
-          store(grads_ + i * V, even + odd);
-        }
-      });
-      Vec<C> parts[2] = {};
-      for (int64_t i = 0; i < reaching; ++i) parts[i % 2] += load(weights_ + i * V) * load(grads_ + i * V);
-      const Vec<C> delta = parts[0] + parts[1];
-      Vec<C> grad_query = {};
-      for (int64_t i = 0; i < count; ++i) {
-        const Vec<C> p = load(weights_ + i * V), k = load(key_at_[i] + w);
-        const Vec<C> of_weight = i < reaching ? load(grads_ + i * V) : Vec<C>{};
-        const Vec<C> l = p * (of_weight - delta);
-        store(grads_ + i * V, l);
-        if (logit != nullptr && i < reaching) store(logit + tap_[i] * output_line + w, l);
-        if constexpr (kSimilarity == Similarity::kProduct)
-          grad_query += l * k;
-        else
-          grad_query -= l * slope<kSimilarity, Vec<C>>(q - k);
-      }
-      if (!own) continue;
-      store(sums_ + w, grad_query * C(kSlopeScale<kSimilarity>));
-      if (a_.grad_prior != nullptr)
-        for (int64_t i = 0; i < count; ++i) {
-          C* const sum = prior_ + tap_[i] * V;
-          store(sum, load(sum) + load(grads_ + i * V));
-        }
+      const Vec<C> delta = grads_of_weights(w, scale, grad, weight);
+      if (want_logits_) grads_of_logits(w, q, delta, logit, own);
     }
     if (own && a_.grad_query.data != nullptr)
       pack_line(sums_, columns_.width, 1, a_.Wo, a_.grad_query.at(n_, g_, ho), a_.grad_query.c_stride,
                 a_.grad_query.w_stride);
+  }
+
+  // Divides weights_ by their sum, keeps them in the ring, and leaves the gradients of weights in grads_. Gives delta.
+  Vec<C> grads_of_weights(int64_t w, Vec<C> scale, const C* grad, C* ring) {
+    const int64_t count = this->count_, reaching = this->reaching_, line = columns_.output_line;
+    C *const weights = weights_, *const grads = grads_;
+    if (w + V > a_.Wo) {  // past the end of the row there is no output, and what was computed there may be anything
+      const VecInt<C> there = lanes<C>([](Int<C> j) { return j; }) < broadcast_int<C>(static_cast<Int<C>>(a_.Wo - w));
+      for (int64_t i = 0; i < count; ++i) store(weights + i * V, there ? load(weights + i * V) : Vec<C>{});
+      scale = there ? scale : Vec<C>{};
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec<C> p = load(weights + i * V) * scale;
+      store(weights + i * V, p);
+      if (ring != nullptr && i < reaching) store(ring + tap_[i] * line + w, p);
+    }
+    if (!want_logits_) return scale;
+    for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
+      constexpr int R = n;
+      const auto g = batch<C, R>([&](int r) __attribute__((always_inline)) { return load(grad + (c + r) * line + w); });
+      const auto add = [&](int64_t i, Vec<C> sum) __attribute__((always_inline)) {
+        const C* const value = value_at_[i] + c * columns_.line + w;
+        Vec<C> odd = {};
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          Vec<C>& to = r % 2 ? odd : sum;
+          to += g.v[r] * load(value + r * columns_.line);
+        }
+        store(grads + i * V, sum + odd);
+      };
+      if (c == 0)
+        for (int64_t i = 0; i < reaching; ++i) add(i, Vec<C>{});
+      else
+        for (int64_t i = 0; i < reaching; ++i) add(i, load(grads + i * V));
+    });
+    return sum_over<C>(reaching, [&](int64_t i) __attribute__((always_inline)) {
+      return load(weights + i * V) * load(grads + i * V);
+    });
+  }
+
+  // The gradients of logits into the ring, and what is the sum of them over taps, or over outputs.
+  void grads_of_logits(int64_t w, Vec<C> q, Vec<C> delta, C* ring, bool own) {
+    const int64_t line = columns_.output_line, reaching = this->reaching_;
+    const C *const weights = weights_, *const grads = grads_;
+    const C* const* const key_at = key_at_;
+    const int32_t* const taps = tap_;
+    C* const prior = own ? prior_ : nullptr;
+    const auto add = [&](int64_t i, Vec<C> of_weight) __attribute__((always_inline)) {
+      const Vec<C> l = load(weights + i * V) * (of_weight - delta), k = load(key_at[i] + w);
+      if (prior != nullptr) {
+        C* const sum = prior + taps[i] * V;
+        store(sum, load(sum) + l);
+      }
+      if (ring != nullptr && i < reaching) store(ring + taps[i] * line + w, l);
+      if constexpr (kSimilarity == Similarity::kProduct)
+        return l * k;
+      else
+        return -l * slope<kSimilarity, Vec<C>>(q - k);
+    };
+    Vec<C> grad =
+        sum_over<C>(reaching, [&](int64_t i) __attribute__((always_inline)) { return add(i, load(grads + i * V)); });
+    for (int64_t i = reaching; i < this->count_; ++i) grad += add(i, Vec<C>{});
+    if (own) store(sums_ + w, grad * C(kSlopeScale<kSimilarity>));
   }
 
   // The gradients of a row of inputs. Where no output reads a row or a phase of it, they are zero already.
@@ -472,15 +505,15 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 
   Vec<C> grad_of_keys(int64_t count, int64_t j, const C* key) const {
     const Vec<C> k = load(key + j);
-    Vec<C> parts[4] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const Vec<C> q = load(reads_[i].query + j), l = load(reads_[i].logit + j);
+    const Read* const reads = reads_;
+    const Vec<C> grad = sum_over<C>(count, [&](int64_t i) __attribute__((always_inline)) {
+      const Vec<C> q = load(reads[i].query + j), l = load(reads[i].logit + j);
       if constexpr (kSimilarity == Similarity::kProduct)
-        parts[i % 4] += l * q;
+        return l * q;
       else
-        parts[i % 4] += l * slope<kSimilarity, Vec<C>>(q - k);
-    }
-    return ((parts[0] + parts[1]) + (parts[2] + parts[3])) * C(kSlopeScale<kSimilarity>);
+        return l * slope<kSimilarity, Vec<C>>(q - k);
+    });
+    return grad * C(kSlopeScale<kSimilarity>);
   }
 
   void grad_of_values(int64_t count, int64_t j) {

@@ -1,6 +1,7 @@
 """Modules built on the ops."""
 
 from relops.nn.duplicate_removal import DuplicateRemoval, RankedDetections
+from relops.nn.local_relation import LocalRelation
 from relops.nn.ms_deform_attn import MSDeformAttn, MultiScaleDeformableAttention
 from relops.nn.multi_scale_roi_align import MultiScaleRoIAlign
 from relops.nn.object_relation import ObjectRelation
@@ -12,6 +13,7 @@ from relops.nn.roi_pool import RoIPool
 
 __all__ = [
     "DuplicateRemoval",
+    "LocalRelation",
     "MSDeformAttn",
     "MultiScaleDeformableAttention",
     "MultiScaleRoIAlign",
