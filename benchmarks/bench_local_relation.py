@@ -71,7 +71,8 @@ def called(op: Callable[..., Tensor], case: Case) -> Callable[..., Tensor]:
 def shifted(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_size: int, **_: object) -> Tensor:
     """In PyTorch without unfolding values: a sum over taps of shifted maps. Stride 1, squared differences."""
     N, G, H, W = query.shape
-    k, dtype = kernel_size, torch.promote_types(value.dtype, torch.float32)
+    k, dtype_of_value = kernel_size, value.dtype
+    dtype = torch.promote_types(dtype_of_value, torch.float32)
     around = (k // 2, k - 1 - k // 2) * 2
     inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=value.device), around)
     query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), around)
@@ -88,7 +89,7 @@ def shifted(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_
     output = torch.zeros(N, G, value.shape[2], H, W, dtype=dtype, device=value.device)
     for weight, (_, _, at) in zip(weights, taps):
         output = torch.addcmul(output, weight.unsqueeze(2), value[at])
-    return output.flatten(1, 2)
+    return output.flatten(1, 2).to(dtype_of_value)
 
 
 @functools.cache
@@ -123,7 +124,7 @@ def make(
     case: Case, device: str, dtype: torch.dtype, direction: str, target: dict[str, float] | None = None, **options
 ) -> Bench:
     plain = case.stride == 1 and case.similarity == "squared_difference"
-    peers = {"shifted maps": called(shifted, case)} if plain else {}
+    peers = {"shifted maps": called(shifted, case)} if plain and case.C % case.G == 0 else {}
     # It has no gradient for the prior that its score_mod captures.
     if plain and device == "cuda" and direction == FORWARD and not case.channels_last:
         peers["flex_attention"] = called(flex, case)

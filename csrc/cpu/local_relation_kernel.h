@@ -61,13 +61,22 @@ RELOPS_HOST_DEVICE_INLINE Vec<C> sum_over(int64_t count, F f) {
   return (parts.v[0] + parts.v[1]) + (parts.v[2] + parts.v[3]);
 }
 
+// dst[0..n) = src[0..n), converted. A row may be shorter than a vector.
+template <class To, class From>
+inline void convert_row(const From* src, To* dst, int64_t n) {
+  if constexpr (std::is_same_v<To, From>)
+    __builtin_memcpy(dst, src, n * sizeof(To));
+  else
+    convert(src, dst, n);
+}
+
 // to[c * line + j] = row[c * c_stride + j * w_stride], converted.
 template <class T, class C>
 inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_t channels, int64_t count, C* to,
                         int64_t line) {
   constexpr int64_t V = kLanes<C>;
   if (w_stride == 1) {
-    for (int64_t c = 0; c < channels; ++c) convert(row + c * c_stride, to + c * line, count);
+    for (int64_t c = 0; c < channels; ++c) convert_row(row + c * c_stride, to + c * line, count);
     return;
   }
   int64_t c = 0;
@@ -98,7 +107,7 @@ inline void pack_line(const C* from, int64_t line, int64_t channels, int64_t cou
                       int64_t w_stride) {
   constexpr int64_t V = kLanes<C>;
   if (w_stride == 1) {
-    for (int64_t c = 0; c < channels; ++c) convert(from + c * line, row + c * c_stride, count);
+    for (int64_t c = 0; c < channels; ++c) convert_row(from + c * line, row + c * c_stride, count);
     return;
   }
   int64_t c = 0;
@@ -177,36 +186,35 @@ class LocalRelationWorker {
 
   // The taps of a row of outputs: first those that some output has on the map, then, where they count, the others.
   void find_taps(int64_t ho) {
-    reaching_ = count_ = 0;
+    const int64_t k = a_.k, line = columns_.line;
     const C* const prior = a_.prior == nullptr ? nullptr : a_.prior + g_ * taps_;
-    const auto add = [&](int64_t tap, const C* key, const C* value, const C* inside) {
-      tap_[count_] = static_cast<int32_t>(tap);
-      key_at_[count_] = key;
-      value_at_[count_] = value;
-      inside_at_[count_] = inside;
-      prior_at_[count_++] = prior == nullptr ? C(0) : prior[tap];
+    int64_t count = 0;
+    const auto add = [&](int64_t tap, const C* key) {
+      tap_[count] = static_cast<int32_t>(tap);
+      key_at_[count] = key;
+      prior_at_[count++] = prior == nullptr ? C(0) : prior[tap];
     };
-    for (const bool reaching : {true, false}) {
-      if (!reaching) {
-        reaching_ = count_;
-        if (!a_.zero_border) break;
-      }
-      for (int64_t i = 0; i < a_.k; ++i) {
-        const int64_t y = rows_.tap(ho, i), slot = y % ring_;
-        const bool on_map = y >= 0 && y < a_.H;
-        for (int64_t j = 0; j < a_.k; ++j) {
-          const WindowColumns::Tap& tap = columns_.taps[j];
-          if ((on_map && tap.phase >= 0) != reaching) continue;
-          if (!reaching) {
-            add(i * a_.k + j, zero_line_, nullptr, nullptr);
-            continue;
-          }
-          const int64_t at = columns_.input_at(tap);
-          add(i * a_.k + j, key_ring_ + slot * columns_.line + at, value_ring_ + slot * a_.m * columns_.line + at,
-              inside_ + at);
-        }
+    const auto on_map = [&](int64_t i) { return rows_.tap(ho, i) >= 0 && rows_.tap(ho, i) < a_.H; };
+    for (int64_t i = 0; i < k; ++i) {
+      if (!on_map(i)) continue;
+      const int64_t slot = rows_.tap(ho, i) % ring_;
+      const C* const keys = key_ring_ + slot * line;
+      const C* const values = value_ring_ + slot * a_.m * line;
+      for (int64_t j = 0; j < k; ++j) {
+        const WindowColumns::Tap& tap = columns_.taps[j];
+        if (tap.phase < 0) continue;
+        const int64_t at = columns_.input_at(tap);
+        value_at_[count] = values + at;
+        inside_at_[count] = inside_ + at;
+        add(i * k + j, keys + at);
       }
     }
+    reaching_ = count;
+    if (a_.zero_border)
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < k; ++j)
+          if (!on_map(i) || columns_.taps[j].phase < 0) add(i * k + j, zero_line_);
+    count_ = count;
   }
 
   // Fills weights_ for the outputs [w, w + V) with queries q, not yet divided by their sum, which it returns.

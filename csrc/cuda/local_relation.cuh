@@ -168,14 +168,14 @@ __device__ void write_share(const LocalRelationParams<T>& p, const LocalBlock& b
   }
 }
 
-// How much shared memory a kernel wants: in the compute type, [k,k] of the prior and `per_warp` of that for each warp,
-// and `per_pixel` numbers of a tile's pixels; then packs of those.
+// What is in shared memory: numbers of the compute type, [k,k] of the prior, `per_pixel` for each pixel of a tile and,
+// where gradients of the prior are added up, [warps,k,k]; then the packs of the pixels.
 template <class C>
 struct LocalMemory {
   int taps, warps;
-  int pixels;     // of a tile; 0: direct
-  int per_pixel;  // numbers
-  bool sums;      // [warps,k,k]
+  int pixels;  // 0: direct
+  int per_pixel;
+  bool sums;
 
   __host__ __device__ int numbers() const {
     const int n = taps * (sums ? 1 + warps : 1) + pixels * per_pixel;
@@ -183,7 +183,7 @@ struct LocalMemory {
   }
 };
 
-// What a block of a kernel works on, chosen for a map of rows x columns.
+// How a map of rows x columns is divided among blocks; direct, columns are counted otherwise.
 template <class T>
 struct LocalLaunch {
   LocalRelationParams<T> p;
@@ -192,8 +192,7 @@ struct LocalLaunch {
   int threads;
   size_t bytes;
 
-  // per_pixel: numbers beside packs in shared memory; sums: it also adds up gradients of the prior. columns: of the
-  // map, by which blocks are counted, when direct.
+  // per_pixel, sums: of LocalMemory.
   LocalLaunch(const LocalRelationParams<T>& p_, int rows, int columns, int direct_columns, int per_pixel, bool sums)
       : p(p_) {
     using C = ComputeType<T>;
