@@ -71,7 +71,8 @@ STABLE_TORCH_LIBRARY(relops, m) {
   m.def("_rank_embedding_backward(Tensor grad_output, Tensor ranks, float wavelength) -> Tensor");
 
   m.def(
-      "local_relation(Tensor query, Tensor key, Tensor value, Tensor? prior, int kernel_size, int stride, int dilation, "
+      "local_relation(Tensor query, Tensor key, Tensor value, Tensor? prior, int kernel_size, int stride, int "
+      "dilation, "
       "str similarity, bool zero_border) -> Tensor");
   m.def(
       "_local_relation_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? prior, "

@@ -148,6 +148,29 @@ __device__ void stage_prior(C* to, const LocalRelationArgs<T>& a, int64_t g) {
     to[i] = a.prior == nullptr ? C(0) : a.prior[g * taps + i] * kLog2E<C>;
 }
 
+// Calls, for each row of each column of the taps of outputs (ho, wo) to (ho + R - 1, wo): load(at, y, x, inside), with
+// the pixel's place in the tile and on the map, and then f(r, key, tap) for each output r that has it. at: of the pixel
+// that tap (0, 0) of output 0 reads.
+template <bool kTiled, int R, class T, class C, class Load, class F>
+__device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const LocalBlock& block, const C* keys,
+                                           int columns, int at, int ho, int wo, Load load, F f) {
+  const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
+  for (int j = 0; j < k; ++j) {
+    const int x = kTiled ? wo + j - before : static_cast<int>(a.stride * wo + a.dilation * (j - before));
+    for (int i = 0; i < k + R - 1; ++i) {
+      const int y = kTiled ? ho + i - before : static_cast<int>(a.stride * ho + a.dilation * (i - before));
+      const bool inside = y >= 0 && y < H && x >= 0 && x < W;
+      if (!inside && !a.zero_border) continue;
+      const int pixel = at + i * columns + j;
+      const C key = kTiled ? keys[pixel] : inside ? static_cast<C>(*a.key.at(block.n, block.g, y, x)) : C(0);
+      load(pixel, y, x, inside);
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        if (static_cast<unsigned>(i - r) < static_cast<unsigned>(k)) f(r, key, (i - r) * k + j);
+    }
+  }
+}
+
 // Adds up `x` of the threads of a warp and leaves the sum in sums[tap], which is this warp's own.
 template <class C>
 __device__ __forceinline__ void add_to_tap(C* sums, int tap, C x) {

@@ -52,30 +52,15 @@ __global__ __launch_bounds__(kLocalThreads,
     total[r] = of_weights[r] = of_query[r] = slopes[r] = 0;
   }
 
-  // Calls f(r, key, tap) for each output of each row of a column of taps.
-  const auto for_each_tap = [&](auto load, auto f) {
-    for (int j = 0; j < k; ++j) {
-      const int x = kTiled ? wo + j - before : static_cast<int>(a.stride * wo + a.dilation * (j - before));
-      for (int i = 0; i < k + R - 1; ++i) {
-        const int y = kTiled ? ho + i - before : static_cast<int>(a.stride * ho + a.dilation * (i - before));
-        const bool inside = y >= 0 && y < H && x >= 0 && x < W;
-        if (!inside && !a.zero_border) continue;
-        const int at = (thread.row + i) * area.columns + thread.column + j;
-        const C key = kTiled ? keys[at] : inside ? static_cast<C>(*a.key.at(block.n, block.g, y, x)) : C(0);
-        load(at, y, x, inside);
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-          if (static_cast<unsigned>(i - r) < static_cast<unsigned>(k)) f(r, key, (i - r) * k + j);
-      }
-    }
-  };
+  const int at = thread.row * area.columns + thread.column;
   const auto logit_of = [&](int r, C key, int tap) {
     return similarity<kSimilarity>(q[r], key) * kLog2E<C> + prior[tap];
   };
 
   if (active)
-    for_each_tap([](int, int, int, bool) {},
-                 [&](int r, C key, int tap) { most[r] = max(most[r], logit_of(r, key, tap)); });
+    visit_taps<kTiled, R>(
+        a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
+        [&](int r, C key, int tap) { most[r] = max(most[r], logit_of(r, key, tap)); });
   for (int64_t c = 0; c < of_group; c += kChannels) {
     const int channels = static_cast<int>(min(of_group - c, int64_t{kChannels}));
     if constexpr (kTiled) {
@@ -90,10 +75,11 @@ __global__ __launch_bounds__(kLocalThreads,
       const bool there = ho + r < a.Ho;
       read_channels<T>(grad[r], a.grad_output, block.n, first + c, there ? ho + r : 0, wo, there ? channels : 0);
     }
-    for_each_tap(
-        [&](int at, int y, int x, bool inside) {
+    visit_taps<kTiled, R>(
+        a, block, keys, area.columns, at, ho, wo,
+        [&](int pixel, int y, int x, bool inside) {
           if constexpr (kTiled)
-            read_packs<T>(value, values + at, pixels);
+            read_packs<T>(value, values + pixel, pixels);
           else
             read_channels<T>(value, a.value, block.n, first + c, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
         },
