@@ -17,11 +17,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -168,7 +167,7 @@ struct LocalRelationArgs {
         prior(r.prior ? static_cast<const C*>(r.prior->const_data_ptr()) : nullptr),
         grad_prior(nullptr) {}
 
-  // Of the groups [g, end).
+  // Of group g; the number of channels where no channel is left for it.
   RELOPS_HOST_DEVICE int64_t first_channel(int64_t g) const { return g * m < channels ? g * m : channels; }
 };
 

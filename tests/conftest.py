@@ -105,6 +105,24 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def resident_growth(begin: str, small: str, large: str) -> int:
+    """By how many KB the peak of the resident set grows when statements that took some memory take more."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak of the resident set in the unit of Linux")
+    done = run_python(
+        f"""
+import resource, torch, relops
+{begin}
+{small}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{large}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
 def check_instruction_set(isa: str, chosen: str, *files: str) -> None:
     """Tests, chosen by an expression as for `pytest -k`, pass in a process that is told to use only `isa`."""
     here = _library.build_info()["cpu_isa"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from conftest import (
     check_instruction_set,
     determinism,
     needs_cuda,
-    run_python,
+    resident_growth,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -298,24 +297,25 @@ def test_threads_do_not_matter(case: Windows, threads: None) -> None:
 
 def test_memory() -> None:
     """Neither the windows of this map, 314 MB, nor a weight of each pixel, 39 MB, forward or backward."""
-    program = """
-import resource, torch, relops
+    begin = """
 query, key, value = torch.randn(2, 32, 56, 56), torch.randn(2, 32, 56, 56), torch.randn(2, 256, 56, 56)
 leaves = [t.requires_grad_() for t in (query, key, value, torch.randn(32, 7, 7))]
 def step(rows):
     cut = [t[:, :, :rows] for t in leaves[:3]]
     relops.local_relation(*cut, leaves[3], kernel_size=7).sum().backward()
-step(4)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(56)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    if sys.platform != "linux":
-        pytest.skip("reads the peak of the resident set in the unit of Linux")
-    done = run_python(program)
-    assert done.returncode == 0, done.stderr
-    # KB. Output and gradients, which autograd adds to those of the whole of what was cut.
-    assert int(done.stdout) < 32 * 1024
+    # Output and gradients, which autograd adds to those of the whole of what was cut.
+    assert resident_growth(begin, "step(4)", "step(56)") < 32 * 1024
+
+
+def test_fake_of_the_backward_is_like_it() -> None:
+    """With 16-bit maps and a prior of float32, whatever is wanted."""
+    inputs = draw(Windows(), dtype=torch.bfloat16)
+    arguments = (grad_like(OP.function(**inputs)), *OP.raw(inputs).values())
+    for wanted in itertools.product([False, True], repeat=4):
+        torch.library.opcheck(
+            torch.ops.relops._local_relation_backward.default, (*arguments, list(wanted)), test_utils="test_faketensor"
+        )
 
 
 @pytest.mark.parametrize("isa", ISAS[:-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from conftest import (
     captured,
     check_instruction_set,
     needs_cuda,
-    run_python,
+    resident_growth,
     why_no_cuda,
 )
 from hypothesis import given, settings
@@ -512,23 +511,14 @@ def test_many_boxes(geometry: str, device: str) -> None:
 
 def test_memory() -> None:
     """Neither the embeddings of 2000 x 2000 pairs, 1 GB, nor a logit of each, 16 MB a head, forward or backward."""
-    program = """
-import resource, torch, relops
+    begin = """
 x, boxes = torch.randn(1, 2000, 4, 16), torch.rand(1, 2000, 4) + torch.tensor([0.0, 0.0, 50.0, 50.0])
 leaves = [t.requires_grad_() for t in (x, boxes, torch.randn(4, 64) * 0.1, torch.ones(4))]
 def step(n):
     y, b, w, c = leaves
     relops.relation_attention(y[:, :n], y[:, :n], y[:, :n], b[:, :n], b[:, :n], w, c).sum().backward()
-step(20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(2000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    if sys.platform != "linux":
-        pytest.skip("reads the peak of the resident set in the unit of Linux")
-    done = run_python(program)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 30 * 1024  # KB
+    assert resident_growth(begin, "step(20)", "step(2000)") < 30 * 1024
 
 
 @pytest.mark.parametrize(

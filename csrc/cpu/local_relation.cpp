@@ -87,7 +87,7 @@ struct WindowRows {
   }
   // Of the outputs that read row y. Other than taps they need not be there.
   int64_t first_output(int64_t y) const {
-    return std::max<int64_t>(ceil_div(std::max<int64_t>(y - dilation * (k - 1 - k / 2), 0), stride), 0);
+    return ceil_div(std::max<int64_t>(y - dilation * (k - 1 - k / 2), 0), stride);
   }
   int64_t last_output(int64_t y) const { return std::min((y + dilation * (k / 2)) / stride, Ho - 1); }
   int64_t most_outputs() const { return std::min(dilation * (k - 1) / stride + 1, Ho); }
@@ -152,8 +152,9 @@ struct Kernels {
 
   template <Similarity kSimilarity, class T>
   static void backward(const LocalRelation&, const LocalRelationArgs<T>& a, const LocalRelationGrads& grads) {
-    // Where windows leave pixels out, the kernel does not write their gradients.
-    if (a.stride > 1) {
+    // Where windows may leave pixels out, the kernel does not write their gradients.
+    const bool all_read = a.stride == 1 || (a.dilation == 1 && (a.k + 1) / 2 >= a.stride);
+    if (!all_read) {
       torch::stable::fill_(std::get<1>(grads), 0);
       torch::stable::fill_(std::get<2>(grads), 0);
     }

@@ -6,7 +6,7 @@
 //
 // Forward: per vector of outputs, the logits of all taps go into a small buffer, there they become weights, and these
 // multiply the values of up to eight channels whose sums stay in registers. Per tap and vector of 8 channels there are
-// about 16 operations for the exponential, 6 for the logit and 8 multiply-adds, each of which loads.
+// about 13 operations for the exponential, 6 for the logit and 8 multiply-adds, each of which loads.
 //
 // Backward: the same per row of outputs, whose weights and gradients of logits go into rings of their own. As soon as
 // the last output that reads a row of inputs is done, the gradients of its keys and values are sums over taps from
@@ -146,13 +146,12 @@ class LocalRelationWorker {
       : a_(a), rows_(rows), columns_(columns), taps_(a.k * a.k), ring_(rows.most_inputs()) {
     key_ring_ = zeros(ring_ * columns.line);
     value_ring_ = zeros(ring_ * a.m * columns.line);
-    zero_line_ = zeros(columns.line + columns.width);
+    zero_line_ = zeros(columns.width);
     inside_ = scratch_.take<C>(columns.line);
     std::fill_n(inside_, columns.line, -std::numeric_limits<C>::infinity());
     for (size_t part = 0; part < columns.parts.size(); ++part)
       std::fill_n(inside_ + part * columns.part_size + columns.left, columns.parts[part].columns, C(0));
-    const int64_t padded = round_up<int64_t>(taps_, kBatch);
-    weights_ = scratch_.take<C>(padded * V);
+    weights_ = scratch_.take<C>(round_up<int64_t>(taps_, kBatch) * V);
     tap_ = scratch_.take<int32_t>(taps_);
     key_at_ = scratch_.take<const C*>(taps_);
     value_at_ = scratch_.take<const C*>(taps_);

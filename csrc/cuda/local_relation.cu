@@ -83,27 +83,17 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
   }
 }
 
-template <Similarity kSimilarity, class T>
-void launch_forward(const LocalRelationArgs<T>& a, cudaStream_t stream) {
-  LocalRelationParams<T> params{a};
-  params.chunks = static_cast<int>(ceil_div(a.m, kChannels));
-  params.packs = has_packs(a.value, a.m);
-  const int Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
-  const LocalLaunch<T> launch(params, Ho, Wo, Wo, 1, false);
-  const auto run = [&](auto tiled) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(local_relation_kernel<T, kSimilarity, tiled()>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.bytes)));
-    local_relation_kernel<T, kSimilarity, tiled()><<<launch.blocks, launch.threads, launch.bytes, stream>>>(launch.p);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  launch.tiled ? run(std::true_type{}) : run(std::false_type{});
-}
-
 struct Kernels {
   template <Similarity kSimilarity, class T>
   static void forward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
     const torch::stable::accelerator::DeviceGuard guard(r.value.get_device_index());
-    launch_forward<kSimilarity>(a, current_stream(r.value.get_device_index()));
+    LocalRelationParams<T> params{a};
+    params.chunks = static_cast<int>(ceil_div(a.m, kChannels));
+    params.packs = has_packs(a.value, a.m);
+    const int Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
+    const LocalLaunch<T> launch(params, Ho, Wo, Wo, 1, false);
+    launch.run(local_relation_kernel<T, kSimilarity, true>, local_relation_kernel<T, kSimilarity, false>,
+               current_stream(r.value.get_device_index()));
   }
 
   template <Similarity kSimilarity, class T>

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/common.cuh"
 #include "local_relation.h"
@@ -245,6 +246,16 @@ struct LocalLaunch {
     tiled = a.stride == 1 && a.dilation == 1 && choose(kRows<T, true>, columns, k - 1);
     if (!tiled) choose(kRows<T, false>, direct_columns, -1);
     blocks = grid_size(LocalRelation::op, a.N * a.G * p.chunks * int64_t{p.tiles_x} * p.tiles_y);
+  }
+
+  using Kernel = void (*)(LocalRelationParams<T>);
+
+  void run(Kernel tiled_kernel, Kernel direct_kernel, cudaStream_t stream) const {
+    const Kernel chosen_kernel = tiled ? tiled_kernel : direct_kernel;
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(chosen_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    chosen_kernel<<<blocks, threads, bytes, stream>>>(p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
   int64_t shares() const { return p.a.N * p.tiles_x * p.tiles_y; }

@@ -255,30 +255,6 @@ __global__ __launch_bounds__(kLocalThreads,
   if (p.shares != nullptr) write_share(p, block, sums);
 }
 
-template <class T, Similarity kSimilarity>
-void launch_outputs(const LocalLaunch<T>& launch, cudaStream_t stream) {
-  const auto run = [&](auto tiled) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(local_relation_outputs_kernel<T, kSimilarity, tiled()>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.bytes)));
-    local_relation_outputs_kernel<T, kSimilarity, tiled()>
-        <<<launch.blocks, launch.threads, launch.bytes, stream>>>(launch.p);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  launch.tiled ? run(std::true_type{}) : run(std::false_type{});
-}
-
-template <class T, Similarity kSimilarity>
-void launch_inputs(const LocalLaunch<T>& launch, cudaStream_t stream) {
-  const auto run = [&](auto tiled) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(local_relation_inputs_kernel<T, kSimilarity, tiled()>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.bytes)));
-    local_relation_inputs_kernel<T, kSimilarity, tiled()>
-        <<<launch.blocks, launch.threads, launch.bytes, stream>>>(launch.p);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  launch.tiled ? run(std::true_type{}) : run(std::false_type{});
-}
-
 }  // namespace
 
 template <Similarity kSimilarity, class T>
@@ -310,9 +286,11 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
   if (of_inputs > 0) inputs.p.shares = static_cast<C*>(shares.mutable_data_ptr());
   if (of_outputs > 0) outputs.p.shares = inputs.p.shares + of_inputs * taps;
 
-  launch_outputs<T, kSimilarity>(outputs, stream);
+  outputs.run(local_relation_outputs_kernel<T, kSimilarity, true>, local_relation_outputs_kernel<T, kSimilarity, false>,
+              stream);
   if (a.grad_key.data != nullptr || a.grad_value.data != nullptr || prior)
-    launch_inputs<T, kSimilarity>(inputs, stream);
+    inputs.run(local_relation_inputs_kernel<T, kSimilarity, true>, local_relation_inputs_kernel<T, kSimilarity, false>,
+               stream);
   if (prior) launch_sum_of_shares<C>(r.op, inputs.p.shares, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
 }
 

@@ -102,7 +102,7 @@ class LRNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As ResNets are: He's normal distribution for what ReLUs follow; each block begins as its shortcut."""
+        """Of the blocks, as in ResNets: He's normal distribution, and each begins as its shortcut."""
         for module in self.modules():
             if isinstance(module, LRBottleneck):
                 for conv in (module.conv1, module.relation.output, module.conv3):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from relops.ops._checks import check_features, check_mask, check_shape
-from relops.ops.relation_attention import check_geometry, relation_attention
+from relops.ops._checks import check_choice, check_features, check_mask, check_shape
+from relops.ops.relation_attention import GEOMETRIES, relation_attention
 
 
 class ObjectRelation(nn.Module):
@@ -44,7 +44,7 @@ class ObjectRelation(nn.Module):
         super().__init__()
         if channels % heads:
             raise ValueError(f"relops.nn.ObjectRelation: channels must be divisible by heads, got {channels}, {heads}")
-        check_geometry("nn.ObjectRelation", geometry)
+        check_choice("nn.ObjectRelation", "geometry", geometry, GEOMETRIES)
         self.channels, self.heads, self.head_dim, self.dialect = channels, heads, head_dim, geometry
         self.query = nn.Linear(channels, heads * head_dim)
         self.key = nn.Linear(channels, heads * head_dim)

@@ -30,6 +30,19 @@ def check_number(op: str, name: str, number: object, rule: str, low: float, high
         raise (ValueError if real else TypeError)(f"relops.{op}: {name} must be a number {rule}, got {number!r}")
 
 
+def check_size(op: str, name: str, number: object, most: int) -> None:
+    if not is_int(number) or not 1 <= number <= most:
+        raise (ValueError if is_int(number) else TypeError)(
+            f"relops.{op}: {name} must be an int from 1 to {most}, got {number!r}"
+        )
+
+
+def check_choice(op: str, name: str, choice: object, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        words = ", ".join(f'"{x}"' for x in choices[:-1]) + f' or "{choices[-1]}"'
+        raise ValueError(f"relops.{op}: {name} must be {words}, got {choice!r}")
+
+
 def check_tensor(op: str, name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"relops.{op}: {name} must be a Tensor, got {type(tensor).__name__}")
@@ -39,6 +52,18 @@ def check_features(op: str, name: str, tensor: Tensor) -> None:
     check_tensor(op, name, tensor)
     if tensor.dtype not in FEATURE_DTYPES:
         raise TypeError(f"relops.{op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_features_like(op: str, name: str, tensor: Tensor, letters: str, features_name: str, features: Tensor) -> None:
+    """What it shares with the features: dtype, device, number of dimensions."""
+    check_tensor(op, name, tensor)
+    if tensor.dtype != features.dtype:
+        raise TypeError(
+            f"relops.{op}: {name} must be {features.dtype}, the dtype of {features_name}, got {tensor.dtype}"
+        )
+    check_device(op, name, tensor, features_name, features)
+    if tensor.dim() != features.dim():
+        raise ValueError(f"relops.{op}: {name} must be {letters}, got shape {list(tensor.shape)}")
 
 
 def check_coordinates(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from relops._library import check_device_has_kernels
 from relops.ops._checks import (
+    check_choice,
     check_coordinates,
-    check_device,
     check_features,
+    check_features_like,
     check_shape,
-    check_tensor,
+    check_size,
     compute_dtype,
-    is_int,
     no_double_backward,
     under_autocast,
     widest_under_autocast,
@@ -84,14 +84,8 @@ def local_relation(
         ("dilation", dilation, MAX_STEP),
     ):
         check_size(op, name, number, most)
-    for name, x in (("query", query), ("key", key)):
-        check_tensor(op, name, x)
-        if x.dtype != value.dtype:
-            raise TypeError(f"relops.{op}: {name} must be {value.dtype}, the dtype of value, got {x.dtype}")
-        check_device(op, name, x, "value", value)
-        if x.dim() != 4:
-            letters = "[N,G,Ho,Wo]" if name == "query" else "[N,G,H,W]"
-            raise ValueError(f"relops.{op}: {name} must be {letters}, got shape {list(x.shape)}")
+    check_features_like(op, "query", query, "[N,G,Ho,Wo]", "value", value)
+    check_features_like(op, "key", key, "[N,G,H,W]", "value", value)
     N, C, H, W = value.shape
     G = key.shape[1]
     check_shape(op, "key", key, "[N,G,H,W]", N, G, H, W)
@@ -111,19 +105,6 @@ def local_relation(
     )
 
 
-def check_size(op: str, name: str, number: object, most: int) -> None:
-    if not is_int(number) or not 1 <= number <= most:
-        raise (ValueError if is_int(number) else TypeError)(
-            f"relops.{op}: {name} must be an int from 1 to {most}, got {number!r}"
-        )
-
-
-def check_choice(op: str, name: str, choice: object, choices: tuple[str, ...]) -> None:
-    if choice not in choices:
-        words = ", ".join(f'"{x}"' for x in choices[:-1]) + f' or "{choices[-1]}"'
-        raise ValueError(f"relops.{op}: {name} must be {words}, got {choice!r}")
-
-
 def _fake(query, key, value, prior, kernel_size, stride, dilation, similarity, zero_border):
     return empty(value, (*value.shape[:2], *query.shape[2:]), is_channels_last(value))
 
@@ -135,7 +116,7 @@ def _fake_backward(
         empty(x, x.shape, is_channels_last(x)) if want else x.new_empty(0)
         for x, want in zip((query, key, value), wanted)
     ]
-    return *maps, (value if prior is None else prior).new_empty(prior.shape if prior is not None and wanted[3] else 0)
+    return *maps, value.new_empty(0) if prior is None or not wanted[3] else prior.new_empty(prior.shape)
 
 
 def _setup_context(ctx, inputs, output):

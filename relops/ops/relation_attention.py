@@ -9,13 +9,14 @@ from relops._library import check_device_has_kernels
 from relops.ops._checks import (
     LARGEST,
     SMALLEST,
+    check_choice,
     check_coordinates,
     check_device,
     check_features,
+    check_features_like,
     check_mask,
     check_number,
     check_shape,
-    check_tensor,
     compute_dtype,
     no_double_backward,
     under_autocast,
@@ -23,6 +24,7 @@ from relops.ops._checks import (
 )
 from relops.ops._vmap import mapped_first
 
+GEOMETRIES = ("paper", "official")
 EMBEDDING = 64  # 8 sines and 8 cosines of each of 4 coordinates
 
 
@@ -91,14 +93,8 @@ def relation_attention(
     if query.dim() != 4:
         raise ValueError(f"relops.{op}: query must be [N,Q,M,D], got shape {list(query.shape)}")
     N, Q, M, D = query.shape
-    for name, x in (("key", key), ("value", value)):
-        check_tensor(op, name, x)
-        if x.dtype != query.dtype:
-            raise TypeError(f"relops.{op}: {name} must be {query.dtype}, the dtype of query, got {x.dtype}")
-        check_device(op, name, x, "query", query)
-        if x.dim() != 4:
-            letters = "[N,K,M,D]" if name == "key" else "[N,K,M,Dv]"
-            raise ValueError(f"relops.{op}: {name} must be {letters}, got shape {list(x.shape)}")
+    check_features_like(op, "key", key, "[N,K,M,D]", "query", query)
+    check_features_like(op, "value", value, "[N,K,M,Dv]", "query", query)
     K = key.shape[1]
     check_shape(op, "key", key, "[N,K,M,D]", N, K, M, D)
     check_shape(op, "value", value, "[N,K,M,Dv]", N, K, M, value.shape[3])
@@ -119,7 +115,7 @@ def relation_attention(
     if key_mask is not None:
         check_mask(op, "key_mask", key_mask, "[N,K]", N, K, meaning=" (True = ignore)")
         check_device(op, "key_mask", key_mask, "query", query)
-    check_geometry(op, geometry)
+    check_choice(op, "geometry", geometry, GEOMETRIES)
     check_number(op, "wavelength", wavelength, "positive and finite", SMALLEST, LARGEST)
     if scale is not None:
         check_number(op, "scale", scale, "finite, or None", -LARGEST, LARGEST)
@@ -132,11 +128,6 @@ def relation_attention(
         query.is_cuda and _tf32_allowed(),
     )  # fmt: skip
     return output
-
-
-def check_geometry(op: str, geometry: object) -> None:
-    if geometry not in ("paper", "official"):
-        raise ValueError(f'relops.{op}: geometry must be "paper" or "official", got {geometry!r}')
 
 
 # The compiler cannot trace the getter, but compiles again when the setting changes.

@@ -11,7 +11,7 @@ from relops.ops._boxes import (
     computed,
     unknown_count,
 )
-from relops.ops._checks import LARGEST, SMALLEST, check_number, compute_dtype
+from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number, compute_dtype
 
 METHODS = ("linear", "gaussian")
 
@@ -62,8 +62,7 @@ def soft_nms(
     op = "soft_nms"
     check_boxes(op, boxes, batched=True)
     check_scores(op, scores, boxes)
-    if method not in METHODS:
-        raise ValueError(f'relops.{op}: method must be "linear" or "gaussian", got {method!r}')
+    check_choice(op, "method", method, METHODS)
     check_iou_threshold(op, iou_threshold)
     check_number(op, "sigma", sigma, "positive and finite", SMALLEST, LARGEST)
     check_number(op, "score_threshold", score_threshold, "finite and at least 0", 0.0, LARGEST)
