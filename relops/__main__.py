@@ -1,4 +1,4 @@
-"""python -m relops info"""
+"""python -m relops info, train, eval, predict, propose"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import torch
 
 
-def info() -> None:
+def info(_: argparse.Namespace) -> int:
     """Prints what is built, what is loaded and what this machine has."""
     import relops
     from relops import _library
@@ -36,15 +36,18 @@ def info() -> None:
     print("\nop" + " " * 36 + "kernels")
     for name, devices in _library.op_kernels().items():
         print(f"{name:38}{', '.join(devices)}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
+    from relops.training.command import add_commands
+
     parser = argparse.ArgumentParser(prog="python -m relops")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is built and loaded")
-    parser.parse_args(argv)
-    info()
-    return 0
+    commands.add_parser("info", help="what is built and loaded").set_defaults(run=info)
+    add_commands(commands)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_size_is_as_published(make, parameters: float, multiply_adds: float) -> 
 
 def test_stages() -> None:
     network = relops.models.LRNet((1, 2), (12, 20), 7, stem_channels=8, kernel_size=3).eval()
-    maps = network.features(torch.randn(2, 3, 33, 50))
+    maps = network.stage_maps(torch.randn(2, 3, 33, 50))
     assert [list(x.shape) for x in maps] == [[2, 32, 9, 13], [2, 64, 5, 7]] and network.channels == [32, 64]
     assert network(torch.randn(2, 3, 33, 50)).shape == (2, 7)
     with pytest.raises(ValueError, match="blocks and widths must have one number for each stage"):

@@ -1,5 +1,60 @@
-"""Networks composed of the ops."""
+"""Networks composed of the ops: backbones, and reference detectors by name."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from relops.models._structures import Detections, Targets
+from relops.models.cascade_rcnn import cascade_rcnn
+from relops.models.fast_rcnn import fast_rcnn
+from relops.models.faster_rcnn import faster_rcnn, faster_rcnn_fpn
+from relops.models.hypernet import hypernet
+from relops.models.inference import batch_images, detect, load_torchvision
 from relops.models.lr_net import LRNet, lr_net26, lr_net50
+from relops.models.mask_rcnn import mask_rcnn
+from relops.models.r_fcn import r_fcn
+from relops.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+from relops.models.vgg import VGG16, vgg16
+from relops.models.zf import ZF, zf
 
-__all__ = ["LRNet", "lr_net26", "lr_net50"]
+DETECTORS: dict[str, Callable[..., nn.Module]] = {
+    "fast_rcnn": fast_rcnn,
+    "faster_rcnn": faster_rcnn,
+    "faster_rcnn_fpn": faster_rcnn_fpn,
+    "mask_rcnn": mask_rcnn,
+    "cascade_rcnn": cascade_rcnn,
+    "r_fcn": r_fcn,
+    "hypernet": hypernet,
+}
+
+__all__ = [
+    "DETECTORS",
+    "VGG16",
+    "ZF",
+    "Detections",
+    "LRNet",
+    "ResNet",
+    "Targets",
+    "batch_images",
+    "build",
+    "detect",
+    "load_torchvision",
+    *DETECTORS,
+    "lr_net26",
+    "lr_net50",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "vgg16",
+    "zf",
+]
+
+
+def build(name: str, num_classes: int, **options: object) -> nn.Module:
+    """The detector of that name in DETECTORS, of so many classes besides the background; options are its own."""
+    if name not in DETECTORS:
+        raise ValueError(f"relops.models: model must be one of {', '.join(DETECTORS)}, got {name!r}")
+    return DETECTORS[name](num_classes, **options)

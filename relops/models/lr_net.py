@@ -51,20 +51,20 @@ class LRNet(nn.Module):
     Args:
         blocks: bottlenecks of each stage.
         widths: channels inside the bottlenecks of each stage.
-        num_classes: outputs of the classifier.
+        num_classes: outputs of the classifier; None: no classifier, for detectors.
         kernel_size: k of every local relation.
         in_channels: of images.
         stem_channels: of the stem.
         expansion: channels of a stage's output, per those of `stem_channels` * 2^stage.
 
-    Input [N,in_channels,H,W], output [N,num_classes]. `features` gives the outputs of the stages, at strides 4, 8, ..
+    Input [N,in_channels,H,W], output [N,num_classes]. `stage_maps` gives the outputs of the stages, at strides 4, 8, ..
     """
 
     def __init__(
         self,
         blocks: Sequence[int],
         widths: Sequence[int] = (100, 200, 400, 800),
-        num_classes: int = 1000,
+        num_classes: int | None = 1000,
         *,
         kernel_size: int = 7,
         in_channels: int = 3,
@@ -98,7 +98,8 @@ class LRNet(nn.Module):
                 channels = out_channels
             self.stages.append(nn.Sequential(*layers))
             self.channels.append(channels)
-        self.fc = nn.Linear(channels, num_classes)
+        self.strides = [4 * 2**stage for stage in range(len(blocks))]
+        self.fc = None if num_classes is None else nn.Linear(channels, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,7 +110,7 @@ class LRNet(nn.Module):
                     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bn3.weight)
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
         """[N,channels[i],H / (4 * 2^i),W / (4 * 2^i)] of each stage, sizes rounded up."""
         x = self.stem(images)
         outputs = []
@@ -118,15 +119,23 @@ class LRNet(nn.Module):
             outputs.append(x)
         return outputs
 
+    def parts(self) -> list[list[nn.Module]]:
+        """Modules that make each output of `stage_maps` of the one before, for freezing."""
+        stages = [[stage] for stage in self.stages]
+        stages[0].insert(0, self.stem)
+        return stages
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.features(images)[-1], 1), 1))
+        if self.fc is None:
+            raise TypeError("relops.models.LRNet: has no classifier (num_classes is None); its maps are in stage_maps")
+        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.stage_maps(images)[-1], 1), 1))
 
 
-def lr_net26(num_classes: int = 1000, **options: int) -> LRNet:
-    """LR-Net-26: two bottlenecks a stage. Options are those of LRNet."""
-    return LRNet((2, 2, 2, 2), num_classes=num_classes, **options)
+def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, **options: int) -> LRNet:
+    """LR-Net-26: two bottlenecks a stage. Options are those of LRNet, and how many of the stages there are."""
+    return LRNet((2, 2, 2, 2)[:stages], (100, 200, 400, 800)[:stages], num_classes, **options)
 
 
-def lr_net50(num_classes: int = 1000, **options: int) -> LRNet:
-    """LR-Net-50: 3, 4, 6 and 3 bottlenecks. Options are those of LRNet."""
-    return LRNet((3, 4, 6, 3), num_classes=num_classes, **options)
+def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, **options: int) -> LRNet:
+    """LR-Net-50: 3, 4, 6 and 3 bottlenecks. Options are those of LRNet, and how many of the stages there are."""
+    return LRNet((3, 4, 6, 3)[:stages], (100, 200, 400, 800)[:stages], num_classes, **options)

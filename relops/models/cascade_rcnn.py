@@ -1,0 +1,91 @@
+"""Cascade R-CNN (Cai & Vasconcelos, https://arxiv.org/abs/1712.00726): three heads, each on the last one's boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from relops.models import _boxes
+from relops.models._structures import Detections, Targets
+from relops.models.detector import TwoStageDetector
+from relops.models.faster_rcnn import pyramid
+from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
+from relops.models.rpn import Proposals
+
+
+class CascadeRoIHeads(RoIHeads):
+    """Stages with an IoU of .5, .6 and .7 for positive regions, of which each refines the boxes that the next is given.
+
+    Boxes between stages are constants. Each stage samples anew; at inference the last boxes count, with the mean of the
+    scores that the stages gave. Deltas are of all classes together, and their weights 1, 2 and 3 times the first's.
+    """
+
+    IOU = 0.5, 0.6, 0.7
+
+    def __init__(self, box_roi_pool: nn.Module, heads: nn.ModuleList, predictors: nn.ModuleList, **options: object):
+        super().__init__(box_roi_pool, heads, predictors, **options)
+        self.stage_weights = [(i * self.weights[0], i * self.weights[1]) for i in (1, 2, 3)]
+
+    def refine(self, maps: list[Tensor], rois: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        """Scores [R,classes + 1] and deltas [R,4] of rows [R,5] by one stage."""
+        logits, deltas = self.box_predictor[stage](self.box_head[stage](self.box_roi_pool(maps, rois)))
+        return _boxes.widened(logits), _boxes.widened(deltas)
+
+    def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
+        losses = {}
+        for stage, iou in enumerate(self.IOU):
+            samples = self.sample(proposals, targets, iou)
+            valid = samples.classes >= 0
+            rois, place = _boxes.present(samples.boxes, valid)
+            logits, deltas = self.refine(maps, rois, stage)
+            weights = self.stage_weights[stage]
+            losses |= self.box_losses(logits, deltas, samples, targets, place, weights, f"_{stage}")
+            boxes = _boxes.clip(
+                _boxes.spread(_boxes.decode(deltas.detach(), rois[:, 1:], weights), place, *valid.shape), sizes
+            )
+            valid = valid & ~_boxes.smaller_than(boxes, 1e-2)
+            proposals = Proposals(torch.where(valid[..., None], boxes, 0), valid.float(), valid)
+        return losses
+
+    def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
+        N, P = proposals.valid.shape
+        boxes, scores = proposals.boxes, 0
+        for stage, weights in enumerate(self.stage_weights):
+            rois, place = _boxes.present(boxes, proposals.valid)
+            logits, deltas = self.refine(maps, rois, stage)
+            scores = scores + logits.softmax(-1)[:, 1:] / len(self.IOU)
+            boxes = _boxes.clip(_boxes.spread(_boxes.decode(deltas, rois[:, 1:], weights), place, N, P), sizes)
+        return self.select(boxes[:, :, None], _boxes.spread(scores, place, N, P), proposals, sizes)
+
+
+def cascade_rcnn(
+    num_classes: int,
+    *,
+    backbone: str = "resnet50-frozen",
+    channels: int = 256,
+    hidden: int = 1024,
+    frozen_stages: int = 0,
+    num_samples: int = 512,
+    sizes: Sequence[float] = (32, 64, 128, 256, 512),
+) -> TwoStageDetector:
+    """Cascade R-CNN on a feature pyramid.
+
+    Args:
+        num_classes: without the background.
+        backbone: a ResNet or LR-Net, as in `make_body`.
+        channels: of the pyramid and the RPN.
+        hidden: of the fully connected layers.
+        frozen_stages: of the backbone, not trained.
+        num_samples: regions an image and stage that losses are of.
+        sizes: of the anchors of each level, in pixels.
+    """
+    maps, rpn = pyramid(backbone, channels, frozen_stages, sizes)
+    roi_heads = CascadeRoIHeads(
+        RegionPool("pyramid", 7, maps.strides[:4]),
+        nn.ModuleList(TwoFCHead(channels * 49, hidden) for _ in range(3)),
+        nn.ModuleList(BoxPredictor(hidden, num_classes, class_agnostic=True) for _ in range(3)),
+        num_samples=num_samples,
+    )
+    return TwoStageDetector(maps, rpn, roi_heads)

@@ -1,0 +1,82 @@
+"""What the detectors of two stages have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from relops.models._structures import Detections, Targets
+from relops.models.roi_heads import RoIHeads
+from relops.models.rpn import RPN, Proposals
+
+
+class TwoStageDetector(nn.Module):
+    """Backbone, region proposal network, and heads on regions.
+
+    In training mode `detector(images, sizes, targets)` gives losses, to be added; in evaluation mode
+    `detector(images, sizes)` gives Detections. Nothing in it waits for a CUDA device, but where a detector says so.
+
+    Args:
+        backbone: images to a list of maps.
+        rpn: proposals from maps.
+        roi_heads: losses and detections from maps and proposals.
+        box_gradients: non-approximate joint training: gradients of the second stage reach the RPN through the boxes,
+            too, by RoI Align (RoI warping), regression targets and clipping. Otherwise proposals are constants.
+
+    Inputs:
+        images: [N,3,H,W], normalized as the backbone wants them, padded to the right and below.
+        sizes: [N,2] height and width of each image without its padding, in pixels; None: there is none.
+        targets: Targets; needed for training only.
+    """
+
+    phases = (("", 1.0),)  # of training, with their shares of the iterations
+    uses_proposals = False  # of Targets
+    uses_masks = False
+
+    def __init__(self, backbone: nn.Module, rpn: RPN, roi_heads: RoIHeads, *, box_gradients: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.rpn = rpn
+        self.roi_heads = roi_heads
+        self.box_gradients = box_gradients
+
+    def start_phase(self, phase: int) -> None:
+        """Prepares the training of a phase. Of one there is nothing to prepare."""
+
+    def forward(
+        self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
+    ) -> dict[str, Tensor] | Detections:
+        sizes = self.checked(images, sizes, targets)
+        maps = self.backbone(images)
+        if not self.training:
+            proposals, _ = self.rpn(maps, sizes)
+            return self.roi_heads.detect(maps, proposals, sizes)
+        proposals, losses = self.rpn(maps, sizes, targets, box_gradients=self.box_gradients)
+        return losses | self.roi_heads.losses(maps, proposals, sizes, targets)
+
+    def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
+        """The RPN's proposals; `most` as in RPN.forward."""
+        sizes = self.checked(images, sizes, None, training=False)
+        return self.rpn(self.backbone(images), sizes, most=most)[0]
+
+    def checked(
+        self, images: Tensor, sizes: Tensor | None, targets: Targets | None, training: bool | None = None
+    ) -> Tensor:
+        """sizes, or those of the images. Raises ValueError for shapes that do not fit."""
+        name = f"relops.models.{type(self).__name__}"
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
+        if sizes is None:
+            sizes = images.new_tensor(images.shape[-2:], dtype=torch.float32).expand(len(images), 2)
+        if sizes.shape != (len(images), 2):
+            raise ValueError(f"{name}: sizes must be [N,2] with N = {len(images)}, got {list(sizes.shape)}")
+        if self.training if training is None else training:
+            if targets is None:
+                raise ValueError(f"{name}: targets must be given in training, got None (eval() is for inference)")
+            T = targets.labels.shape[-1]
+            if targets.labels.shape != (len(images), T) or targets.boxes.shape != (len(images), T, 4) or T == 0:
+                raise ValueError(
+                    f"{name}: targets must have boxes [N,T,4] and labels [N,T] with N = {len(images)} and T > 0, got "
+                    f"{list(targets.boxes.shape)} and {list(targets.labels.shape)}"
+                )
+        return sizes

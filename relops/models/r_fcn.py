@@ -1,0 +1,98 @@
+"""R-FCN (Dai et al., https://arxiv.org/abs/1605.06409): the second stage is a vote of position-sensitive maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from relops.models import _boxes
+from relops.models._structures import Targets
+from relops.models.anchors import paper_anchors
+from relops.models.backbones import StageBackbone, make_body
+from relops.models.detector import TwoStageDetector
+from relops.models.roi_heads import RoIHeads
+from relops.models.rpn import Proposals, make_rpn
+from relops.ops.ps_roi_pool import ps_roi_pool
+
+
+class PositionSensitiveHeads(RoIHeads):
+    """k x k maps for each class and for each of four deltas. Part (i, j) of a region is averaged in its own maps only,
+    and the mean of all parts is the region's score (section 2). All that is learned is convolution.
+
+    The backbone gives two maps; the second one is looked at. Losses are of the num_samples regions of an image whose
+    loss is largest (online hard example mining), of all proposals.
+    """
+
+    def __init__(self, channels: int, hidden: int, num_classes: int, stride: int, parts: int = 7, **options: object):
+        super().__init__(nn.Identity(), nn.Identity(), nn.Identity(), **options)
+        self.parts, self.scale = parts, 1 / stride
+        self.reduce = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True))
+        self.cls_maps = nn.Conv2d(hidden, (num_classes + 1) * parts**2, 1)
+        self.box_maps = nn.Conv2d(hidden, 4 * parts**2, 1)
+        for layer in (self.reduce[0], self.cls_maps, self.box_maps):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.reduce(maps[1])
+        votes = [
+            ps_roi_pool(layer(x), rois, self.parts, self.scale).mean((2, 3)) for layer in (self.cls_maps, self.box_maps)
+        ]
+        return _boxes.widened(votes[0]), _boxes.widened(votes[1])
+
+    def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
+        samples = self.regions(proposals, targets)
+        valid = samples.classes >= 0
+        rois, place = _boxes.present(samples.boxes, valid)
+        logits, deltas = self.predict(maps, rois)
+        with torch.no_grad():
+            entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.weights)
+            hardness = _boxes.spread(entropy + distance, place, *valid.shape).masked_fill(~valid, -1)
+            hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
+            kept = torch.zeros_like(valid).scatter_(1, hardest, True) & valid
+        samples = samples._replace(classes=samples.classes.masked_fill(~kept, -1))
+        return self.box_losses(logits, deltas, samples, targets, place, self.weights)
+
+
+def r_fcn(
+    num_classes: int,
+    *,
+    backbone: str = "resnet101-frozen",
+    channels: int = 512,
+    hidden: int = 1024,
+    frozen_stages: int = 0,
+    num_samples: int = 128,
+    scales: Sequence[float] = (8, 16, 32),
+    min_size: float = 16,
+) -> TwoStageDetector:
+    """R-FCN: the RPN on a ResNet's third stage, the votes on its fourth, dilated to the same stride of 16.
+
+    Args:
+        num_classes: without the background.
+        backbone: a ResNet, as in `make_body`.
+        channels: of the RPN's convolution.
+        hidden: channels between the backbone and the position-sensitive maps.
+        frozen_stages: of the backbone, not trained.
+        num_samples: the regions of largest loss of an image, that losses are of.
+        scales: of anchors, in 16 pixels.
+        min_size: of proposals, in pixels.
+    """
+    maps = StageBackbone(make_body(backbone, frozen_stages, dilated=True), [2, 3])
+    rpn = make_rpn(
+        maps.channels[0],
+        channels,
+        [paper_anchors(scales=scales)],
+        maps.strides[:1],
+        loss="softmax",
+        levels=1,
+        pre_nms=(6000, 6000),
+        post_nms=(300, 300),
+        min_size=min_size,
+        ignore_outside=True,
+    )
+    roi_heads = PositionSensitiveHeads(
+        maps.channels[1], hidden, num_classes, maps.strides[1], num_samples=num_samples, beta=1.0, nms_threshold=0.3
+    )
+    return TwoStageDetector(maps, rpn, roi_heads)

@@ -1,0 +1,1 @@
+"""Training and evaluation of detectors. None of it is imported by `import relops`."""

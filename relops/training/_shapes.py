@@ -1,0 +1,118 @@
+"""A data set that is drawn as it is read: every image is a function of its split and index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from relops.training._samples import Annotation, DetectionData, Sample, encode_mask
+
+HEIGHT, WIDTH = 128, 160
+MOST_OBJECTS = 6
+SMALLEST, LARGEST = 12, 60
+LEAST_VISIBLE = 0.6
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return x**2 + y**2 <= 1
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(x), abs(y)) <= 1
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (abs(y) <= 1) & (2 * abs(x) <= 1 + y)
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return abs(np.hypot(x, y) - 0.75) <= 0.25
+
+
+# Functions of coordinates that are within [-1,1] in the square around the object, y downwards.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "ring": _ring,
+}
+
+
+class ShapesData(DetectionData):
+    """Up to 6 circles, squares, triangles and rings of 12 to 60 pixels on noise, in images of 160 x 128.
+
+    An object may hide another in part, but no more than 40 % of it. Masks are what is visible, boxes are tight around
+    them, colors are random but far from the background's.
+    """
+
+    def __init__(self, split: str, length: int) -> None:
+        self.classes, self.has_masks = list(SHAPES), True
+        self.category_ids = list(range(len(SHAPES)))
+        self._split, self._length = split, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Sample:
+        image, labels, masks = _draw(np.random.default_rng((self._split == "test", index)))
+        boxes = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
+        return Sample(
+            image,
+            boxes,
+            labels,
+            np.zeros(len(boxes), bool),
+            masks if self.has_masks else None,
+            None,
+            index,
+            f"shapes[{self._split}][{index}]",
+            (HEIGHT, WIDTH),
+        )
+
+    def annotations(self) -> list[Annotation]:
+        return list(self._annotations())
+
+    def _annotations(self) -> Iterator[Annotation]:
+        for index in range(len(self)):
+            sample = self[index]
+            masks = None if sample.masks is None else [encode_mask(mask) for mask in sample.masks]
+            size = sample.boxes[:, 2:] - sample.boxes[:, :2]
+            areas = size.prod(1) if sample.masks is None else sample.masks.sum((1, 2)).astype(np.float32)
+            yield Annotation(
+                index, sample.file, HEIGHT, WIDTH, sample.boxes, sample.labels, sample.ignore, areas, masks
+            )
+
+    def aspect_ratios(self) -> list[float]:
+        return [WIDTH / HEIGHT] * len(self)
+
+
+def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image [H,W,3] uint8, labels [T] int64 and visible masks [T,H,W] bool."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) + np.float32(0.5)
+    background = rng.uniform(40, 216, 3).astype(np.float32)
+    across, down, phase = (rng.uniform([-0.08, -0.08, 0], [0.08, 0.08, 2 * np.pi])).astype(np.float32)
+    waves = 12 * np.sin(across * x + down * y + phase)
+    image = background + waves[..., None]
+
+    labels, masks = [], np.zeros((0, HEIGHT, WIDTH), bool)
+    whole = np.zeros(0)  # pixels of each object, hidden ones among them
+    for _ in range(rng.integers(MOST_OBJECTS + 1)):
+        label, radius = int(rng.integers(len(SHAPES))), rng.uniform(SMALLEST, LARGEST) / 2
+        center_x, center_y = rng.uniform(radius, WIDTH - radius), rng.uniform(radius, HEIGHT - radius)
+        color = rng.uniform(0, 255, 3)
+        mask = list(SHAPES.values())[label]((x - center_x) / radius, (y - center_y) / radius)
+        rest = masks & ~mask
+        if (rest.sum((1, 2)) < LEAST_VISIBLE * whole).any() or np.abs(color - background).max() < 60:
+            continue
+        labels.append(label)
+        masks, whole = np.concatenate([rest, mask[None]]), np.append(whole, mask.sum())
+        image[mask] = color
+
+    image += 8 * rng.standard_normal(image.shape, np.float32)
+    return image.clip(0, 255).astype(np.uint8), np.array(labels, np.int64), masks
+
+
+def _bounds(mask: np.ndarray) -> list[int]:
+    """x1, y1, x2, y2 of what is True."""
+    xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]

@@ -1,0 +1,82 @@
+"""The settings of a run, which are the options of `python -m relops train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from relops.training.optimization import OPTIMIZERS, SCHEDULES
+
+# Settings that may change when a run goes on: its results do not depend on them, but for rounding.
+FREE = ("output", "epochs", "cache", "workers", "device", "threads", "eval_every", "checkpoint_every", "log_every")
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Defaults are those of COCO-like images."""
+
+    data: str = setting("shapes", "to train on and to evaluate on: coco:DIR, voc:DIR, or shapes[:N]")
+    output: str = setting("", "folder of all files of the run (runs/MODEL-DATA)")
+    model: str = setting("faster_rcnn_fpn", "which detector")
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    proposals: str | None = setting(None, "file of proposals of the images to train on (Fast R-CNN)")
+    test_proposals: str | None = setting(None, "file of proposals of the images to evaluate on (Fast R-CNN)")
+
+    iterations: int | None = setting(None, "length of the run")
+    epochs: float | None = setting(None, "length of the run, where --iterations is not given (12)")
+    batch: int = setting(2, "images of an iteration, in each process")
+    seed: int = setting(0, "of initial weights, order of images, augmentation and sampling")
+
+    optimizer: str = setting("sgd", "how gradients become steps", OPTIMIZERS)
+    lr: float = setting(0.0025, "learning rate; with sgd, about 0.02 for 16 images an iteration over all processes")
+    weight_decay: float = setting(1e-4, "of weights that are not vectors")
+    momentum: float = setting(0.9, "of sgd")
+    backbone_lr: float = setting(1.0, "learning rate of the backbone, as a factor of --lr")
+    schedule: str = setting("step", "of the learning rate", SCHEDULES)
+    milestones: tuple[float, ...] = setting((0.67, 0.89), "fractions of the run at which a step is down to a tenth")
+    warmup: int = setting(500, "iterations over which the learning rate rises at first")
+    clip: float | None = setting(None, "largest norm of the gradient; longer ones are shortened to it")
+    ema: float | None = setting(None, "decay of a moving average of weights, which is then what is evaluated")
+    amp: bool = setting(False, "autocast to bfloat16")
+    channels_last: bool = setting(False, "memory format of images and convolutions")
+
+    min_size: int = setting(800, "shorter side of images")
+    max_size: int = setting(1333, "longer side of images, at most")
+    vertical_flip: bool = setting(False, "flip images upside down, too")
+    cache: bool = setting(False, "keep resized images in memory, in each process that loads them")
+
+    workers: int = setting(2, "processes that load images, for each process that trains")
+    threads: int | None = setting(None, "of the CPU, in each process")
+    device: str | None = setting(None, "cpu or cuda (a GPU where there is one)")
+    eval_every: int | None = setting(None, "iterations from one evaluation to the next (at the end only)")
+    checkpoint_every: int = setting(500, "iterations from one checkpoint to the next")
+    log_every: int = setting(20, "iterations from one line of the log to the next")
+
+    def __post_init__(self) -> None:
+        low = {"batch": 1, "min_size": 1, "max_size": self.min_size, "checkpoint_every": 1, "log_every": 1}
+        low |= {"iterations": 1, "eval_every": 1, "threads": 1, "workers": 0, "warmup": 0, "seed": 0}
+        low |= {"weight_decay": 0, "momentum": 0, "backbone_lr": 0}
+        for name, least in low.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("lr", "epochs", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.iterations is not None and self.epochs is not None:
+            raise ValueError(f"iterations and epochs exclude each other, got {self.iterations} and {self.epochs}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0,1), got {self.ema}")
+        for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    def determining(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}

@@ -1,0 +1,60 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class World(NamedTuple):
+    """This process among all, and the device that is its own."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each process gives, by rank, in all of them."""
+        if self.size == 1:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def largest(self, number: int) -> int:
+        """The largest of what the processes give. Of CPU tensors, so that nothing waits for a GPU."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+
+@contextlib.contextmanager
+def world(device: str | None = None) -> Iterator[World]:
+    """Joins what torchrun's variables describe, on GPUs where there are some and `device` does not say otherwise."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, torch.device(kind))
+        return
+    mine = torch.device(kind)
+    if mine.type == "cuda":
+        mine = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(mine)
+    # With both, flags and objects on the CPU take no turn in the queue of a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, mine)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,206 @@
+"""Average precision of detections, as COCO and as Pascal VOC measure it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from relops.models._structures import Detections
+from relops.training._samples import Annotation, DetectionData, require
+from relops.training.data import Batch
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+
+
+class _Found(NamedTuple):
+    """K detections of an image, in its original pixels."""
+
+    boxes: np.ndarray  # [K,4] float32
+    scores: np.ndarray  # [K] float32
+    labels: np.ndarray  # [K] int64
+    masks: list[dict[str, Any]] | None  # compressed RLE
+
+
+class Evaluator:
+    """Collects the detections of `data`'s images, in any order, and compares them to its objects.
+
+    An image without detections counts: its objects were missed. One that is added again replaces itself.
+
+        evaluator = Evaluator(data)
+        for batch in loader:
+            evaluator.add(batch, model(batch.images, batch.sizes))
+        evaluator.summarize()["AP"]
+    """
+
+    def __init__(self, data: DetectionData) -> None:
+        self._classes, self._category_ids = data.classes, data.category_ids
+        self._annotations = {annotation.image_id: annotation for annotation in data.annotations()}
+        self._found: dict[int, _Found] = {}
+
+    def add(self, batch: Batch, detections: Detections) -> None:
+        """Takes the detections of a batch's images, in pixels of the batch's images."""
+        scales = batch.scales.cpu().flip(1).repeat(1, 2)[:, None]
+        boxes = (detections.boxes.detach().float().cpu() / scales).numpy()
+        scores, labels = (x.detach().cpu().numpy() for x in (detections.scores.float(), detections.labels))
+        for n, image_id in enumerate(batch.image_ids.tolist()):
+            if image_id not in self._annotations:
+                raise ValueError(f"batch.image_ids must be of the images of the evaluator's data, got {image_id}")
+            kept, masks = labels[n] >= 0, None
+            if detections.masks is not None:
+                masks = self._encoded(detections.masks[n].detach().float().cpu(), boxes[n], kept, image_id)
+            self._found[image_id] = _Found(boxes[n][kept], scores[n][kept], labels[n][kept], masks)
+
+    def _encoded(self, masks: torch.Tensor, boxes: np.ndarray, kept: np.ndarray, image_id: int) -> list[dict[str, Any]]:
+        from relops.models.mask_rcnn import paste_masks
+
+        coco, a = require("faster_coco_eval.core.mask", "faster-coco-eval"), self._annotations[image_id]
+        pasted = paste_masks(masks[kept], torch.from_numpy(boxes[kept]), (a.height, a.width)).numpy()
+        return [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in pasted]
+
+    def state(self) -> list[tuple[int, _Found]]:
+        """What was added, for `merge` in another process; picklable."""
+        return list(self._found.items())
+
+    def merge(self, others: list[list[tuple[int, _Found]]]) -> None:
+        """Adds the `state`s of other evaluators of the same data."""
+        for state in others:
+            self._found.update(state)
+
+    def summarize(self) -> dict[str, float]:
+        """COCO's metrics, computed by faster-coco-eval: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10,
+        AR_100 and AP/<class>, each in [0,1], or NaN where there are no such objects.
+
+        With masks in data and detections, also mask_AP and so on. Objects to ignore are COCO's crowds: a detection
+        counts as one if most of it lies within.
+        """
+        metrics = self._coco("bbox")
+        with_masks = all(annotation.masks is not None for annotation in self._annotations.values())
+        if with_masks and any(found.masks is not None for found in self._found.values()):
+            metrics |= {f"mask_{name}": value for name, value in self._coco("segm").items()}
+        return metrics
+
+    def _coco(self, kind: str) -> dict[str, float]:
+        api = require("faster_coco_eval", "faster-coco-eval")
+        truth = api.COCO(self._coco_truth(masks=kind == "segm"))
+        results = self.coco_results()
+        for result in results:
+            result.pop("bbox" if kind == "segm" else "segmentation", None)
+        evaluation = api.COCOeval_faster(truth, truth.loadRes(results), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        values = dict(zip(METRICS, evaluation.stats))
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [thresholds,recalls,classes] of all areas
+        for k, category in enumerate(evaluation.params.catIds):
+            values[f"AP/{self._classes[self._category_ids.index(category)]}"] = precision[:, :, k].mean()
+        return {name: float(value) if value >= 0 else math.nan for name, value in values.items()}
+
+    def _coco_truth(self, masks: bool) -> dict[str, Any]:
+        objects = []
+        for a in self._annotations.values():
+            for i, (label, ignore) in enumerate(zip(a.labels, a.ignore)):
+                item = {
+                    "id": len(objects) + 1,  # 0 would be no match
+                    "image_id": a.image_id,
+                    "category_id": self._category_ids[label],
+                    "bbox": _corner_and_size(a.boxes[i]),
+                    "area": float(a.areas[i]),
+                    "iscrowd": int(ignore),
+                }
+                objects.append(item | {"segmentation": a.masks[i]} if masks else item)
+        return {
+            "images": [{"id": a.image_id, "height": a.height, "width": a.width} for a in self._annotations.values()],
+            "annotations": objects,
+            "categories": [{"id": id, "name": name} for id, name in zip(self._category_ids, self._classes)],
+        }
+
+    def coco_results(self) -> list[dict[str, Any]]:
+        """The detections in COCO's format of results, with the data's own ids of categories; ready for JSON."""
+        results = []
+        for image_id, found in self._found.items():
+            for i, (label, score) in enumerate(zip(found.labels, found.scores)):
+                result = {
+                    "image_id": image_id,
+                    "category_id": self._category_ids[label],
+                    "bbox": _corner_and_size(found.boxes[i]),
+                    "score": float(score),
+                }
+                if found.masks is not None:
+                    counts = found.masks[i]["counts"]
+                    result["segmentation"] = found.masks[i] | {"counts": counts.decode()}
+                results.append(result)
+        return results
+
+    def voc(self, iou_threshold: float = 0.5, metric: str = "area") -> dict[str, float]:
+        """VOC's AP/<class>, NaN for classes without objects, and their mean, mAP.
+
+        Detections of a class are taken by descending score. One whose IoU with the object that it overlaps most is at
+        least iou_threshold is right if it is the object's first, and wrong if it is another; of a difficult object, it
+        is neither.
+
+        Args:
+            metric: "area" under the curve of precision, made monotonic, by recall (from 2010 on), or "11point", its
+                mean at recalls 0, 0.1 .. 1 (until 2009).
+        """
+        if metric not in ("area", "11point"):
+            raise ValueError(f"metric must be 'area' or '11point', got {metric!r}")
+        values = {
+            f"AP/{name}": self._voc_of_class(label, iou_threshold, metric) for label, name in enumerate(self._classes)
+        }
+        there = [value for value in values.values() if not math.isnan(value)]
+        return {"mAP": sum(there) / len(there) if there else math.nan, **values}
+
+    def _voc_of_class(self, label: int, iou_threshold: float, metric: str) -> float:
+        count = sum(int(((a.labels == label) & ~a.ignore).sum()) for a in self._annotations.values())
+        if count == 0:
+            return math.nan
+        scores, right = [], []
+        for image_id, found in self._found.items():
+            of_class = found.labels == label
+            order = np.argsort(-found.scores[of_class], kind="stable")
+            boxes = found.boxes[of_class][order]
+            verdicts = _verdicts(boxes, self._annotations[image_id], label, iou_threshold)
+            scores.append(found.scores[of_class][order][verdicts >= 0])
+            right.append(verdicts[verdicts >= 0])
+        if not scores:
+            return 0.0
+        order = np.argsort(-np.concatenate(scores), kind="stable")
+        hits = np.concatenate(right)[order].cumsum()
+        recall, precision = hits / count, hits / np.arange(1, len(hits) + 1)
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        if metric == "area":
+            return float((np.diff(recall, prepend=0) * precision).sum())
+        reached = np.searchsorted(recall, np.arange(11) / 10)
+        return float(np.append(precision, 0)[reached].mean())
+
+
+def _verdicts(boxes: np.ndarray, annotation: Annotation, label: int, iou_threshold: float) -> np.ndarray:
+    """[K] of boxes [K,4] by descending score: 1 right, 0 wrong, -1 neither."""
+    of_class = annotation.labels == label
+    objects, ignore = annotation.boxes[of_class], annotation.ignore[of_class]
+    verdicts = np.zeros(len(boxes), int)
+    if len(objects) == 0:
+        return verdicts
+    iou, taken = _iou(boxes, objects), np.zeros(len(objects), bool)
+    for k, owner in enumerate(iou.argmax(1)):
+        if iou[k, owner] < iou_threshold:
+            continue
+        verdicts[k] = -1 if ignore[owner] else not taken[owner]
+        taken[owner] = True
+    return verdicts
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[A,B] of boxes [A,4] and [B,4]."""
+    a, b = a[:, None].astype(np.float64), b[None].astype(np.float64)
+    overlap = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(-1)
+    area_a, area_b = (x[..., 2:] - x[..., :2] for x in (a, b))
+    return overlap / (area_a.prod(-1) + area_b.prod(-1) - overlap)
+
+
+def _corner_and_size(box: np.ndarray) -> list[float]:
+    x1, y1, x2, y2 = box.tolist()
+    return [x1, y1, x2 - x1, y2 - y1]

@@ -1,0 +1,166 @@
+"""What a run reports: lines of JSON, TensorBoard, a progress bar; and the losses and times that go into them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relops.training.distributed import World
+
+SHOWN = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; none where there is no file. A last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()}
+
+
+class Log:
+    """`log.jsonl` in a folder, scalars for TensorBoard where it is installed, and progress on the terminal.
+
+    Args:
+        folder: where the files go.
+        iteration: after which the run goes on; lines of later ones, which are to come again, are removed.
+        total: iterations of the run.
+    """
+
+    def __init__(self, folder: Path, iteration: int, total: int) -> None:
+        self.path, self.total = folder / "log.jsonl", total
+        self.lines = [line for line in read_lines(self.path) if line["iteration"] <= iteration]
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(beside, self.path)
+
+        self.board = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            print("TensorBoard: off, not installed")
+        else:
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+            print(f"TensorBoard: on, in {folder / 'tensorboard'}")
+
+        self.bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                pass
+            else:
+                self.bar = tqdm(total=total, initial=iteration, dynamic_ncols=True)
+
+    def step(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in (line | {f"losses/{name}": x for name, x in line.get("losses", {}).items()}).items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, line["iteration"])
+        if "loss" in line and self.bar is not None:
+            self.bar.set_postfix(loss=f"{line['loss']:.3f}")
+        elif "loss" in line:
+            left = (self.total - line["iteration"]) * line["minutes"] / line["iteration"]
+            self.say(
+                f"{line['iteration']}/{self.total}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
+                f"{line['images_per_second']:.1f} images/s  {left:.1f} min left"
+            )
+        else:
+            metrics = [f"{name} {line[name]:.4f}" for name in SHOWN if line.get(name) is not None]
+            self.say(f"{line['iteration']}/{self.total}  {'  '.join(metrics)}")
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class Losses:
+    """Of the iterations since the last line of the log. They stay on the device until they are read, in one transfer.
+
+    `values` are those that were read: a dict for each iteration, means over the processes.
+    """
+
+    def __init__(self, values: list[dict[str, float]] | None = None) -> None:
+        self.values = values or []
+        self._unread: list[tuple[int, list[int], dict[str, Tensor]]] = []
+
+    def add(self, iteration: int, image_ids: list[int], losses: dict[str, Tensor]) -> None:
+        self._unread.append((iteration, image_ids, {name: loss.detach() for name, loss in losses.items()}))
+
+    def read(self, world: World) -> None:
+        """All processes read at the same iteration, and all raise where one has a loss that is not finite."""
+        if not self._unread:
+            return
+        flat = iter(torch.stack([x.float() for _, _, losses in self._unread for x in losses.values()]).tolist())
+        mine = [(at, ids, {name: next(flat) for name in losses}) for at, ids, losses in self._unread]
+        self._unread = []
+        for entries in zip(*world.gather(mine)):
+            for iteration, image_ids, losses in entries:
+                if not all(math.isfinite(loss) for loss in losses.values()):
+                    raise FloatingPointError(
+                        f"losses must be finite, got {losses} in iteration {iteration}, of images {image_ids}. "
+                        "The last checkpoint is from before"
+                    )
+            names = {name: None for _, _, losses in entries for name in losses}
+            self.values.append(
+                {name: sum(losses.get(name, 0.0) for _, _, losses in entries) / world.size for name in names}
+            )
+
+    def take_means(self) -> dict[str, float]:
+        """Over the iterations, of what was read; begins anew."""
+        names = {name: None for losses in self.values for name in losses}
+        means = {name: sum(losses.get(name, 0.0) for losses in self.values) / len(self.values) for name in names}
+        self.values = []
+        return means
+
+
+class Clock:
+    """Minutes of training with its loading of data, and of everything; both go on where a resumed run stopped."""
+
+    def __init__(self, training: float = 0.0, elapsed: float = 0.0) -> None:
+        self._training, self._elapsed = training, elapsed
+        self._begin = time.monotonic()
+        self._running: float | None = None
+
+    def start(self) -> None:
+        self._running = time.monotonic()
+
+    def stop(self) -> None:
+        self._training, self._running = self.training, None
+
+    @property
+    def training(self) -> float:
+        return self._training + (0.0 if self._running is None else (time.monotonic() - self._running) / 60)
+
+    @property
+    def elapsed(self) -> float:
+        return self._elapsed + (time.monotonic() - self._begin) / 60

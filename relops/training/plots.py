@@ -1,0 +1,100 @@
+"""Pictures of detections and of a training run."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relops.training._samples import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def draw_detections(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    classes: Sequence[str],
+    masks: np.ndarray | None = None,
+) -> Image:
+    """The image with boxes, class names and scores, and masks laid over it; a class always has the same color.
+
+    Args:
+        image: [H,W,3] uint8 RGB.
+        boxes: [D,4] x1, y1, x2, y2 in pixels of the image.
+        labels: [D] integers; those below 0 are not drawn.
+        scores: [D].
+        classes: names of the labels.
+        masks: [D,H,W] bool.
+    """
+    pil, draw = require("PIL.Image", "pillow"), require("PIL.ImageDraw", "pillow")
+    shown = [d for d in np.argsort(scores, kind="stable") if labels[d] >= 0]  # the best on top
+    if masks is not None:
+        image = image.copy()
+        for d in shown:
+            image[masks[d]] = 0.5 * image[masks[d]] + 0.5 * np.array(_color(labels[d]))
+    picture = pil.fromarray(image)
+    pen = draw.Draw(picture)
+    for d in shown:
+        color, box = _color(labels[d]), [float(x) for x in boxes[d]]
+        text = f"{classes[labels[d]]} {scores[d]:.2f}"
+        pen.rectangle(box, outline=color, width=max(1, round(max(image.shape[:2]) / 400)))
+        place = pen.textbbox((0, 0), text)
+        corner = box[0], max(0.0, box[1] - place[3] - 1)
+        pen.rectangle([*corner, corner[0] + place[2] + 1, corner[1] + place[3] + 1], fill=color)
+        pen.text(corner, text, fill=(0, 0, 0))
+    return picture
+
+
+def _color(label: int) -> tuple[int, int, int]:
+    # Steps of the golden ratio keep any number of hues apart.
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.0))
+
+
+def plot_curves(log: Sequence[dict[str, Any]], path: str) -> None:
+    """Writes a picture: losses by iteration at the left, AP by minutes of training at the right.
+
+    Args:
+        log: lines {"iteration", "minutes", "loss", "losses": {name: value}} of training and {"iteration", "minutes",
+            "AP", "AP50", "AP75"} of evaluation, mixed. What a line lacks is not drawn.
+        path: of the picture; its ending tells the format.
+    """
+    figure_type = require("matplotlib.figure", "matplotlib").Figure  # unlike pyplot, leaves the backend alone
+    figure = figure_type(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    steps = [line for line in log if "loss" in line]
+    iterations = [line["iteration"] for line in steps]
+    if steps:
+        total = np.array([line["loss"] for line in steps], float)
+        left.plot(iterations, total, color="0.8", linewidth=1)
+        left.plot(iterations, _smoothed(total), color="black", linewidth=2, label="total")
+    for name in dict.fromkeys(name for line in steps for name in line.get("losses", {})):
+        values = np.array([line.get("losses", {}).get(name, np.nan) for line in steps], float)
+        left.plot(iterations, _smoothed(values), linewidth=1, label=name)
+    left.set(xlabel="iteration", ylabel="loss")
+
+    for name in ("AP", "AP50", "AP75"):
+        points = [(line["minutes"], line[name]) for line in log if name in line]
+        if points:
+            right.plot(*zip(*points), marker="o", markersize=3, label=name)
+    right.set(xlabel="minutes of training", ylabel="average precision", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Means of the values up to each, of as many as are 1/20 of all; NaN is left out."""
+    window = max(1, len(values) // 20)
+    there = np.isfinite(values)
+    sums, counts = (np.concatenate([np.zeros(window), x]).cumsum() for x in (np.where(there, values, 0), there))
+    counts = counts[window:] - counts[:-window]
+    return np.where(counts > 0, (sums[window:] - sums[:-window]) / np.maximum(counts, 1), np.nan)

@@ -1,0 +1,586 @@
+"""The detectors: their parts against facts worked out by hand, their gradients, and that whole batches equal images."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import needs_cuda
+from torch import Tensor, nn
+
+import relops
+from relops.models import Detections, Targets, _boxes
+from relops.models.anchors import Anchors, centered_anchors, paper_anchors
+from relops.models.backbones import FeaturePyramid, HyperBackbone, make_body
+from relops.models.mask_rcnn import paste_masks
+from relops.models.roi_heads import RoIHeads
+from relops.models.rpn import RPN, Proposals, RPNHead
+
+SMALL = {
+    "fast_rcnn": {"hidden": 32, "roi": "align"},
+    "faster_rcnn": {"channels": 32, "hidden": 32},
+    "faster_rcnn_fpn": {"channels": 32, "hidden": 32, "sizes": (16, 32, 64, 128, 256)},
+    "mask_rcnn": {"channels": 32, "hidden": 32, "sizes": (16, 32, 64, 128, 256)},
+    "cascade_rcnn": {"channels": 32, "hidden": 32, "sizes": (16, 32, 64, 128, 256)},
+    "r_fcn": {"channels": 32, "hidden": 32},
+    "hypernet": {"hidden": 32, "sizes": (32, 64)},
+}
+BACKBONE = "resnet18-gn-16"
+
+
+def small(name: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return relops.models.build(name, 3, backbone=BACKBONE, **SMALL[name] | options)
+
+
+def batch(device: str = "cpu") -> tuple[Tensor, Tensor, Targets]:
+    """Two images of other sizes, with 3 and 1 objects."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 96, 128)
+    images[1, :, 80:] = images[1, :, :, 100:] = 0
+    sizes = torch.tensor([[96.0, 128.0], [80.0, 100.0]])
+    boxes = torch.tensor([[[8.0, 8, 60, 50], [70, 20, 120, 90], [5, 60, 45, 92]], [[20, 10, 90, 70], *[[0] * 4] * 2]])
+    labels = torch.tensor([[0, 1, 2], [1, -1, -1]])
+    masks = torch.zeros(2, 3, 96, 128, dtype=torch.bool)
+    for n, t in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        x1, y1, x2, y2 = boxes[n, t].int().tolist()
+        masks[n, t, y1:y2, x1:x2] = True
+    proposals = torch.cat([boxes + torch.tensor([3.0, -2, 5, 4]), torch.rand(2, 20, 2).repeat(1, 1, 2) * 40], 1)
+    proposals[:, 3:, 2:] += 30
+    proposals[1, 1:3] = 0
+    targets = Targets(boxes, labels, masks, proposals)
+    return images.to(device), sizes.to(device), Targets(*(x.to(device) for x in targets))
+
+
+# ---- Boxes ----
+
+
+def test_paper_anchors() -> None:
+    """The nine of the released code, whose second corner is inclusive."""
+    inclusive = torch.tensor(paper_anchors()) - torch.tensor([0.0, 0, 1, 1])
+    assert inclusive.tolist() == [
+        [-84, -40, 99, 55], [-176, -88, 191, 103], [-360, -184, 375, 199],
+        [-56, -56, 71, 71], [-120, -120, 135, 135], [-248, -248, 263, 263],
+        [-36, -80, 51, 95], [-80, -168, 95, 183], [-168, -344, 183, 359],
+    ]  # fmt: skip
+
+
+def test_anchors_lie_on_their_pixels() -> None:
+    anchors = Anchors([centered_anchors(32), centered_anchors(64)], [4, 8])
+    fine, coarse = anchors([(2, 3), (1, 2)])
+    assert fine.shape == (18, 4) and coarse.shape == (6, 4)
+    assert fine[3 * (1 * 3 + 2)].tolist() == [8 - 23, 4 - 11, 8 + 23, 4 + 11]  # row 1, column 2, ratio 1/2
+    assert coarse[4].tolist() == [8 - 32, -32, 8 + 32, 32]
+
+
+def test_encode_by_hand_and_back() -> None:
+    anchor, box = torch.tensor([10.0, 10, 30, 50]), torch.tensor([15.0, 10, 55, 30])
+    deltas = _boxes.encode(box, anchor, (10, 5))
+    expected = [10 * (35 - 20) / 20, 10 * (20 - 30) / 40, 5 * math.log(2), 5 * math.log(0.5)]
+    torch.testing.assert_close(deltas, torch.tensor(expected))
+    torch.testing.assert_close(_boxes.decode(deltas, anchor, (10, 5)), box)
+
+
+def test_decode_bounds_growth() -> None:
+    box = _boxes.decode(torch.tensor([0.0, 0, 100, 100]), torch.tensor([0.0, 0, 16, 16]), (1, 1))
+    torch.testing.assert_close(box, torch.tensor([8.0 - 500, 8 - 500, 8 + 500, 8 + 500]))
+
+
+def test_sample_counts_and_order(device: str) -> None:
+    torch.manual_seed(0)
+    positive = torch.zeros(3, 100, dtype=torch.bool, device=device)
+    negative = torch.zeros_like(positive)
+    positive[0, :40], negative[0, 40:] = True, True  # more positive than wanted
+    positive[1, :3], negative[1, 50:] = True, True  # fewer: negative fill up
+    positive[2, :2], negative[2, 90:93] = True, True  # too few of both
+    index, is_positive, valid = _boxes.sample(positive, negative, 16, 8)
+    assert is_positive.sum(1).tolist() == [8, 3, 2] and valid.sum(1).tolist() == [16, 16, 5]
+    assert positive.gather(1, index)[is_positive].all() and negative.gather(1, index)[valid & ~is_positive].all()
+    for of_image, there in zip(index, valid):
+        assert len(of_image[there].unique()) == there.sum()
+    assert not is_positive.float().diff(dim=1).gt(0).any()  # positive first
+
+
+def test_sample_is_uniform() -> None:
+    torch.manual_seed(0)
+    positive = torch.zeros(2000, 20, dtype=torch.bool)
+    positive[:, :10] = True
+    index, is_positive, _ = _boxes.sample(positive, ~positive, 8, 4)
+    counts = index.flatten().bincount(minlength=20)
+    assert is_positive.sum() == 2000 * 4
+    assert (counts - 800).abs().max() < 120  # more than five standard deviations
+
+
+# ---- RPN ----
+
+
+def rpn(**options: object) -> RPN:
+    torch.manual_seed(0)
+    anchors = Anchors([[[-16.0, -16, 16, 16], [-8, -8, 8, 8]]], [16])
+    return RPN(RPNHead(8, 8, 2), anchors, **options)
+
+
+def test_rpn_targets_by_hand() -> None:
+    """Anchors of 32 and 16 pixels around (16 x, 16 y)."""
+    targets = Targets(torch.tensor([[[33.0, 32, 65, 64], [0.0, 0, 6, 6], [0, 0, 0, 0]]]), torch.tensor([[0, 1, -1]]))
+    anchors = torch.cat(rpn().anchors([(6, 8)]))
+    positive, negative, matched = rpn().targets(anchors, torch.tensor([[96.0, 128.0]]), targets)
+    iou = relops.box_iou(targets.boxes[0], anchors)
+    first = 2 * (3 * 8 + 3)  # the large anchor around (48, 48): IoU 31 / 33
+    assert iou[0, first] > 0.7 and positive[0, first] and matched[0, first] == 0
+    corner = iou[1].argmax()  # the second object's best is below .7, and counts all the same
+    assert iou[1, corner] < 0.3 and positive[0, corner] and matched[0, corner] == 1
+    assert positive.sum() == 2
+    between = ((iou[0] >= 0.3) & (iou[0] < 0.7)).nonzero().flatten()
+    assert len(between) > 0 and not negative[0, between].any() and not positive[0, between].any()
+    assert negative.sum() == ((iou < 0.3).all(0) & ~positive[0]).sum()
+
+
+def test_rpn_ties_are_positive_and_outside_is_ignored() -> None:
+    targets = Targets(torch.tensor([[[40.0, 40, 56, 56]]]), torch.tensor([[0]]))
+    sizes = torch.tensor([[96.0, 128.0]])
+    anchors = torch.tensor([[32.0, 40, 56, 56], [40.0, 40, 64, 56], [-1.0, 0, 20, 20], [80, 80, 96, 97], [0, 0, 9, 9]])
+    positive, negative, _ = rpn(ignore_outside=True).targets(anchors, sizes, targets)
+    assert positive[0].tolist() == [True, True, False, False, False]  # equal best, both
+    assert negative[0].tolist() == [False, False, False, False, True]  # out to the left; out below
+    _, negative, _ = rpn().targets(anchors, sizes, targets)
+    assert negative[0].tolist() == [False, False, True, True, True]
+
+
+def test_rpn_without_objects_has_no_positive() -> None:
+    targets = Targets(torch.zeros(1, 1, 4), torch.full((1, 1), -1))
+    maps = [torch.randn(1, 8, 6, 8)]
+    proposals, losses = rpn()(maps, torch.tensor([[96.0, 128.0]]), targets)
+    assert losses["rpn_boxes"] == 0 and losses["rpn_objectness"] > 0
+    assert proposals.valid.any()
+
+
+def test_two_way_softmax_is_a_sigmoid_of_the_difference() -> None:
+    """And the loss is what cross entropy of both scores is."""
+    torch.manual_seed(0)
+    head = RPNHead(8, 8, 2, two_way=True)
+    x = torch.randn(1, 8, 3, 4)
+    logits, _ = head([x], [])
+    scores = head.cls_logits(head.conv(x)).view(1, 2, 2, 3, 4)  # background, object; anchor; row; column
+    two = scores.permute(0, 3, 4, 2, 1).reshape(-1, 2)
+    wanted = torch.randint(2, (len(two),))
+    torch.testing.assert_close(
+        F.binary_cross_entropy_with_logits(logits[0].flatten(), wanted.float()), F.cross_entropy(two, wanted)
+    )
+    assert head.cls_logits.out_channels == 4 and RPNHead(8, 8, 2).cls_logits.out_channels == 2
+
+
+def test_lambda_and_normalizations() -> None:
+    maps, sizes = [torch.randn(1, 8, 6, 8)], torch.tensor([[96.0, 128.0]])
+    targets = Targets(torch.tensor([[[33.0, 32, 65, 64]]]), torch.tensor([[0]]))
+
+    def loss(**options: object) -> float:
+        module = rpn(**options)
+        torch.manual_seed(0)
+        return module(maps, sizes, targets)[1]["rpn_boxes"].item()
+
+    plain = loss(num_samples=32)
+    assert loss(num_samples=32, box_weight=10) == pytest.approx(10 * plain)
+    assert loss(num_samples=32, per_location=True) == pytest.approx(plain * 32 / 48)  # samples; positions
+
+
+@pytest.mark.parametrize("filter_first", [False, True])
+def test_proposals_by_hand(filter_first: bool) -> None:
+    """One small box of high score, two that overlap, one apart: the order decides if the small one takes a place."""
+    anchors = torch.tensor([[0.0, 0, 4, 4], [10, 10, 50, 50], [11, 10, 51, 50], [60, 60, 90, 90], [100, 60, 140, 96]])
+    scores = torch.tensor([[5.0, 4, 3, 2, 1]])
+    module = rpn(pre_nms=(3, 3), post_nms=(10, 10), min_size=5, filter_first=filter_first).eval()
+    found = module.proposals(scores, torch.zeros(1, 5, 4), anchors, [5], torch.tensor([[96.0, 128.0]]), None)
+    expected = [1, 3] if filter_first else [1]
+    assert found.boxes[0][found.valid[0]].tolist() == anchors[expected].tolist()
+    assert found.scores[0][found.valid[0]].tolist() == scores[0, expected].tolist()
+    assert found.boxes.shape == (1, 10, 4) and (found.boxes[~found.valid] == 0).all()
+    everything = module.proposals(scores, torch.zeros(1, 5, 4), anchors, [5], torch.tensor([[96.0, 128.0]]), 4)
+    clipped = torch.tensor([100.0, 60, 128, 96])  # to the image
+    assert everything.boxes[0][everything.valid[0]].tolist() == [*anchors[[1, 3]].tolist(), clipped.tolist()]
+
+
+def test_levels_do_not_suppress_each_other() -> None:
+    anchors = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50]])
+    sizes, deltas = torch.tensor([[96.0, 128.0]]), torch.zeros(1, 2, 4)
+    one = rpn().proposals(torch.tensor([[2.0, 1]]), deltas, anchors, [2], sizes, None)
+    two = rpn().proposals(torch.tensor([[2.0, 1]]), deltas, anchors, [1, 1], sizes, None)
+    assert one.valid.sum() == 1 and two.valid.sum() == 2
+
+
+def test_not_finite_scores_and_deltas_give_no_proposals() -> None:
+    anchors = torch.tensor([[10.0, 10, 50, 50], [60, 10, 90, 50], [5, 60, 40, 90]])
+    deltas = torch.zeros(1, 3, 4)
+    deltas[0, 0, 2] = math.nan
+    scores = torch.tensor([[9.0, math.nan, 1.0]])
+    found = rpn().proposals(scores, deltas, anchors, [3], torch.tensor([[96.0, 128.0]]), None)
+    assert found.boxes[0][found.valid[0]].tolist() == anchors[2:].tolist()
+
+
+# ---- Regions ----
+
+
+class Given(nn.Module):
+    """A predictor that gives what it was given."""
+
+    def __init__(self, logits: Tensor, deltas: Tensor) -> None:
+        super().__init__()
+        self.outputs = logits, deltas
+
+    def forward(self, _: object) -> tuple[Tensor, Tensor]:
+        return self.outputs
+
+
+def heads(logits: Tensor, deltas: Tensor, **options: object) -> RoIHeads:
+    class Ignore(nn.Module):
+        def forward(self, *_: object) -> None:
+            return None
+
+    return RoIHeads(Ignore(), Ignore(), Given(logits, deltas), **options)
+
+
+def test_detections_by_hand() -> None:
+    """Two regions of one place and a third: suppression within classes, thresholds, order, padding."""
+    boxes = torch.tensor([[[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 90, 50], [0, 0, 0, 0]]])
+    probabilities = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.7, 0.1], [0.5, 0.03, 0.47]])
+    deltas = torch.zeros(3, 12)
+    deltas[2, 8] = 10 * 0.5  # of class 1: half a width to the right, out of the image, and clipped
+    module = heads(probabilities.log(), deltas, most=5).eval()
+    found = module.detect(
+        [], Proposals(boxes, torch.ones(1, 4), torch.tensor([[1, 1, 1, 0]]).bool()), torch.tensor([[60.0, 100]])
+    )
+    # Class 1 has region 2, and one of the first two, which overlap and are alike: the lower index.
+    assert found.labels[0].tolist() == [0, 1, 1, -1, -1]
+    torch.testing.assert_close(found.scores[0], torch.tensor([0.8, 0.47, 0.1, 0, 0]))
+    torch.testing.assert_close(
+        found.boxes[0, :3], torch.tensor([[10.0, 10, 50, 50], [75, 10, 100, 50], [10, 10, 50, 50]])
+    )
+
+
+def test_region_losses_by_hand() -> None:
+    samples_boxes = torch.tensor([[[10.0, 10, 30, 30], [50, 50, 70, 90]]])
+    targets = Targets(torch.tensor([[[12.0, 10, 32, 30]]]), torch.tensor([[1]]))
+    logits, deltas = torch.zeros(2, 3), torch.zeros(2, 12)
+    module = heads(logits, deltas, beta=1.0)
+    samples = module.regions(Proposals(samples_boxes, torch.ones(1, 2), torch.ones(1, 2).bool()), targets)
+    assert samples.classes.tolist() == [[2, 0, 2]]  # the object itself is the third
+    samples = samples._replace(
+        boxes=samples.boxes[:, :2], classes=samples.classes[:, :2], matched=samples.matched[:, :2]
+    )
+    losses = module.losses_of([], samples, targets)
+    assert losses["classes"].item() == pytest.approx(math.log(3))
+    # dx = 2 / 20, times 10 is 1: half a square, over two samples.
+    assert losses["boxes"].item() == pytest.approx(0.5 / 2)
+
+
+def test_fast_rcnn_ignores_what_hardly_overlaps() -> None:
+    targets = Targets(torch.tensor([[[0.0, 0, 40, 40]]]), torch.tensor([[0]]))
+    boxes = torch.tensor([[[0.0, 0, 40, 60], [0, 20, 40, 60], [0, 38, 40, 78], [60, 60, 80, 80]]])  # .67, .33, .03, 0
+    valid = torch.ones(1, 4).bool()
+    module = small("fast_rcnn").roi_heads
+    assert module.regions(Proposals(boxes, valid.float(), valid), targets).classes.tolist() == [[1, 0, -1, -1, 1]]
+
+
+# ---- Detectors ----
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_losses_and_gradients(name: str, device: str) -> None:
+    """Every parameter is taught, by losses that are finite."""
+    model = small(name).to(device)
+    losses = model(*batch(device))
+    assert all(loss.dim() == 0 and loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_image_without_objects(name: str, device: str) -> None:
+    images, sizes, targets = batch(device)
+    none = Targets(torch.zeros_like(targets.boxes), torch.full_like(targets.labels, -1), None, targets.proposals)
+    losses = small(name).to(device)(images, sizes, none)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(loss == 0 for loss_name, loss in losses.items() if "boxes" in loss_name)
+    sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_batch_equals_its_images(name: str, device: str) -> None:
+    """Detections in a padded batch are those of each image padded alike."""
+    model = small(name).to(device).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if any(x in parameter_name for x in ("cls_", "bbox_pred", "box_maps")):
+                parameter.normal_(0, 0.1)  # a new model has next to no detections
+        images, sizes, targets = batch(device)
+        whole = model(images, sizes, targets) if model.uses_proposals else model(images, sizes)
+        assert (whole.labels >= 0).sum(1).min() > 5
+        for i in range(2):
+            of_image = Targets(*(x[i : i + 1] for x in targets))
+            arguments = (images[i : i + 1], sizes[i : i + 1], *((of_image,) if model.uses_proposals else ()))
+            one = model(*arguments)
+            assert one.labels[0].tolist() == whole.labels[i].tolist()
+            torch.testing.assert_close(one.boxes[0], whole.boxes[i], rtol=1e-4, atol=1e-2)
+            torch.testing.assert_close(one.scores[0], whole.scores[i], rtol=1e-3, atol=1e-5)
+    limit = sizes.flip(1).repeat(1, 2)[:, None]
+    assert (whole.boxes >= 0).all() and (whole.boxes <= limit).all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rows_of_padding_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU leaves out, as counting costs nothing there, other devices compute without weight."""
+
+    def all_rows(boxes: Tensor, valid: Tensor) -> tuple[Tensor, None]:
+        N, K = valid.shape
+        image = torch.arange(N, dtype=boxes.dtype).repeat_interleave(K)
+        return torch.cat([image[:, None], boxes.reshape(-1, 4)], 1), None
+
+    images, sizes, targets = batch()
+    model = small(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def run() -> tuple[dict[str, Tensor], Detections]:
+        torch.manual_seed(1)
+        losses = model.train()(images, sizes, targets)
+        with torch.no_grad():
+            return losses, model.eval()(images, sizes, *((targets,) if model.uses_proposals else ()))
+
+    losses, found = run()
+    monkeypatch.setattr(_boxes, "present", all_rows)
+    padded_losses, padded_found = run()
+    for loss_name in losses:
+        torch.testing.assert_close(losses[loss_name], padded_losses[loss_name], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.labels, padded_found.labels)
+    torch.testing.assert_close(found.boxes, padded_found.boxes, rtol=1e-4, atol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", SMALL)
+def test_no_synchronization(name: str) -> None:
+    """In a training step and at inference, on CUDA."""
+    images, sizes, targets = batch("cuda")
+    model = small(name).to("cuda")
+
+    def step() -> None:
+        sum(model.train()(images, sizes, targets).values()).backward()
+        with torch.no_grad():
+            model.eval()(images, sizes, *((targets,) if model.uses_proposals else ()))
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", [{"rpn_loss": "sigmoid"}, {"roi": "align"}, {"order": "top_first"}])
+def test_faster_rcnn_options(options: dict) -> None:
+    losses = small("faster_rcnn", **options)(*batch())
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("backbone", ["vgg16", "zf", "zf-gn", "resnet50-frozen-16", "lr_net26"])
+def test_faster_rcnn_on_backbones(backbone: str) -> None:
+    torch.manual_seed(0)
+    model = relops.models.faster_rcnn(3, backbone=backbone, channels=16, hidden=16, frozen_stages=1)
+    frozen = [p for part in model.backbone.body.parts()[:1] for module in part for p in module.parameters()]
+    sum(model(*batch()).values()).backward()
+    assert all(p.grad is None for p in frozen)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_joint_gradient_by_differences() -> None:
+    """Non-approximate joint training: the second stage's losses by the RPN's deltas, through decoding, clipping, RoI
+    warping and regression targets, against central differences in float64."""
+    torch.manual_seed(0)
+    model = relops.models.faster_rcnn(
+        2, backbone="zf", channels=4, hidden=8, training="joint", roi="align", dropout=0.0, scales=(2, 4), min_size=4
+    ).double()
+    images, sizes = torch.randn(1, 3, 64, 80).double(), torch.tensor([[64.0, 80.0]]).double()
+    boxes = torch.tensor([[[6.0, 4, 40, 36], [30, 24, 76, 60]]]).double()
+    targets = Targets(boxes, torch.tensor([[0, 1]]))
+    maps = [x.detach() for x in model.backbone(images)]
+    anchors = torch.cat(model.rpn.anchors([x.shape[-2:] for x in maps]))
+    logits = torch.randn(1, len(anchors)).double()
+    with torch.no_grad():  # so that the classes of regions matter
+        for parameter in model.roi_heads.parameters():
+            parameter.normal_(0, 0.3)
+
+    def second_stage(deltas: Tensor) -> Tensor:
+        torch.manual_seed(0)  # the same samples
+        found = model.rpn.proposals(logits, deltas, anchors, [len(anchors)], sizes, None)
+        return sum(model.roi_heads.losses(maps, found, sizes, targets).values())
+
+    deltas = (0.1 * torch.randn(1, len(anchors), 4)).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(second_stage(deltas), deltas)
+    assert (gradient != 0).sum() > 40
+    step, worst = 1e-6, 0.0
+    for place in gradient.flatten().abs().topk(40).indices.tolist():
+        change = torch.zeros_like(deltas).flatten()
+        change[place] = step
+        change = change.view_as(deltas)
+        with torch.no_grad():
+            slope = (second_stage(deltas + change) - second_stage(deltas - change)) / (2 * step)
+        worst = max(worst, abs(slope.item() - gradient.flatten()[place].item()))
+    assert worst < 1e-5 * gradient.abs().max().item() + 1e-8
+
+
+def test_only_joint_training_reaches_the_rpn() -> None:
+    """Through boxes: in approximate joint training the second stage teaches the RPN nothing."""
+    for training in ("approximate", "joint"):
+        torch.manual_seed(0)
+        model = relops.models.faster_rcnn(
+            3, backbone="zf", channels=8, hidden=8, training=training, roi="align", min_size=4, scales=(2, 4)
+        )
+        nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, 0, 0.5)
+        losses = model(*batch())
+        (losses["classes"] + losses["boxes"]).backward()
+        gradient = model.rpn.head.bbox_pred.weight.grad
+        assert (gradient is not None and gradient.abs().max() > 0) == (training == "joint")
+
+
+def test_joint_training_needs_align() -> None:
+    with pytest.raises(ValueError, match='roi must be "align" where training is "joint"'):
+        relops.models.faster_rcnn(3, training="joint", backbone="zf")
+
+
+def test_alternating_steps_teach_their_parts() -> None:
+    model = small("faster_rcnn", training="alternating")
+    learning = [{"first_backbone", "rpn"}, {"backbone", "roi_heads"}, {"rpn"}, {"roi_heads"}]
+    assert sum(fraction for _, fraction in model.phases) == pytest.approx(1)
+    for phase, expected in enumerate(learning):
+        model.start_phase(phase)
+        model.zero_grad()
+        sum(model.train()(*batch()).values()).backward()
+        assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == expected
+    # The first backbone is used up to the second step, and no longer behind it.
+    images, sizes, _ = batch()
+    model.eval()
+    for phase, matters in ((1, True), (3, False)):
+        model.start_phase(phase)
+        with torch.no_grad():
+            before = model.propose(images, sizes).boxes
+            saved = {k: v.clone() for k, v in model.first_backbone.state_dict().items()}
+            for parameter in model.first_backbone.parameters():
+                parameter.normal_()
+            changed = not torch.equal(before, model.propose(images, sizes).boxes)
+            model.first_backbone.load_state_dict(saved)
+        assert changed == matters
+
+
+def test_cascade_stages_are_given_the_boxes_of_the_one_before() -> None:
+    model = small("cascade_rcnn")
+    seen = []
+    pool = model.roi_heads.box_roi_pool
+    pool.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[1]))
+    with torch.no_grad():
+        for predictor in model.roi_heads.box_predictor:
+            predictor.bbox_pred.weight.zero_()
+            predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # a tenth, a twentieth, a thirtieth of a width
+        images, sizes, _ = batch()
+        model.eval()(images, sizes)
+    assert len(seen) == 3
+    for before, after, part in ((seen[0], seen[1], 10), (seen[1], seen[2], 20)):
+        inside = (before[:, 3] < 80) & (before[:, 1] > 0)
+        width = before[:, 3] - before[:, 1]
+        torch.testing.assert_close(after[inside, 1], (before[:, 1] + width / part)[inside], rtol=1e-4, atol=1e-3)
+
+
+def test_r_fcn_learns_from_the_hardest() -> None:
+    model = small("r_fcn", num_samples=8)
+    images, sizes, targets = batch()
+    heads = model.roi_heads
+    counted = []
+    original = heads.box_losses
+
+    def spy(logits: Tensor, deltas: Tensor, samples: object, *rest: object) -> dict:
+        counted.append((heads.region_losses(logits, deltas, samples, *rest[:3]), samples))
+        return original(logits, deltas, samples, *rest)
+
+    heads.box_losses = spy
+    model(images, sizes, targets)
+    (entropy, distance), samples = counted[0]
+    assert (samples.classes >= 0).sum(1).tolist() == [8, 8]
+    everything = heads.regions(model.rpn.train()(model.backbone(images), sizes)[0], targets)
+    assert (everything.classes >= 0).sum() > 16
+    assert (entropy + distance > 0).sum() == 16
+
+
+def test_hyper_maps_and_pyramid_have_their_sizes() -> None:
+    for backbone, stages in (("vgg16", [0, 2, 4]), ("resnet18-gn-16", [0, 1, 2])):
+        (fused,) = HyperBackbone(make_body(backbone), stages)(torch.randn(1, 3, 64, 96))
+        assert fused.shape == (1, 126, 16, 24)
+    maps = FeaturePyramid([4, 8], 16)([torch.randn(1, 4, 20, 28), torch.randn(1, 8, 10, 14)])
+    assert [tuple(x.shape[1:]) for x in maps] == [(16, 20, 28), (16, 10, 14), (16, 5, 7)]
+
+
+def test_dilated_body_keeps_its_stride() -> None:
+    body = make_body("resnet18-gn-16", dilated=True)
+    maps = body.stage_maps(torch.randn(1, 3, 64, 96))
+    assert body.strides == [4, 8, 16, 16] and maps[2].shape[2:] == maps[3].shape[2:] == (4, 6)
+    plain = make_body("resnet18-gn-16")
+    plain.load_state_dict(body.state_dict())  # the same parameters
+
+
+def test_paste_masks_puts_them_in_their_boxes() -> None:
+    masks = torch.zeros(2, 28, 28)
+    masks[0], masks[1, :, :14] = 1, 1  # all of it, the left half
+    pasted = paste_masks(masks, torch.tensor([[4.0, 6, 32, 34], [10, 10, 38, 24]]), (40, 50))
+    expected = torch.zeros(2, 40, 50, dtype=torch.bool)
+    expected[0, 6:34, 4:32] = expected[1, 10:24, 10:24] = True
+    assert (pasted ^ expected).sum((1, 2)).max() == 0
+    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (4, 5)).shape == (0, 4, 5)
+
+
+def test_detect_maps_boxes_back() -> None:
+    """An image and a larger copy of it have the same objects, in their own pixels."""
+    model = small("faster_rcnn_fpn").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "cls_" in name:
+                parameter.normal_(0, 0.2)
+    torch.manual_seed(0)
+    image = F.interpolate(torch.rand(1, 3, 6, 8), scale_factor=16, mode="bilinear")[0]
+    large = F.interpolate(image[None], scale_factor=2, mode="nearest")[0]
+    (one,), (two,) = (relops.models.detect(model, [x], 96, 128) for x in (image, large))
+    assert len(one["labels"]) > 5 and one["labels"].tolist() == two["labels"].tolist()
+    torch.testing.assert_close(2 * one["boxes"], two["boxes"], rtol=1e-3, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(3, 64, 64)}, r"images must be \[N,3,H,W\], got \[3, 64, 64\]"),
+        ({"sizes": torch.zeros(1, 2)}, r"sizes must be \[N,2\] with N = 2, got \[1, 2\]"),
+        ({"targets": None}, r"targets must be given in training"),
+        (
+            {"targets": Targets(torch.zeros(1, 2, 4), torch.zeros(2, 2))},
+            r"boxes \[N,T,4\] and labels \[N,T\] with N = 2",
+        ),
+    ],
+)
+def test_bad_input_is_named(change: dict, message: str) -> None:
+    images, sizes, targets = batch()
+    arguments = {"images": images, "sizes": sizes, "targets": targets} | change
+    with pytest.raises(ValueError, match=message):
+        small("faster_rcnn_fpn")(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: relops.models.build("yolo", 3), "model must be one of .*faster_rcnn.*, got 'yolo'"),
+        (lambda: make_body("resnet19"), "backbone must be one of .*resnet18.*, got 'resnet19'"),
+        (lambda: relops.models.faster_rcnn(3, training="never"), "training must be .*, got 'never'"),
+        (lambda: relops.models.resnet18(norm="layer"), "norm must be .*, got 'layer'"),
+    ],
+)
+def test_bad_names_are_named(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,621 @@
+"""The training loop, on a detector small enough to take steps in milliseconds, and the commands, on a real one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_python
+from torch import Tensor, nn
+
+from relops import models
+from relops.__main__ import main
+from relops.models import Detections, Targets
+from relops.training import _shapes, checkpoint, engine
+from relops.training._samples import read_image
+from relops.training.command import train_config
+from relops.training.config import TrainConfig
+from relops.training.data import open_data, with_proposals
+from relops.training.engine import Interrupted, Signals, train
+from relops.training.inference import load_detector
+from relops.training.log import Log
+from relops.training.optimization import WeightAverage, lr_factor, make_optimizer
+
+HERE = Path(__file__).parent
+
+
+class Tiny(nn.Module):
+    """Which classes are in the image, and where their mean box is, from the mean of a convolution.
+
+    Args:
+        num_classes: as of all detectors.
+        dropout: what a step draws.
+        poisoned: the step, from 1, whose loss is NaN.
+    """
+
+    phases: tuple[tuple[str, float], ...] = (("", 1.0),)
+
+    uses_proposals = uses_masks = False
+
+    def __init__(self, num_classes: int, *, dropout: float = 0.0, poisoned: int = 0) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 5, 8)
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, num_classes + 4)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.dropout, self.poisoned = dropout, poisoned
+
+    def start_phase(self, phase: int) -> None:
+        pass
+
+    def forward(self, images: Tensor, sizes: Tensor, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
+        x = F.relu(self.norm(self.body(images))).mean((2, 3))
+        boxes, logits = (
+            self.head(F.dropout(x, self.dropout, self.training)).float().split([4, self.head.out_features - 4], 1)
+        )
+        if not self.training:
+            labels = torch.arange(logits.shape[1]).expand(len(logits), -1)
+            corners = torch.cat(boxes.view(-1, 2, 2).sort(1).values.unbind(1), -1) * 64
+            return Detections(corners[:, None].expand(-1, logits.shape[1], -1), logits.sigmoid(), labels)
+        self.steps += 1
+        real = (targets.labels >= 0)[..., None]
+        there = (F.one_hot(targets.labels.clamp(min=0), logits.shape[1]) * real).amax(1).float()
+        mean = (targets.boxes * real).sum(1) / real.sum(1).clamp(min=1) / 64
+        entropy = F.binary_cross_entropy_with_logits(logits, there)
+        if self.steps == self.poisoned:
+            entropy = entropy * math.nan
+        return {"classes": entropy, "boxes": (boxes - mean).square().mean()}
+
+
+class TwoPhases(Tiny):
+    """The second phase begins with another head, and trains nothing else."""
+
+    phases = (("all", 0.5), ("head", 0.5))
+
+    @torch.no_grad()
+    def start_phase(self, phase: int) -> None:
+        if phase == 1:
+            self.head.weight.mul_(-0.5)
+            self.body.requires_grad_(False)
+            self.norm.requires_grad_(False)
+
+
+def register() -> None:
+    models.DETECTORS.update(tiny=Tiny, two_phases=TwoPhases)
+
+
+@pytest.fixture(autouse=True)
+def tiny_detectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "DETECTORS", dict(models.DETECTORS))
+    register()
+
+
+def make_config(output: Path, **settings: Any) -> TrainConfig:
+    usual = {
+        "data": "shapes:20", "output": str(output), "model": "tiny", "iterations": 6, "batch": 4, "workers": 0,
+        "optimizer": "adamw", "lr": 0.01, "warmup": 2, "min_size": 48, "max_size": 64, "log_every": 4, "device": "cpu",
+    }  # fmt: skip
+    return TrainConfig(**usual | settings)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once."""
+    step = engine.Run._step
+
+    def step_or_crash(run: engine.Run, *arguments: Any) -> None:
+        if run.iteration + 1 == iteration:
+            monkeypatch.setattr(engine.Run, "_step", step)
+            raise Crash
+        step(run, *arguments)
+
+    monkeypatch.setattr(engine.Run, "_step", step_or_crash)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return checkpoint.load(folder / "last.pt", *engine.STATE)
+
+
+def log(folder: Path, times: bool = True) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    left_out = () if times else ("minutes", "elapsed_minutes", "images_per_second")
+    return [{name: value for name, value in line.items() if name not in left_out} for line in lines]
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """To the bit, but for times."""
+    a, b = state(actual), state(expected)
+    for name in ("model", "optimizer", "average", "phase", "iteration", "losses"):
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
+    assert log(actual, times=False) == log(expected, times=False)
+    torch.testing.assert_close(
+        checkpoint.load(actual / "model.pt")["model"], checkpoint.load(expected / "model.pt")["model"], rtol=0, atol=0
+    )
+
+
+# ---- A run ----
+
+
+def test_loss_falls_and_all_files_are_there(tmp_path: Path) -> None:
+    metrics = train(make_config(tmp_path, iterations=60, log_every=5, eval_every=40))
+    lines = log(tmp_path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert [line["iteration"] for line in lines if "loss" in line] == list(range(5, 61, 5))
+    assert [line["iteration"] for line in lines if "AP" in line] == [40, 60]
+    for line in lines:
+        assert 0 < line["minutes"] <= line["elapsed_minutes"]
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(sum(line["losses"].values())) and line["images_per_second"] > 0
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text()) == lines[-1]
+    assert sorted(x.name for x in (tmp_path / "predictions").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+    detector = load_detector(tmp_path, torch.device("cpu"))
+    assert detector.classes == open_data("shapes:20", "test").classes and not detector.model.training
+    torch.testing.assert_close(detector.model.state_dict(), state(tmp_path)["model"], rtol=0, atol=0)
+
+
+def test_log_is_of_the_losses_of_each_iteration(tmp_path: Path) -> None:
+    train(make_config(tmp_path / "each", log_every=1))
+    train(make_config(tmp_path / "few"))
+    each = [line["losses"]["boxes"] for line in log(tmp_path / "each") if "loss" in line]
+    few = [line["losses"]["boxes"] for line in log(tmp_path / "few") if "loss" in line]
+    assert few == pytest.approx([np.mean(each[:4]), np.mean(each[4:])])
+
+
+def test_lines_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
+    lines = [{"iteration": 3, "AP": None}, {"iteration": 4, "AP": 0.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 2, "A')
+    Log(tmp_path, 3, 10).close()
+    assert log(tmp_path) == lines[:1]
+
+
+def test_restart_begins_anew(tmp_path: Path) -> None:
+    train(make_config(tmp_path))
+    train(make_config(tmp_path, lr=0.02), restart=True)
+    train(make_config(tmp_path / "fresh", lr=0.02))
+    assert_same_run(tmp_path, tmp_path / "fresh")
+
+
+def test_bfloat16_and_channels_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = Tiny.forward
+
+    def noting(model: Tiny, images: Tensor, *others: Any) -> Any:
+        seen.append(
+            (model.training, torch.is_autocast_enabled("cpu"), images.is_contiguous(memory_format=torch.channels_last))
+        )
+        return forward(model, images, *others)
+
+    monkeypatch.setattr(Tiny, "forward", noting)
+    train(make_config(tmp_path / "amp", amp=True, channels_last=True))
+    assert set(seen[:-4]) == {(True, True, True), (False, True, True)}  # and four pictures
+    monkeypatch.setattr(Tiny, "forward", forward)
+    train(make_config(tmp_path / "full"))
+    weights, full = (state(tmp_path / x)["model"]["head.weight"] for x in ("amp", "full"))
+    assert weights.dtype == torch.float32
+    assert not torch.equal(weights, full)
+    torch.testing.assert_close(weights, full, rtol=0.1, atol=0.05)
+
+
+# ---- Going on ----
+
+
+@pytest.mark.parametrize("settings", [{"ema": 0.5}, {"optimizer": "sgd", "workers": 1, "clip": 0.1}], ids=str)
+def test_resumed_run_is_the_same_to_the_bit(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"options": {"dropout": 0.5}, "checkpoint_every": 3, "eval_every": 3}
+    train(make_config(tmp_path / "whole", **settings))
+    crash_at(6, monkeypatch)
+    with pytest.raises(Crash):
+        train(make_config(tmp_path / "resumed", **settings))
+    assert state(tmp_path / "resumed")["iteration"] == 3
+    assert log(tmp_path / "resumed")[-1]["iteration"] == 4
+    train(make_config(tmp_path / "resumed", **settings))
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert state(tmp_path / "whole")["model"]["steps"] == 6
+
+
+def test_dropout_is_not_the_same_in_each_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    forward = Tiny.forward
+
+    def noting(model: Tiny, *inputs: Any) -> Any:
+        drawn.append(float(torch.rand(())))
+        return forward(model, *inputs)
+
+    monkeypatch.setattr(Tiny, "forward", noting)
+    train(make_config(tmp_path))
+    assert len(set(drawn[:6])) == 6
+
+
+@pytest.mark.parametrize(
+    "crash", [3, 4, 6]
+)  # in the first phase, at the end of which is a checkpoint, and in the second
+def test_phases(crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model": "two_phases", "checkpoint_every": 1, "log_every": 1, "ema": 0.5}
+    crash_at(crash, monkeypatch)
+    with pytest.raises(Crash):
+        train(make_config(tmp_path / "resumed", **settings))
+    before = state(tmp_path / "resumed")
+    assert before["phase"] == (0 if crash <= 4 else 1)
+    train(make_config(tmp_path / "resumed", **settings))
+    train(make_config(tmp_path / "whole", **settings))
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+    detector = load_detector(tmp_path / "whole" / "last.pt", torch.device("cpu"))
+    torch.testing.assert_close(detector.model.state_dict(), state(tmp_path / "whole")["average"], rtol=0, atol=0)
+
+    after = state(tmp_path / "whole")
+    assert after["phase"] == 1
+    assert len(after["optimizer"]["state"]) == 2  # weight and bias of the head
+    assert all(x["step"] == 3 for x in after["optimizer"]["state"].values())
+    changed = {name for name, value in after["model"].items() if not torch.equal(value, before["model"][name])}
+    assert {"head.weight", "head.bias"} <= changed
+    assert ("body.weight" in changed) == (crash == 3)  # the third step is still to come
+    rates = [line["lr"] for line in log(tmp_path / "whole") if "loss" in line]
+    assert rates[:3] == rates[3:] and rates[0] < rates[1]
+
+
+def test_settings_of_a_run_stay(tmp_path: Path) -> None:
+    train(make_config(tmp_path))
+    for name, value, old in (
+        ("lr", 0.5, 0.01),
+        ("iterations", 7, 6),
+        ("options", {"dropout": 0.1}, {}),
+        ("seed", 1, 0),
+    ):
+        with pytest.raises(ValueError, match=rf"last.pt: its run has {name} = {old}, got {value}"):
+            train(make_config(tmp_path, **{name: value}))
+    before = (tmp_path / "log.jsonl").read_text()
+    train(make_config(tmp_path, workers=1, eval_every=2, log_every=1))
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    train(make_config(tmp_path))
+    whole = (tmp_path / "last.pt").read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], whole[:middle] + b"\x00" * (len(whole) - middle), b""):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last\.pt: is no checkpoint or a damaged one"):
+            train(make_config(tmp_path))
+    torch.save({"model": {}}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"last\.pt: must hold .* without optimizer"):
+        train(make_config(tmp_path))
+
+
+def test_write_that_fails_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.pt"
+    checkpoint.save(file, {"x": 1})
+    write = torch.save
+
+    def half(thing: Any, stream: Any) -> None:
+        write(thing, stream)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(file, {"x": 2})
+    assert checkpoint.load(file) == {"x": 1}
+
+
+def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    settings = {"options": {"poisoned": 5}, "checkpoint_every": 4, "log_every": 10}
+    with pytest.raises(FloatingPointError, match=r"'classes': nan.* in iteration 5, of images \[\d+, \d+, \d+, \d+\]"):
+        train(make_config(tmp_path, **settings))
+    stored = state(tmp_path)
+    assert stored["iteration"] == 4 and stored["model"]["head.weight"].isfinite().all()
+
+
+# ---- Signals ----
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen:
+    """`python -m relops` with the detectors of this file, after another statement."""
+    program = f"import sys; from test_training import *; register(); {program}; sys.exit(main(sys.argv[1:]))"
+    pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, cwd=HERE, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def lines_of(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def wait_for_lines(file: Path, count: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 60
+    while lines_of(file) < count:
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def command_of(folder: Path, *others: str) -> list[str]:
+    """Of a run without end."""
+    settings = "--data shapes:20 --model tiny --iterations 1000000 --batch 2 --min-size 32 --max-size 32 --log-every 1"
+    return ["train", *settings.split(), "--output", str(folder), "--device", "cpu", *others]
+
+
+def test_interrupted_run_goes_on(tmp_path: Path) -> None:
+    """With a worker, that the terminal's signal reaches too."""
+    last = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start("os.setpgid(0, 0)", *command_of(tmp_path, "--workers", "1"))
+        wait_for_lines(tmp_path / "log.jsonl", last + 3, process)
+        os.killpg(process.pid, number)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, errors
+        stored = state(tmp_path)
+        assert stored["iteration"] > last
+        assert f"{number.name}: stopped after iteration {stored['iteration']}, with a checkpoint" in errors
+        assert [line["iteration"] for line in log(tmp_path)] == list(range(1, stored["iteration"] + 1))
+        assert (f"goes on after iteration {last}" in output) == (last > 0)
+        last = stored["iteration"]
+
+
+def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.number == signal.SIGTERM and not exits
+        os.kill(os.getpid(), signal.SIGINT)
+        assert exits == [130]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_interrupted_evaluation_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, begun = Tiny.forward, []
+
+    def interrupted(model: Tiny, *inputs: Any) -> Any:
+        if not model.training and not begun:
+            begun.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(model, *inputs)
+
+    monkeypatch.setattr(Tiny, "forward", interrupted)
+    config = make_config(tmp_path, data="shapes:40", eval_every=3, log_every=3)
+    with pytest.raises(Interrupted, match="SIGTERM: stopped after iteration 3"):
+        train(config)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [line["iteration"] for line in log(tmp_path)] == [3]
+    train(config)
+    assert [("AP" in line, line["iteration"]) for line in log(tmp_path)] == [
+        (False, 3), (True, 3), (False, 6), (True, 6),
+    ]  # fmt: skip
+
+
+# ---- Several processes ----
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    settings = {"batch": 2, "iterations": 8, "optimizer": "sgd", "lr": 0.1, "eval_every": 4, "data": "shapes:25"}
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom test_training import *\n"
+        f"register()\ntrain(make_config({str(tmp_path / 'two')!r}, threads=1, **{settings!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(make_config(tmp_path / "one", **settings | {"batch": 4}))
+    two, one = state(tmp_path / "two"), state(tmp_path / "one")
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-6)
+    for a, b in zip(log(tmp_path / "two", times=False), log(tmp_path / "one", times=False), strict=True):
+        numbers = [{k: v for k, v in (x | x.pop("losses", {})).items() if v is not None} for x in (a, b)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6)
+    with pytest.raises(ValueError, match="its run has batch = 2, got 4"):
+        train(make_config(tmp_path / "two", **settings | {"batch": 4}))
+    with pytest.raises(ValueError, match="its run has processes = 2, got 1"):
+        train(make_config(tmp_path / "two", **settings))
+
+
+# ---- Parts ----
+
+
+def test_rates() -> None:
+    cosine = [lr_factor("cosine", i, 10, 0, ()) for i in range(10)]
+    assert cosine[0] == 1 and cosine[5] == pytest.approx(0.5) and all(np.diff(cosine) < 0)
+    steps = [lr_factor("step", i, 10, 3, (0.5, 0.8)) for i in range(10)]
+    assert steps == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_groups_of_parameters() -> None:
+    model = TwoPhases(3)
+    model.norm.requires_grad_(False)
+    groups = make_optimizer(model, "adamw", 0.1, 0.05, 0.9, 0.5).param_groups
+    found = {(group["lr"], group["weight_decay"]): group["params"] for group in groups}
+    expected = {
+        (0.05, 0.05): model.body.weight, (0.05, 0.0): model.body.bias, (0.1, 0.05): model.head.weight,
+        (0.1, 0.0): model.head.bias,
+    }  # fmt: skip
+    assert found.keys() == expected.keys() and all(
+        found[key] == [p] and found[key][0] is p for key, p in expected.items()
+    )
+    with pytest.raises(ValueError, match="parameters that require a gradient, got none"):
+        make_optimizer(model.requires_grad_(False), "sgd", 0.1, 0.0, 0.9, 1.0)
+
+
+def test_average_of_weights() -> None:
+    model = Tiny(2)
+    average, expected = WeightAverage(model, 0.75), model.head.bias.detach().clone()
+    for step in range(40):
+        nn.init.uniform_(model.head.bias)
+        model.steps += 1
+        average.update(model, step)
+        decay = min(0.75, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.head.bias.detach()
+    torch.testing.assert_close(average.model.head.bias, expected)
+    assert average.model.steps == 40 and not any(p.requires_grad for p in average.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"lr": -1.0}, "lr must be positive, got -1.0"),
+        ({"lr": math.nan}, "lr must be positive, got nan"),
+        ({"epochs": 1.0}, "iterations and epochs exclude each other, got 6 and 1.0"),
+        ({"ema": 1.0}, r"ema must be in \[0,1\), got 1.0"),
+        ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
+        ({"max_size": 40}, "max_size must be at least 48, got 40"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **settings)
+
+
+# ---- Commands ----
+
+
+def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, small = str(tmp_path / "run"), ["--data", "shapes:10", "--device", "cpu", "--workers", "0"]
+    training = [*small, "--min-size", "64", "--max-size", "80", "--backbone", "resnet18-gn", "--hidden", "32"]
+    training += ["--iterations", "2", "--batch", "2", "--log-every", "1"]
+    assert main(["train", *training, "--output", run, "--channels", "16", "--option", "num_samples=32"]) == 0
+    options = {"backbone": "resnet18-gn", "channels": 16, "hidden": 32, "num_samples": 32}
+    assert checkpoint.load(tmp_path / "run" / "model.pt")["options"] == options
+
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", run, "--voc", "--output", str(tmp_path / "eval.json"), *small[2:]]) == 0
+    again = json.loads((tmp_path / "eval.json").read_text())
+    assert {name: value for name, value in again.items() if name in metrics}.items() <= metrics.items()
+    table = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert float(table["AP50"]) == pytest.approx(again["AP50"], abs=1e-4) and {"VOC mAP", "AP/ring"} <= table.keys()
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "run" / "predictions" / "0.png").rename(tmp_path / "images" / "whole.png")
+    predict = ["predict", run, str(tmp_path / "images"), "--output", str(tmp_path / "found"), "--device", "cpu"]
+    assert main([*predict, "--threshold", "0.01"]) == 1
+    assert "broken.jpg" in capsys.readouterr().err
+    assert sorted(x.name for x in (tmp_path / "found").iterdir()) == ["detections.json", "whole.png.png"]
+    found = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert list(found) == [str(tmp_path / "images" / "whole.png")]
+    for thing in found[str(tmp_path / "images" / "whole.png")]:
+        x1, y1, x2, y2 = thing["box"]
+        assert thing["class"] in _shapes.SHAPES and thing["score"] >= 0.01
+        assert 0 <= x1 < x2 <= 160.1 and 0 <= y1 < y2 <= 128.1
+
+    files = {split: str(tmp_path / f"{split}.npz") for split in ("train", "test")}
+    for split, file in files.items():
+        assert main(["propose", run, "--split", split, "--output", file, "--count", "20", *small[2:]]) == 0
+        data = with_proposals(open_data("shapes:10", split), file)
+        boxes = np.concatenate([data[i].proposals for i in range(len(data))])
+        assert len(boxes) > 0 and all(len(data[i].proposals) <= 20 for i in range(len(data)))
+        assert boxes.min() >= 0 and 80 < boxes[:, 2].max() <= 160.1  # in pixels of images that are 160 wide
+    fast = ["train", *training, "--model", "fast_rcnn", "--output", str(tmp_path / "fast")]
+    assert main(fast) == 2
+    assert "proposals" in capsys.readouterr().err
+    assert main([*fast, "--proposals", files["train"], "--test-proposals", files["test"]]) == 0
+    fast = ["eval", str(tmp_path / "fast"), *small[2:]]
+    assert main([*fast, "--proposals", files["test"]]) == 0
+    assert main(fast) == 2
+
+
+def test_masks_are_found_and_written(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    training = ["--model", "mask_rcnn", "--data", "shapes:10", "--iterations", "1", "--batch", "2", "--workers", "0"]
+    training += ["--min-size", "64", "--max-size", "80", "--channels", "16", "--hidden", "32", "--device", "cpu"]
+    assert main(["train", *training, "--output", run]) == 0
+    assert "mask_AP" in json.loads((tmp_path / "run" / "metrics.json").read_text())
+    picture, found = tmp_path / "run" / "predictions" / "0.png", tmp_path / "found"
+    assert main(["predict", run, str(picture), "--output", str(found), "--threshold", "0", "--device", "cpu"]) == 0
+    things = json.loads((found / "detections.json").read_text())[str(picture)]
+    assert things and all(sum(thing["segmentation"]["counts"]) == 160 * 128 for thing in things)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --model nothing", "model must be one of .*faster_rcnn_fpn.*, got 'nothing'"),
+        ("train --model tiny --option width=3", "options of model tiny: .*'width'"),
+        ("train --model tiny --option width", "--option must be NAME=VALUE, got 'width'"),
+        ("train --model tiny --data nowhere", "data must be .*, got 'nowhere'"),
+        ("train --model tiny --batch 0", "batch must be at least 1, got 0"),
+        ("eval /nowhere/run", "/nowhere/run: must be a run's folder"),
+    ],
+)
+def test_errors_are_one_line(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert re.match(f"relops {command.split()[0]}: {message}", errors)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_broken_image_is_named(
+    workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a worker finds it."""
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(_shapes, "_draw", lambda _: read_image(str(tmp_path / "broken.jpg")))
+    assert main([*command_of(tmp_path / "run"), "--workers", workers]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"relops train: {tmp_path / 'broken.jpg'}: ") and errors.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def bug(_: Any) -> None:
+        raise ValueError("not of the package")
+
+    monkeypatch.setattr(_shapes, "_draw", bug)
+    with pytest.raises(ValueError, match="not of the package"):
+        main([*command_of(tmp_path), "--workers", "0"])
+
+
+def test_options_given_go_before_those_of_shapes() -> None:
+    import argparse
+
+    from relops.training.command import SHAPES_DEFAULTS, add_commands
+
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+
+    def parse(*arguments: str) -> TrainConfig:
+        return train_config(parser.parse_args(["train", *arguments]))
+
+    config = parse("--channels", "7", "--option", "num_samples=3", "--lr", "0.5", "--milestones", "0.2", "0.4", "--amp")
+    assert config.options == SHAPES_DEFAULTS["options"] | {"channels": 7, "num_samples": 3}
+    assert (config.lr, config.milestones, config.amp) == (0.5, (0.2, 0.4), True)
+    assert config.min_size == SHAPES_DEFAULTS["min_size"] and config.epochs == SHAPES_DEFAULTS["epochs"]
+    assert config.output == os.path.join("runs", "faster_rcnn_fpn-shapes")
+    assert parse("--iterations", "5").epochs is None
+    assert parse("--model", "tiny").options == {}
+    assert parse("--data", "coco:/x/y", "--lr", "1") == TrainConfig(
+        data="coco:/x/y", lr=1.0, output=os.path.join("runs", "faster_rcnn_fpn-coco-x-y")
+    )
+
+
+def test_import_of_relops_is_light() -> None:
+    done = run_python(
+        "import sys, relops\n"
+        "heavy = {'PIL', 'matplotlib', 'tensorboard', 'faster_coco_eval'}\n"
+        "print([m for m in sys.modules if m.startswith('relops.training') or m.split('.')[0] in heavy])"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,0 +1,629 @@
+"""Data sets of every format, and the way from them to batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from relops.training.data import (
+    MEAN,
+    STD,
+    DetectionData,
+    EpochSampler,
+    Sample,
+    Transformed,
+    collate,
+    open_data,
+    prepare,
+    save_proposals,
+    with_proposals,
+)
+
+Image = pytest.importorskip("PIL.Image")
+
+BOX = (11, 6, 30, 25)  # of VOC: pixels 10 to 29 by 5 to 24, counted from 0
+AS_READ = [10, 5, 30, 25]
+
+
+def write_image(file: Path, width: int = 60, height: int = 40) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)  # which does not compress
+    Image.fromarray(noise).save(file)
+
+
+def xml(*objects: tuple, size: tuple[int, int] | None = (60, 40)) -> str:
+    """An annotation of objects (name, xmin, ymin, xmax, ymax[, difficult])."""
+    text = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>" if size else ""
+    for name, x1, y1, x2, y2, *difficult in objects:
+        text += (
+            f"<object><name>{name}</name><difficult>{int(bool(difficult))}</difficult><bndbox><xmin>{x1}</xmin>"
+            f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+        )
+    return f"<annotation>{text}</annotation>"
+
+
+def write_voc(root: Path, split: str, files: dict[str, str], images: str = "Images", ending: str = "png") -> str:
+    """The layout of folders; of each name an annotation, and an image of 60 x 40."""
+    for name, text in files.items():
+        write_image(root / split / images / f"{name}.{ending}")
+        (root / split / "Annotations").mkdir(exist_ok=True)
+        (root / split / "Annotations" / f"{name}.xml").write_text(text)
+    return f"voc:{root}"
+
+
+def write_voc_lists(root: Path, lists: dict[str, list[str]]) -> str:
+    """The layout of VOC itself; the image n has one object of class n."""
+    for name in {name for names in lists.values() for name in names}:
+        write_image(root / "JPEGImages" / f"{name}.jpg")
+        (root / "Annotations").mkdir(exist_ok=True)
+        (root / "Annotations" / f"{name}.xml").write_text(xml((f"class {name}", *BOX)))
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for split, names in lists.items():
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return f"voc:{root}"
+
+
+def stems(data: DetectionData) -> list[str]:
+    return [Path(annotation.file).stem for annotation in data.annotations()]
+
+
+class TestSpecification:
+    @pytest.mark.parametrize(
+        "spec", ["", "voc", "coco:", "imagenet:x", "shapes:", "shapes:four", "shapes:4", "shapes:-9"]
+    )
+    def test_names_what_is_allowed(self, spec: str) -> None:
+        with pytest.raises(ValueError, match="coco:DIR, voc:DIR, shapes"):
+            open_data(spec, "train")
+
+    @pytest.mark.parametrize("kind", ["voc", "coco"])
+    def test_folder_must_exist(self, kind: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="nowhere must be a folder"):
+            open_data(f"{kind}:{tmp_path / 'nowhere'}", "train")
+
+    def test_split(self) -> None:
+        with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'val'"):
+            open_data("shapes", "val")
+
+
+class TestVOC:
+    @pytest.mark.parametrize("images", ["Images", "JPEGImages"])
+    @pytest.mark.parametrize("test", ["test", "val"])
+    def test_folders(self, tmp_path: Path, images: str, test: str) -> None:
+        write_voc(tmp_path, "train", {"b": xml(("dog", *BOX), ("cat", 1, 1, 60, 40, "difficult")), "a": xml()}, images)
+        spec = write_voc(tmp_path, test, {"c": xml(("dog", *BOX))}, images)
+        (tmp_path / "train" / images / "b.txt").write_text("beside the image")
+        data = open_data(spec, "train")
+        assert data.classes == ["cat", "dog"] and not data.has_masks and len(data) == 2 and stems(data) == ["a", "b"]
+
+        sample = data[1]
+        assert sample.image.shape == (40, 60, 3) and sample.image.dtype == np.uint8
+        assert np.array_equal(sample.image, np.array(Image.open(sample.file)))
+        assert sample.boxes.dtype == np.float32 and sample.boxes.tolist() == [AS_READ, [0, 0, 60, 40]]
+        assert sample.labels.dtype == np.int64 and sample.labels.tolist() == [1, 0]
+        assert sample.ignore.tolist() == [False, True]
+        assert sample.masks is None and sample.proposals is None
+        assert sample.image_id == 1 and sample.original_size == (40, 60)
+
+        assert data[0].boxes.shape == (0, 4) and data[0].labels.shape == (0,)
+        assert open_data(spec, "test", data.classes)[0].labels.tolist() == [1]
+        assert open_data(spec, "test").classes == data.classes  # of train, though dogs alone are in test
+
+    def test_lists(self, tmp_path: Path) -> None:
+        lists = {"train": ["1"], "val": ["2"], "trainval": ["1", "2"], "test": ["1", "3"]}
+        spec = write_voc_lists(tmp_path, lists)
+        data = open_data(spec, "train")
+        assert stems(data) == ["1", "2"] and data.classes == ["class 1", "class 2"]
+        assert data[1].boxes.tolist() == [AS_READ]
+        assert stems(open_data(spec, "test", ["class 1", "class 2", "class 3"])) == ["1", "3"]
+
+    def test_without_a_test_list_val_is_not_trained_on(self, tmp_path: Path) -> None:
+        spec = write_voc_lists(tmp_path, {"train": ["1"], "val": ["2"], "trainval": ["1", "2"]})
+        assert stems(open_data(spec, "train")) == ["1"]
+        assert stems(open_data(spec, "test", ["class 2"])) == ["2"]
+
+    def test_unknown_class(self, tmp_path: Path) -> None:
+        write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
+        spec = write_voc(tmp_path, "test", {"strange": xml(("emu", *BOX))})
+        with pytest.raises(ValueError, match=r"strange\.xml: an object must be of the classes \['cat'\], got 'emu'"):
+            open_data(spec, "test")
+
+    def test_improper_boxes(self, tmp_path: Path) -> None:
+        objects = [("cat", 50, 30, 70, 45), ("cat", 20, 20, 20, 20), ("dog", -5, 0, 10, 10), ("dog", 61, 1, 70, 20)]
+        files = {
+            "a": xml(("cat", *BOX)),
+            "b": xml(*objects),
+            "c": xml(("dog", "nan", 1, 5, 5), ("dog", 1, 1, "inf", 5), ("dog", 9, 9, 4, 12)),
+        }
+        spec = write_voc(tmp_path, "train", files)
+        with pytest.warns(UserWarning, match=r"b\.xml: a box must be finite .* left out 5 of this data set") as record:
+            data = open_data(spec, "train")
+        assert len(record) == 1
+        assert data[1].boxes.tolist() == [[49, 29, 60, 40], [0, 0, 10, 10]] and data[1].labels.tolist() == [0, 1]
+        assert len(data[2].boxes) == 0
+
+    def test_size_may_be_unstated(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX), size=None), "b": xml(("cat", *BOX), size=(0, 0))})
+        data = open_data(spec, "train")
+        assert [(a.height, a.width) for a in data.annotations()] == [(40, 60)] * 2 and data[0].boxes.tolist() == [
+            AS_READ
+        ]
+
+    @pytest.mark.parametrize(
+        "text", ["<annotation><object>", "", xml(("cat", 1, "two", 3, 4)), xml().replace("60", "x")]
+    )
+    def test_broken_annotation(self, tmp_path: Path, text: str) -> None:
+        spec = write_voc(tmp_path, "train", {"fine": xml(), "spoilt": text})
+        with pytest.raises(ValueError, match=r"spoilt\.xml: the file must be an annotation of Pascal VOC"):
+            open_data(spec, "train")
+
+    def test_object_without_box(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": "<annotation><object><name>cat</name></object></annotation>"})
+        with pytest.raises(ValueError, match=r"a\.xml"):
+            open_data(spec, "train")
+
+    def test_missing_files(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="there must be train in it"):
+            open_data(f"voc:{tmp_path}", "train")
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
+        with pytest.raises(ValueError, match="there must be test or val in it"):
+            open_data(spec, "test")
+        (tmp_path / "train" / "Images" / "a.png").unlink()
+        with pytest.raises(ValueError, match=r"Images/a\.\*: the image of .*a\.xml is missing"):
+            open_data(spec, "train")
+        (tmp_path / "train" / "Annotations" / "a.xml").unlink()
+        with pytest.raises(ValueError, match="at least one image"):
+            open_data(spec, "train")
+
+
+class TestImages:
+    @pytest.mark.parametrize("spoil", ["truncate", "text", "empty", "remove"])
+    @pytest.mark.parametrize("ending", ["png", "jpg"])
+    def test_broken(self, tmp_path: Path, spoil: str, ending: str) -> None:
+        data = open_data(write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))}, ending=ending), "train")
+        file = tmp_path / "train" / "Images" / f"a.{ending}"
+        content = {"truncate": file.read_bytes()[: file.stat().st_size // 2], "text": b"not an image", "empty": b""}
+        file.unlink() if spoil == "remove" else file.write_bytes(content[spoil])
+        with pytest.raises(ValueError, match=rf"{file}: the file must be an image"):
+            data[0]
+
+    def test_size_differs_from_the_annotation(self, tmp_path: Path) -> None:
+        data = open_data(write_voc(tmp_path, "train", {"a": xml(("cat", *BOX), size=(40, 60))}), "train")
+        with pytest.raises(ValueError, match=r"a\.png: .* 40 x 60 \(width x height\), got 60 x 40"):
+            data[0]
+
+    @pytest.mark.parametrize(
+        ("mode", "color", "expected"),
+        [
+            ("L", 100, [100, 100, 100]),
+            ("1", 1, [255, 255, 255]),
+            ("LA", (100, 0), [100, 100, 100]),
+            ("RGBA", (10, 20, 30, 0), [10, 20, 30]),
+            ("P", 0, [0, 0, 0]),
+            ("I;16", 100 << 8, [100, 100, 100]),
+            ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
+        ],
+    )
+    def test_modes(self, tmp_path: Path, mode: str, color: object, expected: object) -> None:
+        ending = "tif" if mode == "CMYK" else "png"
+        data = open_data(write_voc(tmp_path, "train", {"a": xml()}, ending=ending), "train")
+        Image.new(mode, (60, 40), color).save(data.annotations()[0].file)
+        assert Image.open(data.annotations()[0].file).mode == mode
+        assert np.array_equal(data[0].image, np.broadcast_to(np.array(expected, np.uint8), (40, 60, 3)))
+
+    def test_orientation_is_not_applied(self, tmp_path: Path) -> None:
+        data = open_data(write_voc(tmp_path, "train", {"a": xml()}, ending="jpg"), "train")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by 90 degrees
+        Image.new("RGB", (60, 40)).save(data.annotations()[0].file, exif=exif)
+        assert data[0].image.shape == (40, 60, 3)
+
+
+def coco_object(id: int, image: int, category: int, bbox: list, **more) -> dict:
+    return {"id": id, "image_id": image, "category_id": category, "bbox": bbox, "area": 7.0, "iscrowd": 0, **more}
+
+
+def write_coco(root: Path, objects: list[dict], split: str = "train2017", folder: str = "train2017") -> str:
+    """Two images of 60 x 40, ids 30 and 7, and the categories 18: dog and 3: cat."""
+    content = {
+        "images": [{"id": id, "file_name": f"{id}.png", "width": 60, "height": 40} for id in (30, 7)],
+        "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "cat"}],
+        "annotations": objects,
+    }
+    for image in content["images"]:
+        write_image(root / folder / image["file_name"])
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return f"coco:{root}"
+
+
+class TestCOCO:
+    def test_objects(self, tmp_path: Path) -> None:
+        objects = [
+            coco_object(1, 7, 18, [10, 5, 20, 20]),
+            coco_object(2, 7, 3, [50.5, 30, 20, 20], iscrowd=1),
+            coco_object(3, 7, 3, [1, 1, 0, 5]),
+        ]
+        spec = write_coco(tmp_path, objects)
+        with pytest.warns(UserWarning, match=r"7\.png: .* left out 1 of"):
+            data = open_data(spec, "train")
+        assert data.classes == ["cat", "dog"] and data.category_ids == [3, 18] and not data.has_masks
+        assert [data[i].image_id for i in range(2)] == [30, 7] and len(data[0].boxes) == 0
+        sample = data[1]
+        assert sample.boxes.tolist() == [AS_READ, [50.5, 30, 60, 40]] and sample.boxes.dtype == np.float32
+        assert sample.labels.tolist() == [1, 0] and sample.ignore.tolist() == [False, True]
+        assert data.annotations()[1].areas.tolist() == [7, 7]
+
+    @pytest.mark.parametrize("folder", ["train2017", "images/train2017", "images", "."])
+    def test_where_images_are(self, tmp_path: Path, folder: str) -> None:
+        data = open_data(write_coco(tmp_path, [], folder=folder), "train")
+        assert data[0].image.shape == (40, 60, 3)
+
+    def test_classes_by_name(self, tmp_path: Path) -> None:
+        write_coco(tmp_path, [])
+        spec = write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9])], "val2017", "val2017")
+        write_coco(tmp_path, [], "test2017", "test2017")
+        data = open_data(spec, "test", ["dog", "ape", "cat", "emu"])
+        assert data[1].labels.tolist() == [2] and [data.category_ids[i] for i in (0, 2)] == [18, 3]
+        assert len(set(data.category_ids)) == 4
+        with pytest.raises(
+            ValueError, match=r"instances_val2017\.json: object 1 must be of the classes \['dog'\], got 'cat'"
+        ):
+            open_data(spec, "test", ["dog"])
+
+    def test_masks(self, tmp_path: Path) -> None:
+        coco = pytest.importorskip("faster_coco_eval.core.mask")
+        mask = np.zeros((40, 60), bool)
+        mask[5:25, 10:30] = True
+        compressed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        compressed["counts"] = compressed["counts"].decode()
+        runs = [10 * 40 + 5, *[20, 20] * 19, 20, 15 + 30 * 40]  # column by column
+        segmentations = [
+            [[10, 5, 30, 5, 30, 25, 10, 25]],
+            [[10, 5, 20, 5, 20, 25, 10, 25], [20, 5, 30, 5, 30, 25, 20, 25]],
+            compressed,
+            {"size": [40, 60], "counts": runs},
+        ]
+        objects = [coco_object(i + 1, 7, 3, [10, 5, 20, 20], segmentation=s) for i, s in enumerate(segmentations)]
+        data = open_data(write_coco(tmp_path, objects), "train")
+        assert data.has_masks and data[0].masks.shape == (0, 40, 60)
+        assert data[1].masks.dtype == bool and all(np.array_equal(m, mask) for m in data[1].masks)
+        data.has_masks = False
+        assert data[1].masks is None
+
+    @pytest.mark.parametrize(
+        "segmentation", [{"size": [9, 9], "counts": [81]}, {"size": [40, 60], "counts": [5]}, "no"]
+    )
+    def test_broken_mask(self, tmp_path: Path, segmentation: object) -> None:
+        pytest.importorskip("faster_coco_eval")
+        data = open_data(write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=segmentation)]), "train")
+        with pytest.raises(ValueError, match=r"7\.png: a segmentation must"):
+            data[1]
+
+    def test_some_objects_without_a_mask(self, tmp_path: Path) -> None:
+        objects = [
+            coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]]),
+            coco_object(2, 7, 3, [1, 1, 9, 9], segmentation=[]),
+        ]
+        data = open_data(write_coco(tmp_path, objects), "train")
+        assert not data.has_masks and data[1].masks is None
+
+    @pytest.mark.parametrize(
+        ("broken", "message"),
+        [
+            (coco_object(1, 7, 5, [1, 1, 9, 9]), "object 1 must be of the classes .* got 5"),
+            (coco_object(1, 8, 3, [1, 1, 9, 9]), "image_id 8"),
+            (coco_object(1, 7, 3, [1, 1, 9]), "bbox must be 4 numbers"),
+            ({"id": 1, "image_id": 7, "category_id": 3}, "KeyError 'bbox'"),
+            ("text", "TypeError"),
+        ],
+    )
+    def test_broken_object(self, tmp_path: Path, broken: object, message: str) -> None:
+        with pytest.raises(ValueError, match=rf"instances_train2017\.json: .*{message}"):
+            open_data(write_coco(tmp_path, [broken]), "train")
+
+    def test_broken_files(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"annotations/instances_\*train\*\.json"):
+            open_data(f"coco:{tmp_path}", "train")
+        spec = write_coco(tmp_path, [])
+        file = tmp_path / "annotations" / "instances_train2017.json"
+        whole = file.read_text()
+        for text, message in [(whole[:-9], "must be JSON"), ("[]", "must be COCO's instances")]:
+            file.write_text(text)
+            with pytest.raises(ValueError, match=rf"{file}: .*{message}"):
+                open_data(spec, "train")
+        file.write_text(whole)
+        (tmp_path / "train2017" / "30.png").unlink()
+        with pytest.raises(ValueError, match=r"30\.png: the image of .*instances_train2017\.json must be in one of"):
+            open_data(spec, "train")
+        (tmp_path / "annotations" / "instances_train2014.json").write_text(whole)
+        with pytest.raises(ValueError, match=r"one file must be the split, got \['instances_train2014\.json'"):
+            open_data(spec, "train")
+
+
+class TestShapes:
+    def test_lengths_and_classes(self) -> None:
+        train, test = open_data("shapes:50", "train"), open_data("shapes:50", "test")
+        assert (len(train), len(test)) == (50, 10) and len(open_data("shapes", "train")) == 1000
+        assert train.classes == test.classes and train.has_masks
+        with pytest.raises(ValueError, match="classes of shapes"):
+            open_data("shapes", "test", ["emu"])
+
+    def test_depend_on_split_and_index_alone(self) -> None:
+        data = open_data("shapes:50", "train")
+        backwards = [data[i] for i in reversed(range(5))][::-1]
+        for i, sample in enumerate(backwards):
+            again = open_data("shapes:99", "train")[i]
+            assert np.array_equal(sample.image, again.image) and np.array_equal(sample.boxes, again.boxes)
+            assert not np.array_equal(sample.image, open_data("shapes:50", "test")[i].image)
+        assert not np.array_equal(backwards[0].image, backwards[1].image)
+
+    def test_objects(self) -> None:
+        data = open_data("shapes:100", "train")
+        counts, labels = [], []
+        for i in range(60):
+            sample = data[i]
+            counts.append(len(sample.boxes))
+            labels += sample.labels.tolist()
+            assert sample.image.shape == (128, 160, 3) and sample.masks.shape == (len(sample.boxes), 128, 160)
+            assert (sample.masks.sum(0) <= 1).all()  # a pixel shows one object
+            for box, mask in zip(sample.boxes.astype(int), sample.masks):
+                x1, y1, x2, y2 = box
+                within = mask[y1:y2, x1:x2]
+                assert within.sum() == mask.sum()
+                assert within[0].any() and within[-1].any() and within[:, 0].any() and within[:, -1].any()
+                assert 5 <= min(x2 - x1, y2 - y1) and max(x2 - x1, y2 - y1) <= 61
+                assert sample.image[mask].std(0).max() < 12  # of one color, but for the noise
+        assert min(counts) == 0 and max(counts) >= 5 and set(labels) == {0, 1, 2, 3}
+
+    def test_annotations(self) -> None:
+        data = open_data("shapes:20", "train")
+        for sample, annotation in zip((data[i] for i in range(20)), data.annotations()):
+            assert np.array_equal(sample.boxes, annotation.boxes) and sample.file == annotation.file
+            assert annotation.areas.tolist() == sample.masks.sum((1, 2)).tolist()
+            for mask, rle in zip(sample.masks, annotation.masks):
+                runs = np.repeat(np.arange(len(rle["counts"])) % 2, rle["counts"]).astype(bool)
+                assert np.array_equal(runs.reshape(rle["size"], order="F"), mask)
+        data.has_masks = False
+        assert data[0].masks is None and data.annotations()[0].masks is None
+
+
+def painted(height: int, width: int, *boxes: tuple[int, int, int, int], **more) -> Sample:
+    """A black image with white rectangles, which are its objects, masks and proposals."""
+    masks = np.zeros((len(boxes), height, width), bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes):
+        mask[y1:y2, x1:x2] = True
+    image = np.repeat(masks.any(0)[..., None] * np.uint8(255), 3, -1)
+    corners = np.array(boxes, np.float32).reshape(-1, 4)
+    labels, ignore = np.arange(len(boxes)), np.zeros(len(boxes), bool)
+    sample = Sample(image, corners, labels, ignore, masks, corners.copy(), 5, "painted", (height, width))
+    return dataclasses.replace(sample, **more)
+
+
+def bounds(white: np.ndarray) -> np.ndarray:
+    ys, xs = np.nonzero(white)
+    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+
+
+class TestPrepare:
+    @pytest.mark.parametrize(
+        ("size", "min_size", "max_size", "expected"),
+        [
+            ((40, 60), 80, 1000, (80, 120)),
+            ((40, 60), 80, 90, (60, 90)),
+            ((60, 40), 80, 90, (90, 60)),
+            ((40, 60), 20, 1000, (20, 30)),
+            ((41, 67), 20, 1000, (20, 33)),
+            ((1000, 2), 4, 100, (100, 1)),
+        ],
+    )
+    def test_sizes(self, size: tuple[int, int], min_size: int, max_size: int, expected: object) -> None:
+        sample = prepare(painted(*size), min_size, max_size)
+        assert sample.image.shape == (*expected, 3) and sample.masks.shape == (0, *expected)
+        assert sample.original_size == size
+
+    @pytest.mark.parametrize("flip", [False, True])
+    @pytest.mark.parametrize("flip_vertical", [False, True])
+    @pytest.mark.parametrize("min_size", [35, 64, 130])
+    def test_boxes_follow_pixels(self, flip: bool, flip_vertical: bool, min_size: int) -> None:
+        before = painted(64, 90, (10, 6, 40, 26))
+        after = prepare(before, min_size, 1000, flip=flip, flip_vertical=flip_vertical)
+        height, width = after.image.shape[:2]
+        x1, y1, x2, y2 = 10 * width / 90, 6 * height / 64, 40 * width / 90, 26 * height / 64
+        if flip:
+            x1, x2 = width - x2, width - x1
+        if flip_vertical:
+            y1, y2 = height - y2, height - y1
+        assert after.boxes == pytest.approx(np.array([[x1, y1, x2, y2]]), abs=1e-4)
+        assert after.boxes.dtype == np.float32 and np.array_equal(after.boxes, after.proposals)
+        assert bounds(after.image[..., 0] > 127) == pytest.approx(after.boxes[0], abs=0.6)
+        assert bounds(after.masks[0]) == pytest.approx(after.boxes[0], abs=0.6)
+        assert np.array_equal(before.boxes, [[10, 6, 40, 26]])
+
+    def test_boxes_stay_within(self) -> None:
+        boxes = prepare(painted(333, 501, (0, 0, 501, 333)), 100, 1000, flip=True, flip_vertical=True).boxes
+        assert boxes.tolist() == [[0, 0, 150, 100]]
+
+    def test_without_masks_and_proposals(self) -> None:
+        sample = prepare(painted(40, 60, masks=None, proposals=None), 20, 100, flip=True)
+        assert sample.masks is None and sample.proposals is None
+
+
+class TestTransformed:
+    data = open_data("shapes:50", "train")
+
+    def flips(self, transformed: Transformed, epoch: int) -> list[tuple[bool, bool]]:
+        """Of every image with one object at least, whether it was flipped horizontally and vertically."""
+        result = []
+        for index in range(len(self.data)):
+            plain, sample = self.data[index], transformed[epoch, index]
+            result.append(
+                next(
+                    (h, v)
+                    for h in (False, True)
+                    for v in (False, True)
+                    if np.array_equal(plain.image[:: -1 if v else 1, :: -1 if h else 1], sample.image)
+                )
+            )
+        return result
+
+    def test_flips_depend_on_seed_epoch_and_index_alone(self) -> None:
+        flips = self.flips(Transformed(self.data, 128, 160, augment=True, seed=3), 0)
+        assert flips == self.flips(Transformed(self.data, 128, 160, augment=True, seed=3), 0)
+        assert flips != self.flips(Transformed(self.data, 128, 160, augment=True, seed=3), 1)
+        assert flips != self.flips(Transformed(self.data, 128, 160, augment=True, seed=4), 0)
+        assert 15 < sum(h for h, _ in flips) < 35 and not any(v for _, v in flips)
+
+    def test_vertical(self) -> None:
+        flips = self.flips(Transformed(self.data, 128, 160, augment=True, vertical_flip=True), 0)
+        assert len(set(flips)) == 4 and 15 < sum(v for _, v in flips) < 35
+
+    def test_none_without_augment(self) -> None:
+        assert not any(map(any, self.flips(Transformed(self.data, 128, 160, vertical_flip=True), 0)))
+
+    def test_cache_changes_nothing(self) -> None:
+        cached = Transformed(self.data, 64, 100, augment=True, vertical_flip=True, cache=True)
+        plain = Transformed(self.data, 64, 100, augment=True, vertical_flip=True)
+        for key in [(0, 3), (1, 3), (2, 3), (0, 4), (0, 3), (3, 3)]:
+            a, b = cached[key], plain[key]
+            assert a.image.shape == (64, 80, 3) and np.array_equal(a.image, b.image)
+            assert np.array_equal(a.boxes, b.boxes) and np.array_equal(a.masks, b.masks)
+
+
+class TestCollate:
+    def test_batch(self) -> None:
+        samples = [
+            prepare(painted(40, 60, (10, 6, 40, 26), (0, 0, 5, 5), ignore=np.array([False, True])), 80, 200),
+            prepare(painted(100, 50, image_id=9), 50, 200),
+        ]
+        batch = collate(samples)
+        assert batch.images.shape == (2, 3, 128, 128) and batch.images.dtype == torch.float32
+        white, black = ((torch.tensor([value] * 3) - torch.tensor(MEAN)) / torch.tensor(STD) for value in (1.0, 0.0))
+        assert torch.allclose(batch.images[0, :, 30, 40], white) and torch.allclose(batch.images[0, :, 70, 110], black)
+        assert (batch.images[0, :, 80:] == 0).all() and (batch.images[0, :, :, 120:] == 0).all()
+        assert (batch.images[1, :, 100:] == 0).all() and (batch.images[1, :, :, 50:] == 0).all()
+        assert batch.sizes.tolist() == [[80, 120], [100, 50]] and batch.sizes.dtype == torch.float32
+        assert batch.scales.tolist() == [[2, 2], [1, 1]] and batch.image_ids.tolist() == [5, 9]
+        assert batch.targets.boxes.tolist() == [[[20, 12, 80, 52]], [[0, 0, 0, 0]]]
+        assert batch.targets.labels.tolist() == [[0], [-1]] and batch.targets.labels.dtype == torch.int64
+        assert batch.targets.masks.shape == (2, 1, 128, 128) and batch.targets.masks.dtype == torch.bool
+        assert bounds(batch.targets.masks[0, 0].numpy()).tolist() == [20, 12, 80, 52]
+        assert batch.targets.masks[0].sum() == 60 * 40 and not batch.targets.masks[1].any()
+        assert batch.targets.proposals.tolist() == [[[20, 12, 80, 52], [0, 0, 10, 10]], [[0] * 4, [0] * 4]]
+
+    def test_no_objects_masks_or_proposals(self) -> None:
+        batch = collate([painted(32, 64, masks=None, proposals=None)])
+        assert batch.images.shape == (1, 3, 32, 64)
+        assert batch.targets.boxes.shape == (1, 1, 4) and batch.targets.labels.tolist() == [[-1]]
+        assert batch.targets.masks is None and batch.targets.proposals is None
+        moved = batch.to("cpu")
+        assert type(moved) is type(batch) and type(moved.targets) is type(batch.targets)
+
+    def test_scales_lead_back_to_the_original(self) -> None:
+        sample = painted(333, 501, (100, 50, 300, 200))
+        batch = collate([prepare(sample, 100, 1000)])
+        scale = batch.scales[0].flip(0).repeat(2)
+        assert (batch.targets.boxes[0, 0] / scale).tolist() == pytest.approx([100, 50, 300, 200], abs=1e-3)
+
+
+def take(sampler: EpochSampler, count: int, first: int = 0) -> list[list[tuple[int, int]]]:
+    return list(itertools.islice(sampler.batches(first), count))
+
+
+class TestEpochSampler:
+    @pytest.mark.parametrize("ratios", [None, [0.5, 2] * 12])
+    def test_every_image_once_an_epoch(self, ratios: list[float] | None) -> None:
+        samplers = [EpochSampler(24, 4, 0, rank, 3, ratios) for rank in range(3)]
+        assert samplers[0].batches_per_epoch == 2
+        orders = []
+        for epoch in range(3):
+            batches = [batch for sampler in samplers for batch in take(sampler, 2, 2 * epoch)]
+            assert all(len(batch) == 4 for batch in batches)
+            keys = [key for batch in batches for key in batch]
+            assert sorted(keys) == [(epoch, index) for index in range(24)]
+            orders.append([index for _, index in keys])
+        assert orders[0] != orders[1] != orders[2] and orders[0] != list(range(24))
+
+    def test_incomplete_batch_is_left_out(self) -> None:
+        batches = take(EpochSampler(23, 5, 0), 8)
+        epochs = [{epoch for epoch, _ in batch} for batch in batches]
+        assert epochs == [{0}] * 4 + [{1}] * 4
+        assert len({key for batch in batches for key in batch}) == 40
+
+    @pytest.mark.parametrize("ratios", [None, [0.5, 2, 2] * 9])
+    def test_resumes_anywhere(self, ratios: list[float] | None) -> None:
+        sampler = EpochSampler(27, 2, 7, 1, 2, ratios)
+        batches = take(sampler, 30)
+        for first in (0, 1, 5, 6, 7, 20):
+            assert take(EpochSampler(27, 2, 7, 1, 2, ratios), 5, first) == batches[first : first + 5]
+        assert take(EpochSampler(27, 2, 8, 1, 2, ratios), 5) != batches[:5]
+
+    def test_wide_and_tall_apart(self) -> None:
+        ratios = [1.5] * 13 + [0.7] * 9 + [1.0]
+        sampler = EpochSampler(23, 4, 0, aspect_ratios=ratios)
+        seen = set()
+        for epoch in range(6):
+            batches = take(sampler, sampler.batches_per_epoch, epoch * sampler.batches_per_epoch)
+            kinds = [{ratios[index] >= 1 for _, index in batch} for batch in batches]
+            assert sum(len(kind) > 1 for kind in kinds) <= 1
+            seen |= {index for batch in batches for _, index in batch}
+        assert seen == set(range(23))
+
+    def test_a_rare_kind_is_seen(self) -> None:
+        sampler = EpochSampler(16, 4, 0, aspect_ratios=[2.0] * 14 + [0.5] * 2)
+        assert {14, 15} <= {index for batch in take(sampler, 4) for _, index in batch}
+
+    def test_fewer_images_than_a_batch(self) -> None:
+        with pytest.raises(ValueError, match=r"at most 7, the number of images, got 4 \* 2"):
+            EpochSampler(7, 4, 0, 0, 2)
+
+    def test_in_a_loader(self) -> None:
+        data = Transformed(open_data("shapes:20", "train"), 64, 80, augment=True)
+        sampler = EpochSampler(20, 4, 0)
+        batches = list(itertools.islice(DataLoader(data, batch_sampler=sampler.batches(3), collate_fn=collate), 4))
+        keys = take(sampler, 4, 3)
+        assert [batch.image_ids.tolist() for batch in batches] == [[index for _, index in batch] for batch in keys]
+        assert torch.equal(batches[2].images, collate([data[key] for key in keys[2]]).images)
+
+
+class TestProposals:
+    data = open_data("shapes:5", "train")
+
+    def test_round_trip(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        given = {i: rng.random((i, 4), np.float32) * 60 for i in reversed(range(5))}
+        save_proposals(tmp_path / "proposals", given)
+        data = with_proposals(self.data, tmp_path / "proposals")
+        assert len(data) == 5 and data.classes == self.data.classes and data.has_masks
+        assert all(np.array_equal(data[i].proposals, given[i]) for i in range(5))
+        assert np.array_equal(data[2].image, self.data[2].image)
+        prepared = Transformed(data, 256, 1000)[0, 3]
+        assert prepared.proposals == pytest.approx(given[3] * 2)
+        assert collate([data[1], data[4]]).targets.proposals.shape == (2, 4, 4)
+
+    def test_missing_image(self, tmp_path: Path) -> None:
+        save_proposals(tmp_path / "p.npz", {i: np.zeros((1, 4)) for i in (0, 1, 2, 4)})
+        with pytest.raises(ValueError, match=r"p\.npz: proposals are missing of image 3, shapes\[train\]\[3\]"):
+            with_proposals(self.data, tmp_path / "p.npz")
+
+    def test_broken_file(self, tmp_path: Path) -> None:
+        for content in (None, b"text", b""):
+            if content is not None:
+                (tmp_path / "p.npz").write_bytes(content)
+            with pytest.raises(ValueError, match=r"p\.npz: the file must be one that save_proposals wrote"):
+                with_proposals(self.data, tmp_path / "p.npz")
+
+
+def test_nothing_warns_of_proper_data(tmp_path: Path) -> None:
+    spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = open_data(spec, "train")
+        collate([Transformed(data, 20, 100)[0, 0]])
