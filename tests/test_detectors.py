@@ -182,8 +182,8 @@ def test_lambda_and_normalizations() -> None:
         return module(maps, sizes, targets)[1]["rpn_boxes"].item()
 
     plain = loss(num_samples=32)
-    assert loss(num_samples=32, box_weight=10) == pytest.approx(10 * plain)
-    assert loss(num_samples=32, per_location=True) == pytest.approx(plain * 32 / 48)  # samples; positions
+    assert loss(num_samples=32, balance=10.0) == pytest.approx(10 * plain * 32 / 48)  # samples; positions
+    assert loss(num_samples=16, balance=10.0) == pytest.approx(10 * plain * 32 / 48)  # the one positive is in any
 
 
 @pytest.mark.parametrize("filter_first", [False, True])
@@ -379,7 +379,32 @@ def test_no_synchronization(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("options", [{"rpn_loss": "sigmoid"}, {"roi": "align"}, {"order": "top_first"}])
+@pytest.mark.parametrize("name", SMALL)
+def test_autocast(name: str) -> None:
+    """bfloat16 features; boxes and losses stay float32, and close."""
+    model = small(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(model(*batch()))
+    for loss_name, loss in losses[1].items():
+        assert loss.dtype == torch.float32
+        if loss_name != "masks":  # of the regions that happen to be sampled
+            assert loss.item() == pytest.approx(losses[0][loss_name].item(), rel=0.2, abs=0.05), loss_name
+    sum(losses[1].values()).backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        images, sizes, targets = batch()
+        found = model.eval()(images, sizes, *((targets,) if model.uses_proposals else ()))
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options", [{"rpn_loss": "sigmoid"}, {"roi": "align"}, {"order": "top_first"}, {"balance": 10.0}]
+)
 def test_faster_rcnn_options(options: dict) -> None:
     losses = small("faster_rcnn", **options)(*batch())
     assert all(loss.isfinite() for loss in losses.values())
@@ -526,6 +551,25 @@ def test_dilated_body_keeps_its_stride() -> None:
     assert body.strides == [4, 8, 16, 16] and maps[2].shape[2:] == maps[3].shape[2:] == (4, 6)
     plain = make_body("resnet18-gn-16")
     plain.load_state_dict(body.state_dict())  # the same parameters
+
+
+def test_pretrained_weights_of_a_classifier() -> None:
+    """Fill the stages that there are, and of VGG-16 fc6 and fc7, too."""
+    classifier = relops.models.resnet18()
+    model = relops.models.faster_rcnn(3, backbone="resnet18-frozen", channels=8, hidden=8)
+    relops.models.load_backbone(model, classifier.state_dict())
+    assert torch.equal(model.backbone.body.layer3[1].conv2.weight, classifier.layer3[1].conv2.weight)
+    with pytest.raises(ValueError, match=r"state_dict must have conv1\.weight"):
+        relops.models.load_backbone(model, {"conv2.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"conv1.weight of state_dict must be \[64, 3, 7, 7\], got \[1\]"):
+        relops.models.load_backbone(model, classifier.state_dict() | {"conv1.weight": torch.zeros(1)})
+    state = {name: torch.full_like(x, 0.5) for name, x in relops.models.vgg16(None).state_dict().items()}
+    for name, size in (("0", (24, 25088)), ("3", (24, 24))):
+        state |= {f"classifier.{name}.weight": torch.ones(size), f"classifier.{name}.bias": torch.ones(24)}
+    model = relops.models.faster_rcnn(3, backbone="vgg16", channels=8, hidden=24)
+    relops.models.load_backbone(model, state)
+    assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
+    assert (model.backbone.body.features[0].weight == 0.5).all()
 
 
 def test_paste_masks_puts_them_in_their_boxes() -> None:

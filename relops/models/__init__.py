@@ -11,7 +11,7 @@ from relops.models.cascade_rcnn import cascade_rcnn
 from relops.models.fast_rcnn import fast_rcnn
 from relops.models.faster_rcnn import faster_rcnn, faster_rcnn_fpn
 from relops.models.hypernet import hypernet
-from relops.models.inference import batch_images, detect, load_torchvision
+from relops.models.inference import batch_images, detect, load_backbone, load_torchvision
 from relops.models.lr_net import LRNet, lr_net26, lr_net50
 from relops.models.mask_rcnn import mask_rcnn
 from relops.models.r_fcn import r_fcn
@@ -40,6 +40,7 @@ __all__ = [
     "batch_images",
     "build",
     "detect",
+    "load_backbone",
     "load_torchvision",
     *DETECTORS,
     "lr_net26",

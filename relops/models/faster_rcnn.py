@@ -86,6 +86,7 @@ def faster_rcnn(
     hidden: int = 4096,
     training: str = "approximate",
     rpn_loss: str = "softmax",
+    balance: float | None = None,
     roi: str = "pool",
     order: str = "filter_first",
     dropout: float = 0.5,
@@ -104,6 +105,7 @@ def faster_rcnn(
         training: "approximate" joint training, where proposals are constants; "joint", non-approximate: the second
             stage's gradients reach the RPN through its boxes (needs roi "align"); or "alternating", in four steps.
         rpn_loss: "softmax" of two scores an anchor (the code), or "sigmoid" of one.
+        balance: lambda of the RPN's two losses, as the paper normalizes them (there 10); None: as the code does.
         roi: "pool" (published) or "align".
         order: of proposals: "filter_first" decodes, clips and filters before the highest scores are taken (the code),
             "top_first" after it.
@@ -126,6 +128,7 @@ def faster_rcnn(
         [paper_anchors(scales=scales)],
         maps.strides,
         loss=rpn_loss,
+        balance=balance,
         pre_nms=(12000, 6000),
         post_nms=(2000, 300),
         min_size=min_size,

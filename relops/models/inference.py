@@ -79,6 +79,32 @@ def detect(
     return results
 
 
+def load_backbone(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads what a classifier learned into a detector's backbone, and fc6 and fc7 of VGG-16 into its head.
+
+    Args:
+        model: a detector.
+        state_dict: of the classifier, torchvision's or ours; what the detector does not have is left out.
+
+    Raises:
+        ValueError: a parameter that is missing, or of another shape.
+    """
+    targets = {name: (name, value) for name, value in model.backbone.body.state_dict().items()}
+    if "classifier.0.weight" in state_dict:
+        for name, value in model.roi_heads.box_head.state_dict().items():
+            targets[name] = (name.replace("fc6", "classifier.0").replace("fc7", "classifier.3"), value)
+    with torch.no_grad():
+        for name, value in targets.values():
+            if name not in state_dict:
+                raise ValueError(f"relops.models: state_dict must have {name}, which the backbone has")
+            if state_dict[name].shape != value.shape:
+                raise ValueError(
+                    f"relops.models: {name} of state_dict must be {list(value.shape)}, got "
+                    f"{list(state_dict[name].shape)}"
+                )
+            value.copy_(state_dict[name])
+
+
 def load_torchvision(model: nn.Module, state_dict: Mapping[str, Tensor], norm_eps: float | None = None) -> None:
     """Loads a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, of any of its versions.
 

@@ -87,9 +87,8 @@ class RPN(nn.Module):
         filter_first: the order of the released code: all boxes are decoded and clipped, and the small ones are gone
             before the highest scores are taken. Otherwise the highest scores are taken first (faster).
         ignore_outside: anchors that are not wholly in the image take no part in training.
-        box_weight: lambda, that the loss of deltas is multiplied by.
-        per_location: the loss of deltas is divided by the number of positions of a map, as the paper writes, where
-            lambda is 10; otherwise by the number of samples, as the code does.
+        balance: lambda, with the paper's normalization (there 10): the loss of deltas is divided by the number of
+            positions of the maps and multiplied by it. None: the released code's, divided by the number of samples.
         beta: of smooth L1, where it turns from a parabola into a line (1 / sigma^2).
     """
 
@@ -109,8 +108,7 @@ class RPN(nn.Module):
         min_size: float = 1e-3,
         filter_first: bool = False,
         ignore_outside: bool = False,
-        box_weight: float = 1.0,
-        per_location: bool = False,
+        balance: float | None = None,
         beta: float = 1 / 9,
     ) -> None:
         super().__init__()
@@ -123,8 +121,7 @@ class RPN(nn.Module):
         self.min_size = min_size
         self.filter_first = filter_first
         self.ignore_outside = ignore_outside
-        self.box_weight = box_weight
-        self.per_location = per_location
+        self.balance = balance
         self.beta = beta
 
     def forward(
@@ -152,7 +149,7 @@ class RPN(nn.Module):
         counts = [len(x) for x in anchors]
         logits, deltas = (_boxes.widened(torch.cat(x, 1)) for x in (logits, deltas))
         anchors = torch.cat(anchors)
-        losses = {} if targets is None else self.losses(logits, deltas, anchors, counts, sizes, targets)
+        losses = {} if targets is None else self.losses(logits, deltas, anchors, sizes, targets)
         if not box_gradients:
             deltas = deltas.detach()
         return self.proposals(logits.detach(), deltas, anchors, counts, sizes, most), losses
@@ -187,7 +184,7 @@ class RPN(nn.Module):
         return Proposals(boxes, scores.gather(1, keep), valid)
 
     def losses(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, counts: Sequence[int], sizes: Tensor, targets: Targets
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor, targets: Targets
     ) -> dict[str, Tensor]:
         """Of scores [N,A] and deltas [N,A,4] of anchors [A,4]."""
         with torch.no_grad():
@@ -199,11 +196,8 @@ class RPN(nn.Module):
             num = valid.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(logits.gather(1, index), is_positive.float(), reduction="none")
         distance = F.smooth_l1_loss(_boxes.take(deltas, index), wanted, reduction="none", beta=self.beta).sum(-1)
-        regions = len(logits) * sum(counts) / self.anchors.per_cell if self.per_location else num
-        return {
-            "rpn_objectness": (loss * valid).sum() / num,
-            "rpn_boxes": (distance * is_positive).sum() / regions * self.box_weight,
-        }
+        per = 1 / num if self.balance is None else self.balance * self.anchors.per_cell / logits.numel()
+        return {"rpn_objectness": (loss * valid).sum() / num, "rpn_boxes": (distance * is_positive).sum() * per}
 
     def targets(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
         """Which anchors are positive and which negative, [N,A] bool, and the object each overlaps most with, [N,A]."""

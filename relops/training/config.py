@@ -24,6 +24,9 @@ class TrainConfig:
     output: str = setting("", "folder of all files of the run (runs/MODEL-DATA)")
     model: str = setting("faster_rcnn_fpn", "which detector")
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    backbone_weights: str | None = setting(
+        None, "file with the state_dict of a classifier to begin with, as torchvision has it"
+    )
     proposals: str | None = setting(None, "file of proposals of the images to train on (Fast R-CNN)")
     test_proposals: str | None = setting(None, "file of proposals of the images to evaluate on (Fast R-CNN)")
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from relops.models import load_backbone
 from relops.training import checkpoint, inference
 from relops.training.config import TrainConfig
 from relops.training.data import Batch, EpochSampler, Transformed, open_data, with_proposals
@@ -118,6 +119,8 @@ class Run:
 
         torch.manual_seed(seed_of(config.seed))
         self.model = inference.build(config.model, len(self.data.classes), config.options).to(here.device)
+        if config.backbone_weights is not None:
+            load_backbone(self.model, checkpoint.load(Path(config.backbone_weights)))
         self.data.has_masks = self.data.has_masks and self.model.uses_masks  # nobody else pays for them
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)

@@ -1,0 +1,189 @@
+"""Whole detectors against torchvision's, with the same weights: `python -m benchmarks.detectors`, where torchvision is.
+
+Three pairs: a training iteration of the small Faster R-CNN on a pyramid that the README trains (four images of 320x240,
+with what both do to images first, and AdamW), and detection in one image of 800x1066 by fasterrcnn_resnet50_fpn and by
+maskrcnn_resnet50_fpn. Before anything is timed, both must give the same losses of the same samples, or the same
+detections. Rounds alternate between the two; a ratio is the median of the ratios within rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import relops
+from benchmarks import harness
+from relops.models import Targets
+
+SMALL = {"backbone": "resnet18-gn-32", "channels": 64, "hidden": 256, "num_samples": 128}
+SIZES = (16, 32, 64, 128, 256)
+CLASSES = 3
+
+
+def vision() -> object:
+    try:
+        from torchvision.models import detection
+    except ImportError as error:
+        raise SystemExit("torchvision is missing, which this compares with") from error
+    return detection
+
+
+class Body(nn.Module):
+    """Our pyramid, as torchvision's detectors want a backbone: the convolutions are the same."""
+
+    def __init__(self, backbone: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.body, self.fpn, self.out_channels = backbone.body, backbone.fpn, channels
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.fpn(self.body.stage_maps(x))
+        return OrderedDict(zip(("0", "1", "2", "3", "pool"), maps))
+
+
+def small_pair() -> tuple[nn.Module, nn.Module]:
+    detection = vision()
+    ours = relops.models.faster_rcnn_fpn(CLASSES, sizes=SIZES, **SMALL)
+    theirs = detection.FasterRCNN(
+        Body(relops.models.faster_rcnn_fpn(CLASSES, sizes=SIZES, **SMALL).backbone, SMALL["channels"]),
+        rpn_anchor_generator=detection.rpn.AnchorGenerator(tuple((s,) for s in SIZES), ((0.5, 1.0, 2.0),) * 5),
+        box_head=detection.faster_rcnn.TwoMLPHead(SMALL["channels"] * 49, SMALL["hidden"]),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(SMALL["hidden"], CLASSES + 1),
+        box_batch_size_per_image=SMALL["num_samples"],
+        min_size=240,
+        max_size=320,
+    )
+    relops.models.load_torchvision(ours, theirs.state_dict())
+    return ours, theirs
+
+
+def busy(model: nn.Module) -> nn.Module:
+    """With weights that make a hundred detections of many classes: those of a new model are all of one score."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "cls_score" in name or "cls_logits" in name:
+                parameter.normal_(0, 0.3)
+            elif "bbox_pred" in name:
+                parameter.normal_(0, 0.02)
+            elif name.endswith("bn3.weight"):
+                parameter.fill_(0.3)
+    return model.eval()
+
+
+def random_objects(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """[count,4] boxes of 15 to 60 pixels, as the cells of the images that the README trains on, and their labels."""
+    size = 15 + 45 * torch.rand(count, 2)
+    corner = torch.rand(count, 2) * (torch.tensor([width, height]) - size)
+    return torch.cat([corner, corner + size], 1), torch.randint(CLASSES, (count,))
+
+
+def training_steps(device: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    torch.manual_seed(0)
+    ours, theirs = (x.to(device).train() for x in small_pair())
+    images = [torch.rand(3, 240, 320, device=device) for _ in range(4)]
+    objects = [random_objects(13, 240, 320) for _ in images]
+    boxes, labels = (torch.stack(x).to(device) for x in zip(*objects))
+    targets = [{"boxes": b, "labels": x + 1} for b, x in zip(boxes, labels)]
+    ours_optimizer, theirs_optimizer = (torch.optim.AdamW(m.parameters(), 1e-4) for m in (ours, theirs))
+
+    def our_losses() -> dict[str, Tensor]:
+        batch, sizes, _ = relops.models.batch_images(images, 240, 320)
+        return ours(batch, sizes, Targets(boxes, labels))
+
+    def step(losses: Callable[[], dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        sum(losses().values()).backward()
+        optimizer.step()
+
+    # Of all candidates there is no chance in the losses.
+    samplers = theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler
+    before = [s.batch_size_per_image for s in samplers]
+    for module, sampler in zip((ours.rpn, ours.roi_heads), samplers):
+        module.num_samples = sampler.batch_size_per_image = 100000
+    with torch.no_grad():
+        found, expected = sum(our_losses().values()).item(), sum(theirs(images, targets).values()).item()
+    if abs(found - expected) > 1e-3 * expected:
+        raise harness.VerificationError(f"losses differ: {found} of ours, {expected} of torchvision's")
+    for module, sampler, count in zip((ours.rpn, ours.roi_heads), samplers, before):
+        module.num_samples = sampler.batch_size_per_image = count
+    return lambda: step(our_losses, ours_optimizer), lambda: step(lambda: theirs(images, targets), theirs_optimizer)
+
+
+def detections(name: str, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    torch.manual_seed(0)
+    theirs = getattr(vision(), f"{name}_resnet50_fpn")(weights=None, weights_backbone=None)
+    theirs = busy(theirs).to(device)
+    ours = (relops.models.faster_rcnn_fpn if name == "fasterrcnn" else relops.models.mask_rcnn)(90)
+    relops.models.load_torchvision(ours, theirs.state_dict())
+    ours.to(device).eval()
+    coarse = torch.rand(1, 3, 25, 33, device=device)
+    image = nn.functional.interpolate(coarse, size=(480, 640), mode="bicubic")[0].clamp(0, 1)
+
+    @torch.no_grad()
+    def run_theirs() -> dict[str, Tensor]:
+        return theirs([image])[0]
+
+    def run_ours() -> dict[str, Tensor]:
+        return relops.models.detect(ours, [image])[0]
+
+    found, expected = run_ours(), run_theirs()
+    same = len(found["labels"]) == len(expected["labels"]) > 50
+    far = (found["boxes"][None] - expected["boxes"][:, None]).abs().amax(2)
+    far += 1000 * (found["labels"][None] != expected["labels"][:, None] - 1)
+    if not same or far.amin(1).max() > 0.1:
+        raise harness.VerificationError(f"{name}: detections differ, by up to {far.amin(1).max():.3f} pixels")
+    return run_ours, run_theirs
+
+
+def measure(ours: Callable[[], object], theirs: Callable[[], object], device: str, rounds: int) -> dict[str, float]:
+    times: list[tuple[float, float]] = []
+    for i in range(rounds + 1):
+        seconds = {}
+        for run in (ours, theirs) if i % 2 else (theirs, ours):
+            harness.synchronize(device)
+            start = time.perf_counter()
+            run()
+            harness.synchronize(device)
+            seconds[run] = time.perf_counter() - start
+        if i > 0:  # the first warms up
+            times.append((seconds[ours], seconds[theirs]))
+    return {
+        "relops_ms": 1000 * statistics.median(a for a, _ in times),
+        "torchvision_ms": 1000 * statistics.median(b for _, b in times),
+        "ratio": statistics.median(b / a for a, b in times),
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=11)
+    options = parser.parse_args()
+    rows = {
+        "Faster R-CNN, ResNet-18-GN/2 FPN, 4 x 320x240, training iteration": lambda: training_steps(options.device),
+        "fasterrcnn_resnet50_fpn, 1 x 1066x800, detection": lambda: detections("fasterrcnn", options.device),
+        "maskrcnn_resnet50_fpn, 1 x 1066x800, detection": lambda: detections("maskrcnn", options.device),
+    }
+    results = {}
+    print(f"{'':68}{'relops':>10}{'torchvision':>13}{'ratio':>8}")
+    for name, make in rows.items():
+        results[name] = measure(*make(), options.device, options.rounds)
+        ours, theirs, ratio = (results[name][x] for x in ("relops_ms", "torchvision_ms", "ratio"))
+        print(f"{name:68}{ours:>7.0f} ms{theirs:>10.0f} ms{ratio:>7.2f}x")
+    import torchvision
+
+    folder = harness.RESULTS / harness.machine_name(options.device) / "detectors"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = harness.describe_run(options.device) | {"torchvision": torchvision.__version__, "rows": results}
+    (folder / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
