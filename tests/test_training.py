@@ -534,6 +534,17 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
     assert main(fast) == 2
 
 
+def test_run_by_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither output nor run is given, they are of model and data; images to draw are those to evaluate on."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--model", "tiny", "--data", "shapes:10", "--device", "cpu"]
+    assert main(["train", *common, "--iterations", "1", "--batch", "2", "--workers", "0"]) == 0
+    assert (tmp_path / "runs" / "tiny-shapes-10" / "model.pt").exists()
+    assert main(["eval", *common, "--workers", "0"]) == 0
+    assert main(["predict", *common, "--output", "drawn"]) == 0
+    assert sorted(x.name for x in (tmp_path / "drawn").glob("*.png")) == ["shapes[test][0].png", "shapes[test][1].png"]
+
+
 def test_masks_are_found_and_written(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     training = ["--model", "mask_rcnn", "--data", "shapes:10", "--iterations", "1", "--batch", "2", "--workers", "0"]

@@ -66,22 +66,24 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser("eval", help="average precision of a trained detector")
     _add_detector(parser)
-    _add_data(parser)
+    _add_loader(parser)
     parser.add_argument("--proposals", help="file of proposals of the images (Fast R-CNN)")
     parser.add_argument("--voc", action="store_true", help="PASCAL VOC's average precision, too")
     parser.add_argument("--output", type=Path, metavar="FILE", help="for the numbers as JSON")
     parser.set_defaults(run=_reports_errors(_eval))
 
-    parser = commands.add_parser("predict", help="detect objects in image files")
+    parser = commands.add_parser("predict", help="detect objects in images, and draw them")
     _add_detector(parser)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of them")
+    parser.add_argument(
+        "images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders of them; none: those to evaluate on"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for drawings and detections.json")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score (0.5)")
     parser.set_defaults(run=_reports_errors(_predict))
 
     parser = commands.add_parser("propose", help="write a detector's proposals, to train Fast R-CNN on")
     _add_detector(parser)
-    _add_data(parser)
+    _add_loader(parser)
     parser.add_argument("--split", choices=("train", "test"), required=True)
     parser.add_argument("--output", required=True, metavar="FILE")
     parser.add_argument("--count", type=int, default=1000, help="of an image, at most (1000)")
@@ -107,13 +109,17 @@ def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field, kind
 
 
 def _add_detector(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("detector", type=Path, metavar="RUN", help="folder of a run, or its model.pt or last.pt")
+    parser.add_argument(
+        "detector", nargs="?", type=Path, metavar="RUN",
+        help="folder of a run, or its model.pt or last.pt; where train puts that of --model and --data",
+    )  # fmt: skip
+    parser.add_argument("--model", default=TrainConfig.model, help="of the run, where RUN is not given")
+    parser.add_argument("--data", help="coco:DIR, voc:DIR or shapes[:N] (that of the run)")
     parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
     parser.add_argument("--threads", type=int, help="of the CPU")
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help="coco:DIR, voc:DIR or shapes[:N] (that of the run)")
+def _add_loader(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images at a time (8)")
     parser.add_argument("--workers", type=int, default=2, help="processes that load images (2)")
 
@@ -162,9 +168,12 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
         if settings.model in models.DETECTORS:
             known = inspect.signature(models.DETECTORS[settings.model]).parameters
             options = {k: v for k, v in SHAPES_DEFAULTS["options"].items() if k in known} | options
-    name = re.sub(r"[^\w.-]+", "-", settings.data).strip("-")
-    given.setdefault("output", os.path.join("runs", f"{settings.model}-{name}"))
+    given.setdefault("output", default_folder(settings.model, settings.data))
     return TrainConfig(**given | {"options": options})
+
+
+def default_folder(model: str, data: str) -> str:
+    return os.path.join("runs", f"{model}-" + re.sub(r"[^\w.-]+", "-", data).strip("-"))
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -199,7 +208,8 @@ def _load(arguments: argparse.Namespace) -> Detector:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_detector(arguments.detector, torch.device(device))
+    path = arguments.detector or Path(default_folder(arguments.model, arguments.data or TrainConfig.data))
+    return load_detector(path, torch.device(device))
 
 
 def _open_data(arguments: argparse.Namespace, detector: Detector, split: str) -> DetectionData:
@@ -233,6 +243,17 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _image_files(paths: list[Path]) -> list[str]:
+    """The files given, and those in the folders given."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(x for x in path.iterdir() if x.suffix.lower() in IMAGES) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path}: a folder must have images in it, got none of {', '.join(IMAGES)}")
+        files += inside
+    return list(map(str, files))
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     from relops.training._samples import encode_mask, read_image
     from relops.training.inference import detect, draw, image_sample
@@ -240,30 +261,31 @@ def _predict(arguments: argparse.Namespace) -> int:
     detector = _load(arguments)
     if detector.uses_proposals:
         raise ValueError(f"model {detector.name} is given proposals, which image files have not")
-    files = []
-    for path in arguments.images:
-        inside = sorted(x for x in path.iterdir() if x.suffix.lower() in IMAGES) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path}: a folder must have images in it, got none of {', '.join(IMAGES)}")
-        files += inside
-    by_name: dict[str, Path] = {}
+    if arguments.images:
+        files = _image_files(arguments.images)
+        read = [functools.partial(lambda file: image_sample(read_image(file), file), file) for file in files]
+    else:
+        data = _open_data(arguments, detector, "test")
+        files = [annotation.file for annotation in data.annotations()]
+        read = [functools.partial(data.__getitem__, index) for index in range(len(data))]
+    by_name: dict[str, str] = {}
     for file in files:
-        if file.name in by_name:
-            raise ValueError(f"names of images must differ, got {by_name[file.name]} and {file}")
-        by_name[file.name] = file
+        other = by_name.setdefault(Path(file).name, file)
+        if other is not file:
+            raise ValueError(f"names of images must differ, got {other} and {file}")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     results, failed = {}, False
-    for file in files:
+    for file, read_sample in zip(files, read):
         try:
-            sample = image_sample(read_image(str(file)), str(file))
+            sample = read_sample()
         except ValueError as error:
             print(f"relops predict: {error}", file=sys.stderr)
             failed = True
             continue
         found = detect(detector, sample, arguments.threshold)
-        draw(detector, sample, found, arguments.output / f"{file.name}.png")
-        results[str(file)] = [
+        draw(detector, sample, found, arguments.output / f"{Path(file).name}.png")
+        results[file] = [
             {
                 "class": detector.classes[label],
                 "score": round(float(score), 4),
