@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from relops.models.inference import MEAN, STD
 from relops.training.data import (
-    MEAN,
-    STD,
     DetectionData,
     EpochSampler,
     Sample,

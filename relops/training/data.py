@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from relops.models._structures import Targets
+from relops.models.inference import MEAN, STD
 from relops.training._coco import open_coco
 from relops.training._samples import Annotation, DetectionData, Sample, require
 from relops.training._shapes import ShapesData
 from relops.training._voc import open_voc
 
 __all__ = [
-    "MEAN",
-    "STD",
     "Annotation",
     "Batch",
     "DetectionData",
@@ -40,7 +39,6 @@ __all__ = [
     "with_proposals",
 ]
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in [0,1]
 DIVISOR = 32  # of the sizes of batches: the coarsest stride of a pyramid
 
 

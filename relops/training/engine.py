@@ -121,7 +121,8 @@ class Run:
         self.model = inference.build(config.model, len(self.data.classes), config.options).to(here.device)
         if config.backbone_weights is not None:
             load_backbone(self.model, checkpoint.load(Path(config.backbone_weights)))
-        self.data.has_masks = self.data.has_masks and self.model.uses_masks  # nobody else pays for them
+        for data in (self.data, self.test_data):
+            data.has_masks = data.has_masks and self.model.uses_masks  # nobody else pays for them
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.model.uses_proposals and None in (config.proposals, config.test_proposals):
