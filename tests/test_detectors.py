@@ -403,7 +403,7 @@ def test_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rpn_loss": "sigmoid"}, {"roi": "align"}, {"order": "top_first"}, {"balance": 10.0}]
+    "options", [{"rpn_loss": "sigmoid"}, {"roi": "align"}, {"order": "top_first"}, {"balance": 10.0}, {"stride": 8}]
 )
 def test_faster_rcnn_options(options: dict) -> None:
     losses = small("faster_rcnn", **options)(*batch())
@@ -553,6 +553,19 @@ def test_dilated_body_keeps_its_stride() -> None:
     plain.load_state_dict(body.state_dict())  # the same parameters
 
 
+@pytest.mark.parametrize("name", ["faster_rcnn", "fast_rcnn", "r_fcn"])
+@pytest.mark.parametrize("stride", [8, 16])
+def test_stride(name: str, stride: int) -> None:
+    model = small(name, stride=stride)
+    for x in model.backbone(torch.randn(1, 3, 64, 96)):
+        assert x.shape[2:] == (64 // stride, 96 // stride)
+    assert all(loss.isfinite() for loss in model(*batch()).values())
+    if name == "faster_rcnn":
+        assert relops.models.faster_rcnn(3, backbone="vgg16", stride=stride, channels=8, hidden=8).backbone(
+            torch.randn(1, 3, 64, 96)
+        )[0].shape[2:] == (64 // stride, 96 // stride)
+
+
 def test_pretrained_weights_of_a_classifier() -> None:
     """Fill the stages that there are, and of VGG-16 fc6 and fc7, too."""
     classifier = relops.models.resnet18()
@@ -622,6 +635,8 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
         (lambda: relops.models.build("yolo", 3), "model must be one of .*faster_rcnn.*, got 'yolo'"),
         (lambda: make_body("resnet19"), "backbone must be one of .*resnet18.*, got 'resnet19'"),
         (lambda: relops.models.faster_rcnn(3, training="never"), "training must be .*, got 'never'"),
+        (lambda: relops.models.faster_rcnn(3, stride=4), "stride must be 16 or 8, got 4"),
+        (lambda: relops.models.faster_rcnn(3, backbone="zf", stride=8), "stride of zf must be 16, got 8"),
         (lambda: relops.models.resnet18(norm="layer"), "norm must be .*, got 'layer'"),
     ],
 )

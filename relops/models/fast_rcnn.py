@@ -47,6 +47,7 @@ def fast_rcnn(
     dropout: float = 0.5,
     num_samples: int = 64,
     frozen_stages: int = 0,
+    stride: int = 16,
 ) -> FastRCNN:
     """Fast R-CNN: one map at a stride of 16, RoI pooling, two fully connected layers, scores and deltas per class.
 
@@ -61,8 +62,9 @@ def fast_rcnn(
         dropout: behind the fully connected layers.
         num_samples: regions an image that losses are of.
         frozen_stages: of the backbone, not trained.
+        stride: of the map, 16 or, for small images, 8.
     """
-    maps, size = single_map(backbone, frozen_stages)
+    maps, size = single_map(backbone, frozen_stages, stride)
     roi_heads = RoIHeads(
         RegionPool(roi, size, maps.strides),
         TwoFCHead(maps.channels[0] * size**2, hidden, dropout),

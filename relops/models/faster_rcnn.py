@@ -16,12 +16,16 @@ from relops.models.rpn import RPN, Proposals, make_rpn
 from relops.ops._checks import check_choice
 
 
-def single_map(backbone: str, frozen_stages: int) -> tuple[StageBackbone, int]:
-    """A backbone up to its last map at a stride of 16, and the size that regions of it are pooled to."""
-    if backbone.startswith(("vgg16", "zf")):
-        body = make_body(backbone, frozen_stages)
-        return StageBackbone(body, [len(body.strides) - 1]), 6 if backbone.startswith("zf") else 7
-    return StageBackbone(make_body(backbone, frozen_stages, stages=3), [2]), 7
+def single_map(backbone: str, frozen_stages: int, stride: int) -> tuple[StageBackbone, int]:
+    """A backbone up to its last map of that stride, 16 or 8, and the size that regions of it are pooled to."""
+    if stride not in (8, 16):
+        raise ValueError(f"relops.models: stride must be 16 or 8, got {stride}")
+    if backbone.startswith("zf"):
+        if stride != 16:
+            raise ValueError(f"relops.models: stride of zf must be 16, got {stride}")
+        return StageBackbone(make_body(backbone, frozen_stages), [2]), 6
+    stages = stride.bit_length() - (0 if backbone.startswith("vgg16") else 2)
+    return StageBackbone(make_body(backbone, frozen_stages, stages=stages), [stages - 1]), 7
 
 
 class AlternatingFasterRCNN(TwoStageDetector):
@@ -92,6 +96,7 @@ def faster_rcnn(
     dropout: float = 0.5,
     num_samples: int = 128,
     frozen_stages: int = 0,
+    stride: int = 16,
     scales: Sequence[float] = (8, 16, 32),
     min_size: float = 16,
 ) -> TwoStageDetector:
@@ -112,7 +117,8 @@ def faster_rcnn(
         dropout: behind the fully connected layers.
         num_samples: regions an image that losses are of.
         frozen_stages: of the backbone, not trained.
-        scales: of anchors, in 16 pixels.
+        stride: of the map, 16 or, for small images, 8.
+        scales: of anchors, in strides.
         min_size: of proposals, in pixels.
     """
     check_choice("models", "training", training, ("approximate", "joint", "alternating"))
@@ -121,11 +127,11 @@ def faster_rcnn(
         raise ValueError(
             f'relops.models: roi must be "align" where training is "joint": boxes of {roi!r} have no gradient'
         )
-    maps, size = single_map(backbone, frozen_stages)
+    maps, size = single_map(backbone, frozen_stages, stride)
     rpn = make_rpn(
         maps.channels[0],
         channels,
-        [paper_anchors(scales=scales)],
+        [paper_anchors(stride, scales=scales)],
         maps.strides,
         loss=rpn_loss,
         balance=balance,

@@ -64,6 +64,7 @@ def r_fcn(
     hidden: int = 1024,
     frozen_stages: int = 0,
     num_samples: int = 128,
+    stride: int = 16,
     scales: Sequence[float] = (8, 16, 32),
     min_size: float = 16,
 ) -> TwoStageDetector:
@@ -76,14 +77,18 @@ def r_fcn(
         hidden: channels between the backbone and the position-sensitive maps.
         frozen_stages: of the backbone, not trained.
         num_samples: the regions of largest loss of an image, that losses are of.
-        scales: of anchors, in 16 pixels.
+        stride: of both maps: 16, or, for small images, 8, with a stage less.
+        scales: of anchors, in strides.
         min_size: of proposals, in pixels.
     """
-    maps = StageBackbone(make_body(backbone, frozen_stages, dilated=True), [2, 3])
+    if stride not in (8, 16):
+        raise ValueError(f"relops.models: stride must be 16 or 8, got {stride}")
+    stages = 4 if stride == 16 else 3
+    maps = StageBackbone(make_body(backbone, frozen_stages, stages=stages, dilated=True), [stages - 2, stages - 1])
     rpn = make_rpn(
         maps.channels[0],
         channels,
-        [paper_anchors(scales=scales)],
+        [paper_anchors(stride, scales=scales)],
         maps.strides[:1],
         loss="softmax",
         levels=1,

@@ -100,10 +100,12 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels = width
         self.channels: list[int] = []  # of the outputs of the stages
-        self.strides = [4, 8, 16, 16 if dilated else 32][:stages]
+        self.strides = [4 * 2**stage for stage in range(stages)]
+        if dilated:
+            self.strides[-1] = self.strides[-2]
         for stage, count in enumerate(layers[:stages]):
             inner = width * 2**stage
-            dilation = 2 if dilated and stage == 3 else 1
+            dilation = 2 if dilated and stage == stages - 1 else 1
             stride = 1 if stage == 0 or dilation > 1 else 2
             blocks = []
             for i in range(count):

@@ -16,18 +16,19 @@ class VGG16(nn.Module):
     Args:
         num_classes: outputs of the classifier; None: no classifier, for detectors.
         norm: None as published, or what ResNet takes (torchvision's vgg16_bn is "batch").
+        stages: so many there are; fewer than five for detectors that use no more.
 
     Input [N,3,H,W]; output [N,num_classes]. `stage_maps` gives conv1_2, conv2_2, conv3_3, conv4_3 and conv5_3, at
     strides 1 to 16: the last maximum (pool5) is the classifier's only. A state_dict of torchvision's loads as it is.
     """
 
-    def __init__(self, num_classes: int | None = 1000, *, norm: str | None = None) -> None:
+    def __init__(self, num_classes: int | None = 1000, *, norm: str | None = None, stages: int = 5) -> None:
         super().__init__()
-        self.channels = [stage[-1] for stage in CONVS]
-        self.strides = [1, 2, 4, 8, 16]
+        self.channels = [stage[-1] for stage in CONVS[:stages]]
+        self.strides = [2**stage for stage in range(stages)]
         layers: list[nn.Module] = []
         channels = 3
-        for stage in CONVS:
+        for stage in CONVS[:stages]:
             for width in stage:
                 layers.append(nn.Conv2d(channels, width, 3, 1, 1))
                 if norm is not None:
