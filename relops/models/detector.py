@@ -67,7 +67,8 @@ class TwoStageDetector(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
         if sizes is None:
-            sizes = images.new_tensor(images.shape[-2:], dtype=torch.float32).expand(len(images), 2)
+            height, width = (torch.full((len(images),), n, device=images.device) for n in images.shape[-2:])
+            sizes = torch.stack([height, width], 1).float()
         if sizes.shape != (len(images), 2):
             raise ValueError(f"{name}: sizes must be [N,2] with N = {len(images)}, got {list(sizes.shape)}")
         if self.training if training is None else training:

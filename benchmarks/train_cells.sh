@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Trains the detectors from scratch on photographs of blood cells (the public Complete-Blood-Cell-Count-Dataset, 300
+# images to train on and 60 to test on, in DATA/{train,test}/{Annotations,Images}), at 320x240 on a CPU, and keeps what
+# shows how it went in benchmarks/results/cells/NAME.
+#
+#   benchmarks/train_cells.sh DATA [NAME..]      all of them, or those named
+set -euo pipefail
+data=$1
+shift
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+runs=runs/cells
+
+common=(--data "voc:$data" --backbone resnet18-gn-32 --min-size 240 --max-size 320 --batch 4 --optimizer adamw --lr 1e-3
+    --weight-decay 0.01 --schedule cosine --warmup 50 --clip 10 --ema 0.99 --vertical-flip --workers 1 --cache)
+pyramid=(--channels 64 --hidden 256 --option "sizes=(16,32,64,128,256)" --option num_samples=128)
+map=(--option stride=8 --option "scales=(2,5,12)" --option min_size=4)
+one=(--model faster_rcnn --channels 128 --hidden 256 --option dropout=0.0 --option roi=align "${map[@]}")
+
+train() {
+    local name=$1
+    shift
+    "$python" -m relops train --output "$runs/$name" "${common[@]}" "$@"
+    local kept=benchmarks/results/cells/$name
+    mkdir -p "$kept"
+    cp "$runs/$name"/{log.jsonl,metrics.json,curves.png} "$kept"
+    cp "$runs/$name/predictions/0.png" "$kept/prediction.png"
+}
+
+run() {
+    case $1 in
+    faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 1950 --eval-every 195 ;;
+    approximate | joint) train "$1" "${one[@]}" --option training="$1" --iterations 600 --eval-every 150 ;;
+    alternating) train "$1" "${one[@]}" --option training="$1" --iterations 900 --eval-every 150 ;;
+    cascade_rcnn | mask_rcnn) train "$1" --model "$1" "${pyramid[@]}" --iterations 260 --eval-every 130 ;;
+    r_fcn) train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --iterations 600 --eval-every 150 ;;
+    hypernet)
+        train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(16,40,96)" \
+            --option candidate_stride=8 --iterations 400 --eval-every 100
+        ;;
+    fast_rcnn) # on the proposals of the run named approximate
+        for split in train test; do
+            "$python" -m relops propose "$runs/approximate" --split $split --count 300 --output "$runs/$split.npz"
+        done
+        train "$1" --model "$1" --proposals "$runs/train.npz" --test-proposals "$runs/test.npz" --hidden 256 \
+            --option dropout=0.0 --option stride=8 --option roi=align --iterations 400 --eval-every 100
+        ;;
+    *) echo "no run is named $1" && return 2 ;;
+    esac
+}
+
+[[ $# -gt 0 ]] || set -- faster_rcnn_fpn approximate joint alternating cascade_rcnn mask_rcnn r_fcn hypernet fast_rcnn
+for name; do run "$name"; done
