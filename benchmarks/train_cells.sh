@@ -29,7 +29,7 @@ train() {
 
 run() {
     case $1 in
-    faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 1950 --eval-every 195 ;;
+    faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 1170 --eval-every 195 ;;
     approximate | joint) train "$1" "${one[@]}" --option training="$1" --iterations 600 --eval-every 150 ;;
     alternating) train "$1" "${one[@]}" --option training="$1" --iterations 900 --eval-every 150 ;;
     cascade_rcnn | mask_rcnn) train "$1" --model "$1" "${pyramid[@]}" --iterations 260 --eval-every 130 ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -55,32 +56,24 @@ class ShapesData(DetectionData):
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self._drawn(index)
+        return sample if self.has_masks else dataclasses.replace(sample, masks=None)
+
+    def _drawn(self, index: int) -> Sample:
         image, labels, masks = _draw(np.random.default_rng((self._split == "test", index)))
         boxes = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
-        return Sample(
-            image,
-            boxes,
-            labels,
-            np.zeros(len(boxes), bool),
-            masks if self.has_masks else None,
-            None,
-            index,
-            f"shapes[{self._split}][{index}]",
-            (HEIGHT, WIDTH),
-        )
+        file = f"shapes[{self._split}][{index}]"
+        return Sample(image, boxes, labels, np.zeros(len(boxes), bool), masks, None, index, file, (HEIGHT, WIDTH))
 
     def annotations(self) -> list[Annotation]:
         return list(self._annotations())
 
     def _annotations(self) -> Iterator[Annotation]:
         for index in range(len(self)):
-            sample = self[index]
-            masks = None if sample.masks is None else [encode_mask(mask) for mask in sample.masks]
-            size = sample.boxes[:, 2:] - sample.boxes[:, :2]
-            areas = size.prod(1) if sample.masks is None else sample.masks.sum((1, 2)).astype(np.float32)
-            yield Annotation(
-                index, sample.file, HEIGHT, WIDTH, sample.boxes, sample.labels, sample.ignore, areas, masks
-            )
+            x = self._drawn(index)
+            masks = [encode_mask(mask) for mask in x.masks] if self.has_masks else None
+            areas = x.masks.sum((1, 2)).astype(np.float32)
+            yield Annotation(index, x.file, HEIGHT, WIDTH, x.boxes, x.labels, x.ignore, areas, masks)
 
     def aspect_ratios(self) -> list[float]:
         return [WIDTH / HEIGHT] * len(self)

@@ -32,19 +32,26 @@ MODEL_OPTIONS = {"backbone": str, "channels": int, "hidden": int}
 
 # In place of the defaults of TrainConfig where the data are shapes; of the options, those that the model has.
 SHAPES_DEFAULTS: dict[str, Any] = {
-    "options": {"backbone": "resnet18-gn", "channels": 64, "hidden": 256},
+    "options": {
+        "backbone": "resnet18-gn-32",
+        "channels": 64,
+        "hidden": 256,
+        "num_samples": 128,
+        "sizes": (12, 24, 48, 96, 192),
+    },
     "min_size": 128,
     "max_size": 160,
     "cache": True,
     "batch": 8,
     "optimizer": "adamw",
     "lr": 1e-3,
-    "weight_decay": 0.05,
+    "weight_decay": 0.01,
     "schedule": "cosine",
-    "warmup": 100,
+    "warmup": 50,
     "clip": 10.0,
+    "ema": 0.99,
     "checkpoint_every": 100,
-    "epochs": 12.0,
+    "epochs": 5.0,
 }
 
 
