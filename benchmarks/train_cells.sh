@@ -30,10 +30,11 @@ train() {
 run() {
     case $1 in
     faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 1170 --eval-every 195 ;;
-    approximate | joint) train "$1" "${one[@]}" --option training="$1" --iterations 600 --eval-every 150 ;;
-    alternating) train "$1" "${one[@]}" --option training="$1" --iterations 900 --eval-every 150 ;;
+    approximate) train "$1" "${one[@]}" --iterations 600 --eval-every 150 ;;
+    joint) train "$1" "${one[@]}" --option training="$1" --iterations 400 --eval-every 100 ;;
+    alternating) train "$1" "${one[@]}" --option training="$1" --iterations 1400 --eval-every 350 ;;
     cascade_rcnn | mask_rcnn) train "$1" --model "$1" "${pyramid[@]}" --iterations 260 --eval-every 130 ;;
-    r_fcn) train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --iterations 600 --eval-every 150 ;;
+    r_fcn) train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --iterations 500 --eval-every 125 ;;
     hypernet)
         train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(16,40,96)" \
             --option candidate_stride=8 --iterations 400 --eval-every 100
