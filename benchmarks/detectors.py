@@ -164,7 +164,7 @@ def measure(ours: Callable[[], object], theirs: Callable[[], object], device: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     rows = {
         "Faster R-CNN, ResNet-18-GN/2 FPN, 4 x 320x240, training iteration": lambda: training_steps(options.device),

@@ -34,7 +34,9 @@ run() {
     joint) train "$1" "${one[@]}" --option training="$1" --iterations 400 --eval-every 100 ;;
     alternating) train "$1" "${one[@]}" --option training="$1" --iterations 1400 --eval-every 350 ;;
     cascade_rcnn | mask_rcnn) train "$1" --model "$1" "${pyramid[@]}" --iterations 260 --eval-every 130 ;;
-    r_fcn) train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --iterations 500 --eval-every 125 ;;
+    r_fcn)
+        train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --option parts=3 --iterations 600 --eval-every 150
+        ;;
     hypernet)
         train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(16,40,96)" \
             --option candidate_stride=8 --iterations 400 --eval-every 100

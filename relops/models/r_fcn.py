@@ -18,20 +18,21 @@ from relops.ops.ps_roi_pool import ps_roi_pool
 
 
 class PositionSensitiveHeads(RoIHeads):
-    """k x k maps for each class and for each of four deltas. Part (i, j) of a region is averaged in its own maps only,
-    and the mean of all parts is the region's score (section 2). All that is learned is convolution.
+    """Maps for each of parts x parts, of each class and of four deltas. A part of a region is averaged in its own maps
+    only, and the mean of all parts is the region's score (section 2). All that is learned is convolution.
 
     The backbone gives two maps; the second one is looked at. Losses are of the num_samples regions of an image whose
     loss is largest (online hard example mining), of all proposals.
     """
 
-    def __init__(self, channels: int, hidden: int, num_classes: int, stride: int, parts: int = 7, **options: object):
+    def __init__(self, channels: int, hidden: int, num_classes: int, stride: int, parts: int, **options: object):
         super().__init__(nn.Identity(), nn.Identity(), nn.Identity(), **options)
         self.parts, self.scale = parts, 1 / stride
         self.reduce = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True))
         self.cls_maps = nn.Conv2d(hidden, (num_classes + 1) * parts**2, 1)
         self.box_maps = nn.Conv2d(hidden, 4 * parts**2, 1)
-        for layer in (self.reduce[0], self.cls_maps, self.box_maps):
+        nn.init.kaiming_normal_(self.reduce[0].weight, mode="fan_out", nonlinearity="relu")
+        for layer in (self.cls_maps, self.box_maps):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
@@ -64,6 +65,7 @@ def r_fcn(
     hidden: int = 1024,
     frozen_stages: int = 0,
     num_samples: int = 128,
+    parts: int = 7,
     stride: int = 16,
     scales: Sequence[float] = (8, 16, 32),
     min_size: float = 16,
@@ -77,6 +79,7 @@ def r_fcn(
         hidden: channels between the backbone and the position-sensitive maps.
         frozen_stages: of the backbone, not trained.
         num_samples: the regions of largest loss of an image, that losses are of.
+        parts: k, of k x k parts of a region.
         stride: of both maps: 16, or, for small images, 8, with a stage less.
         scales: of anchors, in strides.
         min_size: of proposals, in pixels.
@@ -98,6 +101,13 @@ def r_fcn(
         ignore_outside=True,
     )
     roi_heads = PositionSensitiveHeads(
-        maps.channels[1], hidden, num_classes, maps.strides[1], num_samples=num_samples, beta=1.0, nms_threshold=0.3
+        maps.channels[1],
+        hidden,
+        num_classes,
+        maps.strides[1],
+        parts,
+        num_samples=num_samples,
+        beta=1.0,
+        nms_threshold=0.3,
     )
     return TwoStageDetector(maps, rpn, roi_heads)
