@@ -38,8 +38,8 @@ run() {
         train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --option parts=3 --iterations 600 --eval-every 150
         ;;
     hypernet)
-        train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(16,40,96)" \
-            --option candidate_stride=8 --iterations 400 --eval-every 100
+        train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(20,45,100)" \
+            --option num_samples=64 --iterations 300 --eval-every 100
         ;;
     fast_rcnn) # on the proposals of the run named approximate
         for split in train test; do

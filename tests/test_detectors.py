@@ -308,6 +308,25 @@ def test_image_without_objects(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_boxes_without_extent_are_as_if_absent(name: str) -> None:
+    images, sizes, targets = batch()
+    boxes, labels = targets.boxes.clone(), targets.labels.clone()
+    boxes[1, 1], boxes[1, 2], labels[1, 1:] = torch.tensor([30.0, 20, 30, 40]), math.nan, 0
+    model = small(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    losses = []
+    for given in (targets, targets._replace(boxes=boxes, labels=labels)):
+        torch.manual_seed(0)
+        losses.append(model(images, sizes, given))
+    assert all(torch.equal(loss, losses[1][loss_name]) for loss_name, loss in losses[0].items())
+    model.zero_grad()
+    sum(losses[1].values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_batch_equals_its_images(name: str, device: str) -> None:
     """Detections in a padded batch are those of each image padded alike."""
     model = small(name).to(device).eval()

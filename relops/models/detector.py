@@ -26,7 +26,7 @@ class TwoStageDetector(nn.Module):
     Inputs:
         images: [N,3,H,W], normalized as the backbone wants them, padded to the right and below.
         sizes: [N,2] height and width of each image without its padding, in pixels; None: there is none.
-        targets: Targets; needed for training only.
+        targets: Targets; needed for training only. Boxes without an extent, or not finite, are as if absent.
     """
 
     phases = (("", 1.0),)  # of training, with their shares of the iterations
@@ -46,7 +46,7 @@ class TwoStageDetector(nn.Module):
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
-        sizes = self.checked(images, sizes, targets)
+        sizes, targets = self.checked(images, sizes, targets)
         maps = self.backbone(images)
         if not self.training:
             proposals, _ = self.rpn(maps, sizes)
@@ -56,13 +56,14 @@ class TwoStageDetector(nn.Module):
 
     def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
         """The RPN's proposals; `most` as in RPN.forward."""
-        sizes = self.checked(images, sizes, None, training=False)
+        sizes, _ = self.checked(images, sizes, None, training=False)
         return self.rpn(self.backbone(images), sizes, most=most)[0]
 
     def checked(
         self, images: Tensor, sizes: Tensor | None, targets: Targets | None, training: bool | None = None
-    ) -> Tensor:
-        """sizes, or those of the images. Raises ValueError for shapes that do not fit."""
+    ) -> tuple[Tensor, Targets | None]:
+        """sizes, or those of the images, and targets, of which boxes without an extent are padding, too. Raises
+        ValueError for shapes that do not fit."""
         name = f"relops.models.{type(self).__name__}"
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
@@ -80,4 +81,6 @@ class TwoStageDetector(nn.Module):
                     f"{name}: targets must have boxes [N,T,4] and labels [N,T] with N = {len(images)} and T > 0, got "
                     f"{list(targets.boxes.shape)} and {list(targets.labels.shape)}"
                 )
-        return sizes
+            real = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
+            targets = targets._replace(labels=targets.labels.masked_fill(~real, -1))
+        return sizes, targets

@@ -23,7 +23,7 @@ class FastRCNN(TwoStageDetector):
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
-        sizes = self.checked(images, sizes, targets)
+        sizes, targets = self.checked(images, sizes, targets)
         if targets is None or targets.proposals is None:
             raise ValueError("relops.models.FastRCNN: targets.proposals must be given, in evaluation too, got None")
         boxes = targets.proposals.float()

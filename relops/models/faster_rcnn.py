@@ -62,7 +62,7 @@ class AlternatingFasterRCNN(TwoStageDetector):
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
-        sizes = self.checked(images, sizes, targets)
+        sizes, targets = self.checked(images, sizes, targets)
         if not self.training:
             return self.roi_heads.detect(*self._regions(images, sizes), sizes)
         if self.phase in (0, 2):
@@ -79,7 +79,7 @@ class AlternatingFasterRCNN(TwoStageDetector):
         return maps, self.rpn([x.detach() for x in from_maps], sizes, most=most)[0]
 
     def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
-        return self._regions(images, self.checked(images, sizes, None, training=False), most)[1]
+        return self._regions(images, self.checked(images, sizes, None, training=False)[0], most)[1]
 
 
 def faster_rcnn(
