@@ -545,6 +545,15 @@ def test_run_by_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(x.name for x in (tmp_path / "drawn").glob("*.png")) == ["shapes[test][0].png", "shapes[test][1].png"]
 
 
+@pytest.mark.parametrize("name", [name for name in models.DETECTORS if name != "fast_rcnn"])
+def test_every_detector_has_something_to_learn_in_shapes(name: str, tmp_path: Path) -> None:
+    """With the defaults of shapes: its anchors fit in the images, and some of them fit objects."""
+    common = ["--model", name, "--data", "shapes:10", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
+    assert main(["train", *common, "--iterations", "1", "--batch", "4", "--log-every", "1"]) == 0
+    losses = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["losses"]
+    assert all(loss > 0 for loss in losses.values())
+
+
 def test_masks_are_found_and_written(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     training = ["--model", "mask_rcnn", "--data", "shapes:10", "--iterations", "1", "--batch", "2", "--workers", "0"]
