@@ -69,8 +69,9 @@ def hypernet(
 ) -> TwoStageDetector:
     """HyperNet: proposals and detections both from regions pooled of one fused map at a stride of 4.
 
-    Candidates are boxes of several sizes and three ratios, every candidate_stride pixels. A hundred proposals are left
-    of them at inference.
+    Candidates are boxes of several sizes and three ratios, every candidate_stride pixels. Those that leave the image
+    are learned from, too: a pooled part outside of it looks like nothing inside. A hundred proposals are left at
+    inference.
 
     Args:
         num_classes: without the background.
@@ -95,7 +96,6 @@ def hypernet(
         Anchors(cells, maps.strides, candidate_stride // maps.STRIDE),
         pre_nms=(2000, 1000),
         post_nms=(200, 100),
-        ignore_outside=True,
     )
     size = 13
     roi_heads = RoIHeads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from relops.models.backbones import StageBackbone, make_body
 from relops.models.detector import TwoStageDetector
 from relops.models.roi_heads import RoIHeads
 from relops.models.rpn import Proposals, make_rpn
+from relops.ops._checks import check_choice
+from relops.ops.ps_roi_align import ps_roi_align
 from relops.ops.ps_roi_pool import ps_roi_pool
 
 
@@ -25,9 +28,13 @@ class PositionSensitiveHeads(RoIHeads):
     loss is largest (online hard example mining), of all proposals.
     """
 
-    def __init__(self, channels: int, hidden: int, num_classes: int, stride: int, parts: int, **options: object):
+    def __init__(
+        self, channels: int, hidden: int, num_classes: int, stride: int, parts: int, roi: str, **options: object
+    ):
         super().__init__(nn.Identity(), nn.Identity(), nn.Identity(), **options)
+        check_choice("models", "roi", roi, ("pool", "align"))
         self.parts, self.scale = parts, 1 / stride
+        self.pool = ps_roi_pool if roi == "pool" else functools.partial(ps_roi_align, sampling_ratio=2)
         self.reduce = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True))
         self.cls_maps = nn.Conv2d(hidden, (num_classes + 1) * parts**2, 1)
         self.box_maps = nn.Conv2d(hidden, 4 * parts**2, 1)
@@ -38,10 +45,9 @@ class PositionSensitiveHeads(RoIHeads):
 
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         x = self.reduce(maps[1])
-        votes = [
-            ps_roi_pool(layer(x), rois, self.parts, self.scale).mean((2, 3)) for layer in (self.cls_maps, self.box_maps)
-        ]
-        return _boxes.widened(votes[0]), _boxes.widened(votes[1])
+        votes = [self.pool(layer(x), rois, self.parts, self.scale) for layer in (self.cls_maps, self.box_maps)]
+        logits, deltas = (_boxes.widened(vote.mean((2, 3))) for vote in votes)
+        return logits, deltas
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         samples = self.regions(proposals, targets)
@@ -65,6 +71,7 @@ def r_fcn(
     hidden: int = 1024,
     frozen_stages: int = 0,
     num_samples: int = 128,
+    roi: str = "pool",
     parts: int = 7,
     stride: int = 16,
     scales: Sequence[float] = (8, 16, 32),
@@ -79,6 +86,7 @@ def r_fcn(
         hidden: channels between the backbone and the position-sensitive maps.
         frozen_stages: of the backbone, not trained.
         num_samples: the regions of largest loss of an image, that losses are of.
+        roi: "pool" (published) or "align".
         parts: k, of k x k parts of a region.
         stride: of both maps: 16, or, for small images, 8, with a stage less.
         scales: of anchors, in strides.
@@ -106,6 +114,7 @@ def r_fcn(
         num_classes,
         maps.strides[1],
         parts,
+        roi,
         num_samples=num_samples,
         beta=1.0,
         nms_threshold=0.3,
