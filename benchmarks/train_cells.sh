@@ -29,17 +29,18 @@ train() {
 
 run() {
     case $1 in
-    faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 1170 --eval-every 195 ;;
+    faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 780 --eval-every 130 ;;
     approximate) train "$1" "${one[@]}" --iterations 600 --eval-every 150 ;;
     joint) train "$1" "${one[@]}" --option training="$1" --iterations 400 --eval-every 100 ;;
     alternating) train "$1" "${one[@]}" --option training="$1" --iterations 1400 --eval-every 350 ;;
     cascade_rcnn | mask_rcnn) train "$1" --model "$1" "${pyramid[@]}" --iterations 260 --eval-every 130 ;;
     r_fcn)
-        train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --option parts=3 --iterations 600 --eval-every 150
+        train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --option parts=3 --option roi=align \
+            --iterations 600 --eval-every 150
         ;;
     hypernet)
         train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(20,45,100)" \
-            --option num_samples=64 --iterations 300 --eval-every 100
+            --option num_samples=64 --iterations 260 --eval-every 130
         ;;
     fast_rcnn) # on the proposals of the run named approximate
         for split in train test; do

@@ -141,6 +141,10 @@ class HyperBackbone(nn.Module):
                 channels = width
             self.scale.append(scale)
             self.conv.append(nn.Conv2d(channels, width, 5, 1, 2))
+        for module in (*self.scale, *self.conv):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
         self.norm = nn.LocalResponseNorm(5)
         self.channels, self.strides = [len(self.stages) * width], [self.STRIDE]
 

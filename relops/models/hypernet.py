@@ -30,6 +30,9 @@ class PooledProposalHead(nn.Module):
         self.fc = nn.Linear(channels * size**2, hidden)
         self.cls_logits = nn.Linear(hidden, 1)
         self.bbox_pred = nn.Linear(hidden, 4)
+        for layer in (self.conv, self.fc):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
         for layer in (self.cls_logits, self.bbox_pred):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
