@@ -29,7 +29,7 @@ train() {
 
 run() {
     case $1 in
-    faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 780 --eval-every 130 ;;
+    faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 1950 --eval-every 195 ;;
     approximate) train "$1" "${one[@]}" --iterations 600 --eval-every 150 ;;
     joint) train "$1" "${one[@]}" --option training="$1" --iterations 400 --eval-every 100 ;;
     alternating) train "$1" "${one[@]}" --option training="$1" --iterations 1400 --eval-every 350 ;;
