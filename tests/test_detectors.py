@@ -537,23 +537,24 @@ def test_cascade_stages_are_given_the_boxes_of_the_one_before() -> None:
 
 
 def test_r_fcn_learns_from_the_hardest() -> None:
-    model = small("r_fcn", num_samples=8)
-    images, sizes, targets = batch()
-    heads = model.roi_heads
-    counted = []
-    original = heads.box_losses
+    model = small("r_fcn", num_samples=4)
+    seen: list[Tensor] = []
+    original = model.roi_heads.region_losses
 
-    def spy(logits: Tensor, deltas: Tensor, samples: object, *rest: object) -> dict:
-        counted.append((heads.region_losses(logits, deltas, samples, *rest[:3]), samples))
-        return original(logits, deltas, samples, *rest)
+    def spy(*arguments: object) -> tuple[Tensor, Tensor]:
+        seen.extend(original(*arguments))
+        seen[0].retain_grad()
+        return seen[0], seen[1]
 
-    heads.box_losses = spy
-    model(images, sizes, targets)
-    (entropy, distance), samples = counted[0]
-    assert (samples.classes >= 0).sum(1).tolist() == [8, 8]
-    everything = heads.regions(model.rpn.train()(model.backbone(images), sizes)[0], targets)
-    assert (everything.classes >= 0).sum() > 16
-    assert (entropy + distance > 0).sum() == 16
+    model.roi_heads.region_losses = spy
+    model(*batch())["classes"].backward()
+    entropy, distance = seen
+    taught = entropy.grad != 0
+    assert len(entropy) > 16 and taught.sum() == 8  # four in each of two images
+    torch.testing.assert_close(entropy.grad[taught], torch.full((8,), 1 / 8))
+    # The hardest region of all is among them, and the easiest is not.
+    hardness = (entropy + distance).detach()
+    assert taught[hardness.argmax()] and not taught[hardness.argmin()]
 
 
 def test_hyper_maps_and_pyramid_have_their_sizes() -> None:

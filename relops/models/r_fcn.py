@@ -54,13 +54,12 @@ class PositionSensitiveHeads(RoIHeads):
         valid = samples.classes >= 0
         rois, place = _boxes.present(samples.boxes, valid)
         logits, deltas = self.predict(maps, rois)
-        with torch.no_grad():
-            entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.weights)
-            hardness = _boxes.spread(entropy + distance, place, *valid.shape).masked_fill(~valid, -1)
-            hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
-            kept = torch.zeros_like(valid).scatter_(1, hardest, True) & valid
-        samples = samples._replace(classes=samples.classes.masked_fill(~kept, -1))
-        return self.box_losses(logits, deltas, samples, targets, place, self.weights)
+        entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.weights)
+        hardness = _boxes.spread((entropy + distance).detach(), place, *valid.shape).masked_fill(~valid, -1)
+        hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
+        kept = torch.zeros_like(valid).scatter_(1, hardest, True) & valid
+        num, weight = kept.sum().clamp(min=1), _boxes.at_places(kept, place)
+        return {"classes": (entropy * weight).sum() / num, "boxes": (distance * weight).sum() / num}
 
 
 def r_fcn(

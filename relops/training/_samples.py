@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 import warnings
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ class Annotation:
     masks: list[Any] | None = None
 
 
-class DetectionData(Dataset):
+class DetectionData(Dataset, abc.ABC):
     """Images with objects of one split.
 
     Attributes:
@@ -75,15 +76,15 @@ class DetectionData(Dataset):
     has_masks: bool
     category_ids: list[int]
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
 
+    @abc.abstractmethod
     def annotations(self) -> list[Annotation]:
         """Ground truth of every image, in the order of the images."""
-        raise NotImplementedError
 
     def aspect_ratios(self) -> list[float]:
         """Width / height of every image."""

@@ -48,7 +48,7 @@ SHAPES_DEFAULTS: dict[str, Any] = {
     "min_size": 128,
     "max_size": 160,
     "cache": True,
-    "batch": 8,
+    "batch": 4,
     "optimizer": "adamw",
     "lr": 1e-3,
     "weight_decay": 0.01,
@@ -57,7 +57,7 @@ SHAPES_DEFAULTS: dict[str, Any] = {
     "clip": 10.0,
     "ema": 0.99,
     "checkpoint_every": 100,
-    "epochs": 5.0,
+    "epochs": 4.0,
 }
 
 
