@@ -371,18 +371,18 @@ def test_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    exits = []
+    exits, before = [], signal.getsignal(signal.SIGINT)  # a shell that runs something in the background ignores it
     monkeypatch.setattr(os, "_exit", exits.append)
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.number == signal.SIGTERM and not exits
         os.kill(os.getpid(), signal.SIGINT)
         assert exits == [130]
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_interrupted_evaluation_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, begun = Tiny.forward, []
+    forward, begun, before = Tiny.forward, [], signal.getsignal(signal.SIGTERM)
 
     def interrupted(model: Tiny, *inputs: Any) -> Any:
         if not model.training and not begun:
@@ -394,7 +394,7 @@ def test_interrupted_evaluation_comes_again(tmp_path: Path, monkeypatch: pytest.
     config = make_config(tmp_path, data="shapes:40", eval_every=3, log_every=3)
     with pytest.raises(Interrupted, match="SIGTERM: stopped after iteration 3"):
         train(config)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert [line["iteration"] for line in log(tmp_path)] == [3]
     train(config)
     assert [("AP" in line, line["iteration"]) for line in log(tmp_path)] == [
@@ -621,12 +621,15 @@ def test_options_given_go_before_those_of_shapes() -> None:
         return train_config(parser.parse_args(["train", *arguments]))
 
     config = parse("--channels", "7", "--option", "num_samples=3", "--lr", "0.5", "--milestones", "0.2", "0.4", "--amp")
-    assert config.options == SHAPES_DEFAULTS["options"] | {"channels": 7, "num_samples": 3}
+    known = {
+        name: SHAPES_DEFAULTS["options"][name] for name in ("backbone", "channels", "hidden", "num_samples", "sizes")
+    }
+    assert config.options == known | {"channels": 7, "num_samples": 3}
     assert (config.lr, config.milestones, config.amp) == (0.5, (0.2, 0.4), True)
     assert config.min_size == SHAPES_DEFAULTS["min_size"] and config.epochs == SHAPES_DEFAULTS["epochs"]
     assert config.output == os.path.join("runs", "faster_rcnn_fpn-shapes")
     assert parse("--iterations", "5").epochs is None
-    assert parse("--model", "tiny").options == {}
+    assert parse("--model", "tiny").options == {"dropout": shapes["dropout"]}
     assert parse("--data", "coco:/x/y", "--lr", "1") == TrainConfig(
         data="coco:/x/y", lr=1.0, output=os.path.join("runs", "faster_rcnn_fpn-coco-x-y")
     )
