@@ -621,9 +621,8 @@ def test_options_given_go_before_those_of_shapes() -> None:
         return train_config(parser.parse_args(["train", *arguments]))
 
     config = parse("--channels", "7", "--option", "num_samples=3", "--lr", "0.5", "--milestones", "0.2", "0.4", "--amp")
-    known = {
-        name: SHAPES_DEFAULTS["options"][name] for name in ("backbone", "channels", "hidden", "num_samples", "sizes")
-    }
+    shapes = SHAPES_DEFAULTS["options"]
+    known = {name: shapes[name] for name in ("backbone", "hidden", "sizes")}
     assert config.options == known | {"channels": 7, "num_samples": 3}
     assert (config.lr, config.milestones, config.amp) == (0.5, (0.2, 0.4), True)
     assert config.min_size == SHAPES_DEFAULTS["min_size"] and config.epochs == SHAPES_DEFAULTS["epochs"]
