@@ -57,7 +57,7 @@ SHAPES_DEFAULTS: dict[str, Any] = {
     "clip": 10.0,
     "ema": 0.99,
     "checkpoint_every": 100,
-    "epochs": 4.0,
+    "epochs": 3.5,
 }
 
 
