@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from relops.models._structures import Detections, Targets
-from relops.training.data import Annotation, Batch, DetectionData, open_data
+from relops.training.data import Annotation, Batch, DetectionData, Sample, open_data
 from relops.training.evaluation import Evaluator
 from relops.training.plots import draw_detections, plot_curves
 
@@ -28,6 +28,12 @@ class Given(DetectionData):
     def __init__(self, *images: list[tuple], classes: Sequence[str] = ("cat", "dog"), masks: bool = False) -> None:
         self.classes, self.has_masks, self.category_ids = list(classes), masks, [7 * i + 3 for i in range(len(classes))]
         self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Sample:
+        raise AssertionError("evaluation reads no images")
 
     def annotations(self) -> list[Annotation]:
         result = []
