@@ -89,15 +89,20 @@ def take(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(1, indices.view(*indices.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
+def as_rows(boxes: Tensor) -> Tensor:
+    """[N,K,4] as rows [N*K,5] (image, x1, y1, x2, y2) for the region ops."""
+    N, K = boxes.shape[:2]
+    image = torch.arange(N, device=boxes.device, dtype=boxes.dtype).repeat_interleave(K, output_size=N * K)
+    return torch.cat([image[:, None], boxes.reshape(-1, 4)], 1)
+
+
 def present(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Boxes [N,K,4] as rows (image, x1, y1, x2, y2) for the region ops, without padding where that costs nothing.
+    """Boxes [N,K,4] `as_rows`, without padding where that costs nothing.
 
     On the CPU rows [R,5] of those valid [N,K] and their places [R] in the flattened [N*K]; on other devices, where
     counting them would wait for the device, all rows and None.
     """
-    N, K = valid.shape
-    image = torch.arange(N, device=boxes.device, dtype=boxes.dtype).repeat_interleave(K, output_size=N * K)
-    rows = torch.cat([image[:, None], boxes.reshape(-1, 4)], 1)
+    rows = as_rows(boxes)
     if not valid.is_cpu or torch.compiler.is_compiling():
         return rows, None
     place = valid.flatten().nonzero().squeeze(1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relops.models import _boxes
 from relops.models.anchors import Anchors, centered_anchors
 from relops.models.backbones import HyperBackbone, make_body
 from relops.models.detector import TwoStageDetector
@@ -41,8 +41,7 @@ class PooledProposalHead(nn.Module):
         """Log-odds [N,A] and deltas [N,A,4] of the anchors [A,4] of one map."""
         x = F.relu(self.conv(maps[0]))
         N, A = len(x), len(anchors[0])
-        image = torch.arange(N, device=x.device, dtype=torch.float32).repeat_interleave(A, output_size=N * A)
-        rois = torch.cat([image[:, None], anchors[0].repeat(N, 1)], 1)
+        rois = _boxes.as_rows(anchors[0].expand(N, A, 4))
         x = F.relu(self.fc(roi_pool(x, rois, self.size, self.scale).flatten(1)))
         return [self.cls_logits(x).view(N, A)], [self.bbox_pred(x).view(N, A, 4)]
 

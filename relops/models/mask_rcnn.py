@@ -67,8 +67,9 @@ class MaskRoIHeads(RoIHeads):
         losses = super().losses_of(maps, samples, targets)
         if targets.masks is None:
             return losses
-        most = int(self.num_samples * self.positive_fraction)
-        boxes, matched, classes = (x[:, :most] for x in (samples.boxes.detach(), samples.matched, samples.classes))
+        boxes, matched, classes = (
+            x[:, : self.most_positive] for x in (samples.boxes.detach(), samples.matched, samples.classes)
+        )
         rois, place = _boxes.present(boxes, classes > 0)
         classes = _boxes.at_places(classes, place)
         logits = self.mask_logits(maps, rois, classes.clamp(min=1) - 1)

@@ -141,6 +141,11 @@ class RoIHeads(nn.Module):
         self.nms_threshold = nms_threshold
         self.most = most
 
+    @property
+    def most_positive(self) -> int:
+        """Regions of objects among the samples of an image, at most."""
+        return int(self.num_samples * self.positive_fraction)
+
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [R,classes + 1], background first, and deltas [R,4] or [R,4 * (classes + 1)] of rows [R,5]."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(maps, rois)))
@@ -158,8 +163,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
         """At most num_samples regions an image, positive_fraction of them positive at most, by chance."""
         boxes, classes, matched = self.regions(proposals, targets, positive)
-        most_positive = int(self.num_samples * self.positive_fraction)
-        index, _, there = _boxes.sample(classes > 0, classes == 0, self.num_samples, most_positive)
+        index, _, there = _boxes.sample(classes > 0, classes == 0, self.num_samples, self.most_positive)
         classes = classes.gather(1, index).masked_fill(~there, -1)
         return Samples(_boxes.take(boxes, index), classes, matched.gather(1, index))
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from relops.models._norm import make_norm
+from relops.models._stages import Chain
 
 CONVS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
 
-class VGG16(nn.Module):
+class VGG16(Chain):
     """Five stages of 3x3 convolutions, each behind the first after a maximum over 2x2.
 
     Args:
@@ -64,15 +65,6 @@ class VGG16(nn.Module):
                 parts.append([])
             parts[-1].append(layer)
         return parts
-
-    def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """[N,channels[i],H / strides[i],W / strides[i]] of each stage, sizes rounded down."""
-        maps, x = [], images
-        for part in self.parts():
-            for layer in part:
-                x = layer(x)
-            maps.append(x)
-        return maps
 
     def forward(self, images: Tensor) -> Tensor:
         if self.classifier is None:

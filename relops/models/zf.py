@@ -3,12 +3,13 @@ convolutions, as the released detector has them, with local response normalizati
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from relops.models._norm import make_norm
+from relops.models._stages import Chain
 
 
-class ZF(nn.Module):
+class ZF(Chain):
     """Five convolutions to a stride of 16.
 
     Args:
@@ -42,15 +43,6 @@ class ZF(nn.Module):
     def parts(self) -> list[list[nn.Module]]:
         """Modules that make each output of `stage_maps` of the one before, for freezing."""
         return [[self.conv1], [self.conv2], [self.conv3, self.conv4, self.conv5]]
-
-    def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """[N,channels[i],H / strides[i],W / strides[i]] of each stage, sizes rounded up."""
-        maps, x = [], images
-        for part in self.parts():
-            for layer in part:
-                x = layer(x)
-            maps.append(x)
-        return maps
 
 
 def zf(**options: object) -> ZF:
