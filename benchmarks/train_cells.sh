@@ -40,7 +40,7 @@ run() {
         ;;
     hypernet)
         train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(20,45,100)" \
-            --option num_samples=64 --iterations 480 --eval-every 120
+            --option num_samples=64 --iterations 800 --eval-every 200
         ;;
     fast_rcnn) # on the proposals of the run named approximate
         for split in train test; do
