@@ -105,14 +105,19 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
         [D,H,W] bool, at the centers of pixels.
     """
     height, width = size
-    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    corner, extent = boxes[:, :2].float(), (boxes[:, 2:] - boxes[:, :2]).float().clamp(min=1e-6)
-    x = (torch.arange(width, device=masks.device) + 0.5 - corner[:, :1]) / extent[:, :1] * 2 - 1  # [D,W]
-    y = (torch.arange(height, device=masks.device) + 0.5 - corner[:, 1:]) / extent[:, 1:] * 2 - 1
-    for i in range(len(masks)):  # one image-sized grid at a time
-        grid = torch.stack([x[i].expand(height, width), y[i][:, None].expand(height, width)], -1)[None]
-        value = F.grid_sample(masks[i, None, None].float(), grid, align_corners=False)[0, 0]
-        pasted[i] = value >= threshold
+    at = torch.arange(masks.shape[-1], device=masks.device)
+
+    def weights(low: Tensor, high: Tensor, length: int) -> Tensor:
+        """[D,length,R] of a mask's rows or columns, at each pixel."""
+        pixel = torch.arange(length, device=masks.device) + 0.5
+        place = (pixel - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * len(at) - 0.5
+        return (1 - (place[..., None] - at).abs()).clamp(min=0)
+
+    x1, y1, x2, y2 = boxes.float().unbind(1)
+    rows, columns = weights(y1, y2, height), weights(x1, x2, width)
+    pasted = torch.empty(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    for i, mask in enumerate(masks.float()):  # one map of floats of the image's size at a time
+        torch.ge(rows[i] @ mask @ columns[i].T, threshold, out=pasted[i])
     return pasted
 
 
