@@ -507,6 +507,7 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "run" / "predictions" / "0.png").rename(tmp_path / "images" / "whole.png")
+    assert read_image(str(tmp_path / "images" / "whole.png")).shape == (4 * 128, 4 * 160, 3)
     predict = ["predict", run, str(tmp_path / "images"), "--output", str(tmp_path / "found"), "--device", "cpu"]
     assert main([*predict, "--threshold", "0.01"]) == 1
     assert "broken.jpg" in capsys.readouterr().err
@@ -516,7 +517,7 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
     for thing in found[str(tmp_path / "images" / "whole.png")]:
         x1, y1, x2, y2 = thing["box"]
         assert thing["class"] in _shapes.SHAPES and thing["score"] >= 0.01
-        assert 0 <= x1 < x2 <= 160.1 and 0 <= y1 < y2 <= 128.1
+        assert 0 <= x1 < x2 <= 640.1 and 0 <= y1 < y2 <= 512.1
 
     files = {split: str(tmp_path / f"{split}.npz") for split in ("train", "test")}
     for split, file in files.items():
@@ -563,7 +564,7 @@ def test_masks_are_found_and_written(tmp_path: Path) -> None:
     picture, found = tmp_path / "run" / "predictions" / "0.png", tmp_path / "found"
     assert main(["predict", run, str(picture), "--output", str(found), "--threshold", "0", "--device", "cpu"]) == 0
     things = json.loads((found / "detections.json").read_text())[str(picture)]
-    assert things and all(sum(thing["segmentation"]["counts"]) == 160 * 128 for thing in things)
+    assert things and all(sum(thing["segmentation"]["counts"]) == 640 * 512 for thing in things)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from relops.training.distributed import World
 from relops.training.evaluation import Evaluator
 from relops.training.plots import draw_detections
 
+DRAWN = 640  # pixels that the longer side of a small image is enlarged to, at most
+
 
 def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     """`models.build`, with errors that name what was asked for."""
@@ -177,7 +179,12 @@ def detect(detector: Detector, sample: Sample, threshold: float) -> Objects:
 
 
 def draw(detector: Detector, sample: Sample, found: Objects, path: Path) -> None:
-    drawn = draw_detections(sample.image, found.boxes, found.labels, found.scores, detector.classes, found.masks)
+    # Names have one size of letters: small images are enlarged.
+    factor = max(1, DRAWN // max(sample.image.shape[:2]))
+    image, masks = sample.image.repeat(factor, 0).repeat(factor, 1), found.masks
+    if masks is not None:
+        masks = masks.repeat(factor, 1).repeat(factor, 2)
+    drawn = draw_detections(image, factor * found.boxes, found.labels, found.scores, detector.classes, masks)
     drawn.save(path)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relops.training._samples import require
+from relops.training.log import SHOWN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +62,7 @@ def plot_curves(log: Sequence[dict[str, Any]], path: str) -> None:
 
     Args:
         log: lines {"iteration", "minutes", "loss", "losses": {name: value}} of training and {"iteration", "minutes",
-            "AP", "AP50", "AP75"} of evaluation, mixed. What a line lacks is not drawn.
+            "AP", "AP50", .., "mask_AP", ..} of evaluation, mixed. What a line lacks is not drawn.
         path: of the picture; its ending tells the format.
     """
     figure_type = require("matplotlib.figure", "matplotlib").Figure  # unlike pyplot, leaves the backend alone
@@ -79,7 +80,7 @@ def plot_curves(log: Sequence[dict[str, Any]], path: str) -> None:
         left.plot(iterations, _smoothed(values), linewidth=1, label=name)
     left.set(xlabel="iteration", ylabel="loss")
 
-    for name in ("AP", "AP50", "AP75"):
+    for name in SHOWN:
         points = [(line["minutes"], line[name]) for line in log if name in line]
         if points:
             right.plot(*zip(*points), marker="o", markersize=3, label=name)
