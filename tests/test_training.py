@@ -601,6 +601,21 @@ def test_broken_image_is_named(
     assert errors.startswith(f"relops train: {tmp_path / 'broken.jpg'}: ") and errors.count("\n") == 1
 
 
+def test_data_without_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to learn and no AP, and neither is an error."""
+    height, width = _shapes.HEIGHT, _shapes.WIDTH
+    nothing = np.zeros((height, width, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, height, width), bool)
+    monkeypatch.setattr(_shapes, "_draw", lambda _: nothing)
+    run = tmp_path / "run"
+    assert main([*command_of(run), "--iterations", "2", "--workers", "0"]) == 0
+    assert f"no AP: no objects to evaluate on  in {run}\n" in capsys.readouterr().out
+    assert json.loads((run / "metrics.json").read_text())["AP"] is None and (run / "curves.png").exists()
+    assert main(["eval", str(run), "--voc", "--device", "cpu", "--workers", "0"]) == 0
+    assert re.search(r"^VOC mAP +none there$", capsys.readouterr().out, re.M)
+
+
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def bug(_: Any) -> None:
         raise ValueError("not of the package")

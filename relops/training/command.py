@@ -202,6 +202,7 @@ def _option(text: str) -> tuple[str, Any]:
 def _train(arguments: argparse.Namespace) -> int:
     config = train_config(arguments)
     from relops.training.engine import Interrupted, train
+    from relops.training.log import in_words
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
@@ -211,7 +212,7 @@ def _train(arguments: argparse.Namespace) -> int:
             print(f"{stop} in {config.output}. The same command goes on from there", file=sys.stderr)
         return 128 + stop.number
     if is_main:
-        print(f"AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}  in {config.output}")
+        print(f"{in_words(metrics)}  in {config.output}")
     return 0
 
 

@@ -32,6 +32,12 @@ def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()}
 
 
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """The most important ones."""
+    words = [f"{name} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name) is not None]
+    return "  ".join(words) or "no AP: no objects to evaluate on"
+
+
 class Log:
     """`log.jsonl` in a folder, scalars for TensorBoard where it is installed, and progress on the terminal.
 
@@ -87,8 +93,7 @@ class Log:
                 f"{line['images_per_second']:.1f} images/s  {left:.1f} min left"
             )
         else:
-            metrics = [f"{name} {line[name]:.4f}" for name in SHOWN if line.get(name) is not None]
-            self.say(f"{line['iteration']}/{self.total}  {'  '.join(metrics)}")
+            self.say(f"{line['iteration']}/{self.total}  {in_words(line)}")
 
     def say(self, text: str) -> None:
         if self.bar is not None:
