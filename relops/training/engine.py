@@ -167,6 +167,9 @@ class Run:
 
     def close(self) -> None:
         self.batches = iter(())  # ends the workers, also where an exception keeps the run alive
+        # DistributedDataParallel must not be the last to hold the process group: it would end the group's threads while
+        # it holds the interpreter's lock, which these may be waiting for.
+        self.parallel = self.model
         if self.log is not None:
             self.log.close()
 
