@@ -608,11 +608,16 @@ def test_pretrained_weights_of_a_classifier() -> None:
 def test_paste_masks_puts_them_in_their_boxes() -> None:
     masks = torch.zeros(2, 28, 28)
     masks[0], masks[1, :, :14] = 1, 1  # all of it, the left half
-    pasted = paste_masks(masks, torch.tensor([[4.0, 6, 32, 34], [10, 10, 38, 24]]), (40, 50))
+    boxes = torch.tensor([[4.0, 6, 32, 34], [10, 10, 38, 24]])
+    pasted = paste_masks(masks, boxes, (40, 50))
     expected = torch.zeros(2, 40, 50, dtype=torch.bool)
     expected[0, 6:34, 4:32] = expected[1, 10:24, 10:24] = True
     assert (pasted ^ expected).sum((1, 2)).max() == 0
     assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (4, 5)).shape == (0, 4, 5)
+    masks = torch.rand(2, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        pasted = paste_masks(masks, boxes + 0.3, (40, 50))
+    assert torch.equal(pasted, paste_masks(masks, boxes + 0.3, (40, 50)))
 
 
 def test_detect_maps_boxes_back() -> None:

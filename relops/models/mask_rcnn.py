@@ -116,8 +116,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     x1, y1, x2, y2 = boxes.float().unbind(1)
     rows, columns = weights(y1, y2, height), weights(x1, x2, width)
     pasted = torch.empty(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    for i, mask in enumerate(masks.float()):  # one map of floats of the image's size at a time
-        torch.ge(rows[i] @ mask @ columns[i].T, threshold, out=pasted[i])
+    with torch.autocast(masks.device.type, enabled=False):  # products would be in 16 bits
+        for i, mask in enumerate(masks.float()):  # one map of floats of the image's size at a time
+            torch.ge(rows[i] @ mask @ columns[i].T, threshold, out=pasted[i])
     return pasted
 
 
