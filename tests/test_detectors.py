@@ -26,6 +26,11 @@ SMALL = {
     "cascade_rcnn": {"channels": 32, "hidden": 32, "sizes": (16, 32, 64, 128, 256)},
     "r_fcn": {"channels": 32, "hidden": 32},
     "hypernet": {"hidden": 32, "sizes": (32, 64)},
+    "relation_networks": {"channels": 32, "hidden": 32},
+    "relation_networks_fpn": {"channels": 32, "hidden": 32, "sizes": (16, 32, 64, 128, 256)},
+    "sparse_rcnn": {"channels": 32, "hidden": 32, "proposals": 12, "stages": 2},
+    "deformable_detr": {"channels": 32, "hidden": 32, "queries": 20, "encoder_layers": 1, "decoder_layers": 2},
+    "detr": {"channels": 32, "hidden": 32, "queries": 20, "encoder_layers": 1, "decoder_layers": 2},
 }
 BACKBONE = "resnet18-gn-16"
 
@@ -332,7 +337,7 @@ def test_batch_equals_its_images(name: str, device: str) -> None:
     model = small(name).to(device).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if any(x in parameter_name for x in ("cls_", "bbox_pred", "box_maps")):
+            if any(x in parameter_name for x in ("cls_", "bbox_pred", "box_maps", "_embed.")):
                 parameter.normal_(0, 0.1)  # a new model has next to no detections
         images, sizes, targets = batch(device)
         whole = model(images, sizes, targets) if model.uses_proposals else model(images, sizes)

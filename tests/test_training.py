@@ -48,6 +48,7 @@ class Tiny(nn.Module):
     phases: tuple[tuple[str, float], ...] = (("", 1.0),)
 
     uses_proposals = uses_masks = False
+    slower = ()
 
     def __init__(self, num_classes: int, *, dropout: float = 0.0, poisoned: int = 0) -> None:
         super().__init__()

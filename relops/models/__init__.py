@@ -8,6 +8,9 @@ from torch import nn
 
 from relops.models._structures import Detections, Targets
 from relops.models.cascade_rcnn import cascade_rcnn
+from relops.models.deformable_detr import deformable_detr
+from relops.models.detr import detr
+from relops.models.detr_checkpoints import load_detr
 from relops.models.fast_rcnn import fast_rcnn
 from relops.models.faster_rcnn import faster_rcnn, faster_rcnn_fpn
 from relops.models.hypernet import hypernet
@@ -15,7 +18,9 @@ from relops.models.inference import batch_images, detect, load_backbone, load_to
 from relops.models.lr_net import LRNet, lr_net26, lr_net50
 from relops.models.mask_rcnn import mask_rcnn
 from relops.models.r_fcn import r_fcn
+from relops.models.relation_networks import relation_networks, relation_networks_fpn
 from relops.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+from relops.models.sparse_rcnn import load_sparse_rcnn, sparse_rcnn
 from relops.models.vgg import VGG16, vgg16
 from relops.models.zf import ZF, zf
 
@@ -27,6 +32,11 @@ DETECTORS: dict[str, Callable[..., nn.Module]] = {
     "cascade_rcnn": cascade_rcnn,
     "r_fcn": r_fcn,
     "hypernet": hypernet,
+    "relation_networks": relation_networks,
+    "relation_networks_fpn": relation_networks_fpn,
+    "sparse_rcnn": sparse_rcnn,
+    "detr": detr,
+    "deformable_detr": deformable_detr,
 }
 
 __all__ = [
@@ -41,6 +51,8 @@ __all__ = [
     "build",
     "detect",
     "load_backbone",
+    "load_detr",
+    "load_sparse_rcnn",
     "load_torchvision",
     *DETECTORS,
     "lr_net26",

@@ -36,12 +36,12 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tens
     return torch.cat([moved * weights[0], scaled * weights[1]], -1)
 
 
-def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
-    """The inverse of `encode`; sizes grow at most by 1000 / 16. Computed in float32 or better."""
+def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float], log_clamp: float = LOG_CLAMP) -> Tensor:
+    """The inverse of `encode`; logarithms of sizes grow at most by log_clamp. Computed in float32 or better."""
     deltas = widened(deltas)
     from_center, from_size = center_size(anchors)
     center = from_center + deltas[..., :2] / weights[0] * from_size
-    half = 0.5 * from_size * (deltas[..., 2:] / weights[1]).clamp(max=LOG_CLAMP).exp()
+    half = 0.5 * from_size * (deltas[..., 2:] / weights[1]).clamp(max=log_clamp).exp()
     return torch.cat([center - half, center + half], -1)
 
 

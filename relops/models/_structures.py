@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class Targets(NamedTuple):
@@ -37,3 +38,7 @@ class Detections(NamedTuple):
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+
+
+# For torch.export.save, of models whose output this is. It has a public counterpart for dataclasses only.
+_pytree._register_namedtuple(Detections, serialized_type_name="relops.models.Detections")

@@ -32,7 +32,8 @@ def make_body(name: str, frozen_stages: int = 0, **options: object) -> nn.Module
 
     Args:
         name: vgg16, zf, resnet18, resnet34, resnet50, resnet101, lr_net26 or lr_net50. All but the last two may have a
-            normalization behind it, -bn, -frozen or -gn, and ResNets a width behind that, as in resnet18-gn-32.
+            normalization behind it, -bn, -frozen or -gn; ResNets and LR-Nets may have a width behind that, 64 where
+            there is none, as in resnet18-gn-32 and lr_net26-32.
         frozen_stages: so many stages are not trained.
         options: of the network (`stages` of ResNets and LR-Nets, `dilated` of ResNets).
     """
@@ -40,7 +41,7 @@ def make_body(name: str, frozen_stages: int = 0, **options: object) -> nn.Module
     if not found:
         raise ValueError(
             f"relops.models: backbone must be one of {', '.join(BODIES)}, with -{', -'.join(NORM_SUFFIXES)} or "
-            f"nothing behind it, and of a ResNet -WIDTH behind that, got {name!r}"
+            f"nothing behind it, and of a ResNet or LR-Net -WIDTH behind that, got {name!r}"
         )
     kind, norm, width = found.groups()
     if norm:

@@ -1,4 +1,4 @@
-"""What the detectors of two stages have in common."""
+"""What all detectors have in common, and what those of two stages have."""
 
 from __future__ import annotations
 
@@ -10,18 +10,11 @@ from relops.models.roi_heads import RoIHeads
 from relops.models.rpn import RPN, Proposals
 
 
-class TwoStageDetector(nn.Module):
-    """Backbone, region proposal network, and heads on regions.
+class BaseDetector(nn.Module):
+    """What the training loop, and whoever detects, relies on.
 
     In training mode `detector(images, sizes, targets)` gives losses, to be added; in evaluation mode
     `detector(images, sizes)` gives Detections. Nothing in it waits for a CUDA device, but where a detector says so.
-
-    Args:
-        backbone: images to a list of maps.
-        rpn: proposals from maps.
-        roi_heads: losses and detections from maps and proposals.
-        box_gradients: non-approximate joint training: gradients of the second stage reach the RPN through the boxes,
-            too, by RoI Align (RoI warping), regression targets and clipping. Otherwise proposals are constants.
 
     Inputs:
         images: [N,3,H,W], normalized as the backbone wants them, padded to the right and below.
@@ -32,6 +25,49 @@ class TwoStageDetector(nn.Module):
     phases = (("", 1.0),)  # of training, with their shares of the iterations
     uses_proposals = False  # of Targets
     uses_masks = False
+    slower: tuple[str, ...] = ()  # names of modules that learn at a tenth of the rate
+
+    def start_phase(self, phase: int) -> None:
+        """Prepares the training of a phase. Of one there is nothing to prepare."""
+
+    def checked(
+        self, images: Tensor, sizes: Tensor | None, targets: Targets | None, training: bool | None = None
+    ) -> tuple[Tensor, Targets | None]:
+        """sizes, or those of the images, and targets, of which boxes without an extent are padding, too. Raises
+        ValueError for shapes that do not fit."""
+        name = f"relops.models.{type(self).__name__}"
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
+        N = images.shape[0]  # len() would make it a constant in torch.export
+        if sizes is None:
+            height, width = (torch.full((N,), n, device=images.device) for n in images.shape[-2:])
+            sizes = torch.stack([height, width], 1).float()
+        if sizes.shape != (N, 2):
+            raise ValueError(f"{name}: sizes must be [N,2] with N = {N}, got {list(sizes.shape)}")
+        if self.training if training is None else training:
+            if targets is None:
+                raise ValueError(f"{name}: targets must be given in training, got None (eval() is for inference)")
+            T = targets.labels.shape[-1]
+            if targets.labels.shape != (N, T) or targets.boxes.shape != (N, T, 4) or T == 0:
+                raise ValueError(
+                    f"{name}: targets must have boxes [N,T,4] and labels [N,T] with N = {N} and T > 0, got "
+                    f"{list(targets.boxes.shape)} and {list(targets.labels.shape)}"
+                )
+            real = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
+            targets = targets._replace(labels=targets.labels.masked_fill(~real, -1))
+        return sizes, targets
+
+
+class TwoStageDetector(BaseDetector):
+    """Backbone, region proposal network, and heads on regions.
+
+    Args:
+        backbone: images to a list of maps.
+        rpn: proposals from maps.
+        roi_heads: losses and detections from maps and proposals.
+        box_gradients: non-approximate joint training: gradients of the second stage reach the RPN through the boxes,
+            too, by RoI Align (RoI warping), regression targets and clipping. Otherwise proposals are constants.
+    """
 
     def __init__(self, backbone: nn.Module, rpn: RPN, roi_heads: RoIHeads, *, box_gradients: bool = False) -> None:
         super().__init__()
@@ -39,9 +75,6 @@ class TwoStageDetector(nn.Module):
         self.rpn = rpn
         self.roi_heads = roi_heads
         self.box_gradients = box_gradients
-
-    def start_phase(self, phase: int) -> None:
-        """Prepares the training of a phase. Of one there is nothing to prepare."""
 
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
@@ -58,29 +91,3 @@ class TwoStageDetector(nn.Module):
         """The RPN's proposals; `most` as in RPN.forward."""
         sizes, _ = self.checked(images, sizes, None, training=False)
         return self.rpn(self.backbone(images), sizes, most=most)[0]
-
-    def checked(
-        self, images: Tensor, sizes: Tensor | None, targets: Targets | None, training: bool | None = None
-    ) -> tuple[Tensor, Targets | None]:
-        """sizes, or those of the images, and targets, of which boxes without an extent are padding, too. Raises
-        ValueError for shapes that do not fit."""
-        name = f"relops.models.{type(self).__name__}"
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
-        if sizes is None:
-            height, width = (torch.full((len(images),), n, device=images.device) for n in images.shape[-2:])
-            sizes = torch.stack([height, width], 1).float()
-        if sizes.shape != (len(images), 2):
-            raise ValueError(f"{name}: sizes must be [N,2] with N = {len(images)}, got {list(sizes.shape)}")
-        if self.training if training is None else training:
-            if targets is None:
-                raise ValueError(f"{name}: targets must be given in training, got None (eval() is for inference)")
-            T = targets.labels.shape[-1]
-            if targets.labels.shape != (len(images), T) or targets.boxes.shape != (len(images), T, 4) or T == 0:
-                raise ValueError(
-                    f"{name}: targets must have boxes [N,T,4] and labels [N,T] with N = {len(images)} and T > 0, got "
-                    f"{list(targets.boxes.shape)} and {list(targets.labels.shape)}"
-                )
-            real = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
-            targets = targets._replace(labels=targets.labels.masked_fill(~real, -1))
-        return sizes, targets

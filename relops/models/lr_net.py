@@ -131,11 +131,23 @@ class LRNet(nn.Module):
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.stage_maps(images)[-1], 1), 1))
 
 
-def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, **options: int) -> LRNet:
-    """LR-Net-26: two bottlenecks a stage. Options are those of LRNet, and how many of the stages there are."""
-    return LRNet((2, 2, 2, 2)[:stages], (100, 200, 400, 800)[:stages], num_classes, **options)
+def _lr_net(blocks: tuple[int, ...], num_classes: int | None, stages: int, width: int, **options: int) -> LRNet:
+    widths = [width * n // 64 for n in (100, 200, 400, 800)]
+    return LRNet(blocks[:stages], widths[:stages], num_classes, stem_channels=width, **options)
 
 
-def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, **options: int) -> LRNet:
-    """LR-Net-50: 3, 4, 6 and 3 bottlenecks. Options are those of LRNet, and how many of the stages there are."""
-    return LRNet((3, 4, 6, 3)[:stages], (100, 200, 400, 800)[:stages], num_classes, **options)
+def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: int) -> LRNet:
+    """LR-Net-26: two bottlenecks a stage.
+
+    Args:
+        num_classes: as in LRNet.
+        stages: how many of the stages there are.
+        width: channels of the stem, 64 as published; those of the stages are in proportion.
+        options: of LRNet.
+    """
+    return _lr_net((2, 2, 2, 2), num_classes, stages, width, **options)
+
+
+def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: int) -> LRNet:
+    """LR-Net-50: 3, 4, 6 and 3 bottlenecks a stage. Arguments are those of `lr_net26`."""
+    return _lr_net((3, 4, 6, 3), num_classes, stages, width, **options)

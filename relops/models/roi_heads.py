@@ -194,6 +194,19 @@ class RoIHeads(nn.Module):
         num = (samples.classes >= 0).sum().clamp(min=1)
         return {"classes" + suffix: entropy.sum() / num, "boxes" + suffix: distance.sum() / num}
 
+    def hardest_losses(
+        self, logits: Tensor, deltas: Tensor, samples: Samples, targets: Targets, place: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Means over the num_samples regions of an image whose loss is largest, of the rows that `present` made of all
+        (online hard example mining, Shrivastava et al., https://arxiv.org/abs/1604.03540)."""
+        entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.weights)
+        valid = samples.classes >= 0
+        hardness = _boxes.spread((entropy + distance).detach(), place, *valid.shape).masked_fill(~valid, -1)
+        hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
+        kept = torch.zeros_like(valid).scatter_(1, hardest, True) & valid
+        num, weight = kept.sum().clamp(min=1), _boxes.at_places(kept, place)
+        return {"classes": (entropy * weight).sum() / num, "boxes": (distance * weight).sum() / num}
+
     def region_losses(
         self,
         logits: Tensor,

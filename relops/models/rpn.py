@@ -82,7 +82,7 @@ class RPN(nn.Module):
         levels: so many of the maps given are looked at, from the first; None: all.
         num_samples: anchors an image that the loss is of, at most half of them positive.
         pre_nms, post_nms: proposals an image and level before suppression, and an image after it: (training, test).
-        nms_threshold: IoU above which a proposal gives way to one of higher score on the same level.
+        nms_threshold: IoU above which a proposal gives way to one of higher score on the same level; None: none does.
         min_size: shorter proposals are dropped, in pixels.
         filter_first: the order of the released code: all boxes are decoded and clipped, and the small ones are gone
             before the highest scores are taken. Otherwise the highest scores are taken first (faster).
@@ -104,7 +104,7 @@ class RPN(nn.Module):
         num_samples: int = 256,
         pre_nms: tuple[int, int] = (2000, 1000),
         post_nms: tuple[int, int] = (2000, 1000),
-        nms_threshold: float = 0.7,
+        nms_threshold: float | None = 0.7,
         min_size: float = 1e-3,
         filter_first: bool = False,
         ignore_outside: bool = False,
@@ -175,11 +175,16 @@ class RPN(nn.Module):
         scores = scores.gather(1, index)
         boxes = _boxes.clip(_boxes.decode(_boxes.take(deltas, index), anchors[index], self.WEIGHTS), sizes)
         scores = scores.masked_fill(_boxes.smaller_than(boxes.detach(), self.min_size), -math.inf)
-        keep, _ = nms_padded(
-            boxes, scores, self.nms_threshold, post_nms, torch.cat(levels, 1), score_threshold=-math.inf
-        )
-        valid = keep >= 0
-        keep = keep.clamp(min=0)
+        if self.nms_threshold is None:
+            scores = torch.where(scores > -math.inf, scores, -math.inf)  # neither is what is not a number
+            best, keep = scores.topk(min(post_nms, scores.shape[1]), 1)
+            valid = best > -math.inf
+        else:
+            keep, _ = nms_padded(
+                boxes, scores, self.nms_threshold, post_nms, torch.cat(levels, 1), score_threshold=-math.inf
+            )
+            valid = keep >= 0
+            keep = keep.clamp(min=0)
         boxes = torch.where(valid[..., None], _boxes.take(boxes, keep), 0)
         return Proposals(boxes, scores.gather(1, keep), valid)
 

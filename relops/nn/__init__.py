@@ -1,6 +1,7 @@
 """Modules built on the ops."""
 
 from relops.nn.duplicate_removal import DuplicateRemoval, RankedDetections
+from relops.nn.dynamic_conv import DynamicConv
 from relops.nn.local_relation import LocalRelation
 from relops.nn.ms_deform_attn import MSDeformAttn, MultiScaleDeformableAttention
 from relops.nn.multi_scale_roi_align import MultiScaleRoIAlign
@@ -13,6 +14,7 @@ from relops.nn.roi_pool import RoIPool
 
 __all__ = [
     "DuplicateRemoval",
+    "DynamicConv",
     "LocalRelation",
     "MSDeformAttn",
     "MultiScaleDeformableAttention",

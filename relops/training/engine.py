@@ -190,8 +190,9 @@ class Run:
         self.model.zero_grad()
         self.phase = phase
         self.optimizer = make_optimizer(
-            self.model, config.optimizer, config.lr, config.weight_decay, config.momentum, config.backbone_lr
-        )
+            self.model, config.optimizer, config.lr, config.weight_decay, config.momentum, config.backbone_lr,
+            self.model.slower,
+        )  # fmt: skip
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         self.parallel: nn.Module = self.model
         if self.world.size > 1:

@@ -14,14 +14,22 @@ SCHEDULES = ("cosine", "step")
 
 
 def make_optimizer(
-    model: nn.Module, kind: str, lr: float, weight_decay: float, momentum: float, backbone_lr: float
+    model: nn.Module,
+    kind: str,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    backbone_lr: float,
+    slower: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
-    """Of the parameters that require a gradient: vectors, which are biases and scales, do not decay, and parameters
-    of a `body`, the network that a backbone is made of, have a learning rate of lr * backbone_lr."""
+    """Of the parameters that require a gradient: vectors, which are biases and scales, do not decay; parameters of
+    a `body`, the network that a backbone is made of, have a learning rate of lr * backbone_lr, and those of
+    modules named in `slower` a tenth of lr."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = lr * (backbone_lr if "body" in name.split(".") else 1.0)
+            modules = name.split(".")
+            rate = lr * (backbone_lr if "body" in modules else 0.1 if set(slower).intersection(modules) else 1.0)
             decay = weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     if not groups:

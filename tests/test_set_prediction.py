@@ -1,0 +1,216 @@
+"""Matching and losses of sets against one image, one layer, one pair at a time, and what transformers share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from relops.models._transformer import extent_of, sine_positions
+from relops.models.set_prediction import (
+    SetDetector,
+    SetLoss,
+    SetPrediction,
+    centers_of,
+    corners_of,
+    mean_over_processes,
+)
+
+
+def problem(focal: bool, corners: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits [3,2,5,C] and boxes [3,2,5,4] of three layers; labels [2,3], of which one in the middle is padding, and
+    objects [2,3,4]."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, 5, 4 if focal else 5, dtype=torch.float64)
+    boxes, objects = (torch.rand(*n, 4, dtype=torch.float64) * 0.4 + 0.1 for n in ((3, 2, 5), (2, 3)))
+    if corners:
+        boxes, objects = corners_of(boxes), corners_of(objects)
+    return logits, boxes, torch.tensor([[2, -1, 0], [3, 3, 1]]), objects
+
+
+def giou(a: list[float], b: list[float]) -> float:
+    def area(x1: float, y1: float, x2: float, y2: float) -> float:
+        return max(x2 - x1, 0) * max(y2 - y1, 0)
+
+    inner = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    hull = area(min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
+    union = area(*a) + area(*b) - inner
+    return inner / union - (hull - union) / hull
+
+
+def of_pair(box: Tensor, target: Tensor, corners: bool) -> tuple[float, float]:
+    """L1 distance and 1 - GIoU."""
+    a, b = ((x if corners else corners_of(x)).tolist() for x in (box, target))
+    return sum(abs(x - y) for x, y in zip(box.tolist(), target.tolist())), 1 - giou(a, b)
+
+
+def focal_terms(p: float) -> tuple[float, float]:
+    """Focal loss of a probability where the object is there, and where it is not."""
+    return -0.25 * (1 - p) ** 2 * math.log(p), -0.75 * p**2 * math.log(1 - p)
+
+
+def by_brute_force(loss: SetLoss, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> list[int]:
+    """The prediction of each object of an image that is cheapest in all, of logits [Q,C]."""
+    real = [t for t, label in enumerate(labels.tolist()) if label >= 0]
+
+    def cost(q: int, t: int) -> float:
+        distance, overlap = of_pair(boxes[q], objects[t], loss.corners)
+        if loss.focal:
+            there, absent = focal_terms(logits[q, labels[t]].sigmoid().item())
+            of_class = there - absent
+        else:
+            of_class = -logits[q].softmax(0)[labels[t]].item()
+        return loss.costs[0] * of_class + loss.costs[1] * distance + loss.costs[2] * overlap
+
+    best = min(
+        itertools.permutations(range(len(logits)), len(real)),
+        key=lambda chosen: sum(cost(q, t) for q, t in zip(chosen, real)),
+    )
+    pairs = [-1] * len(labels)
+    for q, t in zip(best, real):
+        pairs[t] = q
+    return pairs
+
+
+SETTINGS = pytest.mark.parametrize(
+    "loss",
+    [
+        SetLoss(),
+        SetLoss(corners=True, weights=(1, 2, 3), costs=(3, 1, 2)),
+        SetLoss(focal=False, weights=(1, 5, 2), costs=(1, 5, 2), background=0.3),
+    ],
+    ids=["focal", "corners", "softmax"],
+)
+
+
+@SETTINGS
+def test_pairs_are_the_cheapest(loss: SetLoss) -> None:
+    logits, boxes, labels, objects = problem(loss.focal, loss.corners)
+    pairs = loss.match(logits, boxes, labels, objects)
+    for layer, image in itertools.product(range(3), range(2)):
+        expected = by_brute_force(loss, logits[layer, image], boxes[layer, image], labels[image], objects[image])
+        assert pairs[layer, image].tolist() == expected
+
+
+@SETTINGS
+def test_losses_by_hand(loss: SetLoss) -> None:
+    logits, boxes, labels, objects = problem(loss.focal, loss.corners)
+    C, count = logits.shape[-1], 5
+    expected = []
+    for layer in range(3):
+        classes = distance = overlap = weights = 0.0
+        for image in range(2):
+            predictions = logits[layer, image], boxes[layer, image]
+            pairs = by_brute_force(loss, *predictions, labels[image], objects[image])
+            label_of = {q: labels[image, t].item() for t, q in enumerate(pairs) if q >= 0}
+            for q in range(5):
+                if loss.focal:
+                    for c in range(C):
+                        classes += focal_terms(predictions[0][q, c].sigmoid().item())[label_of.get(q) != c] / count
+                else:
+                    label = label_of.get(q, C - 1)
+                    weight = 1.0 if q in label_of else loss.background
+                    classes -= weight * predictions[0][q].log_softmax(0)[label].item()
+                    weights += weight
+            for t, q in enumerate(pairs):
+                if q >= 0:
+                    one, other = of_pair(predictions[1][q], objects[image, t], loss.corners)
+                    distance, overlap = distance + one / count, overlap + other / count
+        classes = classes if loss.focal else classes / weights
+        expected.append([w * x for w, x in zip(loss.weights, (classes, distance, overlap))])
+    losses = loss(logits, boxes, labels, objects)
+    assert [losses[x].item() for x in ("classes", "boxes", "giou")] == pytest.approx(expected[2])
+    assert losses["auxiliary"].item() == pytest.approx(sum(map(sum, expected[:2])))
+    assert losses.keys() == {"classes", "boxes", "giou", "auxiliary"}
+    assert loss(logits[:1], boxes[:1], labels, objects).keys() == {"classes", "boxes", "giou"}
+
+
+@SETTINGS
+def test_without_objects_all_is_background(loss: SetLoss) -> None:
+    logits, boxes, labels, objects = problem(loss.focal, loss.corners)
+    logits.requires_grad_(), boxes.requires_grad_()
+    losses = loss(logits, boxes, torch.full_like(labels, -1), torch.full_like(objects, math.nan))
+    assert losses["boxes"] == losses["giou"] == 0
+    sum(losses.values()).backward()
+    assert boxes.grad.abs().sum() == 0 and logits.grad.isfinite().all()
+    assert (logits.grad > 0).all() if loss.focal else (logits.grad[..., -1] < 0).all()
+
+
+def test_more_objects_than_predictions() -> None:
+    """Some stay without; a prediction that is not a number is nobody's, and hurts no other."""
+    loss = SetLoss()
+    logits, boxes, labels, objects = problem(True, False)
+    pairs = loss.match(logits[:, :, :2], boxes[:, :, :2], labels, objects)
+    assert ((pairs >= 0).sum(2) == 2).all()
+    boxes[:, :, 0] = math.nan
+    pairs = loss.match(logits, boxes, labels, objects)
+    assert ((pairs > 0) == (labels >= 0)).all()
+
+
+def test_number_of_objects_is_the_mean_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mean_over_processes(torch.tensor(0)) == 1
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count: count.add_(9))
+    assert mean_over_processes(torch.tensor(3)) == 3
+
+
+class Given(SetDetector):
+    def __init__(self, prediction: SetPrediction, loss: SetLoss, most: int) -> None:
+        super().__init__(loss, most)
+        self.prediction = prediction
+
+    def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
+        return self.prediction
+
+
+def test_detections_by_hand() -> None:
+    """Of a sigmoid all classes of all predictions compete, of a softmax one of each; boxes are of the image alone."""
+    logits = torch.tensor([[[[3.0, 1.0, -9.0], [2.0, -1.0, 0.0]]]])
+    boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.5], [0.9, 0.2, 0.4, 0.4]]]])
+    images, sizes = torch.zeros(1, 3, 64, 64), torch.tensor([[40.0, 50.0]])
+    first, second = [20.0, 10, 30, 30], [35.0, 0, 50, 16]
+    found = Given(SetPrediction(logits, boxes), SetLoss(), 3).eval()(images, sizes)
+    assert found.labels.tolist() == [[0, 0, 1]]
+    torch.testing.assert_close(found.boxes, torch.tensor([[first, second, first]]))
+    torch.testing.assert_close(found.scores, torch.tensor([[3.0, 2, 1]]).sigmoid())
+
+    found = Given(SetPrediction(logits.flip(-1), boxes), SetLoss(focal=False), 3).eval()(images, sizes)
+    assert found.labels.tolist() == [[1, 0]]
+    torch.testing.assert_close(found.boxes, torch.tensor([[first, second]]))
+    torch.testing.assert_close(found.scores[0], logits.flip(-1)[0, 0].softmax(-1)[[0, 1], [1, 0]])
+
+
+def test_centers_and_corners() -> None:
+    box = torch.tensor([0.1, 0.2, 0.5, 0.4])
+    torch.testing.assert_close(centers_of(box), torch.tensor([0.3, 0.3, 0.4, 0.2]))
+    torch.testing.assert_close(corners_of(centers_of(box)), box)
+
+
+@pytest.mark.parametrize("offset", [0.0, -0.5])
+def test_positions_are_those_of_the_mask(offset: float) -> None:
+    """DETR's formula, on a mask that is resized as images are; within images, for padding is seen by nobody."""
+    sizes = torch.tensor([[96.0, 128.0], [70.0, 100.0]])
+    mask = torch.zeros(2, 96, 128, dtype=torch.bool)
+    mask[1, 70:] = mask[1, :, 100:] = True
+    for shape in ((12, 16), (3, 4), (2, 2)):
+        extent = extent_of((96, 128), sizes, shape)
+        resized = F.interpolate(mask[None].float(), size=shape)[0].bool()
+        assert torch.equal(extent.padding, resized)
+        there = ~resized
+        torch.testing.assert_close(extent.ratio[:, 0], there[:, 0].float().mean(1))
+        torch.testing.assert_close(extent.ratio[:, 1], there[:, :, 0].float().mean(1))
+
+        y, x = there.cumsum(1, dtype=torch.float32), there.cumsum(2, dtype=torch.float32)
+        y = (y + offset) / (y[:, -1:] + 1e-6) * 2 * math.pi
+        x = (x + offset) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
+        expected = torch.empty(2, *shape, 24)
+        for half, position in enumerate((y, x)):
+            for i in range(6):
+                angle = position / 10000 ** (2 * i / 12)
+                expected[..., 12 * half + 2 * i], expected[..., 12 * half + 2 * i + 1] = angle.sin(), angle.cos()
+        torch.testing.assert_close(sine_positions(extent, 24, offset)[there], expected[there])
