@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from relops.models import _boxes
@@ -51,15 +50,9 @@ class PositionSensitiveHeads(RoIHeads):
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         samples = self.regions(proposals, targets)
-        valid = samples.classes >= 0
-        rois, place = _boxes.present(samples.boxes, valid)
+        rois, place = _boxes.present(samples.boxes, samples.classes >= 0)
         logits, deltas = self.predict(maps, rois)
-        entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.weights)
-        hardness = _boxes.spread((entropy + distance).detach(), place, *valid.shape).masked_fill(~valid, -1)
-        hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
-        kept = torch.zeros_like(valid).scatter_(1, hardest, True) & valid
-        num, weight = kept.sum().clamp(min=1), _boxes.at_places(kept, place)
-        return {"classes": (entropy * weight).sum() / num, "boxes": (distance * weight).sum() / num}
+        return self.hardest_losses(logits, deltas, samples, targets, place)
 
 
 def r_fcn(

@@ -176,7 +176,7 @@ class RPN(nn.Module):
         boxes = _boxes.clip(_boxes.decode(_boxes.take(deltas, index), anchors[index], self.WEIGHTS), sizes)
         scores = scores.masked_fill(_boxes.smaller_than(boxes.detach(), self.min_size), -math.inf)
         if self.nms_threshold is None:
-            scores = torch.where(scores > -math.inf, scores, -math.inf)  # neither is what is not a number
+            scores = torch.where(scores > -math.inf, scores, -math.inf)  # a NaN counts as none
             best, keep = scores.topk(min(post_nms, scores.shape[1]), 1)
             valid = best > -math.inf
         else:
