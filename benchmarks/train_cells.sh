@@ -49,9 +49,24 @@ run() {
         train "$1" --model "$1" --proposals "$runs/train.npz" --test-proposals "$runs/test.npz" --hidden 256 \
             --option dropout=0.0 --option stride=8 --option roi=align --iterations 400 --eval-every 100
         ;;
+    relation_networks) # nothing is suppressed anywhere; faster_rcnn_fpn is its twin
+        train "$1" --model relation_networks_fpn "${pyramid[@]}" --option proposal_nms=None --iterations 1000 \
+            --eval-every 200
+        ;;
+    sparse_rcnn)
+        train "$1" --model "$1" --batch 2 --channels 64 --hidden 256 --option proposals=64 --option init=grid \
+            --lr 6e-4 --iterations 2600 --eval-every 325
+        ;;
+    deformable_detr)
+        train "$1" --model "$1" --batch 2 --channels 128 --hidden 256 --option queries=60 --option encoder_layers=1 \
+            --option decoder_layers=3 --option refine=True --option two_stage=True --option dropout=0.0 --lr 4e-4 \
+            --backbone-lr 2 --clip 1 --iterations 1600 --eval-every 200
+        ;;
+    lr_net) train "$1" "${one[@]}" --backbone lr_net26-32 --iterations 800 --eval-every 200 ;;
     *) echo "no run is named $1" && return 2 ;;
     esac
 }
 
-[[ $# -gt 0 ]] || set -- faster_rcnn_fpn approximate joint alternating cascade_rcnn mask_rcnn r_fcn hypernet fast_rcnn
+[[ $# -gt 0 ]] || set -- faster_rcnn_fpn approximate joint alternating cascade_rcnn mask_rcnn r_fcn hypernet fast_rcnn \
+    relation_networks sparse_rcnn deformable_detr lr_net
 for name; do run "$name"; done

@@ -331,14 +331,34 @@ def test_boxes_without_extent_are_as_if_absent(name: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def busy(model: nn.Module) -> nn.Module:
+    """With weights that make detections: a new model has next to none."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(x in name for x in ("cls_", "bbox_pred", "box_maps", "_embed.")):
+                parameter.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_compiles_without_a_graph_break(name: str) -> None:
+    torch._dynamo.reset()
+    model = busy(small(name)).eval()
+    images, sizes, targets = batch()
+    arguments = (images, sizes, targets) if model.uses_proposals else (images, sizes)
+    with torch.no_grad():
+        expected = model(*arguments)
+        found = torch.compile(model, fullgraph=True, backend="eager")(*arguments)
+    assert (expected.labels >= 0).sum() > 5 and torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_batch_equals_its_images(name: str, device: str) -> None:
     """Detections in a padded batch are those of each image padded alike."""
-    model = small(name).to(device).eval()
+    model = busy(small(name)).to(device).eval()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if any(x in parameter_name for x in ("cls_", "bbox_pred", "box_maps", "_embed.")):
-                parameter.normal_(0, 0.1)  # a new model has next to no detections
         images, sizes, targets = batch(device)
         whole = model(images, sizes, targets) if model.uses_proposals else model(images, sizes)
         assert (whole.labels >= 0).sum(1).min() > 5

@@ -378,3 +378,34 @@ def test_number_of_parameters(build: object, options: dict, count: int) -> None:
     with torch.device("meta"):
         model = build(91, frozen_stages=1, **options)
     assert sum(x.numel() for x in model.parameters() if x.requires_grad) == count
+
+
+@pytest.mark.parametrize("variant", ["refine", "two_stage"])
+def test_compiles(variant: str) -> None:
+    """Inference in one graph."""
+    model = randomize(ours(variant)).eval()
+    images, sizes, _ = batch()
+    with torch.no_grad():
+        expected = model(images, sizes)
+        actual = torch.compile(model, fullgraph=True, backend="eager")(images, sizes)
+    assert torch.equal(actual.labels, expected.labels)
+    torch.testing.assert_close(actual.boxes, expected.boxes)
+    torch.testing.assert_close(actual.scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 4}, "stride must be 32, 16 or 8, got 4"),
+        ({"channels": 20}, "channels of detr must be divisible by 8, got 20"),
+    ],
+)
+def test_options_of_detr_are_checked(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        relops.models.detr(CLASSES, backbone="resnet18-frozen-16", **options)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_stride_of_detr(stride: int) -> None:
+    model = relops.models.detr(CLASSES, backbone="resnet18-frozen-16", **SIZES, stride=stride)
+    assert model.backbone(torch.zeros(1, 3, 64, 96))[0].shape[2:] == (64 // stride, 96 // stride)

@@ -321,7 +321,6 @@ def test_duplicate_removal_learns_from_refined_proposals_alone() -> None:
     ("name", "options"),
     [
         ("relation_networks", {"proposal_nms": None}),
-        ("relation_networks_fpn", {}),
         ("relation_networks_fpn", {"duplicate_removal": False, "relations": (0, 2)}),
     ],
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops.models import _boxes
-from relops.models._transformer import MLP, Extent, extent_of, sine_positions, sinusoid
+from relops.models._transformer import MLP, Extent, FeedForward, Layers, extent_of, sine_positions, sinusoid
 from relops.models.backbones import StageBackbone, make_body
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, set_prior
 from relops.nn.ms_deform_attn import MSDeformAttn
@@ -22,19 +22,6 @@ Shapes = list[tuple[int, int]]
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
     return torch.logit(x, eps=1e-5)
-
-
-class FeedForward(nn.Module):
-    """Base of both layers: their last half."""
-
-    def __init__(self, channels: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(channels, hidden)
-        self.linear2 = nn.Linear(hidden, channels)
-        self.dropout = nn.Dropout(dropout)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
 
 
 class EncoderLayer(FeedForward):
@@ -69,14 +56,6 @@ class DecoderLayer(FeedForward):
         x = self.norm2(x + self.dropout(self.self_attn(query, query, x, need_weights=False)[0]))
         told = self.cross_attn(x + positions, references, memory, shapes, input_padding_mask=padding)
         return self.norm3(self.feed_forward(self.norm1(x + self.dropout(told))))
-
-
-class Layers(nn.Module):
-    """An encoder's or a decoder's."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
 
 
 class DeformableTransformer(nn.Module):

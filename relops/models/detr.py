@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from relops.models import _boxes
-from relops.models._transformer import MLP, extent_of, sine_positions
+from relops.models._transformer import MLP, FeedForward, Layers, extent_of, sine_positions
 from relops.models.backbones import StageBackbone, make_body
-from relops.models.deformable_detr import FeedForward, Layers
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction
 
 
@@ -87,7 +86,7 @@ class DETR(SetDetector):
 
         # Decoder: all objects at once, of queries that differ by a learned encoding only.
         keys = x + positions
-        object_queries = self.query_embed.weight.expand(len(images), -1, -1)
+        object_queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
         query, states = torch.zeros_like(object_queries), []
         for layer in self.transformer.decoder.layers:
             query = layer(query, object_queries, x, keys, padding)

@@ -52,7 +52,7 @@ class SparseRCNN(SetDetector):
             self.init_proposal_boxes.weight.copy_(initial_boxes(init, proposals))
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
-        N = len(images)
+        N = images.shape[0]
         extent = sizes.flip(-1).repeat(1, 2)[:, None]
         boxes = corners_of(_boxes.widened(self.init_proposal_boxes.weight)) * extent
         features = self.init_proposal_features.weight.expand(N, -1, -1)
