@@ -331,6 +331,15 @@ def test_boxes_without_extent_are_as_if_absent(name: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_lr_net_as_backbone(name: str) -> None:
+    torch.manual_seed(0)
+    model = relops.models.build(name, 3, backbone="lr_net26-16", **SMALL[name])
+    sum(model(*batch()).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.backbone.body.parameters())
+    assert model.backbone.body.stem[3].key.weight.grad.abs().sum() > 0
+
+
 def busy(model: nn.Module) -> nn.Module:
     """With weights that make detections: a new model has next to none."""
     with torch.no_grad():
@@ -590,11 +599,12 @@ def test_hyper_maps_and_pyramid_have_their_sizes() -> None:
     assert [tuple(x.shape[1:]) for x in maps] == [(16, 20, 28), (16, 10, 14), (16, 5, 7)]
 
 
-def test_dilated_body_keeps_its_stride() -> None:
-    body = make_body("resnet18-gn-16", dilated=True)
+@pytest.mark.parametrize("name", ["resnet18-gn-16", "lr_net26-16"])
+def test_dilated_body_keeps_its_stride(name: str) -> None:
+    body = make_body(name, dilated=True)
     maps = body.stage_maps(torch.randn(1, 3, 64, 96))
     assert body.strides == [4, 8, 16, 16] and maps[2].shape[2:] == maps[3].shape[2:] == (4, 6)
-    plain = make_body("resnet18-gn-16")
+    plain = make_body(name)
     plain.load_state_dict(body.state_dict())  # the same parameters
 
 

@@ -35,7 +35,7 @@ def make_body(name: str, frozen_stages: int = 0, **options: object) -> nn.Module
             normalization behind it, -bn, -frozen or -gn; ResNets and LR-Nets may have a width behind that, 64 where
             there is none, as in resnet18-gn-32 and lr_net26-32.
         frozen_stages: so many stages are not trained.
-        options: of the network (`stages` of ResNets and LR-Nets, `dilated` of ResNets).
+        options: of the network (`stages` and `dilated` of ResNets and LR-Nets).
     """
     found = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
     if not found:

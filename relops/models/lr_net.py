@@ -23,11 +23,13 @@ from relops.nn.local_relation import LocalRelation
 class LRBottleneck(nn.Module):
     """1x1, local relation, 1x1, each normalized, and a shortcut."""
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int, kernel_size: int) -> None:
+    def __init__(
+        self, in_channels: int, width: int, out_channels: int, stride: int, kernel_size: int, dilation: int = 1
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.relation = LocalRelation(width, kernel_size, stride, bias=False)
+        self.relation = LocalRelation(width, kernel_size, stride, dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -56,6 +58,7 @@ class LRNet(nn.Module):
         in_channels: of images.
         stem_channels: of the stem.
         expansion: channels of a stage's output, per those of `stem_channels` * 2^stage.
+        dilated: the last stage has no stride, and its windows are dilated instead.
 
     Input [N,in_channels,H,W], output [N,num_classes]. `stage_maps` gives the outputs of the stages, at strides 4, 8, ..
     """
@@ -70,6 +73,7 @@ class LRNet(nn.Module):
         in_channels: int = 3,
         stem_channels: int = 64,
         expansion: int = 4,
+        dilated: bool = False,
     ) -> None:
         super().__init__()
         if not blocks or len(blocks) != len(widths):
@@ -91,14 +95,17 @@ class LRNet(nn.Module):
         channels = stem_channels
         for stage, (count, width) in enumerate(zip(blocks, widths)):
             out_channels = expansion * stem_channels * 2**stage
+            dilation = 2 if dilated and stage == len(blocks) - 1 else 1
             layers = []
             for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(LRBottleneck(channels, width, out_channels, stride, kernel_size))
+                stride = 2 if stage > 0 and block == 0 and dilation == 1 else 1
+                layers.append(LRBottleneck(channels, width, out_channels, stride, kernel_size, dilation))
                 channels = out_channels
             self.stages.append(nn.Sequential(*layers))
             self.channels.append(channels)
         self.strides = [4 * 2**stage for stage in range(len(blocks))]
+        if dilated:
+            self.strides[-1] //= 2
         self.fc = None if num_classes is None else nn.Linear(channels, num_classes)
         self.reset_parameters()
 
@@ -111,7 +118,7 @@ class LRNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """[N,channels[i],H / (4 * 2^i),W / (4 * 2^i)] of each stage, sizes rounded up."""
+        """[N,channels[i],H / strides[i],W / strides[i]] of each stage, sizes rounded up."""
         x = self.stem(images)
         outputs = []
         for stage in self.stages:
