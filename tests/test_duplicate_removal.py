@@ -126,7 +126,8 @@ def test_parameters_of_the_released_code() -> None:
         if name.endswith("weight"):
             assert x.mean().abs() < 0.002 and x.std().item() == pytest.approx(0.01, rel=0.1)
         else:
-            assert torch.equal(x, torch.full_like(x, -3.0 if name == "logit.bias" else 0.0))
+            constant = {"logit.bias": -3.0, "relation.geometry.bias": 0.1}.get(name, 0.0)
+            assert torch.equal(x, torch.full_like(x, constant))
 
 
 def test_boxes_get_no_gradient(device: str) -> None:

@@ -153,7 +153,7 @@ def test_padding_does_not_matter() -> None:
         torch.testing.assert_close(padded_losses[name], loss, msg=name)
     found, padded_found = (heads.detect([], x, SIZES) for x in (few, padded))
     num = found.labels.shape[1]  # of 6 proposals and 3 classes there are at most 18
-    assert num == 18 and (found.labels >= 0).sum() > 10
+    assert num == 18 and (found.labels >= 0).sum() > 5
     for x, y in zip(found[:3], padded_found[:3]):
         torch.testing.assert_close(x, y[:, :num])
     assert (padded_found.labels[:, num:] == -1).all() and not padded_found.scores[:, num:].any()
@@ -175,7 +175,7 @@ def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
         state[name] = torch.cat([state[name]] * 4)
     twin.load_state_dict(state)
     twin.rpn.post_nms = (40, 40)
-    twin.roi_heads.score_threshold, twin.roi_heads.beta = 0.01, 1.0
+    twin.roi_heads.score_threshold = 0.01
 
     images, sizes, targets = batch()
     with torch.no_grad():

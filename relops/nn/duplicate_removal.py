@@ -107,7 +107,7 @@ class DuplicateRemoval(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the released code: at first, s1 is about 1/20."""
+        """As in the released code, but for the relation's geometry: at first, s1 is about 1/20."""
         self.relation.reset_parameters()
         for linear in (self.rank, self.feature, self.logit):
             nn.init.normal_(linear.weight, std=0.01)
