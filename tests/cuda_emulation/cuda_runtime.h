@@ -6,7 +6,6 @@
 // wait before the others move at all.
 #pragma once
 
-#include <setjmp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -121,16 +120,21 @@ struct Barrier {
   }
 };
 
-// Entered through its context, then switched by _setjmp and _longjmp, which need no system call.
+// Where to go on: frame, address and stack. Switching is most of what the emulation does, and GCC's own setjmp needs
+// for it neither a system call nor the C library.
+using Place = void* [5];
+
 struct Fiber {
-  ucontext_t context;
-  jmp_buf where;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  bool started = false, done = false;
+  Place where;
+  std::unique_ptr<char[]> stack;  // from when it is first entered
+  const Barrier* barrier;         // that it waits at, while the barrier is in this generation; or null
+  int generation;
+  bool done;
+  bool waits() const { return done || (barrier != nullptr && barrier->generation == generation); }
 };
 
-inline jmp_buf scheduler;
-inline std::vector<Fiber> fibers;
+inline Place scheduler;
+inline Fiber fibers[1024];
 inline std::vector<Barrier> warps;
 inline Barrier block;
 inline unsigned current;
@@ -143,26 +147,64 @@ inline char* dynamic_shared() {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 15) / 16 * 16);
 }
 
+void run_fiber();
+
+// Never inlined: __builtin_longjmp must not be in the function of the __builtin_setjmp.
+[[gnu::noinline]] inline void enter(unsigned thread) {
+  current = thread;
+  threadIdx = dim3(thread);
+  Fiber& fiber = fibers[thread];
+  if (fiber.stack != nullptr) __builtin_longjmp(fiber.where, 1);
+  fiber.stack.reset(new char[kStackBytes]);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  setcontext(&context);
+}
+
+[[gnu::noinline]] inline void leave_block() {
+  if (block.members > 0) {
+    std::fprintf(stderr, "emulated launch: %d threads wait for one another for ever\n", block.members);
+    std::abort();
+  }
+  __builtin_longjmp(scheduler, 1);
+}
+
+// To the next thread, in turn, that need not wait; returns when it is this one's turn again.
+[[gnu::noinline]] inline void next_thread() {
+  unsigned next = current;
+  do {
+    if (++next == blockDim.x) next = 0;
+  } while (next != current && fibers[next].waits());
+  if (__builtin_setjmp(fibers[current].where) == 0) {
+    if (fibers[next].waits()) leave_block();
+    enter(next);
+  }
+}
+
 inline void run_fiber() {
-  (*body)();
-  fibers[current].done = true;
-  warps[current / kWarp].leave();
-  block.leave();
-  _longjmp(scheduler, 1);
+  for (;;) {
+    (*body)();
+    fibers[current].done = true;
+    warps[current / kWarp].leave();
+    block.leave();
+    next_thread();
+  }
 }
 
 inline void wait(Barrier& barrier) {
-  const int generation = barrier.generation;
+  Fiber& fiber = fibers[current];
+  fiber.barrier = &barrier;
+  fiber.generation = barrier.generation;
   barrier.arrive();
-  while (barrier.generation == generation)
-    if (_setjmp(fibers[current].where) == 0) _longjmp(scheduler, 1);
+  if (fiber.waits()) next_thread();
 }
 
-inline void resume(Fiber& fiber) {
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.where, 1);
-  fiber.started = true;
-  setcontext(&fiber.context);
+[[gnu::noinline]] inline void run_block() {
+  if (__builtin_setjmp(scheduler) == 0) enter(0);
 }
 
 inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
@@ -173,12 +215,9 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
     std::abort();
   }
   shared_limit = 48 << 10;
-  if (fibers.size() < threads) fibers.resize(threads);
   body = &kernel;
   blockDim = dim3(threads);
   gridDim = grid;
-  ucontext_t blank;
-  getcontext(&blank);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y);
@@ -186,35 +225,29 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
       warps.assign((threads + kWarp - 1) / kWarp, {});
       for (unsigned t = 0; t < threads; ++t) {
         ++warps[t / kWarp].members;
-        Fiber& fiber = fibers[t];
-        fiber.started = fiber.done = false;
-        fiber.context = blank;
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
+        fibers[t].barrier = nullptr;
+        fibers[t].done = false;
       }
-      for (bool busy = true; busy;) {
-        busy = false;
-        for (current = 0; current < threads; ++current)
-          if (!fibers[current].done) {
-            busy = true;
-            threadIdx = dim3(current);
-            resume(fibers[current]);
-          }
-      }
+      run_block();
     }
+}
+
+// What each lane of the warp gave, as long as the caller does not wait again.
+template <class T>
+const uint64_t* exchange(T x) {
+  const unsigned warp = current / kWarp;
+  // Two places in turn: who writes one again has waited for all to have read it, at the exchange between.
+  uint64_t* places = exchanged[warps[warp].generation % 2];
+  std::memcpy(&places[current], &x, sizeof(T));
+  wait(warps[warp]);
+  return &places[warp * kWarp];
 }
 
 template <class T>
 T shuffle(T x, int from_lane) {
-  const unsigned self = current, warp = self / kWarp;
-  // Two places in turn: who writes one again has waited for all to have read it, at the shuffle between.
-  uint64_t* places = exchanged[warps[warp].generation % 2];
-  std::memcpy(&places[self], &x, sizeof(T));
-  wait(warps[warp]);
+  const uint64_t* given = exchange(x);
   T got;
-  std::memcpy(&got, &places[warp * kWarp + from_lane], sizeof(T));
+  std::memcpy(&got, &given[from_lane], sizeof(T));
   return got;
 }
 
@@ -236,7 +269,8 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulation::shuffle(x, static_cast<int>(emulation::current % emulation::kWarp) ^ mask);
 }
 inline unsigned __ballot_sync(unsigned, bool wanted) {
+  const uint64_t* given = emulation::exchange(uint64_t{wanted});
   unsigned bits = 0;
-  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= unsigned{emulation::shuffle(wanted, lane)} << lane;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= static_cast<unsigned>(given[lane]) << lane;
   return bits;
 }
