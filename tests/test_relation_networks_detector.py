@@ -175,7 +175,7 @@ def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
         state[name] = torch.cat([state[name]] * 4)
     twin.load_state_dict(state)
     twin.rpn.post_nms = (40, 40)
-    twin.roi_heads.score_threshold = 0.01
+    twin.roi_heads.score_threshold, twin.roi_heads.beta = 0.01, 1.0
 
     images, sizes, targets = batch()
     with torch.no_grad():

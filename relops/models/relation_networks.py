@@ -131,16 +131,17 @@ def relation_heads(
     relations: tuple[int, int],
     duplicate_removal: bool,
     first_n: int,
-    **options: object,
+    num_samples: int,
 ) -> RelationRoIHeads:
-    """The second stage on regions of `channels` maps, with constants of the released code; options are RoIHeads'."""
+    """The second stage on regions of `channels` maps, with the constants of the released code."""
     return RelationRoIHeads(
         pool,
         RelationHead(channels * pool.output_size**2, hidden, relations),
         BoxPredictor(hidden, num_classes, class_agnostic=True),
         DuplicateRemoval(hidden, first_n, head_dim=hidden // HEADS) if duplicate_removal else None,
+        num_samples=num_samples,
+        beta=1.0,
         score_threshold=0.01,
-        **options,
     )
 
 
@@ -195,9 +196,8 @@ def relation_networks(
     )
     pool = RegionPool(roi, size, maps.strides)
     heads = relation_heads(
-        pool, maps.channels[0], hidden, num_classes, relations, duplicate_removal,
-        first_n=100, num_samples=num_samples, beta=1.0,
-    )  # fmt: skip
+        pool, maps.channels[0], hidden, num_classes, relations, duplicate_removal, first_n=100, num_samples=num_samples
+    )
     return TwoStageDetector(maps, rpn, heads)
 
 
@@ -216,7 +216,7 @@ def relation_networks_fpn(
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
 ) -> TwoStageDetector:
     """Relation Networks on a feature pyramid. The released code trains its RPN beforehand, and gives the second stage
-    1000 proposals; here it is trained along. Smooth L1 is that of `faster_rcnn_fpn`, its twin.
+    1000 proposals; here it is trained along.
 
     Args:
         num_classes: without the background.
