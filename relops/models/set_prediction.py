@@ -114,19 +114,18 @@ class SetLoss:
         cost = cost.masked_fill((labels < 0)[:, None], math.inf)  # forbidden, as is what is not a number
         return linear_sum_assignment(cost.flatten(0, 1))[1].view(L, N, -1)
 
-    def __call__(
-        self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor, num_objects: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The last layer's three losses by name, and the sum of all others' as "auxiliary" where there are others."""
+    def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> dict[str, Tensor]:
+        """Of arguments as in `match`: the last layer's three losses by name, and the sum of all others' as
+        "auxiliary" where there are others."""
         logits, boxes = _boxes.widened(logits), _boxes.widened(boxes)
         objects = torch.where(labels[..., None] >= 0, objects.to(boxes.dtype), 0.5)  # padding needs numbers
-        num_objects = mean_over_processes((labels >= 0).sum()) if num_objects is None else num_objects
+        num_objects = mean_over_processes((labels >= 0).sum())
         L, N, Q, C = logits.shape
         pairs = self.match(logits, boxes, labels, objects)
         found = pairs >= 0
         pairs = pairs.clamp(min=0)
 
-        # Class of each prediction: what is not paired keeps `C`, a column that is cut off.
+        # The class of each prediction. Objects without one write to a place behind all of them, which is cut off.
         classes = labels.new_full((L, N, Q + 1), C if self.focal else C - 1)
         classes.scatter_(2, pairs.masked_fill(~found, Q), labels.clamp(min=0).expand(L, N, -1))
         classes = classes[..., :Q]
