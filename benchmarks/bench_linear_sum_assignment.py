@@ -71,16 +71,16 @@ def of_total(assign: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, 
     return call
 
 
-def scipy_loop(cost: Tensor, num_cols: Tensor | None) -> tuple[Tensor, Tensor]:
+def scipy_loop(cost: Tensor, num_cols: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
 
     on_host = cost.cpu().numpy() if cost.dtype in (torch.float32, torch.float64) else cost.float().cpu().numpy()
     used = [cost.size(2)] * cost.size(0) if num_cols is None else num_cols.tolist()
-    row_to_col = np.full(cost.shape[:2], -1)
+    row_to_col, col_to_row = (np.full((cost.size(0), cost.size(d)), -1) for d in (1, 2))
     for b, columns in enumerate(used):
         rows, cols = linear_sum_assignment(on_host[b, :, :columns])
-        row_to_col[b, rows] = cols
-    return torch.from_numpy(row_to_col).to(cost.device), cost.new_empty(0)
+        row_to_col[b, rows], col_to_row[b, cols] = cols, rows
+    return torch.from_numpy(row_to_col).to(cost.device), torch.from_numpy(col_to_row).to(cost.device)
 
 
 def bench(shape: str, device: str, draw: Callable, dtype: torch.dtype, B: int, R: int, C: int, **options: Any) -> Bench:

@@ -68,16 +68,39 @@ def called(op: Callable[..., Tensor], case: Case) -> Callable[..., Tensor]:
     return functools.partial(op, kernel_size=case.k, stride=case.stride, similarity=case.similarity)
 
 
-def shifted(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_size: int, **_: object) -> Tensor:
-    """In PyTorch without unfolding values: a sum over taps of shifted maps. Stride 1, squared differences."""
-    N, G, H, W = query.shape
+def shifted(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prior: Tensor,
+    *,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    similarity: str = "squared_difference",
+    border: str = "mask",
+) -> Tensor:
+    """In PyTorch without unfolding values: a sum over taps of shifted maps. Squared differences under a mask only."""
+    if (similarity, border) != ("squared_difference", "mask"):
+        raise ValueError(f"not what shifted maps are for: similarity {similarity!r}, border {border!r}")
+    N, G, Ho, Wo = query.shape
+    C, H, W = value.shape[1:]
     k, dtype_of_value = kernel_size, value.dtype
     dtype = torch.promote_types(dtype_of_value, torch.float32)
-    around = (k // 2, k - 1 - k // 2) * 2
+    before, reach = dilation * (k // 2), dilation * (k - 1) + 1
+    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # from the first pixel of a tap to its last
+    below, right = (span - 1 + reach - before - size for span, size in zip(spans, (H, W)))
+    around = (before, right, before, below)
     inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=value.device), around)
-    query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), around)
+    ragged = -C % G  # the last groups may have fewer channels
+    query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), (*around, 0, ragged))
     prior = prior.to(dtype)
-    taps = [(i, j, (..., slice(i, i + H), slice(j, j + W))) for i in range(k) for j in range(k)]
+
+    def place(i: int, j: int) -> tuple:
+        y, x = i * dilation, j * dilation
+        return ..., slice(y, y + spans[0], stride), slice(x, x + spans[1], stride)
+
+    taps = [(i, j, place(i, j)) for i in range(k) for j in range(k)]
     logits = torch.stack(
         [
             (prior[:, i, j, None, None] - (query - key[at]).square()).masked_fill(~inside[at], -math.inf)
@@ -86,10 +109,10 @@ def shifted(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_
     )
     weights = logits.softmax(0)
     value = value.unflatten(1, (G, -1))
-    output = torch.zeros(N, G, value.shape[2], H, W, dtype=dtype, device=value.device)
+    output = torch.zeros(N, G, value.shape[2], Ho, Wo, dtype=dtype, device=value.device)
     for weight, (_, _, at) in zip(weights, taps):
         output = torch.addcmul(output, weight.unsqueeze(2), value[at])
-    return output.flatten(1, 2).to(dtype_of_value)
+    return output.flatten(1, 2)[:, :C].to(dtype_of_value)
 
 
 @functools.cache
@@ -123,10 +146,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_siz
 def make(
     case: Case, device: str, dtype: torch.dtype, direction: str, target: dict[str, float] | None = None, **options
 ) -> Bench:
-    plain = case.stride == 1 and case.similarity == "squared_difference"
-    peers = {"shifted maps": called(shifted, case)} if plain and case.C % case.G == 0 else {}
+    plain = case.similarity == "squared_difference"
+    peers = {"shifted maps": called(shifted, case)} if plain else {}
     # It has no gradient for the prior that its score_mod captures.
-    if plain and device == "cuda" and direction == FORWARD and not case.channels_last:
+    whole = case.stride == 1 and case.C % case.G == 0
+    if plain and whole and device == "cuda" and direction == FORWARD and not case.channels_last:
         peers["flex_attention"] = called(flex, case)
     return Bench(
         op="local_relation",
