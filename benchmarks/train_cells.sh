@@ -49,13 +49,13 @@ run() {
         train "$1" --model "$1" --proposals "$runs/train.npz" --test-proposals "$runs/test.npz" --hidden 256 \
             --option dropout=0.0 --option stride=8 --option roi=align --iterations 400 --eval-every 100
         ;;
-    relation_networks) # nothing is suppressed anywhere; faster_rcnn_fpn is its twin
-        train "$1" --model relation_networks_fpn "${pyramid[@]}" --option proposal_nms=None --iterations 1000 \
+    relation_networks) # faster_rcnn_fpn is its twin
+        train "$1" --model relation_networks_fpn "${pyramid[@]}" --iterations 1000 \
             --eval-every 200
         ;;
     sparse_rcnn)
         train "$1" --model "$1" --batch 2 --channels 64 --hidden 256 --option proposals=64 --option init=grid \
-            --lr 6e-4 --iterations 2600 --eval-every 325
+            --lr 6e-4 --iterations 2000 --eval-every 250
         ;;
     deformable_detr)
         train "$1" --model "$1" --batch 2 --channels 128 --hidden 256 --option queries=60 --option encoder_layers=1 \

@@ -332,6 +332,18 @@ def test_boxes_without_extent_are_as_if_absent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_float64(name: str) -> None:
+    """A model, its images and sizes; targets as the data has them."""
+    model = busy(small(name)).double()
+    images, sizes, targets = batch()
+    losses = model(images.double(), sizes.double(), targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    found = model.eval()(images.double(), sizes.double(), *((targets,) if model.uses_proposals else ()))
+    assert found.boxes.dtype == found.scores.dtype == torch.float64 and (found.labels >= 0).any()
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_lr_net_as_backbone(name: str) -> None:
     torch.manual_seed(0)
     model = relops.models.build(name, 3, backbone="lr_net26-16", **SMALL[name])

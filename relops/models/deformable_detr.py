@@ -136,6 +136,7 @@ class DeformableDETR(SetDetector):
         extents = [extent_of(tuple(images.shape[-2:]), sizes, shape) for shape in shapes]
         padding = torch.cat([x.padding.flatten(1) for x in extents], 1)
         ratios = torch.stack([x.ratio for x in extents], 1)  # [N,L,2]
+        ratios = ratios.to(torch.promote_types(levels[0].dtype, ratios.dtype))
         memory = self.encode(levels, extents, shapes, padding, ratios)
 
         first, N = None, images.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from relops.models._structures import Detections, Targets
@@ -26,7 +27,7 @@ class FastRCNN(TwoStageDetector):
         sizes, targets = self.checked(images, sizes, targets)
         if targets is None or targets.proposals is None:
             raise ValueError("relops.models.FastRCNN: targets.proposals must be given, in evaluation too, got None")
-        boxes = targets.proposals.float()
+        boxes = targets.proposals.to(torch.promote_types(images.dtype, torch.float32))
         valid = (boxes[..., 2:] > boxes[..., :2]).all(-1)
         proposals = Proposals(boxes, valid.float(), valid)
         maps = self.backbone(images)

@@ -107,7 +107,7 @@ class RelationRoIHeads(RoIHeads):
         if self.duplicate_removal is not None:
             boxes, scores = self.refine(logits[:, :P], deltas[:, :P].detach(), proposals, sizes)
             ranked = self.duplicate_removal(features[:, :P], scores, boxes)
-            losses["duplicates"] = self.duplicate_removal.loss(ranked, targets.boxes, targets.labels)
+            losses["duplicates"] = self.duplicate_removal.loss(ranked, targets.boxes.to(boxes.dtype), targets.labels)
         return losses
 
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:

@@ -1,0 +1,333 @@
+"""Reference detectors against themselves in pure PyTorch: `python -m benchmarks.detector_twins [--quick]`.
+
+The twin of a detector is the same module with the same weights, while every relops op that it calls is replaced by what
+people run without such ops (`TWINS`): grid_sample for deformable attention, bilinear samples gathered level by level
+for RoI Align, suppression in blocks on matrices of IoU, relation attention by scaled_dot_product_attention with its
+bias in memory, local relation as a sum over shifted maps (which is faster than unfolding), and for the assignment SciPy
+on the CPU, a problem at a time. All else of the model is shared, so that the ratio is one of whole detectors.
+
+Two rows a detector: detection in one image, and the losses of a batch of four images with 13 objects each, with their
+gradients. (DETR detects without any of these ops, so it has the second only.) Before a row is timed, both sides must
+give the same detections, or the same losses and gradients of the same samples, and no op of relops may have run in the
+twin. Then peak memory of one pass each, beyond what was in use before it, as `harness.peak_bytes` has it: CUDA's
+allocator, or under Linux the growth of the peak resident set. Rounds alternate between the two; a ratio is the median
+of the ratios within rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import relops
+from benchmarks import detectors, harness
+from benchmarks.bench_linear_sum_assignment import scipy_loop
+from benchmarks.bench_local_relation import shifted
+from relops import reference
+from relops.models import Detections, Targets
+from relops.models.detector import TwoStageDetector
+
+TWINS: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in reference.__all__}
+TWINS |= {"linear_sum_assignment": scipy_loop, "local_relation": shifted}
+
+CLASSES = 80  # of detection
+DETECTION_SIZES = {"cpu": (480, 640), "cuda": (800, 1066)}  # height and width; of the CPU smaller, for its patience
+TRAINING_SIZE, IMAGES, OBJECTS = (240, 320), 4, 13
+QUICK_SIZE = (96, 128)
+LOGIT_STD = 1.5  # of two-stage detectors' classes in detection
+
+# How far the two sides may be apart, several times what rounding explains.
+LOSS_BOUND, BOX_BOUND = 1e-3, 0.1  # relative, pixels
+# Of the detections, those that may have no counterpart: whose scores are nearly the last one's, rounding selects.
+UNMATCHED = 0.02
+
+
+class Case(NamedTuple):
+    """A detector.
+
+    Attributes:
+        detection: options of the one that detects, of the published size on ResNet-50 or LR-Net-26; None: no such row.
+        training: options of the one that is trained, of about the size that the README trains on a CPU.
+        gradient_bound: relative RMS by which gradients may be apart.
+    """
+
+    detection: dict[str, Any] | None
+    training: dict[str, Any]
+    gradient_bound: float = 1e-2
+
+
+_RESNET, _SMALL = {"backbone": "resnet50-frozen"}, {"backbone": "resnet18-gn-32", "channels": 64, "hidden": 256}
+_SMALL_FPN = detectors.SMALL | {"sizes": detectors.SIZES}
+_SMALL_DETR = _SMALL | {"queries": 60, "encoder_layers": 3, "decoder_layers": 3, "dropout": 0.0}
+_TWO_STAGE = {"refine": True, "two_stage": True}
+CASES = {
+    "relation_networks_fpn": Case(_RESNET, _SMALL_FPN),
+    "sparse_rcnn": Case(_RESNET, _SMALL | {"proposals": 64, "init": "grid"}),
+    "deformable_detr": Case(_RESNET | _TWO_STAGE, _SMALL_DETR | _TWO_STAGE),
+    "detr": Case(None, _SMALL_DETR | {"stride": 16}),
+    "faster_rcnn": Case(
+        {"backbone": "lr_net26", "hidden": 1024, "roi": "align"},
+        {"backbone": "lr_net26-32", "channels": 128, "hidden": 256, "roi": "align", "dropout": 0.0, "stride": 8,
+         "scales": (2, 5, 12), "min_size": 4},
+        gradient_bound=0.1,  # normalization over a batch makes more of a rounding; float64 has 1e-15 (in the tests)
+    ),
+    "faster_rcnn_fpn": Case(_RESNET, _SMALL_FPN),
+}  # fmt: skip
+
+
+# ---- The twin ----
+
+
+@contextlib.contextmanager
+def twins() -> Iterator[None]:
+    """Within it, modules of relops.models and relops.nn find the twins where they look for ops."""
+    replacements = {id(getattr(relops, name)): twin for name, twin in TWINS.items()}
+    with contextlib.ExitStack() as stack:
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith(("relops.models.", "relops.nn.")):
+                for name, value in list(vars(module).items()):
+                    if id(value) in replacements:
+                        stack.enter_context(mock.patch.object(module, name, replacements[id(value)]))
+        yield
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops of relops that run within it, by name, those of backward passes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "relops":
+            self.counts[func.name().removeprefix("relops::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]) -> tuple[float, dict[str, int]]:
+    """How far apart the two sides are by `check`, and how often relops ran each op. Raises harness.VerificationError
+    where that is too far, where relops ran none, or where the twin ran one."""
+    with Calls() as ours:
+        found = run()
+    with twins(), Calls() as theirs:
+        expected = run()
+    if not ours.counts or theirs.counts:
+        raise harness.VerificationError(
+            f"{name}: ops of relops that ran: {dict(ours.counts)}; in the twin: {dict(theirs.counts)}"
+        )
+    try:
+        return check(found, expected), dict(ours.counts)
+    except harness.VerificationError as error:
+        raise harness.VerificationError(f"{name}: {error}") from None
+
+
+# ---- Rows ----
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """With weights that make its outputs differ from one another: those of a new model are nearly all of one score, and
+    its deformable attention samples the centers of pixels, where gradients jump."""
+    detectors.busy(model)
+    with torch.no_grad():
+        for name, x in model.state_dict().items():
+            if name.endswith("weight") and ("class_embed" in name or "class_logits" in name):
+                x.normal_(0, 0.1)
+            elif name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+                x.normal_(0, 0.05)
+            elif name.endswith("weight") and ("bboxes_delta" in name or ("bbox_embed" in name and "layers.2" in name)):
+                x.normal_(0, 0.02)  # boxes that move, but not out of the image
+            elif name.endswith("bn3.weight"):  # of frozen ones busy does not know
+                x.fill_(0.3)
+    return model
+
+
+def smooth_images(count: int, size: tuple[int, int], device: str) -> list[Tensor]:
+    """[3,H,W] each, of blots about 20 pixels wide."""
+    coarse = torch.rand(count, 3, size[0] // 20, size[1] // 20)
+    images = nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
+    return list(images.to(device))
+
+
+def detection(
+    name: str, options: dict[str, Any], size: tuple[int, int], device: str
+) -> tuple[Callable[[], Detections], tuple[int, ...]]:
+    """What detects, and the shape of its images."""
+    torch.manual_seed(0)
+    model = lively(relops.models.build(name, CLASSES, **options)).to(device)
+    images, sizes, _ = relops.models.batch_images(smooth_images(1, size, device), min(size), max(size))
+    # A new network's statistics are not those of any image: its maps would be nearly nothing.
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.backbone.train()(images)
+    model.eval()
+    # Scores of about the size that training gives them, so that some of each class are there to be suppressed.
+    if isinstance(model, TwoStageDetector):
+        classifier, logits = model.roi_heads.box_predictor.cls_score, []
+        with torch.no_grad(), classifier.register_forward_hook(lambda module, inputs, output: logits.append(output)):
+            model(images, sizes)
+            classifier.weight *= LOGIT_STD / logits[0].std()
+
+    @torch.no_grad()
+    def run() -> Detections:
+        return model(images, sizes)
+
+    return run, tuple(images.shape)
+
+
+def training(
+    name: str, options: dict[str, Any], size: tuple[int, int], device: str
+) -> tuple[Callable[[], tuple[dict[str, Tensor], Sequence[Tensor]]], tuple[int, ...]]:
+    """What gives losses and gradients, and the shape of its images. Samples are the same in every run."""
+    torch.manual_seed(0)
+    model = lively(relops.models.build(name, detectors.CLASSES, **options)).to(device).train()
+    images, sizes, _ = relops.models.batch_images(smooth_images(IMAGES, size, device), min(size), max(size))
+    objects = [detectors.random_objects(OBJECTS, *size) for _ in range(IMAGES)]
+    targets = Targets(*(torch.stack(x).to(device) for x in zip(*objects)))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+        torch.manual_seed(0)
+        losses = model(images, sizes, targets)
+        return {k: x.detach() for k, x in losses.items()}, torch.autograd.grad(sum(losses.values()), parameters)
+
+    return run, tuple(images.shape)
+
+
+def distance_of_detections(found: Detections, expected: Detections) -> float:
+    """The largest difference in pixels of detections and their counterparts, which are of the same label."""
+    ours, theirs = (x.labels[0] >= 0 for x in (found, expected))
+    if not 20 <= ours.sum() == theirs.sum():
+        raise harness.VerificationError(f"{ours.sum()} detections of relops, {theirs.sum()} of its twin")
+    far = (found.boxes[0, ours] - expected.boxes[0, theirs, None]).abs().amax(-1)
+    far += 1000 * (found.labels[0, ours] != expected.labels[0, theirs, None])
+    nearest = far.amin(1)
+    matched = nearest <= BOX_BOUND
+    if matched.float().mean() < 1 - UNMATCHED:
+        raise harness.VerificationError(f"{(~matched).sum()} of {len(matched)} detections differ")
+    return nearest[matched].max().item()
+
+
+def distance_of_gradients(
+    bound: float, found: tuple[dict, Sequence[Tensor]], expected: tuple[dict, Sequence[Tensor]]
+) -> float:
+    """The relative RMS difference of all gradients together, at most `bound`."""
+    for loss, value in expected[0].items():
+        if not (found[0][loss] - value).abs() <= LOSS_BOUND * value.abs():
+            raise harness.VerificationError(f"loss {loss} is {found[0][loss]:.6g}, of the twin {value:.6g}")
+    gradients = ([torch.cat([x.flatten() for x in side[1]])] for side in (found, expected))
+    error = harness.relative_rms_error(*gradients)
+    if not error <= bound:
+        raise harness.VerificationError(f"relative RMS error of gradients {error:.3g}, bound {bound}")
+    return error
+
+
+# ---- Measurement ----
+
+
+def measure(name: str, direction: str, device: str, rounds: int, quick: bool) -> dict[str, Any]:
+    """A row, ready for `harness.Record`."""
+    case = CASES[name]
+    options = case.training if quick or direction == harness.FORWARD_BACKWARD else case.detection
+    if direction == harness.FORWARD:
+        run, shape = detection(name, options, QUICK_SIZE if quick else DETECTION_SIZES[device], device)
+        check = distance_of_detections
+    else:
+        run, shape = training(name, options, QUICK_SIZE if quick else TRAINING_SIZE, device)
+        check = functools.partial(distance_of_gradients, case.gradient_bound)
+    error, calls = verify(f"{name}, {direction}", run, check)
+
+    sides = {"relops": contextlib.nullcontext, "pytorch": twins}
+    peaks, times = {}, {side: [] for side in sides}
+    for side, context in sides.items():
+        with context():
+            peaks[side] = harness.peak_bytes(run, device)
+    for i in range(rounds):
+        for side in reversed(sides) if i % 2 else sides:
+            with sides[side]():
+                harness.synchronize(device)
+                times[side].append(harness.time_once(run, device, cold=False))
+    return {
+        "op": name,
+        "shape": "x".join(map(str, shape)),
+        "dtype": "float32",
+        "device": device,
+        "direction": direction,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "rounds": rounds,
+        "ms": {side: 1e3 * statistics.median(x) for side, x in times.items()},
+        "ratio": statistics.median(b / a for a, b in zip(times["relops"], times["pytorch"])),
+        "peak_bytes": peaks,
+        "error": error,
+        "calls": calls,
+        "options": options,
+    }
+
+
+HEADER = (
+    f"{'detector':22} {'images':13} {'pass':7} {'relops':>10} {'PyTorch':>10} {'ratio':>7} {'peak, relops':>13}"
+    f" {'PyTorch':>8} {'ratio':>7} {'error':>8}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    ours, theirs = row["peak_bytes"]["relops"], row["peak_bytes"]["pytorch"]
+    return (
+        f"{row['op']:22} {row['shape']:13} {harness.SHORT_DIRECTIONS[row['direction']]:7}"
+        f" {harness.format_ms(row['ms']['relops']):>7} ms {harness.format_ms(row['ms']['pytorch']):>7} ms"
+        f" {harness.format_ratio(row['ratio']):>7} {harness.format_bytes(ours):>13} {harness.format_bytes(theirs):>8}"
+        f" {harness.format_ratio(theirs / max(ours, 1)):>7} {row['error']:>8.1e}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.detector_twins", description=__doc__.splitlines()[0].split(":")[0]
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=list(CASES), help="this detector")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="small models, one round; prints, records nothing")
+    options = parser.parse_args(argv)
+    if importlib.util.find_spec("scipy") is None:
+        parser.error("scipy is missing, by which the twins solve assignments: pip install scipy")
+    record = None
+    if not options.quick:
+        record = harness.Record(
+            harness.RESULTS, options.device, "detectors/twins", harness.describe_run(options.device)
+        )
+    failed = False
+    print(HEADER, "-" * len(HEADER), sep="\n")
+    for name in [options.only] if options.only else CASES:
+        for direction in (harness.FORWARD, harness.FORWARD_BACKWARD):
+            if direction == harness.FORWARD and CASES[name].detection is None:
+                continue
+            try:
+                row = measure(name, direction, options.device, 1 if options.quick else options.rounds, options.quick)
+            except harness.VerificationError as error:  # the other rows are worth having
+                failed = True
+                print(f"FAILED: {error}", file=sys.stderr)
+                continue
+            finally:
+                harness.release_memory(options.device)
+            print(line(row), flush=True)
+            if record is not None:
+                record.add(row)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
