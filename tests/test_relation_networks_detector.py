@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from relation_networks import assert_same, pair_embedding, random_parameters, relation, relation_shapes, relation_state
+from test_detectors import Given
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,17 +58,6 @@ class OfCoordinates(nn.Module):
 
     def forward(self, _: object, rois: Tensor) -> Tensor:
         return (rois[:, 1:] / 50) @ self.weight.to(rois)
-
-
-class Given(nn.Module):
-    """A predictor that gives what it was given."""
-
-    def __init__(self, logits: Tensor, deltas: Tensor) -> None:
-        super().__init__()
-        self.outputs = logits, deltas
-
-    def forward(self, _: object) -> tuple[Tensor, Tensor]:
-        return self.outputs
 
 
 def heads_on_coordinates(**options: object) -> nn.Module:

@@ -45,10 +45,14 @@ def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float], log_cl
     return torch.cat([center - half, center + half], -1)
 
 
+def extent(sizes: Tensor) -> Tensor:
+    """[N,2] (height, width) to [N,1,4] (width, height, width, height), what boxes are fractions of."""
+    return sizes.flip(-1).repeat(1, 2)[:, None]
+
+
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     """[N,K,4] to the images, sizes [N,2] (height, width)."""
-    limit = sizes.flip(-1).repeat(1, 2)[:, None].to(boxes.dtype)
-    return boxes.clamp(min=0).minimum(limit)
+    return boxes.clamp(min=0).minimum(extent(sizes).to(boxes.dtype))
 
 
 def smaller_than(boxes: Tensor, size: float) -> Tensor:

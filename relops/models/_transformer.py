@@ -59,6 +59,13 @@ def sine_positions(extent: Extent, channels: int, offset: float) -> Tensor:
     return torch.cat([rows[:, :, None].expand(-1, -1, w, -1), columns[:, None].expand(-1, h, -1, -1)], -1)
 
 
+def xavier_weights(module: nn.Module) -> None:
+    """All that is no vector in it, from Xavier's uniform distribution."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
 class MLP(nn.Module):
     """Linear layers with ReLU between them, all of one width but the last."""
 

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops.models import _boxes
-from relops.models._transformer import MLP, Extent, FeedForward, Layers, extent_of, sine_positions, sinusoid
+from relops.models._transformer import (
+    MLP,
+    Extent,
+    FeedForward,
+    Layers,
+    extent_of,
+    sine_positions,
+    sinusoid,
+    xavier_weights,
+)
 from relops.models.backbones import StageBackbone, make_body
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, set_prior
 from relops.nn.ms_deform_attn import MSDeformAttn
@@ -81,9 +90,7 @@ class DeformableTransformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """As in the released code."""
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        xavier_weights(self)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
@@ -137,11 +144,12 @@ class DeformableDETR(SetDetector):
         padding = torch.cat([x.padding.flatten(1) for x in extents], 1)
         ratios = torch.stack([x.ratio for x in extents], 1)  # [N,L,2]
         ratios = ratios.to(torch.promote_types(levels[0].dtype, ratios.dtype))
-        memory = self.encode(levels, extents, shapes, padding, ratios)
+        centers = [_centers(x) for x in extents]
+        memory = self.encode(levels, extents, shapes, padding, torch.cat(centers, 1)[:, :, None] * ratios[:, None])
 
         first, N = None, images.shape[0]
         if self.two_stage:
-            first, query, positions, references = self.propose(memory, extents, padding)
+            first, query, positions, references = self.propose(memory, centers, padding)
         else:
             positions, query = self.query_embed.weight.expand(N, -1, -1).chunk(2, -1)
             references = _boxes.widened(self.transformer.reference_points(positions)).sigmoid()
@@ -169,28 +177,26 @@ class DeformableDETR(SetDetector):
         return levels
 
     def encode(
-        self, levels: list[Tensor], extents: list[Extent], shapes: Shapes, padding: Tensor, ratios: Tensor
+        self, levels: list[Tensor], extents: list[Extent], shapes: Shapes, padding: Tensor, references: Tensor
     ) -> Tensor:
-        """[N,S,C]; S = all pixels of all levels."""
+        """[N,S,C] of S = all pixels of all levels, whose references [N,S,L,2] are where they lie."""
         x = torch.cat([level.flatten(2) for level in levels], 2).transpose(1, 2)
         of_levels = zip(extents, self.transformer.level_embed)
         positions = torch.cat(
             [sine_positions(extent, x.shape[-1], -0.5).flatten(1, 2) + embed for extent, embed in of_levels], 1
         ).to(x.dtype)
-        references = torch.cat([_centers(extent) for extent in extents], 1)[:, :, None] * ratios[:, None]
         for layer in self.transformer.encoder.layers:
             x = layer(x, positions, references, shapes, padding)
         return x
 
     def propose(
-        self, memory: Tensor, extents: list[Extent], padding: Tensor
+        self, memory: Tensor, centers: list[Tensor], padding: Tensor
     ) -> tuple[SetPrediction, Tensor, Tensor, Tensor]:
         """Two stages (section 4.2, appendix A.4): each pixel of the encoder's output is a region proposal, and the
         best become the decoder's queries. What is learned, contents and positions [N,Q,C], and references [N,Q,4]."""
         transformer = self.transformer
-        centers = torch.cat([_centers(extent) for extent in extents], 1)
-        size = torch.cat([torch.full_like(_centers(x), 0.05 * 2**level) for level, x in enumerate(extents)], 1)
-        anchors = torch.cat([centers, size], -1)
+        size = [torch.full_like(x, 0.05 * 2**level) for level, x in enumerate(centers)]
+        anchors = torch.cat([torch.cat(centers, 1), torch.cat(size, 1)], -1)
         left_out = (padding | ((anchors <= 0.01) | (anchors >= 0.99)).any(-1))[..., None]
         x = transformer.enc_output_norm(transformer.enc_output(memory.masked_fill(left_out, 0.0)))
         logits = self.class_embed[-1](x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from relops.models import _boxes
-from relops.models._transformer import MLP, FeedForward, Layers, extent_of, sine_positions
+from relops.models._transformer import MLP, FeedForward, Layers, extent_of, sine_positions, xavier_weights
 from relops.models.backbones import StageBackbone, make_body
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction
 
@@ -56,9 +56,7 @@ class Transformer(nn.Module):
         self.encoder = Layers([EncoderLayer(*sizes) for _ in range(encoder_layers)])
         self.decoder = Layers([DecoderLayer(*sizes) for _ in range(decoder_layers)])
         self.decoder.norm = nn.LayerNorm(channels)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        xavier_weights(self)
 
 
 class DETR(SetDetector):

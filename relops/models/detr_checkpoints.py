@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from relops.models._renaming import Rules, renamed
 from relops.models.deformable_detr import DeformableDETR
 from relops.models.detr import DETR
-
-Rules = list[tuple[str, str | Callable[[re.Match], str]]]  # patterns and what they become, one after the other
 
 # Names that transformers gives, in all of its versions, to those of the released codes.
 TRANSFORMERS: Rules = [
@@ -70,28 +69,23 @@ def load_detr(model: DETR | DeformableDETR, state_dict: Mapping[str, Tensor]) ->
     """
     deformable = isinstance(model, DeformableDETR)
     if any(name.startswith("model.") for name in state_dict):
-        rules = TRANSFORMERS + (DEFORMABLE_DECODER if deformable else DETR_DECODER)
-        renamed = _from_transformers(state_dict, rules)
+        rules = [*TRANSFORMERS, *(DEFORMABLE_DECODER if deformable else DETR_DECODER)]
+        state_dict = _with_one_projection(renamed(state_dict, rules))
     else:
-        renamed = {re.sub(r"^backbone\.0\.body\.", "backbone.body.", name): x for name, x in state_dict.items()}
+        state_dict = renamed(state_dict, [(r"^backbone\.0\.body\.", "backbone.body.")])
     if deformable:
-        renamed = _with_heads_of_layers(renamed, model)
-    model.load_state_dict(renamed)
+        state_dict = _with_heads_of_layers(state_dict, model)
+    model.load_state_dict(state_dict)
 
 
-def _from_transformers(state_dict: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Renamed, with one projection of queries, keys and values in place of three."""
-    renamed = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    for name in list(renamed):
+def _with_one_projection(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of queries, keys and values, in place of three."""
+    for name in list(state_dict):
         if found := re.fullmatch(r"(.*_attn\.)q_proj\.(weight|bias)", name):
             three = [f"{found[1]}{x}_proj.{found[2]}" for x in "qkv"]
-            if all(x in renamed for x in three):
-                renamed[f"{found[1]}in_proj_{found[2]}"] = torch.cat([renamed.pop(x) for x in three])
-    return renamed
+            if all(x in state_dict for x in three):
+                state_dict[f"{found[1]}in_proj_{found[2]}"] = torch.cat([state_dict.pop(x) for x in three])
+    return state_dict
 
 
 def _with_heads_of_layers(state_dict: Mapping[str, Tensor], model: DeformableDETR) -> dict[str, Tensor]:

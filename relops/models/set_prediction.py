@@ -101,9 +101,8 @@ class SetLoss:
         L, N, Q, _ = logits.shape
         by_class, by_distance, by_overlap = self.costs
         if self.focal:
-            p = logits.sigmoid()
-            of_class = ALPHA * (1 - p) ** GAMMA * -F.logsigmoid(logits)
-            of_class = of_class - (1 - ALPHA) * p**GAMMA * -F.logsigmoid(-logits)
+            there = torch.ones_like(logits, dtype=torch.bool)
+            of_class = focal_loss(logits, there) - focal_loss(logits, ~there)
         else:
             of_class = -logits.softmax(-1)
         index = labels.clamp(min=0)[None, :, None].expand(L, N, Q, -1)
@@ -176,7 +175,7 @@ class SetDetector(BaseDetector):
         prediction = self.predict(images, sizes)
         if not self.training:
             return self.detections(prediction.logits[-1], prediction.boxes[-1], sizes)
-        objects = targets.boxes / _extent(sizes)
+        objects = targets.boxes / _boxes.extent(sizes)
         objects = objects if self.set_loss.corners else centers_of(objects)
         losses = self.set_loss(prediction.logits, prediction.boxes, targets.labels, objects)
         if prediction.first is not None:
@@ -198,13 +197,8 @@ class SetDetector(BaseDetector):
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)
             scores, index = scores.topk(min(self.most, logits.shape[1]), 1)
             labels = labels.gather(1, index)
-        boxes = self.set_loss.as_corners(_boxes.take(boxes, index)) * _extent(sizes)
+        boxes = self.set_loss.as_corners(_boxes.take(boxes, index)) * _boxes.extent(sizes)
         return Detections(_boxes.clip(boxes, sizes), scores, labels)
-
-
-def _extent(sizes: Tensor) -> Tensor:
-    """[N,2] (height, width) to [N,1,4] (width, height, width, height)."""
-    return sizes.flip(-1).repeat(1, 2)[:, None]
 
 
 def set_prior(classifier: nn.Linear) -> None:

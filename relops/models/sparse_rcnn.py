@@ -7,7 +7,6 @@ torchvision's.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops.models import _boxes
+from relops.models._renaming import Rules, renamed
+from relops.models._transformer import xavier_weights
 from relops.models.backbones import PyramidBackbone, make_body
 from relops.models.roi_heads import RegionPool
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, corners_of, set_prior
@@ -53,7 +54,7 @@ class SparseRCNN(SetDetector):
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
         N = images.shape[0]
-        extent = sizes.flip(-1).repeat(1, 2)[:, None]
+        extent = _boxes.extent(sizes)
         boxes = corners_of(_boxes.widened(self.init_proposal_boxes.weight)) * extent
         features = self.init_proposal_features.weight.expand(N, -1, -1)
         logits, boxes = self.head(self.backbone(images), boxes, features)
@@ -127,9 +128,7 @@ class RCNNHead(nn.Module):
         self.reg_module = tower(channels, 3)
         self.class_logits = nn.Linear(channels, num_classes)
         self.bboxes_delta = nn.Linear(channels, 4)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        xavier_weights(self)
         set_prior(self.class_logits)
 
     def forward(self, features: Tensor, regions: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +184,7 @@ def sparse_rcnn(
     return SparseRCNN(num_classes, maps, proposals=proposals, stages=stages, init=init, hidden=hidden)
 
 
-RENAMES = (
+RENAMES: Rules = (
     (r"^backbone\.bottom_up\.stem\.", lambda m: "backbone.body."),
     (r"^backbone\.bottom_up\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
     (r"\.conv(\d)\.norm\.", lambda m: f".bn{m[1]}."),
@@ -212,9 +211,4 @@ def load_sparse_rcnn(model: SparseRCNN, state_dict: Mapping[str, Tensor]) -> Non
         >>> model = relops.models.sparse_rcnn(80)
         >>> relops.models.load_sparse_rcnn(model, torch.load("r50_100pro_3x_model.pth"))
     """
-    renamed = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    model.load_state_dict(renamed)
+    model.load_state_dict(renamed(state_dict, RENAMES))
