@@ -15,6 +15,7 @@ import relops
 from relops.models import Targets
 from relops.models.relation_networks import HEADS
 from relops.models.rpn import Proposals
+from relops.training.optimization import make_optimizer
 
 HIDDEN = 32
 SIZES = torch.tensor([[96.0, 128.0], [80.0, 100.0]])
@@ -306,6 +307,16 @@ def test_duplicate_removal_learns_from_refined_proposals_alone() -> None:
 
 
 # ---- Whole detectors ----
+
+
+def test_queries_and_keys_learn_at_a_tenth_of_the_rate() -> None:
+    model = small()
+    optimizer = make_optimizer(model, "adamw", 0.5, 0.0, 0.9, 1.0, model.slower)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    slow = {name.rsplit(".", 1)[0] for name, parameter in model.named_parameters() if rates[parameter] < 0.5}
+    relations = ("box_head.fc6_relations.0", "box_head.fc7_relations.0", "duplicate_removal.relation")
+    assert slow == {f"roi_heads.{relation}.{layer}" for relation in relations for layer in ("query", "key")}
+    assert set(rates.values()) == {0.5, 0.05}
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,12 @@ class RelationRoIHeads(RoIHeads):
         return Detections(boxes, scores, torch.where(found, index % C, -1))
 
 
+class RelationNetworks(TwoStageDetector):
+    # Appearance weights are exponentials of products of queries and keys. Adam's first steps, as large as what these
+    # layers begin with, made a few of them all, whatever the geometry; no suppression was learned then.
+    slower = ("query", "key")
+
+
 def relation_heads(
     pool: RegionPool,
     channels: int,
@@ -161,7 +167,7 @@ def relation_networks(
     stride: int = 16,
     scales: Sequence[float] = (4, 8, 16, 32),
     min_size: float = 0,
-) -> TwoStageDetector:
+) -> RelationNetworks:
     """Relation Networks on Faster R-CNN's one map. Published: ResNet-101 (with frozen_stages=2), where regions are
     pooled of the fourth stage, dilated and reduced to 256 channels; here of the map that the RPN works on.
 
@@ -198,7 +204,7 @@ def relation_networks(
     heads = relation_heads(
         pool, maps.channels[0], hidden, num_classes, relations, duplicate_removal, first_n=100, num_samples=num_samples
     )
-    return TwoStageDetector(maps, rpn, heads)
+    return RelationNetworks(maps, rpn, heads)
 
 
 def relation_networks_fpn(
@@ -214,7 +220,7 @@ def relation_networks_fpn(
     num_samples: int = 512,
     frozen_stages: int = 0,
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
-) -> TwoStageDetector:
+) -> RelationNetworks:
     """Relation Networks on a feature pyramid. The released code trains its RPN beforehand, and gives the second stage
     1000 proposals; here it is trained along.
 
@@ -238,4 +244,4 @@ def relation_networks_fpn(
     heads = relation_heads(
         pool, channels, hidden, num_classes, relations, duplicate_removal, first_n=150, num_samples=num_samples
     )
-    return TwoStageDetector(maps, rpn, heads)
+    return RelationNetworks(maps, rpn, heads)

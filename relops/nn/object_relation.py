@@ -33,6 +33,9 @@ class ObjectRelation(nn.Module):
     linear_out is a grouped 1x1 convolution [C,C,1,1] of M * C channels, the means of whole features. Rows of head m in
     it are rows of head m in value, for means of projected features are projected means; it is M times less work.
 
+    Under Adam let query and key learn at a tenth of the rate: weights are exponentials of their products, and the first
+    steps, as large as what they begin with, would let a few objects outweigh any geometry for good.
+
     Example, the paper's head: a module behind either layer, on the same boxes.
         >>> fc1, fc2 = torch.nn.Linear(256 * 7 * 7, 1024), torch.nn.Linear(1024, 1024)
         >>> relation1, relation2 = relops.nn.ObjectRelation(), relops.nn.ObjectRelation()
