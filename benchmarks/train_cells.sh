@@ -50,19 +50,18 @@ run() {
             --option dropout=0.0 --option stride=8 --option roi=align --iterations 400 --eval-every 100
         ;;
     relation_networks) # faster_rcnn_fpn is its twin
-        train "$1" --model relation_networks_fpn "${pyramid[@]}" --iterations 1000 \
-            --eval-every 200
+        train "$1" --model relation_networks_fpn "${pyramid[@]}" --batch 2 --lr 7e-4 --iterations 3600 --eval-every 400
         ;;
     sparse_rcnn)
-        train "$1" --model "$1" --batch 2 --channels 64 --hidden 256 --option proposals=64 --option init=grid \
-            --lr 6e-4 --iterations 2000 --eval-every 250
+        train "$1" --model "$1" --batch 2 --channels 64 --hidden 256 --option proposals=100 --option init=grid \
+            --lr 6e-4 --iterations 4000 --eval-every 400
         ;;
     deformable_detr)
         train "$1" --model "$1" --batch 2 --channels 128 --hidden 256 --option queries=60 --option encoder_layers=1 \
             --option decoder_layers=3 --option refine=True --option two_stage=True --option dropout=0.0 --lr 4e-4 \
             --backbone-lr 2 --clip 1 --iterations 1600 --eval-every 200
         ;;
-    lr_net) train "$1" "${one[@]}" --backbone lr_net26-32 --iterations 800 --eval-every 200 ;;
+    lr_net) train "$1" "${one[@]}" --backbone lr_net26-32 --iterations 400 --eval-every 100 ;;
     *) echo "no run is named $1" && return 2 ;;
     esac
 }
