@@ -309,7 +309,7 @@ def test_duplicate_removal_learns_from_refined_proposals_alone() -> None:
 # ---- Whole detectors ----
 
 
-def test_queries_and_keys_learn_at_a_tenth_of_the_rate() -> None:
+def test_adamw_lets_queries_and_keys_learn_at_a_tenth_of_the_rate() -> None:
     model = small()
     optimizer = make_optimizer(model, "adamw", 0.5, 0.0, 0.9, 1.0, model.slower)
     rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -317,6 +317,8 @@ def test_queries_and_keys_learn_at_a_tenth_of_the_rate() -> None:
     relations = ("box_head.fc6_relations.0", "box_head.fc7_relations.0", "duplicate_removal.relation")
     assert slow == {f"roi_heads.{relation}.{layer}" for relation in relations for layer in ("query", "key")}
     assert set(rates.values()) == {0.5, 0.05}
+    published = make_optimizer(model, "sgd", 0.5, 0.0, 0.9, 1.0, model.slower)
+    assert {group["lr"] for group in published.param_groups} == {0.5}
 
 
 @pytest.mark.parametrize(

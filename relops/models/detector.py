@@ -25,7 +25,7 @@ class BaseDetector(nn.Module):
     phases = (("", 1.0),)  # of training, with their shares of the iterations
     uses_proposals = False  # of Targets
     uses_masks = False
-    slower: tuple[str, ...] = ()  # names of modules that learn at a tenth of the rate
+    slower: tuple[str, ...] = ()  # names of modules that AdamW lets learn at a tenth of the rate
 
     def start_phase(self, phase: int) -> None:
         """Prepares the training of a phase. Of one there is nothing to prepare."""

@@ -124,6 +124,8 @@ class RelationRoIHeads(RoIHeads):
 
 
 class RelationNetworks(TwoStageDetector):
+    """Faster R-CNN with RelationRoIHeads."""
+
     # Appearance weights are exponentials of products of queries and keys. Adam's first steps, as large as what these
     # layers begin with, made a few of them all, whatever the geometry; no suppression was learned then.
     slower = ("query", "key")

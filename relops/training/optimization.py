@@ -24,12 +24,13 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Of the parameters that require a gradient: vectors, which are biases and scales, do not decay; parameters of
     a `body`, the network that a backbone is made of, have a learning rate of lr * backbone_lr, and those of
-    modules named in `slower` a tenth of lr."""
+    modules named in `slower`, with adamw, a tenth of lr: its first steps are as large whatever the gradient."""
+    slower = set(slower) if kind == "adamw" else set()
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             modules = name.split(".")
-            rate = lr * (backbone_lr if "body" in modules else 0.1 if set(slower).intersection(modules) else 1.0)
+            rate = lr * (backbone_lr if "body" in modules else 0.1 if slower.intersection(modules) else 1.0)
             decay = weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     if not groups:
