@@ -25,6 +25,7 @@ from relops.models._transformer import (
 from relops.models.backbones import StageBackbone, make_body
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, set_prior
 from relops.nn.ms_deform_attn import MSDeformAttn
+from relops.ops._checks import compute_dtype
 
 Shapes = list[tuple[int, int]]
 
@@ -142,8 +143,7 @@ class DeformableDETR(SetDetector):
         shapes = [(x.shape[2], x.shape[3]) for x in levels]
         extents = [extent_of(tuple(images.shape[-2:]), sizes, shape) for shape in shapes]
         padding = torch.cat([x.padding.flatten(1) for x in extents], 1)
-        ratios = torch.stack([x.ratio for x in extents], 1)  # [N,L,2]
-        ratios = ratios.to(torch.promote_types(levels[0].dtype, ratios.dtype))
+        ratios = torch.stack([x.ratio for x in extents], 1).to(compute_dtype(levels[0].dtype))  # [N,L,2]
         centers = [_centers(x) for x in extents]
         memory = self.encode(levels, extents, shapes, padding, torch.cat(centers, 1)[:, :, None] * ratios[:, None])
 

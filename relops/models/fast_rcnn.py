@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from relops.models._structures import Detections, Targets
@@ -10,6 +9,7 @@ from relops.models.detector import TwoStageDetector
 from relops.models.faster_rcnn import single_map
 from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
 from relops.models.rpn import Proposals
+from relops.ops._checks import compute_dtype
 
 
 class FastRCNN(TwoStageDetector):
@@ -27,7 +27,7 @@ class FastRCNN(TwoStageDetector):
         sizes, targets = self.checked(images, sizes, targets)
         if targets is None or targets.proposals is None:
             raise ValueError("relops.models.FastRCNN: targets.proposals must be given, in evaluation too, got None")
-        boxes = targets.proposals.to(torch.promote_types(images.dtype, torch.float32))
+        boxes = targets.proposals.to(compute_dtype(images.dtype))
         valid = (boxes[..., 2:] > boxes[..., :2]).all(-1)
         proposals = Proposals(boxes, valid.float(), valid)
         maps = self.backbone(images)
