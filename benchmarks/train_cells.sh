@@ -52,6 +52,10 @@ run() {
     relation_networks) # faster_rcnn_fpn is its twin
         train "$1" --model relation_networks_fpn "${pyramid[@]}" --batch 2 --lr 7e-4 --iterations 3600 --eval-every 400
         ;;
+    unsuppressed) # nor are the proposals
+        train "$1" --model relation_networks_fpn "${pyramid[@]}" --option proposal_nms=None --batch 2 --lr 7e-4 \
+            --iterations 3600 --eval-every 400
+        ;;
     sparse_rcnn)
         train "$1" --model "$1" --batch 2 --channels 64 --hidden 256 --option proposals=100 --option init=grid \
             --lr 6e-4 --iterations 4000 --eval-every 400
@@ -67,5 +71,5 @@ run() {
 }
 
 [[ $# -gt 0 ]] || set -- faster_rcnn_fpn approximate joint alternating cascade_rcnn mask_rcnn r_fcn hypernet fast_rcnn \
-    relation_networks sparse_rcnn deformable_detr lr_net
+    relation_networks unsuppressed sparse_rcnn deformable_detr lr_net
 for name; do run "$name"; done

@@ -182,6 +182,7 @@ def relation_networks(
         duplicate_removal: the learned one; False: class-wise suppression above an IoU of .5.
         proposals: of an image, in training and test.
         proposal_nms: IoU of the RPN's own suppression; None: the best by score as they are, no suppression anywhere.
+            Objects have many duplicates then: duplicate removal is of all proposals in each class, otherwise of 100.
         roi: "pool" (published) or "align".
         num_samples: the regions of largest loss of an image, that losses of classes and boxes are of.
         frozen_stages: of the backbone, not trained.
@@ -203,8 +204,9 @@ def relation_networks(
         ignore_outside=True,
     )
     pool = RegionPool(roi, size, maps.strides)
+    first_n = proposals if proposal_nms is None else 100
     heads = relation_heads(
-        pool, maps.channels[0], hidden, num_classes, relations, duplicate_removal, first_n=100, num_samples=num_samples
+        pool, maps.channels[0], hidden, num_classes, relations, duplicate_removal, first_n, num_samples
     )
     return RelationNetworks(maps, rpn, heads)
 
@@ -235,6 +237,7 @@ def relation_networks_fpn(
         duplicate_removal: the learned one; False: class-wise suppression above an IoU of .5.
         proposals: of an image, in training and test.
         proposal_nms: IoU of the RPN's own suppression; None: the best by score as they are, no suppression anywhere.
+            Objects have many duplicates then: duplicate removal is of all proposals in each class, otherwise of 150.
         num_samples: the regions of largest loss of an image, that losses of classes and boxes are of.
         frozen_stages: of the backbone, not trained.
         sizes: of the anchors of each level, in pixels.
@@ -243,7 +246,8 @@ def relation_networks_fpn(
         backbone, channels, frozen_stages, sizes, post_nms=(proposals, proposals), nms_threshold=proposal_nms
     )
     pool = RegionPool("pyramid", 7, maps.strides[:4])
+    first_n = proposals if proposal_nms is None else 150
     heads = relation_heads(
-        pool, channels, hidden, num_classes, relations, duplicate_removal, first_n=150, num_samples=num_samples
+        pool, channels, hidden, num_classes, relations, duplicate_removal, first_n, num_samples
     )
     return RelationNetworks(maps, rpn, heads)
