@@ -60,6 +60,10 @@ run() {
         train "$1" --model "$1" --batch 2 --channels 64 --hidden 256 --option proposals=100 --option init=grid \
             --lr 6e-4 --iterations 4000 --eval-every 400
         ;;
+    sparse_rcnn_iou)
+        train "$1" --model sparse_rcnn --batch 2 --channels 64 --hidden 256 --option proposals=100 --option init=grid \
+            --option iou_attention=True --lr 6e-4 --iterations 2800 --eval-every 400
+        ;;
     deformable_detr)
         train "$1" --model "$1" --batch 2 --channels 128 --hidden 256 --option queries=60 --option encoder_layers=1 \
             --option decoder_layers=3 --option refine=True --option two_stage=True --option dropout=0.0 --lr 4e-4 \
@@ -71,5 +75,5 @@ run() {
 }
 
 [[ $# -gt 0 ]] || set -- faster_rcnn_fpn approximate joint alternating cascade_rcnn mask_rcnn r_fcn hypernet fast_rcnn \
-    relation_networks unsuppressed sparse_rcnn deformable_detr lr_net
+    relation_networks unsuppressed sparse_rcnn sparse_rcnn_iou deformable_detr lr_net
 for name; do run "$name"; done

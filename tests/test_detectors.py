@@ -28,7 +28,7 @@ SMALL = {
     "hypernet": {"hidden": 32, "sizes": (32, 64)},
     "relation_networks": {"channels": 32, "hidden": 32},
     "relation_networks_fpn": {"channels": 32, "hidden": 32, "sizes": (16, 32, 64, 128, 256)},
-    "sparse_rcnn": {"channels": 32, "hidden": 32, "proposals": 12, "stages": 2},
+    "sparse_rcnn": {"channels": 32, "hidden": 32, "proposals": 12, "stages": 2, "iou_attention": True},
     "deformable_detr": {"channels": 32, "hidden": 32, "queries": 20, "encoder_layers": 1, "decoder_layers": 2},
     "detr": {"channels": 32, "hidden": 32, "queries": 20, "encoder_layers": 1, "decoder_layers": 2},
 }

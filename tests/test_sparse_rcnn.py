@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import relops
 from relops import reference
 from relops.models import Targets
-from relops.models.sparse_rcnn import SparseRCNN, initial_boxes
+from relops.models.sparse_rcnn import SparseRCNN, initial_boxes, log_iou
 
 # ---- nn.DynamicConv ----
 
@@ -215,7 +215,10 @@ def written_out(module: SparseRCNN, images: Tensor, sizes: Tensor) -> tuple[Tens
             )
             q, k, v = F.linear(f, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"]).split(C, 1)
             q, k, v = (x.view(-1, 8, C // 8).transpose(0, 1) for x in (q, k, v))
-            weights = (q @ k.transpose(1, 2) / math.sqrt(C // 8)).softmax(-1)
+            weights = (q @ k.transpose(1, 2) / math.sqrt(C // 8)).exp()
+            if module.head.iou_attention:
+                weights = weights * reference.box_iou(boxes, boxes).clamp(min=1e-6)
+            weights = weights / weights.sum(-1, keepdim=True)
             f = norm(f + linear((weights @ v).transpose(0, 1).reshape(-1, C), "self_attn.out_proj"), "norm1")
             interaction = relops.nn.DynamicConv(C, C // 4).double()
             interaction.load_state_dict(head.inst_interact.state_dict())
@@ -243,8 +246,9 @@ def calm(module: SparseRCNN) -> SparseRCNN:
     return module
 
 
-def test_all_stages_are_what_they_say() -> None:
-    module, (images, sizes, _) = calm(model()), batch()
+@pytest.mark.parametrize("iou_attention", [False, True])
+def test_all_stages_are_what_they_say(iou_attention: bool) -> None:
+    module, (images, sizes, _) = calm(model(iou_attention=iou_attention)), batch()
     with torch.no_grad():
         prediction = module.predict(images, sizes)
         logits, boxes = written_out(module, images, sizes)
@@ -273,6 +277,19 @@ def test_boxes_are_constants_between_stages_and_features_are_not() -> None:
     (of_region,) = torch.autograd.grad(prediction.logits.sum(), wanted[1], allow_unused=True)
     assert of_region is None  # a region does not teach its box
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_proposals_without_an_area_or_an_overlap_attend_to_themselves(dtype: torch.dtype) -> None:
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [4, 0, 12, 8], [100, 100, 120, 120], [3, 3, 3, 3]]])
+    bias = log_iou(boxes).to(dtype)
+    weights = bias.float().softmax(-1)
+    assert bias.isfinite().all() and weights.shape == (8, 4, 4)
+    torch.testing.assert_close(weights[5, 0], torch.tensor([0.75, 0.25, 0, 0]), rtol=0, atol=1e-2)
+    torch.testing.assert_close(weights[:, 2:], torch.eye(4)[2:].expand(8, 2, 4), rtol=0, atol=1e-4)
+    module, (images, sizes, targets) = model(iou_attention=True, init="grid").to(dtype), batch()
+    sum(module(images.to(dtype), sizes, targets).values()).backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
 
 
 def test_first_boxes_learn_by_the_identity() -> None:

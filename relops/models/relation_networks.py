@@ -247,7 +247,5 @@ def relation_networks_fpn(
     )
     pool = RegionPool("pyramid", 7, maps.strides[:4])
     first_n = proposals if proposal_nms is None else 150
-    heads = relation_heads(
-        pool, channels, hidden, num_classes, relations, duplicate_removal, first_n, num_samples
-    )
+    heads = relation_heads(pool, channels, hidden, num_classes, relations, duplicate_removal, first_n, num_samples)
     return RelationNetworks(maps, rpn, heads)

@@ -21,10 +21,12 @@ from relops.models.roi_heads import RegionPool
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, corners_of, set_prior
 from relops.nn.dynamic_conv import DynamicConv
 from relops.ops._checks import check_choice, check_size
+from relops.ops.box_iou import box_iou
 
 HEADS = 8  # of the self-attention
 REGION = 7  # height and width that regions are pooled to
 LOG_CLAMP = math.log(100_000 / 16)  # of log w and log h
+LEAST_IOU = 1e-6  # in place of 0, so that its logarithm is finite
 INITS = "image", "center", "grid", "random"
 
 
@@ -37,10 +39,19 @@ class SparseRCNN(SetDetector):
         stages: their number.
         init: of the proposals' boxes, see `initial_boxes`.
         hidden: of the stages' feed-forward network.
+        iou_attention: see `DynamicHead`.
     """
 
     def __init__(
-        self, num_classes: int, backbone: PyramidBackbone, *, proposals: int, stages: int, init: str, hidden: int
+        self,
+        num_classes: int,
+        backbone: PyramidBackbone,
+        *,
+        proposals: int,
+        stages: int,
+        init: str,
+        hidden: int,
+        iou_attention: bool,
     ) -> None:
         # Set prediction loss: focal loss, L1 and GIoU, with the same weights in costs and losses, of every stage.
         super().__init__(SetLoss(corners=True), most=proposals)
@@ -48,7 +59,7 @@ class SparseRCNN(SetDetector):
         self.backbone = backbone
         self.init_proposal_boxes = nn.Embedding(proposals, 4)
         self.init_proposal_features = nn.Embedding(proposals, channels)
-        self.head = DynamicHead(num_classes, channels, backbone.strides[:4], stages, hidden)
+        self.head = DynamicHead(num_classes, channels, backbone.strides[:4], stages, hidden, iou_attention)
         with torch.no_grad():
             self.init_proposal_boxes.weight.copy_(initial_boxes(init, proposals))
 
@@ -90,10 +101,17 @@ def initial_boxes(init: str, proposals: int) -> Tensor:
 
 
 class DynamicHead(nn.Module):
-    """Stages in a row, each with parameters of its own: boxes are constants between them, features are not."""
+    """Stages in a row, each with parameters of its own: boxes are constants between them, features are not.
 
-    def __init__(self, num_classes: int, channels: int, strides: list[int], stages: int, hidden: int) -> None:
+    With iou_attention the weights of the self-attention are multiplied by the IoU of the two proposals, then divided by
+    their sum (Zhao et al., IoU-Enhanced Attention, https://arxiv.org/abs/2209.10391). It has no parameters.
+    """
+
+    def __init__(
+        self, num_classes: int, channels: int, strides: list[int], stages: int, hidden: int, iou_attention: bool
+    ) -> None:
         super().__init__()
+        self.iou_attention = iou_attention
         check_size("models", "stages", stages, 2**31 - 1)
         self.box_roi_pool = RegionPool("pyramid", REGION, strides, aligned=True)
         self.head_series = nn.ModuleList(RCNNHead(num_classes, channels, hidden) for _ in range(stages))
@@ -105,7 +123,8 @@ class DynamicHead(nn.Module):
         for stage in self.head_series:
             # The level and the samples of a region have no gradient by its box.
             regions = self.box_roi_pool(maps, _boxes.as_rows(boxes.detach()))
-            logits, refined, features = stage(features, regions, boxes)
+            bias = log_iou(boxes.detach()).to(features.dtype) if self.iou_attention else None
+            logits, refined, features = stage(features, regions, boxes, bias)
             outputs.append((logits, refined))
             boxes = refined.detach()
         logits, boxes = zip(*(outputs if self.training else outputs[-1:]))
@@ -131,14 +150,23 @@ class RCNNHead(nn.Module):
         xavier_weights(self)
         set_prior(self.class_logits)
 
-    def forward(self, features: Tensor, regions: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N,Q,classes], boxes [N,Q,4] and features [N,Q,C] of features [N,Q,C], regions [N*Q,C,7,7] and boxes
-        [N,Q,4]."""
-        x = self.norm1(features + self.self_attn(features, features, features, need_weights=False)[0])
+    def forward(
+        self, features: Tensor, regions: Tensor, boxes: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N,Q,classes], boxes [N,Q,4] and features [N,Q,C] of features [N,Q,C], regions [N*Q,C,7,7], boxes
+        [N,Q,4] and what is added to products of queries and keys, [N*8,Q,Q]."""
+        x = self.norm1(features + self.self_attn(features, features, features, attn_mask=bias, need_weights=False)[0])
         x = self.norm2(x + self.inst_interact(x.flatten(0, 1), regions).view_as(x))
         x = self.norm3(x + self.linear2(F.relu(self.linear1(x))))
         deltas = self.bboxes_delta(self.reg_module(x))
         return self.class_logits(self.cls_module(x)), _boxes.decode(deltas, boxes, self.WEIGHTS, LOG_CLAMP), x
+
+
+def log_iou(boxes: Tensor) -> Tensor:
+    """[N*8,Q,Q], of boxes [N,Q,4] with each other, once for each head."""
+    iou = box_iou(boxes, boxes)
+    iou.diagonal(dim1=1, dim2=2).fill_(1)  # of a box without an area, too
+    return iou.clamp(min=LEAST_IOU).log().repeat_interleave(HEADS, 0)
 
 
 def tower(channels: int, layers: int) -> nn.Sequential:
@@ -163,6 +191,7 @@ def sparse_rcnn(
     proposals: int = 100,
     stages: int = 6,
     init: str = "image",
+    iou_attention: bool = False,
     frozen_stages: int = 0,
 ) -> SparseRCNN:
     """Sparse R-CNN on a feature pyramid. The released weights load through `load_sparse_rcnn` (num_classes=80).
@@ -176,12 +205,21 @@ def sparse_rcnn(
         proposals: an image; as many detections it has at most.
         stages: their number.
         init: of the proposals' boxes: "image" (as published), "center", "grid" or "random", see `initial_boxes`.
+        iou_attention: proposals attend to each other by their IoU, too (not in the paper), see `DynamicHead`.
         frozen_stages: of the backbone, not trained.
     """
     if channels % HEADS:
         raise ValueError(f"relops.models: channels must be divisible by {HEADS}, got {channels}")
     maps = PyramidBackbone(make_body(backbone, frozen_stages), channels)
-    return SparseRCNN(num_classes, maps, proposals=proposals, stages=stages, init=init, hidden=hidden)
+    return SparseRCNN(
+        num_classes,
+        maps,
+        proposals=proposals,
+        stages=stages,
+        init=init,
+        hidden=hidden,
+        iou_attention=iou_attention,
+    )
 
 
 RENAMES: Rules = (
