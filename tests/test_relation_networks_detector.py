@@ -100,12 +100,14 @@ def test_constants() -> None:
     with torch.device("meta"):
         model = relops.models.relation_networks_fpn(80, relations=(2, 0))
         plain = relops.models.relation_networks(80, duplicate_removal=False, relations=(0, 1))
+        unsuppressed = relops.models.relation_networks_fpn(80, proposals=200, proposal_nms=None)
     first, second = model.roi_heads.box_head.fc6_relations
     assert (first.channels, first.heads, first.head_dim, second.head_dim) == (1024, 16, 64, 64)
     assert sum(x.numel() for x in first.parameters()) == 3 * (1024 * 1024 + 1024) + 16 * 64 + 16
     assert not len(model.roi_heads.box_head.fc7_relations) and not len(plain.roi_heads.box_head.fc6_relations)
     removal = model.roi_heads.duplicate_removal
     assert (removal.first_n, removal.thresholds) == (150, (0.5, 0.6, 0.7, 0.8, 0.9))
+    assert unsuppressed.roi_heads.duplicate_removal.first_n == 200
     assert model.rpn.post_nms == plain.rpn.post_nms == (300, 300) and plain.roi_heads.duplicate_removal is None
     with pytest.raises(ValueError, match="channels must be divisible by heads, got 40, 16"):
         small(hidden=40)
