@@ -121,9 +121,10 @@ class DynamicHead(nn.Module):
         the first one's boxes [N,Q,4] and features [N,Q,C]."""
         outputs = []
         for stage in self.head_series:
-            # The level and the samples of a region have no gradient by its box.
-            regions = self.box_roi_pool(maps, _boxes.as_rows(boxes.detach()))
-            bias = log_iou(boxes.detach()).to(features.dtype) if self.iou_attention else None
+            # The level and the samples of a region have no gradient by its box, nor has attention.
+            places = boxes.detach()
+            regions = self.box_roi_pool(maps, _boxes.as_rows(places))
+            bias = log_iou(places).to(features.dtype) if self.iou_attention else None
             logits, refined, features = stage(features, regions, boxes, bias)
             outputs.append((logits, refined))
             boxes = refined.detach()
