@@ -159,7 +159,8 @@ class NinjaBuild(build_ext):
 def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
     import pybind11
 
-    system = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
+    # pybind11 comes first: torch has a copy of it, which some versions refuse to compile for the stable ABI.
+    system = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
     includes = " ".join([f"-I{shlex.quote(str(CSRC))}", *(f"-isystem {shlex.quote(path)}" for path in system)])
     target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))
     common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
