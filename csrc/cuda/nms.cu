@@ -228,7 +228,6 @@ __device__ void resolve_chunk(const NmsParams<C>& p, int chunk, int end, uint64_
   }
   if (threadIdx.x == 0)
     p.kept_count[chunk] = bits_before(kept, words - 1, 63) + static_cast<int>(kept[words - 1] >> 63);
-  __syncthreads();
 }
 
 constexpr int kResolveThreads = 256;

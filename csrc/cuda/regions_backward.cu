@@ -208,7 +208,6 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
           __syncthreads();
         }
     }
-    __syncthreads();
   }
 
   if constexpr (kChannelsLast) {

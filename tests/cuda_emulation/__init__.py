@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 from relops._library import MINIMUM_TORCH
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
 NAMESPACE = "relops_emulated"
 
 
@@ -31,41 +36,44 @@ def translate(source: str) -> str:
     return source.replace("STABLE_TORCH_LIBRARY(relops,", f"STABLE_TORCH_LIBRARY({NAMESPACE},")
 
 
-def build(folder: Path) -> Path:
-    """Compiles into `folder` and gives the library to load with torch.ops.load_library."""
-    (folder / "cuda").mkdir()
-    commands = []
-    for path in [CSRC / "library.cpp", *sorted((CSRC / "cuda").iterdir())]:
-        target = folder / "cuda" / path.name
-        target.write_text(translate(path.read_text()))
-        if path.suffix in (".cpp", ".cu"):
-            commands.append(
-                [
-                    "g++",
-                    "-std=c++20",
-                    "-O1",
-                    "-fPIC",
-                    "-fvisibility=hidden",
-                    "-DTORCH_TARGET_VERSION=" + str((MINIMUM_TORCH[0] << 56) + (MINIMUM_TORCH[1] << 48)) + "ULL",
-                ]
-                + ["-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"]
-                + [f"-I{p}" for p in (HERE, folder, CSRC)]
-                + [f"-isystem{p}" for p in cpp_extension.include_paths()]
-                + ["-x", "c++", "-c", str(target), "-o", f"{target}.o"]
-            )
-    for running in [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]:
-        _, errors = running.communicate()
-        assert running.returncode == 0, errors
+def build() -> Path:
+    """Compiles what changed since the last time, and gives the library to load with torch.ops.load_library."""
+    folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
+    (folder / "cuda").mkdir(parents=True, exist_ok=True)
     library = folder / f"lib{NAMESPACE}.so"
-    objects = [str(p) for p in (folder / "cuda").glob("*.o")]
-    paths = [f"-L{p}" for p in cpp_extension.library_paths()]
-    subprocess.run(
-        ["g++", "-shared", *objects, *paths, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(library)], check=True
-    )
+    target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))
+    flags = [
+        *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL"),
+        *("-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"),
+        *(f"-I{path}" for path in (HERE, folder, CSRC)),
+        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+        os.environ.get("CFLAGS", ""),
+    ]
+    paths = " ".join(f"-L{path}" for path in cpp_extension.library_paths())
+    ninja = [
+        "ninja_required_version = 1.3",
+        f"rule cxx\n  command = g++ -MMD -MF $out.d {' '.join(flags)} -x c++ -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = g++ -shared $in -o $out {paths} -ltorch -ltorch_cpu -lc10",
+    ]
+    with FileLock(folder / "lock"):  # of the processes of one run of the tests the first builds
+        objects = []
+        for path in [CSRC / "library.cpp", *sorted((CSRC / "cuda").iterdir())]:
+            translated, source = folder / "cuda" / path.name, translate(path.read_text())
+            if not translated.exists() or translated.read_text() != source:
+                translated.write_text(source)
+            if path.suffix in (".cpp", ".cu"):
+                objects.append(f"{translated}.o")
+                ninja.append(f"build {objects[-1]}: cxx {translated}")
+        ninja.append(f"build {library}: link {' '.join(objects)}")
+        (folder / "build.ninja").write_text("\n".join(ninja) + "\n")
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        done = subprocess.run([shutil.which("ninja", path=path), "-C", folder], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
     return library
 
 
-def ops(folder: Path):
+def ops():
     """The emulated ops, with the schemas of torch.ops.relops."""
-    torch.ops.load_library(str(build(folder)))
+    torch.ops.load_library(str(build()))
     return getattr(torch.ops, NAMESPACE)

@@ -3,7 +3,8 @@
 //
 // Blocks run one after the other. The threads of a block are fibers, switched only where they wait for one another
 // (__syncthreads, __syncwarp, shuffles), so a missing barrier shows as a wrong result: a thread runs on to its next
-// wait before the others move at all.
+// wait before the others move at all. Blocks come in random order, and each takes its threads in another one, half of
+// them warp by warp, so that what depends on an order differs from run to run.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,6 +21,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -137,7 +140,9 @@ inline Place scheduler;
 inline Fiber fibers[1024];
 inline std::vector<Barrier> warps;
 inline Barrier block;
-inline unsigned current;
+inline unsigned current, step;  // the thread whose turn it is, and by how much the next one's number is larger
+inline bool warps_run_ahead;    // of the others: before them comes the rest of the warp
+inline std::mt19937 order;
 inline const std::function<void()>* body;
 inline std::vector<char> shared_memory;
 inline size_t shared_limit = 48 << 10;  // of the next launch
@@ -173,12 +178,22 @@ void run_fiber();
   __builtin_longjmp(scheduler, 1);
 }
 
-// To the next thread, in turn, that need not wait; returns when it is this one's turn again.
+// The next thread, in turn, that need not wait; the current one if all must.
+inline unsigned next_ready() {
+  if (warps_run_ahead)
+    for (unsigned k = 1; k < kWarp; ++k) {
+      const unsigned thread = current / kWarp * kWarp + (current + k * step) % kWarp;
+      if (thread < blockDim.x && !fibers[thread].waits()) return thread;
+    }
+  unsigned thread = current;
+  do thread = (thread + step) % blockDim.x;
+  while (thread != current && fibers[thread].waits());
+  return thread;
+}
+
+// To the next thread; returns when it is this one's turn again.
 [[gnu::noinline]] inline void next_thread() {
-  unsigned next = current;
-  do {
-    if (++next == blockDim.x) next = 0;
-  } while (next != current && fibers[next].waits());
+  const unsigned next = next_ready();
   if (__builtin_setjmp(fibers[current].where) == 0) {
     if (fibers[next].waits()) leave_block();
     enter(next);
@@ -204,32 +219,39 @@ inline void wait(Barrier& barrier) {
 }
 
 [[gnu::noinline]] inline void run_block() {
-  if (__builtin_setjmp(scheduler) == 0) enter(0);
+  // A step that has no factor in common with the number of threads leads to all of them.
+  do step = 1 + order() % blockDim.x;
+  while (std::gcd(step, blockDim.x) != 1);
+  warps_run_ahead = order() % 2;
+  if (__builtin_setjmp(scheduler) == 0) enter(order() % blockDim.x);
 }
 
 inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
   // Poisoned, as nothing may rely on what shared memory holds at first.
   shared_memory.assign(shared + 16, static_cast<char>(0xcd));
-  if (shared > shared_limit || threads > 1024) {
-    std::fprintf(stderr, "emulated launch: %zu bytes of shared memory, %u threads\n", shared, threads);
+  if (shared > shared_limit || threads > 1024 || grid.y > 65535) {
+    std::fprintf(stderr, "emulated launch: %zu bytes of shared memory, %u threads, %u blocks in y\n", shared, threads,
+                 grid.y);
     std::abort();
   }
   shared_limit = 48 << 10;
   body = &kernel;
   blockDim = dim3(threads);
   gridDim = grid;
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, y);
-      block = {static_cast<int>(threads)};
-      warps.assign((threads + kWarp - 1) / kWarp, {});
-      for (unsigned t = 0; t < threads; ++t) {
-        ++warps[t / kWarp].members;
-        fibers[t].barrier = nullptr;
-        fibers[t].done = false;
-      }
-      run_block();
+  std::vector<unsigned> blocks(size_t{grid.x} * grid.y);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  std::shuffle(blocks.begin(), blocks.end(), order);
+  for (const unsigned i : blocks) {
+    blockIdx = dim3(i % grid.x, i / grid.x);
+    block = {static_cast<int>(threads)};
+    warps.assign((threads + kWarp - 1) / kWarp, {});
+    for (unsigned t = 0; t < threads; ++t) {
+      ++warps[t / kWarp].members;
+      fibers[t].barrier = nullptr;
+      fibers[t].done = false;
     }
+    run_block();
+  }
 }
 
 // What each lane of the warp gave, as long as the caller does not wait again.
