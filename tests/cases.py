@@ -91,8 +91,8 @@ class Op(Case):
     # How many times further than sums the rounding of what is inside may take it from the twin, of the largest value.
     noise: float = 1.0
 
-    def draw(self, sample: Sample, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
-        return self.cast(drawn(sample, device), dtype, torch.promote_types(dtype, torch.float32))
+    def draw(self, sample: Sample, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+        return self.cast(drawn(sample, device, seed), dtype, torch.promote_types(dtype, torch.float32))
 
     def cast(self, inputs: Inputs, features: torch.dtype, coordinates: torch.dtype) -> Inputs:
         dtypes = dict.fromkeys(self.features, features) | dict.fromkeys(self.coordinates, coordinates)

@@ -142,6 +142,27 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, *{files!
     assert " passed" in done.stdout
 
 
+def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+
+
+def on_two_streams(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> list[Any]:
+    """What `run` makes of each, on two streams at once where the numbers arrive only after a long wait: a kernel that
+    were on any other stream would be too early for them."""
+    streams = [torch.cuda.Stream() for _ in inputs]
+    results = []
+    torch.cuda.synchronize()
+    for stream, given in zip(streams, inputs):
+        with torch.cuda.stream(stream):
+            late = given | {name: torch.zeros_like(x) for name, x in tensors_of(given).items()}
+            torch.cuda._sleep(50_000_000)
+            for name, x in tensors_of(given).items():
+                late[name].copy_(x)
+            results.append(run(late))
+    torch.cuda.synchronize()
+    return results
+
+
 def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A CUDA graph of the step, and what its replays write their results to."""
     side = torch.cuda.Stream()

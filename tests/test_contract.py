@@ -12,7 +12,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import OPS, SELECTIONS, Bad, Op, Sample, grad_like
-from conftest import DTYPES, LAYOUTS, AsModule, assert_matches, check_recompiles, needs_cuda, why_no_cuda
+from conftest import (
+    DTYPES,
+    LAYOUTS,
+    AsModule,
+    assert_matches,
+    captured,
+    check_recompiles,
+    needs_cuda,
+    on_two_streams,
+    tensors_of,
+    why_no_cuda,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -70,6 +81,15 @@ def test_deterministic(op: Op, sample: Sample, device: str, dtype: torch.dtype, 
     for name, x in runs[0].items():
         assert all(torch.equal(x, run[name]) for run in runs[1:]), name
         assert_matches(x, expected[name], name, noise=op.noise)
+
+
+@on_ops
+def test_deterministic_where_many_add(op: Op, device: str, deterministic: None) -> None:
+    """Sizes at which threads and blocks come in another order from run to run."""
+    inputs = op.draw(op.growing(9), device)
+    runs = [op.run(inputs) for _ in range(20 if device == "cuda" else 3)]
+    for name, x in runs[0].items():
+        assert all(torch.equal(x, run[name]) for run in runs[1:]), name
 
 
 @on_samples
@@ -327,6 +347,38 @@ def test_no_synchronization(op: Op, sample: Sample) -> None:
         op.run(inputs, grad_output=grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@on_samples
+def test_cuda_graph(op: Op, sample: Sample) -> None:
+    """Forward and backward, captured once, replayed on other numbers."""
+    inputs = op.draw(sample, "cuda")
+    names = op.wanted(inputs)
+    leaves = [inputs[name].requires_grad_() for name in names]
+    grad = grad_like(op.function(**inputs))
+
+    def step() -> tuple[Tensor, ...]:
+        output = op.function(**inputs)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad)
+
+    graph, results = captured(step)
+    for seed in (0, 1):
+        others = op.draw(sample, "cuda", seed=seed)
+        with torch.no_grad():
+            for name, x in tensors_of(others).items():
+                inputs[name].copy_(x)
+        graph.replay()
+        assert_same(dict(zip(("output", *names), results)), op.run(others))
+
+
+@needs_cuda
+@on_samples
+def test_cuda_streams(op: Op, sample: Sample) -> None:
+    inputs = [op.draw(sample, "cuda", seed=seed) for seed in (0, 1)]
+    expected = [op.run(given) for given in inputs]
+    for results in zip(on_two_streams(op.run, inputs), expected):
+        assert_same(*results)
 
 
 @on_ops

@@ -16,8 +16,11 @@ from conftest import (
     AsModule,
     assert_matches_selection,
     assert_same_selection,
+    captured,
     check_recompiles,
     needs_cuda,
+    on_two_streams,
+    tensors_of,
     why_no_cuda,
 )
 from torch import Tensor
@@ -58,10 +61,6 @@ def bad_inputs(harmful: bool) -> pytest.MarkDecorator:
     )
 
 
-def tensors_of(inputs: dict) -> dict[str, Tensor]:
-    return {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-
-
 # ---- Values ----
 
 
@@ -70,6 +69,15 @@ def test_equals_twin(op: Selection, sample: Sample, device: str) -> None:
     for shift, start in itertools.product(range(2 if len(op.floats) > 1 else 1), range(len(DTYPES))):
         dtypes = tuple(DTYPES[(start + shift * i) % len(DTYPES)] for i in range(len(op.floats)))
         assert_matches_selection(op, op.draw(sample, device, dtypes))
+
+
+@on_ops
+def test_deterministic_where_many_take_part(op: Selection, device: str) -> None:
+    """Sizes at which threads and blocks come in another order from run to run."""
+    inputs = op.draw(op.growing(9), device)
+    first = op.run(inputs)
+    for _ in range(20 if device == "cuda" else 3):
+        assert_same_selection(op.run(inputs), first)
 
 
 @on_samples
@@ -258,17 +266,22 @@ def test_cuda_graph(op: Selection, sample: Sample) -> None:
     inputs = op.draw(sample, "cuda")
     if op.waits(inputs):
         pytest.skip("the size of its output depends on values")
-    op.run(inputs)  # what is set up once is not captured
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = op.run(inputs)
+    graph, results = captured(lambda: op.run(inputs))
     for seed in (0, 1):
         others = op.draw(sample, "cuda", seed=seed)
         for name, x in tensors_of(others).items():
             inputs[name].copy_(x)
         graph.replay()
-        assert_same_selection(captured, op.run(others))
+        assert_same_selection(results, op.run(others))
+
+
+@needs_cuda
+@on_samples
+def test_cuda_streams(op: Selection, sample: Sample) -> None:
+    inputs = [op.draw(sample, "cuda", seed=seed) for seed in (0, 1)]
+    expected = [op.run(given) for given in inputs]
+    for results in zip(on_two_streams(op.run, inputs), expected):
+        assert_same_selection(*results)
 
 
 # ---- The house ----

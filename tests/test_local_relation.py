@@ -14,7 +14,6 @@ from cases import OPS, WINDOWS, Inputs, Windows, grad_like
 from conftest import (
     ISAS,
     assert_matches,
-    captured,
     check_instruction_set,
     determinism,
     needs_cuda,
@@ -368,25 +367,6 @@ def test_random_search(search: tuple[Windows, int]) -> None:
 
 
 # ---- CUDA ----
-
-
-@needs_cuda
-def test_cuda_graph() -> None:
-    inputs = draw(Windows(C=16, H=20, W=20), "cuda", torch.float32)
-    leaves = {name: inputs[name].requires_grad_() for name in OP.differentiable}
-    grad = grad_like(OP.function(**inputs))
-
-    def step() -> tuple[Tensor, ...]:
-        output = OP.function(**inputs)
-        return output.detach(), *torch.autograd.grad(output, list(leaves.values()), grad)
-
-    graph, results = captured(step)
-    with torch.no_grad():
-        for x in leaves.values():
-            x.mul_(1.5)
-    graph.replay()
-    for x, y in zip(results, step()):
-        assert torch.equal(x, y)
 
 
 @needs_cuda

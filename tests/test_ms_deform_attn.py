@@ -15,7 +15,6 @@ from conftest import (
     ISAS,
     assert_matches,
     assert_matches_twin,
-    captured,
     check_instruction_set,
     needs_cuda,
     why_no_cuda,
@@ -531,23 +530,6 @@ def test_cuda_graph(op: Op, shapes: str) -> None:
 
 @needs_cuda
 @both
-def test_cuda_graph_of_a_training_step(op: Op) -> None:
-    inputs = draw(op, DeformAttn(mask=True), "cuda")
-    leaves = {name: inputs[name].requires_grad_() for name in op.differentiable}
-    grad = grad_like(op.function(**inputs))
-
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(op.function(**inputs), tuple(leaves.values()), grad)
-
-    graph, grads = captured(step)
-    graph.replay()
-    expected = op.run_twin(inputs)
-    for name, x in zip(leaves, grads):
-        assert_matches(x, expected[name], name)
-
-
-@needs_cuda
-@both
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [("spatial_shapes", shapes) for shapes in (
@@ -561,25 +543,6 @@ def test_cuda_levels_on_the_device_that_do_not_fit(op: Op, name: str, sizes: lis
     results = op.run(inputs)
     torch.cuda.synchronize()
     assert results["output"].isnan().all()
-
-
-@needs_cuda
-@both
-def test_cuda_current_stream(op: Op) -> None:
-    """Inputs become ready on a second stream after a long wait there: a kernel on any other stream reads too early."""
-    inputs = draw(op, DeformAttn(Q=50, mask=True), "cuda")
-    expected = op.run_twin(inputs)
-    late = inputs | {name: torch.zeros_like(inputs[name]) for name in ("value", *op.coordinates)}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for name in ("value", *op.coordinates):
-            late[name].copy_(inputs[name])
-        actual = op.run(late)
-    stream.synchronize()
-    for name, x in actual.items():
-        assert_matches(x, expected[name], name)
 
 
 @needs_cuda

@@ -15,7 +15,6 @@ from conftest import (
     ISAS,
     assert_matches,
     assert_matches_twin,
-    captured,
     check_instruction_set,
     needs_cuda,
     resident_growth,
@@ -593,25 +592,6 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
 
 
 # ---- CUDA ----
-
-
-@needs_cuda
-def test_cuda_graph_of_a_training_step() -> None:
-    """Captured once, replayed on other numbers."""
-    inputs = OP.draw(Relations(mask="some").relation_attention, "cuda")
-    leaves = {name: inputs[name].requires_grad_() for name in OP.wanted(inputs)}
-    grad = grad_like(OP.function(**inputs))
-
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(OP.function(**inputs), tuple(leaves.values()), grad)
-
-    graph, grads = captured(step)
-    with torch.no_grad():
-        inputs["query"].mul_(0.9)
-    graph.replay()
-    expected = OP.run_twin(inputs)
-    for name, x in zip(leaves, grads):
-        assert_matches(x, expected[name], name, noise=OP.noise)
 
 
 @needs_cuda
