@@ -1,6 +1,7 @@
 # make run    set up, build, run the microbenchmarks against pure PyTorch in a quick setting
 # make test   set up, build, run the tests
 # make bench  set up, build, run all microbenchmarks, write results and plots
+# make sanitize  set up, build, run tests of every CUDA kernel under compute-sanitizer; needs a GPU
 #
 # PYTHON   the Python to make the virtual environment of (python3)
 # VENV     where to make it (.venv)
@@ -15,18 +16,29 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 # Extras must not replace torch, and some (timm, torchvision) would.
 PIN := $(VENV)/torch-pin.txt
 
-.PHONY: run test bench build info lint clean
+.PHONY: run test bench sanitize memcheck racecheck synccheck build info lint clean
 
 run: build
 	$(PY) -m benchmarks.run --quick
 
+# Several processes share the cores, so that threads with nothing to do must not spin.
 test: build
-	$(PY) -m pytest
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: build
 	$(PIP) -c $(PIN) -e '.[bench]' --no-build-isolation
 	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.report
+
+# Every sample of every op, forward and backward: float32, and bfloat16 by the deterministic kernels. Tensors have memory
+# of their own, without torch's cache, so that reading past one is seen.
+SANITIZERS := memcheck racecheck synccheck
+sanitize: $(SANITIZERS)
+$(SANITIZERS): build
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $@ --kernel-name kernel_substring=relops \
+	  --report-api-errors no --error-exitcode 1 \
+	  $(PY) -m pytest -q tests/test_contract.py tests/test_contract_selection.py -k "cuda and (test_equals_twin \
+	  or test_matches_twin and torch.float32-torch.float32 or test_deterministic and torch.bfloat16)"
 
 # The build is incremental: only what changed is compiled.
 build: $(VENV)/installed
