@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cuda_emulation
 import pytest
 import torch
 from cases import Inputs, Op, Selection
@@ -35,6 +36,19 @@ needs_cuda = pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_n
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate-cuda", action="store_true", help="tests on the CPU run the CUDA kernels, on the emulation of CUDA"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    wanted = request.config.getoption("--emulate-cuda")
+    with cuda_emulation.instead_of_cpu_kernels() if wanted else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

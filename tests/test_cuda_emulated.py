@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -35,20 +34,13 @@ from search_nms import search
 from suppression import clustered
 
 import relops
-from relops import _library, reference
+from relops import reference
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cuda_kernels_on_the_cpu() -> Iterator[None]:
-    """While these tests run, ops given CPU tensors run the CUDA kernels, under the same checks and autograd."""
-    emulated = cuda_emulation.ops()
-    library = torch.library.Library("relops", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the override, which is meant
-        for name in _library.op_kernels():
-            library.impl(name, getattr(emulated, name), "CPU", allow_override=True)
-    yield
-    library._destroy()
+    with cuda_emulation.instead_of_cpu_kernels():
+        yield
 
 
 SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name, sample in op.samples.items()]

@@ -84,12 +84,12 @@ class MaskRoIHeads(RoIHeads):
         return losses
 
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
-        detections = super().detect(maps, proposals, sizes)
-        valid = detections.labels >= 0
-        rois, place = _boxes.present(detections.boxes, valid)
-        labels = _boxes.at_places(detections.labels.clamp(min=0), place)
-        masks = self.mask_logits(maps, rois, labels).sigmoid()
-        return detections._replace(masks=_boxes.spread(masks, place, *valid.shape))
+        boxes, scores, labels, _ = super().detect(maps, proposals, sizes)
+        valid = labels >= 0
+        rois, place = _boxes.present(boxes, valid)
+        of_rois = _boxes.at_places(labels.clamp(min=0), place)
+        masks = self.mask_logits(maps, rois, of_rois).sigmoid()
+        return Detections(boxes, scores, labels, _boxes.spread(masks, place, *valid.shape))
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from torch.utils import cpp_extension
 
-from relops._library import MINIMUM_TORCH
+from relops import _library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 NAMESPACE = "relops_emulated"
+
+in_use = False
 
 
 def translate(source: str) -> str:
@@ -41,7 +46,7 @@ def build() -> Path:
     folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
     (folder / "cuda").mkdir(parents=True, exist_ok=True)
     library = folder / f"lib{NAMESPACE}.so"
-    target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))
+    target = sum(part << shift for part, shift in zip(_library.MINIMUM_TORCH, (56, 48)))
     flags = [
         *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL"),
         *("-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"),
@@ -73,7 +78,18 @@ def build() -> Path:
     return library
 
 
-def ops():
-    """The emulated ops, with the schemas of torch.ops.relops."""
+@contextlib.contextmanager
+def instead_of_cpu_kernels() -> Iterator[None]:
+    """Ops given CPU tensors run the CUDA kernels, under the same checks and autograd."""
+    global in_use
     torch.ops.load_library(str(build()))
-    return getattr(torch.ops, NAMESPACE)
+    emulated = getattr(torch.ops, NAMESPACE)
+    library = torch.library.Library("relops", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the override, which is meant
+        for name in _library.op_kernels():
+            library.impl(name, getattr(emulated, name), "CPU", allow_override=True)
+    in_use = True
+    yield
+    in_use = False
+    library._destroy()

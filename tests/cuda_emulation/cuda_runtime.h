@@ -36,8 +36,6 @@
 // The tensors of the emulated ops are on the CPU.
 #define is_cuda is_cpu
 #define DeviceGuard EmulatedDeviceGuard
-#undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(expression) ((void)(expression))
 
 using cudaStream_t = void*;
 using cudaError_t = int;
