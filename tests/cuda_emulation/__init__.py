@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,11 +51,11 @@ def build() -> Path:
     flags = [
         *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL"),
         *("-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"),
-        *(f"-I{path}" for path in (HERE, folder, CSRC)),
-        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+        *(f"-I{shlex.quote(str(path))}" for path in (HERE, folder, CSRC)),
+        *(f"-isystem{shlex.quote(path)}" for path in cpp_extension.include_paths()),
         os.environ.get("CFLAGS", ""),
     ]
-    paths = " ".join(f"-L{path}" for path in cpp_extension.library_paths())
+    paths = " ".join(f"-L{shlex.quote(path)}" for path in cpp_extension.library_paths())
     ninja = [
         "ninja_required_version = 1.3",
         f"rule cxx\n  command = g++ -MMD -MF $out.d {' '.join(flags)} -x c++ -c $in -o $out",
@@ -64,13 +65,14 @@ def build() -> Path:
     with FileLock(folder / "lock"):  # of the processes of one run of the tests the first builds
         objects = []
         for path in [CSRC / "library.cpp", *sorted((CSRC / "cuda").iterdir())]:
-            translated, source = folder / "cuda" / path.name, translate(path.read_text())
+            name, source = f"cuda/{path.name}", translate(path.read_text())
+            translated = folder / name
             if not translated.exists() or translated.read_text() != source:
                 translated.write_text(source)
             if path.suffix in (".cpp", ".cu"):
-                objects.append(f"{translated}.o")
-                ninja.append(f"build {objects[-1]}: cxx {translated}")
-        ninja.append(f"build {library}: link {' '.join(objects)}")
+                objects.append(f"{name}.o")
+                ninja.append(f"build {name}.o: cxx {name}")
+        ninja.append(f"build {library.name}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(ninja) + "\n")
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         done = subprocess.run([shutil.which("ninja", path=path), "-C", folder], capture_output=True, text=True)
