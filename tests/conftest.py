@@ -13,7 +13,7 @@ from typing import Any
 import cuda_emulation
 import pytest
 import torch
-from cases import Inputs, Op, Selection
+from cases import Inputs, Op, Sample, Selection
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -160,21 +160,22 @@ def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
     return {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
 
 
-def on_two_streams(run: Callable[[Inputs], Any], inputs: Sequence[Inputs]) -> list[Any]:
-    """What `run` makes of each, on two streams at once where the numbers arrive only after a long wait: a kernel that
-    were on any other stream would be too early for them."""
-    streams = [torch.cuda.Stream() for _ in inputs]
-    results = []
+def check_two_streams(op: Op | Selection, sample: Sample, assert_same: Callable[[Any, Any], None]) -> None:
+    """On two at once, with numbers that arrive after a long wait: a kernel on any other stream would be too early."""
+    inputs = [op.draw(sample, "cuda", seed=seed) for seed in (0, 1)]
+    expected = [op.run(given) for given in inputs]
     torch.cuda.synchronize()
-    for stream, given in zip(streams, inputs):
-        with torch.cuda.stream(stream):
+    results = []
+    for given in inputs:
+        with torch.cuda.stream(torch.cuda.Stream()):
             late = given | {name: torch.zeros_like(x) for name, x in tensors_of(given).items()}
             torch.cuda._sleep(50_000_000)
             for name, x in tensors_of(given).items():
                 late[name].copy_(x)
-            results.append(run(late))
+            results.append(op.run(late))
     torch.cuda.synchronize()
-    return results
+    for pair in zip(results, expected):
+        assert_same(*pair)
 
 
 def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

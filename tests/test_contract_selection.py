@@ -18,8 +18,8 @@ from conftest import (
     assert_same_selection,
     captured,
     check_recompiles,
+    check_two_streams,
     needs_cuda,
-    on_two_streams,
     tensors_of,
     why_no_cuda,
 )
@@ -278,10 +278,7 @@ def test_cuda_graph(op: Selection, sample: Sample) -> None:
 @needs_cuda
 @on_samples
 def test_cuda_streams(op: Selection, sample: Sample) -> None:
-    inputs = [op.draw(sample, "cuda", seed=seed) for seed in (0, 1)]
-    expected = [op.run(given) for given in inputs]
-    for results in zip(on_two_streams(op.run, inputs), expected):
-        assert_same_selection(*results)
+    check_two_streams(op, sample, assert_same_selection)
 
 
 # ---- The house ----
