@@ -132,7 +132,10 @@ def test_samples_that_are_not_finite_give_nothing(deterministic: bool) -> None:
         with determinism(deterministic):
             got, expected = (PLAIN.run(inputs | {"sampling_locations": locations}) for locations in (dirty, away))
         for name, x in got.items():
-            assert_matches(x, expected[name].double(), f"{name}, {value}")
+            if deterministic:
+                assert torch.equal(x, expected[name]), (name, value)
+            else:  # atomic sums differ in their order
+                assert_matches(x, expected[name].double(), f"{name}, {value}")
 
 
 # ---- Regions ----
