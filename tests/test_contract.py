@@ -21,6 +21,7 @@ from conftest import (
     captured,
     check_recompiles,
     check_two_streams,
+    determinism,
     needs_cuda,
     tensors_of,
     why_no_cuda,
@@ -353,7 +354,8 @@ def test_no_synchronization(op: Op, sample: Sample) -> None:
 
 @needs_cuda
 @on_samples
-def test_cuda_graph(op: Op, sample: Sample) -> None:
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_cuda_graph(op: Op, sample: Sample, deterministic: bool) -> None:
     """Forward and backward, captured once, replayed on other numbers."""
     inputs = op.draw(sample, "cuda")
     names = op.wanted(inputs)
@@ -364,14 +366,18 @@ def test_cuda_graph(op: Op, sample: Sample) -> None:
         output = op.function(**inputs)
         return output.detach(), *torch.autograd.grad(output, leaves, grad)
 
-    graph, results = captured(step)
-    for seed in (0, 1):
-        others = op.draw(sample, "cuda", seed=seed)
-        with torch.no_grad():
-            for name, x in tensors_of(others).items():
-                inputs[name].copy_(x)
-        graph.replay()
-        assert_same(dict(zip(("output", *names), results)), op.run(others))
+    with determinism(deterministic):
+        graph, results = captured(step)
+        for seed in (0, 1):
+            others = op.draw(sample, "cuda", seed=seed)
+            with torch.no_grad():
+                for name, x in tensors_of(others).items():
+                    inputs[name].copy_(x)
+            graph.replay()
+            replayed, expected = dict(zip(("output", *names), results)), op.run(others)
+            assert_same(replayed, expected)
+            if deterministic:
+                assert all(torch.equal(x, expected[name]) for name, x in replayed.items())
 
 
 @needs_cuda
