@@ -652,6 +652,27 @@ def test_pretrained_weights_of_a_classifier() -> None:
     assert (model.backbone.body.features[0].weight == 0.5).all()
 
 
+def test_objects_without_a_mask_are_trained_by_their_boxes() -> None:
+    model = small("mask_rcnn")
+    images, sizes, targets = batch()
+
+    def losses(*without: tuple[int, int]) -> dict[str, Tensor]:
+        masks = targets.masks.clone()
+        for n, t in without:
+            masks[n, t] = False
+        torch.manual_seed(1)
+        return model(images, sizes, targets._replace(masks=masks))
+
+    whole, none = losses(), losses((0, 0), (0, 1), (0, 2), (1, 0))
+    assert none["masks"] == 0 and whole["masks"] > 0
+    assert all(torch.equal(none[name], whole[name]) for name in whole if name != "masks")
+    sum(none.values()).backward()
+    assert all((p.grad == 0).all() for p in model.roi_heads.mask_predictor.parameters())
+    # The mean of all is between those of two parts.
+    first, others = losses((0, 1), (0, 2), (1, 0))["masks"], losses((0, 0))["masks"]
+    assert min(first, others) < whole["masks"] < max(first, others)
+
+
 def test_paste_masks_puts_them_in_their_boxes() -> None:
     masks = torch.zeros(2, 28, 28)
     masks[0], masks[1, :, :14] = 1, 1  # all of it, the left half

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relops.models._structures import Detections, Targets
 from relops.training.data import Annotation, Batch, DetectionData, Sample, open_data
-from relops.training.evaluation import Evaluator
+from relops.training.evaluation import METRICS, Evaluator
 from relops.training.plots import draw_detections, plot_curves
 
 Box = Sequence[float]
@@ -263,6 +263,72 @@ class TestCOCO:
             "AP/cat"
         ] != metrics["AP/dog"]
         assert 0.1 < metrics["AP"] < 0.9 and metrics["AP"] == pytest.approx((metrics["AP/cat"] + metrics["AP/dog"]) / 2)
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_equals_pycocotools(self, tmp_path: Path, seed: int) -> None:
+        """Crowds, areas that are not those of boxes, boxes outside of the image and without extent, ties of scores."""
+        pil, api, evaluation = (
+            pytest.importorskip(name) for name in ("PIL.Image", "pycocotools.coco", "pycocotools.cocoeval")
+        )
+        rng, ids = np.random.default_rng(seed), [-5, 4, 90]
+        content = {"images": [], "annotations": [], "categories": [{"id": id, "name": f"{id}"} for id in ids]}
+        found = []
+        for n in range(12):
+            pil.new("RGB", (300, 240)).save(tmp_path / f"{n}.png")
+            content["images"].append({"id": f"image {n}", "file_name": f"{n}.png", "width": 300, "height": 240})
+            found.append([])
+            for _ in range(rng.integers(9)):
+                x, y, w, h = rng.uniform([-40, -40, 4, 4], [290, 230, 160, 160])
+                w, h = w * (rng.random() > 0.2), h * (rng.random() > 0.1)
+                if rng.random() < 0.4:  # an IoU may then be a threshold
+                    x, y, w, h = np.rint([x, y, w, h])
+                label = int(rng.integers(3))
+                item = {"id": len(content["annotations"]) + 1, "image_id": f"image {n}", "category_id": ids[label]}
+                item |= {"bbox": [float(x), float(y), float(w), float(h)], "area": rng.uniform(1, 12000)}
+                content["annotations"].append(item | {"iscrowd": int(rng.random() < 0.2)})
+                for _ in range(rng.integers(4)):
+                    near = np.array([x, y, x + w, y + h]) + rng.normal(0, 1, 4) * rng.choice([0, 2, 6])
+                    score = rng.choice([rng.random(), 0.5, 0.25])
+                    found[-1].append((near.tolist(), float(score), label if rng.random() < 0.8 else 1))
+            found[-1].sort(key=lambda item: -item[1])
+        (tmp_path / "annotations").mkdir()
+        file = tmp_path / "annotations" / "instances_val.json"
+        file.write_text(json.dumps(content))
+
+        with pytest.warns(UserWarning, match="left out"):  # of training alone
+            data = open_data(f"coco:{tmp_path}", "test")
+        evaluator = Evaluator(data)
+        for annotation, detections in zip(data.annotations(), found):
+            evaluator.add(batch_of([annotation.image_id]), detections_of(detections))
+        metrics = evaluator.summarize()
+
+        truth = api.COCO(str(file))
+        (tmp_path / "results.json").write_text(json.dumps(evaluator.coco_results()))
+        expected = evaluation.COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
+        expected.evaluate(), expected.accumulate(), expected.summarize()
+        assert 0.1 < metrics["AP"] < 0.6
+        for name, value in zip(METRICS, expected.stats, strict=False):
+            assert metrics[name] == pytest.approx(value, abs=1e-9) if value >= 0 else math.isnan(metrics[name]), name
+        per_class = expected.eval["precision"][:, :, :, 0, -1].mean((0, 1))
+        assert [metrics[f"AP/{id}"] for id in ids] == pytest.approx(per_class.tolist(), abs=1e-9)
+
+    def test_boxes_that_are_not_finite_are_missed(self) -> None:
+        data = Given([(box(10), 0), ([math.nan, 0, 5, 5], 0), ([0, 0, math.inf, 5], 0), ([0, 0, 5, math.nan], 0)])
+        evaluator = evaluated(data, [(box(10), 0.9, 0), ([0, 0, 5, 5], 0.8, 0)])
+        assert evaluator.summarize()["AR_100"] == 0.25 and evaluator.voc()["AP/cat"] == 0.25
+
+    def test_objects_without_a_mask_count_for_boxes_alone(self) -> None:
+        data = Given([(box(10), 0), (box(100), 0)], masks=True)
+        annotations = data.annotations()
+        annotations[0].masks[1] = None
+        data.annotations = lambda: annotations
+        evaluator = Evaluator(data)
+        found = detections_of([(box(10), 0.8, 0), (box(100), 0.9, 0)], masks=torch.ones(1, 3, 28, 28))
+        evaluator.add(batch_of([10]), found)
+        metrics = evaluator.summarize()
+        assert metrics["AP"] == pytest.approx(1) and metrics["mask_AP"] == pytest.approx(1)
+        evaluator.add(batch_of([10]), detections_of([(box(100), 0.9, 0)], masks=torch.ones(1, 2, 28, 28)))
+        assert evaluator.summarize()["mask_AP"] == 0  # the only object with a mask is missed
 
     def test_masks(self) -> None:
         evaluator = Evaluator(Given([(box(10), 0), (box(100), 1)], [], masks=True))

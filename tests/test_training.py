@@ -24,7 +24,7 @@ from relops import models
 from relops.__main__ import main
 from relops.models import Detections, Targets
 from relops.training import _shapes, checkpoint, engine
-from relops.training._samples import read_image
+from relops.training._images import read_image
 from relops.training.command import train_config
 from relops.training.config import TrainConfig
 from relops.training.data import open_data, with_proposals
@@ -566,6 +566,75 @@ def test_masks_are_found_and_written(tmp_path: Path) -> None:
     assert main(["predict", run, str(picture), "--output", str(found), "--threshold", "0", "--device", "cpu"]) == 0
     things = json.loads((found / "detections.json").read_text())[str(picture)]
     assert things and all(sum(thing["segmentation"]["counts"]) == 640 * 512 for thing in things)
+
+
+def write_coco(folder: Path, name: str, images: int, masks: int = 0) -> None:
+    """Images of 12 bits in files of 16, of one object each, the first `masks` of which have a mask."""
+    pil = pytest.importorskip("PIL.Image")
+    content: dict[str, Any] = {"images": [], "categories": [{"id": 1, "name": "cell"}], "annotations": []}
+    (folder / "annotations").mkdir(exist_ok=True)
+    for i in range(images):
+        file = f"{name}-{i}.tif"
+        pil.fromarray(np.full((48, 64), 4000 - i, np.uint16)).save(folder / file)
+        content["images"].append({"id": i, "file_name": file, "width": 64, "height": 48})
+        square = [[8, 8, 40, 8, 40, 40, 8, 40]] if i < masks else []
+        item = {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [8, 8, 32, 32], "segmentation": square}
+        content["annotations"].append(item)
+    (folder / "annotations" / name).write_text(json.dumps(content))
+
+
+@pytest.mark.filterwarnings("ignore:.*pixels are not bytes")
+def test_files_of_annotations_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the run's model.pt knows them, and the range of its pixels."""
+    write_coco(tmp_path, "latest.json", 4)
+    write_coco(tmp_path, "default.json", 2)
+    common = ["--data", f"coco:{tmp_path}", "--device", "cpu", "--workers", "0"]
+    training = [*common, "--model", "tiny", "--output", str(tmp_path / "run"), "--iterations", "1", "--batch", "2"]
+    training += ["--min-size", "48", "--max-size", "64"]
+    assert main(["train", *training]) == 2
+    assert re.search(r"'default\.json', 'latest\.json'.*--train-annotations$", capsys.readouterr().err, re.M)
+    assert not (tmp_path / "run").exists()
+    named = ["--train-annotations", "latest.json", "--test-annotations", "default.json"]
+    assert main(["train", *training, *named]) == 0
+    detector = load_detector(tmp_path / "run", torch.device("cpu"))
+    assert (detector.train_annotations, detector.test_annotations) == ("latest.json", "default.json")
+    assert detector.pixel_range == load_detector(tmp_path / "run" / "last.pt", torch.device("cpu")).pixel_range
+    assert detector.pixel_range == (0, 4095)
+
+    capsys.readouterr()
+    run = [str(tmp_path / "run"), "--device", "cpu"]
+    for more, expected in (([], "default"), (["--test-annotations", "latest.json"], "latest")):
+        assert main(["predict", *run, *more, "--output", str(tmp_path / expected)]) == 0
+        drawn = list((tmp_path / expected).glob("*.png"))
+        assert drawn and all(file.name.startswith(expected) for file in drawn)
+    assert main(["eval", *run, "--data", f"coco:{tmp_path}", "--workers", "0"]) == 2
+    assert "--test-annotations" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*pixels are not bytes")
+@pytest.mark.parametrize(("masks", "warning"), [(2, "2 of 4 objects have no mask"), (0, "no object has a mask")])
+def test_masks_of_some_objects(masks: int, warning: str, tmp_path: Path) -> None:
+    write_coco(tmp_path, "train.json", 4, masks)
+    write_coco(tmp_path, "val.json", 2, masks)
+    training = ["--model", "mask_rcnn", "--data", f"coco:{tmp_path}", "--iterations", "2", "--batch", "2"]
+    training += ["--min-size", "48", "--max-size", "64", "--channels", "16", "--hidden", "32", "--device", "cpu"]
+    training += ["--option", "sizes=(16,32,64,128,256)", "--backbone", "resnet18-gn-16", "--log-every", "1"]
+    with pytest.warns(UserWarning, match=warning):
+        assert main(["train", *training, "--workers", "0", "--output", str(tmp_path / "run")]) == 0
+    losses = [line["losses"] for line in log(tmp_path / "run") if "losses" in line]
+    assert len(losses) == 2 and all(("masks" in x) == (masks > 0) for x in losses)
+    assert masks == 0 or sum(x["masks"] for x in losses) > 0
+
+
+def test_malformed_masks_are_found_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_coco(tmp_path, "train.json", 4, 4)
+    write_coco(tmp_path, "val.json", 2, 2)
+    file = tmp_path / "annotations" / "val.json"
+    file.write_text(file.read_text().replace("40]]", "NaN]]"))
+    training = ["--data", f"coco:{tmp_path}", "--device", "cpu", "--output", str(tmp_path / "run")]
+    assert main(["train", "--model", "mask_rcnn", *training, "--iterations", "1"]) == 2
+    assert "val.json-0.tif: a segmentation must have finite coordinates" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

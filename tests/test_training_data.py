@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_python
 from torch.utils.data import DataLoader
 
 from relops.models.inference import MEAN, STD
+from relops.training._images import read_image
+from relops.training._masks import mask_area, run_lengths
 from relops.training.data import (
     DetectionData,
     EpochSampler,
@@ -163,6 +169,80 @@ class TestVOC:
         with pytest.raises(ValueError, match=r"spoilt\.xml: the file must be an annotation of Pascal VOC"):
             open_data(spec, "train")
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("<annotation><object><bndbox/></object></annotation>", "an object must have a name|could not convert"),
+            (xml(("", *BOX)), "an object must have a name"),
+            (xml((" ", *BOX)), "an object must have a name"),
+            ("<annotations/>", "<annotation> and those within, got <annotations>"),
+            ("<html><object/></html>", "<annotation> and those within, got <html>"),
+            (xml(("cat", *BOX)).replace("<annotation>", '<annotation xmlns="x">'), "got <{x}annotation>"),
+            (xml(("cat", *BOX)).replace("<object>", '<object xmlns="x">'), "got <{x}object>"),
+            (xml(("cat", *BOX)).replace("t>0<", "t>perhaps<"), "difficult must be 0 or 1, got 'perhaps'"),
+            (xml(("cat", *BOX)).replace("t>0<", "t>2<"), "difficult must be 0 or 1, got '2'"),
+        ],
+    )
+    def test_objects_that_would_be_lost(self, tmp_path: Path, text: str, message: str) -> None:
+        spec = write_voc(tmp_path, "train", {"fine": xml(), "spoilt": text})
+        with pytest.raises(
+            ValueError, match=rf"spoilt\.xml: the file must be an annotation of Pascal VOC: .*({message})"
+        ):
+            open_data(spec, "train")
+
+    @pytest.mark.parametrize(
+        ("text", "difficult"), [("True", True), ("yes", True), ("1.0", True), (" 0 ", False), ("No", False)]
+    )
+    def test_difficult(self, tmp_path: Path, text: str, difficult: bool) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX)).replace("t>0<", f"t>{text}<")})
+        assert open_data(spec, "train")[0].ignore.tolist() == [difficult]
+
+    def test_files_of_macos_are_skipped(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
+        (tmp_path / "train" / "Annotations" / "._a.xml").write_bytes(b"\0\5\x16\7")
+        (tmp_path / "train" / "Images" / "._a.png").write_bytes(b"\0\5\x16\7")
+        assert len(open_data(spec, "train")[0].boxes) == 1
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("1.jpg\n2.JPG\n", ["1", "2"]),
+            ("1.xml\n", ["1"]),
+            ("\ufeff1\r\n2\r\n", ["1", "2"]),
+            ("2\n1\n2\n2.jpg\n", ["2", "1"]),
+            ("1  1\n2 -1\n3  0\n", ["1", "3"]),
+            ("1.jpg -1\n2.jpg +1\n", ["2"]),
+            ("\n  \n1\t1\n", ["1"]),
+            ("a b 1\na b\n", ["a b 1", "a b"]),
+        ],
+    )
+    def test_lines_of_lists(self, tmp_path: Path, text: str, expected: list[str]) -> None:
+        spec = write_voc_lists(tmp_path, {"train": ["1", "2", "3", "a b 1", "a b"]})
+        (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(text, "utf-8")
+        assert stems(open_data(spec, "train")) == expected
+
+    def test_a_name_without_a_file(self, tmp_path: Path) -> None:
+        spec = write_voc_lists(tmp_path, {"train": ["1"]})
+        listing = tmp_path / "ImageSets" / "Main" / "train.txt"
+        for name in ("4", "4.jpg 1", "x" * 300):
+            listing.write_text(f"1\n{name}\n")
+            with pytest.raises(
+                ValueError, match=rf"{listing}: a name must be that of a file in .*Annotations, got '{name}'"
+            ):
+                open_data(spec, "train")
+
+    def test_fractions_of_the_image(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(("cat", 0.1, 0.2, 0.7, 0.8))})
+        with pytest.warns(UserWarning, match=r"b\.xml: .* must be pixels"):
+            open_data(spec, "train")
+
+    def test_evaluation_has_the_boxes_of_the_file(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", -3, 1, 10, 10), ("cat", 5, 5, 5, 9), ("cat", *BOX))})
+        with pytest.warns(UserWarning, match=r"a\.xml: .* left out 1 of"):
+            data = open_data(spec, "train")
+        assert data[0].boxes.tolist() == [[0, 0, 10, 10], AS_READ]
+        assert data.annotations()[0].boxes.tolist() == [[-4, 0, 10, 10], [4, 4, 5, 9], AS_READ]
+
     def test_object_without_box(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": "<annotation><object><name>cat</name></object></annotation>"})
         with pytest.raises(ValueError, match=r"a\.xml"):
@@ -217,6 +297,61 @@ class TestImages:
         assert Image.open(data.annotations()[0].file).mode == mode
         assert np.array_equal(data[0].image, np.broadcast_to(np.array(expected, np.uint8), (40, 60, 3)))
 
+    @pytest.mark.parametrize(
+        ("dtype", "values", "tags", "high"),
+        [
+            (np.uint16, (0, 1000, 4095), {}, 4095),
+            (np.uint16, (0, 900, 1001), {}, 1023),
+            (np.uint16, (0, 900, 16000), {}, 16383),
+            (np.uint16, (0, 900, 16384), {}, 65535),
+            (np.uint16, (0, 900, 1001), {281: 4095}, 4095),
+            (np.uint16, (0, 900, 4000), {281: 65535}, 4095),
+            (np.uint16, (0, 900, 4000), {281: 255}, 4095),
+            (np.int32, (0, 100, 255), {}, 255),
+            (np.int32, (0, 0, 1), {}, 1),
+            (np.int32, (0, 30000, 70000), {}, 70000),
+            (np.float32, (0, 0.25, 1), {}, 1),
+            (np.float32, (0, 0.5, 200), {}, 255),
+            (np.float32, (0, 0.5, 3.5), {}, 3.5),
+            (np.float32, (0, np.nan, 0.5), {}, 1),
+            (np.float32, (0, 1.5, 3000), {341: 3500.0}, 3500),
+        ],
+    )
+    def test_pixels_that_are_not_bytes(
+        self, tmp_path: Path, dtype: type, values: tuple, tags: dict[int, float], high: float
+    ) -> None:
+        """One range for the data set, which has a dark image, too."""
+        spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(), "c": xml()}, ending="tif")
+        write_voc(tmp_path, "test", {"d": xml()}, ending="tif")
+        for image, value in zip("abc", values):
+            file = tmp_path / "train" / "Images" / f"{image}.tif"
+            Image.fromarray(np.full((40, 60), value, dtype)).save(file, tiffinfo=tags)
+        with pytest.warns(UserWarning, match=r"a\.tif: pixels are not bytes; .* values from 0 to [\d.]+ are scaled"):
+            data = open_data(spec, "train")
+        assert data.pixel_range == (0, high)
+        for i, value in enumerate(values):
+            assert (data[i].image == np.rint(np.nan_to_num(value) * 255 / high)).all()
+        (tmp_path / "test" / "Images" / "d.tif").write_bytes((tmp_path / "train" / "Images" / "b.tif").read_bytes())
+        test = open_data(spec, "test", ["cat"], pixel_range=data.pixel_range)
+        assert np.array_equal(test[0].image, data[1].image)
+
+    def test_negative_pixels(self, tmp_path: Path) -> None:
+        file = tmp_path / "a.tif"
+        Image.fromarray(np.array([[-1000, 0, 1000]], np.int32)).save(file)
+        assert read_image(str(file))[0, :, 0].tolist() == [0, 128, 255]
+
+    def test_wide_colors_that_are_dark(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml()})
+        rows = b"".join(b"\0" + np.full((60, 3), 4000, ">u2").tobytes() for _ in range(40))
+        png = b"\x89PNG\r\n\x1a\n"
+        head = struct.pack(">IIBBBBB", 60, 40, 16, 2, 0, 0, 0)
+        for kind, content in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            check = struct.pack(">I", zlib.crc32(kind + content))
+            png += struct.pack(">I", len(content)) + kind + content + check
+        (tmp_path / "train" / "Images" / "a.png").write_bytes(png)
+        with pytest.warns(UserWarning, match=r"a\.png: images have 16 bits a color, .* at most 15 of 255"):
+            assert (open_data(spec, "train")[0].image == 15).all()
+
     def test_orientation_is_not_applied(self, tmp_path: Path) -> None:
         data = open_data(write_voc(tmp_path, "train", {"a": xml()}, ending="jpg"), "train")
         exif = Image.Exif()
@@ -243,6 +378,13 @@ def write_coco(root: Path, objects: list[dict], split: str = "train2017", folder
     return f"coco:{root}"
 
 
+def change(spec: str, old: str, new: str) -> None:
+    """Replace the first of what stands in the file of `write_coco`."""
+    file = Path(spec.removeprefix("coco:")) / "annotations" / "instances_train2017.json"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
 class TestCOCO:
     def test_objects(self, tmp_path: Path) -> None:
         objects = [
@@ -258,7 +400,9 @@ class TestCOCO:
         sample = data[1]
         assert sample.boxes.tolist() == [AS_READ, [50.5, 30, 60, 40]] and sample.boxes.dtype == np.float32
         assert sample.labels.tolist() == [1, 0] and sample.ignore.tolist() == [False, True]
-        assert data.annotations()[1].areas.tolist() == [7, 7]
+        annotation = data.annotations()[1]  # of all objects, as the file has them
+        assert annotation.boxes.tolist() == [AS_READ, [50.5, 30, 70.5, 50], [1, 1, 1, 6]]
+        assert annotation.labels.tolist() == [1, 0, 0] and annotation.areas.tolist() == [7, 7, 7]
 
     @pytest.mark.parametrize("folder", ["train2017", "images/train2017", "images", "."])
     def test_where_images_are(self, tmp_path: Path, folder: str) -> None:
@@ -307,12 +451,201 @@ class TestCOCO:
             data[1]
 
     def test_some_objects_without_a_mask(self, tmp_path: Path) -> None:
+        pytest.importorskip("faster_coco_eval")
         objects = [
             coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]]),
             coco_object(2, 7, 3, [1, 1, 9, 9], segmentation=[]),
+            coco_object(3, 30, 3, [1, 1, 9, 9]),
         ]
-        data = open_data(write_coco(tmp_path, objects), "train")
-        assert not data.has_masks and data[1].masks is None
+        spec = write_coco(tmp_path, objects)
+        with pytest.warns(UserWarning, match="2 of 3 objects have no mask, and are trained by their boxes alone$"):
+            data = open_data(spec, "train")
+        assert data.has_masks and data[1].masks.any((1, 2)).tolist() == [True, False] and not data[0].masks.any()
+
+    @pytest.mark.parametrize(
+        ("segmentation", "problem"),
+        [
+            ([[]], "a polygon of 0 points"),
+            ([[1, 1, 9, 9]], "a polygon of 2 points"),
+            ([[1, 1, 9, 1, 9, 9, 5]], "a polygon of an odd number of coordinates, 7"),
+            ([[61, 1, 70, 1, 70, 9]], "a polygon outside of the image"),
+            ([[1, -9, 9, -9, 9, -1]], "a polygon outside of the image"),
+            ([[-1e9, 1, 1e9, 1, 1e9, 9]], "a polygon outside of the image"),
+            ({"size": [40, 60], "counts": [2400]}, "an RLE of zeros"),
+            ({"size": [40, 60], "counts": "P[2"}, "an RLE of zeros"),
+        ],
+    )
+    def test_empty_masks(self, tmp_path: Path, segmentation: object, problem: str) -> None:
+        pytest.importorskip("faster_coco_eval")
+        objects = [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=segmentation)]
+        spec = write_coco(tmp_path, objects)
+        with pytest.warns(UserWarning, match=rf"annotations\[0\] of .*7\.png has {problem}"):
+            assert not open_data(spec, "train").has_masks
+        triangle = [1, 1, 9, 1, 9, 9]
+        write_coco(tmp_path, [*objects, coco_object(2, 7, 3, [1, 1, 9, 9], segmentation=[triangle])])
+        with pytest.warns(UserWarning, match=rf"1 of 2 objects have no mask.* has {problem}"):
+            masks = open_data(spec, "train")[1].masks
+        assert not masks[0].any() and masks[1].any()
+        if isinstance(segmentation, list):  # beside a proper polygon, the object has that one
+            write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[*segmentation, triangle])])
+            with pytest.warns(UserWarning, match=f"0 of 1 objects have no mask.* has {problem}"):
+                assert np.array_equal(open_data(spec, "train")[1].masks[0], masks[1])
+
+    def test_malformed_masks_are_found_before_they_are_decoded(self, tmp_path: Path) -> None:
+        pytest.importorskip("faster_coco_eval")
+        segmentations = [
+            "[[NaN, 1, 9, 1, 9, 9]]",
+            "[[1, 1, Infinity, 1, 9, 9]]",
+            "[[1, 1, 1e999, 1, 9, 9]]",
+            '[{"size": [40, 60], "counts": [0, 2400]}]',
+            '{"size": [40, 60], "counts": [0, 2400000000000]}',
+            '{"size": [40, 60], "counts": [-1, 2401]}',
+            '{"size": [40, 60], "counts": "ooooooooo1"}',
+            '{"size": [40, 60], "counts": "\\u0001"}',
+            '{"size": [400000, 600000], "counts": [0, 240000000000]}',
+            '{"counts": [0, 2400]}',
+            '[[1, 1, "a", 1, 9, 9]]',
+            "[1, 1, 9, 1, 9, 9]",
+            "7",
+        ]
+        spec = write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation="HERE")])
+        # Decoding such masks took all memory there was.
+        done = run_python(
+            f"""
+import pathlib, resource
+from relops.training.data import open_data
+resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+file = pathlib.Path({str(tmp_path)!r}, "annotations", "instances_train2017.json")
+text = file.read_text()
+for segmentation in {segmentations!r}:
+    file.write_text(text.replace('"HERE"', segmentation))
+    data = open_data({spec!r}, "train")
+    for read in (lambda: data[1], data.check_masks):
+        try:
+            read()
+        except ValueError as error:
+            print(error)
+    data.has_masks = False
+    assert len(data[1].boxes) == 1
+"""
+        )
+        lines = done.stdout.splitlines()
+        assert len(lines) == 2 * len(segmentations), done.stderr
+        assert all(line.startswith(f"{tmp_path}/train2017/7.png: a segmentation must") for line in lines)
+
+    def test_compressed_masks(self) -> None:
+        mask_api = pytest.importorskip("faster_coco_eval.core.mask")
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            height, width = rng.integers(1, 400, 2)
+            mask = np.repeat(rng.random((height, width)) < rng.random(), rng.integers(1, 90), 1)
+            rle = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+            lengths = run_lengths(rle, *mask.shape)
+            assert np.array_equal(np.repeat(np.arange(len(lengths)) % 2 == 1, lengths), mask.ravel(order="F"))
+            assert mask_area(rle, *mask.shape) == mask.sum()
+
+    @pytest.mark.parametrize("area", [None, float("nan"), -4, 0, [7], "x", float("inf"), "absent"])
+    def test_area_is_computed_where_the_file_has_none(self, tmp_path: Path, area: object) -> None:
+        polygon, rle = [[2, 2, 8, 2, 8, 12, 2, 12]], {"size": [40, 60], "counts": [10, 15, 2375]}
+        objects = [
+            coco_object(1, 7, 3, [1, 1, 10, 20], area=area),
+            coco_object(2, 7, 3, [1, 1, 10, 20], area=area, segmentation=polygon),
+            coco_object(3, 7, 3, [1, 1, 10, 20], area=area, segmentation=rle),
+            coco_object(4, 7, 3, [50, 30, 20, 20], area="30.5", segmentation=polygon),
+        ]
+        if area == "absent":
+            for item in objects[:3]:
+                del item["area"]
+        with pytest.warns(UserWarning, match="1 of 4 objects have no mask"):
+            data = open_data(write_coco(tmp_path, objects), "train")
+        assert data.annotations()[1].areas.tolist() == [200, 60, 15, 30.5]
+
+    @pytest.mark.parametrize(
+        ("value", "ignored"),
+        [("0", False), ("1", True), (0.0, False), ("1.0", True), (True, True), ("false", False), ("Yes", True)],
+    )
+    def test_crowds(self, tmp_path: Path, value: object, ignored: bool) -> None:
+        spec = write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], iscrowd=value)])
+        assert open_data(spec, "train")[1].ignore.tolist() == [ignored]
+
+    def test_numbers_as_strings(self, tmp_path: Path) -> None:
+        spec = write_coco(tmp_path, [coco_object(1, "7", "3", ["10", "5", "20", "20"], area="9")])
+        change(spec, '"width": 60', '"width": "60"')
+        data = open_data(spec, "train")
+        assert data[1].boxes.tolist() == [AS_READ] and data[1].labels.tolist() == [0]
+        assert data.annotations()[1].areas.tolist() == [9]
+
+    def test_ids_of_images_are_strings(self, tmp_path: Path) -> None:
+        spec = write_coco(tmp_path, [coco_object(1, "seven", 3, [1, 1, 9, 9]), coco_object(2, 30, 3, [2, 2, 9, 9])])
+        change(spec, '"id": 7, "file', '"id": "seven", "file')
+        data = open_data(spec, "train")
+        assert [data[i].image_id for i in range(2)] == [0, 1]  # by their order
+        assert [a.original_id for a in data.annotations()] == [30, "seven"]
+        assert data[0].boxes[0, 0] == 2 and data[1].boxes[0, 0] == 1
+
+    @pytest.mark.parametrize("id", ["7.5", "null", str(2**63), "[7]", "true", "1e400"])
+    def test_other_ids_are_named(self, tmp_path: Path, id: str) -> None:
+        spec = write_coco(tmp_path, [])
+        change(spec, '"id": 7, "file', f'"id": {id}, "file')
+        with pytest.raises(ValueError, match=r"train2017\.json: id must be a signed integer .* of images\[1\]"):
+            open_data(spec, "train")
+
+    def test_an_id_of_two_images(self, tmp_path: Path) -> None:
+        spec = write_coco(tmp_path, [])
+        change(spec, '"id": 7, "file', '"id": "30", "file')
+        with pytest.raises(ValueError, match=r"images must have ids of their own, got 30 of .*30\.png and .*7\.png"):
+            open_data(spec, "train")
+
+    def test_a_file_of_two_images(self, tmp_path: Path) -> None:
+        spec = write_coco(tmp_path, [])
+        change(spec, "7.png", "./30.png")
+        with pytest.warns(UserWarning, match=r"an image should have one entry, got 2 of .*30\.png"):
+            assert len(open_data(spec, "train")) == 2
+
+    @pytest.mark.parametrize("key", ["id", "file_name", "height", "width"])
+    def test_missing_key(self, tmp_path: Path, key: str) -> None:
+        spec = write_coco(tmp_path, [])
+        file = tmp_path / "annotations" / "instances_train2017.json"
+        content = json.loads(file.read_text())
+        del content["images"][1][key]
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"{file}: images\[1\] must have '{key}', got {{"):
+            open_data(spec, "train")
+
+    @pytest.mark.parametrize("width", ["null", "0", "-60", "60.5", "1e99", '"wide"', "[60]", "1" + "0" * 400, "NaN"])
+    def test_impossible_width(self, tmp_path: Path, width: str) -> None:
+        spec = write_coco(tmp_path, [])
+        change(spec, '"width": 60', f'"width": {width}')
+        with pytest.raises(ValueError, match=r"width must be a positive number of pixels, got .* of images\[0\]"):
+            open_data(spec, "train")
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, '{"images": ' + "9" * 5000 + "}", "{", ""])
+    def test_no_json(self, tmp_path: Path, text: str) -> None:
+        spec = write_coco(tmp_path, [])
+        file = tmp_path / "annotations" / "instances_train2017.json"
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"{file}: the file must be JSON"):
+            open_data(spec, "train")
+
+    def test_names_of_windows(self, tmp_path: Path) -> None:
+        spec = write_coco(tmp_path, [], folder="images/a")
+        change(spec, '"30.png', r'"a\\30.png')
+        change(spec, '"7.png', r'".\\a\\7.png')
+        files = [str(tmp_path / "images" / "a/30.png"), os.path.join(tmp_path, "images", "./a/7.png")]
+        assert [a.file for a in open_data(spec, "train").annotations()] == files
+
+    def test_fractions_of_the_image(self, tmp_path: Path) -> None:
+        spec = write_coco(tmp_path, [coco_object(1, 7, 3, [0.1, 0.2, 0.3, 0.4]), coco_object(2, 30, 3, [0, 0, 1, 1])])
+        with pytest.warns(UserWarning, match=r"30\.png: .* must be pixels: multiply x by the width"):
+            open_data(spec, "train")
+
+    def test_categories_below_zero(self, tmp_path: Path) -> None:
+        spec = write_coco(tmp_path, [coco_object(1, 7, -1, [1, 1, 9, 9]), coco_object(2, 7, "x", [1, 1, 9, 9])])
+        change(spec, '"id": 18', '"id": -1')
+        change(spec, '"id": 3, "name"', '"id": "x", "name"')
+        data = open_data(spec, "train", ["emu", "dog", "cat", "ape"])
+        assert data[1].labels.tolist() == [1, 2]
+        assert data.category_ids[1:3] == [-1, "x"] and len(set(data.category_ids)) == 4
 
     @pytest.mark.parametrize(
         ("broken", "message"),
@@ -320,8 +653,14 @@ class TestCOCO:
             (coco_object(1, 7, 5, [1, 1, 9, 9]), "object 1 must be of the classes .* got 5"),
             (coco_object(1, 8, 3, [1, 1, 9, 9]), "image_id 8"),
             (coco_object(1, 7, 3, [1, 1, 9]), "bbox must be 4 numbers"),
-            ({"id": 1, "image_id": 7, "category_id": 3}, "KeyError 'bbox'"),
-            ("text", "TypeError"),
+            ({"id": 1, "image_id": 7, "category_id": 3}, r"annotations\[0\] must have 'bbox', got {'id': 1,"),
+            ("text", r"annotations\[0\] must be an object, got 'text'"),
+            (coco_object(1, 7, 3, [1, 1, 9, 10**400]), r"bbox must be 4 numbers, got .* of annotations\[0\]"),
+            (coco_object(1, 7, 3, [[1, 1], [9, 9]]), "bbox must be 4 numbers"),
+            (coco_object(1, 7, 3, [1, 1, 9, 9], iscrowd="maybe"), "iscrowd must be 0 or 1, got 'maybe'"),
+            (coco_object(1, 7, 3, [1, 1, 9, 9], iscrowd=None), "iscrowd must be 0 or 1, got None"),
+            (coco_object(1, 7.5, 3, [1, 1, 9, 9]), "image_id must be a signed integer of at most 64 bits or a string"),
+            (coco_object(1, 7, None, [1, 1, 9, 9]), "category_id must be a signed integer .* got None"),
         ],
     )
     def test_broken_object(self, tmp_path: Path, broken: object, message: str) -> None:
@@ -343,8 +682,78 @@ class TestCOCO:
         with pytest.raises(ValueError, match=r"30\.png: the image of .*instances_train2017\.json must be in one of"):
             open_data(spec, "train")
         (tmp_path / "annotations" / "instances_train2014.json").write_text(whole)
-        with pytest.raises(ValueError, match=r"one file must be the split, got \['instances_train2014\.json'"):
+        with pytest.raises(ValueError, match=r"one file must be that of 'train', got \['instances_train2014\.json'"):
             open_data(spec, "train")
+
+
+class TestFilesOfCOCO:
+    """Which file of annotations is that of a split: what is trained on must not be evaluated on."""
+
+    def opened(self, folder: Path, files: list[str], split: str, **options: str) -> str:
+        for name in files:
+            image = {"id": 1, "file_name": f"{name}.png", "width": 60, "height": 40}
+            write_image(folder / image["file_name"])
+            content = {"images": [image], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+            (folder / "annotations").mkdir(exist_ok=True)
+            (folder / "annotations" / name).write_text(json.dumps(content))
+        data = open_data(f"coco:{folder}", split, **options)
+        return Path(data.annotations()[0].file).name.removesuffix(".png")
+
+    @pytest.mark.parametrize(
+        ("train", "test", "others"),
+        [
+            (
+                "instances_train2017.json",
+                "instances_val2017.json",
+                ["captions_val2017.json", "image_info_test2017.json"],
+            ),
+            (
+                "instances_train2017.json",
+                "instances_val2017.json",
+                ["instances_test2017.json", "person_keypoints_train2017.json"],
+            ),
+            ("instances_trainval.json", "instances_test.json", []),
+            ("instances_trainval35k.json", "instances_test-dev2017.json", ["instances_val2014.json"]),
+            ("instances_train_val.json", "instances_test.json", []),
+            ("instances_train-val2014.json", "instances_test.json", ["instances_val.json"]),
+            ("instances_retrieval_train.json", "instances_test.json", []),
+            ("instances_latest_train.json", "instances_latest_val.json", ["._instances_latest_val.json"]),
+            ("train.json", "val.json", []),
+            ("Instances_Train2017.JSON", "INSTANCES_VAL2017.json", ["val.json"]),
+            ("train.json", "valid.json", ["test.json"]),
+            ("instances_train.json", "test.json", []),
+        ],
+    )
+    def test_found(self, tmp_path: Path, train: str, test: str, others: list[str]) -> None:
+        files = [train, test, *others]
+        assert self.opened(tmp_path, files, "train") == train and self.opened(tmp_path, files, "test") == test
+
+    @pytest.mark.parametrize(
+        ("files", "split"),
+        [
+            (["instances_latest_train.json", "instances_default.json"], "test"),
+            (["instances_train.json", "instances_minival.json"], "test"),
+            (["instances_trainval.json", "instances_val.json"], "test"),
+            (["instances_train_test.json", "instances_a.json"], "test"),
+            (["instances_train2014.json", "instances_train2017.json"], "train"),
+            (["instances_train.json", "instances_val2014.json", "instances_val2017.json"], "test"),
+            (["instances_contest.json", "instances_val.json"], "train"),
+        ],
+    )
+    def test_not_clear(self, tmp_path: Path, files: list[str], split: str) -> None:
+        with pytest.raises(ValueError, match=rf"{tmp_path}: .*json.*Name the file with --{split}-annotations") as error:
+            self.opened(tmp_path, files, split)
+        assert any(name in str(error.value) for name in files)
+
+    @pytest.mark.parametrize("named", ["instances_a.json", "annotations/instances_a.json", "/instances_a.json"])
+    def test_named(self, tmp_path: Path, named: str) -> None:
+        files = ["instances_a.json", "instances_train.json", "instances_val.json"]
+        named = str(tmp_path / "annotations" / named[1:]) if named[0] == "/" else named
+        assert self.opened(tmp_path, files, "test", annotations=named) == "instances_a.json"
+        with pytest.raises(ValueError, match=r"instances_b\.json: the file of annotations must be there"):
+            open_data(f"coco:{tmp_path}", "train", annotations="instances_b.json")
+        with pytest.raises(ValueError, match="annotations must name a file of coco:DIR"):
+            open_data("shapes:50", "train", annotations="instances_a.json")
 
 
 class TestShapes:

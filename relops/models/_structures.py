@@ -14,7 +14,7 @@ class Targets(NamedTuple):
     Attributes:
         boxes: [N,T,4] x1, y1, x2, y2 in pixels of the images.
         labels: [N,T] int64, classes from 0; -1 = padding.
-        masks: [N,T,H,W] bool, or None where the data has none.
+        masks: [N,T,H,W] bool, all False for objects that have none; or None where the data has none.
         proposals: [N,P,4] boxes for detectors that are given them (Fast R-CNN), zeros = padding; None for others.
     """
 

@@ -44,7 +44,8 @@ class MaskRoIHeads(RoIHeads):
     """RoIHeads, and masks: a sigmoid per class, of which only the one of the region's class counts (section 3).
 
     The mask branch sees positive regions only. On CUDA, where counting them would wait for the device, it sees all
-    slots in which they may be, and what is none has no weight. Without masks in the targets there is no loss of masks.
+    slots in which they may be, and what is none has no weight. Objects without a mask, whose mask in the targets is all
+    False, are trained by their boxes alone; without masks in the targets there is no loss of masks.
     """
 
     def __init__(self, *parts: nn.Module, channels: int, strides: Sequence[int], num_classes: int, **options: object):
@@ -79,8 +80,9 @@ class MaskRoIHeads(RoIHeads):
         rows = torch.cat([of_mask[:, None].to(rois.dtype), rois[:, 1:]], 1)
         wanted = roi_align(targets.masks.flatten(0, 1)[:, None].to(rows.dtype), rows, logits.shape[-1])[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((1, 2))
-        positive = classes > 0
-        losses["masks"] = (loss * positive).sum() / positive.sum().clamp(min=1)
+        has_mask = targets.masks.flatten(0, 1).flatten(1).any(1)
+        counted = (classes > 0) & has_mask[of_mask]
+        losses["masks"] = (loss * counted).sum() / counted.sum().clamp(min=1)
         return losses
 
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:

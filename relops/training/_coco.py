@@ -3,104 +3,298 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections import defaultdict
+import re
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relops.training._samples import Annotation, FileData, clip_boxes
+from relops.training._images import PixelRange
+from relops.training._masks import mask_area, shown, usable_mask
+from relops.training._samples import Annotation, FileData, parse_flag
+
+# Words of file names. What is trained on is never taken to evaluate on.
+JOINT = {"trainval"}
+TRAIN = {"train", "training"} | JOINT
+VALIDATION = {"val", "valid", "validation"}
+TEST = {"test", "testing"}
+NOT_INSTANCES = {"captions", "info", "keypoints", "panoptic", "stuff"}  # COCO's other files
 
 
-def open_coco(folder: str, split: str, classes: Sequence[str] | None) -> FileData:
-    """`split` of the data set in `folder`.
+def open_coco(
+    folder: str,
+    split: str,
+    classes: Sequence[str] | None,
+    annotations: str | None = None,
+    pixel_range: PixelRange | None = None,
+) -> FileData:
+    """Open `split` of the data set in `folder`.
 
-    Train is annotations/instances_*train*.json, test instances_*val*.json or else instances_*test*.json. The images of
-    instances_train2017.json are looked for in train2017, images/train2017, images and `folder` itself. Objects with
-    iscrowd are those to ignore. There are masks if every object of the file has a segmentation.
+    Annotations are the file of annotations/ whose name has the word train for the split "train"; and val, or else test,
+    for "test". Words end at "_", "-", "." and digits, as in instances_train2017.json and val.json. A file of train and
+    val, or of trainval, is for training, and what is evaluated on is then that of test. Files named instances come
+    first; where two files remain, or none, `annotations` must name the file.
+
+    The images of instances_train2017.json are looked for in train2017, images/train2017, images and `folder` itself.
+    Objects with iscrowd are those to ignore. Objects without a usable segmentation have no mask.
 
     Args:
         classes: names, which labels are numbered by; None: the categories of the file by ascending id.
+        annotations: a path, or a path within `folder` or within its annotations/.
+        pixel_range: see `FileData`.
 
     Raises:
         ValueError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
     """
-    file = _annotation_file(Path(folder), split)
+    file = _annotation_file(Path(folder), split) if annotations is None else _named_file(Path(folder), annotations)
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: the file must be JSON: {error}") from error
-    try:
-        return _read(Path(folder), file, content, classes)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: the file must be COCO's instances: {type(error).__name__} {error}") from error
+    return _Reader(Path(folder), file, content, classes).read(pixel_range)
+
+
+def _words(file: Path) -> set[str]:
+    # "train2017" and "trainval35k" are names of years and sizes.
+    return {re.sub(r"\d+k?$", "", word) for word in re.split(r"[\W_]+", file.stem.lower())}
+
+
+def _annotation_folder(folder: Path) -> Path:
+    return next((x for x in sorted(folder.iterdir()) if x.is_dir() and x.name.lower() == "annotations"), folder)
 
 
 def _annotation_file(folder: Path, split: str) -> Path:
-    files = sorted((folder / "annotations").glob("instances_*.json"))
-    for word in ["train"] if split == "train" else ["val", "test"]:
-        found = [file for file in files if word in file.name]
-        if len(found) > 1:
-            raise ValueError(f"{folder / 'annotations'}: one file must be the split, got {[f.name for f in found]}")
-        if found:
+    files = [
+        file
+        for file in sorted(_annotation_folder(folder).iterdir())
+        if file.suffix.lower() == ".json" and not file.name.startswith("._") and not _words(file) & NOT_INSTANCES
+    ]
+    trained = [file for file in files if _words(file) & TRAIN]
+    if split == "train":
+        kinds = [trained]
+    else:
+        joint = any(_words(file) & (JOINT | VALIDATION) for file in trained)
+        kinds = [[file for file in files if _words(file) & TEST and file not in trained]]
+        if not joint:
+            kinds.insert(0, [file for file in files if _words(file) & VALIDATION and file not in trained])
+    for kind in kinds:
+        found = [file for file in kind if "instances" in _words(file)] or kind
+        if len(found) == 1:
             return found[0]
-    pattern = "*train*.json" if split == "train" else "*val*.json or instances_*test*.json"
-    raise ValueError(f"{folder}: there must be annotations/instances_{pattern} in it")
+        if found:
+            problem = f"one file must be that of {split!r}"
+            break
+    else:
+        found = files
+        problem = f"there must be annotations/instances_*{'train' if split == 'train' else 'val or test'}*.json"
+    raise ValueError(
+        f"{folder}: {problem}, got {[file.name for file in found]}. Name the file with --{split}-annotations"
+    )
 
 
-def _read(folder: Path, file: Path, content: dict[str, Any], classes: Sequence[str] | None) -> FileData:
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    names = {category["id"]: category["name"] for category in categories}
-    classes = list(names.values()) if classes is None else list(classes)
-    label_of = {category: classes.index(name) for category, name in names.items() if name in classes}
-    id_of = {label: category for category, label in label_of.items()}
-    if len(set(names.values())) != len(categories):
-        raise ValueError(f"{file}: ids and names of categories must differ, got {categories}")
+def _named_file(folder: Path, name: str) -> Path:
+    for path in (Path(name), folder / name, _annotation_folder(folder) / name):
+        if path.is_file():
+            return path
+    raise ValueError(f"{name}: the file of annotations must be there, or in {folder} or its annotations")
 
-    objects = defaultdict(list)
-    for item in content["annotations"]:
-        objects[item["image_id"]].append(item)
-        if item["category_id"] not in label_of:
-            got = names.get(item["category_id"], item["category_id"])
-            raise ValueError(f"{file}: object {item['id']} must be of the classes {classes}, got {got!r}")
-    has_masks = bool(objects) and all(item.get("segmentation") for of_image in objects.values() for item in of_image)
 
-    part = file.stem.removeprefix("instances_")
-    folders = [folder / part, folder / "images" / part, folder / "images", folder]
-    annotations, dropped = [], []
-    for image in content["images"]:
-        path = next((p for f in folders if os.path.isfile(p := os.path.join(f, image["file_name"]))), None)
-        if path is None:
-            raise ValueError(f"{image['file_name']}: the image of {file} must be in one of {[str(f) for f in folders]}")
-        height, width, of_image = image["height"], image["width"], objects.pop(image["id"], [])
-        try:
-            boxes = np.array([item["bbox"] for item in of_image], np.float64).reshape(len(of_image), 4)
-        except ValueError as error:
-            raise ValueError(f"{file}: bbox must be 4 numbers, of image {image['id']}: {error}") from error
+class _Reader:
+    """Reads the content of one file. Its errors name the file, and an entry as in images[3]."""
+
+    def __init__(self, folder: Path, file: Path, content: Any, classes: Sequence[str] | None) -> None:
+        self.folder, self.file = folder, file
+        self.entries = {name: self._list(content, name) for name in ("images", "annotations", "categories")}
+        categories = self.entries["categories"]
+        names = {self._id("categories", i, "id"): self._name(i) for i in range(len(categories))}
+        if len(set(names.values())) != len(categories):
+            raise ValueError(f"{file}: ids and names of categories must differ, got {categories}")
+        # Numbers come before strings, with which they cannot be compared.
+        self.names = dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+        self.classes = list(self.names.values()) if classes is None else list(classes)
+        self.label_of = {id: self.classes.index(name) for id, name in self.names.items() if name in self.classes}
+
+    def read(self, pixel_range: PixelRange | None) -> FileData:
+        of_image = self._objects_by_image()
+        ids = [self._id("images", i, "id") for i in range(len(self.entries["images"]))]
+        if not ids:
+            raise ValueError(f"{self.file}: a split must have at least one image, got none")
+        files = [self._image_file(i) for i in range(len(ids))]
+        first: dict[int | str, str] = {}
+        for id, path in zip(ids, files):
+            if id in first:
+                raise ValueError(
+                    f"{self.file}: images must have ids of their own, got {id!r} of {first[id]} and {path}"
+                )
+            first[id] = path
+        unknown = next((id for id in of_image if id not in first), None)
+        if unknown is not None:
+            raise ValueError(f"{self.file}: objects must be of the file's images, got image_id {unknown!r}")
+        path, times = Counter(map(os.path.normpath, files)).most_common(1)[0]
+        if times > 1:
+            warnings.warn(f"{self.file}: an image should have one entry, got {times} of {path}", stacklevel=2)
+
+        own_ids = [image["id"] for image in self.entries["images"]]
+        numbers = own_ids
+        if any(isinstance(id, str) for id in own_ids):  # in their order, by which pycocotools breaks ties of scores
+            ranks = sorted(range(len(own_ids)), key=lambda i: (isinstance(own_ids[i], str), own_ids[i]))
+            numbers = np.argsort(ranks).tolist()
+        self.problems: list[str] = []
+        annotations = [
+            self._annotation(i, number, path, of_image.get(id, []))
+            for i, (id, number, path) in enumerate(zip(ids, numbers, files))
+        ]
+        self._report_masks(annotations)
+        return FileData(self.classes, annotations, category_ids=self._category_ids(), pixel_range=pixel_range)
+
+    def _annotation(self, i: int, image_id: int, path: str, objects: list[int]) -> Annotation:
+        own_id = self.entries["images"][i]["id"]
+        height, width = (self._extent(i, key) for key in ("height", "width"))
+        boxes, masks, areas = self._boxes(objects), [], []
+        for j, (box_width, box_height) in zip(objects, boxes[:, 2:].tolist()):
+            entry, area = self.entries["annotations"][j], max(0.0, box_width) * max(0.0, box_height)
+            mask, problem = entry.get("segmentation") or None, ""
+            if mask is not None:
+                try:
+                    mask, problem = usable_mask(mask, height, width)
+                    area = area if mask is None else mask_area(mask, height, width)
+                except ValueError:
+                    pass  # for whoever trains or evaluates masks to report: see `FileData.check_masks`
+            if problem:
+                self.problems.append(f"annotations[{j}] of {path} has {problem}")
+            masks.append(mask)
+            areas.append(_positive(entry.get("area")) or area)
         boxes[:, 2:] += boxes[:, :2]
-        boxes, proper = clip_boxes(boxes, height, width)
-        dropped += [path] * int((~proper).sum())
-        kept = [item for item, keep in zip(of_image, proper) if keep]
-        boxes = boxes[proper]
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        annotations.append(
-            Annotation(
-                image["id"],
-                path,
-                height,
-                width,
-                boxes,
-                np.array([label_of[item["category_id"]] for item in kept], np.int64),
-                np.array([item.get("iscrowd", 0) for item in kept], bool),
-                np.array([item.get("area", area) for item, area in zip(kept, areas)], np.float32),
-                [item["segmentation"] for item in kept] if has_masks else None,
-            )
+        return Annotation(
+            image_id,
+            path,
+            height,
+            width,
+            boxes,
+            np.array([self.label_of[self._id("annotations", j, "category_id")] for j in objects], np.int64),
+            np.array([self._is_crowd(j) for j in objects], bool),
+            np.array(areas, np.float64),
+            masks,
+            None if image_id is own_id else own_id,
         )
-    if objects:
-        raise ValueError(f"{file}: objects must be of the file's images, got image_id {next(iter(objects))}")
-    if not annotations:
-        raise ValueError(f"{file}: a split must have at least one image, got none")
-    category_ids = [id_of.get(label, -1 - label) for label in range(len(classes))]  # below 0: not in this file
-    return FileData(classes, annotations, dropped, has_masks, category_ids)
+
+    def _report_masks(self, annotations: list[Annotation]) -> None:
+        """And where no object has a mask, the data have none."""
+        without = sum(mask is None for a in annotations for mask in a.masks)
+        total = sum(len(a.masks) for a in annotations)
+        if without == total:
+            for a in annotations:
+                a.masks = None
+        text = f"{without} of {total} objects have no mask, and are trained by their boxes alone"
+        if self.problems:
+            named, more = "; ".join(self.problems[:5]), len(self.problems) - 5
+            text += f". Left out of masks is what cannot be part of one: {named}" + f"; and {more} more" * (more > 0)
+        if self.problems or 0 < without < total:
+            warnings.warn(f"{self.file}: {text}", stacklevel=2)
+
+    def _objects_by_image(self) -> dict[int | str, list[int]]:
+        """Return indices of annotations, whose categories are checked."""
+        of_image = defaultdict(list)
+        for j, entry in enumerate(self.entries["annotations"]):
+            of_image[self._id("annotations", j, "image_id")].append(j)
+            category = self._id("annotations", j, "category_id")
+            if category not in self.label_of:
+                raise ValueError(
+                    f"{self.file}: object {entry.get('id')} must be of the classes {self.classes}, got "
+                    f"{self.names.get(category, category)!r}"
+                )
+        return of_image
+
+    def _category_ids(self) -> list[int | str]:
+        """Return the file's own ids of the classes. Those of classes that it lacks are below all of them."""
+        ids = {self._id("categories", i, "id"): entry["id"] for i, entry in enumerate(self.entries["categories"])}
+        id_of = {label: ids[id] for id, label in self.label_of.items()}
+        lowest = min([0, *(id for id in ids if isinstance(id, int))])
+        return [id_of.get(label, lowest - 1 - label) for label in range(len(self.classes))]
+
+    def _image_file(self, i: int) -> str:
+        name = self._get("images", i, "file_name")
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise self._wrong("images", i, "file_name", "the name of a file")
+        part = re.sub("^instances_", "", self.file.stem, flags=re.IGNORECASE)
+        folders = [self.folder / part, self.folder / "images" / part, self.folder / "images", self.folder]
+        for spelled in dict.fromkeys([name, name.replace("\\", "/")]):  # as Windows has it
+            for folder in folders:
+                if os.path.isfile(path := os.path.join(folder, spelled)):
+                    return path
+        raise ValueError(f"{name}: the image of {self.file} must be in one of {list(map(str, folders))}")
+
+    def _boxes(self, objects: list[int]) -> np.ndarray:
+        """Return [T,4] float64 x, y, width, height."""
+        rows = [self._get("annotations", j, "bbox") for j in objects]
+        boxes = _numbers(rows)
+        if boxes is None or boxes.shape != (len(rows), 4):
+            for j, row in zip(objects, map(_numbers, rows)):
+                if row is None or row.shape != (4,):
+                    raise self._wrong("annotations", j, "bbox", "4 numbers")
+            return np.zeros((0, 4))
+        return boxes
+
+    def _extent(self, i: int, key: str) -> int:
+        value = _numbers(self._get("images", i, key))
+        if value is None or value.ndim != 0 or not 1 <= value < 2**31 or value % 1 != 0:
+            raise self._wrong("images", i, key, "a positive number of pixels")
+        return int(value)
+
+    def _is_crowd(self, j: int) -> bool:
+        try:
+            return parse_flag(self.entries["annotations"][j].get("iscrowd", 0))
+        except ValueError as error:
+            raise self._wrong("annotations", j, "iscrowd", "0 or 1") from error
+
+    def _name(self, i: int) -> str:
+        name = self._get("categories", i, "name")
+        if not isinstance(name, (str, int)) or name == "":
+            raise self._wrong("categories", i, "name", "a name")
+        return str(name)
+
+    def _id(self, name: str, i: int, key: str) -> int | str:
+        """Return an integer, also for one that is written as a string, or a string."""
+        value = self._get(name, i, key)
+        if type(value) is int and abs(value) < 2**63:
+            return value
+        if not isinstance(value, str):
+            raise self._wrong(name, i, key, "a signed integer of at most 64 bits or a string")
+        return int(value) if re.fullmatch(r"0|-?[1-9]\d{0,17}", value) else value
+
+    def _list(self, content: Any, name: str) -> list[dict[str, Any]]:
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{self.file}: the file must be COCO's instances, which have a list {name!r}")
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{self.file}: {name}[{i}] must be an object, got {shown(entry)}")
+        return entries
+
+    def _get(self, name: str, i: int, key: str) -> Any:
+        entry = self.entries[name][i]
+        if key not in entry:
+            raise ValueError(f"{self.file}: {name}[{i}] must have {key!r}, got {shown(entry)}")
+        return entry[key]
+
+    def _wrong(self, name: str, i: int, key: str, rule: str) -> ValueError:
+        return ValueError(f"{self.file}: {key} must be {rule}, got {shown(self.entries[name][i][key])} of {name}[{i}]")
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """Return float64 of numbers, also of those that are written as strings; or None."""
+    try:
+        return np.array(value, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _positive(value: Any) -> float:
+    """Return a positive, finite number as it is, and 0 for anything else."""
+    number = _numbers(value)
+    return float(number) if number is not None and number.ndim == 0 and 0 < number < math.inf else 0.0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import abc
-import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
+
+from relops.training._images import PixelRange, common_range, read_image
+from relops.training._masks import checked_mask, decode_mask
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Sample:
         boxes: [T,4] float32 x1, y1, x2, y2.
         labels: [T] int64, classes from 0.
         ignore: [T] bool: crowd (COCO) or difficult (VOC): neither trained on nor counted in evaluation.
-        masks: [T,H,W] bool, or None where the data has none.
+        masks: [T,H,W] bool, all False for an object that has none; or None where the data has none.
         proposals: [P,4] float32 boxes, or None where there are none.
         image_id: that of the data set's annotations; where they have none, the index.
         file: path of the image; of a drawn one, its name.
@@ -43,13 +44,16 @@ class Sample:
 
 @dataclass
 class Annotation:
-    """What evaluation needs of an image, without the image.
+    """What evaluation needs of an image, without the image: all objects that its file has.
 
     Attributes:
-        image_id, file, boxes, labels, ignore: as in `Sample`.
+        image_id, file, labels, ignore: as in `Sample`.
         height, width: in pixels.
-        areas: [T] float32, which tell small objects from large ones: of the mask where the data has masks.
-        masks: T segmentations as COCO has them (polygons, or either kind of RLE), or None.
+        boxes: [T,4] x1, y1, x2, y2 as the file has them: they may leave the image, and have no width or height.
+        areas: [T], which tell small objects from large ones: of the mask where the data has masks.
+        masks: T segmentations as COCO has them (polygons, or either kind of RLE), None for an object without one; or
+            None where the data has none.
+        original_id: the image's id in its file where image_id is another, as where ids are strings.
     """
 
     image_id: int
@@ -61,6 +65,7 @@ class Annotation:
     ignore: np.ndarray
     areas: np.ndarray
     masks: list[Any] | None = None
+    original_id: int | str | None = None
 
 
 class DetectionData(Dataset, abc.ABC):
@@ -68,13 +73,15 @@ class DetectionData(Dataset, abc.ABC):
 
     Attributes:
         classes: names; label i is classes[i].
-        has_masks: every object has a mask. Set to False, masks are not made, which saves time.
+        has_masks: some object has a mask. Set to False, masks are not made, which saves time.
         category_ids: by which COCO's results name the classes.
+        pixel_range: the values that become 0 and 255 in images whose pixels are not bytes, or None.
     """
 
     classes: list[str]
     has_masks: bool
-    category_ids: list[int]
+    category_ids: list[int | str]
+    pixel_range: PixelRange | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -86,6 +93,9 @@ class DetectionData(Dataset, abc.ABC):
     def annotations(self) -> list[Annotation]:
         """Ground truth of every image, in the order of the images."""
 
+    def check_masks(self) -> None:
+        """Raise ValueError, naming the file, where a mask is malformed."""
+
     def aspect_ratios(self) -> list[float]:
         """Width / height of every image."""
         return [annotation.width / annotation.height for annotation in self.annotations()]
@@ -95,28 +105,51 @@ class FileData(DetectionData):
     """Images in files.
 
     An image is read as its pixels lie in the file: an EXIF orientation is not applied, as COCO's tools do not either.
-    Gray, palette, CMYK and 16-bit images become RGB, alpha is dropped.
+    Gray, palette and CMYK images become RGB, alpha is dropped, and pixels that are not bytes are scaled to bytes by
+    `pixel_range`. Samples have the objects to train on: their boxes are clipped to the image, and those that nothing
+    is left of are left out, with one warning for all.
 
     Args:
+        classes: names.
         annotations: one per image.
-        dropped: files that the objects without a proper box were in, one by one: reported as a warning.
+        least_extent: which the width and height of a box must be above.
+        category_ids: see `DetectionData`; None: labels.
+        pixel_range: see `DetectionData`; None: that of a part of the images.
+        sources: a file per annotation, which warnings about its boxes name; None: the images.
     """
 
     def __init__(
         self,
         classes: Sequence[str],
         annotations: list[Annotation],
-        dropped: Sequence[str] = (),
-        has_masks: bool = False,
-        category_ids: Sequence[int] | None = None,
+        *,
+        least_extent: float = 0.0,
+        category_ids: Sequence[int | str] | None = None,
+        pixel_range: PixelRange | None = None,
+        sources: Sequence[str] | None = None,
     ) -> None:
-        self.classes, self.has_masks = list(classes), has_masks
+        self.classes = list(classes)
         self.category_ids = list(range(len(classes)) if category_ids is None else category_ids)
+        self.has_masks = any(mask is not None for a in annotations for mask in a.masks or ())
         self._annotations = annotations
+        self._trained = [_trained(a, least_extent) for a in annotations]
+        self._warn_of_boxes([a.file for a in annotations] if sources is None else sources)
+        self.pixel_range = pixel_range or common_range([a.file for a in annotations])
+
+    def _warn_of_boxes(self, sources: Sequence[str]) -> None:
+        dropped = [source for source, kept in zip(sources, self._trained) for _ in range((~kept).sum())]
         if dropped:
             warnings.warn(
-                f"{dropped[0]}: a box must be finite and have width and height within its image; left out "
-                f"{len(dropped)} of this data set, the first of them here",
+                f"{dropped[0]}: a box must be finite and have width and height within its image; training has left "
+                f"out {len(dropped)} of this data set, the first of them here",
+                stacklevel=2,
+            )
+        first = next((source for source, a in zip(sources, self._annotations) if len(a.boxes)), None)
+        if first is not None and all((a.boxes < 2).all() and max(a.height, a.width) > 2 for a in self._annotations):
+            warnings.warn(
+                f"{first}: every box of this data set ends within the first two pixels of its image, as if "
+                "coordinates were fractions of the image's size. They must be pixels: multiply x by the width and y "
+                "by the height",
                 stacklevel=2,
             )
 
@@ -125,8 +158,8 @@ class FileData(DetectionData):
 
     def __getitem__(self, index: int) -> Sample:
         """Raises ValueError, naming the file, where the image cannot be read or has not the size of its annotation."""
-        a = self._annotations[index]
-        image = read_image(a.file)
+        a, kept = self._annotations[index], self._trained[index]
+        image = read_image(a.file, self.pixel_range)
         if image.shape[:2] != (a.height, a.width):
             raise ValueError(
                 f"{a.file}: the image must have the size that its annotation states, {a.width} x {a.height} (width x "
@@ -134,72 +167,48 @@ class FileData(DetectionData):
             )
         masks = None
         if self.has_masks:
-            masks = np.zeros((len(a.boxes), a.height, a.width), bool)
-            for mask, segmentation in zip(masks, a.masks):
-                mask[:] = decode_mask(segmentation, a.height, a.width, a.file)
+            masks = np.zeros((int(kept.sum()), a.height, a.width), bool)
+            for mask, i in zip(masks, np.flatnonzero(kept)):
+                if a.masks[i] is not None:
+                    mask[:] = decode_mask(a.masks[i], a.height, a.width, a.file)
+        boxes = clip_boxes(a.boxes[kept], a.height, a.width)
         return Sample(
-            image, a.boxes.copy(), a.labels.copy(), a.ignore.copy(), masks, None, a.image_id, a.file, image.shape[:2]
-        )
+            image, boxes, a.labels[kept], a.ignore[kept], masks, None, a.image_id, a.file, image.shape[:2]
+        )  # fmt: skip
 
     def annotations(self) -> list[Annotation]:
         return self._annotations
 
+    def check_masks(self) -> None:
+        for a in self._annotations:
+            for mask in a.masks or ():
+                if mask is not None:
+                    checked_mask(mask, a.height, a.width, a.file)
 
-def require(module: str, package: str) -> ModuleType:
-    """Import of a package that only training needs."""
+
+def parse_flag(value: Any) -> bool:
+    """Return what 0, 1, True, False, yes and no mean, as numbers or text. Anything else is a ValueError."""
+    text = str(value).strip().lower()
+    if text in ("true", "yes"):
+        return True
+    if text in ("false", "no"):
+        return False
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{package} is needed for this and not installed: pip install 'relops[train]'") from error
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if number not in (0, 1):
+        raise ValueError(f"must be 0 or 1, got {value!r}")
+    return number == 1
 
 
-def read_image(file: str) -> np.ndarray:
-    """[H,W,3] uint8 RGB. A file that is not there or cannot be read whole is a ValueError that names it."""
-    pil = require("PIL.Image", "pillow")
-    try:
-        with pil.open(file) as image:
-            if image.mode.startswith("I"):  # PIL would clip 16 bits at 255
-                image = pil.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # of a broken file, PIL's plugins raise anything
-        raise ValueError(f"{file}: the file must be an image, and cannot be read as one: {error}") from error
+def _trained(a: Annotation, least_extent: float) -> np.ndarray:
+    """Return which objects can be trained on: [T] bool."""
+    clipped = clip_boxes(a.boxes, a.height, a.width)
+    proper = (a.boxes[:, 2:] - a.boxes[:, :2] > least_extent) & (clipped[:, 2:] > clipped[:, :2])
+    return proper.all(1) & np.isfinite(a.boxes).all(1)
 
 
-def image_size(file: str) -> tuple[int, int]:
-    """(height, width), from the head of the file."""
-    pil = require("PIL.Image", "pillow")
-    try:
-        with pil.open(file) as image:
-            return image.height, image.width
-    except Exception as error:  # of a broken file, PIL's plugins raise anything
-        raise ValueError(f"{file}: the file must be an image, and cannot be read as one: {error}") from error
-
-
-def clip_boxes(boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [T,4] float32 within the image, and which of them, [T] bool, are finite and have width and height."""
-    proper = np.isfinite(boxes).all(1)
-    boxes = boxes.clip(0, np.array([width, height] * 2)).astype(np.float32)
-    return boxes, proper & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-
-
-def decode_mask(segmentation: Any, height: int, width: int, file: str) -> np.ndarray:
-    """[H,W] bool of polygons or an RLE, as COCO has them."""
-    coco = require("faster_coco_eval.core.mask", "faster-coco-eval")
-    try:
-        mask = coco.decode(coco.segmToRle(segmentation, width, height))
-    except Exception as error:  # whatever the bindings make of a segmentation that is none
-        raise ValueError(f"{file}: a segmentation must be polygons or an RLE: {error}") from error
-    if mask.shape != (height, width):
-        raise ValueError(
-            f"{file}: a segmentation must have the size [height,width] of its image, [{height},{width}], got "
-            f"{list(mask.shape)}"
-        )
-    return mask.astype(bool)
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Uncompressed RLE of a mask [H,W]: lengths of the runs of 0 and 1 in turn, column by column, 0 first."""
-    flat = mask.ravel(order="F")
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(ends, prepend=0, append=flat.size).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return [T,4] float32 boxes within the image."""
+    return boxes.clip(0, np.array([width, height] * 2)).astype(np.float32)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from relops.training._samples import Annotation, FileData, clip_boxes, image_size
+from relops.training._images import IMAGE_ENDINGS, PixelRange, image_size, is_image
+from relops.training._samples import Annotation, FileData, parse_flag
 
-IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ENDING = re.compile("(" + "|".join(map(re.escape, (*IMAGE_ENDINGS, ".xml"))) + ")$", re.IGNORECASE)
 
 
-def open_voc(folder: str, split: str, classes: Sequence[str] | None) -> FileData:
-    """`split` of the data set in `folder`, in either layout:
+def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range: PixelRange | None = None) -> FileData:
+    """Open `split` of the data set in `folder`, in either layout:
 
         Annotations, JPEGImages, ImageSets/Main/*.txt   test is test.txt and train trainval.txt (or train.txt, where it
                                                         is missing); without a test.txt, they are val.txt and train.txt
@@ -23,11 +25,15 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None) -> FileData
                                                         its XML file
 
     VOC counts pixels from 1 and its boxes include the last one: x1 = xmin - 1, y1 = ymin - 1, x2 = xmax, y2 = ymax.
-    Boxes are clipped to the image; those that nothing is left of, or whose xmax (ymax) is not above xmin (ymin), are
-    left out with a warning. Difficult objects are those to ignore.
+    For training, boxes are clipped to the image; those that nothing is left of, or whose xmax (ymax) is not above xmin
+    (ymin), are left out with a warning. Difficult objects are those to ignore.
+
+    A line of a list is a name, with or without the ending of the image, and counts once. VOC's lists of one class have
+    -1 after the names of images without it, which are left out.
 
     Args:
         classes: names; None: those that occur in train, sorted.
+        pixel_range: see `FileData`.
 
     Raises:
         ValueError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
@@ -39,8 +45,8 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None) -> FileData
     index = {name: label for label, name in enumerate(classes)}
 
     xmls, image_folder = _files(root, split)
-    images = {path.stem: str(path) for path in sorted(image_folder.iterdir()) if path.suffix.lower() in IMAGES}
-    annotations, dropped = [], []
+    images = {path.stem: str(path) for path in sorted(image_folder.iterdir()) if is_image(path.name)}
+    annotations = []
     for image_id, xml in enumerate(xmls):
         if xml.stem not in images:
             raise ValueError(f"{image_folder / xml.stem}.*: the image of {xml} is missing")
@@ -49,12 +55,7 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None) -> FileData
         for name, _, _ in objects:
             if name not in index:
                 raise ValueError(f"{xml}: an object must be of the classes {list(classes)}, got {name!r}")
-        corners = np.array([corners for _, _, corners in objects], np.float32).reshape(-1, 4)
-        boxes, proper = clip_boxes(corners - np.float32([1, 1, 0, 0]), height, width)
-        # Inclusive coordinates make one pixel of a box without width, which is a slip of the mouse.
-        proper &= (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
-        dropped += [str(xml)] * int((~proper).sum())
-        boxes = boxes[proper]
+        boxes = np.array([corners for _, _, corners in objects], np.float64).reshape(-1, 4) - [1, 1, 0, 0]
         annotations.append(
             Annotation(
                 image_id,
@@ -62,12 +63,13 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None) -> FileData
                 height,
                 width,
                 boxes,
-                np.array([index[name] for name, _, _ in objects], np.int64)[proper],
-                np.array([difficult for _, difficult, _ in objects], bool)[proper],
-                (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
+                np.array([index[name] for name, _, _ in objects], np.int64),
+                np.array([difficult for _, difficult, _ in objects], bool),
+                (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1),
             )
         )
-    return FileData(classes, annotations, dropped)
+    # Inclusive coordinates make one pixel of a box without width, which is a slip of the mouse.
+    return FileData(classes, annotations, least_extent=1.0, pixel_range=pixel_range, sources=list(map(str, xmls)))
 
 
 def _files(root: Path, split: str) -> tuple[list[Path], Path]:
@@ -79,17 +81,34 @@ def _files(root: Path, split: str) -> tuple[list[Path], Path]:
         else:
             names = ["test.txt", "val.txt"]
         listing = _first(lists, names)
-        # Lists of a single class have a second column.
-        stems = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
-        xmls = [root / "Annotations" / f"{stem}.xml" for stem in stems]
+        xmls = _listed(listing, root / "Annotations")
         of_split = root
     else:
         of_split = _first(root, ["train"] if split == "train" else ["test", "val"])
-        xmls = sorted((of_split / "Annotations").glob("*.xml"))
+        xmls = sorted(x for x in (of_split / "Annotations").glob("*.xml") if not x.name.startswith("._"))
         listing = of_split / "Annotations" / "*.xml"
     if not xmls:
         raise ValueError(f"{listing}: a split must have at least one image, got none")
     return xmls, _first(of_split, ["JPEGImages", "Images"])
+
+
+def _listed(listing: Path, folder: Path) -> list[Path]:
+    """Return the annotations that a list of ImageSets names, each once, in its order."""
+    try:
+        lines = listing.read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{listing}: the file must be a list of names: {error}") from error
+    xmls = {}
+    for line in filter(None, map(str.strip, lines)):
+        name, flag = re.fullmatch(r"(.*?)(?:\s+([+-]?[01]))?", line).groups()
+        # The number may be a part of the name, and so may the ending.
+        stems = [stem for text in (line, name) for stem in (text, ENDING.sub("", text))]
+        found = next((i for i, stem in enumerate(stems) if os.path.isfile(folder / f"{stem}.xml")), None)
+        if found is None:
+            raise ValueError(f"{listing}: a name must be that of a file in {folder}, got {line!r}")
+        if found < 2 or flag != "-1":
+            xmls[folder / f"{stems[found]}.xml"] = None
+    return list(xmls)
 
 
 def _first(folder: Path, names: list[str]) -> Path:
@@ -103,6 +122,9 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
     """(height, width) if stated, and of every object: class, whether difficult, xmin, ymin, xmax, ymax."""
     try:
         root = ElementTree.parse(xml).getroot()
+        for element in root.iter():
+            if (element is root and root.tag != "annotation") or "}" in element.tag:
+                raise ValueError(f"elements must be VOC's, <annotation> and those within, got <{element.tag}>")
         size = tuple(int(root.findtext(f"size/{side}", "0")) for side in ("height", "width"))
         objects = []
         for element in root.iter("object"):
@@ -110,7 +132,13 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
                 float(element.findtext(f"bndbox/{side}", "missing")) for side in ("xmin", "ymin", "xmax", "ymax")
             ]
             name = element.findtext("name", "").strip()
-            objects.append((name, element.findtext("difficult", "0").strip() == "1", corners))
+            if not name:
+                raise ValueError("an object must have a name, got none")
+            try:
+                difficult = parse_flag(element.findtext("difficult", "0"))
+            except ValueError as error:
+                raise ValueError(f"difficult {error}") from error
+            objects.append((name, difficult, corners))
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{xml}: the file must be an annotation of Pascal VOC: {error}") from error
-    return size if math.prod(size) > 0 else None, objects
+    return size if min(size) > 0 else None, objects

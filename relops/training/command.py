@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from relops.training.inference import Detector
 
 PACKAGE = Path(__file__).parents[1]
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MODEL_OPTIONS = {"backbone": str, "channels": int, "hidden": int}
 
 # In place of the defaults of TrainConfig where the data are shapes; of the options, those that the model has.
@@ -98,6 +97,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_detector(parser)
     _add_loader(parser)
     parser.add_argument("--split", choices=("train", "test"), required=True)
+    parser.add_argument("--train-annotations", metavar="FILE", help="to train on, of coco:DIR (that of the run)")
     parser.add_argument("--output", required=True, metavar="FILE")
     parser.add_argument("--count", type=int, default=1000, help="of an image, at most (1000)")
     parser.set_defaults(run=_reports_errors(_propose))
@@ -128,6 +128,7 @@ def _add_detector(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--model", default=TrainConfig.model, help="of the run, where RUN is not given")
     parser.add_argument("--data", help="coco:DIR, voc:DIR or shapes[:N] (that of the run)")
+    parser.add_argument("--test-annotations", metavar="FILE", help="to evaluate on, of coco:DIR (that of the run)")
     parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
     parser.add_argument("--threads", type=int, help="of the CPU")
 
@@ -229,7 +230,10 @@ def _load(arguments: argparse.Namespace) -> Detector:
 def _open_data(arguments: argparse.Namespace, detector: Detector, split: str) -> DetectionData:
     from relops.training.data import open_data
 
-    return open_data(arguments.data or detector.data, split, detector.classes)
+    annotations = vars(arguments).get(f"{split}_annotations")
+    if annotations is None and arguments.data is None:
+        annotations = getattr(detector, f"{split}_annotations")
+    return open_data(arguments.data or detector.data, split, detector.classes, annotations, detector.pixel_range)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -259,17 +263,20 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _image_files(paths: list[Path]) -> list[str]:
     """The files given, and those in the folders given."""
+    from relops.training._images import IMAGE_ENDINGS, is_image
+
     files: list[Path] = []
     for path in paths:
-        inside = sorted(x for x in path.iterdir() if x.suffix.lower() in IMAGES) if path.is_dir() else [path]
+        inside = sorted(x for x in path.iterdir() if is_image(x.name)) if path.is_dir() else [path]
         if not inside:
-            raise ValueError(f"{path}: a folder must have images in it, got none of {', '.join(IMAGES)}")
+            raise ValueError(f"{path}: a folder must have images in it, got none of {', '.join(IMAGE_ENDINGS)}")
         files += inside
     return list(map(str, files))
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from relops.training._samples import encode_mask, read_image
+    from relops.training._images import read_image
+    from relops.training._masks import encode_mask
     from relops.training.inference import detect, draw, image_sample
 
     detector = _load(arguments)
@@ -277,7 +284,10 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise ValueError(f"model {detector.name} is given proposals, which image files have not")
     if arguments.images:
         files = _image_files(arguments.images)
-        read = [functools.partial(lambda file: image_sample(read_image(file), file), file) for file in files]
+        read = [
+            functools.partial(lambda file: image_sample(read_image(file, detector.pixel_range), file), file)
+            for file in files
+        ]
     else:
         data = _open_data(arguments, detector, "test")
         files = [annotation.file for annotation in data.annotations()]

@@ -21,6 +21,8 @@ class TrainConfig:
     """Defaults are those of COCO-like images."""
 
     data: str = setting("shapes", "to train on and to evaluate on: coco:DIR, voc:DIR, or shapes[:N]")
+    train_annotations: str | None = setting(None, "file of annotations to train on (coco:DIR; found by its name)")
+    test_annotations: str | None = setting(None, "file of annotations to evaluate on (coco:DIR; found by its name)")
     output: str = setting("", "folder of all files of the run (runs/MODEL-DATA)")
     model: str = setting("faster_rcnn_fpn", "which detector")
     options: dict[str, Any] = dataclasses.field(default_factory=dict)

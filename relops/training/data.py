@@ -21,7 +21,9 @@ from torch.utils.data import Dataset, Sampler
 from relops.models._structures import Targets
 from relops.models.inference import MEAN, STD
 from relops.training._coco import open_coco
-from relops.training._samples import Annotation, DetectionData, Sample, require
+from relops.training._images import PixelRange
+from relops.training._optional import require
+from relops.training._samples import Annotation, DetectionData, Sample
 from relops.training._shapes import ShapesData
 from relops.training._voc import open_voc
 
@@ -42,14 +44,24 @@ __all__ = [
 DIVISOR = 32  # of the sizes of batches: the coarsest stride of a pyramid
 
 
-def open_data(spec: str, split: str, classes: Sequence[str] | None = None) -> DetectionData:
-    """
+def open_data(
+    spec: str,
+    split: str,
+    classes: Sequence[str] | None = None,
+    annotations: str | None = None,
+    pixel_range: PixelRange | None = None,
+) -> DetectionData:
+    """Open one split of a data set.
+
     Args:
         spec: `voc:DIR` (see `_voc.open_voc`), `coco:DIR` (see `_coco.open_coco`), or `shapes:N` for N drawn training
             images and N // 5 test images; `shapes` is `shapes:1000`.
         split: "train" or "test".
         classes: names that labels are numbered by: those of the training data for test data. None: those that occur in
             train (VOC), or the file's categories (COCO).
+        annotations: the file of annotations of a COCO data set; None: found by its name (see `_coco.open_coco`).
+        pixel_range: the values that become 0 and 255 in images whose pixels are not bytes: those of the training data
+            for test data. None: found in a part of the images.
 
     Raises:
         ValueError: naming the argument or file, the rule, and what was got.
@@ -57,10 +69,14 @@ def open_data(spec: str, split: str, classes: Sequence[str] | None = None) -> De
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     kind, _, where = spec.partition(":")
+    if annotations is not None and kind != "coco":
+        raise ValueError(f"annotations must name a file of coco:DIR, got {annotations!r} for data {spec!r}")
     if kind in ("voc", "coco") and where:
         if not os.path.isdir(where):
             raise ValueError(f"data {spec!r}: {where} must be a folder")
-        return (open_voc if kind == "voc" else open_coco)(where, split, classes)
+        if kind == "voc":
+            return open_voc(where, split, classes, pixel_range)
+        return open_coco(where, split, classes, annotations, pixel_range)
     if spec != "shapes" and not (kind == "shapes" and where.isdecimal() and int(where) >= 5):
         raise ValueError(f"data must be coco:DIR, voc:DIR, shapes or shapes:N with N of at least 5, got {spec!r}")
     count = int(where or 1000)
@@ -73,7 +89,7 @@ def open_data(spec: str, split: str, classes: Sequence[str] | None = None) -> De
 class _WithProposals(DetectionData):
     def __init__(self, data: DetectionData, proposals: Mapping[int, np.ndarray]) -> None:
         self._data, self._proposals = data, proposals
-        self.classes, self.category_ids = data.classes, data.category_ids
+        self.classes, self.category_ids, self.pixel_range = data.classes, data.category_ids, data.pixel_range
 
     @property
     def has_masks(self) -> bool:
@@ -92,6 +108,9 @@ class _WithProposals(DetectionData):
 
     def annotations(self) -> list[Annotation]:
         return self._data.annotations()
+
+    def check_masks(self) -> None:
+        self._data.check_masks()
 
     def aspect_ratios(self) -> list[float]:
         return self._data.aspect_ratios()

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -104,8 +105,10 @@ class Run:
         self.world, self.signals = here, signals
         self.folder = Path(config.output)
         self.path = self.folder / "last.pt"
-        self.data = open_data(config.data, "train")
-        self.test_data = open_data(config.data, "test", self.data.classes)
+        self.data = open_data(config.data, "train", annotations=config.train_annotations)
+        self.test_data = open_data(
+            config.data, "test", self.data.classes, config.test_annotations, self.data.pixel_range
+        )  # fmt: skip
         if config.proposals is not None:
             self.data = with_proposals(self.data, config.proposals)
         if config.test_proposals is not None:
@@ -121,8 +124,14 @@ class Run:
         self.model = inference.build(config.model, len(self.data.classes), config.options).to(here.device)
         if config.backbone_weights is not None:
             load_backbone(self.model, checkpoint.load(Path(config.backbone_weights)))
+        if self.model.uses_masks and not self.data.has_masks:
+            warnings.warn(
+                f"{config.data}: no object has a mask, so {config.model} is trained by boxes alone", stacklevel=2
+            )
         for data in (self.data, self.test_data):
             data.has_masks = data.has_masks and self.model.uses_masks  # nobody else pays for them
+            if data.has_masks:
+                data.check_masks()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.model.uses_proposals and None in (config.proposals, config.test_proposals):
@@ -278,6 +287,7 @@ class Run:
                 "times": (self.clock.training, self.clock.elapsed, self.logged),
                 "config": self.determining,
                 "classes": self.data.classes,
+                "pixel_range": self.data.pixel_range and tuple(self.data.pixel_range),
             }
             checkpoint.save(self.path, state)
         self.clock.start()
@@ -318,7 +328,7 @@ class Run:
             config = self.config
             detector = inference.Detector(
                 self._evaluated(), config.model, config.options, self.data.classes, config.min_size, config.max_size,
-                config.data,
+                config.data, config.train_annotations, config.test_annotations, self.data.pixel_range,
             )  # fmt: skip
             detector.save(self.folder / "model.pt")
             (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

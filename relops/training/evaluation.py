@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from relops.models._structures import Detections
-from relops.training._samples import Annotation, DetectionData, require
+from relops.training._masks import checked_mask
+from relops.training._optional import require
+from relops.training._samples import Annotation, DetectionData
 from relops.training.data import Batch
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
@@ -37,7 +41,7 @@ class Evaluator:
 
     def __init__(self, data: DetectionData) -> None:
         self._classes, self._category_ids = data.classes, data.category_ids
-        self._annotations = {annotation.image_id: annotation for annotation in data.annotations()}
+        self._annotations = {annotation.image_id: _finite(annotation) for annotation in data.annotations()}
         self._found: dict[int, _Found] = {}
 
     def add(self, batch: Batch, detections: Detections) -> None:
@@ -73,11 +77,14 @@ class Evaluator:
         """COCO's metrics, computed by faster-coco-eval: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10,
         AR_100 and AP/<class>, each in [0,1], or NaN where there are no such objects.
 
-        With masks in data and detections, also mask_AP and so on. Objects to ignore are COCO's crowds: a detection
-        counts as one if most of it lies within.
+        Objects are compared as their file has them: boxes may leave the image and have no width. Objects to ignore are
+        COCO's crowds: a detection counts as one if most of it lies within.
+
+        With masks in data and detections, also mask_AP and so on. Where an object has no mask, what is found within its
+        box counts as neither right nor wrong.
         """
         metrics = self._coco("bbox")
-        with_masks = all(annotation.masks is not None for annotation in self._annotations.values())
+        with_masks = any(annotation.masks is not None for annotation in self._annotations.values())
         if with_masks and any(found.masks is not None for found in self._found.values()):
             metrics |= {f"mask_{name}": value for name, value in self._coco("segm").items()}
         return metrics
@@ -85,7 +92,8 @@ class Evaluator:
     def _coco(self, kind: str) -> dict[str, float]:
         api = require("faster_coco_eval", "faster-coco-eval")
         truth = api.COCO(self._coco_truth(masks=kind == "segm"))
-        results = self.coco_results()
+        # Categories are numbered from 1 here: the data's own ids may be strings.
+        results = self._results([1 + label for label in range(len(self._classes))])
         for result in results:
             result.pop("bbox" if kind == "segm" else "segmentation", None)
         evaluation = api.COCOeval_faster(truth, truth.loadRes(results), kind)
@@ -95,7 +103,7 @@ class Evaluator:
         values = dict(zip(METRICS, evaluation.stats))
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [thresholds,recalls,classes] of all areas
         for k, category in enumerate(evaluation.params.catIds):
-            values[f"AP/{self._classes[self._category_ids.index(category)]}"] = precision[:, :, k].mean()
+            values[f"AP/{self._classes[category - 1]}"] = precision[:, :, k].mean()
         return {name: float(value) if value >= 0 else math.nan for name, value in values.items()}
 
     def _coco_truth(self, masks: bool) -> dict[str, Any]:
@@ -105,26 +113,33 @@ class Evaluator:
                 item = {
                     "id": len(objects) + 1,  # 0 would be no match
                     "image_id": a.image_id,
-                    "category_id": self._category_ids[label],
+                    "category_id": 1 + int(label),
                     "bbox": _corner_and_size(a.boxes[i]),
                     "area": float(a.areas[i]),
                     "iscrowd": int(ignore),
                 }
-                objects.append(item | {"segmentation": a.masks[i]} if masks else item)
+                objects.append(item | _segmentation(a, i) if masks else item)
         return {
             "images": [{"id": a.image_id, "height": a.height, "width": a.width} for a in self._annotations.values()],
             "annotations": objects,
-            "categories": [{"id": id, "name": name} for id, name in zip(self._category_ids, self._classes)],
+            "categories": [{"id": 1 + label, "name": name} for label, name in enumerate(self._classes)],
         }
 
     def coco_results(self) -> list[dict[str, Any]]:
-        """The detections in COCO's format of results, with the data's own ids of categories; ready for JSON."""
+        """The detections in COCO's format of results, with the data's own ids of images and categories; for JSON."""
+        results = self._results(self._category_ids)
+        for result in results:
+            own_id = self._annotations[result["image_id"]].original_id
+            result["image_id"] = result["image_id"] if own_id is None else own_id
+        return results
+
+    def _results(self, category_ids: Sequence[int | str]) -> list[dict[str, Any]]:
         results = []
         for image_id, found in self._found.items():
             for i, (label, score) in enumerate(zip(found.labels, found.scores)):
                 result = {
                     "image_id": image_id,
-                    "category_id": self._category_ids[label],
+                    "category_id": category_ids[label],
                     "bbox": _corner_and_size(found.boxes[i]),
                     "score": float(score),
                 }
@@ -177,6 +192,13 @@ class Evaluator:
         return float(np.append(precision, 0)[reached].mean())
 
 
+def _finite(annotation: Annotation) -> Annotation:
+    """Give objects whose box is not finite an empty one, which nothing overlaps: they are missed."""
+    finite = np.isfinite(annotation.boxes).all(1)
+    areas = np.where(np.isfinite(annotation.areas), annotation.areas, 0)
+    return dataclasses.replace(annotation, boxes=np.where(finite[:, None], annotation.boxes, 0), areas=areas)
+
+
 def _verdicts(boxes: np.ndarray, annotation: Annotation, label: int, iou_threshold: float) -> np.ndarray:
     """[K] of boxes [K,4] by descending score: 1 right, 0 wrong, -1 neither."""
     of_class = annotation.labels == label
@@ -197,8 +219,18 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """[A,B] of boxes [A,4] and [B,4]."""
     a, b = a[:, None].astype(np.float64), b[None].astype(np.float64)
     overlap = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(-1)
-    area_a, area_b = (x[..., 2:] - x[..., :2] for x in (a, b))
-    return overlap / (area_a.prod(-1) + area_b.prod(-1) - overlap)
+    area_a, area_b = ((x[..., 2:] - x[..., :2]).clip(0).prod(-1) for x in (a, b))
+    union = area_a + area_b - overlap
+    return np.where(overlap > 0, overlap / np.where(union > 0, union, 1), 0)
+
+
+def _segmentation(a: Annotation, i: int) -> dict[str, Any]:
+    """Return what a mask adds to an object of COCO; in place of a mask that is missing, a crowd that fills the box."""
+    mask = None if a.masks is None or a.masks[i] is None else checked_mask(a.masks[i], a.height, a.width, a.file)
+    if mask is not None:
+        return {"segmentation": mask}
+    x1, y1, x2, y2 = a.boxes[i].clip(0, [a.width, a.height] * 2).tolist()
+    return {"segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]], "iscrowd": 1}
 
 
 def _corner_and_size(box: np.ndarray) -> list[float]:

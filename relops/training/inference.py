@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from relops import models
 from relops.models._structures import Detections
 from relops.training import checkpoint
+from relops.training._images import PixelRange
 from relops.training.data import Batch, DetectionData, Sample, Transformed, collate, prepare
 from relops.training.distributed import World
 from relops.training.evaluation import Evaluator
@@ -40,7 +41,8 @@ def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
 @dataclass
 class Detector:
     """A model, and what it takes to use it: the name and options it is built by, the names of its classes, the sizes
-    that images are brought to, and the data it was trained on."""
+    that images are brought to, the data it was trained on with their files of annotations, where these were named, and
+    the range of values of images whose pixels are not bytes, where the data had such images."""
 
     model: nn.Module
     name: str
@@ -49,10 +51,14 @@ class Detector:
     min_size: int
     max_size: int
     data: str
+    train_annotations: str | None = None
+    test_annotations: str | None = None
+    pixel_range: PixelRange | None = None
 
     def save(self, path: Path) -> None:
         others = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        checkpoint.save(path, others | {"model": self.model.state_dict()})
+        plain_range = self.pixel_range and tuple(self.pixel_range)
+        checkpoint.save(path, others | {"model": self.model.state_dict(), "pixel_range": plain_range})
 
     @property
     def uses_proposals(self) -> bool:
@@ -74,7 +80,11 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     for phase in range(stored.get("phase", -1) + 1):
         model.start_phase(phase)
     model.load_state_dict(weights)
-    others = {field.name: stored[field.name] for field in dataclasses.fields(Detector) if field.name != "model"}
+    # Files of earlier versions lack the last fields, which have defaults.
+    names = [field.name for field in dataclasses.fields(Detector) if field.name != "model" and field.name in stored]
+    others = {name: stored[name] for name in names}
+    if others.get("pixel_range") is not None:
+        others["pixel_range"] = PixelRange(*others["pixel_range"])
     return Detector(model.to(device).eval(), **others)
 
 

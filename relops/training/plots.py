@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relops.training._samples import require
+from relops.training._optional import require
 from relops.training.log import SHOWN
 
 if TYPE_CHECKING:

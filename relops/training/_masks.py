@@ -1,0 +1,137 @@
+"""Masks as COCO stores them: polygons and run-length encodings (RLE)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from relops.training._optional import require
+
+
+def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
+    """Check a segmentation before it is decoded: the decoder's memory depends on its numbers alone.
+
+    Args:
+        segmentation: a list of polygons [x, y, x, y, ...] or an RLE {"size": [height, width], "counts": ...}, whose
+            counts are a list or COCO's compressed string.
+        height, width: of the image, in pixels.
+
+    Returns:
+        The segmentation without its unusable polygons, or None where nothing is left; and why polygons or an RLE are
+        unusable, or "".
+
+    Raises:
+        ValueError: naming the rule and what was got, where the segmentation is malformed.
+    """
+    if isinstance(segmentation, dict):
+        return (segmentation, "") if run_lengths(segmentation, height, width)[1::2].any() else (None, "an RLE of zeros")
+    if not isinstance(segmentation, list):
+        raise ValueError(f"a segmentation must be polygons or an RLE, got {shown(segmentation)}")
+    usable, problem = [], ""
+    for polygon in segmentation:
+        points = _points(polygon)
+        inside = (points < [width, height]).any(0) & (points > 0).any(0)
+        # The decoder walks along the edges, at a cost in memory: far points are not worth it.
+        far = (abs(points - [width / 2, height / 2]) > 2 * max(height, width)).any()
+        if len(polygon) % 2:
+            problem = f"a polygon of an odd number of coordinates, {len(polygon)}"
+        elif len(points) < 3:
+            problem = f"a polygon of {len(points)} points"
+        elif far or not inside.all():
+            problem = "a polygon outside of the image"
+        else:
+            usable.append(points.ravel().tolist())
+    return usable or None, problem
+
+
+def _points(polygon: Any) -> np.ndarray:
+    """Return [P,2] float64 (x, y)."""
+    try:
+        numbers = np.array(polygon, np.float64) if isinstance(polygon, list) else None
+    except (ValueError, TypeError, OverflowError):
+        numbers = None
+    if numbers is None or numbers.ndim != 1:
+        raise ValueError(f"a segmentation must have polygons that are lists of numbers, got {shown(polygon)}")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"a segmentation must have finite coordinates, got {shown(polygon)}")
+    return numbers[: len(numbers) // 2 * 2].reshape(-1, 2)
+
+
+def run_lengths(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
+    """Return the lengths of an RLE's runs of 0 and 1 in turn, column by column, 0 first: [R] int64."""
+    size, counts = rle.get("size"), rle.get("counts")
+    if size != [height, width]:
+        raise ValueError(f"a segmentation must have the size of its image, {[height, width]}, got {shown(size)}")
+    if isinstance(counts, (str, bytes)):
+        lengths = _decompressed(counts.encode() if isinstance(counts, str) else counts)
+    elif isinstance(counts, list) and all(type(count) is int for count in counts):
+        lengths = np.array(counts, object)  # of any size, until they are known to be small
+    else:
+        raise ValueError(f"a segmentation must have counts that are a string or integers, got {shown(counts)}")
+    if len(lengths) == 0 or lengths.min() < 0 or lengths.sum() != height * width:
+        raise ValueError(
+            f"a segmentation must have counts that are not negative and add up to the {height * width} pixels of its "
+            f"image, got {shown(counts)}"
+        )
+    return lengths.astype(np.int64)
+
+
+def _decompressed(text: bytes) -> np.ndarray:
+    """Decode the string of a compressed RLE: differences from the run before the previous one, 5 bits a character,
+    the lowest first; bit 5 says that another character follows, and bit 4 of the last one is the sign."""
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(~digits & 32)
+    if len(digits) == 0 or (digits < 0).any() or (digits > 63).any() or len(ends) == 0 or ends[-1] != len(digits) - 1:
+        return np.zeros(0, np.int64)
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    place = np.arange(len(digits)) - np.repeat(begins, ends - begins + 1)
+    if place.max() > 6:  # more than any image needs
+        return np.zeros(0, np.int64)
+    values = np.add.reduceat((digits & 31) << 5 * place, begins)
+    values -= np.where(digits[ends] & 16, np.int64(1) << 5 * (place[ends] + 1), 0)
+    # The first three counts are themselves, each later one is a difference from the one two places before.
+    for first in (1, 2):
+        values[first::2] = values[first::2].cumsum()
+    return values
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def mask_area(segmentation: Any, height: int, width: int) -> float:
+    """Return the area of what `usable_mask` returned, in pixels; polygons are taken to be apart from each other."""
+    if isinstance(segmentation, dict):
+        return float(run_lengths(segmentation, height, width)[1::2].sum())
+    area = 0.0
+    for polygon in segmentation:
+        x, y = np.array(polygon).reshape(-1, 2).T
+        area += abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
+    return float(area)
+
+
+def checked_mask(segmentation: Any, height: int, width: int, file: str) -> Any:
+    """Return what is usable of a segmentation, or None; errors name the file."""
+    try:
+        return usable_mask(segmentation, height, width)[0]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def decode_mask(segmentation: Any, height: int, width: int, file: str) -> np.ndarray:
+    """Return [H,W] bool; all False where nothing is usable. Errors name the file."""
+    coco = require("faster_coco_eval.core.mask", "faster-coco-eval")
+    usable = checked_mask(segmentation, height, width, file)
+    if usable is None:
+        return np.zeros((height, width), bool)
+    return coco.decode(coco.segmToRle(usable, width, height)).astype(bool)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Return the uncompressed RLE of a mask [H,W]."""
+    flat = mask.ravel(order="F")
+    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(ends, prepend=0, append=flat.size).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
