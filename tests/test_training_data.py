@@ -29,6 +29,7 @@ from relops.training.data import (
     open_data,
     prepare,
     save_proposals,
+    warn_of_common_images,
     with_proposals,
 )
 
@@ -230,6 +231,14 @@ class TestVOC:
                 ValueError, match=rf"{listing}: a name must be that of a file in .*Annotations, got '{name}'"
             ):
                 open_data(spec, "train")
+
+    def test_two_images_of_one_name(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml()})
+        write_image(tmp_path / "train" / "Images" / "b.jpg")
+        with pytest.raises(
+            ValueError, match=r"Images/b\.\*: the image of .*b\.xml must be one file, got .*b\.jpg.*b\.png"
+        ):
+            open_data(spec, "train")
 
     def test_fractions_of_the_image(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(("cat", 0.1, 0.2, 0.7, 0.8))})
@@ -1021,6 +1030,16 @@ class TestProposals:
         with pytest.raises(ValueError, match=r"p\.npz: proposals are missing of image 3, shapes\[train\]\[3\]"):
             with_proposals(self.data, tmp_path / "p.npz")
 
+    @pytest.mark.parametrize(
+        "wrong", [{"counts": [1, 1]}, {"counts": [4, -1]}, {"boxes": [[0.0, 0, 9, 9]] * 2}, {"boxes": [[0.0]] * 3},
+                  {"boxes": [[0, 0, np.nan, 9]] * 3}, {"image_ids": [0]}],
+    )  # fmt: skip
+    def test_arrays_that_do_not_fit(self, wrong: dict, tmp_path: Path) -> None:
+        arrays = {"image_ids": [0, 1], "counts": [1, 2], "boxes": [[0.0, 0, 9, 9]] * 3}
+        np.savez(tmp_path / "p.npz", **arrays | wrong)
+        with pytest.raises(ValueError, match=r"p\.npz: the file must be one that save_proposals wrote"):
+            with_proposals(self.data, tmp_path / "p.npz")
+
     def test_broken_file(self, tmp_path: Path) -> None:
         for content in (None, b"text", b""):
             if content is not None:
@@ -1029,9 +1048,18 @@ class TestProposals:
                 with_proposals(self.data, tmp_path / "p.npz")
 
 
+def test_images_that_are_trained_on_are_not_to_be_evaluated_on(tmp_path: Path) -> None:
+    spec = write_voc_lists(tmp_path, {"trainval": ["1", "2"], "test": ["1", "3"]})
+    train = open_data(spec, "train", ["class 1", "class 2", "class 3"])
+    with pytest.warns(UserWarning, match=r"1\.jpg: images to evaluate on should not be trained on, got 1 such .* of 2"):
+        warn_of_common_images(train, open_data(spec, "test", train.classes))
+
+
 def test_nothing_warns_of_proper_data(tmp_path: Path) -> None:
     spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
+    write_voc(tmp_path, "test", {"b": xml(("cat", *BOX))})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = open_data(spec, "train")
+        warn_of_common_images(data, open_data(spec, "test"))
         collate([Transformed(data, 20, 100)[0, 0]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,13 +46,18 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
     index = {name: label for label, name in enumerate(classes)}
 
     xmls, image_folder = _files(root, split)
-    images = {path.stem: str(path) for path in sorted(image_folder.iterdir()) if is_image(path.name)}
+    images: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(image_folder.iterdir()):
+        if is_image(path.name):
+            images[path.stem].append(str(path))
     annotations = []
     for image_id, xml in enumerate(xmls):
-        if xml.stem not in images:
-            raise ValueError(f"{image_folder / xml.stem}.*: the image of {xml} is missing")
-        size, objects = _read(xml)
-        height, width = size or image_size(images[xml.stem])
+        size, objects, named = _read(xml)
+        found = [path for path in images[xml.stem] if Path(path).name == named] or images[xml.stem]
+        if len(found) != 1:
+            got = f"must be one file, got {found}" if found else "is missing"
+            raise ValueError(f"{image_folder / xml.stem}.*: the image of {xml} {got}")
+        height, width = size or image_size(found[0])
         for name, _, _ in objects:
             if name not in index:
                 raise ValueError(f"{xml}: an object must be of the classes {list(classes)}, got {name!r}")
@@ -59,7 +65,7 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
         annotations.append(
             Annotation(
                 image_id,
-                images[xml.stem],
+                found[0],
                 height,
                 width,
                 boxes,
@@ -118,8 +124,9 @@ def _first(folder: Path, names: list[str]) -> Path:
     raise ValueError(f"{folder}: there must be {' or '.join(names)} in it")
 
 
-def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list[float]]]]:
-    """(height, width) if stated, and of every object: class, whether difficult, xmin, ymin, xmax, ymax."""
+def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list[float]]], str]:
+    """Return (height, width) if stated; of every object its class, whether it is difficult, and xmin, ymin, xmax, ymax;
+    and the name of the image's file, or ""."""
     try:
         root = ElementTree.parse(xml).getroot()
         for element in root.iter():
@@ -141,4 +148,4 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
             objects.append((name, difficult, corners))
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{xml}: the file must be an annotation of Pascal VOC: {error}") from error
-    return size if min(size) > 0 else None, objects
+    return size if min(size) > 0 else None, objects, root.findtext("filename", "").strip()

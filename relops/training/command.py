@@ -229,11 +229,15 @@ def _load(arguments: argparse.Namespace) -> Detector:
 
 def _open_data(arguments: argparse.Namespace, detector: Detector, split: str) -> DetectionData:
     from relops.training.data import open_data
+    from relops.training.inference import prepare_masks
 
     annotations = vars(arguments).get(f"{split}_annotations")
     if annotations is None and arguments.data is None:
         annotations = getattr(detector, f"{split}_annotations")
-    return open_data(arguments.data or detector.data, split, detector.classes, annotations, detector.pixel_range)
+    spec = arguments.data or detector.data
+    data = open_data(spec, split, detector.classes, annotations, detector.pixel_range)
+    prepare_masks(data, detector.model)
+    return data
 
 
 def _eval(arguments: argparse.Namespace) -> int:

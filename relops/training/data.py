@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from relops.models.inference import MEAN, STD
 from relops.training._coco import open_coco
 from relops.training._images import PixelRange
 from relops.training._optional import require
-from relops.training._samples import Annotation, DetectionData, Sample
+from relops.training._samples import Annotation, DetectionData, FileData, Sample
 from relops.training._shapes import ShapesData
 from relops.training._voc import open_voc
 
@@ -86,6 +87,20 @@ def open_data(
     return data
 
 
+def warn_of_common_images(train: DetectionData, test: DetectionData) -> None:
+    """Warn where images in files are both trained and evaluated on."""
+    if not isinstance(train, FileData) or not isinstance(test, FileData):
+        return
+    trained = {os.path.realpath(a.file) for a in train.annotations()}
+    common = [a.file for a in test.annotations() if os.path.realpath(a.file) in trained]
+    if common:
+        warnings.warn(
+            f"{common[0]}: images to evaluate on should not be trained on, got {len(common)} such images of "
+            f"{len(test)}",
+            stacklevel=2,
+        )
+
+
 class _WithProposals(DetectionData):
     def __init__(self, data: DetectionData, proposals: Mapping[int, np.ndarray]) -> None:
         self._data, self._proposals = data, proposals
@@ -135,6 +150,9 @@ def with_proposals(data: DetectionData, file: str) -> DetectionData:
             image_ids, counts, boxes = (content[name] for name in ("image_ids", "counts", "boxes"))
     except Exception as error:  # zip files can be broken in many ways
         raise ValueError(f"{file}: the file must be one that save_proposals wrote: {error}") from error
+    shapes_fit = image_ids.shape == counts.shape == (len(image_ids),) and boxes.shape == (counts.sum(), 4)
+    if not shapes_fit or (counts < 0).any() or not np.isfinite(boxes).all():
+        raise ValueError(f"{file}: the file must be one that save_proposals wrote: its arrays do not fit together")
     proposals = dict(zip(image_ids.tolist(), np.split(boxes, np.cumsum(counts)[:-1])))
     for annotation in data.annotations():
         if annotation.image_id not in proposals:

@@ -29,7 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from relops.models import load_backbone
 from relops.training import checkpoint, inference
 from relops.training.config import TrainConfig
-from relops.training.data import Batch, EpochSampler, Transformed, open_data, with_proposals
+from relops.training.data import (
+    Batch,
+    EpochSampler,
+    Transformed,
+    open_data,
+    warn_of_common_images,
+    with_proposals,
+)
 from relops.training.distributed import World, world
 from relops.training.log import Clock, Log, Losses, without_nan
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer, set_lr
@@ -109,6 +116,7 @@ class Run:
         self.test_data = open_data(
             config.data, "test", self.data.classes, config.test_annotations, self.data.pixel_range
         )  # fmt: skip
+        warn_of_common_images(self.data, self.test_data)
         if config.proposals is not None:
             self.data = with_proposals(self.data, config.proposals)
         if config.test_proposals is not None:
@@ -129,9 +137,7 @@ class Run:
                 f"{config.data}: no object has a mask, so {config.model} is trained by boxes alone", stacklevel=2
             )
         for data in (self.data, self.test_data):
-            data.has_masks = data.has_masks and self.model.uses_masks  # nobody else pays for them
-            if data.has_masks:
-                data.check_masks()
+            inference.prepare_masks(data, self.model)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.model.uses_proposals and None in (config.proposals, config.test_proposals):

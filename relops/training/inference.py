@@ -88,6 +88,13 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     return Detector(model.to(device).eval(), **others)
 
 
+def prepare_masks(data: DetectionData, model: nn.Module) -> None:
+    """Check the masks of the data where the model uses them; else leave them out, which saves time."""
+    data.has_masks = data.has_masks and model.uses_masks
+    if data.has_masks:
+        data.check_masks()
+
+
 def loader(
     data: Transformed, batches: Iterable[Sequence[tuple[int, int]]], workers: int, device: torch.device
 ) -> DataLoader:
