@@ -239,6 +239,8 @@ class TestVOC:
             ValueError, match=r"Images/b\.\*: the image of .*b\.xml must be one file, got .*b\.jpg.*b\.png"
         ):
             open_data(spec, "train")
+        write_voc(tmp_path, "train", {"b": xml().replace("<size>", "<filename>b.jpg</filename><size>")})
+        assert [Path(a.file).name for a in open_data(spec, "train").annotations()] == ["a.png", "b.jpg"]
 
     def test_fractions_of_the_image(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(("cat", 0.1, 0.2, 0.7, 0.8))})

@@ -18,7 +18,7 @@ from relops.training._images import PixelRange
 from relops.training._masks import mask_area, shown, usable_mask
 from relops.training._samples import Annotation, FileData, parse_flag
 
-# Words of file names. What is trained on is never taken to evaluate on.
+# Words in the names of files.
 JOINT = {"trainval"}
 TRAIN = {"train", "training"} | JOINT
 VALIDATION = {"val", "valid", "validation"}
@@ -35,13 +35,14 @@ def open_coco(
 ) -> FileData:
     """Open `split` of the data set in `folder`.
 
-    Annotations are the file of annotations/ whose name has the word train for the split "train"; and val, or else test,
-    for "test". Words end at "_", "-", "." and digits, as in instances_train2017.json and val.json. A file of train and
-    val, or of trainval, is for training, and what is evaluated on is then that of test. Files named instances come
-    first; where two files remain, or none, `annotations` must name the file.
+    The split "train" is the file in annotations/ whose name contains the word train, and "test" is the file whose name
+    contains val or, where there is none, test. Words are separated by "_", "-" and ".", and may end in digits, as in
+    instances_train2017.json and val.json. A file of trainval, or of train and val, is trained on, and then only a file
+    of test is evaluated on. Files with the word instances come before others. Where no file or several files remain,
+    `annotations` must name one.
 
     The images of instances_train2017.json are looked for in train2017, images/train2017, images and `folder` itself.
-    Objects with iscrowd are those to ignore. Objects without a usable segmentation have no mask.
+    Objects with iscrowd are ignored. An object without a usable segmentation has no mask.
 
     Args:
         classes: names, which labels are numbered by; None: the categories of the file by ascending id.
