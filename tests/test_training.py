@@ -633,7 +633,7 @@ def test_malformed_masks_are_found_before_training(tmp_path: Path, capsys: pytes
     file.write_text(file.read_text().replace("40]]", "NaN]]"))
     training = ["--data", f"coco:{tmp_path}", "--device", "cpu", "--output", str(tmp_path / "run")]
     assert main(["train", "--model", "mask_rcnn", *training, "--iterations", "1"]) == 2
-    assert "val.json-0.tif: a segmentation must have finite coordinates" in capsys.readouterr().err
+    assert "val.json-0.tif: a segmentation must have finite numbers as coordinates" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -582,8 +582,9 @@ for segmentation in {segmentations!r}:
     def test_numbers_as_strings(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [coco_object(1, "7", "3", ["10", "5", "20", "20"], area="9")])
         change(spec, '"width": 60', '"width": "60"')
+        change(spec, '"area"', '"segmentation": [["1", "1", 9, "1", "9.0", 9]], "area"')
         data = open_data(spec, "train")
-        assert data[1].boxes.tolist() == [AS_READ] and data[1].labels.tolist() == [0]
+        assert data[1].boxes.tolist() == [AS_READ] and data[1].labels.tolist() == [0] and data[1].masks.any()
         assert data.annotations()[1].areas.tolist() == [9]
 
     def test_ids_of_images_are_strings(self, tmp_path: Path) -> None:

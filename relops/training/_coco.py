@@ -158,18 +158,19 @@ class _Reader:
         height, width = (self._extent(i, key) for key in ("height", "width"))
         boxes, masks, areas = self._boxes(objects), [], []
         for j, (box_width, box_height) in zip(objects, boxes[:, 2:].tolist()):
-            entry, area = self.entries["annotations"][j], max(0.0, box_width) * max(0.0, box_height)
-            mask, problem = entry.get("segmentation") or None, ""
+            entry = self.entries["annotations"][j]
+            mask, area = entry.get("segmentation") or None, _positive(entry.get("area"))
             if mask is not None:
                 try:
                     mask, problem = usable_mask(mask, height, width)
-                    area = area if mask is None else mask_area(mask, height, width)
+                    if problem:
+                        self.problems.append(f"annotations[{j}] of {path} has {problem}")
+                    if mask is not None:
+                        area = area or mask_area(mask, height, width)
                 except ValueError:
-                    pass  # for whoever trains or evaluates masks to report: see `FileData.check_masks`
-            if problem:
-                self.problems.append(f"annotations[{j}] of {path} has {problem}")
+                    pass  # a malformed mask is an error where masks are used: see `FileData.check_masks`
             masks.append(mask)
-            areas.append(_positive(entry.get("area")) or area)
+            areas.append(area or max(0.0, box_width) * max(0.0, box_height))
         boxes[:, 2:] += boxes[:, :2]
         return Annotation(
             image_id,
@@ -177,7 +178,7 @@ class _Reader:
             height,
             width,
             boxes,
-            np.array([self.label_of[self._id("annotations", j, "category_id")] for j in objects], np.int64),
+            np.array([self.labels[j] for j in objects], np.int64),
             np.array([self._is_crowd(j) for j in objects], bool),
             np.array(areas, np.float64),
             masks,
@@ -199,8 +200,9 @@ class _Reader:
             warnings.warn(f"{self.file}: {text}", stacklevel=2)
 
     def _objects_by_image(self) -> dict[int | str, list[int]]:
-        """Return indices of annotations, whose categories are checked."""
+        """Return indices of annotations, by the id of their image, and set `labels`."""
         of_image = defaultdict(list)
+        self.labels: list[int] = []
         for j, entry in enumerate(self.entries["annotations"]):
             of_image[self._id("annotations", j, "image_id")].append(j)
             category = self._id("annotations", j, "category_id")
@@ -209,6 +211,7 @@ class _Reader:
                     f"{self.file}: object {entry.get('id')} must be of the classes {self.classes}, got "
                     f"{self.names.get(category, category)!r}"
                 )
+            self.labels.append(self.label_of[category])
         return of_image
 
     def _category_ids(self) -> list[int | str]:
@@ -297,5 +300,7 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 def _positive(value: Any) -> float:
     """Return a positive, finite number as it is, and 0 for anything else."""
+    if type(value) in (int, float):
+        return value if 0 < value < math.inf else 0.0
     number = _numbers(value)
     return float(number) if number is not None and number.ndim == 0 and 0 < number < math.inf else 0.0

@@ -98,9 +98,7 @@ class _Extremes(NamedTuple):
 def _extremes(image: Image) -> _Extremes:
     values = np.asarray(image)
     values = values[np.isfinite(values)]
-    return _Extremes(
-        float(values.min(initial=0)), float(values.max(initial=0)) if values.size else 0.0, _stated_maximum(image)
-    )
+    return _Extremes(float(values.min(initial=0)), float(values.max(initial=0)), _stated_maximum(image))
 
 
 def _stated_maximum(image: Image) -> float:

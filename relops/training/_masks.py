@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Any
 
 import numpy as np
@@ -29,33 +31,38 @@ def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
     if not isinstance(segmentation, list):
         raise ValueError(f"a segmentation must be polygons or an RLE, got {shown(segmentation)}")
     usable, problem = [], ""
+    # The decoder walks along the edges, at a cost in memory: polygons that reach far out are not worth it.
+    reach = 2 * max(height, width)
     for polygon in segmentation:
-        points = _points(polygon)
-        inside = (points < [width, height]).any(0) & (points > 0).any(0)
-        # The decoder walks along the edges, at a cost in memory: far points are not worth it.
-        far = (abs(points - [width / 2, height / 2]) > 2 * max(height, width)).any()
-        if len(polygon) % 2:
-            problem = f"a polygon of an odd number of coordinates, {len(polygon)}"
-        elif len(points) < 3:
-            problem = f"a polygon of {len(points)} points"
-        elif far or not inside.all():
-            problem = "a polygon outside of the image"
+        numbers = _coordinates(polygon)
+        if len(numbers) % 2:
+            problem = f"a polygon of an odd number of coordinates, {len(numbers)}"
+        elif len(numbers) < 6:
+            problem = f"a polygon of {len(numbers) // 2} points"
         else:
-            usable.append(points.ravel().tolist())
+            left, right, top, bottom = (f(numbers[i::2]) for i in (0, 1) for f in (min, max))
+            meets = left < width and top < height and right > 0 and bottom > 0
+            if meets and min(left, top) > -reach and max(right, bottom) < reach:
+                usable.append(numbers)
+            else:
+                problem = "a polygon outside of the image"
     return usable or None, problem
 
 
-def _points(polygon: Any) -> np.ndarray:
-    """Return [P,2] float64 (x, y)."""
-    try:
-        numbers = np.array(polygon, np.float64) if isinstance(polygon, list) else None
-    except (ValueError, TypeError, OverflowError):
-        numbers = None
-    if numbers is None or numbers.ndim != 1:
+def _coordinates(polygon: Any) -> list[float]:
+    """Return a polygon's numbers, which are finite."""
+    if not isinstance(polygon, list):
         raise ValueError(f"a segmentation must have polygons that are lists of numbers, got {shown(polygon)}")
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"a segmentation must have finite coordinates, got {shown(polygon)}")
-    return numbers[: len(numbers) // 2 * 2].reshape(-1, 2)
+    with contextlib.suppress(TypeError, OverflowError):
+        if math.isfinite(sum(polygon)):
+            return polygon
+    try:
+        numbers = np.array(polygon, np.float64)  # also of numbers that are written as strings
+    except (ValueError, TypeError, OverflowError):
+        numbers = np.zeros((0, 0))
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
+        raise ValueError(f"a segmentation must have finite numbers as coordinates, got {shown(polygon)}")
+    return numbers.tolist()
 
 
 def run_lengths(rle: dict[str, Any], height: int, width: int) -> np.ndarray:

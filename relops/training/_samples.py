@@ -188,6 +188,8 @@ class FileData(DetectionData):
 
 def parse_flag(value: Any) -> bool:
     """Return what 0, 1, True, False, yes and no mean, as numbers or text. Anything else is a ValueError."""
+    if type(value) in (int, bool) and value in (0, 1):  # nearly always
+        return value == 1
     text = str(value).strip().lower()
     if text in ("true", "yes"):
         return True
