@@ -555,7 +555,7 @@ for segmentation in {segmentations!r}:
             assert np.array_equal(np.repeat(np.arange(len(lengths)) % 2 == 1, lengths), mask.ravel(order="F"))
             assert mask_area(rle, *mask.shape) == mask.sum()
 
-    @pytest.mark.parametrize("area", [None, float("nan"), -4, 0, [7], "x", float("inf"), "absent"])
+    @pytest.mark.parametrize("area", [None, float("nan"), -4, 0, [7], "x", float("inf"), 10**400, "absent"])
     def test_area_is_computed_where_the_file_has_none(self, tmp_path: Path, area: object) -> None:
         polygon, rle = [[2, 2, 8, 2, 8, 12, 2, 12]], {"size": [40, 60], "counts": [10, 15, 2375]}
         objects = [

@@ -142,7 +142,7 @@ class _Reader:
 
         own_ids = [image["id"] for image in self.entries["images"]]
         numbers = own_ids
-        if any(isinstance(id, str) for id in own_ids):  # in their order, by which pycocotools breaks ties of scores
+        if any(isinstance(id, str) for id in own_ids):  # in their order, in which pycocotools breaks ties of scores
             ranks = sorted(range(len(own_ids)), key=lambda i: (isinstance(own_ids[i], str), own_ids[i]))
             numbers = np.argsort(ranks).tolist()
         self.problems: list[str] = []
@@ -186,7 +186,7 @@ class _Reader:
         )
 
     def _report_masks(self, annotations: list[Annotation]) -> None:
-        """And where no object has a mask, the data have none."""
+        """Warn of objects without a mask. Where no object has one, set the masks of all annotations to None."""
         without = sum(mask is None for a in annotations for mask in a.masks)
         total = sum(len(a.masks) for a in annotations)
         if without == total:
@@ -195,7 +195,7 @@ class _Reader:
         text = f"{without} of {total} objects have no mask, and are trained by their boxes alone"
         if self.problems:
             named, more = "; ".join(self.problems[:5]), len(self.problems) - 5
-            text += f". Left out of masks is what cannot be part of one: {named}" + f"; and {more} more" * (more > 0)
+            text += f". Unusable parts of segmentations are ignored: {named}" + f"; and {more} more" * (more > 0)
         if self.problems or 0 < without < total:
             warnings.warn(f"{self.file}: {text}", stacklevel=2)
 
@@ -300,7 +300,7 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 def _positive(value: Any) -> float:
     """Return a positive, finite number as it is, and 0 for anything else."""
-    if type(value) in (int, float):
+    if type(value) is float:  # nearly always
         return value if 0 < value < math.inf else 0.0
     number = _numbers(value)
     return float(number) if number is not None and number.ndim == 0 and 0 < number < math.inf else 0.0
