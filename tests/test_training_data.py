@@ -106,6 +106,7 @@ class TestVOC:
         write_voc(tmp_path, "train", {"b": xml(("dog", *BOX), ("cat", 1, 1, 60, 40, "difficult")), "a": xml()}, images)
         spec = write_voc(tmp_path, test, {"c": xml(("dog", *BOX))}, images)
         (tmp_path / "train" / images / "b.txt").write_text("beside the image")
+        (tmp_path / "train" / "Annotations" / "b.xml").rename(tmp_path / "train" / "Annotations" / "b.XML")
         data = open_data(spec, "train")
         assert data.classes == ["cat", "dog"] and not data.has_masks and len(data) == 2 and stems(data) == ["a", "b"]
 

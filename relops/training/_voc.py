@@ -91,7 +91,8 @@ def _files(root: Path, split: str) -> tuple[list[Path], Path]:
         of_split = root
     else:
         of_split = _first(root, ["train"] if split == "train" else ["test", "val"])
-        xmls = sorted(x for x in (of_split / "Annotations").glob("*.xml") if not x.name.startswith("._"))
+        files = (of_split / "Annotations").glob("*")
+        xmls = sorted(x for x in files if x.suffix.lower() == ".xml" and not x.name.startswith("._"))
         listing = of_split / "Annotations" / "*.xml"
     if not xmls:
         raise ValueError(f"{listing}: a split must have at least one image, got none")
