@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_device, check_features, compute_dtype, no_double_backward
+from relops.ops._autograd import register_autograd, register_no_double_backward
+from relops.ops._checks import check_device, check_features, compute_dtype
 from relops.ops._vmap import mapped_first
 
 
@@ -51,6 +52,6 @@ def register_box_pair(op: str) -> None:
 
     torch.library.register_fake(f"relops::{op}", fake)
     torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
-    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"relops::_{op}_backward", no_double_backward(op))
+    register_autograd(op, backward, setup_context=setup_context)
+    register_no_double_backward(op)
     torch.library.register_vmap(f"relops::{op}", vmap)

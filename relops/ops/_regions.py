@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_coordinates, check_features, no_double_backward, under_autocast
+from relops.ops._autograd import register_autograd, register_no_double_backward
+from relops.ops._checks import check_coordinates, check_features, under_autocast
 from relops.ops._maps import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
@@ -158,8 +159,8 @@ def fake_backward(grad_output, input, boxes, input_shape, *rest):
 def register(op: str, fake: Callable, fake_of_backward: Callable, setup_context: Callable, backward: Callable) -> None:
     torch.library.register_fake(f"relops::{op}", fake)
     torch.library.register_fake(f"relops::_{op}_backward", fake_of_backward)
-    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"relops::_{op}_backward", no_double_backward(op))
+    register_autograd(op, backward, setup_context=setup_context)
+    register_no_double_backward(op)
 
 
 def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> None:

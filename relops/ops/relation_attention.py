@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
+from relops.ops._autograd import register_autograd, register_no_double_backward
 from relops.ops._checks import (
     LARGEST,
     SMALLEST,
@@ -18,7 +19,6 @@ from relops.ops._checks import (
     check_number,
     check_shape,
     compute_dtype,
-    no_double_backward,
     under_autocast,
     widest_under_autocast,
 )
@@ -184,6 +184,6 @@ def _vmap(info, in_dims, *args):
 
 torch.library.register_fake("relops::relation_attention", _fake)
 torch.library.register_fake("relops::_relation_attention_backward", _fake_backward)
-torch.library.register_autograd("relops::relation_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("relops::_relation_attention_backward", no_double_backward("relation_attention"))
+register_autograd("relation_attention", _backward, setup_context=_setup_context)
+register_no_double_backward("relation_attention")
 torch.library.register_vmap("relops::relation_attention", _vmap)

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from relops.ops._autograd import register_no_gradient
 from relops.ops._boxes import (
     check_boxes,
     check_idxs,
     check_iou_threshold,
     check_scores,
-    computed,
     unknown_count,
 )
 from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number, compute_dtype
@@ -71,8 +71,8 @@ def soft_nms(
         idxs = idxs.to(torch.int64)
     dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
     keep, decayed = torch.ops.relops.soft_nms(
-        computed(boxes.detach()).to(dtype),
-        computed(scores.detach()).to(dtype),
+        boxes.to(dtype),
+        scores.to(dtype),
         method,
         iou_threshold,
         sigma,
@@ -88,6 +88,4 @@ def _fake(boxes, scores, method="gaussian", iou_threshold=0.3, sigma=0.5, score_
     return boxes.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 
 
-# Without it the scores of an op that has no backward come out with one that raises.
-_library = torch.library.Library("relops", "IMPL")
-_library.impl("soft_nms", torch.library.fallthrough_kernel, "Autograd")
+register_no_gradient("soft_nms")
