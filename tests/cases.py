@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,6 @@ class Op(Case):
     features: tuple[str, ...]  # arguments of the tested dtype
     coordinates: tuple[str, ...]  # arguments that stay float32 beside 16-bit features
     differentiable: tuple[str, ...]
-    indices: Mapping[str, int] = field(default_factory=dict)  # leading columns of arguments that are whole numbers
     # How many times further than sums the rounding of what is inside may take it from the twin, of the largest value.
     noise: float = 1.0
 
@@ -626,7 +625,6 @@ def region_op(
         differentiable=differentiable,
         vmapped=(*features, "boxes"),
         bad=bad,
-        indices={"boxes": 1},
         assemble=join,
         raw=join,
     )

@@ -200,12 +200,18 @@ def register_vmap(op: str) -> None:
     torch.library.register_vmap(f"relops::{op}", rule)
 
 
+def _image(index: Tensor) -> Tensor:
+    """What region_image of the kernels makes of a batch index."""
+    nearest = index.round()
+    return torch.where((index - nearest).abs() <= 2**-10, nearest, index.trunc())
+
+
 def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | None) -> Tensor:
     """[B,K,5] for vmap. N: images per entry, where every entry has its own; None where all look at the same."""
     boxes = mapped_first(boxes, dim, batch_size)
     if N is None:
         return boxes
-    index = boxes[..., :1]
+    index = _image(boxes[..., :1])
     first = N * torch.arange(batch_size, dtype=boxes.dtype, device=boxes.device)[:, None, None]
     # An image that the entry does not have must not become one of its neighbor's.
     index = torch.where((index >= 0) & (index < N), index + first, -1)

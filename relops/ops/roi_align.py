@@ -34,6 +34,7 @@ def roi_align(
         boxes: [K,5], rows of (batch index, x1, y1, x2, y2) in image pixels; or a list of N tensors [Ki,4] without the
             index. In the dtype of input, or float32 beside a 16-bit input (recommended: a bfloat16 coordinate is off by
             a pixel at 200). Computed in float32 or better.
+            A batch index within 2^-10 of an integer is that integer, any other is truncated toward zero.
         output_size: (PH,PW), or one int for both.
         spatial_scale: pixels of the map per pixel of the image.
         sampling_ratio: n, at most 65536; if not positive, the size of the bin in pixels, rounded up, on each axis.
