@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import SELECTIONS, Bad, Sample, Selection
+from cases import INTEGERS, SELECTIONS, Bad, Inputs, Sample, Selection
 from conftest import (
     DTYPES,
     LAYOUTS,
@@ -132,6 +132,33 @@ def test_empty(op: Selection, sample: Sample, device: str) -> None:
         fake = op.run(faked(mode, inputs))
     assert [x.shape for x in fake] == [x.shape for x in actual]
     assert_same_selection(actual, op.run_twin(inputs))
+
+
+SUPPRESSIONS = [op for op in SELECTIONS if "boxes" in op.floats]
+on_integer_boxes = pytest.mark.parametrize("op", SUPPRESSIONS, ids=lambda op: op.name)
+
+
+def integer_boxes(op: Selection, dtype: torch.dtype, device: str) -> tuple[Inputs, Inputs]:
+    """Inputs, of an image or of a batch where the op takes one, and those that they are to be computed as."""
+    inputs = op.draw(op.samples.get("batch", first_sample(op)), device)
+    whole = inputs["boxes"] + 4  # a corner may be at -4
+    assert torch.equal(whole, whole.round()) and whole.min() >= 0
+    floating = torch.float64 if dtype.itemsize == 8 else torch.float32
+    return inputs | {"boxes": whole.to(dtype)}, inputs | {"boxes": whole.to(floating)}
+
+
+@on_integer_boxes
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integer_boxes(op: Selection, dtype: torch.dtype, device: str, fresh_compiler: None) -> None:
+    inputs, meant = integer_boxes(op, dtype, device)
+    expected = op.run(meant)
+    assert_same_selection(op.run(inputs), expected)
+    assert_matches_selection(op, inputs)
+    assert_same_selection(op.run(inputs, torch.compile(op.function, fullgraph=True, backend="aot_eager")), expected)
+    assert_same_selection(traced(op.run, inputs, "fake")(inputs), expected)
+    if op.vmapped:
+        mapped = torch.vmap(lambda boxes: op.run(inputs | {"boxes": boxes}))(inputs["boxes"][None])
+        assert_same_selection([x[0] for x in mapped], expected)
 
 
 # ---- The rest of torch ----

@@ -56,6 +56,15 @@ def check_features(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"relops.{op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
 
 
+def check_features_or_integers(op: str, name: str, tensor: object) -> None:
+    check_tensor(op, name, tensor)
+    other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    if other and tensor.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"relops.{op}: {name} must be float64, float32, float16, bfloat16 or integer, got {tensor.dtype}"
+        )
+
+
 def check_features_like(op: str, name: str, tensor: Tensor, letters: str, features_name: str, features: Tensor) -> None:
     """What it shares with the features: dtype, device, number of dimensions."""
     check_tensor(op, name, tensor)

@@ -14,10 +14,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     area. Arguments and their order are those of torchvision.ops.nms.
 
     Args:
-        boxes: [K,4], rows of (x1, y1, x2, y2) in any unit; float64, float32, float16 or bfloat16. 16-bit boxes are
-            computed in float32.
-        scores: [K], one of the same dtypes, not necessarily that of boxes. An entry with a NaN score, or a box that is
-            not finite, is as if absent: it is not kept and suppresses nothing.
+        boxes: [K,4], rows of (x1, y1, x2, y2) in any unit; float64, float32, float16, bfloat16 or integers. 64-bit
+            integers are computed in float64, 16-bit floats and all other integers in float32.
+        scores: [K], one of these floating dtypes, not necessarily that of boxes. An entry with a NaN score, or a box
+            that is not finite, is as if absent: it is not kept and suppresses nothing.
         iou_threshold: in [0,1], rounded to the dtype that IoU is computed in. A box whose IoU equals it is kept.
 
     Returns:

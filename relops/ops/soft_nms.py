@@ -5,13 +5,14 @@ from torch import Tensor
 
 from relops.ops._autograd import register_no_gradient
 from relops.ops._boxes import (
+    box_dtype,
     check_boxes,
     check_idxs,
     check_iou_threshold,
     check_scores,
     unknown_count,
 )
-from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number, compute_dtype
+from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number
 
 METHODS = ("linear", "gaussian")
 
@@ -35,8 +36,8 @@ def soft_nms(
     Args:
         boxes: [K,4] or [B,K,4], as in `relops.nms`. Give a batch, boxes[None], where nothing may wait for the device:
             its result has a size known beforehand, so that it can be captured in a CUDA graph.
-        scores: [K] or [B,K], as in `relops.nms`. If either is float64, boxes and scores are computed in it, else in
-            float32.
+        scores: [K] or [B,K], as in `relops.nms`. If boxes are float64 or 64-bit integers, or scores float64, both
+            are computed in float64, else in float32.
         method: "gaussian" or "linear".
         iou_threshold: of "linear", in [0,1]; "gaussian" does not use it.
         sigma: of "gaussian", a finite positive number; "linear" does not use it.
@@ -69,7 +70,7 @@ def soft_nms(
     if idxs is not None:
         check_idxs(op, idxs, boxes)
         idxs = idxs.to(torch.int64)
-    dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+    dtype = torch.promote_types(box_dtype(boxes.dtype), box_dtype(scores.dtype))
     keep, decayed = torch.ops.relops.soft_nms(
         boxes.to(dtype),
         scores.to(dtype),
