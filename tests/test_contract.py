@@ -5,10 +5,11 @@ Ops that select are in test_contract_selection.py.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cuda_emulation
@@ -28,6 +29,7 @@ from conftest import (
     determinism,
     faked,
     needs_cuda,
+    run_python,
     tensors_of,
     traced,
     why_no_cuda,
@@ -488,6 +490,36 @@ def test_every_public_op_has_cases() -> None:
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
     assert public == {op.name for op in (*OPS, *SELECTIONS)}
     assert public <= set(relops.__all__)
+
+
+def test_names() -> None:
+    """After a plain `import relops` each op is a function under all of its names, and its file is there to import."""
+    names = [op.name for op in (*OPS, *SELECTIONS)]
+    done = run_python(
+        f"""
+import relops, torch
+for name in {names!r}:
+    function = getattr(relops, name)
+    assert function.__name__ == name and callable(function)
+    assert getattr(relops.ops, name) is function
+    assert callable(getattr(relops.reference, name))
+    assert callable(getattr(torch.ops.relops, name))
+from relops.ops.roi_align import roi_align
+from relops.reference.roi_align import roi_align as twin
+assert roi_align is relops.roi_align and twin is relops.reference.roi_align
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_signatures() -> None:
+    functions = [getattr(relops, op.name) for op in (*OPS, *SELECTIONS)]
+    modules = [getattr(relops.nn, name) for name in relops.nn.__all__]
+    for function in (*functions, *modules):
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert parameter.annotation not in (None, inspect.Parameter.empty), (function, name)
+            if name == "output_size":
+                assert parameter.annotation == int | Sequence[int], function
 
 
 @on_ops

@@ -6,6 +6,7 @@ those of the ops import annotations from __future__.
 
 import math
 from collections.abc import Callable, Sequence
+from types import UnionType
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from relops.ops._maps import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
 Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
+
+
+class BroadcastingList2:
+    """`BroadcastingList2[int]` is an int or two, (height, width). torch.jit.script knows it by this name, and what
+    torch.jit.annotations has under it is None to everybody else."""
+
+    def __class_getitem__(cls, item: type) -> UnionType:
+        return item | Sequence[item]
+
 
 MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio of the kernels: bounds their loops
 

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.jit.annotations import BroadcastingList2
 
 from relops.ops._maps import empty, is_channels_last
 from relops.ops._regions import (
     Boxes,
+    BroadcastingList2,
     as_rows,
     check_divisible,
     checked_region,
