@@ -25,7 +25,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Gradients: to a and b where they require it; only those asked for are computed, and no [A,B] intermediate is made.
     Two equal coordinates share their gradient half and half; boxes that touch have that of boxes that overlap; where
-    the union has no area it is zero. Not twice differentiable: asking for it raises RuntimeError. Backward is
+    the union has no area it is zero. Second derivatives and forward-mode AD raise RuntimeError. Backward is
     bit-identical from run to run.
 
     Raises:

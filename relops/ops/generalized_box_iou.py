@@ -26,7 +26,7 @@ def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Gradients: to a and b where they require it; only those asked for are computed, and no [A,B] intermediate is made.
     Two equal coordinates share their gradient half and half; boxes that touch have that of boxes that overlap; a term
-    that is 0 because it would be divided by 0 has none. Not twice differentiable: asking for it raises RuntimeError.
+    that is 0 because it would be divided by 0 has none. Second derivatives and forward-mode AD raise RuntimeError.
     Backward is bit-identical from run to run.
 
     Raises:

@@ -62,8 +62,8 @@ def local_relation(
     Returns:
         [N,C,Ho,Wo] in the dtype of value, channels_last if value is. Sums are in float32 for 16-bit values.
 
-    Gradients: to query, key, value and prior; only those asked for are computed. That of |q - k| at 0 is 0. Not twice
-    differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+    Gradients: to query, key, value and prior; only those asked for are computed. That of |q - k| at 0 is 0. Second
+    derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
 
     Raises:
         TypeError: a dtype, or an argument of another type.

@@ -53,9 +53,9 @@ def ms_deform_attn(
     Returns:
         [N,Q,M*D] in the dtype of value. Sums are in float32 for 16-bit values.
 
-    Gradients: to value, sampling_locations and attention_weights; only those asked for are computed. Not twice
-    differentiable: asking for it raises RuntimeError. Under torch.use_deterministic_algorithms(True) the gradient of
-    value is bit-identical from run to run (on the CPU it always is).
+    Gradients: to value, sampling_locations and attention_weights; only those asked for are computed. Second derivatives
+    and forward-mode AD raise RuntimeError. Under torch.use_deterministic_algorithms(True) the gradient of value is
+    bit-identical from run to run (on the CPU it always is).
 
     Raises:
         TypeError: a dtype, or a non-tensor.

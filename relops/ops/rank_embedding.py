@@ -35,7 +35,7 @@ def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) ->
         [..,dim], float32 for integers, otherwise in the dtype of ranks. Angles are float64 for every dtype, so that
         large ranks keep their place. A rank that is not finite gives NaN.
 
-    Gradients: to ranks where they are floating point. Not twice differentiable: asking for it raises RuntimeError.
+    Gradients: to ranks where they are floating point. Second derivatives and forward-mode AD raise RuntimeError.
 
     Raises:
         TypeError: a dtype, or an argument of another type.

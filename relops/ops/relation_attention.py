@@ -76,7 +76,7 @@ def relation_attention(
     Gradients: to query, key, value, query_boxes, key_boxes, geometry_weight and geometry_bias; only those asked for are
     computed. None passes where a maximum above takes its constant: where b <= 1e-6 to geometry_weight, geometry_bias
     and boxes, where |dx| / w <= 1e-3 through that coordinate. Masked keys, and queries without keys, have zero
-    gradient. Not twice differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+    gradient. Second derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
 
     Raises:
         TypeError: a dtype, or an argument of another type.

@@ -46,7 +46,7 @@ def roi_align(
         a coordinate that is not finite gives zeros.
 
     Gradients: to input, and to boxes where they require it; only those asked for are computed. The batch index gets
-    zero, and so does a box that is not finite. Not twice differentiable: asking for it raises RuntimeError. Backward is
+    zero, and so does a box that is not finite. Second derivatives and forward-mode AD raise RuntimeError. Backward is
     bit-identical from run to run.
 
     Raises:

@@ -33,7 +33,7 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], s
         zeros.
 
     Gradients: to input, at the first of equal maxima. None to boxes: rounding has no useful gradient, and boxes.grad
-    stays None. Not twice differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+    stays None. Second derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
 
     Raises:
         TypeError, ValueError, IndexError: as `roi_align`.

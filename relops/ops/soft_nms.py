@@ -50,7 +50,7 @@ def soft_nms(
         length makes this wait for the device once. For a batch: keep [B,K] padded with -1, and scores [B,K] padded
         with 0. Scores have the dtype of the scores given.
 
-    Gradients: none, neither to boxes nor to scores.
+    Gradients: none, neither to boxes nor to scores. Forward-mode AD raises RuntimeError.
 
     Raises:
         TypeError: a dtype, or an argument of another type.
