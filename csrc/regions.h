@@ -31,6 +31,14 @@ struct RegionRule {
 // The most samples per bin and axis that may be asked for: what bounds the loops.
 constexpr int kMaxSamplingRatio = 65536;
 
+// The image that a batch index names, still to be compared with [0,N): the integer within 2^-10, so that numerical
+// derivatives can move an index, or else what is left of its fraction, as torchvision has it. NaN and infinities stay.
+template <class C>
+RELOPS_HOST_DEVICE C region_image(C index) {
+  const C nearest = round(index), distance = index - nearest;
+  return distance >= C(-1.0 / 1024) && distance <= C(1.0 / 1024) ? nearest : trunc(index);
+}
+
 // A box on one axis of a feature map of `size` pixels, divided into `bins`.
 struct RegionAxis {
   RegionRule rule;

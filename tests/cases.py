@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ from torch import Tensor
 import relops
 from relops import reference
 
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 # Arguments by name, in the order of the signature; a list of tensors one by one, for Op.assemble to join.
 Inputs = dict[str, Any]
 # Draws them in float64 on the CPU, so that every device and dtype is given the same numbers.
@@ -87,7 +91,6 @@ class Op(Case):
     features: tuple[str, ...]  # arguments of the tested dtype
     coordinates: tuple[str, ...]  # arguments that stay float32 beside 16-bit features
     differentiable: tuple[str, ...]
-    indices: Mapping[str, int] = field(default_factory=dict)  # leading columns of arguments that are whole numbers
     # How many times further than sums the rounding of what is inside may take it from the twin, of the largest value.
     noise: float = 1.0
 
@@ -626,7 +629,6 @@ def region_op(
         differentiable=differentiable,
         vmapped=(*features, "boxes"),
         bad=bad,
-        indices={"boxes": 1},
         assemble=join,
         raw=join,
     )
@@ -685,8 +687,8 @@ BOX_PAIRS_EMPTY = {
 BAD_BOX_PAIRS = (
     Bad("a no tensor", put("a", [[0.0, 0.0, 1.0, 1.0]]), TypeError, "a must be a Tensor, got list"),
     Bad("b no tensor", put("b", None), TypeError, "b must be a Tensor, got NoneType"),
-    Bad("a int", change("a", Tensor.long), TypeError, "a must be float64.*got torch.int64"),
-    Bad("b bool", change("b", Tensor.bool), TypeError, "b must be float64.*got torch.bool"),
+    Bad("a complex", change("a", Tensor.cfloat), TypeError, "a must be float64.*got torch.complex64"),
+    Bad("b bool", change("b", Tensor.bool), TypeError, "b must be float64.*or integer, got torch.bool"),
     Bad("a of 5", change("a", lambda x: x[:, [0, 0, 1, 2, 3]]), ValueError,
         r"a must be \[A,4\] or \[N,A,4\], got shape \[7, 5\]"),
     Bad("a 1-D", change("a", lambda x: x[0]), ValueError, r"a must be \[A,4\] or \[N,A,4\], got shape \[4\]"),
@@ -1220,7 +1222,8 @@ def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
     """Of "typical": K = 40, float32, no batch."""
     return (
         Bad("boxes no tensor", put("boxes", [1.0]), TypeError, "boxes must be a Tensor, got list"),
-        Bad("boxes int", change("boxes", Tensor.int), TypeError, "boxes must be float64.*got torch.int32"),
+        Bad("boxes bool", change("boxes", Tensor.bool), TypeError, "boxes must be float64.*or integer, got torch.bool"),
+        Bad("boxes complex", change("boxes", Tensor.cfloat), TypeError, "boxes must be float64.*got torch.complex64"),
         Bad("boxes 1-D", change("boxes", lambda x: x[0]), ValueError, rf"boxes must be {letters}, got shape \[4\]"),
         Bad("boxes 4-D", change("boxes", lambda x: x[None, None]), ValueError, rf"boxes must be {letters}, got shape"),
         Bad("boxes of 5", change("boxes", lambda x: x[:, [0, 0, 1, 2, 3]]), ValueError,

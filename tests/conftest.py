@@ -16,11 +16,15 @@ import torch
 from cases import Inputs, Op, Sample, Selection
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import relops
 from relops import _library
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TRACING_MODES = ("real", "fake", "symbolic")
 ISAS = ("baseline", "avx2", "avx512")
 
 
@@ -85,6 +89,37 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def asking_forward_mode(
+    function: Callable[..., Any], inputs: Inputs, name: str
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Ways to ask for a tangent by one argument; a function that gives a tensor."""
+    x = inputs[name].detach()
+
+    def of(y: Tensor) -> Tensor:
+        return function(**inputs | {name: y})
+
+    def dual(f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor | None:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(y, torch.ones_like(y)))).tangent
+
+    def total(y: Tensor) -> Tensor:
+        return of(y).sum()
+
+    func = torch.func
+    yield "forward_ad", lambda: dual(of, x)
+    yield "forward_ad without gradients", lambda: torch.no_grad()(dual)(of, x)
+    yield "forward_ad of a leaf", lambda: dual(of, x.clone().requires_grad_())
+    yield "forward_ad of grad", lambda: dual(func.grad(total), x)
+    yield "jvp", lambda: func.jvp(of, (x,), (x,))
+    yield "jvp of jvp", lambda: func.jvp(lambda y: func.jvp(of, (y,), (x,))[1], (x,), (x,))
+    yield "jvp of grad", lambda: func.jvp(func.grad(total), (x,), (x,))
+    yield "grad of jvp", lambda: func.grad(lambda y: func.jvp(total, (y,), (x,))[1])(x)
+    yield "vmap of jvp", lambda: torch.vmap(lambda t: func.jvp(of, (x,), (t,))[1])(x[None])
+    yield "linearize", lambda: func.linearize(of, x)
+    yield "jacfwd", lambda: func.jacfwd(lambda t: of(x * t))(torch.ones((), dtype=x.dtype, device=x.device))
+    yield "hessian", lambda: func.hessian(lambda t: total(x * t))(torch.ones((), dtype=x.dtype, device=x.device))
 
 
 class AsModule(torch.nn.Module):
@@ -158,6 +193,16 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, *{files!
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
     return {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+
+
+def faked(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
+    return {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
+def traced(run: Callable[[Inputs], Any], inputs: Inputs, tracing_mode: str) -> Callable[[Inputs], Any]:
+    """`run` of inputs of which the tensors are those of the graph, traced by make_fx."""
+    graph = make_fx(lambda tensors: run(inputs | tensors), tracing_mode=tracing_mode)(tensors_of(inputs))
+    return lambda inputs: graph(tensors_of(inputs))
 
 
 def check_two_streams(op: Op | Selection, sample: Sample, assert_same: Callable[[Any, Any], None]) -> None:

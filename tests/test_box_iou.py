@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import OPS, Op, grad_like
-from conftest import ISAS, check_instruction_set, why_no_cuda
+from cases import INTEGERS, OPS, Op, grad_like
+from conftest import DTYPES, ISAS, check_instruction_set, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import relops
 
@@ -260,6 +261,47 @@ def test_dtypes_may_differ(op: Op, of_a: torch.dtype, of_b: torch.dtype, autocas
     assert actual["a"].dtype == of_a and actual["b"].dtype == of_b
     for name, x in op.run(op.cast(inputs, torch.float32, torch.float32)).items():
         assert torch.equal(actual[name], x.to(actual[name].dtype)), name
+
+
+@both
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integers(op: Op, dtype: torch.dtype, device: str, fresh_compiler: None) -> None:
+    """Those of 64 bits are computed in float64; the result has the dtype that torchvision gives, float32."""
+    a, b = (random_boxes(2, K, device=device).round().to(dtype) for K in (9, 5))
+    floating = torch.float64 if dtype.itemsize == 8 else torch.float32
+    expected = op.function(a.to(floating), b.to(floating)).float()
+    for actual in (
+        op.function(a, b),
+        op.reference(a, b),
+        torch.compile(op.function, fullgraph=True, backend="aot_eager")(a, b),
+        torch.jit.script(op.function)(a, b),
+        make_fx(op.function, tracing_mode="fake")(a, b)(a, b),
+        torch.vmap(op.function)(a[:, None], b[:, None])[:, 0],
+    ):
+        assert_equal(actual, expected)
+
+
+@both
+@pytest.mark.parametrize("integer", [torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("floating", DTYPES, ids=str)
+def test_integers_beside_floats(op: Op, integer: torch.dtype, floating: torch.dtype, device: str) -> None:
+    whole = random_boxes(5, device=device).round().to(integer)
+    boxes = random_boxes(9, dtype=floating, device=device).requires_grad_()
+    actual = op.function(boxes, whole)
+    assert actual.dtype == torch.promote_types(floating, torch.float32)
+    computed = torch.float64 if integer == torch.int64 or floating == torch.float64 else torch.float32
+    assert_equal(actual, op.function(boxes.to(computed), whole.to(computed)).to(actual.dtype))
+    assert_equal(actual, op.function(whole, boxes).T)
+    assert_equal(actual, op.reference(boxes, whole))
+    actual.sum().backward()
+    assert boxes.grad.dtype == floating and boxes.grad.any()
+
+
+def test_integers_beyond_float32(device: str) -> None:
+    corner = torch.tensor([2**40, 2**40, 2**40, 2**40], device=device)
+    a, b = (corner + torch.tensor([box], device=device) for box in ((0, 0, 2, 2), (1, 0, 3, 2)))
+    for op in (relops.box_iou, relops.generalized_box_iou):
+        assert op(a, b).item() == pytest.approx(1 / 3, abs=1e-7)
 
 
 @both

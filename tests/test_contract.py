@@ -5,29 +5,39 @@ Ops that select are in test_contract_selection.py.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import cuda_emulation
 import pytest
 import torch
-from cases import OPS, SELECTIONS, Bad, Op, Sample, grad_like
+from cases import OPS, SELECTIONS, Bad, Inputs, Op, Sample, grad_like
 from conftest import (
     DTYPES,
     LAYOUTS,
+    TRACING_MODES,
     AsModule,
+    asking_forward_mode,
     assert_matches,
     captured,
     check_recompiles,
     check_two_streams,
     determinism,
+    faked,
     needs_cuda,
+    run_python,
     tensors_of,
+    traced,
     why_no_cuda,
 )
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import relops
 from relops import _library
@@ -102,11 +112,7 @@ def test_gradcheck(op: Op, sample: Sample, device: str, deterministic: None) -> 
     wanted = [inputs[name].clone().requires_grad_() for name in names]
 
     def function(*tensors: Tensor) -> Tensor:
-        moved = dict(zip(names, tensors))
-        for name, columns in op.indices.items():  # these cannot be moved a little
-            if name in moved:
-                moved[name] = torch.cat([inputs[name][..., :columns], moved[name][..., columns:]], -1)
-        return op.function(**inputs | moved)
+        return op.function(**inputs | dict(zip(names, tensors)))
 
     assert torch.autograd.gradcheck(function, wanted, fast_mode=True)
 
@@ -137,6 +143,71 @@ def test_double_backward_raises(op: Op, sample: Sample, device: str) -> None:
         (grad,) = torch.autograd.grad(op.function(**inputs | {name: x}).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match=rf"relops\.{op.name}: its backward is not differentiable"):
             grad.sum().backward()
+
+
+def floating(inputs: Inputs) -> list[str]:
+    return [name for name, x in tensors_of(inputs).items() if x.is_floating_point()]
+
+
+@on_samples
+def test_forward_mode_raises(op: Op, sample: Sample, device: str) -> None:
+    """Where it is not provided: a tangent of zeros would be wrong in silence."""
+    inputs = op.draw(sample, device)
+    for name, function in itertools.product(floating(inputs), (op.function, lambda **inputs: op.run_raw(inputs))):
+        for way, ask in asking_forward_mode(function, inputs, name):
+            with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
+                pytest.fail(f"{way} by {name} gives {ask()}")
+
+
+@on_first_sample
+@pytest.mark.parametrize("compiled_outside", [False, True], ids=["jvp of compiled", "compiled jvp"])
+def test_forward_mode_raises_compiled(
+    op: Op, sample: Sample, device: str, compiled_outside: bool, fresh_compiler: None
+) -> None:
+    inputs = op.draw(sample, device)
+    name = op.differentiable[0]
+
+    def jvp(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(f, (x,), (x,))
+
+    def of(x: Tensor) -> Tensor:
+        return op.function(**inputs | {name: x})
+
+    with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
+        if compiled_outside:
+            torch.compile(lambda x: jvp(of, x), backend="aot_eager")(inputs[name])
+        else:
+            jvp(torch.compile(of, backend="aot_eager"), inputs[name])
+
+
+class Recorded(TorchDispatchMode):
+    """The calls of one op."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.op, self.calls = getattr(torch.ops.relops, name).default, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is self.op:
+            self.calls.append(args)
+        return func(*args, **kwargs or {})
+
+
+@on_samples
+def test_forward_mode_of_backward_raises(op: Op, sample: Sample, device: str) -> None:
+    """Of the ops that compute gradients, called as they are by autograd."""
+    with Recorded(f"_{op.name}_backward") as recorded:
+        op.run(op.draw(sample, device))
+    (args,) = recorded.calls
+    leaves, spec = tree_flatten(args)
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor) and x.is_floating_point():
+
+            def of(x: Tensor, i: int = i) -> Any:
+                return recorded.op(*tree_unflatten([*leaves[:i], x, *leaves[i + 1 :]], spec))
+
+            with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
+                torch.func.jvp(of, (x,), (x,))
 
 
 # ---- Layouts ----
@@ -199,6 +270,27 @@ def test_meta_tensors(op: Op, sample: Sample) -> None:
     actual, expected = op.function(**meta), op.function(**inputs)
     assert actual.is_meta and actual.dtype == expected.dtype
     assert actual.shape == expected.shape and actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(("op", "sample"), [*SAMPLES, *EMPTY])
+def test_fake_tensors(op: Op, sample: Sample, device: str) -> None:
+    inputs = op.draw(sample, device)
+    with FakeTensorMode() as mode:
+        actual = op.run(faked(mode, inputs))
+    for name, expected in op.run(inputs).items():
+        x = actual[name]
+        assert isinstance(x, FakeTensor) and x.dtype == expected.dtype and x.device == expected.device, name
+        assert x.shape == expected.shape and x.stride() == expected.stride(), name
+
+
+@pytest.mark.parametrize(("op", "sample"), [*SAMPLES, *EMPTY])
+@pytest.mark.parametrize("tracing_mode", TRACING_MODES)
+def test_make_fx(op: Op, sample: Sample, device: str, tracing_mode: str) -> None:
+    """A graph of forward and backward."""
+    inputs, others = (op.draw(sample, device, seed=seed) for seed in (0, 1))
+    graph = traced(op.run, inputs, tracing_mode)
+    for each in (inputs, others):
+        assert_same(graph(each), op.run(each))
 
 
 @on_samples
@@ -398,6 +490,36 @@ def test_every_public_op_has_cases() -> None:
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
     assert public == {op.name for op in (*OPS, *SELECTIONS)}
     assert public <= set(relops.__all__)
+
+
+def test_names() -> None:
+    """After a plain `import relops` each op is a function under all of its names, and its file is there to import."""
+    names = [op.name for op in (*OPS, *SELECTIONS)]
+    done = run_python(
+        f"""
+import relops, torch
+for name in {names!r}:
+    function = getattr(relops, name)
+    assert function.__name__ == name and callable(function)
+    assert getattr(relops.ops, name) is function
+    assert callable(getattr(relops.reference, name))
+    assert callable(getattr(torch.ops.relops, name))
+from relops.ops.roi_align import roi_align
+from relops.reference.roi_align import roi_align as twin
+assert roi_align is relops.roi_align and twin is relops.reference.roi_align
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_signatures() -> None:
+    functions = [getattr(relops, op.name) for op in (*OPS, *SELECTIONS)]
+    modules = [getattr(relops.nn, name) for name in relops.nn.__all__]
+    for function in (*functions, *modules):
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert parameter.annotation not in (None, inspect.Parameter.empty), (function, name)
+            if name == "output_size":
+                assert parameter.annotation == int | Sequence[int], function
 
 
 @on_ops

@@ -9,22 +9,28 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import SELECTIONS, Bad, Sample, Selection
+from cases import INTEGERS, SELECTIONS, Bad, Inputs, Sample, Selection
 from conftest import (
     DTYPES,
     LAYOUTS,
+    TRACING_MODES,
     AsModule,
+    asking_forward_mode,
     assert_matches_selection,
     assert_same_selection,
     captured,
     check_recompiles,
     check_two_streams,
+    faked,
     needs_cuda,
     tensors_of,
+    traced,
     why_no_cuda,
 )
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from relops import _library
 
@@ -123,12 +129,75 @@ def test_empty(op: Selection, sample: Sample, device: str) -> None:
     inputs = op.draw(sample, device)
     actual = op.run(inputs)
     with FakeTensorMode() as mode:
-        fake = op.run({name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in inputs.items()})
+        fake = op.run(faked(mode, inputs))
     assert [x.shape for x in fake] == [x.shape for x in actual]
     assert_same_selection(actual, op.run_twin(inputs))
 
 
+SUPPRESSIONS = [op for op in SELECTIONS if "boxes" in op.floats]
+on_integer_boxes = pytest.mark.parametrize("op", SUPPRESSIONS, ids=lambda op: op.name)
+
+
+def integer_boxes(op: Selection, dtype: torch.dtype, device: str) -> tuple[Inputs, Inputs]:
+    """Inputs, of an image or of a batch where the op takes one, and those that they are to be computed as."""
+    inputs = op.draw(op.samples.get("batch", first_sample(op)), device)
+    whole = inputs["boxes"] + 4  # a corner may be at -4
+    assert torch.equal(whole, whole.round()) and whole.min() >= 0
+    floating = torch.float64 if dtype.itemsize == 8 else torch.float32
+    return inputs | {"boxes": whole.to(dtype)}, inputs | {"boxes": whole.to(floating)}
+
+
+@on_integer_boxes
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integer_boxes(op: Selection, dtype: torch.dtype, device: str, fresh_compiler: None) -> None:
+    inputs, meant = integer_boxes(op, dtype, device)
+    expected = op.run(meant)
+    assert_same_selection(op.run(inputs), expected)
+    assert_matches_selection(op, inputs)
+    assert_same_selection(op.run(inputs, torch.compile(op.function, fullgraph=True, backend="aot_eager")), expected)
+    assert_same_selection(traced(op.run, inputs, "fake")(inputs), expected)
+    if op.vmapped:
+        mapped = torch.vmap(lambda boxes: op.run(inputs | {"boxes": boxes}))(inputs["boxes"][None])
+        assert_same_selection([x[0] for x in mapped], expected)
+
+
 # ---- The rest of torch ----
+
+
+@on_few_samples
+def test_fake_tensors(op: Selection, sample: Sample, device: str) -> None:
+    inputs = op.draw(sample, device)
+    waits = op.waits(inputs)  # an output's size is known to nobody, which takes symbols
+    with FakeTensorMode(shape_env=ShapeEnv() if waits else None) as mode:
+        actual = op.run(faked(mode, inputs))
+    for x, y in zip(actual, op.run(inputs), strict=True):
+        assert isinstance(x, FakeTensor) and x.dtype == y.dtype and x.device == y.device and x.dim() == y.dim()
+        assert waits or x.shape == y.shape
+
+
+@on_few_samples
+@pytest.mark.parametrize("tracing_mode", TRACING_MODES)
+def test_make_fx(op: Selection, sample: Sample, device: str, tracing_mode: str) -> None:
+    inputs, others = (op.draw(sample, device, seed=seed) for seed in (0, 1))
+    graph = traced(op.run, inputs, tracing_mode)
+    for each in (inputs, others):
+        assert_same_selection(graph(each), op.run(each))
+
+
+@on_samples
+def test_forward_mode(op: Selection, sample: Sample, device: str) -> None:
+    """Scores that come out have no tangent, and say so; indices need none."""
+    inputs = op.draw(sample, device)
+    expected = op.run(inputs)
+    for name, function in itertools.product(op.floats, (op.function, lambda **x: op.overload(*op.raw(x).values()))):
+        if any(x.is_floating_point() for x in expected):
+            for way, ask in asking_forward_mode(lambda **x: function(**x)[-1], inputs, name):  # noqa: B023
+                with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
+                    pytest.fail(f"{way} by {name} gives {ask()}")
+        else:
+            with forward_ad.dual_level():
+                actual = op.run(inputs | {name: forward_ad.make_dual(inputs[name], inputs[name])}, function)
+            assert_same_selection(actual, expected)
 
 
 @on_few_samples

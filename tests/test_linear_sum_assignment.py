@@ -12,6 +12,7 @@ from conftest import DTYPES, needs_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import relops
 from relops import reference
@@ -370,3 +371,15 @@ def test_dtypes_past_the_checks(device: str) -> None:
     for arguments in ((cost.long(),), (cost, torch.ones(2, dtype=torch.int32, device=device))):
         with pytest.raises(RuntimeError):
             torch.ops.relops.linear_sum_assignment(*arguments)
+
+
+def test_listed_sizes_stay_open_in_a_symbolic_graph() -> None:
+    """Those taken from a shape are those of the tensor that the graph is called with."""
+
+    def assign(cost: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+        return relops.linear_sum_assignment(cost, num_cols=[objects.shape[0]] * 2)
+
+    cost = torch.rand(2, 5, 7)
+    graph = make_fx(assign, tracing_mode="symbolic")(cost, torch.zeros(4))
+    for actual, expected in zip(graph(cost, torch.zeros(3)), assign(cost, torch.zeros(3)), strict=True):
+        assert torch.equal(actual, expected)

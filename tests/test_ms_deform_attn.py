@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import relops
 from relops import reference
@@ -578,3 +579,23 @@ def test_cuda_memory(op: Op) -> None:
     grad = grad_like(output)
     backward, _ = allocated_by(lambda: output.backward(grad))
     assert backward <= sum(size[name] for name in op.differentiable) + sum(size.values()) + slack
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_listed_sizes_stay_open_in_a_symbolic_graph(fused: bool) -> None:
+    """Levels (H,W) taken from the shapes of maps are those of the maps that the graph is called with."""
+
+    def attend(*inputs: Tensor) -> Tensor:
+        maps, (points, weights) = inputs[:2], inputs[2:]
+        value = torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2).unflatten(2, (2, -1))
+        shapes = [tuple(x.shape[2:]) for x in maps]
+        if fused:
+            return relops.ms_deform_attn_fused(value, shapes, None, points[:, :, 0, :, 0], points, weights)
+        return relops.ms_deform_attn(value, shapes, None, points, weights)
+
+    def inputs(*sizes: tuple[int, int]) -> list[Tensor]:
+        return [*(torch.randn(1, 8, *size) for size in sizes), torch.rand(1, 4, 2, 2, 3, 2), torch.rand(1, 4, 2, 2, 3)]
+
+    graph = make_fx(attend, tracing_mode="symbolic")(*inputs((6, 5), (10, 9)))
+    others = inputs((13, 7), (3, 11))
+    assert torch.equal(graph(*others), attend(*others))

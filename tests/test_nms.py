@@ -37,6 +37,7 @@ BY_HAND = {
     "in a chain of equals": ([(4 * i, 0, 4 * i + 10, 1) for i in range(6)], [0.5] * 6, 0.4, [0, 2, 4]),
     "threshold 1: identical boxes too": ([UNIT, UNIT], [0.1, 0.2], 1.0, [1, 0]),
     "inside": ([(0, 0, 10, 10), (0, 0, 10, 4)], [0.1, 0.2], 0.3, [1]),
+    "three tenths": ([(0, 0, 10, 1), (0, 0, 3, 1)], [0.2, 0.1], 0.3, [0, 1]),
     "negative scores": ([UNIT, UNIT, (2, 0, 3, 1)], [-2.0, -1.0, -3.0], 0.5, [1, 2]),
     "infinite scores": ([UNIT, UNIT, (2, 0, 3, 1)], [0.0, inf, -inf], 0.5, [1, 2]),
     "negative coordinates": ([(-9, -9, -1, -1), (-9, -9, -1, -2)], [0.1, 0.2], 0.5, [1]),

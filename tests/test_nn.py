@@ -2,19 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import OPS, Op
-from conftest import assert_matches
+from conftest import TRACING_MODES, assert_matches
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import relops
 from relops import reference
 
-# ---- Deformable attention ----
-
 LEVELS = [(9, 13), (5, 7), (3, 4), (2, 2)]
 S = sum(h * w for h, w in LEVELS)
+REGION_OPS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "prroi_pool")
+
+# ---- All ----
+
+
+def detections_to_rank(B: int = 2, K: int = 9, C: int = 3) -> tuple[Tensor, ...]:
+    corner, size = torch.rand(2, B, K, 2) * 50
+    return torch.randn(B, K, 16), torch.rand(B, K, C).square(), torch.cat([corner, corner + size], -1)
+
+
+# Of each module: one, and arguments of its forward.
+MODULES: dict[str, Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]] = {
+    "DuplicateRemoval": lambda: (
+        relops.nn.DuplicateRemoval(16, first_n=5, rank_dim=8, hidden_dim=12, heads=3, head_dim=4, score_threshold=0.1),
+        detections_to_rank(),
+    ),
+    "DynamicConv": lambda: (relops.nn.DynamicConv(8, 6, 3), (torch.randn(5, 8), torch.randn(5, 8, 3, 3))),
+    "LocalRelation": lambda: (relops.nn.LocalRelation(11, 3, stride=2), (torch.randn(2, 11, 7, 8),)),
+    "MSDeformAttn": lambda: (
+        relops.nn.MSDeformAttn(24, 4, 3, 2),
+        (torch.randn(2, 5, 24), torch.rand(2, 5, 4, 2), torch.randn(2, S, 24), LEVELS),
+    ),
+    "MSDeformAttn of tensors": lambda: (
+        relops.nn.MSDeformAttn(24, 4, 3, 2),
+        (
+            *(torch.randn(2, 5, 24), torch.rand(2, 5, 4, 4), torch.randn(2, S, 24), torch.tensor(LEVELS)),
+            *(torch.tensor([0, 117, 152, 164]), torch.rand(2, S) < 0.3),
+        ),
+    ),
+    "MultiScaleDeformableAttention": lambda: (
+        relops.nn.MultiScaleDeformableAttention(),
+        (
+            *(torch.randn(2, S, 3, 8), torch.tensor(LEVELS), LEVELS, torch.tensor([0, 117, 152, 164])),
+            *(torch.rand(2, 5, 3, 4, 2, 2), torch.rand(2, 5, 3, 4, 2), 64),
+        ),
+    ),
+    "MultiScaleRoIAlign": lambda: (multi_scale_module(), (maps(), LARGE_BOXES, IMAGES)),
+    "ObjectRelation": lambda: (
+        relops.nn.ObjectRelation(16, 4, 6),
+        (detections_to_rank()[0], detections_to_rank()[2]),
+    ),
+} | {name: lambda name=name: (REGION_MODULES[name], region_arguments(name)[1:]) for name in REGION_OPS}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("tracing_mode", ["plain", *TRACING_MODES])
+def test_fake_tensors_and_make_fx(name: str, tracing_mode: str) -> None:
+    """Output and gradients of parameters and inputs, without values and as a graph."""
+    module, arguments = MODULES[name]()
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    leaves, spec = tree_flatten((state, arguments))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        tensors = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+        given = list(leaves)
+        for i, x in zip(places, tensors):
+            given[i] = x
+        outputs = tree_leaves(torch.func.functional_call(module, *tree_unflatten(given, spec)))
+        wanted = [x for x in tensors if x.requires_grad]
+        total = sum(x.sum() for x in outputs if x.requires_grad)
+        grads = torch.autograd.grad(total, wanted, allow_unused=True)
+        return [*outputs, *(x for x in grads if x is not None)]
+
+    tensors = [leaves[i] for i in places]
+    expected = run(tensors)
+    if tracing_mode == "plain":
+        with FakeTensorMode() as mode:
+            actual = run([mode.from_tensor(x) for x in tensors])
+        assert [(x.shape, x.dtype) for x in actual] == [(x.shape, x.dtype) for x in expected]
+    else:
+        actual = make_fx(run, tracing_mode=tracing_mode)(tensors)(tensors)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_all_modules_are_tested_so() -> None:
+    tested = {type(make()[0]).__name__ for make in MODULES.values()}
+    assert tested == set(relops.nn.__all__) - {"RankedDetections"}
+
+
+# ---- Deformable attention ----
 
 
 def test_state_dict_is_that_of_deformable_detr() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import relops
 from relops import reference
+from relops.reference._regions import split_boxes
 
 every = pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS.keys())
 every_of_one_level = pytest.mark.parametrize(
@@ -192,19 +193,63 @@ def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
 
 @every
 def test_gradcheck(region: Region, device: str, deterministic: None) -> None:
+    """By whole rows of boxes: a batch index that is moved a little is the same."""
     for options in region.options:
-        case = Case(H=5, W=6, C=2, K=4, output_size=(2, 3), options=options)
+        case = Case(N=3, H=5, W=6, C=2, K=5, output_size=(2, 3), options=options)
         features, boxes = draw(region, case, device)
-        images, corners = boxes.split([1, 4], 1)
-        corners.requires_grad_(region.box_gradient)
-        features = [x.requires_grad_() for x in features]
+        boxes[:3, 0] = torch.arange(3)
+        wanted = (boxes.requires_grad_(region.box_gradient), *(x.requires_grad_() for x in features))
         assert torch.autograd.gradcheck(
-            lambda corners, *features, images=images, case=case: region(
-                features, torch.cat([images, corners], 1), case
-            ),
-            (corners, *features),
-            fast_mode=True,
+            lambda boxes, *features, case=case: region(features, boxes, case), wanted, fast_mode=True
         )
+
+
+# ---- The batch index ----
+
+NEAR = 2.0**-10
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_batch_index_near_an_integer_or_truncated(region: Region, dtype: torch.dtype, device: str) -> None:
+    """Also under vmap, which makes one batch of its entries."""
+    images = {
+        0: (-1e-6, -0.0, 0.7, -0.7, 1 - 2 * NEAR, NEAR, -NEAR, 2 * NEAR, -1 + 2 * NEAR),
+        1: (0.999999, 1.000001, 1 - NEAR, 1 + NEAR, 1.5, 2 - 2 * NEAR),
+        2: (1.9999, 2.25, 3 - 2 * NEAR),
+    }
+    case = Case(N=3, K=sum(map(len, images.values())))
+    features, boxes = draw(region, case, device, dtype)
+    boxes[:, 0] = torch.tensor([image for image, indices in images.items() for _ in indices])
+    fractional = boxes.clone()
+    fractional[:, 0] = torch.tensor([index for indices in images.values() for index in indices])
+    expected = region.run(features, boxes, case)
+    for name, x in region.run(features, fractional, case).items():
+        assert torch.equal(x, expected[name]), name
+    twins = [region.run_twin(features, x, case)["output"] for x in (fractional, boxes)]
+    assert torch.equal(*twins)
+
+    stacked = [torch.stack([x, 2 * x]) for x in features], torch.stack([fractional, fractional.flip(0)])
+    mapped = torch.vmap(lambda features, boxes: region(features, boxes, case))(*stacked)
+    looped = [region([x[b] for x in stacked[0]], stacked[1][b], case) for b in range(2)]
+    assert torch.equal(mapped, torch.stack(looped))
+
+
+INDICES = st.one_of(
+    st.floats(-0.875, 2.875), st.builds(lambda n, distance: n + distance, st.integers(0, 2), st.floats(-2e-3, 2e-3))
+)
+
+
+@every
+@settings(max_examples=50, deadline=None)
+@given(indices=st.lists(INDICES, min_size=1, max_size=9))
+def test_any_batch_index_is_that_of_the_twin(region: Region, indices: list[float]) -> None:
+    case = Case(N=3, K=len(indices))
+    features, boxes = draw(region, case, "cpu")
+    boxes[:, 0] = torch.tensor(indices, dtype=torch.float64)
+    images = split_boxes(features[0], boxes)[0]
+    whole = torch.cat([images[:, None], boxes[:, 1:]], 1)
+    assert torch.equal(region(features, boxes, case), region(features, whole, case))
 
 
 # ---- Degenerate boxes ----
@@ -236,7 +281,7 @@ def test_coordinate_that_is_not_finite(
 
 
 @every
-@pytest.mark.parametrize("index", [-1.0, 2.0, 1e9, -0.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("index", [-1.0, 2.0, 1e9, -1.5, NEAR - 1, 2 - NEAR, math.nan, math.inf, -math.inf])
 def test_batch_index_outside(region: Region, index: float, device: str) -> None:
     """The host of a CUDA device cannot look without synchronizing: the output says so with NaN."""
     case = Case()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from relops.models._transformer import extent_of, sine_positions
 from relops.models.set_prediction import (
@@ -17,6 +20,7 @@ from relops.models.set_prediction import (
     SetPrediction,
     centers_of,
     corners_of,
+    focal_losses,
     mean_over_processes,
 )
 
@@ -94,6 +98,46 @@ def test_pairs_are_the_cheapest(loss: SetLoss) -> None:
     for layer, image in itertools.product(range(3), range(2)):
         expected = by_brute_force(loss, logits[layer, image], boxes[layer, image], labels[image], objects[image])
         assert pairs[layer, image].tolist() == expected
+
+
+def focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """As detectors write it."""
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none")
+    p = logits.sigmoid()
+    return torch.where(wanted, 0.25 * (1 - p) ** 2.0, 0.75 * p**2.0) * entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("focal", [True, False], ids=["focal", "softmax"])
+def test_class_cost_is_that_of_all_classes_to_the_bit(focal: bool, dtype: torch.dtype) -> None:
+    """Of which those of the objects are then gathered; ours are computed of nothing else."""
+    logits = 20 * torch.randn(3, 2, 17, 91, dtype=dtype)
+    labels = torch.randint(-1, 90, (2, 13))
+    wanted = torch.ones_like(logits, dtype=torch.bool)
+    of_all = focal_loss(logits, wanted) - focal_loss(logits, ~wanted) if focal else -logits.softmax(-1)
+    expected = of_all.gather(3, labels.clamp(min=0)[None, :, None].expand(3, 2, 17, 13))
+    with Largest() as largest:
+        actual = SetLoss(focal=focal).class_cost(logits, labels)
+    assert torch.equal(actual, expected)
+    if focal:
+        assert largest.numel == actual.numel()
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest result of an operation had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **kwargs or {})
+        self.numel = max(self.numel, *(x.numel() for x in tree_leaves(results)))
+        return results
+
+
+def test_focal_losses_are_that_of_detectors_to_the_bit() -> None:
+    logits = 20 * torch.randn(1000)
+    wanted = torch.rand(1000) < 0.5
+    assert torch.equal(torch.where(wanted, *focal_losses(logits)), focal_loss(logits, wanted))
 
 
 @SETTINGS

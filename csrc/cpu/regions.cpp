@@ -149,7 +149,8 @@ struct Regions {
     std::vector<int32_t> levels(p.K);
     for (int64_t k = 0; k < p.K; ++k) {
       const C* box = boxes + 5 * k;
-      if (!(box[0] >= 0 && box[0] < p.N))
+      const C image = region_image(box[0]);
+      if (!(image >= 0 && image < p.N))
         throw std::out_of_range(std::string(p.spec.op) + ": boxes must have a batch index in [0,N) = [0," +
                                 std::to_string(p.N) + "), got " + std::to_string(box[0]) + " in row " +
                                 std::to_string(k));
@@ -197,7 +198,7 @@ struct Regions {
     return std::isfinite(box[1]) && std::isfinite(box[2]) && std::isfinite(box[3]) && std::isfinite(box[4]);
   }
   static int64_t map_of(const RegionProblem& p, int64_t level, const C* box) {
-    return level * p.N + static_cast<int64_t>(box[0]);
+    return level * p.N + static_cast<int64_t>(region_image(box[0]));
   }
 
   std::vector<Region<C>> list;

@@ -91,9 +91,10 @@ struct RegionPlace {
 template <class T>
 __device__ inline RegionPlace region_place(const RegionParams<T>& p, int64_t k) {
   const auto* box = p.boxes + 5 * k;
-  RegionPlace at{0, 0, true, box[0] >= 0 && box[0] < p.N};
+  const auto image = region_image(box[0]);
+  RegionPlace at{0, 0, true, image >= 0 && image < p.N};
   for (int i = 1; i < 5; ++i) at.finite = at.finite && isfinite(box[i]);
-  if (at.in_batch) at.image = static_cast<int>(box[0]);
+  if (at.in_batch) at.image = static_cast<int>(image);
   if (at.finite && p.L > 1)
     at.level = region_level(box[1], box[2], box[3], box[4], p.canonical_box_size, p.canonical_level, p.finest, p.L);
   return at;

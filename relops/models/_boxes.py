@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from relops.ops._checks import has_values
 from relops.ops.box_iou import box_iou
 
 # Of log w and log h: a box grows at most from 16 to 1000 pixels.
@@ -107,7 +108,7 @@ def present(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
     counting them would wait for the device, all rows and None.
     """
     rows = as_rows(boxes)
-    if not valid.is_cpu or torch.compiler.is_compiling():
+    if not valid.is_cpu or not has_values(valid):
         return rows, None
     place = valid.flatten().nonzero().squeeze(1)
     return rows[place], place

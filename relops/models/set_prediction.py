@@ -49,11 +49,10 @@ def centers_of(boxes: Tensor) -> Tensor:
     return torch.cat(_boxes.center_size(boxes), -1)
 
 
-def focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Of each logit (Lin et al., https://arxiv.org/abs/1708.02002); `wanted` is bool."""
-    entropy = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none")
-    p = logits.sigmoid()
-    return torch.where(wanted, ALPHA * (1 - p) ** GAMMA, (1 - ALPHA) * p**GAMMA) * entropy
+def focal_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each logit (Lin et al., https://arxiv.org/abs/1708.02002), where its class is wanted and where it is not."""
+    p, log_p = logits.sigmoid(), F.logsigmoid(logits)
+    return ALPHA * (1 - p) ** GAMMA * -log_p, (1 - ALPHA) * p**GAMMA * (logits - log_p)
 
 
 def mean_over_processes(count: Tensor) -> Tensor:
@@ -94,19 +93,22 @@ class SetLoss:
     def as_corners(self, boxes: Tensor) -> Tensor:
         return boxes if self.corners else corners_of(boxes)
 
+    def class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of each prediction as each object, [L,N,Q,T], of arguments as in `match`. Of all C classes only the softmax
+        needs more than the logits that are gathered."""
+        index = labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
+        if not self.focal:
+            return -logits.softmax(-1).gather(3, index)
+        wanted, unwanted = focal_losses(logits.gather(3, index))
+        return wanted - unwanted
+
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> Tensor:
         """The prediction of each object, [L,N,T], -1 = none: of logits [L,N,Q,C], boxes [L,N,Q,4], labels [N,T] (-1 =
         padding) and objects [N,T,4]."""
-        L, N, Q, _ = logits.shape
+        L, N, _, _ = logits.shape
         by_class, by_distance, by_overlap = self.costs
-        if self.focal:
-            there = torch.ones_like(logits, dtype=torch.bool)
-            of_class = focal_loss(logits, there) - focal_loss(logits, ~there)
-        else:
-            of_class = -logits.softmax(-1)
-        index = labels.clamp(min=0)[None, :, None].expand(L, N, Q, -1)
-        cost = by_class * of_class.gather(3, index)
+        cost = by_class * self.class_cost(logits, labels)
         cost += by_distance * (boxes[..., None, :] - objects[:, None]).abs().sum(-1)
         a, b = self.as_corners(boxes).flatten(0, 1), self.as_corners(objects).repeat(L, 1, 1)
         cost -= by_overlap * generalized_box_iou(a, b).view_as(cost)
@@ -130,7 +132,7 @@ class SetLoss:
         classes = classes[..., :Q]
         if self.focal:
             wanted = classes[..., None] == torch.arange(C, device=classes.device)
-            of_classes = focal_loss(logits, wanted).sum((1, 2, 3)) / num_objects
+            of_classes = torch.where(wanted, *focal_losses(logits)).sum((1, 2, 3)) / num_objects
         else:
             weight = logits.new_ones(C)
             weight[-1] = self.background

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops.nn.object_relation import ObjectRelation
-from relops.ops._checks import check_features, check_integers, check_mask, check_shape, compute_dtype
+from relops.ops._checks import check_features, check_integers, check_mask, check_shape, compute_dtype, has_values
 from relops.ops.box_iou import box_iou
 from relops.ops.rank_embedding import rank_embedding
 
@@ -151,7 +151,7 @@ class DuplicateRemoval(nn.Module):
         objects = order + K * torch.arange(B, device=order.device)[:, None, None]
         objects, boxes, padding = (x.flatten(0, 1) for x in (objects, boxes, padding))
         groups, by_length = [(0, B * C, n)], None
-        if padding.device.type == "cpu" and not torch.compiler.is_compiling():
+        if padding.device.type == "cpu" and has_values(padding):
             lengths, by_length = (n - padding.sum(1)).sort()
             groups = _groups_of_length(lengths.tolist())
             objects, boxes, padding = (x[by_length] for x in (objects, boxes, padding))

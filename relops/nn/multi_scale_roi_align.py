@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.jit.annotations import BroadcastingList2
 
+from relops.ops._regions import BroadcastingList2
 from relops.ops.multi_scale_roi_align import multi_scale_roi_align
 
 torch.fx.wrap("_pool")

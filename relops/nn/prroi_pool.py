@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.jit.annotations import BroadcastingList2
 
-from relops.ops._regions import Boxes
+from relops.ops._regions import Boxes, BroadcastingList2
 from relops.ops.prroi_pool import prroi_pool
 
 torch.fx.wrap("prroi_pool")

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.jit.annotations import BroadcastingList2
 
-from relops.ops._regions import Boxes
+from relops.ops._regions import Boxes, BroadcastingList2
 from relops.ops.ps_roi_pool import ps_roi_pool
 
 torch.fx.wrap("ps_roi_pool")

@@ -1,1 +1,43 @@
-"""The public ops. One file per op: checks, fake kernels, autograd, autocast and vmap."""
+"""The public ops. One file per op: checks, fake kernels, autograd, autocast and vmap.
+
+`relops.ops.<op>` is the function; its file is `relops.ops.<op>` to an import statement alone.
+"""
+
+from relops.ops.batched_nms import batched_nms
+from relops.ops.box_iou import box_iou
+from relops.ops.generalized_box_iou import generalized_box_iou
+from relops.ops.linear_sum_assignment import linear_sum_assignment
+from relops.ops.local_relation import local_relation
+from relops.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from relops.ops.multi_scale_roi_align import multi_scale_roi_align
+from relops.ops.nms import nms
+from relops.ops.nms_padded import nms_padded
+from relops.ops.prroi_pool import prroi_pool
+from relops.ops.ps_roi_align import ps_roi_align
+from relops.ops.ps_roi_pool import ps_roi_pool
+from relops.ops.rank_embedding import rank_embedding
+from relops.ops.relation_attention import relation_attention
+from relops.ops.roi_align import roi_align
+from relops.ops.roi_pool import roi_pool
+from relops.ops.soft_nms import soft_nms
+
+__all__ = [
+    "batched_nms",
+    "box_iou",
+    "generalized_box_iou",
+    "linear_sum_assignment",
+    "local_relation",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "multi_scale_roi_align",
+    "nms",
+    "nms_padded",
+    "prroi_pool",
+    "ps_roi_align",
+    "ps_roi_pool",
+    "rank_embedding",
+    "relation_attention",
+    "roi_align",
+    "roi_pool",
+    "soft_nms",
+]

@@ -1,22 +1,26 @@
-"""What box_iou and generalized_box_iou share: all but what they compute."""
+"""What box_iou and generalized_box_iou share: all but what they compute.
 
-from __future__ import annotations
+torch.jit.script compiles `computed_pair` and `result_dtype`. It reads annotations as objects, so this file does not
+import annotations from __future__.
+"""
 
 import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_device, check_features, compute_dtype, no_double_backward
+from relops.ops._autograd import register_autograd, register_no_double_backward
+from relops.ops._boxes import box_dtype
+from relops.ops._checks import check_device, check_features_or_integers
 from relops.ops._vmap import mapped_first
 
 
 def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
     for name, boxes in (("a", a), ("b", b)):
-        check_features(op, name, boxes)
+        check_features_or_integers(op, name, boxes)
         if boxes.dim() not in (2, 3) or boxes.size(-1) != 4:
             K = name.upper()
             raise ValueError(f"relops.{op}: {name} must be [{K},4] or [N,{K},4], got shape {list(boxes.shape)}")
-    if compute_dtype(a.dtype) != compute_dtype(b.dtype):
+    if a.is_floating_point() and b.is_floating_point() and box_dtype(a.dtype) != box_dtype(b.dtype):
         allowed = "float64" if a.dtype == torch.float64 else "float16, bfloat16 or float32"
         raise TypeError(f"relops.{op}: b must be {allowed} where a is {a.dtype}, got {b.dtype}")
     check_device(op, "b", b, "a", a)
@@ -24,6 +28,18 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
         rule = "[B,4] as a is [A,4]" if a.dim() == 2 else f"[N,B,4] with the N of a, {a.size(0)}"
         raise ValueError(f"relops.{op}: b must be {rule}, got shape {list(b.shape)}")
     check_device_has_kernels(op, a.device)
+
+
+def computed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """In the dtype that kernels compute in; of an integer and a floating one, the wider."""
+    dtype = torch.promote_types(box_dtype(a.dtype), box_dtype(b.dtype))
+    return a.to(dtype), b.to(dtype)
+
+
+def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """torchvision's: integers of any width give float32."""
+    wide = a.dtype == torch.float64 or b.dtype == torch.float64
+    return torch.float64 if wide else torch.float32
 
 
 def register_box_pair(op: str) -> None:
@@ -51,6 +67,6 @@ def register_box_pair(op: str) -> None:
 
     torch.library.register_fake(f"relops::{op}", fake)
     torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
-    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"relops::_{op}_backward", no_double_backward(op))
+    register_autograd(op, backward, setup_context=setup_context)
+    register_no_double_backward(op)
     torch.library.register_vmap(f"relops::{op}", vmap)

@@ -1,18 +1,25 @@
 """What the ops on boxes without features share: checks, the dtype they compute in, sizes that fakes cannot know.
 
-torch.jit.script compiles `nms`, `batched_nms`, `box_iou`, `generalized_box_iou` and `computed`. It reads annotations as
-objects, so neither this file nor those of the ops import annotations from __future__.
+torch.jit.script compiles `nms`, `batched_nms`, `box_iou`, `generalized_box_iou`, `computed` and `box_dtype`. It reads
+annotations as objects, so neither this file nor those of the ops import annotations from __future__.
 """
 
 import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_device, check_features, check_integers, check_number, check_shape
+from relops.ops._checks import (
+    check_device,
+    check_features,
+    check_features_or_integers,
+    check_integers,
+    check_number,
+    check_shape,
+)
 
 
 def check_boxes(op: str, boxes: object, batched: bool = False) -> None:
-    check_features(op, "boxes", boxes)
+    check_features_or_integers(op, "boxes", boxes)
     if boxes.dim() not in ((2, 3) if batched else (2,)) or boxes.size(-1) != 4:
         shapes = "[K,4] or [B,K,4]" if batched else "[K,4]"
         raise ValueError(f"relops.{op}: boxes must be {shapes}, got shape {list(boxes.shape)}")
@@ -38,9 +45,14 @@ def check_iou_threshold(op: str, iou_threshold: object) -> None:
     check_number(op, "iou_threshold", iou_threshold, "in [0,1]", 0.0, 1.0)
 
 
+def box_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels compute boxes and scores of `dtype` in."""
+    wide = dtype == torch.float64 or dtype == torch.int64 or dtype == torch.uint64
+    return torch.float64 if wide else torch.float32
+
+
 def computed(tensor: Tensor) -> Tensor:
-    """In the dtype that kernels compute in."""
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return tensor.to(box_dtype(tensor.dtype))
 
 
 def unknown_count(boxes: Tensor) -> int | torch.SymInt:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max  # of positive and finite numbers
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -52,6 +54,15 @@ def check_features(op: str, name: str, tensor: Tensor) -> None:
     check_tensor(op, name, tensor)
     if tensor.dtype not in FEATURE_DTYPES:
         raise TypeError(f"relops.{op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_features_or_integers(op: str, name: str, tensor: object) -> None:
+    check_tensor(op, name, tensor)
+    other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    if other and tensor.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"relops.{op}: {name} must be float64, float32, float16, bfloat16 or integer, got {tensor.dtype}"
+        )
 
 
 def check_features_like(op: str, name: str, tensor: Tensor, letters: str, features_name: str, features: Tensor) -> None:
@@ -109,6 +120,21 @@ def check_integers(op: str, name: str, tensor: object) -> None:
         raise TypeError(f"relops.{op}: {name} must be of an integer dtype, got {tensor.dtype}")
 
 
+def has_values(*tensors: Tensor | None) -> bool:
+    """Whether the host may read them: fake tensors have none, and a graph being traced must not depend on them."""
+    if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in tensors):
+        return False
+    modes = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+    return all(torch._C._get_dispatch_mode(mode) is None for mode in modes)
+
+
+def int_tensor(ints: Sequence[int]) -> Tensor:
+    """int64 on the CPU. Of the symbolic sizes of a graph that is being traced torch.tensor would make constants."""
+    if any(isinstance(x, torch.SymInt) for x in ints):
+        return torch.stack([torch.scalar_tensor(x, dtype=torch.int64) for x in ints])
+    return torch.tensor(ints, dtype=torch.int64)
+
+
 def is_autocasting(tensor: Tensor) -> bool:
     """Whether autocast is on where the tensor is; of meta tensors torch cannot tell."""
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
@@ -133,15 +159,3 @@ def widest_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
         return features
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
     return tuple(x.to(dtype) for x in features)
-
-
-def no_double_backward(op: str):
-    """The backward of a backward op: raises, where silence would give a wrong higher-order gradient."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"relops.{op}: its backward is not differentiable (double backward is not provided). Call backward "
-            "without create_graph=True."
-        )
-
-    return backward

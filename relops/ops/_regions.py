@@ -6,16 +6,27 @@ those of the ops import annotations from __future__.
 
 import math
 from collections.abc import Callable, Sequence
+from types import UnionType
 
 import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import check_coordinates, check_features, no_double_backward, under_autocast
+from relops.ops._autograd import register_autograd, register_no_double_backward
+from relops.ops._checks import check_coordinates, check_features, under_autocast
 from relops.ops._maps import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
 Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
+
+
+class BroadcastingList2:
+    """`BroadcastingList2[int]` is an int or two, (height, width). torch.jit.script knows it by this name, and what
+    torch.jit.annotations has under it is None to everybody else."""
+
+    def __class_getitem__(cls, item: type) -> UnionType:
+        return item | Sequence[item]
+
 
 MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio of the kernels: bounds their loops
 
@@ -158,8 +169,8 @@ def fake_backward(grad_output, input, boxes, input_shape, *rest):
 def register(op: str, fake: Callable, fake_of_backward: Callable, setup_context: Callable, backward: Callable) -> None:
     torch.library.register_fake(f"relops::{op}", fake)
     torch.library.register_fake(f"relops::_{op}_backward", fake_of_backward)
-    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"relops::_{op}_backward", no_double_backward(op))
+    register_autograd(op, backward, setup_context=setup_context)
+    register_no_double_backward(op)
 
 
 def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> None:
@@ -199,12 +210,18 @@ def register_vmap(op: str) -> None:
     torch.library.register_vmap(f"relops::{op}", rule)
 
 
+def _image(index: Tensor) -> Tensor:
+    """What region_image of the kernels makes of a batch index."""
+    nearest = index.round()
+    return torch.where((index - nearest).abs() <= 2**-10, nearest, index.trunc())
+
+
 def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | None) -> Tensor:
     """[B,K,5] for vmap. N: images per entry, where every entry has its own; None where all look at the same."""
     boxes = mapped_first(boxes, dim, batch_size)
     if N is None:
         return boxes
-    index = boxes[..., :1]
+    index = _image(boxes[..., :1])
     first = N * torch.arange(batch_size, dtype=boxes.dtype, device=boxes.device)[:, None, None]
     # An image that the entry does not have must not become one of its neighbor's.
     index = torch.where((index >= 0) & (index < N), index + first, -1)

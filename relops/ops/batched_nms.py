@@ -17,7 +17,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         boxes: [K,4], as in `relops.nms`.
         scores: [K], as in `relops.nms`.
         idxs: [K], the class (or image, or level) of each box: any values of an integer dtype.
-        iou_threshold: as in `relops.nms`.
+        iou_threshold: as in `relops.nms`, also in how an IoU that equals it differs from torchvision.
 
     Returns:
         [kept] int64: indices of the kept boxes of all classes together, by descending score, of equal scores the lower

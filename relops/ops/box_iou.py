@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from relops.ops._box_pairs import check_box_pair, register_box_pair
-from relops.ops._boxes import computed
+from relops.ops._box_pairs import check_box_pair, computed_pair, register_box_pair, result_dtype
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -14,18 +13,19 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     torchvision's op of this name, and the same bit for bit on CPU and CUDA.
 
     Args:
-        a: [A,4] or [N,A,4]: x1, y1, x2, y2 in any unit, x1 <= x2 and y1 <= y2. float64, float32, float16 or bfloat16;
-            16 bits are converted to float32 first, under autocast as well.
-        b: [B,4], or [N,B,4] with the N of a. float64 where a is; otherwise any of the others.
+        a: [A,4] or [N,A,4]: x1, y1, x2, y2 in any unit, x1 <= x2 and y1 <= y2. float64, float32, float16, bfloat16 or
+            integers. 64-bit integers are computed in float64, 16-bit floats and all other integers in float32, under
+            autocast as well.
+        b: [B,4], or [N,B,4] with the N of a. float64 where a is, or any of the others; integers beside any.
 
     Returns:
-        [A,B], or [N,A,B] of a[n] with b[n]. float32; float64 for float64 boxes. A NaN coordinate makes the row or
-        column of its box NaN. Infinite coordinates give what arithmetic makes of them, and so do inverted boxes, whose
-        area is negative if they are inverted in one direction.
+        [A,B], or [N,A,B] of a[n] with b[n]. float64 where a or b is float64, else float32. A NaN coordinate makes the
+        row or column of its box NaN. Infinite coordinates give what arithmetic makes of them, and so do inverted boxes,
+        whose area is negative if they are inverted in one direction.
 
     Gradients: to a and b where they require it; only those asked for are computed, and no [A,B] intermediate is made.
     Two equal coordinates share their gradient half and half; boxes that touch have that of boxes that overlap; where
-    the union has no area it is zero. Not twice differentiable: asking for it raises RuntimeError. Backward is
+    the union has no area it is zero. Second derivatives and forward-mode AD raise RuntimeError. Backward is
     bit-identical from run to run.
 
     Raises:
@@ -38,7 +38,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """
     if not torch.jit.is_scripting():
         check_box_pair("box_iou", a, b)
-    return torch.ops.relops.box_iou(computed(a), computed(b))
+    return torch.ops.relops.box_iou(*computed_pair(a, b)).to(result_dtype(a, b))
 
 
 register_box_pair("box_iou")

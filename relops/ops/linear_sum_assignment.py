@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
-from relops.ops._checks import FEATURE_DTYPES, check_device, check_tensor, is_int
+from relops.ops._checks import FEATURE_DTYPES, check_device, check_tensor, int_tensor, is_int
 from relops.ops._vmap import mapped_first
 
 OP = "linear_sum_assignment"
@@ -95,7 +95,7 @@ def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: i
         if not 0 <= size <= limit:
             raise ValueError(f"relops.{OP}: {name} must be in [0,{letter}] = [0,{limit}], got {size} for problem {b}")
     # Without waiting for the copy, which blocking ones do.
-    return torch.tensor(ints, dtype=torch.int64).to(cost.device, non_blocking=True)
+    return int_tensor(ints).to(cost.device, non_blocking=True)
 
 
 @torch.library.register_fake(f"relops::{OP}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
+from relops.ops._autograd import register_autograd, register_no_double_backward
 from relops.ops._checks import (
     check_choice,
     check_coordinates,
@@ -14,7 +15,6 @@ from relops.ops._checks import (
     check_shape,
     check_size,
     compute_dtype,
-    no_double_backward,
     under_autocast,
     widest_under_autocast,
 )
@@ -62,8 +62,8 @@ def local_relation(
     Returns:
         [N,C,Ho,Wo] in the dtype of value, channels_last if value is. Sums are in float32 for 16-bit values.
 
-    Gradients: to query, key, value and prior; only those asked for are computed. That of |q - k| at 0 is 0. Not twice
-    differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+    Gradients: to query, key, value and prior; only those asked for are computed. That of |q - k| at 0 is 0. Second
+    derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
 
     Raises:
         TypeError: a dtype, or an argument of another type.
@@ -141,6 +141,6 @@ def _vmap(info, in_dims, query, key, value, prior, *settings):
 
 torch.library.register_fake("relops::local_relation", _fake)
 torch.library.register_fake("relops::_local_relation_backward", _fake_backward)
-torch.library.register_autograd("relops::local_relation", _backward, setup_context=_setup_context)
-torch.library.register_autograd("relops::_local_relation_backward", no_double_backward("local_relation"))
+register_autograd("local_relation", _backward, setup_context=_setup_context)
+register_no_double_backward("local_relation")
 torch.library.register_vmap("relops::local_relation", _vmap)

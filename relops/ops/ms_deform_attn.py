@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
+from relops.ops._autograd import register_autograd, register_no_double_backward
 from relops.ops._checks import (
     check_coordinates,
     check_device,
@@ -16,7 +17,8 @@ from relops.ops._checks import (
     check_shape,
     check_tensor,
     compute_dtype,
-    no_double_backward,
+    has_values,
+    int_tensor,
     under_autocast,
 )
 from relops.ops._vmap import mapped_first
@@ -51,9 +53,9 @@ def ms_deform_attn(
     Returns:
         [N,Q,M*D] in the dtype of value. Sums are in float32 for 16-bit values.
 
-    Gradients: to value, sampling_locations and attention_weights; only those asked for are computed. Not twice
-    differentiable: asking for it raises RuntimeError. Under torch.use_deterministic_algorithms(True) the gradient of
-    value is bit-identical from run to run (on the CPU it always is).
+    Gradients: to value, sampling_locations and attention_weights; only those asked for are computed. Second derivatives
+    and forward-mode AD raise RuntimeError. Under torch.use_deterministic_algorithms(True) the gradient of value is
+    bit-identical from run to run (on the CPU it always is).
 
     Raises:
         TypeError: a dtype, or a non-tensor.
@@ -163,7 +165,7 @@ def _check_sampling(
             pairs = [(h, w) for h, w in spatial_shapes]
             if any(isinstance(size, float) for pair in pairs for size in pair):
                 raise TypeError("torch.tensor would cut fractions off")
-            spatial_shapes = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+            spatial_shapes = int_tensor([size for pair in pairs for size in pair]).view(-1, 2)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"relops.{op}: spatial_shapes must be an int64 Tensor [L,2] or a list of (H,W), got {spatial_shapes!r}"
@@ -180,8 +182,8 @@ def _check_sampling(
         check_shape(op, name, tensor, letters, *shape)
         if tensor.device.type != "cpu":
             check_device(op, name, tensor, "value", value)
-    # While a graph is being traced there are no values to look at; the kernel checks again.
-    if not torch.compiler.is_compiling() and spatial_shapes.device.type == "cpu":
+    # The kernel checks again.
+    if spatial_shapes.device.type == "cpu" and has_values(spatial_shapes, level_start_index):
         _check_levels(op, S, spatial_shapes, level_start_index)
     check_device_has_kernels(op, value.device)
     return spatial_shapes
@@ -301,10 +303,10 @@ torch.library.register_fake("relops::ms_deform_attn", _fake_forward)
 torch.library.register_fake("relops::ms_deform_attn_fused", _fake_forward_fused)
 torch.library.register_fake("relops::_ms_deform_attn_backward", _fake_backward)
 torch.library.register_fake("relops::_ms_deform_attn_fused_backward", _fake_backward_fused)
-torch.library.register_autograd("relops::ms_deform_attn", _backward, setup_context=_setup_context)
-torch.library.register_autograd("relops::ms_deform_attn_fused", _backward_fused, setup_context=_setup_context_fused)
-torch.library.register_autograd("relops::_ms_deform_attn_backward", no_double_backward("ms_deform_attn"))
-torch.library.register_autograd("relops::_ms_deform_attn_fused_backward", no_double_backward("ms_deform_attn_fused"))
+register_autograd("ms_deform_attn", _backward, setup_context=_setup_context)
+register_autograd("ms_deform_attn_fused", _backward_fused, setup_context=_setup_context_fused)
+register_no_double_backward("ms_deform_attn")
+register_no_double_backward("ms_deform_attn_fused")
 torch.library.register_vmap("relops::ms_deform_attn", _vmap(torch.ops.relops.ms_deform_attn, (0, 3, 4)))
 torch.library.register_vmap(
     "relops::ms_deform_attn_fused", _vmap(torch.ops.relops.ms_deform_attn_fused, (0, 3, 4, 5, 6))

@@ -4,12 +4,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.jit.annotations import BroadcastingList2
 
 from relops.ops._checks import check_device, is_autocasting
 from relops.ops._maps import empty, is_channels_last
 from relops.ops._regions import (
     Boxes,
+    BroadcastingList2,
     as_rows,
     boxes_per_entry,
     check_map,

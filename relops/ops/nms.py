@@ -13,11 +13,15 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     is one expression in float32 (float64 for float64 boxes), the same on both devices, and 0 for two boxes without
     area. Arguments and their order are those of torchvision.ops.nms.
 
+    IoU is compared with iou_threshold in its own dtype: an IoU of exactly 3/10 is not larger than 0.3. torchvision's
+    CPU kernel compares them in float64, where the float32 number next to 3/10 is larger than 0.3, and suppresses such a
+    box; its CUDA kernel does not. It leaves open which of two boxes with equal scores comes first.
+
     Args:
-        boxes: [K,4], rows of (x1, y1, x2, y2) in any unit; float64, float32, float16 or bfloat16. 16-bit boxes are
-            computed in float32.
-        scores: [K], one of the same dtypes, not necessarily that of boxes. An entry with a NaN score, or a box that is
-            not finite, is as if absent: it is not kept and suppresses nothing.
+        boxes: [K,4], rows of (x1, y1, x2, y2) in any unit; float64, float32, float16, bfloat16 or integers. 64-bit
+            integers are computed in float64, 16-bit floats and all other integers in float32.
+        scores: [K], one of these floating dtypes, not necessarily that of boxes. An entry with a NaN score, or a box
+            that is not finite, is as if absent: it is not kept and suppresses nothing.
         iou_threshold: in [0,1], rounded to the dtype that IoU is computed in. A box whose IoU equals it is kept.
 
     Returns:

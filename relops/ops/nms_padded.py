@@ -27,15 +27,15 @@ def nms_padded(
     Args:
         boxes: [K,4] or [B,K,4], as in `relops.nms`. Images with fewer boxes than K can be filled up with scores of NaN.
         scores: [K] or [B,K], as in `relops.nms`.
-        iou_threshold: as in `relops.nms`.
+        iou_threshold: as in `relops.nms`, also in how an IoU that equals it differs from torchvision.
         max_output: how many indices are wanted of each image, at least 0; it may be more than K.
         idxs: [K] or [B,K], as in `relops.batched_nms`; None: all boxes of an image are of one class.
         score_threshold: an entry whose score is not larger is as if absent; None: all count. Rounded to the dtype that
             scores are compared in, float64 for float64 scores and else float32.
 
     Returns:
-        keep [max_output] or [B,max_output] int64: indices into the image's boxes by descending score, then -1; and
-        count [] or [B] int64: how many of them are no padding.
+        keep [max_output] or [B,max_output] int64: indices into the image's boxes by descending score, of equal scores
+        the lower index first, then -1; and count [] or [B] int64: how many of them are no padding.
 
     Gradients: none, the result is indices.
 

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.jit.annotations import BroadcastingList2
 
-from relops.ops._regions import Boxes, as_rows, checked_region, register_differentiable_boxes
+from relops.ops._regions import Boxes, BroadcastingList2, as_rows, checked_region, register_differentiable_boxes
 
 
 def prroi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
@@ -17,9 +16,7 @@ def prroi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int],
 
     Args:
         input: [N,C,H,W], float64, float32, float16 or bfloat16. channels_last is read as it lies.
-        boxes: [K,5], rows of (batch index, x1, y1, x2, y2) in image pixels; or a list of N tensors [Ki,4] without the
-            index. In the dtype of input, or float32 beside a 16-bit input (recommended: a bfloat16 coordinate is off by
-            a pixel at 200). Computed in float32 or better.
+        boxes: as in `roi_align`.
         output_size: (PH,PW), or one int for both.
         spatial_scale: pixels of the map per pixel of the image.
 

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.jit.annotations import BroadcastingList2
 
 from relops.ops._regions import (
     Boxes,
+    BroadcastingList2,
     as_rows,
     check_divisible,
     check_sampling_ratio,

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.jit.annotations import BroadcastingList2
 
 from relops.ops._maps import empty, is_channels_last
 from relops.ops._regions import (
     Boxes,
+    BroadcastingList2,
     as_rows,
     check_divisible,
     checked_region,
@@ -34,8 +34,8 @@ def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int]
         [K,C/(PH*PW),PH,PW] in the dtype of input, channels_last if input is. Sums are in float32 for 16-bit input. A
         box with a coordinate that is not finite gives zeros.
 
-    Gradients: to input. None to boxes: rounding has no useful gradient, and boxes.grad stays None. Not twice
-    differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+    Gradients: to input. None to boxes: rounding has no useful gradient, and boxes.grad stays None. Second derivatives
+    and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
 
     Raises:
         TypeError, ValueError, IndexError: as `roi_align`; ValueError also where PH * PW does not divide C.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
+from relops.ops._autograd import register_autograd, register_no_double_backward
 from relops.ops._checks import (
     FEATURE_DTYPES,
     LARGEST,
@@ -13,7 +14,6 @@ from relops.ops._checks import (
     check_number,
     check_tensor,
     is_int,
-    no_double_backward,
 )
 
 
@@ -35,7 +35,7 @@ def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) ->
         [..,dim], float32 for integers, otherwise in the dtype of ranks. Angles are float64 for every dtype, so that
         large ranks keep their place. A rank that is not finite gives NaN.
 
-    Gradients: to ranks where they are floating point. Not twice differentiable: asking for it raises RuntimeError.
+    Gradients: to ranks where they are floating point. Second derivatives and forward-mode AD raise RuntimeError.
 
     Raises:
         TypeError: a dtype, or an argument of another type.
@@ -84,6 +84,6 @@ def _vmap(info, in_dims, ranks, dim, wavelength):
 
 torch.library.register_fake("relops::rank_embedding", _fake)
 torch.library.register_fake("relops::_rank_embedding_backward", _fake_backward)
-torch.library.register_autograd("relops::rank_embedding", _backward, setup_context=_setup_context)
-torch.library.register_autograd("relops::_rank_embedding_backward", no_double_backward("rank_embedding"))
+register_autograd("rank_embedding", _backward, setup_context=_setup_context)
+register_no_double_backward("rank_embedding")
 torch.library.register_vmap("relops::rank_embedding", _vmap)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from relops._library import check_device_has_kernels
+from relops.ops._autograd import register_autograd, register_no_double_backward
 from relops.ops._checks import (
     LARGEST,
     SMALLEST,
@@ -18,7 +19,6 @@ from relops.ops._checks import (
     check_number,
     check_shape,
     compute_dtype,
-    no_double_backward,
     under_autocast,
     widest_under_autocast,
 )
@@ -76,7 +76,7 @@ def relation_attention(
     Gradients: to query, key, value, query_boxes, key_boxes, geometry_weight and geometry_bias; only those asked for are
     computed. None passes where a maximum above takes its constant: where b <= 1e-6 to geometry_weight, geometry_bias
     and boxes, where |dx| / w <= 1e-3 through that coordinate. Masked keys, and queries without keys, have zero
-    gradient. Not twice differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+    gradient. Second derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
 
     Raises:
         TypeError: a dtype, or an argument of another type.
@@ -184,6 +184,6 @@ def _vmap(info, in_dims, *args):
 
 torch.library.register_fake("relops::relation_attention", _fake)
 torch.library.register_fake("relops::_relation_attention_backward", _fake_backward)
-torch.library.register_autograd("relops::relation_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("relops::_relation_attention_backward", no_double_backward("relation_attention"))
+register_autograd("relation_attention", _backward, setup_context=_setup_context)
+register_no_double_backward("relation_attention")
 torch.library.register_vmap("relops::relation_attention", _vmap)

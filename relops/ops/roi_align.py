@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.jit.annotations import BroadcastingList2
 
 from relops.ops._regions import (
     Boxes,
+    BroadcastingList2,
     as_rows,
     check_sampling_ratio,
     check_type,
@@ -34,6 +34,7 @@ def roi_align(
         boxes: [K,5], rows of (batch index, x1, y1, x2, y2) in image pixels; or a list of N tensors [Ki,4] without the
             index. In the dtype of input, or float32 beside a 16-bit input (recommended: a bfloat16 coordinate is off by
             a pixel at 200). Computed in float32 or better.
+            A batch index within 2^-10 of an integer is that integer, any other is truncated toward zero.
         output_size: (PH,PW), or one int for both.
         spatial_scale: pixels of the map per pixel of the image.
         sampling_ratio: n, at most 65536; if not positive, the size of the bin in pixels, rounded up, on each axis.
@@ -45,7 +46,7 @@ def roi_align(
         a coordinate that is not finite gives zeros.
 
     Gradients: to input, and to boxes where they require it; only those asked for are computed. The batch index gets
-    zero, and so does a box that is not finite. Not twice differentiable: asking for it raises RuntimeError. Backward is
+    zero, and so does a box that is not finite. Second derivatives and forward-mode AD raise RuntimeError. Backward is
     bit-identical from run to run.
 
     Raises:

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.jit.annotations import BroadcastingList2
 
 from relops.ops._maps import empty, is_channels_last
 from relops.ops._regions import (
     Boxes,
+    BroadcastingList2,
     as_rows,
     checked_region,
     fake_forward,
@@ -24,9 +24,7 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], s
 
     Args:
         input: [N,C,H,W], float64, float32, float16 or bfloat16. channels_last is read as it lies.
-        boxes: [K,5], rows of (batch index, x1, y1, x2, y2) in image pixels; or a list of N tensors [Ki,4] without the
-            index. In the dtype of input, or float32 beside a 16-bit input (recommended: a bfloat16 coordinate is off by
-            a pixel at 200). Computed in float32 or better.
+        boxes: as in `roi_align`.
         output_size: (PH,PW), or one int for both.
         spatial_scale: pixels of the map per pixel of the image.
 
@@ -35,7 +33,7 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], s
         zeros.
 
     Gradients: to input, at the first of equal maxima. None to boxes: rounding has no useful gradient, and boxes.grad
-    stays None. Not twice differentiable: asking for it raises RuntimeError. Backward is bit-identical from run to run.
+    stays None. Second derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
 
     Raises:
         TypeError, ValueError, IndexError: as `roi_align`.

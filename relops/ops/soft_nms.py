@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
+from relops.ops._autograd import register_no_gradient
 from relops.ops._boxes import (
+    box_dtype,
     check_boxes,
     check_idxs,
     check_iou_threshold,
     check_scores,
-    computed,
     unknown_count,
 )
-from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number, compute_dtype
+from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number
 
 METHODS = ("linear", "gaussian")
 
@@ -35,8 +36,8 @@ def soft_nms(
     Args:
         boxes: [K,4] or [B,K,4], as in `relops.nms`. Give a batch, boxes[None], where nothing may wait for the device:
             its result has a size known beforehand, so that it can be captured in a CUDA graph.
-        scores: [K] or [B,K], as in `relops.nms`. If either is float64, boxes and scores are computed in it, else in
-            float32.
+        scores: [K] or [B,K], as in `relops.nms`. If boxes are float64 or 64-bit integers, or scores float64, both
+            are computed in float64, else in float32.
         method: "gaussian" or "linear".
         iou_threshold: of "linear", in [0,1]; "gaussian" does not use it.
         sigma: of "gaussian", a finite positive number; "linear" does not use it.
@@ -49,7 +50,7 @@ def soft_nms(
         length makes this wait for the device once. For a batch: keep [B,K] padded with -1, and scores [B,K] padded
         with 0. Scores have the dtype of the scores given.
 
-    Gradients: none, neither to boxes nor to scores.
+    Gradients: none, neither to boxes nor to scores. Forward-mode AD raises RuntimeError.
 
     Raises:
         TypeError: a dtype, or an argument of another type.
@@ -69,10 +70,10 @@ def soft_nms(
     if idxs is not None:
         check_idxs(op, idxs, boxes)
         idxs = idxs.to(torch.int64)
-    dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+    dtype = torch.promote_types(box_dtype(boxes.dtype), box_dtype(scores.dtype))
     keep, decayed = torch.ops.relops.soft_nms(
-        computed(boxes.detach()).to(dtype),
-        computed(scores.detach()).to(dtype),
+        boxes.to(dtype),
+        scores.to(dtype),
         method,
         iou_threshold,
         sigma,
@@ -88,6 +89,4 @@ def _fake(boxes, scores, method="gaussian", iou_threshold=0.3, sigma=0.5, score_
     return boxes.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 
 
-# Without it the scores of an op that has no backward come out with one that raises.
-_library = torch.library.Library("relops", "IMPL")
-_library.impl("soft_nms", torch.library.fallthrough_kernel, "Autograd")
+register_no_gradient("soft_nms")

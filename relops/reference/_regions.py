@@ -38,10 +38,12 @@ def split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor
     Where they are not, they are replaced by 0 before any arithmetic: a NaN would come back in the gradients.
     """
     boxes = box_rows(boxes)
-    batch = boxes[:, 0].detach()
+    index = boxes[:, 0].detach().to(compute_dtype(input))
+    # Within 2^-10 of an integer it is that; else its fraction is dropped.
+    batch = torch.where((index - index.round()).abs() <= 2**-10, index.round(), index.trunc())
     outside = ~((batch >= 0) & (batch < len(input)))
     if outside.any():
-        raise IndexError(f"boxes: a batch index must be in [0,{len(input)}), got {batch[outside][0].item()}")
+        raise IndexError(f"boxes: a batch index must be in [0,{len(input)}), got {index[outside][0].item()}")
     finite = boxes[:, 1:].isfinite().all(1)
     return batch.long(), torch.where(finite[:, None], boxes[:, 1:].to(compute_dtype(input)), 0), finite
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from relops.reference._suppression import kept_in_order, present
+from relops.reference.box_iou import compute_dtype
 
 
 def batched_nms(
@@ -14,8 +15,8 @@ def batched_nms(
     idxs: Tensor,  # [K]
     iou_threshold: float,
 ) -> Tensor:  # [kept]
-    """16-bit boxes are computed in float32."""
-    boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    """Boxes of 16 bits are computed in float32, of 64-bit integers in float64, of other integers in float32."""
+    boxes = boxes.detach().to(compute_dtype(boxes))
     order = scores.detach().argsort(descending=True, stable=True)
     order = order[present(boxes, scores)[order]]
     by_class = order[idxs[order].argsort(stable=True)]

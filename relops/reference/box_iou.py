@@ -10,13 +10,23 @@ def box_iou(
     a: Tensor,  # [..,A,4]
     b: Tensor,  # [..,B,4]
 ) -> Tensor:  # [..,A,B]
-    """16-bit boxes are computed in float32."""
-    return ratio(*intersection_and_union(*pairs(a, b)))
+    """64-bit integers are computed in float64, the result is float32 as for all integers."""
+    return ratio(*intersection_and_union(*pairs(a, b))).to(result_dtype(a, b))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 for float64 and 64-bit integers, float32 for all else."""
+    wide = any(x.dtype in (torch.float64, torch.int64, torch.uint64) for x in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [..,A,1,4] and [..,1,B,4]
-    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-    return a.unsqueeze(-2), b.unsqueeze(-3)
+    dtype = compute_dtype(a, b)
+    return a.to(dtype).unsqueeze(-2), b.to(dtype).unsqueeze(-3)
+
+
+def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
 def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [..,A,1,4] and [..,1,B,4]

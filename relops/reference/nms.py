@@ -13,5 +13,5 @@ def nms(
     scores: Tensor,  # [K]
     iou_threshold: float,
 ) -> Tensor:  # [kept]
-    """16-bit boxes are computed in float32."""
+    """Boxes of 16 bits are computed in float32, of 64-bit integers in float64, of other integers in float32."""
     return batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)

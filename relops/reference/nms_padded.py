@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from relops.reference._suppression import kept_in_order, present
+from relops.reference.box_iou import compute_dtype
 
 
 def nms_padded(
@@ -16,14 +17,14 @@ def nms_padded(
     idxs: Tensor | None = None,  # [...,K]
     score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # [...,max_output], [...]
-    """16-bit boxes are computed in float32."""
+    """Boxes of 16 bits are computed in float32, of 64-bit integers in float64, of other integers in float32."""
     if boxes.dim() == 2:
         keep, count = nms_padded(
             boxes[None], scores[None], iou_threshold, max_output, None if idxs is None else idxs[None], score_threshold
         )
         return keep[0], count[0]
     B, K = scores.shape
-    boxes, scores = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (boxes, scores))
+    boxes, scores = (x.detach().to(compute_dtype(x)) for x in (boxes, scores))
     groups = torch.arange(B, device=boxes.device)[:, None].expand(B, K)
     if idxs is not None:
         classes, idxs = idxs.unique(return_inverse=True)

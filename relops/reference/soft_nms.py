@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relops.reference._suppression import present
-from relops.reference.box_iou import intersection_and_union, pairs
+from relops.reference.box_iou import compute_dtype, intersection_and_union, pairs
 
 
 def soft_nms(
@@ -18,7 +18,7 @@ def soft_nms(
     score_threshold: float = 1e-3,
     idxs: Tensor | None = None,  # [K] or [B,K]
 ) -> tuple[Tensor, Tensor]:  # [kept] each, or [B,K] each
-    """16-bit inputs are computed in float32."""
+    """Boxes and scores are computed in float64 if either is, or boxes are 64-bit integers, else in float32."""
     if boxes.dim() == 2:
         keep, decayed = soft_nms(
             boxes[None], scores[None], method, iou_threshold, sigma, score_threshold,
@@ -26,7 +26,7 @@ def soft_nms(
         )  # fmt: skip
         kept = keep[0] >= 0
         return keep[0, kept], decayed[0, kept]
-    dtype = torch.promote_types(torch.promote_types(boxes.dtype, scores.dtype), torch.float32)
+    dtype = compute_dtype(boxes, scores)
     boxes, current = boxes.detach().to(dtype), scores.detach().to(dtype)
     B, K = scores.shape
 

@@ -1,0 +1,75 @@
+"""Registration of autograd: of an op's formula for reverse mode, and of the refusal of forward mode, for all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class _Library(torch.library.Library):
+    """Registers autograd kernels that look for tangents first: without that, torch drops them in silence."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", *, with_keyset: bool = False) -> None:
+        op = op_name.removeprefix("_").removesuffix("_backward")
+
+        def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+                _refuse_tangents(op, args)
+            return fn(keyset, *args)
+
+        super().impl(op_name, kernel, dispatch_key, with_keyset=with_keyset)
+
+
+_library = _Library("relops", "IMPL")
+
+
+def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    """As torch.library.register_autograd; forward mode raises RuntimeError."""
+    torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context, lib=_library)
+
+
+def register_no_double_backward(op: str) -> None:
+    """Make the backward of the op's backward raise, where silence would give a wrong higher-order gradient."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"relops.{op}: its backward is not differentiable (double backward is not provided). Call backward "
+            "without create_graph=True."
+        )
+
+    register_autograd(f"_{op}_backward", backward)
+
+
+def register_no_gradient(op: str) -> None:
+    """Make the outputs of the op constants, floating ones too, whatever its inputs require; forward mode raises."""
+    overload = getattr(torch.ops.relops, op).default
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in _tensors(args)):
+        raise RuntimeError(
+            f"relops.{op} does not provide forward-mode AD (torch.func.jvp, jacfwd, linearize and hessian, "
+            "torch.autograd.forward_ad). Use reverse mode: backward or torch.autograd.grad."
+        )
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """All tensors of the arguments, and what the transforms of torch.func wrapped to make them."""
+    for x in args:
+        if isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+        elif isinstance(x, Tensor):
+            yield x
+            while torch._C._functorch.is_functorch_wrapped_tensor(x):
+                x = torch._C._functorch.get_unwrapped(x)
+                yield x
