@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import grad_like
-from conftest import DTYPES, assert_matches, why_no_cuda
+from conftest import DTYPES, assert_matches, run_python, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from regions import REGIONS, Case, Region, as_rows, box_dtype, random_boxes
@@ -122,6 +123,12 @@ SHAPES = {
     "one bin": Case(H=30, W=20, C=4, output_size=(1, 1)),
     "odd scale": Case(spatial_scale=0.0625 * 1.5),
 }
+# Of more bins, or of more pixels in one, than the kernels work on together.
+LARGE = {
+    "parts of rows": Case(H=5, W=6, C=17, N=1, K=4, output_size=(2, 1100)),
+    "many rows": Case(H=6, W=5, C=17, N=1, K=4, output_size=(50, 41)),
+    "large bin": Case(H=70, W=90, C=20, K=4, output_size=(1, 1)),
+}
 
 
 def variants(region: Region, case: Case) -> list[Case]:
@@ -160,6 +167,66 @@ def test_channels_last(region: Region, name: str, dtype: torch.dtype, device: st
         assert_matches(actual[result], expected, result)
         if result != "boxes":
             assert actual[result].is_contiguous(memory_format=torch.channels_last), result
+
+
+@every
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_large_outputs_and_bins(region: Region, case: Case, layout: torch.memory_format, device: str) -> None:
+    for variant in variants(region, case):
+        features, boxes = draw(region, variant, device)
+        region.assert_matches_twin([x.to(memory_format=layout) for x in features], boxes, variant)
+
+
+MEMORY = """
+import os, resource
+import torch
+from regions import REGIONS, Case
+
+def peak():  # in KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def grown(results, step):
+    before = peak()
+    results.extend(step())
+    return peak() - before - sum(x.numel() * x.element_size() for x in results) // 1024
+
+torch.set_num_threads(1)
+for region in REGIONS.values():
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for C, side, H in ((2, 2048, 40), (32, 512, 40), (2, 1, 1500)):
+            if region.position_sensitive:
+                C, side, H = 1, min(side, 256), 8 if side > 1 else H
+            case = Case(H, H, C, 1, 1, (side, side), 1.0)
+            features = [x.bfloat16().to(memory_format=layout).requires_grad_() for x in region.features(case)]
+            boxes = torch.tensor([[0.0, 0.0, 0.0, H, H]])
+            pid = os.fork()
+            if pid:
+                os.waitpid(pid, 0)
+                continue
+            few = Case(8, 8, 16, 1, 1, (2, 2), 1.0)
+            region.run(region.features(few), boxes.double(), few)  # what is loaded at the first call
+            outputs, grads = [], []
+            forward = grown(outputs, lambda: [region(features, boxes.requires_grad_(region.box_gradient), case)])
+            grad = torch.ones_like(outputs[0])
+            wanted = features + [boxes] * region.box_gradient
+            backward = grown(grads, lambda: torch.autograd.grad(outputs[0], wanted, grad, allow_unused=True))
+            sums = sum(4 * x.numel() // 1024 for x in features)  # of gradients of 16 bits
+            print(region.name, layout, C, side, forward, backward - sums, sep=",", flush=True)
+            os._exit(0)
+"""
+
+
+def test_memory_does_not_grow_with_the_output() -> None:
+    """Nor with the pixels of a bin: beside inputs, results and their sums in float32, a thread takes a few MB."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak of the resident set in the unit of Linux")
+    # So that what is freed is given back, and what is taken next shows.
+    done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(",") for line in done.stdout.splitlines()]
+    assert len(lines) == len(REGIONS) * 6
+    assert not [line for line in lines if max(map(int, line[-2:])) > 4 << 10]
 
 
 @every

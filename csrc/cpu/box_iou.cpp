@@ -72,7 +72,8 @@ struct Kernels {
                                   static_cast<const C*>(p.b.const_data_ptr()),
                                   static_cast<C*>(output.mutable_data_ptr())};
       use_huge_pages(args.output, output.numel() * sizeof(C));
-      RELOPS_CALL_ISA(box_iou_forward, args, p.generalized, torch::stable::get_num_threads());
+      const double work = (p.generalized ? 8.0 : 5.0) * vectors_of<C>(output.numel());
+      RELOPS_CALL_ISA(box_iou_forward, args, p.generalized, threads_for(work));
     });
   }
 
@@ -86,13 +87,15 @@ struct Kernels {
     }
     const Tensor memory = torch::stable::new_empty(pairs.a, {tiles > 1 ? tiles : 0, size});
     C* const shares = tiles > 1 ? static_cast<C*>(memory.mutable_data_ptr()) : p.result;
-    RELOPS_CALL_ISA(box_iou_backward, p, shares, torch::stable::get_num_threads());
+    const double work = (p.generalized ? 17.0 : 13.0) * vectors_of<C>(size / 4.0 * p.other_count);
+    RELOPS_CALL_ISA(box_iou_backward, p, shares, threads_for(work));
     if (tiles == 1) return;
-    torch::stable::parallel_for(0, size, kPairsPerItem / 8, [&](int64_t begin, int64_t end) {
-      std::copy(shares + begin, shares + end, p.result + begin);
-      for (int64_t tile = 1; tile < tiles; ++tile)
-        for (int64_t i = begin; i < end; ++i) p.result[i] += shares[tile * size + i];
-    });
+    for_each_range(size, threads_for(vectors_of<C>(static_cast<double>(tiles) * size)),
+                   [&](int64_t begin, int64_t end) {
+                     std::copy(shares + begin, shares + end, p.result + begin);
+                     for (int64_t tile = 1; tile < tiles; ++tile)
+                       for (int64_t i = begin; i < end; ++i) p.result[i] += shares[tile * size + i];
+                   });
   }
 };
 

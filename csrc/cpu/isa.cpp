@@ -35,6 +35,8 @@ Isa isa() {
   return chosen;
 }
 
+int64_t vector_bytes(Isa isa) { return isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16; }
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kAvx512:

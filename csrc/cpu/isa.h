@@ -1,6 +1,8 @@
 // The instruction set the CPU kernels use, chosen when first asked and then kept.
 #pragma once
 
+#include <cstdint>
+
 namespace relops {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
@@ -9,5 +11,8 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 Isa isa();
 
 const char* isa_name(Isa isa);
+
+// Of the vectors that kernels for it use.
+int64_t vector_bytes(Isa isa);
 
 }  // namespace relops

@@ -42,9 +42,6 @@ namespace relops {
 
 namespace {
 
-// About 25 microseconds of work: for less, waking another thread does not pay.
-constexpr int64_t kCostsPerThread = 1 << 15;
-
 void check_sizes(const char* name, const char* letter, const int64_t* sizes, int64_t B, int64_t limit) {
   for (int64_t b = 0; sizes != nullptr && b < B; ++b)
     if (sizes[b] < 0 || sizes[b] > limit)
@@ -70,8 +67,10 @@ std::tuple<Tensor, Tensor> linear_sum_assignment(const Tensor& cost, const std::
                            maximize,
                            static_cast<int64_t*>(row_to_col.mutable_data_ptr()),
                            static_cast<int64_t*>(col_to_row.mutable_data_ptr())};
-    const int64_t worth_it = 1 + p.cost.numel() / kCostsPerThread;
-    RELOPS_CALL_ISA(linear_sum_assignment, args, std::min<int64_t>(torch::stable::get_num_threads(), worth_it));
+    // Rows are scanned more often where the columns are no more than they are.
+    const double n = std::min(p.R, p.C), m = std::max(p.R, p.C);
+    const double scans = n * (1 + 10 * n / m), work = p.B * scans * (30 + 2.5 * vectors_of<double>(m));
+    RELOPS_CALL_ISA(linear_sum_assignment, args, threads_for(work));
   });
   return {row_to_col, col_to_row};
 }

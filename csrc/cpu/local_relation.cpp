@@ -143,11 +143,18 @@ namespace relops {
 namespace {
 
 struct Kernels {
+  // The work of a forward, or of so many.
+  template <class T>
+  static double nanoseconds(const LocalRelationArgs<T>& a, double times) {
+    const double logits = static_cast<double>(a.N) * a.G * a.Ho * a.Wo * a.k * a.k;
+    return times * vectors_of<ComputeType<T>>(logits) * (12 + a.m);
+  }
+
   template <Similarity kSimilarity, class T>
   static void forward(const LocalRelation&, const LocalRelationArgs<T>& a) {
     const WindowRows rows{a.H, a.Ho, a.k, a.stride, a.dilation};
     const LocalRelationItems items(a, rows);
-    RELOPS_CALL_ISA(local_relation_forward<kSimilarity>, a, rows, items, torch::stable::get_num_threads());
+    RELOPS_CALL_ISA(local_relation_forward<kSimilarity>, a, rows, items, threads_for(nanoseconds(a, 1)));
   }
 
   template <Similarity kSimilarity, class T>
@@ -162,8 +169,7 @@ struct Kernels {
     const LocalRelationItems items(a, rows);
     const int64_t shares = a.N * items.strips, taps = a.G * a.k * a.k;
     std::vector<double> prior(a.grad_prior == nullptr ? 0 : shares * taps);  // [N,strips,G,k,k]
-    RELOPS_CALL_ISA(local_relation_backward<kSimilarity>, a, rows, items, prior.data(),
-                    torch::stable::get_num_threads());
+    RELOPS_CALL_ISA(local_relation_backward<kSimilarity>, a, rows, items, prior.data(), threads_for(nanoseconds(a, 3)));
     if (a.grad_prior == nullptr) return;
     for (int64_t i = 0; i < taps; ++i) {
       double total = 0;

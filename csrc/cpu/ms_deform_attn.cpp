@@ -72,7 +72,7 @@ Tensor forward(const MsDeformAttnInputs& in) {
     using T = typename decltype(t)::type;
     auto a = make_args<T, typename decltype(u)::type>(in, levels);
     a.output = static_cast<T*>(output.mutable_data_ptr());
-    RELOPS_CALL_ISA(ms_deform_attn_forward, a, torch::stable::get_num_threads());
+    RELOPS_CALL_ISA(ms_deform_attn_forward, a);
   });
   return output;
 }
@@ -108,11 +108,11 @@ MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_outp
       a.grad_weights = static_cast<U*>(grads.weights.mutable_data_ptr());
     }
     if (wanted.reference) a.grad_reference = static_cast<C*>(head_shares.mutable_data_ptr());
-    RELOPS_CALL_ISA(ms_deform_attn_backward, a, torch::stable::get_num_threads());
+    RELOPS_CALL_ISA(ms_deform_attn_backward, a);
     if (!wanted.reference) return;
     C* sum = static_cast<C*>(grads.reference.mutable_data_ptr());
     const int64_t size = z.Q * z.L * z.R;
-    torch::stable::parallel_for(0, z.N * size, 4096, [&](int64_t begin, int64_t end) {
+    for_each_range(z.N * size, threads_for(static_cast<double>(z.N) * z.M * size), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t m = 0; m < z.M; ++m) sum[i] += a.grad_reference[(i / size * z.M + m) * size + i % size];
     });

@@ -405,6 +405,13 @@ bool worth_packing(const MsDeformAttnArgs<T, U>& a) {
   return a.D % kLanes<ComputeType<T>> != 0 || a.Q * a.L * a.P * 4 > 2 * a.S;
 }
 
+// The work of a direction, by that of a vector of a row that is sampled and by that of one of value.
+template <class T, class U>
+double nanoseconds(const MsDeformAttnArgs<T, U>& a, double sampled, double of_value) {
+  const double vectors = ceil_div(a.D, kLanes<ComputeType<T>>), items = static_cast<double>(a.N) * a.M;
+  return items * (a.Q * a.L * a.P * (4 + 4 * sampled * vectors) + a.S * of_value * vectors);
+}
+
 // Parts into which the queries of a pair are split where every part has dense rows of its own: `enough` to balance the
 // threads where there are pairs for all of them, else as few as occupy them, and never more than 4, which bounds
 // memory.
@@ -469,12 +476,13 @@ class RowSource {
 }  // namespace
 
 template <class T, class U>
-void ms_deform_attn_forward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
+void ms_deform_attn_forward(const MsDeformAttnArgs<T, U>& a) {
   using C = ComputeType<T>;
+  const int64_t threads = threads_for(nanoseconds(a, 1, worth_packing(a) ? 2 : 0));
   // Tasks of one (n, m) are neighbours, so a thread that gets several packs once.
   const int64_t pairs = a.N * a.M;
   const int64_t parts = std::min(a.Q, worth_packing(a) ? packing_parts(threads, pairs, 8) : 1 + 4 * threads / pairs);
-  torch::stable::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
+  for_each_range(pairs * parts, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     const SampleConstants<C> constants(a, scratch);
     const Samples<C> samples(constants.padded, false, scratch);
@@ -493,8 +501,9 @@ void ms_deform_attn_forward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
 }
 
 template <class T, class U>
-void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
+void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a) {
   using C = ComputeType<T>;
+  const int64_t threads = threads_for(nanoseconds(a, 3, worth_packing(a) || a.grad_value != nullptr ? 4 : 0));
   const int64_t pairs = a.N * a.M, width = round_up(a.D, kLanes<C>);
   const bool scatter = a.grad_value != nullptr;
   // In place, a float32 or float64 gradient is its own array of sums.
@@ -520,7 +529,7 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
     }
   };
 
-  torch::stable::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
+  for_each_range(pairs * parts, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     const SampleConstants<C> constants(a, scratch);
     const Samples<C> samples(constants.padded, true, scratch);
@@ -565,13 +574,14 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a, int64_t threads) {
   });
 
   if (part_sums == nullptr) return;
-  torch::stable::parallel_for(0, pairs * a.S, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {
-      const int64_t pair = i / a.S, row = i % a.S, rows = std::min(a.S - row, end - i);
-      write_grad_value(pair, part_sums + pair * parts * sums_size, row, row + rows);
-      i += rows;
-    }
-  });
+  for_each_range(pairs * a.S, threads_for(vectors_of<C>(static_cast<double>(pairs) * parts * sums_size)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end;) {
+                     const int64_t pair = i / a.S, row = i % a.S, rows = std::min(a.S - row, end - i);
+                     write_grad_value(pair, part_sums + pair * parts * sums_size, row, row + rows);
+                     i += rows;
+                   }
+                 });
 }
 
 }  // namespace relops::RELOPS_ISA

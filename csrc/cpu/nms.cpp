@@ -57,7 +57,7 @@ int64_t rank(const C* boxes, const S* scores, int64_t K, S score_threshold, uint
 template <class C, class S>
 Kept suppress(const NmsProblem& p, int64_t max_output) {
   Kept result(p, max_output);
-  const int64_t B = p.B, K = p.K, threads = torch::stable::get_num_threads();
+  const int64_t B = p.B, K = p.K;
   const auto* boxes = static_cast<const C*>(p.boxes.const_data_ptr());
   const auto* scores = static_cast<const S*>(p.scores.const_data_ptr());
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
@@ -71,7 +71,7 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   auto* grouped = idxs ? scratch.take<uint32_t>(B * K) : ranked;  // by class, and then by score
   auto* sorted = scratch.take<SharedBox<C>>(B * K);               // in that order
   auto* kept = scratch.take<uint8_t>(B * K);                      // likewise
-  for_each_item(B, threads, [&] {
+  for_each_item(B, threads_for(B * (3e3 + (idxs ? 30.0 : 15.0) * K)), [&] {
     return [&](int64_t b) {
       const int64_t at = b * K;
       n[b] = rank(boxes + 4 * at, scores + at, K, static_cast<S>(p.score_threshold), ranked + at);
@@ -88,7 +88,7 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   for (int64_t b = 0; b < B; ++b)
     for (const auto& [begin, end] : ranges[b]) classes.push_back({b * K + begin, b * K + end});
   const NmsArgs<C> args{sorted, classes.data(), static_cast<int64_t>(classes.size()), threshold, max_output, kept};
-  RELOPS_CALL_ISA(suppress_classes, args, threads);
+  RELOPS_CALL_ISA(suppress_classes, args);
 
   auto* keep = static_cast<int64_t*>(result.keep.mutable_data_ptr());
   auto* count = static_cast<int64_t*>(result.count.mutable_data_ptr());

@@ -54,6 +54,8 @@ class KeptBoxes {
   int64_t count_ = 0;
 };
 
+constexpr double kNanosecondsOfGroup = 2.5;  // of kept boxes, compared with a box
+
 // Room for n kept boxes, in values.
 template <class C>
 constexpr int64_t kept_size(int64_t n) {
@@ -62,24 +64,18 @@ constexpr int64_t kept_size(int64_t n) {
 
 // Marks those of the n boxes of a class that are kept, most at most. kept[i] is 0 at first.
 template <class C>
-void suppress_class(const SharedBox<C>* boxes, int64_t n, C threshold, int64_t most, uint8_t* kept, C* room,
-                    int64_t threads) {
+void suppress_class(const SharedBox<C>* boxes, int64_t n, C threshold, int64_t most, uint8_t* kept, C* room) {
   constexpr int64_t kBlock = 512, kTile = 32;  // boxes; groups, which fit in L1
   KeptBoxes<C> before(room, threshold);
   uint8_t gone[kBlock];
   for (int64_t begin = 0; begin < n && before.count() < most; begin += kBlock) {
     const int64_t size = std::min(kBlock, n - begin), groups = before.groups();
     std::memset(gone, 0, sizeof(gone));
-    const auto compare = [&](int64_t from, int64_t to) {
+    for_each_range(size, threads_for(kNanosecondsOfGroup * groups * size), [&](int64_t from, int64_t to) {
       for (int64_t tile = 0; tile < groups; tile += kTile)
         for (int64_t i = from; i < to; ++i)
           if (!gone[i]) gone[i] = before.suppress(boxes[begin + i], tile, std::min(tile + kTile, groups));
-    };
-    // Waking other threads takes some 10 us, about 4000 groups.
-    if (threads > 1 && groups * size > 16384)
-      torch::stable::parallel_for(0, size, 32, compare);
-    else
-      compare(0, size);
+    });
     const int64_t first = groups > 0 ? groups - 1 : 0;  // where this block's own begin, at the latest
     for (int64_t i = 0; i < size && before.count() < most; ++i)
       if (!gone[i] && !before.suppress(boxes[begin + i], first, before.groups())) {
@@ -90,30 +86,34 @@ void suppress_class(const SharedBox<C>* boxes, int64_t n, C threshold, int64_t m
 }
 
 template <class C>
-void suppress_classes(const NmsArgs<C>& a, int64_t threads) {
+void suppress_classes(const NmsArgs<C>& a) {
   // Large classes one by one, with all threads; the others side by side.
   constexpr int64_t kLarge = 4096;
   int64_t largest = 0;
+  double groups = 0;  // compared with small ones, if half of the boxes are kept
   std::vector<int64_t> small;
   const auto size = [&](int64_t c) { return a.classes[c].end - a.classes[c].begin; };
-  const auto do_class = [&](int64_t c, C* room, int64_t threads) {
+  const auto do_class = [&](int64_t c, C* room) {
     const int64_t begin = a.classes[c].begin;
-    suppress_class(a.boxes + begin, size(c), a.threshold, a.most, a.kept + begin, room, threads);
+    suppress_class(a.boxes + begin, size(c), a.threshold, a.most, a.kept + begin, room);
   };
   for (int64_t c = 0; c < a.num_classes; ++c)
     if (size(c) > kLarge) {
       Scratch scratch;
-      do_class(c, scratch.take<C>(kept_size<C>(std::min(size(c), a.most))), threads);
+      do_class(c, scratch.take<C>(kept_size<C>(std::min(size(c), a.most))));
     } else {
       small.push_back(c);
       largest = std::max(largest, size(c));
+      const double boxes = std::min<double>(size(c), 2.0 * a.most);
+      groups += boxes * (2 + boxes / (4 * kLanes<C>));
     }
+  const int64_t threads = threads_for(kNanosecondsOfGroup * groups);
   // A thread takes several classes at a time, where they are many.
   const int64_t count = small.size(), share = std::max<int64_t>(1, count / (16 * threads));
   for_each_item(ceil_div(count, share), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), room = static_cast<C*>(nullptr)](int64_t item) mutable {
       if (room == nullptr) room = scratch->template take<C>(kept_size<C>(largest));
-      for (int64_t i = item * share; i < std::min(count, (item + 1) * share); ++i) do_class(small[i], room, 1);
+      for (int64_t i = item * share; i < std::min(count, (item + 1) * share); ++i) do_class(small[i], room);
     };
   });
 }

@@ -21,8 +21,6 @@ namespace relops {
 
 namespace {
 
-constexpr int64_t kAnglesPerTask = 8192;
-
 struct Kernels {
   // A multiple of any vector's lanes; what is past the end repeats the last one.
   template <class T, class O>
@@ -34,15 +32,16 @@ struct Kernels {
   }
 
   template <class T, class O, class F>
-  static void parallel(const RankEmbeddingArgs<T, O>& args, F f) {
-    torch::stable::parallel_for(0, args.count, std::max<int64_t>(1, kAnglesPerTask / args.half), f);
+  static void parallel(const RankEmbeddingArgs<T, O>& args, double nanoseconds_of_vector, F f) {
+    const double angles = static_cast<double>(args.count) * args.half;
+    for_each_range(args.count, threads_for(nanoseconds_of_vector * vectors_of<double>(angles)), f);
   }
 
   template <class T, class O>
   static void forward(const char*, const Tensor&, const RankEmbeddingArgs<T, O>& args) {
     const std::vector<double> all = frequencies(args);
     use_huge_pages(args.output, args.count * 2 * args.half * sizeof(O));
-    parallel(args, [&](int64_t begin, int64_t end) {
+    parallel(args, 7, [&](int64_t begin, int64_t end) {
       RELOPS_CALL_ISA(rank_embedding_forward, args, all.data(), begin, end);
     });
   }
@@ -50,7 +49,7 @@ struct Kernels {
   template <class T>
   static void backward(const char*, const Tensor&, const RankEmbeddingArgs<T, T>& args) {
     const std::vector<double> all = frequencies(args);
-    parallel(args, [&](int64_t begin, int64_t end) {
+    parallel(args, 13, [&](int64_t begin, int64_t end) {
       RELOPS_CALL_ISA(rank_embedding_backward, args, all.data(), begin, end);
     });
   }

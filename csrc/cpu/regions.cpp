@@ -146,6 +146,7 @@ struct Regions {
   Regions(const RegionProblem& p, bool slopes) : list(p.K), map_begin(p.levels.size() * p.N + 1), memory(p.K) {
     const C* boxes = static_cast<const C*>(p.boxes.const_data_ptr());
     const int64_t L = p.levels.size();
+    double steps = 0;
     std::vector<int32_t> levels(p.K);
     for (int64_t k = 0; k < p.K; ++k) {
       const C* box = boxes + 5 * k;
@@ -158,6 +159,7 @@ struct Regions {
         levels[k] = region_level(box[1], box[2], box[3], box[4], static_cast<C>(p.spec.canonical_box_size),
                                  static_cast<int>(p.spec.canonical_level), p.finest(), static_cast<int>(L));
       ++map_begin[map_of(p, levels[k], box) + 1];
+      steps += steps_of(p, p.levels[levels[k]], box);
     }
     for (size_t m = 1; m < map_begin.size(); ++m) map_begin[m] += map_begin[m - 1];
     std::vector<int64_t> next(map_begin.begin(), map_begin.end() - 1), place(p.K);
@@ -168,7 +170,7 @@ struct Regions {
     std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return top(i) < top(j); });
     for (int64_t k : order) place[k] = next[map_of(p, levels[k], boxes + 5 * k)]++;
 
-    torch::stable::parallel_for(0, p.K, 32, [&](int64_t begin, int64_t end) {
+    for_each_range(p.K, threads_for(10 * steps), [&](int64_t begin, int64_t end) {
       TapList<C> y, x;
       for (int64_t k = begin; k < end; ++k) {
         const C* box = boxes + 5 * k;
@@ -196,6 +198,14 @@ struct Regions {
 
   static bool is_finite(const C* box) {
     return std::isfinite(box[1]) && std::isfinite(box[2]) && std::isfinite(box[3]) && std::isfinite(box[4]);
+  }
+  // Samples, or pixels, on both axes of a box, at most.
+  static double steps_of(const RegionProblem& p, const RegionLevel& level, const C* box) {
+    if (p.spec.rule.sampling_ratio > 0) return static_cast<double>(p.spec.rule.sampling_ratio) * (p.PH + p.PW);
+    // NaN becomes the size of the map.
+    const double width = std::min<double>(level.W, std::abs(box[3] - box[1]) * level.scale);
+    const double height = std::min<double>(level.H, std::abs(box[4] - box[2]) * level.scale);
+    return p.PH + p.PW + width + height;
   }
   static int64_t map_of(const RegionProblem& p, int64_t level, const C* box) {
     return level * p.N + static_cast<int64_t>(region_image(box[0]));
@@ -229,12 +239,23 @@ struct RegionWork {
       args.most_columns = std::max<int64_t>(args.most_columns, region.x.high - region.x.low);
       args.most_taps_x = std::max<int64_t>(args.most_taps_x, region.x.most);
       args.most_taps_y = std::max<int64_t>(args.most_taps_y, region.y.most);
+      pixels += static_cast<double>(region.y.begin[p.PH]) * region.x.begin[p.PW];
     }
+  }
+
+  // The work of a kernel: what it does to a vector of pixels of a plane, to a vector of the channels of a pixel, or,
+  // position-sensitive, to a single number.
+  double nanoseconds(const RegionProblem& p, double of_plane, double of_pixel, double of_number) const {
+    if (args.position_sensitive) return of_number * pixels * args.out_channels;
+    if (!p.channels_last) return of_plane * vectors_of<C>(pixels * p.C) + 0.5 * p.K * p.PH * p.PW * p.C;
+    const double vectors = vectors_of<C>(p.C);
+    return pixels * (1 + of_pixel * (vectors < 1 ? p.C : vectors));
   }
 
   Regions<C> regions;
   std::vector<RegionMaps<T>> maps;
   RegionArgs<T> args{};
+  double pixels = 0;  // that bins read of a channel
 };
 
 Tensor forward(const RegionProblem& p) {
@@ -245,11 +266,10 @@ Tensor forward(const RegionProblem& p) {
     if (output.numel() == 0) return;
     work.args.output = static_cast<T*>(output.mutable_data_ptr());
     use_huge_pages(work.args.output, output.numel() * sizeof(T));
-    const int threads = torch::stable::get_num_threads();
     if (p.spec.rule.kind == RegionKind::kMaximum) {
-      RELOPS_CALL_ISA(region_maximum_forward, work.args, p.channels_last, threads);
+      RELOPS_CALL_ISA(region_maximum_forward, work.args, p.channels_last, threads_for(work.nanoseconds(p, 7, 1.5, 0)));
     } else {
-      RELOPS_CALL_ISA(region_mean_forward, work.args, p.channels_last, threads);
+      RELOPS_CALL_ISA(region_mean_forward, work.args, p.channels_last, threads_for(work.nanoseconds(p, 3, 1.5, 2)));
     }
   });
   return output;
@@ -263,19 +283,25 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     RegionWork<T> work(p, grads.wanted_boxes());
     auto& args = work.args;
     args.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
+    double filled = 0;  // vectors of the gradients of inputs
     for (size_t l = 0; l < p.levels.size(); ++l)
       if (grads.wanted(l)) {
         work.maps[l].grad_input = static_cast<T*>(grads.inputs[l].mutable_data_ptr());
         use_huge_pages(work.maps[l].grad_input, grads.inputs[l].numel() * sizeof(T));
+        filled += vectors_of<C>(grads.inputs[l].numel());
       }
-    const int threads = torch::stable::get_num_threads();
     if (p.spec.rule.kind == RegionKind::kMaximum) {
       check_pixels_fit_int(p);
       args.pooled = static_cast<const T*>(output->const_data_ptr());
-      RELOPS_CALL_ISA(region_maximum_backward, args, p.channels_last, threads);
+      const double searches = p.channels_last ? 0 : 14.0 * grad_output.numel();
+      const double nanoseconds = 2 * filled + searches + work.nanoseconds(p, 3, 8, 0);
+      RELOPS_CALL_ISA(region_maximum_backward, args, p.channels_last, threads_for(nanoseconds));
       return;
     }
-    if (p.C > 0) RELOPS_CALL_ISA(region_mean_backward, args, p.channels_last, threads);
+    if (filled > 0) {
+      const double nanoseconds = 2 * filled + work.nanoseconds(p, 3, 3.5, 2);
+      RELOPS_CALL_ISA(region_mean_backward, args, p.channels_last, threads_for(nanoseconds));
+    }
     if (!grads.wanted_boxes()) return;
     C* grad_boxes = static_cast<C*>(grads.boxes.mutable_data_ptr());
     std::fill_n(grad_boxes, 5 * p.K, C(0));
@@ -284,7 +310,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     const int64_t blocks = p.channels_last ? 1 : ceil_div(p.C, kChannelBlock);
     const Tensor shares = torch::stable::new_empty(p.boxes, {blocks, p.K, 4});
     args.box_shares = static_cast<C*>(shares.mutable_data_ptr());
-    RELOPS_CALL_ISA(region_mean_backward_boxes, args, p.channels_last, threads);
+    RELOPS_CALL_ISA(region_mean_backward_boxes, args, p.channels_last, threads_for(work.nanoseconds(p, 14, 3, 4)));
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t k = 0; k < p.K; ++k)
         for (int i = 0; i < 4; ++i) grad_boxes[5 * k + 1 + i] += args.box_shares[(block * p.K + k) * 4 + i];

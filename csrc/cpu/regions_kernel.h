@@ -58,6 +58,57 @@ struct Map {
   const Region<ComputeType<T>>*begin, *end;
 };
 
+// ---- Tiles of bins ----
+
+// What is kept of a region's bins is kept of a tile of them, so that it does not grow with the output. A tile is some
+// whole rows of bins, or a part of one row: it lies together in a plane of the output.
+template <class C>
+struct BinTile {
+  AxisTaps<C> y, x;
+  int64_t PH, PW;
+  int64_t first;  // bin
+};
+
+// Of bins that read `most_columns` at most and keep `row_values` of each of their rows. What there is of usual outputs,
+// up to 32 x 32, is one tile.
+struct TileSize {
+  int64_t PH, PW;
+  TileSize(int64_t all_PH, int64_t all_PW, int64_t row_values, int64_t column_values) {
+    constexpr int64_t kBins = 1024, kValues = 1 << 16;
+    PW = std::min(all_PW, std::clamp<int64_t>(kValues / std::max<int64_t>(column_values, 1), 1, kBins));
+    const int64_t rows = std::min(kBins / PW, kValues / std::max<int64_t>(row_values, 1));
+    PH = PW < all_PW ? 1 : std::clamp<int64_t>(rows, 1, all_PH);
+  }
+  int64_t bins() const { return PH * PW; }
+};
+
+// Those of `count` of the bins, from `first` on.
+template <class C>
+inline AxisTaps<C> taps_of_bins(AxisTaps<C> taps, int64_t bins, int64_t first, int64_t count) {
+  if (count == bins) return taps;
+  taps.begin += first;
+  taps.low = taps.high = taps.most = 0;
+  for (int64_t bin = 0; bin < count; ++bin) taps.most = std::max(taps.most, taps.begin[bin + 1] - taps.begin[bin]);
+  if (taps.begin[0] == taps.begin[count]) return taps;
+  const auto [low, high] = std::minmax_element(taps.pixel + taps.begin[0], taps.pixel + taps.begin[count]);
+  taps.low = *low;
+  taps.high = *high + 1;
+  return taps;
+}
+
+// Calls f(tile) for the tiles of a region.
+template <class C, class F>
+inline void for_each_tile(const Region<C>& r, int64_t PH, int64_t PW, const TileSize& size, F f) {
+  for (int64_t pw = 0; pw < PW; pw += size.PW) {
+    const int64_t columns = std::min(size.PW, PW - pw);
+    const AxisTaps<C> x = taps_of_bins(r.x, PW, pw, columns);
+    for (int64_t ph = 0; ph < PH; ph += size.PH) {
+      const int64_t rows = std::min(size.PH, PH - ph);
+      f(BinTile<C>{taps_of_bins(r.y, PH, ph, rows), x, rows, columns, ph * PW + pw});
+    }
+  }
+}
+
 // ---- NCHW ----
 
 // The columns that a region reads, in whole vectors that begin at `left`. They stay inside the row where it is wide
@@ -71,21 +122,21 @@ struct Columns {
   }
 };
 
-// For each bin the columns it gathers, and their weights: entry j of bin o is at [j * padded + o].
+// For each bin of a tile the columns it gathers, and their weights: entry j of bin o is at [j * padded + o].
 template <class C>
 struct ColumnTable {
-  int64_t bins, padded, depth = 0;
+  int64_t padded = 0, depth = 0;
   Int<C>* at;
   C* weight;
 
   ColumnTable(int64_t bins, int64_t most, Scratch& scratch)
-      : bins(bins),
-        padded(round_up(bins, kLanes<C>)),
-        at(scratch.take<Int<C>>(padded * most)),
-        weight(scratch.take<C>(padded * most)) {}
+      : at(scratch.take<Int<C>>(round_up(bins, kLanes<C>) * most)),
+        weight(scratch.take<C>(round_up(bins, kLanes<C>) * most)) {}
 
   // Rows of bins are `stride` apart in what is gathered from; what has no weight reads the zero at `zero`.
   void fill(const AxisTaps<C>& x, int64_t PH, int64_t PW, int64_t left, int64_t stride, int64_t zero) {
+    const int64_t bins = PH * PW;
+    padded = round_up(bins, kLanes<C>);
     depth = x.most;
     for (int64_t j = 0; j < depth; ++j)
       for (int64_t pw = 0; pw < PW; ++pw) {
@@ -114,10 +165,10 @@ struct PlaneItems {
   }
 };
 
-// Where the rows of a region's taps begin, in elements from the first column read.
+// Where the rows of a tile's taps begin, in elements from the first column read.
 template <class C>
 inline void row_offsets(const AxisTaps<C>& y, int64_t PH, int64_t map_width, int64_t* offset) {
-  for (int32_t tap = 0; tap < y.begin[PH]; ++tap) offset[tap] = y.pixel[tap] * map_width;
+  for (int32_t tap = y.begin[0]; tap < y.begin[PH]; ++tap) *offset++ = y.pixel[tap] * map_width;
 }
 
 // Of kRows rows the weighted sum or the maximum, together with what is in `out` where there is `more`.
@@ -181,14 +232,14 @@ template <class T>
 void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW;
+  const int64_t most_width = round_up(a.most_columns, W) + W;
+  const TileSize size(a.PH, a.PW, most_width, 0);
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    const int64_t most_width = round_up(a.most_columns, W) + W;
-    ColumnTable<C> table(bins, a.most_taps_x, *scratch);
-    C* rows = scratch->template take<C>(a.PH * most_width + W);
-    int64_t* offsets = scratch->template take<int64_t>(a.PH * a.most_taps_y);
+    ColumnTable<C> table(size.bins(), a.most_taps_x, *scratch);
+    C* rows = scratch->template take<C>(size.PH * most_width + W);
+    int64_t* offsets = scratch->template take<int64_t>(size.PH * a.most_taps_y);
     return [&, scratch, table, rows, offsets](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
       const Map<T> map(a, item / items.parts / items.blocks);
@@ -197,32 +248,34 @@ void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
       const T* tensor_end = map.input + a.N * a.channels * plane;
       const int64_t regions = map.end - map.begin;
       const auto* end = map.begin + regions * (part + 1) / items.parts;
-      for (auto* r = map.begin + regions * part / items.parts; r < end; ++r) {
-        const Columns columns(r->x.low, r->x.high, map.W, W);
-        const int64_t zero = a.PH * columns.width;
-        store(rows + zero, Vec<C>{});
-        table.fill(r->x, a.PH, a.PW, columns.left, columns.width, zero);
-        row_offsets(r->y, a.PH, map.W, offsets);
-        for (int64_t c = channel; c < channel_end; ++c) {
-          if (r + 1 < end) prefetch_rows(r[1], map.input + (map.image * a.channels + c) * plane, map.W, a.PH);
-          const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
-          for (int64_t ph = 0; ph < a.PH; ++ph) {
-            const int32_t tap = r->y.begin[ph];
-            combine_rows<false>(first, tensor_end, offsets + tap, r->y.weight + tap, r->y.begin[ph + 1] - tap,
-                                columns.width, rows + ph * columns.width);
+      for (auto* r = map.begin + regions * part / items.parts; r < end; ++r)
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+          const Columns columns(tile.x.low, tile.x.high, map.W, W);
+          const int64_t bins = tile.PH * tile.PW, zero = tile.PH * columns.width;
+          store(rows + zero, Vec<C>{});
+          table.fill(tile.x, tile.PH, tile.PW, columns.left, columns.width, zero);
+          row_offsets(tile.y, tile.PH, map.W, offsets);
+          for (int64_t c = channel; c < channel_end; ++c) {
+            if (r + 1 < end && tile.first == 0)
+              prefetch_rows(r[1], map.input + (map.image * a.channels + c) * plane, map.W, a.PH);
+            const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
+            for (int64_t ph = 0; ph < tile.PH; ++ph) {
+              const int32_t tap = tile.y.begin[ph];
+              combine_rows<false>(first, tensor_end, offsets + (tap - tile.y.begin[0]), tile.y.weight + tap,
+                                  tile.y.begin[ph + 1] - tap, columns.width, rows + ph * columns.width);
+            }
+            T* out = a.output + (r->k * a.channels + c) * a.PH * a.PW + tile.first;
+            for (int64_t o = 0; o < bins; o += W) {
+              Vec<C> sum = {};
+              for (int64_t j = o; j < table.depth * table.padded; j += table.padded)
+                sum += gather(rows, load_int<C>(table.at + j)) * load(table.weight + j);
+              if (o + W <= bins)
+                store(out + o, sum);
+              else
+                store_first(out + o, sum, bins - o);
+            }
           }
-          T* out = a.output + (r->k * a.channels + c) * bins;
-          for (int64_t o = 0; o < bins; o += W) {
-            Vec<C> sum = {};
-            for (int64_t j = o; j < table.depth * table.padded; j += table.padded)
-              sum += gather(rows, load_int<C>(table.at + j)) * load(table.weight + j);
-            if (o + W <= bins)
-              store(out + o, sum);
-            else
-              store_first(out + o, sum, bins - o);
-          }
-        }
-      }
+        });
     };
   });
 }
@@ -317,16 +370,17 @@ template <class T, bool kMaximum>
 void forward_slices(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW, padded = round_up(bins, W), most_plane = largest_plane(a);
+  const int64_t most_plane = largest_plane(a);
+  const TileSize size(a.PH, a.PW, 0, 0);
   const PlaneItems items(a.L * a.N, a.channels, W, threads, false);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     C* slice = scratch->template take<C>(most_plane * W);
     use_huge_pages(slice, most_plane * W * sizeof(C));
-    C* combined = scratch->template take<C>(a.PW * a.most_taps_x * W);
-    C* results = scratch->template take<C>(padded * W);
-    int64_t* rows = scratch->template take<int64_t>(a.PH * a.most_taps_y);
-    int64_t* columns = scratch->template take<int64_t>(a.PW * a.most_taps_x);
+    C* combined = scratch->template take<C>(size.PW * a.most_taps_x * W);
+    C* results = scratch->template take<C>(size.bins() * W);
+    int64_t* rows = scratch->template take<int64_t>(size.PH * a.most_taps_y);
+    int64_t* columns = scratch->template take<int64_t>(size.PW * a.most_taps_x);
     return [&, scratch, slice, combined, results, rows, columns](int64_t item) {
       const Map<T> map(a, item / items.blocks);
       const int64_t channel = item % items.blocks * W, count = std::min(W, a.channels - channel);
@@ -334,38 +388,44 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
       const auto [low, high] = rows_read(map);
       transpose_planes(map.input + (map.image * a.channels + channel) * plane + low * map.W, (high - low) * map.W,
                        count, plane, slice);
-      for (auto* r = map.begin; r < map.end; ++r) {
-        for (int32_t tap = 0; tap < r->y.begin[a.PH]; ++tap) rows[tap] = (r->y.pixel[tap] - low) * map.W * W;
-        const int64_t taps = r->x.begin[a.PW];
-        for (int64_t tap = 0; tap < taps; ++tap) columns[tap] = r->x.pixel[tap] * W;
-        for (int64_t ph = 0; ph < a.PH; ++ph) {
-          int32_t y = r->y.begin[ph];
-          const int32_t end = r->y.begin[ph + 1];
-          const bool none = y == end;
-          bool more = false;
-          for (; y + 4 <= end; y += 4, more = true)
-            combine_some_pixel_rows<kMaximum, 4>(slice, rows + y, r->y.weight + y, columns, taps, more, combined);
-          for (; y < end; ++y, more = true)
-            combine_some_pixel_rows<kMaximum, 1>(slice, rows + y, r->y.weight + y, columns, taps, more, combined);
-          for (int64_t pw = 0; pw < a.PW; ++pw) {
-            const int32_t begin = r->x.begin[pw], last = none ? begin : r->x.begin[pw + 1];
-            Vec<C> result = broadcast(kMaximum && begin < last ? -std::numeric_limits<C>::infinity() : C(0));
-            for (int32_t x = begin; x < last; ++x) {
-              const Vec<C> read = load(combined + x * W);
-              take<kMaximum>(result, read, r->x.weight[x]);
+      const C* top = slice - low * map.W * W;  // where the first row of the map would be
+      for (auto* r = map.begin; r < map.end; ++r)
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+          const int32_t first_y = tile.y.begin[0], first_x = tile.x.begin[0];
+          row_offsets(tile.y, tile.PH, map.W * W, rows);
+          const int64_t taps = tile.x.begin[tile.PW] - first_x;
+          for (int64_t tap = 0; tap < taps; ++tap) columns[tap] = tile.x.pixel[first_x + tap] * W;
+          for (int64_t ph = 0; ph < tile.PH; ++ph) {
+            const int64_t end = tile.y.begin[ph + 1] - first_y;
+            const C* weight = tile.y.weight + first_y;
+            int64_t y = tile.y.begin[ph] - first_y;
+            const bool none = y == end;
+            bool more = false;
+            for (; y + 4 <= end; y += 4, more = true)
+              combine_some_pixel_rows<kMaximum, 4>(top, rows + y, weight + y, columns, taps, more, combined);
+            for (; y < end; ++y, more = true)
+              combine_some_pixel_rows<kMaximum, 1>(top, rows + y, weight + y, columns, taps, more, combined);
+            for (int64_t pw = 0; pw < tile.PW; ++pw) {
+              const int32_t begin = tile.x.begin[pw], last = none ? begin : tile.x.begin[pw + 1];
+              Vec<C> result = broadcast(kMaximum && begin < last ? -std::numeric_limits<C>::infinity() : C(0));
+              for (int32_t x = begin; x < last; ++x) {
+                const Vec<C> read = load(combined + (x - first_x) * W);
+                take<kMaximum>(result, read, tile.x.weight[x]);
+              }
+              store(results + (ph * tile.PW + pw) * W, result);
             }
-            store(results + (ph * a.PW + pw) * W, result);
           }
-        }
-        transpose_pixels(results, bins, W, count, bins, a.output + (r->k * a.channels + channel) * bins);
-      }
+          const int64_t bins = a.PH * a.PW;
+          transpose_pixels(results, tile.PH * tile.PW, W, count, bins,
+                           a.output + (r->k * a.channels + channel) * bins + tile.first);
+        });
     };
   });
 }
 
 // ---- NCHW, gradients of boxes ----
 
-// The transpose of a ColumnTable: for each column the bins of a row of bins that read it. Entry j of column i is at
+// The transpose of a ColumnTable: for each column the bins of a row of a tile that read it. Entry j of column i is at
 // [j * width + i]; where there is none, `used` is 0.
 template <class C>
 struct BinTable {
@@ -386,7 +446,8 @@ struct BinTable {
     width = width_;
     depth = 0;
     std::fill_n(count, width, 0);
-    for (int32_t tap = 0; tap < x.begin[PW]; ++tap) depth = std::max<int64_t>(depth, ++count[x.pixel[tap] - left]);
+    for (int32_t tap = x.begin[0]; tap < x.begin[PW]; ++tap)
+      depth = std::max<int64_t>(depth, ++count[x.pixel[tap] - left]);
     std::fill_n(at, depth * width, 0);
     std::fill_n(used, depth * width, 0);
     std::fill_n(weight, depth * width, C(0));
@@ -456,12 +517,13 @@ template <class T, bool kInRegister>
 void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW;
+  const int64_t bins = a.PH * a.PW, most_width = round_up(a.most_columns, W) + W;
+  const TileSize size(a.PH, a.PW, 0, most_width);
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    BinTable<C> table(round_up(a.most_columns, W) + W, a.PW, *scratch);
-    C* grads = scratch->template take<C>(bins + W);
+    BinTable<C> table(most_width, size.PW, *scratch);
+    C* grads = scratch->template take<C>(size.bins() + W);
     return [&, scratch, table, grads](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
       const Map<T> map(a, item / items.parts / items.blocks);
@@ -472,37 +534,39 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
       for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
            ++r) {
         Vec<C> x_first = {}, y_first = {}, x_last = {}, y_last = {};
-        const Columns columns(r->x.low, r->x.high, map.W, W);
-        table.fill(r->x, a.PW, columns.left, columns.width);
-        for (int64_t c = channel; c < channel_end; ++c) {
-          convert(a.grad_output + (r->k * a.channels + c) * bins, grads, bins);
-          const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
-          for (int64_t ph = 0; ph < a.PH; ++ph) {
-            const BinRow<C, kInRegister> row(grads + ph * a.PW);
-            for (int64_t i = 0; i < columns.width && table.depth > 0; i += W) {
-              // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
-              Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
-              for (int64_t j = i; j < table.depth * table.width; j += table.width) {
-                const Vec<C> bin = row.get(table, j);
-                g += bin * load(table.weight + j);
-                g_first += bin * load(table.slope_first + j);
-                g_last += bin * load(table.slope_last + j);
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+          const Columns columns(tile.x.low, tile.x.high, map.W, W);
+          table.fill(tile.x, tile.PW, columns.left, columns.width);
+          for (int64_t c = channel; c < channel_end; ++c) {
+            convert(a.grad_output + (r->k * a.channels + c) * bins + tile.first, grads, tile.PH * tile.PW);
+            const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
+            for (int64_t ph = 0; ph < tile.PH; ++ph) {
+              const BinRow<C, kInRegister> row(grads + ph * tile.PW);
+              for (int64_t i = 0; i < columns.width && table.depth > 0; i += W) {
+                // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
+                Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
+                for (int64_t j = i; j < table.depth * table.width; j += table.width) {
+                  const Vec<C> bin = row.get(table, j);
+                  g += bin * load(table.weight + j);
+                  g_first += bin * load(table.slope_first + j);
+                  g_last += bin * load(table.slope_last + j);
+                }
+                const VecInt<C> used = load_int<C>(table.used + i);
+                for (int32_t tap = tile.y.begin[ph]; tap < tile.y.begin[ph + 1]; ++tap) {
+                  const Vec<C> read = load_before(first + tile.y.pixel[tap] * map.W + i, tensor_end);
+                  const Vec<C> pixels = used ? read : Vec<C>{};
+                  f += pixels * tile.y.weight[tap];
+                  f_first += pixels * tile.y.slope_first[tap];
+                  f_last += pixels * tile.y.slope_last[tap];
+                }
+                x_first += f * g_first;
+                x_last += f * g_last;
+                y_first += f_first * g;
+                y_last += f_last * g;
               }
-              const VecInt<C> used = load_int<C>(table.used + i);
-              for (int32_t tap = r->y.begin[ph]; tap < r->y.begin[ph + 1]; ++tap) {
-                const Vec<C> read = load_before(first + r->y.pixel[tap] * map.W + i, tensor_end);
-                const Vec<C> pixels = used ? read : Vec<C>{};
-                f += pixels * r->y.weight[tap];
-                f_first += pixels * r->y.slope_first[tap];
-                f_last += pixels * r->y.slope_last[tap];
-              }
-              x_first += f * g_first;
-              x_last += f * g_last;
-              y_first += f_first * g;
-              y_last += f_last * g;
             }
           }
-        }
+        });
         C* share = a.box_shares + (block * a.K + r->k) * 4;
         share[0] = sum<C>(x_first);
         share[1] = sum<C>(y_first);
@@ -620,63 +684,65 @@ template <class T>
 void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW, padded = round_up(bins, W);
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   const int64_t doublings = a.most_taps_x > 0 ? floor_log2(a.most_taps_x) : 0;
+  const int64_t row_values = (doublings + 1) * (round_up(a.most_columns, W) + W);
+  const TileSize size(a.PH, a.PW, row_values, 0);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    const int64_t most_run = a.PH * (round_up(a.most_columns, W) + W);
-    C* runs = scratch->template take<C>((doublings + 1) * most_run + round_up<int64_t>(1 << doublings, W) + W);
-    auto* first_at = scratch->template take<Int<C>>(padded);
-    auto* second_at = scratch->template take<Int<C>>(padded);
-    int64_t* offsets = scratch->template take<int64_t>(a.PH * a.most_taps_y);
+    C* runs = scratch->template take<C>(size.PH * row_values + round_up<int64_t>(1 << doublings, W) + W);
+    auto* first_at = scratch->template take<Int<C>>(round_up(size.bins(), W));
+    auto* second_at = scratch->template take<Int<C>>(round_up(size.bins(), W));
+    int64_t* offsets = scratch->template take<int64_t>(size.PH * a.most_taps_y);
     return [&, scratch, runs, first_at, second_at, offsets](int64_t item) {
       const int64_t part = item % items.parts, channel = item / items.parts % items.blocks * kChannelBlock;
       const Map<T> map(a, item / items.parts / items.blocks);
       const int64_t plane = map.H * map.W, channel_end = std::min(channel + kChannelBlock, a.channels);
       const T* tensor_end = map.input + a.N * a.channels * plane;
       const int64_t regions = map.end - map.begin;
-      for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
-           ++r) {
-        const Columns columns(r->x.low, r->x.high, map.W, W);
-        const int64_t levels = r->x.most > 0 ? floor_log2(r->x.most) : 0, run = a.PH * columns.width;
-        const int64_t zero = (levels + 1) * run;
-        row_offsets(r->y, a.PH, map.W, offsets);
-        for (int64_t o = 0; o < padded; ++o) {
-          const int64_t ph = o / a.PW, pw = o % a.PW;
-          first_at[o] = second_at[o] = zero;
-          if (o >= bins || r->y.begin[ph] == r->y.begin[ph + 1] || r->x.begin[pw] == r->x.begin[pw + 1]) continue;
-          const int64_t n = r->x.begin[pw + 1] - r->x.begin[pw], level = floor_log2(n);
-          const int64_t begin = level * run + ph * columns.width + r->x.pixel[r->x.begin[pw]] - columns.left;
-          first_at[o] = begin;
-          second_at[o] = begin + n - (1 << level);
-        }
-        for (int64_t c = channel; c < channel_end; ++c) {
-          const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
-          for (int64_t ph = 0; ph < a.PH; ++ph) {
-            const int32_t tap = r->y.begin[ph];
-            combine_rows<true>(first, tensor_end, offsets + tap, r->y.weight + tap, r->y.begin[ph + 1] - tap,
-                               columns.width, runs + ph * columns.width);
+      for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts; ++r)
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+          const auto& [y, x, PH, PW, first_bin] = tile;
+          const Columns columns(x.low, x.high, map.W, W);
+          const int64_t levels = x.most > 0 ? floor_log2(x.most) : 0, run = PH * columns.width;
+          const int64_t bins = PH * PW, zero = (levels + 1) * run;
+          row_offsets(y, PH, map.W, offsets);
+          for (int64_t o = 0; o < round_up(bins, W); ++o) {
+            const int64_t ph = o / PW, pw = o % PW;
+            first_at[o] = second_at[o] = zero;
+            if (o >= bins || y.begin[ph] == y.begin[ph + 1] || x.begin[pw] == x.begin[pw + 1]) continue;
+            const int64_t n = x.begin[pw + 1] - x.begin[pw], level = floor_log2(n);
+            const int64_t begin = level * run + ph * columns.width + x.pixel[x.begin[pw]] - columns.left;
+            first_at[o] = begin;
+            second_at[o] = begin + n - (1 << level);
           }
-          for (int64_t level = 0; level < levels; ++level) {
-            // Past the end a run is of no use, and nobody gathers it; but it must not be another thread's memory.
-            for (int64_t i = 0; i < run; i += W) {
-              const Vec<C> here = load(runs + level * run + i), there = load(runs + level * run + i + (1 << level));
-              store(runs + (level + 1) * run + i, here > there ? here : there);
+          for (int64_t c = channel; c < channel_end; ++c) {
+            const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
+            for (int64_t ph = 0; ph < PH; ++ph) {
+              const int32_t tap = y.begin[ph];
+              combine_rows<true>(first, tensor_end, offsets + (tap - y.begin[0]), y.weight + tap, y.begin[ph + 1] - tap,
+                                 columns.width, runs + ph * columns.width);
+            }
+            for (int64_t level = 0; level < levels; ++level) {
+              // Past the end a run is of no use, and nobody gathers it; but it must not be another thread's memory.
+              for (int64_t i = 0; i < run; i += W) {
+                const Vec<C> here = load(runs + level * run + i), there = load(runs + level * run + i + (1 << level));
+                store(runs + (level + 1) * run + i, here > there ? here : there);
+              }
+            }
+            store(runs + zero, Vec<C>{});
+            T* out = a.output + (r->k * a.channels + c) * a.PH * a.PW + first_bin;
+            for (int64_t o = 0; o < bins; o += W) {
+              const Vec<C> one = gather(runs, load_int<C>(first_at + o));
+              const Vec<C> two = gather(runs, load_int<C>(second_at + o));
+              const Vec<C> most = one > two ? one : two;
+              if (o + W <= bins)
+                store(out + o, most);
+              else
+                store_first(out + o, most, bins - o);
             }
           }
-          store(runs + zero, Vec<C>{});
-          T* out = a.output + (r->k * a.channels + c) * bins;
-          for (int64_t o = 0; o < bins; o += W) {
-            const Vec<C> one = gather(runs, load_int<C>(first_at + o)), two = gather(runs, load_int<C>(second_at + o));
-            const Vec<C> most = one > two ? one : two;
-            if (o + W <= bins)
-              store(out + o, most);
-            else
-              store_first(out + o, most, bins - o);
-          }
-        }
-      }
+        });
     };
   });
 }
@@ -708,6 +774,7 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
   const int64_t bins = a.PH * a.PW, most_plane = largest_plane(a);
+  const TileSize size(a.PH, a.PW, 0, 0);
   const PlaneItems items(a.L * a.N, a.channels, 1, threads, false);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
@@ -715,9 +782,9 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
     const int64_t most_width = round_up(a.most_columns, W) + W;
     C* most = scratch->template take<C>(most_width + W);
     auto* which = scratch->template take<Int<C>>(most_width + W);
-    C* pooled = scratch->template take<C>(bins + W);
-    C* grads = scratch->template take<C>(bins + W);
-    int64_t* offsets = scratch->template take<int64_t>(a.PH * a.most_taps_y);
+    C* pooled = scratch->template take<C>(size.bins());
+    C* grads = scratch->template take<C>(size.bins());
+    int64_t* offsets = scratch->template take<int64_t>(size.PH * a.most_taps_y);
     return [&, scratch, grad_plane, most, which, pooled, grads, offsets](int64_t item) mutable {
       const int64_t c = item % items.blocks;
       const Map<T> map(a, item / items.blocks);
@@ -725,36 +792,37 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
       const int64_t plane = map.H * map.W;
       const T *origin = map.input + (map.image * a.channels + c) * plane, *end = origin + plane;
       C* sum = grad_plane.begin(map.grad_input + (map.image * a.channels + c) * plane, plane);
-      for (auto* r = map.begin; r < map.end; ++r) {
-        const Columns columns(r->x.low, r->x.high, map.W, W);
-        row_offsets(r->y, a.PH, map.W, offsets);
-        convert(a.pooled + (r->k * a.channels + c) * bins, pooled, bins);
-        convert(a.grad_output + (r->k * a.channels + c) * bins, grads, bins);
-        for (int64_t ph = 0; ph < a.PH; ++ph) {
-          const int64_t* rows = offsets + r->y.begin[ph];
-          first_maxima(origin + columns.left, end, rows, r->y.begin[ph + 1] - r->y.begin[ph], columns.width, most,
-                       which);
-          for (int64_t pw = 0; pw < a.PW; ++pw) {
-            const int64_t count = r->x.begin[pw + 1] - r->x.begin[pw], o = ph * a.PW + pw;
-            if (count == 0) continue;
-            const int64_t left = r->x.pixel[r->x.begin[pw]] - columns.left;
-            int64_t row = -1, column = 0;
-            for (int64_t i = left; i < left + count; i += W) {
-              // Of the lanes that are of the bin.
-              unsigned equal = mask_bits<C>(load(most + i) == pooled[o]);
-              if (left + count - i < W) equal &= (1u << (left + count - i)) - 1;
-              for (; equal != 0; equal &= equal - 1) {
-                const int64_t at = i + __builtin_ctz(equal);
-                if (which[at] >= 0 && (row < 0 || which[at] < row)) {
-                  row = which[at];
-                  column = at;
+      for (auto* r = map.begin; r < map.end; ++r)
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+          const auto& [y, x, PH, PW, first_bin] = tile;
+          const Columns columns(x.low, x.high, map.W, W);
+          row_offsets(y, PH, map.W, offsets);
+          convert(a.pooled + (r->k * a.channels + c) * bins + first_bin, pooled, PH * PW);
+          convert(a.grad_output + (r->k * a.channels + c) * bins + first_bin, grads, PH * PW);
+          for (int64_t ph = 0; ph < PH; ++ph) {
+            const int64_t* rows = offsets + (y.begin[ph] - y.begin[0]);
+            first_maxima(origin + columns.left, end, rows, y.begin[ph + 1] - y.begin[ph], columns.width, most, which);
+            for (int64_t pw = 0; pw < PW; ++pw) {
+              const int64_t count = x.begin[pw + 1] - x.begin[pw], o = ph * PW + pw;
+              if (count == 0) continue;
+              const int64_t left = x.pixel[x.begin[pw]] - columns.left;
+              int64_t row = -1, column = 0;
+              for (int64_t i = left; i < left + count; i += W) {
+                // Of the lanes that are of the bin.
+                unsigned equal = mask_bits<C>(load(most + i) == pooled[o]);
+                if (left + count - i < W) equal &= (1u << (left + count - i)) - 1;
+                for (; equal != 0; equal &= equal - 1) {
+                  const int64_t at = i + __builtin_ctz(equal);
+                  if (which[at] >= 0 && (row < 0 || which[at] < row)) {
+                    row = which[at];
+                    column = at;
+                  }
                 }
               }
+              if (row >= 0) sum[rows[row] + columns.left + column] += grads[o];
             }
-            if (row >= 0) sum[rows[row] + columns.left + column] += grads[o];
           }
-        }
-      }
+        });
       grad_plane.finish();
     };
   });
@@ -762,22 +830,42 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
 
 // ---- channels_last ----
 
-// Where the pixels of a bin lie in a map, and their weights.
+// Where pixels of a bin lie in a map, and their weights: all of them, or those of some rows where they are many.
 template <class C>
 struct PixelList {
+  int64_t most;
   int64_t* offset;  // in elements
   C* weight;
   int64_t count = 0;
 
-  PixelList(int64_t most, Scratch& scratch) : offset(scratch.take<int64_t>(most)), weight(scratch.take<C>(most)) {}
+  PixelList(int64_t most_taps_y, int64_t most_taps_x, Scratch& scratch)
+      : most(std::min(most_taps_y * most_taps_x, std::max<int64_t>(kMany, most_taps_x))),
+        offset(scratch.take<int64_t>(most)),
+        weight(scratch.take<C>(most)) {}
 
-  void fill(const Region<C>& r, int64_t ph, int64_t pw, int64_t map_width, int64_t channels) {
-    count = 0;
-    for_each_pixel(r, ph, pw, map_width, [&](int64_t pixel, int32_t y, int32_t x) {
-      offset[count] = pixel * channels;
-      weight[count++] = r.y.weight[y] * r.x.weight[x];
-    });
+  // Calls f(first, last) with each list of the rows of taps [begin, end) of column pw of bins, of which there is one at
+  // least. Pixel 0 of the map is at `origin`, a pixel takes `stride` elements.
+  template <class F>
+  void visit(const Region<C>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
+             int64_t stride, F f) {
+    const int32_t x_begin = r.x.begin[pw], x_end = r.x.begin[pw + 1];
+    const int64_t rows = x_begin == x_end ? end - begin : most / (x_end - x_begin);
+    for (int32_t y = begin; y < end || y == begin;) {
+      const int32_t last = static_cast<int32_t>(std::min<int64_t>(y + rows, end));
+      const bool is_first = y == begin;
+      count = 0;
+      for (; y < last; ++y)
+        for (int32_t x = x_begin; x < x_end; ++x) {
+          offset[count] = origin + (r.y.pixel[y] * map_width + r.x.pixel[x]) * stride;
+          weight[count++] = r.y.weight[y] * r.x.weight[x];
+        }
+      f(is_first, y == end);
+      if (y == end) return;
+    }
   }
+
+ private:
+  static constexpr int64_t kMany = 2048;
 };
 
 // Calls f(c, n) for the channels in blocks: n vectors at c, the last of them moved back to end with the channels.
@@ -800,40 +888,47 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
   const int64_t bins = a.PH * a.PW;
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, *scratch);
-    return [&, scratch, pixels](int64_t item) mutable {
+    PixelList<C> pixels(a.most_taps_y, a.most_taps_x, *scratch);
+    // Results of a bin so far, where its pixels are more than one list: those of the list before, and of this one.
+    const int64_t kept = pixels.most < a.most_taps_y * a.most_taps_x ? a.out_channels : 0;
+    C *before = scratch->template take<C>(kept), *after = scratch->template take<C>(kept);
+    return [&, scratch, pixels, before, after](int64_t item) mutable {
       const Region<C>& r = a.regions[item];
       const Map<T> map(a, r.map);
       const T* image = map.input + map.image * map.H * map.W * a.channels;
       for (int64_t o = 0; o < bins; ++o) {
-        pixels.fill(r, o / a.PW, o % a.PW, map.W, a.channels);
+        const int64_t ph = o / a.PW;
         T* out = a.output + (r.k * bins + o) * a.out_channels;
-        const C start = kMaximum && pixels.count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
-        const auto one_channel = [&](int64_t c) {
-          C result = start;
-          for (int64_t i = 0; i < pixels.count; ++i) {
-            const C read = static_cast<C>(image[pixels.offset[i] + c]);
-            take<kMaximum>(result, read, pixels.weight[i]);
-          }
-          return static_cast<T>(result);
-        };
-        if (a.position_sensitive) {
-          for (int64_t c = 0; c < a.out_channels; ++c) out[c] = one_channel(c * bins + o);
-          continue;
-        }
-        const bool done = for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
-          Vec<C> result[vectors.value];
-          for (int v = 0; v < vectors.value; ++v) result[v] = broadcast(start);
-          for (int64_t i = 0; i < pixels.count; ++i) {
-            const T* p = image + pixels.offset[i] + c;
-            for (int v = 0; v < vectors.value; ++v) {
-              const Vec<C> read = load(p + v * W);
-              take<kMaximum>(result[v], read, pixels.weight[i]);
+        pixels.visit(r, r.y.begin[ph], r.y.begin[ph + 1], o % a.PW, map.W, 0, a.channels, [&](bool first, bool last) {
+          const C start = kMaximum && pixels.count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
+          const auto one_channel = [&](int64_t c, int64_t of_pixel) {
+            C result = first ? start : before[c];
+            for (int64_t i = 0; i < pixels.count; ++i) {
+              const C read = static_cast<C>(image[pixels.offset[i] + of_pixel]);
+              take<kMaximum>(result, read, pixels.weight[i]);
             }
-          }
-          for (int v = 0; v < vectors.value; ++v) store(out + c + v * W, result[v]);
+            if (last)
+              out[c] = static_cast<T>(result);
+            else
+              after[c] = result;
+          };
+          const bool done =
+              !a.position_sensitive && for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
+                Vec<C> result[vectors.value];
+                for (int v = 0; v < vectors.value; ++v) result[v] = first ? broadcast(start) : load(before + c + v * W);
+                for (int64_t i = 0; i < pixels.count; ++i) {
+                  const T* p = image + pixels.offset[i] + c;
+                  for (int v = 0; v < vectors.value; ++v) {
+                    const Vec<C> read = load(p + v * W);
+                    take<kMaximum>(result[v], read, pixels.weight[i]);
+                  }
+                }
+                for (int v = 0; v < vectors.value; ++v)
+                  last ? store(out + c + v * W, result[v]) : store(after + c + v * W, result[v]);
+              });
+          for (int64_t c = 0; c < a.out_channels && !done; ++c) one_channel(c, a.position_sensitive ? c * bins + o : c);
+          std::swap(before, after);
         });
-        for (int64_t c = 0; c < a.channels && !done; ++c) out[c] = one_channel(c);
       }
     };
   });
@@ -907,21 +1002,21 @@ void mean_backward_pixels_sensitive(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// The gradients of a row of bins, for some channels, as rows of channels: transposed from the planes of grad_output.
-// grads: [PW,width].
+// The gradients of n bins, from `first` on, for some channels, as rows of channels: transposed from the planes of
+// grad_output. grads: [n,width].
 template <class T, class C>
-inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t ph, int64_t channel, int64_t count, int64_t width,
-                           C* grads) {
+inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t first, int64_t n, int64_t channel, int64_t count,
+                           int64_t width, C* grads) {
   constexpr int64_t W = kLanes<C>;
   const int64_t bins = a.PH * a.PW;
   const T* end = a.grad_output + a.K * a.channels * bins;
   for (int64_t c = 0; c < width; c += W)
-    for (int64_t pw = 0; pw < a.PW; pw += W) {
-      const T* from = a.grad_output + (k * a.channels + channel + c) * bins + ph * a.PW + pw;
+    for (int64_t bin = 0; bin < n; bin += W) {
+      const T* from = a.grad_output + (k * a.channels + channel + c) * bins + first + bin;
       Vec<C> v[W];
       for (int64_t i = 0; i < W; ++i) v[i] = c + i < count ? load_before(from + i * bins, end) : Vec<C>{};
       transpose<C>(v);
-      for (int64_t i = 0; i < std::min(W, a.PW - pw); ++i) store(grads + (pw + i) * width + c, v[i]);
+      for (int64_t i = 0; i < std::min(W, n - bin); ++i) store(grads + (bin + i) * width + c, v[i]);
     }
 }
 
@@ -954,7 +1049,7 @@ inline void add_to_pixels(const PixelList<C>& pixels, const C* grad, int64_t wid
 template <class T, bool kChannelsLast>
 void mean_backward(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>, kChannels = 64;
+  constexpr int64_t W = kLanes<C>, kChannels = 64, kBins = 64;
   const int64_t bins = a.PH * a.PW, width = std::min(kChannels, round_up(a.channels, W));
   const int64_t blocks = ceil_div(a.channels, width);
   const std::vector<Band> bands = bands_of(a, width * sizeof(C));
@@ -962,8 +1057,8 @@ void mean_backward(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(bands.size() * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     C* sums = scratch->template take<C>(most * width);
-    C* grads = scratch->template take<C>(a.PW * width);
-    PixelList<C> pixels(a.most_taps_y * a.most_taps_x, *scratch);
+    C* grads = scratch->template take<C>(std::min(a.PW, kBins) * width);
+    PixelList<C> pixels(a.most_taps_y, a.most_taps_x, *scratch);
     return [&, scratch, sums, grads, pixels](int64_t item) mutable {
       const auto [m, low, high] = bands[item / blocks];
       const Map<T> map(a, m);
@@ -975,22 +1070,20 @@ void mean_backward(const RegionArgs<T>& a, int64_t threads) {
         for (int64_t ph = 0; ph < a.PH; ++ph) {
           const auto [begin, end] = taps_within(r->y, ph, low, high);
           if (begin == end) continue;
-          if constexpr (kChannelsLast) {
-            for (int64_t pw = 0; pw < a.PW; ++pw) {
-              convert(a.grad_output + (r->k * bins + ph * a.PW + pw) * a.channels + channel, grads + pw * width, count);
-              std::fill_n(grads + pw * width + count, width - count, C(0));
-            }
-          } else {
-            transpose_bins(a, r->k, ph, channel, count, width, grads);
-          }
-          for (int64_t pw = 0; pw < a.PW; ++pw) {
-            pixels.count = 0;
-            for (int32_t y = begin; y < end; ++y)
-              for (int32_t x = r->x.begin[pw]; x < r->x.begin[pw + 1]; ++x) {
-                pixels.offset[pixels.count] = (r->y.pixel[y] * map.W + r->x.pixel[x] - first) * width;
-                pixels.weight[pixels.count++] = r->y.weight[y] * r->x.weight[x];
+          for (int64_t left = 0; left < a.PW; left += kBins) {
+            const int64_t some = std::min(a.PW - left, kBins), first_bin = ph * a.PW + left;
+            if constexpr (kChannelsLast) {
+              for (int64_t bin = 0; bin < some; ++bin) {
+                convert(a.grad_output + (r->k * bins + first_bin + bin) * a.channels + channel, grads + bin * width,
+                        count);
+                std::fill_n(grads + bin * width + count, width - count, C(0));
               }
-            add_to_pixels(pixels, grads + pw * width, width, sums);
+            } else {
+              transpose_bins(a, r->k, first_bin, some, channel, count, width, grads);
+            }
+            for (int64_t bin = 0; bin < some; ++bin)
+              pixels.visit(*r, begin, end, left + bin, map.W, -first * width, width,
+                           [&](bool, bool) { add_to_pixels(pixels, grads + bin * width, width, sums); });
           }
         }
       }
@@ -1016,7 +1109,7 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   const int64_t bins = a.PH * a.PW, blocks = ceil_div(a.channels, kBlock), most_plane = largest_plane(a);
   for_each_item(a.L * a.N * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    C* own = scratch->template take<C>(kInPlace ? 0 : most_plane * kBlock);
+    C* own = scratch->template take<C>(kInPlace ? 0 : most_plane * std::min(kBlock, a.channels));
     return [&, scratch, own](int64_t item) {
       const Map<T> map(a, item / blocks);
       if (map.grad_input == nullptr) return;
@@ -1026,7 +1119,7 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
       T* target = map.grad_input + image;
       C* sums = own;
       if constexpr (kInPlace) sums = target;
-      const int64_t stride = kInPlace ? a.channels : kBlock;
+      const int64_t stride = kInPlace ? a.channels : std::min(kBlock, a.channels);
       for (int64_t pixel = 0; pixel < plane; ++pixel) std::fill_n(sums + pixel * stride, n, C(0));
       for (auto* r = map.begin; r < map.end; ++r)
         for (int64_t o = 0; o < bins; ++o) {

@@ -32,6 +32,13 @@ inline int64_t parts_for(int64_t N, int64_t least, int64_t most, int64_t threads
   return count;
 }
 
+// The work of a forward, or of so many.
+template <class T>
+double relation_nanoseconds(const RelationAttentionArgs<T>& a, double times) {
+  const double pairs = static_cast<double>(a.N) * a.Q * a.K;
+  return times * vectors_of<ComputeType<T>>(pairs) * (60 + a.M * (35 + 0.5 * (a.D + a.Dv)));
+}
+
 // Which keys of each image count, and the indices of all queries.
 class KeyIndex {
  public:
@@ -73,22 +80,23 @@ struct Kernels {
   template <class T>
   static void forward(const RelationAttention&, const RelationAttentionArgs<T>& a) {
     const KeyIndex kept(a.N, a.Q, a.K, a.mask);
-    RELOPS_CALL_ISA(relation_attention_forward, a, kept, torch::stable::get_num_threads());
+    RELOPS_CALL_ISA(relation_attention_forward, a, kept);
   }
 
   template <class T>
   static void backward(const RelationAttention&, RelationAttentionArgs<T> a) {
     using C = ComputeType<T>;
     const KeyIndex kept(a.N, a.Q, a.K, a.mask);
-    const int64_t threads = torch::stable::get_num_threads();
+    const bool of_boxes = a.grad_query_boxes != nullptr || a.grad_key_boxes != nullptr;
+    const int64_t threads = threads_for(relation_nanoseconds(a, of_boxes ? 4 : 2.3));
     std::vector<C> delta(a.N * a.Q * a.M);
     a.delta = delta.data();
     if constexpr (sizeof(T) == 2) {
-      RELOPS_CALL_ISA(relation_attention_forward, a, kept, threads);
+      RELOPS_CALL_ISA(relation_attention_forward, a, kept);
     } else {
-      torch::stable::parallel_for(0, a.N * a.Q, 64, [&](int64_t begin, int64_t end) {
-        RELOPS_CALL_ISA(relation_attention_delta, a, begin, end);
-      });
+      const double work = static_cast<double>(a.N) * a.Q * a.M * (5 + 2 * vectors_of<C>(a.Dv));
+      for_each_range(a.N * a.Q, threads_for(work),
+                     [&](int64_t begin, int64_t end) { RELOPS_CALL_ISA(relation_attention_delta, a, begin, end); });
     }
     // Every part computes the sines anew.
     const int64_t parts = parts_for(a.N, 1, a.M, threads);

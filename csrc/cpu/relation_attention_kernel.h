@@ -595,7 +595,8 @@ struct ForwardWorker {
 };
 
 template <class T>
-void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyIndex& kept, int64_t threads) {
+void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyIndex& kept) {
+  const int64_t threads = threads_for(relation_nanoseconds(a, 1));
   PackedKeys<T> keys(a, kept, threads);
   for (; keys.first < a.N; keys.first += keys.images) {
     const int64_t images = std::min(keys.images, a.N - keys.first);

@@ -49,7 +49,7 @@ namespace {
 template <class C>
 SoftKept suppress(const SoftNmsProblem& p) {
   SoftKept result(p);
-  const int64_t B = p.B, K = p.K, threads = torch::stable::get_num_threads();
+  const int64_t B = p.B, K = p.K;
   const auto* boxes = static_cast<const C*>(p.boxes.const_data_ptr());
   const auto* scores = static_cast<const C*>(p.scores.const_data_ptr());
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
@@ -69,7 +69,7 @@ SoftKept suppress(const SoftNmsProblem& p) {
   }
   const SoftNmsArgs<C> args{
       p.decay<C>(), K, boxes, scores, indices, classes.data(), static_cast<int64_t>(classes.size()), decayed};
-  RELOPS_CALL_ISA(decay_classes, args, threads);
+  RELOPS_CALL_ISA(decay_classes, args);
 
   auto* keep = static_cast<int64_t*>(result.keep.mutable_data_ptr());
   auto* count = static_cast<int64_t*>(result.count.mutable_data_ptr());

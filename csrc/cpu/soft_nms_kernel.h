@@ -114,9 +114,15 @@ void decay_class(const SoftNmsArgs<C>& a, const uint32_t* indices, int64_t n, co
 }
 
 template <class C>
-void decay_classes(const SoftNmsArgs<C>& a, int64_t threads) {
+void decay_classes(const SoftNmsArgs<C>& a) {
   int64_t largest = 0;
-  for (int64_t c = 0; c < a.num_classes; ++c) largest = std::max(largest, a.classes[c].end - a.classes[c].begin);
+  double work = 0;  // if all entries are kept
+  for (int64_t c = 0; c < a.num_classes; ++c) {
+    const int64_t n = a.classes[c].end - a.classes[c].begin;
+    largest = std::max(largest, n);
+    work += n * (100.0 + 5.0 * n / kLanes<C>);
+  }
+  const int64_t threads = threads_for(work);
   const int64_t share = std::max<int64_t>(1, a.num_classes / (16 * threads));
   for_each_item(ceil_div(a.num_classes, share), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), rows = SoftRows<C>{}](int64_t item) mutable {

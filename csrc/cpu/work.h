@@ -9,12 +9,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "host_device.h"
 
 namespace relops {
@@ -49,17 +51,42 @@ inline void use_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
+// How many threads some work is worth, of which callers give an estimate: the nanoseconds that it takes one, to a
+// factor of two. Where all cores are busy another thread begins only at the end of a scheduler's slice, milliseconds
+// later, so that for little work none is woken, whatever the number of items. Results must not depend on it.
+inline int64_t threads_for(double nanoseconds) {
+  constexpr double kShare = 50e3;
+  const double shares = std::round(nanoseconds / kShare);
+  return shares < 2 ? 1 : static_cast<int64_t>(std::min<double>(shares, torch::stable::get_num_threads()));
+}
+
+// Vectors that so many values fill, for such estimates.
+template <class C>
+double vectors_of(double values) {
+  return values * sizeof(C) / vector_bytes(isa());
+}
+
 // Each thread makes a worker of its own, make(), and calls worker(item) for items that it takes one at a time, so that
 // unequal ones are spread evenly. Which thread does an item must not matter to its result.
 template <class Make>
 void for_each_item(int64_t items, int64_t threads, const Make& make) {
+  const int64_t workers = std::min(items, threads);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(items, threads), 1, [&](int64_t begin, int64_t end) {
+  const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       auto worker = make();
       for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) worker(item);
     }
-  });
+  };
+  workers > 1 ? torch::stable::parallel_for(0, workers, 1, work) : work(0, workers);
+}
+
+// Calls f(begin, end) for ranges that make up [0, count), each thread's its own.
+template <class F>
+void for_each_range(int64_t count, int64_t threads, const F& f) {
+  if (count <= 0) return;
+  const int64_t ranges = std::min(count, threads);
+  ranges > 1 ? torch::stable::parallel_for(0, count, ceil_div(count, ranges), f) : f(0, count);
 }
 
 }  // namespace relops

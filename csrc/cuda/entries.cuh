@@ -133,6 +133,8 @@ static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, 
 
 // The host's copy of a number on the device: the one synchronization of ops whose result has a length of its own.
 inline int64_t read_count(const Tensor& count) {
+  // The handle of a default stream does not name its device: it means that of the current one.
+  const torch::stable::accelerator::DeviceGuard guard(count.get_device_index());
   const cudaStream_t stream = current_stream(count.get_device_index());
   cudaStreamCaptureStatus capture;
   STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));

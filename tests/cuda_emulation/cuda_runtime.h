@@ -23,6 +23,8 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -37,19 +39,36 @@
 #define is_cuda is_cpu
 #define DeviceGuard EmulatedDeviceGuard
 
+namespace emulation {
+
+inline int guards;  // that are alive
+
+// What CUDA does to the current device is done to the wrong one of several where no guard has made it that of the
+// tensors.
+inline void check_guarded(const char* call) {
+  if (guards == 0) throw std::runtime_error(std::string(call) + " outside of a DeviceGuard");
+}
+
+}  // namespace emulation
+
 using cudaStream_t = void*;
 using cudaError_t = int;
 inline cudaError_t cudaGetLastError() { return 0; }
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 inline void cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  emulation::check_guarded("cudaStreamIsCapturing");
   *status = cudaStreamCaptureStatusNone;
 }
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 inline void cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  emulation::check_guarded("cudaMemcpyAsync");
   std::memcpy(to, from, bytes);
 }
-inline void cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { std::memset(p, value, bytes); }
-inline void cudaStreamSynchronize(cudaStream_t) {}
+inline void cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  emulation::check_guarded("cudaMemsetAsync");
+  std::memset(p, value, bytes);
+}
+inline void cudaStreamSynchronize(cudaStream_t) { emulation::check_guarded("cudaStreamSynchronize"); }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
@@ -58,7 +77,9 @@ inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream)
 
 namespace torch::stable::accelerator {
 struct EmulatedDeviceGuard {
-  explicit EmulatedDeviceGuard(int32_t) {}
+  explicit EmulatedDeviceGuard(int32_t) { ++emulation::guards; }
+  EmulatedDeviceGuard(const EmulatedDeviceGuard&) = delete;
+  ~EmulatedDeviceGuard() { --emulation::guards; }
 };
 }  // namespace torch::stable::accelerator
 
@@ -225,6 +246,7 @@ inline void wait(Barrier& barrier) {
 }
 
 inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
+  check_guarded("a launch");
   // Poisoned, as nothing may rely on what shared memory holds at first.
   shared_memory.assign(shared + 16, static_cast<char>(0xcd));
   if (shared > shared_limit || threads > 1024 || grid.y > 65535) {
@@ -275,6 +297,7 @@ T shuffle(T x, int from_lane) {
 
 template <class Kernel>
 void cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  emulation::check_guarded("cudaFuncSetAttribute");
   emulation::shared_limit = min<size_t>(bytes, 163 << 10);  // what sm_80 has
 }
 

@@ -6,12 +6,15 @@
 #include <numeric>
 #include <vector>
 
+#include "cuda_runtime.h"
+
 namespace cub {
 
 struct DeviceRadixSort {
   template <class Key, class Value>
   static int SortPairs(void* workspace, size_t& bytes, const Key* keys, Key* sorted_keys, const Value* values,
                        Value* sorted_values, int64_t count, int begin_bit, int end_bit, void*) {
+    emulation::check_guarded("cub::DeviceRadixSort");
     if (workspace == nullptr) {
       bytes = 1;
       return 0;
