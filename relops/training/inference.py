@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import types
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader
 from relops import models
 from relops.models._structures import Detections
 from relops.training import checkpoint
+from relops.training._files import written
 from relops.training.data import Batch, DetectionData, Sample, Transformed, collate, prepare
 from relops.training.distributed import World
 from relops.training.evaluation import Evaluator
@@ -32,9 +35,15 @@ def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
         raise ValueError(f"model must be one of {', '.join(sorted(models.DETECTORS))}, got {name!r}")
     try:
         inspect.signature(models.DETECTORS[name]).bind(num_classes, **options)
-    except TypeError as error:
-        raise ValueError(f"options of model {name}: {error}") from error
-    return models.build(name, num_classes, **options)
+        hints = typing.get_type_hints(models.DETECTORS[name])
+        for option, value in options.items():
+            hint = hints.get(option, object)
+            if typing.get_origin(hint) in (None, types.UnionType) and not isinstance(value, hint):
+                if not (isinstance(value, int) and isinstance(float(value), hint)):
+                    raise ValueError(f"{option} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+        return models.build(name, num_classes, **options)
+    except Exception as error:  # a module raises anything, given a number or a string that is not one of its own
+        raise ValueError(f"options of model {name}: {str(error).partition(chr(10))[0]}") from error
 
 
 @dataclass
@@ -61,21 +70,24 @@ class Detector:
 
 def load_detector(path: Path, device: torch.device) -> Detector:
     """From a run's folder, of which model.pt is taken, or last.pt if the run is not at its end; or from such a file."""
-    if path.is_dir():
-        path = path / "model.pt" if (path / "model.pt").exists() else path / "last.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: must be a run's folder, or a file model.pt or last.pt of one, got nothing")
+    places = [path / "model.pt", path / "last.pt"] if os.path.isdir(path) else [path]
+    there = list(filter(os.path.exists, places))
+    if not there:
+        raise FileNotFoundError(f"{path}: must be a run's folder, or a file model.pt or last.pt of one, got none")
+    path = there[0]
     stored = checkpoint.load(path, "model", "classes")
     weights = stored["model"]
     if "config" in stored:
-        weights = stored["average"] or weights
+        checkpoint.check_keys(path, stored["config"], "model")
+        weights = stored.get("average") or weights
         stored |= stored["config"] | {"name": stored["config"]["model"]}
+    names = [field.name for field in dataclasses.fields(Detector) if field.name != "model"]
+    checkpoint.check_keys(path, stored, *names)
     model = build(stored["name"], len(stored["classes"]), stored["options"])
     for phase in range(stored.get("phase", -1) + 1):
         model.start_phase(phase)
-    model.load_state_dict(weights)
-    others = {field.name: stored[field.name] for field in dataclasses.fields(Detector) if field.name != "model"}
-    return Detector(model.to(device).eval(), **others)
+    checkpoint.load_weights(path, model, weights)
+    return Detector(model.to(device).eval(), **{name: stored[name] for name in names})
 
 
 def loader(
@@ -185,7 +197,8 @@ def draw(detector: Detector, sample: Sample, found: Objects, path: Path) -> None
     if masks is not None:
         masks = masks.repeat(factor, 1).repeat(factor, 2)
     drawn = draw_detections(image, factor * found.boxes, found.labels, found.scores, detector.classes, masks)
-    drawn.save(path)
+    with written(path) as file:
+        drawn.save(file, "png")
 
 
 def draw_examples(detector: Detector, data: DetectionData, folder: Path, count: int) -> None:
