@@ -33,7 +33,7 @@ from test_training import (
 
 from relops.__main__ import main
 from relops.training import checkpoint, engine, inference
-from relops.training._files import LENGTH, LOCK, locked
+from relops.training._files import LENGTH, LOCK, locked, written
 from relops.training.data import open_data, save_proposals, with_proposals
 from relops.training.engine import train
 from relops.training.plots import plot_curves
@@ -168,6 +168,18 @@ except OSError as error:
     )
     assert done.stdout == f"{tmp_path / 'last.pt'}: the file cannot be written (File too large)\n", done.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "last.pt"] and checkpoint.load(tmp_path / "last.pt") == {"x": 1}
+
+
+def test_two_writers_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is that of the last one, whole."""
+    file = tmp_path / "file"
+    with written(file) as first:
+        first.write(b"first")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with written(file) as second:
+            second.write(b"2")
+        assert file.read_bytes() == b"2"
+    assert file.read_bytes() == b"first" and list(tmp_path.iterdir()) == [file]
 
 
 # ---- Inputs ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -106,8 +107,10 @@ def loader(
 
 def _leave_group(_: int) -> None:
     """Of a worker: terminals, timeout and torchrun signal all processes of a group, and the one that trains still needs
-    its data then."""
+    its data then. Where that one is interrupted while it takes a tensor, the thread that hands it over has nothing to
+    report."""
     os.setpgid(0, 0)
+    sys.excepthook = lambda *_: None
 
 
 def on_device(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
