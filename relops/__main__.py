@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import signal
 import sys
 
 import torch
@@ -47,7 +49,17 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="what is built and loaded").set_defaults(run=info)
     add_commands(commands)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    try:
+        status = arguments.run(arguments)
+        print(end="", flush=True)
+    except BrokenPipeError:  # nobody reads on; at its end Python would try once more to write what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return status
 
 
 if __name__ == "__main__":

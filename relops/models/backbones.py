@@ -106,6 +106,8 @@ class PyramidBackbone(nn.Module):
 
     def __init__(self, body: nn.Module, channels: int = 256) -> None:
         super().__init__()
+        if len(body.channels) != 4:
+            raise ValueError(f"relops.models: backbone must have four stages, got one of {len(body.channels)}")
         self.body = body
         self.fpn = FeaturePyramid(body.channels, channels)
         self.channels = [channels] * (len(body.channels) + 1)

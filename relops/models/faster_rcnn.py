@@ -159,6 +159,8 @@ def pyramid(
 ) -> tuple[PyramidBackbone, RPN]:
     """A feature pyramid and its RPN, with anchors of one size and three ratios a level. Options are those of RPN."""
     maps = PyramidBackbone(make_body(backbone, frozen_stages), channels)
+    if len(sizes) != len(maps.strides):
+        raise ValueError(f"relops.models: sizes must be one of each of {len(maps.strides)} levels, got {sizes}")
     return maps, make_rpn(channels, channels, [centered_anchors(size) for size in sizes], maps.strides, **options)
 
 

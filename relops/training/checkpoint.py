@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from relops.training._files import verify, written
+
+CHECKED = "checksum"  # in the state: files of earlier versions end without a checksum, others must not
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Of tensors and plain types. At every moment `path` is the old file or the new one, whole."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with written(path, checksum=True) as file:
+        torch.save(state | {CHECKED: True}, file)
 
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
-    """What `save` wrote, on the CPU; a file that cannot be read, or lacks one of the keys, is a ValueError."""
+    """What `save` wrote, or another dict that torch.save wrote, on the CPU. A file that cannot be read, is damaged or
+    lacks one of the keys is a ValueError."""
+    has_checksum = verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch.load has no error of its own: what it raises depends on which bytes are wrong
-        raise ValueError(f"{path}: is no checkpoint or a damaged one ({type(error).__name__}: {error})") from error
-    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+        reason = (
+            str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
+        )  # the rest is advice to trust it
+        raise ValueError(f"{path}: is no checkpoint or a damaged one ({type(error).__name__}: {reason})") from error
+    check_keys(path, state, *keys)
+    if state.pop(CHECKED, False) and not has_checksum:
+        raise ValueError(f"{path}: is damaged: its checksum was cut off")
+    return state
+
+
+def check_keys(path: Path, state: Any, *keys: str) -> None:
+    """A dict must have all of these."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: must hold a dict, got {type(state).__name__}")
+    missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"{path}: must hold {', '.join(keys)}, got a file without {', '.join(missing)}")
-    return state
+
+
+def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
+    """Of a file, into the model."""
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # RuntimeError where names or shapes differ; anything where the weights are none
+        reason = textwrap.shorten(str(error), 400)
+        raise ValueError(f"{path}: its weights must be those of the model that it names: {reason}") from error
 
 
 def check_same(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

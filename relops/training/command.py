@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from relops.training.config import TrainConfig
+from relops.training.config import TrainConfig, check_limits
 
 if TYPE_CHECKING:
     from relops.training.data import DetectionData
@@ -98,7 +97,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_loader(parser)
     parser.add_argument("--split", choices=("train", "test"), required=True)
     parser.add_argument("--train-annotations", metavar="FILE", help="to train on, of coco:DIR (that of the run)")
-    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--count", type=int, default=1000, help="of an image, at most (1000)")
     parser.set_defaults(run=_reports_errors(_propose))
 
@@ -145,10 +144,11 @@ def _reports_errors(command: Callable[[argparse.Namespace], int]) -> Callable[[a
     def run(arguments: argparse.Namespace) -> int:
         try:
             return command(arguments)
-        except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
             message = own_message(error)
-            if message is None:
+            if message is None or isinstance(error, BrokenPipeError):
                 raise
+            message = re.sub(r"\s*\n\s*", " ", message)
             print(f"relops {arguments.command}: {message}", file=sys.stderr)
             return 1 if isinstance(error, FloatingPointError) else 2
 
@@ -156,12 +156,15 @@ def _reports_errors(command: Callable[[argparse.Namespace], int]) -> Callable[[a
 
 
 def own_message(error: Exception) -> str | None:
-    """The message of an error that this package raised, here or in a process that loads data; None of any other."""
+    """The message of an error that this package raised, here or in a process that loads data, or of one of the system's
+    that names a file; None of any other."""
     message = str(error)
     where = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     if "Original Traceback" in message:  # as a DataLoader puts what its worker raised
         trace, _, message = message.rstrip().rpartition(f"\n{type(error).__name__}: ")
         where = re.findall(r'File "(.*?)", line', trace)
+    if isinstance(error, OSError) and error.filename is not None:
+        return message
     return message if where and Path(where[-1]).is_relative_to(PACKAGE) else None
 
 
@@ -173,6 +176,7 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     given |= {"milestones": tuple(given["milestones"])} if "milestones" in given else {}
     options = {name: value for name in MODEL_OPTIONS if (value := getattr(arguments, name)) is not None}
+    check_limits(options)
     options |= dict(map(_option, arguments.option))
     settings = TrainConfig(**given)
     if settings.data.partition(":")[0] == "shapes":
@@ -196,7 +200,7 @@ def _option(text: str) -> tuple[str, Any]:
         raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
     try:
         return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # a string without quotes
         return name, value
 
 
@@ -218,50 +222,59 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> Detector:
+    from relops.training.distributed import device_named
     from relops.training.inference import load_detector
 
+    check_limits(vars(arguments))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = arguments.detector or Path(default_folder(arguments.model, arguments.data or TrainConfig.data))
-    return load_detector(path, torch.device(device))
+    return load_detector(path, device_named(arguments.device))
 
 
-def _open_data(arguments: argparse.Namespace, detector: Detector, split: str) -> DetectionData:
+def _open_data(
+    arguments: argparse.Namespace, detector: Detector, split: str, with_masks: bool = False
+) -> DetectionData:
     from relops.training.data import open_data
-    from relops.training.inference import prepare_masks
 
     annotations = vars(arguments).get(f"{split}_annotations")
     if annotations is None and arguments.data is None:
         annotations = getattr(detector, f"{split}_annotations")
     spec = arguments.data or detector.data
     data = open_data(spec, split, detector.classes, annotations, detector.pixel_range)
-    prepare_masks(data, detector.model)
+    data.has_masks = data.has_masks and with_masks
+    if data.has_masks:
+        data.check_masks()
     return data
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from relops.training._files import check_file, write_json
+    from relops.training._optional import require_all
     from relops.training.data import with_proposals
     from relops.training.distributed import World
     from relops.training.inference import evaluate
     from relops.training.log import without_nan
 
+    require_all("pillow", "faster-coco-eval")
     detector = _load(arguments)
-    data = _open_data(arguments, detector, "test")
+    data = _open_data(arguments, detector, "test", with_masks=detector.model.uses_masks)
     if detector.uses_proposals:
         if arguments.proposals is None:
             raise ValueError(f"model {detector.name} is given proposals: --proposals must name a file of them")
         data = with_proposals(data, arguments.proposals)
+    if arguments.output is not None:
+        check_file(arguments.output)
     world = World(0, 1, next(detector.model.parameters()).device)
     sizes = detector.min_size, detector.max_size
     evaluator = evaluate(detector.model, data, arguments.batch, *sizes, world, arguments.workers)
     metrics = evaluator.summarize()
     if arguments.voc:
         metrics |= {f"VOC {name}": value for name, value in evaluator.voc().items()}
+    if arguments.output is not None:
+        write_json(arguments.output, without_nan(metrics))
     for name, value in metrics.items():
         print(f"{name:32}{'none there' if math.isnan(value) else f'{value:.4f}'}")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(without_nan(metrics), indent=2) + "\n")
     return 0
 
 
@@ -271,7 +284,9 @@ def _image_files(paths: list[Path]) -> list[str]:
 
     files: list[Path] = []
     for path in paths:
-        inside = sorted(x for x in path.iterdir() if is_image(x.name)) if path.is_dir() else [path]
+        inside = [path]
+        if os.path.isdir(path):
+            inside = sorted(path / name for name in os.listdir(path) if is_image(name))
         if not inside:
             raise ValueError(f"{path}: a folder must have images in it, got none of {', '.join(IMAGE_ENDINGS)}")
         files += inside
@@ -279,10 +294,19 @@ def _image_files(paths: list[Path]) -> list[str]:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from relops.training._files import check_file, make_folder, write_json
     from relops.training._images import read_image
     from relops.training._masks import encode_mask
+    from relops.training._optional import require_all
     from relops.training.inference import detect, draw, image_sample
 
+    require_all("pillow")
+    output = arguments.output
+    for path in filter(os.path.isdir, arguments.images):
+        if os.path.realpath(path) == os.path.realpath(output):
+            raise ValueError(
+                f"{output}: output must not be a folder of images, where drawings would be images next time"
+            )
     detector = _load(arguments)
     if detector.uses_proposals:
         raise ValueError(f"model {detector.name} is given proposals, which image files have not")
@@ -301,10 +325,16 @@ def _predict(arguments: argparse.Namespace) -> int:
         other = by_name.setdefault(Path(file).name, file)
         if other is not file:
             raise ValueError(f"names of images must differ, got {other} and {file}")
+    make_folder(output)
+    check_file(output / "detections.json")
+    drawings = [output / f"{Path(file).name}.png" for file in files]
+    images = set(map(os.path.realpath, files))
+    for drawing in drawings:
+        if os.path.realpath(drawing) in images:
+            raise ValueError(f"{drawing}: output must be a folder where no image is overwritten, got one of the images")
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     results, failed = {}, False
-    for file, read_sample in zip(files, read):
+    for file, drawing, read_sample in zip(files, drawings, read):
         try:
             sample = read_sample()
         except ValueError as error:
@@ -312,7 +342,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             failed = True
             continue
         found = detect(detector, sample, arguments.threshold)
-        draw(detector, sample, found, arguments.output / f"{Path(file).name}.png")
+        draw(detector, sample, found, drawing)
         results[file] = [
             {
                 "class": detector.classes[label],
@@ -323,18 +353,22 @@ def _predict(arguments: argparse.Namespace) -> int:
             for i, (label, score, box) in enumerate(zip(found.labels, found.scores, found.boxes))
         ]
         print(f"{file}: {len(found.boxes)}")
-    (arguments.output / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(output / "detections.json", results)
     return 1 if failed else 0
 
 
 def _propose(arguments: argparse.Namespace) -> int:
+    from relops.training._files import check_file
+    from relops.training._optional import require_all
     from relops.training.data import save_proposals
     from relops.training.inference import propose
 
+    require_all("pillow")
     detector = _load(arguments)
     if detector.uses_proposals or not hasattr(detector.model, "propose"):
         raise ValueError(f"model {detector.name} makes no proposals")
     data = _open_data(arguments, detector, arguments.split)
+    check_file(arguments.output)
     proposals = propose(detector, data, arguments.count, arguments.batch, arguments.workers)
     save_proposals(arguments.output, proposals)
     print(f"{sum(map(len, proposals.values()))} proposals of {len(proposals)} images in {arguments.output}")

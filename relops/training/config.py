@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +13,25 @@ from relops.training.optimization import OPTIMIZERS, SCHEDULES
 
 # Settings that may change when a run goes on: its results do not depend on them, but for rounding.
 FREE = ("output", "epochs", "cache", "workers", "device", "threads", "eval_every", "checkpoint_every", "log_every")
+
+# The least and the largest value of numbers. The largest ones are what C's integers hold, and what a process can start.
+COUNT = 1, 2**31 - 1
+FINITE = 0, sys.float_info.max
+LIMITS = {
+    "iterations": COUNT, "batch": COUNT, "min_size": COUNT, "eval_every": COUNT, "checkpoint_every": COUNT,
+    "log_every": COUNT, "count": COUNT, "warmup": (0, 2**31 - 1), "seed": (0, 2**63 - 1), "threads": (1, 4096),
+    "workers": (0, 4096), "epochs": FINITE, "lr": FINITE, "clip": FINITE, "weight_decay": FINITE, "momentum": FINITE,
+    "backbone_lr": FINITE, "channels": COUNT, "hidden": COUNT, "threshold": (0, 1),
+}  # fmt: skip
+
+
+def check_limits(values: Mapping[str, Any], **others: tuple[int, int]) -> None:
+    """Of settings, or arguments of a command, by name. None is one that is not given."""
+    for name, (least, most) in (LIMITS | others).items():
+        value = values.get(name)
+        if value is not None and not least <= value <= most:
+            bound = "finite" if value == math.inf else f"at most {most}" if value > most else f"at least {least}"
+            raise ValueError(f"{name} must be {bound}, got {value}")
 
 
 def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -63,17 +85,13 @@ class TrainConfig:
     log_every: int = setting(20, "iterations from one line of the log to the next")
 
     def __post_init__(self) -> None:
-        low = {"batch": 1, "min_size": 1, "max_size": self.min_size, "checkpoint_every": 1, "log_every": 1}
-        low |= {"iterations": 1, "eval_every": 1, "threads": 1, "workers": 0, "warmup": 0, "seed": 0}
-        low |= {"weight_decay": 0, "momentum": 0, "backbone_lr": 0}
-        for name, least in low.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("lr", "epochs", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        check_limits(vars(self), max_size=(self.min_size, COUNT[1]))
+        if not all(0 <= milestone <= 1 for milestone in self.milestones):
+            raise ValueError(f"milestones must be in [0,1], got {self.milestones}")
         if self.iterations is not None and self.epochs is not None:
             raise ValueError(f"iterations and epochs exclude each other, got {self.iterations} and {self.epochs}")
         if self.ema is not None and not 0 <= self.ema < 1:

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from relops.models._structures import Targets
 from relops.models.inference import MEAN, STD
 from relops.training._coco import open_coco
+from relops.training._files import verify, written
 from relops.training._images import PixelRange
 from relops.training._optional import require
 from relops.training._samples import Annotation, DetectionData, FileData, Sample
@@ -134,7 +136,7 @@ class _WithProposals(DetectionData):
 def save_proposals(file: str, proposals: Mapping[int, np.ndarray]) -> None:
     """Writes what `with_proposals` reads: of each image id, [P,4] boxes in pixels of the original image."""
     boxes = [np.asarray(b, np.float32).reshape(-1, 4) for b in proposals.values()]
-    with open(file, "wb") as stream:  # given a name, numpy may append to it
+    with written(Path(file), checksum=True) as stream:
         np.savez(
             stream,
             image_ids=np.array(list(proposals), np.int64),
@@ -146,6 +148,7 @@ def save_proposals(file: str, proposals: Mapping[int, np.ndarray]) -> None:
 def with_proposals(data: DetectionData, file: str) -> DetectionData:
     """The same data with the proposals of a file of `save_proposals`, which must have all its images."""
     try:
+        verify(Path(file))
         with np.load(file) as content:
             image_ids, counts, boxes = (content[name] for name in ("image_ids", "counts", "boxes"))
     except Exception as error:  # zip files can be broken in many ways

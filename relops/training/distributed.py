@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,18 +40,42 @@ class World(NamedTuple):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Does it in the main process. What that raises is raised in all of them, so that none waits for another."""
+        error = None
+        if self.is_main:
+            try:
+                action()
+            except Exception as raised:
+                error = raised
+        error = self.gather(error)[0]
+        if error is not None:
+            raise error
+
+
+def device_named(name: str | None) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`; None is a GPU where torch sees one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one that torch sees, which are cpu and {torch.cuda.device_count()} GPUs, got {name!r}"
+        )
+    return torch.device(name)
+
 
 @contextlib.contextmanager
 def world(device: str | None = None) -> Iterator[World]:
     """Joins what torchrun's variables describe, on GPUs where there are some and `device` does not say otherwise."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    mine = device_named(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(0, 1, torch.device(kind))
+        yield World(0, 1, mine)
         return
-    mine = torch.device(kind)
     if mine.type == "cuda":
-        mine = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        mine = device_named(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(mine)
     # With both, flags and objects on the CPU take no turn in the queue of a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo")

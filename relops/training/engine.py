@@ -8,9 +8,9 @@ makes the steps it would have made, on the CPU to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -28,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from relops.models import load_backbone
 from relops.training import checkpoint, inference
+from relops.training._files import check_kinds, locked, make_folder, write_json
+from relops.training._optional import MODULES, require_all
 from relops.training.config import TrainConfig
 from relops.training.data import (
     Batch,
@@ -42,6 +44,7 @@ from relops.training.log import Clock, Log, Losses, without_nan
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer, set_lr
 
 EPOCHS = 12  # where neither iterations nor epochs are given
+FILES, FOLDERS = ("last.pt", "model.pt", "log.jsonl", "metrics.json", "curves.png"), ("predictions", "tensorboard")
 STATE = ("model", "optimizer", "average", "phase", "iteration", "losses", "times", "config", "classes")
 
 
@@ -92,14 +95,19 @@ def train(config: TrainConfig, restart: bool = False) -> dict[str, Any]:
         restart: begins anew instead.
 
     Raises:
+        ValueError: naming the setting or file, the rule, and what was got; also where another process has the folder.
         Interrupted: at SIGINT or SIGTERM; the same call goes on.
         FloatingPointError: at a loss that is not finite. The checkpoint is from before.
     """
+    require_all(*MODULES)
+    if not config.output:
+        raise ValueError("output must name a folder, got ''")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with world(config.device) as here, Signals() as signals:
-        run = Run(config, here, signals, restart)
+        run = Run(config, here, signals)
         try:
+            run.begin(restart)
             return run()
         finally:
             run.close()
@@ -108,8 +116,11 @@ def train(config: TrainConfig, restart: bool = False) -> dict[str, Any]:
 class Run:
     """One process's part in a run."""
 
-    def __init__(self, config: TrainConfig, here: World, signals: Signals, restart: bool) -> None:
+    log: Log | None = None
+
+    def __init__(self, config: TrainConfig, here: World, signals: Signals) -> None:
         self.world, self.signals = here, signals
+        self.lock = contextlib.ExitStack()
         self.folder = Path(config.output)
         self.path = self.folder / "last.pt"
         self.data = open_data(config.data, "train", annotations=config.train_annotations)
@@ -131,31 +142,51 @@ class Run:
         torch.manual_seed(seed_of(config.seed))
         self.model = inference.build(config.model, len(self.data.classes), config.options).to(here.device)
         if config.backbone_weights is not None:
-            load_backbone(self.model, checkpoint.load(Path(config.backbone_weights)))
+            weights = checkpoint.load(Path(config.backbone_weights))
+            for name, value in weights.items():
+                if not isinstance(value, torch.Tensor):
+                    raise ValueError(
+                        f"{config.backbone_weights}: must hold tensors by name, got {type(value).__name__} as {name!r}"
+                    )
+            try:
+                load_backbone(self.model, weights)
+            except ValueError as error:
+                raise ValueError(f"{config.backbone_weights}: {error}") from error
         if self.model.uses_masks and not self.data.has_masks:
             warnings.warn(
                 f"{config.data}: no object has a mask, so {config.model} is trained by boxes alone", stacklevel=2
             )
         for data in (self.data, self.test_data):
-            inference.prepare_masks(data, self.model)
+            data.has_masks = data.has_masks and self.model.uses_masks  # nobody else pays for them
+            if data.has_masks:
+                data.check_masks()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.model.uses_proposals and None in (config.proposals, config.test_proposals):
             raise ValueError(f"model {config.model} is given proposals: proposals and test_proposals must name files")
-        if here.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if restart:
-                for name in ("last.pt", "model.pt", "log.jsonl", "metrics.json"):
-                    (self.folder / name).unlink(missing_ok=True)
-                shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        here.gather(None)  # nobody looks for a checkpoint before that
 
+    def _claim(self, restart: bool) -> None:
+        """The folder is there, is this run's alone, and can take what the run will write."""
+        make_folder(self.folder)
+        self.lock.enter_context(locked(self.folder))
+        check_kinds(self.folder, FILES, FOLDERS)
+        for left in self.folder.glob("*.pt.*.tmp"):  # of a run that was killed
+            left.unlink()
+        if restart:
+            for name in ("last.pt", "model.pt", "log.jsonl", "metrics.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+
+    def begin(self, restart: bool) -> None:
+        """From the checkpoint on, where there is one."""
+        iterations = self.config.iterations
+        self.world.on_main(lambda: self._claim(restart))  # nobody looks for a checkpoint before that
         stored = None
         if self.path.exists():
             stored = checkpoint.load(self.path, *STATE)
             checkpoint.check_same(self.path, stored["config"], self.determining)
             checkpoint.check_same(self.path, {"classes": stored["classes"]}, {"classes": self.data.classes})
-            if here.is_main:
+            if self.world.is_main:
                 print(f"{self.path}: goes on after iteration {stored['iteration']} of {iterations}")
         self.stored = stored
 
@@ -166,7 +197,7 @@ class Run:
         self.losses = Losses(stored["losses"] if stored else None)
         training, elapsed, self.logged = stored["times"] if stored else (0.0, 0.0, 0.0)
         self.clock = Clock(training, elapsed)
-        self.log = Log(self.folder, self.iteration, iterations) if here.is_main else None
+        self.log = Log(self.folder, self.iteration, iterations) if self.world.is_main else None
         self.batches = self._load_batches()
 
     def __call__(self) -> dict[str, Any]:
@@ -187,6 +218,7 @@ class Run:
         self.parallel = self.model
         if self.log is not None:
             self.log.close()
+        self.lock.close()
 
     def _load_batches(self) -> Iterator[Batch]:
         config = self.config
@@ -216,10 +248,10 @@ class Run:
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
 
     def _restore(self, stored: dict[str, Any]) -> None:
-        self.model.load_state_dict(stored["model"])
+        checkpoint.load_weights(self.path, self.model, stored["model"])
         self.optimizer.load_state_dict(stored["optimizer"])
         if self.average is not None:
-            self.average.model.load_state_dict(stored["average"])
+            checkpoint.load_weights(self.path, self.average.model, stored["average"])
 
     def _train_until(self, end: int) -> None:
         config = self.config
@@ -337,7 +369,7 @@ class Run:
                 config.data, config.train_annotations, config.test_annotations, self.data.pixel_range,
             )  # fmt: skip
             detector.save(self.folder / "model.pt")
-            (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            write_json(self.folder / "metrics.json", metrics)
             inference.draw_examples(detector, self.test_data, self.folder / "predictions", 8)
             from relops.training.plots import plot_curves
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader
 from relops import models
 from relops.models._structures import Detections
 from relops.training import checkpoint
+from relops.training._files import written
 from relops.training._images import PixelRange
 from relops.training.data import Batch, DetectionData, Sample, Transformed, collate, prepare
 from relops.training.distributed import World
@@ -33,9 +37,15 @@ def build(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
         raise ValueError(f"model must be one of {', '.join(sorted(models.DETECTORS))}, got {name!r}")
     try:
         inspect.signature(models.DETECTORS[name]).bind(num_classes, **options)
-    except TypeError as error:
-        raise ValueError(f"options of model {name}: {error}") from error
-    return models.build(name, num_classes, **options)
+        hints = typing.get_type_hints(models.DETECTORS[name])
+        for option, value in options.items():
+            hint = hints.get(option, object)
+            if typing.get_origin(hint) in (None, types.UnionType) and not isinstance(value, hint):
+                if not (isinstance(value, int) and isinstance(float(value), hint)):
+                    raise ValueError(f"{option} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+        return models.build(name, num_classes, **options)
+    except Exception as error:  # a module raises anything, given a number or a string that is not one of its own
+        raise ValueError(f"options of model {name}: {str(error).partition(chr(10))[0]}") from error
 
 
 @dataclass
@@ -67,32 +77,28 @@ class Detector:
 
 def load_detector(path: Path, device: torch.device) -> Detector:
     """From a run's folder, of which model.pt is taken, or last.pt if the run is not at its end; or from such a file."""
-    if path.is_dir():
-        path = path / "model.pt" if (path / "model.pt").exists() else path / "last.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: must be a run's folder, or a file model.pt or last.pt of one, got nothing")
+    places = [path / "model.pt", path / "last.pt"] if os.path.isdir(path) else [path]
+    there = list(filter(os.path.exists, places))
+    if not there:
+        raise FileNotFoundError(f"{path}: must be a run's folder, or a file model.pt or last.pt of one, got none")
+    path = there[0]
     stored = checkpoint.load(path, "model", "classes")
     weights = stored["model"]
     if "config" in stored:
-        weights = stored["average"] or weights
+        checkpoint.check_keys(path, stored["config"], "model")
+        weights = stored.get("average") or weights
         stored |= stored["config"] | {"name": stored["config"]["model"]}
+    fields = [field for field in dataclasses.fields(Detector) if field.name != "model"]
+    checkpoint.check_keys(path, stored, *(field.name for field in fields if field.default is dataclasses.MISSING))
     model = build(stored["name"], len(stored["classes"]), stored["options"])
     for phase in range(stored.get("phase", -1) + 1):
         model.start_phase(phase)
-    model.load_state_dict(weights)
-    # Files of earlier versions lack the last fields, which have defaults.
-    names = [field.name for field in dataclasses.fields(Detector) if field.name != "model" and field.name in stored]
-    others = {name: stored[name] for name in names}
-    if others.get("pixel_range") is not None:
-        others["pixel_range"] = PixelRange(*others["pixel_range"])
-    return Detector(model.to(device).eval(), **others)
-
-
-def prepare_masks(data: DetectionData, model: nn.Module) -> None:
-    """Check the masks of the data where the model uses them; else leave them out, which saves time."""
-    data.has_masks = data.has_masks and model.uses_masks
-    if data.has_masks:
-        data.check_masks()
+    checkpoint.load_weights(path, model, weights)
+    if stored.get("pixel_range") is not None:
+        stored["pixel_range"] = PixelRange(*stored["pixel_range"])
+    return Detector(
+        model.to(device).eval(), **{field.name: stored[field.name] for field in fields if field.name in stored}
+    )
 
 
 def loader(
@@ -111,8 +117,10 @@ def loader(
 
 def _leave_group(_: int) -> None:
     """Of a worker: terminals, timeout and torchrun signal all processes of a group, and the one that trains still needs
-    its data then."""
+    its data then. Where that one is interrupted while it takes a tensor, the thread that hands it over has nothing to
+    report."""
     os.setpgid(0, 0)
+    sys.excepthook = lambda *_: None
 
 
 def on_device(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
@@ -202,7 +210,8 @@ def draw(detector: Detector, sample: Sample, found: Objects, path: Path) -> None
     if masks is not None:
         masks = masks.repeat(factor, 1).repeat(factor, 2)
     drawn = draw_detections(image, factor * found.boxes, found.labels, found.scores, detector.classes, masks)
-    drawn.save(path)
+    with written(path) as file:
+        drawn.save(file, "png")
 
 
 def draw_examples(detector: Detector, data: DetectionData, folder: Path, count: int) -> None:

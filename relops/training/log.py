@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -14,17 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relops.training._files import written
 from relops.training.distributed import World
 
 SHOWN = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; none where there is no file. A last line that was cut off is left out."""
+    """The whole lines of a log; none where there is no file. A last line that was cut off is left out, and so are lines
+    that are damaged, which are named."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+            if not (isinstance(line, dict) and type(line.get("iteration")) is int):
+                raise ValueError("it must be an object with an iteration")
+        except (ValueError, RecursionError) as error:
+            print(f"{path}: line {number} is damaged and left out: {error}", file=sys.stderr)
+        else:
+            lines.append(line)
+    return lines
 
 
 def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,9 +60,8 @@ class Log:
     def __init__(self, folder: Path, iteration: int, total: int) -> None:
         self.path, self.total = folder / "log.jsonl", total
         self.lines = [line for line in read_lines(self.path) if line["iteration"] <= iteration]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(beside, self.path)
+        with written(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
         self.board = None
         try:

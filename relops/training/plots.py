@@ -81,7 +81,7 @@ def plot_curves(log: Sequence[dict[str, Any]], path: str) -> None:
     left.set(xlabel="iteration", ylabel="loss")
 
     for name in SHOWN:
-        points = [(line["minutes"], line[name]) for line in log if name in line]
+        points = [(line["minutes"], line[name]) for line in log if name in line and "minutes" in line]
         if points:
             right.plot(*zip(*points), marker="o", markersize=3, label=name)
     right.set(xlabel="minutes of training", ylabel="average precision", ylim=(0, 1))
