@@ -48,11 +48,10 @@ def register_no_gradient(op: str) -> None:
     """Make the outputs of the op constants, floating ones too, whatever its inputs require; forward mode raises."""
     overload = getattr(torch.ops.relops, op).default
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    def fall_through(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    _library.impl(op, kernel, "Autograd", with_keyset=True)
+    _library.impl(op, fall_through, "Autograd", with_keyset=True)
 
 
 def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
