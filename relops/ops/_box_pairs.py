@@ -32,13 +32,13 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
 
 
 def computed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """In the dtype that kernels compute in."""
+    """Convert both to the dtype that kernels compute in."""
     dtype = wider_box_dtype(a, b)
     return a.to(dtype), b.to(dtype)
 
 
 def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """torchvision's: integers of any width give float32."""
+    """Return the dtype of the result, which is that of torchvision: integers of any width give float32."""
     wide = a.dtype == torch.float64 or b.dtype == torch.float64
     return torch.float64 if wide else torch.float32
 

@@ -122,7 +122,7 @@ def check_integers(op: str, name: str, tensor: object) -> None:
 
 
 def has_values(*tensors: Tensor | None) -> bool:
-    """Whether the host may read them: fake tensors have none, and a graph being traced must not depend on them."""
+    """Return whether the host may read values: fake tensors have none, and a traced graph must not depend on them."""
     if torch.compiler.is_compiling() or FakeTensor in map(type, tensors):
         return False
     if torch._C._len_torch_dispatch_stack() == 0:
@@ -132,7 +132,7 @@ def has_values(*tensors: Tensor | None) -> bool:
 
 
 def int_tensor(ints: Sequence[int]) -> Tensor:
-    """int64 on the CPU. Of the symbolic sizes of a graph that is being traced torch.tensor would make constants."""
+    """Make an int64 tensor on the CPU. In a graph that is being traced, symbolic sizes stay symbolic."""
     if torch.SymInt in map(type, ints):
         return torch.stack([torch.scalar_tensor(x, dtype=torch.int64) for x in ints])
     return torch.tensor(ints, dtype=torch.int64)
