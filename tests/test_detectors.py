@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import needs_cuda
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
 
 import relops
 from relops.models import Detections, Targets, _boxes
@@ -373,6 +375,20 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     assert (expected.labels >= 0).sum() > 5 and torch.equal(found.labels, expected.labels)
     torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_fake_tensors(name: str) -> None:
+    """A model, its losses and its detections, none of which has values."""
+    inputs = batch()
+    with FakeTensorMode() as mode:
+        model = small(name)
+        images, sizes, targets = tree_map(mode.from_tensor, inputs)
+        losses = model.train()(images, sizes, targets)
+        sum(losses.values()).backward()
+        detections = model.eval()(images, sizes, targets)
+    assert all(isinstance(loss, FakeTensor) and loss.dim() == 0 for loss in losses.values())
+    assert detections.boxes.shape == (*detections.scores.shape, 4) and len(detections.labels) == 2
 
 
 @pytest.mark.parametrize("name", SMALL)

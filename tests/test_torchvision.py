@@ -61,6 +61,14 @@ def test_region(region: Region, options: dict, case: Case, dtype: torch.dtype, d
         torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=tolerance * of_largest)
 
 
+@pytest.mark.parametrize(("region", "options"), REGION_OPTIONS)
+def test_fraction_of_a_batch_index(region: Region, options: dict, device: str) -> None:
+    case = Case(N=3, K=6, options=options)
+    features, boxes = [x.to(device) for x in region.features(case)], random_boxes(case, inside=True).to(device)
+    boxes[:, 0] = torch.tensor([-0.7, -1e-6, 0.7, 1.25, 1.9, 2.9])
+    torch.testing.assert_close(region(features, boxes, case), region(features, boxes, case, torchvision.ops))
+
+
 @float64_and_float32
 def test_multi_scale_roi_align(dtype: torch.dtype, device: str) -> None:
     size, scales = 320, [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -98,6 +106,16 @@ def test_box_iou(name: str, dtype: torch.dtype, device: str) -> None:
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * y.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
+def test_box_iou_of_integers(name: str, dtype: torch.dtype, device: str) -> None:
+    """Beside integers, too: also the dtype is that of torchvision."""
+    corner, size = torch.randint(1, 60, (2, 150, 2), device=device)
+    a, b = torch.cat([corner, corner + size], 1).split([50, 100])
+    for x, y in ((a.to(dtype), b), (a, b.to(dtype)), (a.to(dtype), b.to(dtype))):
+        torch.testing.assert_close(getattr(relops, name)(x, y), getattr(torchvision.ops, name)(x, y))
+
+
 @float64_and_float32
 @pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
 def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> None:
@@ -118,6 +136,13 @@ def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
     assert torch.equal(relops.nms(boxes, scores, iou_threshold), expected)
     expected = torchvision.ops.batched_nms(boxes, scores, idxs, iou_threshold)
     assert torch.equal(relops.batched_nms(boxes, scores, idxs, iou_threshold), expected)
+
+
+def test_nms_at_the_threshold() -> None:
+    """An IoU of exactly 3/10: what the documentation says of torchvision's CPU kernel."""
+    boxes, scores = torch.tensor([[0.0, 0.0, 10.0, 1.0], [0.0, 0.0, 3.0, 1.0]]), torch.tensor([0.2, 0.1])
+    assert relops.nms(boxes, scores, 0.3).tolist() == [0, 1]
+    assert torchvision.ops.nms(boxes, scores, 0.3).tolist() == [0]
 
 
 @pytest.mark.parametrize("name", ["nms", "batched_nms"])

@@ -50,7 +50,7 @@ def centers_of(boxes: Tensor) -> Tensor:
 
 
 def focal_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each logit (Lin et al., https://arxiv.org/abs/1708.02002), where its class is wanted and where it is not."""
+    """Return the focal loss (https://arxiv.org/abs/1708.02002) of each logit, if its class is wanted and if not."""
     p, log_p = logits.sigmoid(), F.logsigmoid(logits)
     return ALPHA * (1 - p) ** GAMMA * -log_p, (1 - ALPHA) * p**GAMMA * (logits - log_p)
 
@@ -94,8 +94,10 @@ class SetLoss:
         return boxes if self.corners else corners_of(boxes)
 
     def class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of each prediction as each object, [L,N,Q,T], of arguments as in `match`. Of all C classes only the softmax
-        needs more than the logits that are gathered."""
+        """Return what the class of each prediction costs as that of each object, [L,N,Q,T]; arguments as in `match`.
+
+        The classes of the objects are gathered first. Only the softmax needs the others.
+        """
         index = labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
         if not self.focal:
             return -logits.softmax(-1).gather(3, index)

@@ -1,4 +1,4 @@
-"""Registration of autograd: of an op's formula for reverse mode, and of the refusal of forward mode, for all alike."""
+"""Registration of autograd: the formula of an op for reverse mode, and for all ops alike the error of forward mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 class _Library(torch.library.Library):
-    """Registers autograd kernels that look for tangents first: without that, torch drops them in silence."""
+    """Register autograd kernels that look for tangents first: torch itself drops the tangents without an error."""
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", *, with_keyset: bool = False) -> None:
         op = op_name.removeprefix("_").removesuffix("_backward")
@@ -28,7 +28,7 @@ _library = _Library("relops", "IMPL")
 
 
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-    """As torch.library.register_autograd; forward mode raises RuntimeError."""
+    """Register a formula as torch.library.register_autograd does, and make forward mode raise RuntimeError."""
     torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context, lib=_library)
 
 
@@ -45,14 +45,13 @@ def register_no_double_backward(op: str) -> None:
 
 
 def register_no_gradient(op: str) -> None:
-    """Make the outputs of the op constants, floating ones too, whatever its inputs require; forward mode raises."""
+    """Make all outputs of the op constants, whatever its inputs require, and forward mode raise RuntimeError."""
     overload = getattr(torch.ops.relops, op).default
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    def fall_through(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    _library.impl(op, kernel, "Autograd", with_keyset=True)
+    _library.impl(op, fall_through, "Autograd", with_keyset=True)
 
 
 def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
@@ -64,7 +63,7 @@ def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    """All tensors of the arguments, and what the transforms of torch.func wrapped to make them."""
+    """Yield all tensors of the arguments, and those that the transforms of torch.func have wrapped in them."""
     for x in args:
         if isinstance(x, (list, tuple)):
             yield from _tensors(x)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relops._library import check_device_has_kernels
 from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._boxes import box_dtype
+from relops.ops._boxes import box_dtype, wider_box_dtype
 from relops.ops._checks import check_device, check_features_or_integers
 from relops.ops._vmap import mapped_first
 
@@ -20,7 +20,8 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
         if boxes.dim() not in (2, 3) or boxes.size(-1) != 4:
             K = name.upper()
             raise ValueError(f"relops.{op}: {name} must be [{K},4] or [N,{K},4], got shape {list(boxes.shape)}")
-    if a.is_floating_point() and b.is_floating_point() and box_dtype(a.dtype) != box_dtype(b.dtype):
+    both_floating = a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point()
+    if both_floating and box_dtype(a.dtype) != box_dtype(b.dtype):
         allowed = "float64" if a.dtype == torch.float64 else "float16, bfloat16 or float32"
         raise TypeError(f"relops.{op}: b must be {allowed} where a is {a.dtype}, got {b.dtype}")
     check_device(op, "b", b, "a", a)
@@ -31,13 +32,13 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
 
 
 def computed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """In the dtype that kernels compute in; of an integer and a floating one, the wider."""
-    dtype = torch.promote_types(box_dtype(a.dtype), box_dtype(b.dtype))
+    """Convert both to the dtype that kernels compute in."""
+    dtype = wider_box_dtype(a, b)
     return a.to(dtype), b.to(dtype)
 
 
 def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """torchvision's: integers of any width give float32."""
+    """Return the dtype of the result, which is that of torchvision: integers of any width give float32."""
     wide = a.dtype == torch.float64 or b.dtype == torch.float64
     return torch.float64 if wide else torch.float32
 

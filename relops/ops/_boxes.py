@@ -1,6 +1,6 @@
 """What the ops on boxes without features share: checks, the dtype they compute in, sizes that fakes cannot know.
 
-torch.jit.script compiles `nms`, `batched_nms`, `box_iou`, `generalized_box_iou`, `computed` and `box_dtype`. It reads
+torch.jit.script compiles `nms`, `batched_nms`, `box_iou`, `generalized_box_iou` and what these call. It reads
 annotations as objects, so neither this file nor those of the ops import annotations from __future__.
 """
 
@@ -46,12 +46,19 @@ def check_iou_threshold(op: str, iou_threshold: object) -> None:
 
 
 def box_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that kernels compute boxes and scores of `dtype` in."""
+    """Return the dtype that kernels compute boxes of `dtype` in."""
     wide = dtype == torch.float64 or dtype == torch.int64 or dtype == torch.uint64
     return torch.float64 if wide else torch.float32
 
 
+def wider_box_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """Return the dtype that kernels compute both tensors in."""
+    dtype = box_dtype(a.dtype)
+    return dtype if dtype == torch.float64 or a.dtype == b.dtype else box_dtype(b.dtype)
+
+
 def computed(tensor: Tensor) -> Tensor:
+    """Convert to the dtype that kernels compute in."""
     return tensor.to(box_dtype(tensor.dtype))
 
 

@@ -58,8 +58,9 @@ def check_features(op: str, name: str, tensor: Tensor) -> None:
 
 def check_features_or_integers(op: str, name: str, tensor: object) -> None:
     check_tensor(op, name, tensor)
-    other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-    if other and tensor.dtype not in FEATURE_DTYPES:
+    if tensor.dtype not in FEATURE_DTYPES and (
+        tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    ):
         raise TypeError(
             f"relops.{op}: {name} must be float64, float32, float16, bfloat16 or integer, got {tensor.dtype}"
         )
@@ -121,16 +122,18 @@ def check_integers(op: str, name: str, tensor: object) -> None:
 
 
 def has_values(*tensors: Tensor | None) -> bool:
-    """Whether the host may read them: fake tensors have none, and a graph being traced must not depend on them."""
-    if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in tensors):
+    """Return whether the host may read values: fake tensors have none, and a traced graph must not depend on them."""
+    if torch.compiler.is_compiling() or FakeTensor in map(type, tensors):
         return False
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return True
     modes = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
     return all(torch._C._get_dispatch_mode(mode) is None for mode in modes)
 
 
 def int_tensor(ints: Sequence[int]) -> Tensor:
-    """int64 on the CPU. Of the symbolic sizes of a graph that is being traced torch.tensor would make constants."""
-    if any(isinstance(x, torch.SymInt) for x in ints):
+    """Make an int64 tensor on the CPU. In a graph that is being traced, symbolic sizes stay symbolic."""
+    if torch.SymInt in map(type, ints):
         return torch.stack([torch.scalar_tensor(x, dtype=torch.int64) for x in ints])
     return torch.tensor(ints, dtype=torch.int64)
 

@@ -21,8 +21,11 @@ Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per 
 
 
 class BroadcastingList2:
-    """`BroadcastingList2[int]` is an int or two, (height, width). torch.jit.script knows it by this name, and what
-    torch.jit.annotations has under it is None to everybody else."""
+    """`BroadcastingList2[int]` is one int for both, or two.
+
+    torch.jit.script recognizes the annotation by its name. That of torch.jit.annotations evaluates to None, which
+    signatures would show.
+    """
 
     def __class_getitem__(cls, item: type) -> UnionType:
         return item | Sequence[item]
@@ -211,7 +214,7 @@ def register_vmap(op: str) -> None:
 
 
 def _image(index: Tensor) -> Tensor:
-    """What region_image of the kernels makes of a batch index."""
+    """Return the image that a batch index names, as region_image of the kernels does."""
     nearest = index.round()
     return torch.where((index - nearest).abs() <= 2**-10, nearest, index.trunc())
 

@@ -162,10 +162,10 @@ def _check_sampling(
 
     if not isinstance(spatial_shapes, Tensor):
         try:
-            pairs = [(h, w) for h, w in spatial_shapes]
-            if any(isinstance(size, float) for pair in pairs for size in pair):
+            sizes = [size for h, w in spatial_shapes for size in (h, w)]
+            if any(isinstance(size, float) for size in sizes):
                 raise TypeError("torch.tensor would cut fractions off")
-            spatial_shapes = int_tensor([size for pair in pairs for size in pair]).view(-1, 2)
+            spatial_shapes = int_tensor(sizes).view(-1, 2)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"relops.{op}: spatial_shapes must be an int64 Tensor [L,2] or a list of (H,W), got {spatial_shapes!r}"

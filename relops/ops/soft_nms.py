@@ -5,12 +5,12 @@ from torch import Tensor
 
 from relops.ops._autograd import register_no_gradient
 from relops.ops._boxes import (
-    box_dtype,
     check_boxes,
     check_idxs,
     check_iou_threshold,
     check_scores,
     unknown_count,
+    wider_box_dtype,
 )
 from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number
 
@@ -70,7 +70,7 @@ def soft_nms(
     if idxs is not None:
         check_idxs(op, idxs, boxes)
         idxs = idxs.to(torch.int64)
-    dtype = torch.promote_types(box_dtype(boxes.dtype), box_dtype(scores.dtype))
+    dtype = wider_box_dtype(boxes, scores)
     keep, decayed = torch.ops.relops.soft_nms(
         boxes.to(dtype),
         scores.to(dtype),

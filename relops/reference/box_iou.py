@@ -15,7 +15,7 @@ def box_iou(
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 for float64 and 64-bit integers, float32 for all else."""
+    """Return float64 if any is float64 or of 64-bit integers, else float32."""
     wide = any(x.dtype in (torch.float64, torch.int64, torch.uint64) for x in tensors)
     return torch.float64 if wide else torch.float32
 
