@@ -279,6 +279,9 @@ def test_windows_of_a_crop(device: str) -> None:
         Windows(C=16, G=2, H=40, W=23, k=5),
         Windows(C=16, G=2, H=41, W=23, k=4, stride=2, channels_last=True),
         Windows(N=1, C=4, G=1, H=70, W=9, k=3, dilation=3, border="zero"),
+        # Windows whose weights are too many to keep those of all outputs that read a pixel.
+        Windows(N=1, C=5, G=2, H=45, W=150, k=21),
+        Windows(N=1, C=5, G=2, H=31, W=300, k=20, stride=2, dilation=2, border="zero", similarity="product"),
     ],
 )
 def test_threads_do_not_matter(case: Windows, threads: None) -> None:
@@ -305,6 +308,18 @@ def step(rows):
 """
     # Output and gradients, which autograd adds to those of the whole of what was cut.
     assert resident_growth(begin, "step(4)", "step(56)") < 32 * 1024
+
+
+def test_memory_of_large_windows() -> None:
+    """The weights of a row of outputs, not of all rows that a window reaches, which here would take 70 MB."""
+    begin = """
+torch.set_num_threads(1)
+query, value = torch.randn(1, 1, 64, 64), torch.randn(1, 4, 64, 64)
+leaves = [t.requires_grad_() for t in (query, query.clone(), value)]
+def step(k):
+    relops.local_relation(*leaves, kernel_size=k).sum().backward()
+"""
+    assert resident_growth(begin, "step(3)", "step(41)") < 20 * 1024
 
 
 def test_fake_of_the_backward_is_like_it() -> None:

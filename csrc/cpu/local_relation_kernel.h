@@ -10,7 +10,8 @@
 //
 // Backward: the same per row of outputs, whose weights and gradients of logits go into rings of their own. As soon as
 // the last output that reads a row of inputs is done, the gradients of its keys and values are sums over taps from
-// these rings.
+// these rings. Of large windows that would be too much to keep: then the weights of one row of outputs are kept, and
+// added to the sums of all rows of inputs that it reads.
 
 #include "cpu/simd.h"
 
@@ -337,14 +338,17 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     want_value_ = a.grad_value.data != nullptr;
     want_logits_ = want_key_ || a.grad_query.data != nullptr || a.grad_prior != nullptr;
     want_inputs_ = want_key_ || want_value_;
-    output_ring_ = want_inputs_ ? rows.most_outputs() : 1;
+    constexpr int64_t kMostWeights = 1 << 20;
     const int64_t line = columns.output_line;
+    keeps_sums_ = want_inputs_ && rows.most_outputs() * taps_ * line > kMostWeights;
+    output_ring_ = want_inputs_ && !keeps_sums_ ? rows.most_outputs() : 1;
     query_ring_ = this->zeros(output_ring_ * line);
     grad_ring_ = this->zeros(output_ring_ * a.m * line);
     if (want_value_) weight_ring_ = this->zeros(output_ring_ * taps_ * line);
     if (want_key_) logit_ring_ = this->zeros(output_ring_ * taps_ * line);
     grads_ = this->scratch_.template take<C>(taps_ * V);
-    sums_ = this->scratch_.template take<C>(a.m * columns.width);
+    query_sums_ = this->scratch_.template take<C>(columns.width);
+    sums_ = this->zeros((keeps_sums_ ? this->ring_ * columns.parts.size() : 1) * sums_size());
     if (a.grad_prior != nullptr) prior_ = this->scratch_.template take<C>(taps_ * V);
     reads_ = this->scratch_.template take<Read>(taps_);
   }
@@ -380,9 +384,24 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     }
     for (int64_t ho = first; ho <= last; ++ho) {
       row(ho, ho >= item.begin && ho < item.end);
-      if (want_inputs_)
-        for (; y < end && rows_.last_output(y) <= ho; ++y) inputs(y);
+      if (!want_inputs_) continue;
+      for (int64_t i = 0; i < a_.k && keeps_sums_; ++i)
+        if (const int64_t row = rows_.tap(ho, i); row >= items_.input_begin(item) && row < end) add_inputs(row, i);
+      for (; y < end && rows_.last_output(y) <= ho; ++y) inputs(y);
     }
+  }
+
+  int64_t sums_size() const { return (1 + a_.m) * columns_.width; }
+
+  // Of the gradients of a row of inputs, where they are kept: they are 0 between strips.
+  C* sums_of(int64_t y, int64_t part) const {
+    return sums_ + (y % this->ring_ * static_cast<int64_t>(columns_.parts.size()) + part) * sums_size();
+  }
+
+  // What row i of the taps of the output at hand gives to a row of inputs.
+  void add_inputs(int64_t y, int64_t i) {
+    for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part)
+      sum_reads(find_reads(y, part, i, i + 1), y, part, sums_of(y, part), true);
   }
 
   // Everything that depends on a row of outputs; `own`: it is this strip's, not a neighbor's.
@@ -404,7 +423,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
       if (want_logits_) grads_of_logits(w, q, delta, logit, own);
     }
     if (own && a_.grad_query.data != nullptr)
-      pack_line(sums_, columns_.width, 1, a_.Wo, a_.grad_query.at(n_, g_, ho), a_.grad_query.c_stride,
+      pack_line(query_sums_, columns_.width, 1, a_.Wo, a_.grad_query.at(n_, g_, ho), a_.grad_query.c_stride,
                 a_.grad_query.w_stride);
   }
 
@@ -468,34 +487,46 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     Vec<C> grad =
         sum_over<C>(reaching, [&](int64_t i) __attribute__((always_inline)) { return add(i, load(grads + i * V)); });
     for (int64_t i = reaching; i < this->count_; ++i) grad += add(i, Vec<C>{});
-    if (own) store(sums_ + w, grad * C(kSlopeScale<kSimilarity>));
+    if (own) store(query_sums_ + w, grad * C(kSlopeScale<kSimilarity>));
   }
 
   // The gradients of a row of inputs. Where no output reads a row or a phase of it, they are zero already.
   void inputs(int64_t y) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part) {
-      const int64_t count = find_reads(y, part);
-      if (count == 0) continue;
-      const WindowColumns::Part& columns = columns_.parts[part];
-      if (want_key_) {
-        const C* const key = this->key_ring_ + y % this->ring_ * columns_.line + part * columns_.part_size;
-        for (int64_t j = 0; j < columns.columns; j += V) store(sums_ + j, grad_of_keys(count, j, key + columns_.left));
-        pack_line(sums_, columns_.width, 1, columns.columns, a_.grad_key.at(n_, g_, y, columns.phase),
-                  a_.grad_key.c_stride, a_.grad_key.w_stride * a_.stride);
+      C* const sums = keeps_sums_ ? sums_of(y, part) : sums_;
+      if (!keeps_sums_) {
+        const int64_t count = find_reads(y, part, 0, a_.k);
+        if (count == 0) continue;
+        sum_reads(count, y, part, sums, false);
       }
-      if (want_value_) {
-        for (int64_t j = 0; j < columns.columns; j += V) grad_of_values(count, j);
-        pack_line(sums_, columns_.width, channels_, columns.columns,
+      const WindowColumns::Part& columns = columns_.parts[part];
+      if (want_key_)
+        pack_line(sums, columns_.width, 1, columns.columns, a_.grad_key.at(n_, g_, y, columns.phase),
+                  a_.grad_key.c_stride, a_.grad_key.w_stride * a_.stride);
+      if (want_value_)
+        pack_line(sums + columns_.width, columns_.width, channels_, columns.columns,
                   a_.grad_value.at(n_, first_channel_, y, columns.phase), a_.grad_value.c_stride,
                   a_.grad_value.w_stride * a_.stride);
-      }
+      if (keeps_sums_) std::fill_n(sums, sums_size(), C(0));
     }
   }
 
-  int64_t find_reads(int64_t y, int64_t part) {
+  // sums [1+m,width]: of the key and of the values of a row of inputs, over the reads at hand; `more`: added to them.
+  void sum_reads(int64_t count, int64_t y, int64_t part, C* sums, bool more) {
+    const int64_t columns = columns_.parts[part].columns;
+    const C* const key = this->key_ring_ + y % this->ring_ * columns_.line + part * columns_.part_size + columns_.left;
+    for (int64_t j = 0; want_key_ && j < columns; j += V) {
+      const Vec<C> grad = grad_of_keys(count, j, key);
+      store(sums + j, more ? load(sums + j) + grad : grad);
+    }
+    for (int64_t j = 0; want_value_ && j < columns; j += V) grad_of_values(count, j, sums + columns_.width + j, more);
+  }
+
+  // Outputs that read a row of inputs by rows [begin, end) of taps.
+  int64_t find_reads(int64_t y, int64_t part, int64_t begin, int64_t end) {
     const int64_t line = columns_.output_line;
     int64_t count = 0;
-    for (int64_t i = 0; i < a_.k; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t ho = rows_.output(y, i);
       if (ho < 0) continue;
       const int64_t slot = ho % output_ring_;
@@ -523,7 +554,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     return grad * C(kSlopeScale<kSimilarity>);
   }
 
-  void grad_of_values(int64_t count, int64_t j) {
+  void grad_of_values(int64_t count, int64_t j, C* to, bool more) {
     for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
       constexpr int R = n;
       const Batch<C, R> sums = weighted_sums<C, R>(
@@ -531,7 +562,10 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
           [&](int64_t i) __attribute__((always_inline)) { return load(reads_[i].weight + j); },
           [&](int64_t i) __attribute__((always_inline)) { return reads_[i].grad + c * columns_.output_line + j; });
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) store(sums_ + (c + r) * columns_.width + j, sums.v[r]);
+      for (int r = 0; r < R; ++r) {
+        C* const p = to + (c + r) * columns_.width;
+        store(p, more ? load(p) + sums.v[r] : sums.v[r]);
+      }
     });
   }
 
@@ -549,10 +583,12 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   const LocalRelationItems& items_;
   double* const prior_shares_;  // [N,strips,G,k,k]
   bool want_key_, want_value_, want_logits_, want_inputs_;
+  bool keeps_sums_;                                   // of the gradients of inputs, instead of the weights of outputs
   int64_t output_ring_;                               // row ho of outputs is in slot ho % output_ring
   C *query_ring_, *grad_ring_;                        // [ring,line], [ring,m,line]
   C *weight_ring_ = nullptr, *logit_ring_ = nullptr;  // [ring,k*k,line]
-  C *grads_, *sums_;                                  // [k*k,V], [m,width]
+  C *grads_, *query_sums_;                            // [k*k,V], [width]
+  C* sums_;                                           // [1+m,width] or, where these are kept, [ring,parts,1+m,width]
   C* prior_ = nullptr;                                // [k*k,V]
   Read* reads_;
 };
