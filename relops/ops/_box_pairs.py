@@ -1,7 +1,7 @@
 """What box_iou and generalized_box_iou share: all but what they compute.
 
-torch.jit.script compiles `computed_pair` and `result_dtype`. It reads annotations as objects, so this file does not
-import annotations from __future__.
+torch.jit.script compiles `computed_pair`. It reads annotations as objects, so this file does not import annotations
+from __future__.
 """
 
 import torch
@@ -35,12 +35,6 @@ def computed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Convert both to the dtype that kernels compute in."""
     dtype = wider_box_dtype(a, b)
     return a.to(dtype), b.to(dtype)
-
-
-def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """Return the dtype of the result, which is that of torchvision: integers of any width give float32."""
-    wide = a.dtype == torch.float64 or b.dtype == torch.float64
-    return torch.float64 if wide else torch.float32
 
 
 def register_box_pair(op: str) -> None:

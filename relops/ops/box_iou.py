@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from relops.ops._box_pairs import check_box_pair, computed_pair, register_box_pair, result_dtype
+from relops.ops._box_pairs import check_box_pair, computed_pair, register_box_pair
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
         b: [B,4], or [N,B,4] with the N of a. float64 where a is, or any of the others; integers beside any.
 
     Returns:
-        [A,B], or [N,A,B] of a[n] with b[n]. float64 where a or b is float64, else float32. A NaN coordinate makes the
+        [A,B], or [N,A,B] of a[n] with b[n]. In the dtype that is computed in. A NaN coordinate makes the
         row or column of its box NaN. Infinite coordinates give what arithmetic makes of them, and so do inverted boxes,
         whose area is negative if they are inverted in one direction.
 
@@ -38,7 +38,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """
     if not torch.jit.is_scripting():
         check_box_pair("box_iou", a, b)
-    return torch.ops.relops.box_iou(*computed_pair(a, b)).to(result_dtype(a, b))
+    return torch.ops.relops.box_iou(*computed_pair(a, b))
 
 
 register_box_pair("box_iou")

@@ -10,8 +10,8 @@ def box_iou(
     a: Tensor,  # [..,A,4]
     b: Tensor,  # [..,B,4]
 ) -> Tensor:  # [..,A,B]
-    """64-bit integers are computed in float64, the result is float32 as for all integers."""
-    return ratio(*intersection_and_union(*pairs(a, b))).to(result_dtype(a, b))
+    """Return the IoU in the dtype that it is computed in."""
+    return ratio(*intersection_and_union(*pairs(a, b)))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -23,10 +23,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [..,A,1,4] and [..,1,B,4]
     dtype = compute_dtype(a, b)
     return a.to(dtype).unsqueeze(-2), b.to(dtype).unsqueeze(-3)
-
-
-def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
 def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # [..,A,1,4] and [..,1,B,4]
