@@ -33,7 +33,7 @@ from test_training import (
 
 from relops.__main__ import main
 from relops.training import checkpoint, engine, inference
-from relops.training._files import LENGTH, LOCK, locked, written
+from relops.training._files import LOCK, locked, written
 from relops.training.data import open_data, save_proposals, with_proposals
 from relops.training.engine import train
 from relops.training.plots import plot_curves
@@ -223,6 +223,10 @@ def test_files_to_read(kind: str, message: str, tmp_path: Path, fails: Callable[
     assert not (tmp_path / "run").exists() and not (tmp_path / "output").exists()
 
 
+def test_name_of_two_lines(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "no run: must be a run's folder" in fails(*arguments_of("eval", tmp_path / "no\nrun", tmp_path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -252,7 +256,7 @@ def test_detector_that_does_not_fit(
 def damaged(content: bytes) -> list[bytes]:
     """Each with one bit flipped, of those that a zip file's own checksums leave out and of others; and cut short."""
     attributes = [match.start() + 38 for match in re.finditer(b"PK\x01\x02", content)]
-    places = {*attributes, *range(len(content) - LENGTH - 100, len(content))}
+    places = {*attributes, *range(len(content) - checkpoint.LENGTH - 100, len(content))}
     bits = {8 * place + bit for place in places for bit in range(8)}
     bits |= set(random.Random(0).sample(range(8 * len(content)), 2000))
     flipped = [content[: i // 8] + bytes([content[i // 8] ^ 1 << i % 8]) + content[i // 8 + 1 :] for i in sorted(bits)]
@@ -352,7 +356,7 @@ def test_second_run_is_told_who_has_the_folder(
     try:
         wait_for_lines(tmp_path / "log.jsonl", 3, first)
         for more in ([], ["--restart"]):
-            assert main([*command_of(tmp_path), *more]) == 2
+            assert main([*command_of(tmp_path), "--iterations", "3", *more]) == 2
             errors = capsys.readouterr().err
             assert errors.count("\n") == 1
             assert re.match(rf"relops train: {re.escape(str(tmp_path))}: another run .*process {first.pid} on ", errors)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from relops.models._structures import Targets
 from relops.models.inference import MEAN, STD
 from relops.training._coco import open_coco
-from relops.training._files import verify, written
+from relops.training._files import written
 from relops.training._samples import Annotation, DetectionData, Sample, require
 from relops.training._shapes import ShapesData
 from relops.training._voc import open_voc
@@ -102,7 +102,7 @@ class _WithProposals(DetectionData):
 def save_proposals(file: str, proposals: Mapping[int, np.ndarray]) -> None:
     """Writes what `with_proposals` reads: of each image id, [P,4] boxes in pixels of the original image."""
     boxes = [np.asarray(b, np.float32).reshape(-1, 4) for b in proposals.values()]
-    with written(Path(file), checksum=True) as stream:
+    with written(Path(file)) as stream:
         np.savez(
             stream,
             image_ids=np.array(list(proposals), np.int64),
@@ -114,7 +114,6 @@ def save_proposals(file: str, proposals: Mapping[int, np.ndarray]) -> None:
 def with_proposals(data: DetectionData, file: str) -> DetectionData:
     """The same data with the proposals of a file of `save_proposals`, which must have all its images."""
     try:
-        verify(Path(file))
         with np.load(file) as content:
             image_ids, counts, boxes = (content[name] for name in ("image_ids", "counts", "boxes"))
     except Exception as error:  # zip files can be broken in many ways
