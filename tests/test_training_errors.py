@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -457,10 +458,29 @@ def test_drawings_are_no_images_of_the_next_time(run: Path, tmp_path: Path, fail
     assert sorted(file.name for file in images.iterdir()) == ["a.png", "a.png.png"]
 
 
-def test_drawings_beside_images(run: Path, tmp_path: Path) -> None:
+def test_drawing_that_cannot_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, and no half of it is left."""
+
+    def half(_: Any, file: Any, *__: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pytest.importorskip("PIL.Image").Image, "save", half)
+    assert main(arguments_of("predict", run, tmp_path)) == 2
+    drawing = tmp_path / "shapes[test][0].png"
+    assert (
+        capsys.readouterr().err == f"relops predict: {drawing}: the file cannot be written (No space left on device)\n"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_drawings_beside_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder within that of the images they aren't read; a single file's drawing may lie beside it."""
     picture = (run / "predictions" / "0.png").read_bytes()
     (tmp_path / os.fsdecode(b"a\xff.png")).write_bytes(picture)  # a name that is no text
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # pytest's takes anything
     for _ in range(2):
         assert main(["predict", str(run), str(tmp_path), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
         assert len(os.listdir(tmp_path / "drawn")) == 2
