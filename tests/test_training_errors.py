@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -33,7 +34,7 @@ from test_training import (
 
 from relops.__main__ import main
 from relops.training import checkpoint, engine, inference
-from relops.training._files import LENGTH, LOCK, locked, written
+from relops.training._files import LOCK, locked, written
 from relops.training.data import open_data, save_proposals, with_proposals
 from relops.training.engine import train
 from relops.training.plots import plot_curves
@@ -223,6 +224,10 @@ def test_files_to_read(kind: str, message: str, tmp_path: Path, fails: Callable[
     assert not (tmp_path / "run").exists() and not (tmp_path / "output").exists()
 
 
+def test_name_of_two_lines(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "no run: must be a run's folder" in fails(*arguments_of("eval", tmp_path / "no\nrun", tmp_path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -252,7 +257,7 @@ def test_detector_that_does_not_fit(
 def damaged(content: bytes) -> list[bytes]:
     """Each with one bit flipped, of those that a zip file's own checksums leave out and of others; and cut short."""
     attributes = [match.start() + 38 for match in re.finditer(b"PK\x01\x02", content)]
-    places = {*attributes, *range(len(content) - LENGTH - 100, len(content))}
+    places = {*attributes, *range(len(content) - checkpoint.LENGTH - 100, len(content))}
     bits = {8 * place + bit for place in places for bit in range(8)}
     bits |= set(random.Random(0).sample(range(8 * len(content)), 2000))
     flipped = [content[: i // 8] + bytes([content[i // 8] ^ 1 << i % 8]) + content[i // 8 + 1 :] for i in sorted(bits)]
@@ -352,7 +357,7 @@ def test_second_run_is_told_who_has_the_folder(
     try:
         wait_for_lines(tmp_path / "log.jsonl", 3, first)
         for more in ([], ["--restart"]):
-            assert main([*command_of(tmp_path), *more]) == 2
+            assert main([*command_of(tmp_path), "--iterations", "3", *more]) == 2
             errors = capsys.readouterr().err
             assert errors.count("\n") == 1
             assert re.match(rf"relops train: {re.escape(str(tmp_path))}: another run .*process {first.pid} on ", errors)
@@ -453,10 +458,29 @@ def test_drawings_are_no_images_of_the_next_time(run: Path, tmp_path: Path, fail
     assert sorted(file.name for file in images.iterdir()) == ["a.png", "a.png.png"]
 
 
-def test_drawings_beside_images(run: Path, tmp_path: Path) -> None:
+def test_drawing_that_cannot_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, and no half of it is left."""
+
+    def half(_: Any, file: Any, *__: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pytest.importorskip("PIL.Image").Image, "save", half)
+    assert main(arguments_of("predict", run, tmp_path)) == 2
+    drawing = tmp_path / "shapes[test][0].png"
+    assert (
+        capsys.readouterr().err == f"relops predict: {drawing}: the file cannot be written (No space left on device)\n"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_drawings_beside_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder within that of the images they aren't read; a single file's drawing may lie beside it."""
     picture = (run / "predictions" / "0.png").read_bytes()
     (tmp_path / os.fsdecode(b"a\xff.png")).write_bytes(picture)  # a name that is no text
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # pytest's takes anything
     for _ in range(2):
         assert main(["predict", str(run), str(tmp_path), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
         assert len(os.listdir(tmp_path / "drawn")) == 2

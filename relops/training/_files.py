@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOCK = ".lock"
-MARK = b"\nsha256 "
-LENGTH = len(MARK) + 2 * hashlib.sha256().digest_size
 
 
 def make_folder(folder: Path) -> None:
@@ -29,7 +26,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise ValueError(
-            f"{folder}: output must be a folder, or a path that one can be made at ({_why(error)})"
+            f"{folder}: output must be a folder, or a path that one can be made at ({why(error)})"
         ) from error
 
 
@@ -53,18 +50,13 @@ def check_file(path: Path) -> None:
         open(beside, "wb").close()
         os.unlink(beside)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: output must be a file that can be written ({_why(error)})") from error
+        raise ValueError(f"{path}: output must be a file that can be written ({why(error)})") from error
 
 
 @contextlib.contextmanager
-def written(path: Path, checksum: bool = False) -> Iterator[BinaryIO]:
+def written(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the context ends without an error: at every moment `path` is the
-    old file or the new one, whole. An OSError in the context is raised as one that names the path.
-
-    Args:
-        checksum: add a line with that of the file, for `verify`. Readers of zip files, which torch.save and numpy.savez
-            write, take no notice of it. Their own checksums leave out the places and attributes of what is in them.
-    """
+    old file or the new one, whole. An OSError in the context is raised as one that names the path."""
     in_place = _is_device(path)
     beside = path if in_place else _beside(path)
     try:
@@ -72,9 +64,6 @@ def written(path: Path, checksum: bool = False) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             if not in_place:
-                if checksum:
-                    file.write(MARK + _checksum(beside, file.tell()))
-                    file.flush()
                 os.fsync(file.fileno())
         if not in_place:
             os.replace(beside, os.path.realpath(path))
@@ -84,35 +73,8 @@ def written(path: Path, checksum: bool = False) -> Iterator[BinaryIO]:
                 os.unlink(beside)
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # of torch.save, a consequence
         if isinstance(cause, OSError):
-            raise OSError(f"{path}: the file cannot be written ({_why(cause)})") from error
+            raise OSError(f"{path}: the file cannot be written ({why(cause)})") from error
         raise
-
-
-def verify(path: Path) -> bool:
-    """Whether a file ends with a checksum. One that does not match, or a file that cannot be read, is a ValueError."""
-    try:
-        length = os.path.getsize(path) - LENGTH
-        with open(path, "rb") as file:
-            file.seek(max(0, length))
-            end = file.read(LENGTH)
-        if not end.startswith(MARK):
-            return False
-        checksum = _checksum(path, length)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: must be a file that can be read ({_why(error)})") from error
-    if end != MARK + checksum:
-        raise ValueError(f"{path}: is damaged: its checksum does not match its content")
-    return True
-
-
-def _checksum(path: str | Path, length: int) -> bytes:
-    """Of the first bytes of a file, as many as that."""
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while length > 0 and (part := file.read(min(length, 2**20))):
-            checksum.update(part)
-            length -= len(part)
-    return checksum.hexdigest().encode()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -130,7 +92,7 @@ def _beside(path: Path) -> str:
     return f"{os.path.realpath(path)}.{os.getpid()}.tmp"
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -144,7 +106,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         file = open(folder / LOCK, "a+", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise ValueError(f"{folder}: output must be a folder that can be written to ({_why(error)})") from error
+        raise ValueError(f"{folder}: output must be a folder that can be written to ({why(error)})") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,7 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 raise ValueError(f"{folder}: another run writes to this folder: {file.read() or '?'}") from error
-            warnings.warn(f"{folder}: cannot be locked, a second run is not noticed ({_why(error)})", stacklevel=3)
+            warnings.warn(f"{folder}: cannot be locked, a second run is not noticed ({why(error)})", stacklevel=3)
         else:
             command = textwrap.shorten(shlex.join(sys.orig_argv), 200)
             file.truncate(0)

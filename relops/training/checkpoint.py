@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from relops.training._files import verify, written
+from relops.training._files import why, written
 
+# Behind what torch.save writes is a line with its checksum, of which torch.load takes no notice. The checksums within a
+# zip file leave out the attributes and places of its parts.
+MARK = b"\nsha256 "
+LENGTH = len(MARK) + 2 * hashlib.sha256().digest_size
 CHECKED = "checksum"  # in the state: files of earlier versions end without a checksum, others must not
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Of tensors and plain types. At every moment `path` is the old file or the new one, whole."""
-    with written(path, checksum=True) as file:
+    with written(path) as file:
         torch.save(state | {CHECKED: True}, file)
+        file.flush()
+        file.write(MARK + _checksum(file.name, file.tell()))
 
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
     """What `save` wrote, or another dict that torch.save wrote, on the CPU. A file that cannot be read, is damaged or
     lacks one of the keys is a ValueError."""
-    has_checksum = verify(path)
+    has_checksum = _verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: what it raises depends on which bytes are wrong
@@ -35,6 +43,33 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
     if state.pop(CHECKED, False) and not has_checksum:
         raise ValueError(f"{path}: is damaged: its checksum was cut off")
     return state
+
+
+def _verify(path: Path) -> bool:
+    """Whether a file ends with a checksum. One that does not match, or a file that cannot be read, is a ValueError."""
+    try:
+        length = os.path.getsize(path) - LENGTH
+        with open(path, "rb") as file:
+            file.seek(max(0, length))
+            end = file.read(LENGTH)
+        if not end.startswith(MARK):
+            return False
+        checksum = _checksum(path, length)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: must be a file that can be read ({why(error)})") from error
+    if end != MARK + checksum:
+        raise ValueError(f"{path}: is damaged: its checksum does not match its content")
+    return True
+
+
+def _checksum(path: str | Path, length: int) -> bytes:
+    """Of the first bytes of a file, as many as that."""
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while length > 0 and (part := file.read(min(length, 2**20))):
+            checksum.update(part)
+            length -= len(part)
+    return checksum.hexdigest().encode()
 
 
 def check_keys(path: Path, state: Any, *keys: str) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from relops.models._structures import Targets
 from relops.models.inference import MEAN, STD
 from relops.training._coco import open_coco
-from relops.training._files import verify, written
+from relops.training._files import written
 from relops.training._images import PixelRange
 from relops.training._optional import require
 from relops.training._samples import Annotation, DetectionData, FileData, Sample
@@ -136,7 +136,7 @@ class _WithProposals(DetectionData):
 def save_proposals(file: str, proposals: Mapping[int, np.ndarray]) -> None:
     """Writes what `with_proposals` reads: of each image id, [P,4] boxes in pixels of the original image."""
     boxes = [np.asarray(b, np.float32).reshape(-1, 4) for b in proposals.values()]
-    with written(Path(file), checksum=True) as stream:
+    with written(Path(file)) as stream:
         np.savez(
             stream,
             image_ids=np.array(list(proposals), np.int64),
@@ -148,7 +148,6 @@ def save_proposals(file: str, proposals: Mapping[int, np.ndarray]) -> None:
 def with_proposals(data: DetectionData, file: str) -> DetectionData:
     """The same data with the proposals of a file of `save_proposals`, which must have all its images."""
     try:
-        verify(Path(file))
         with np.load(file) as content:
             image_ids, counts, boxes = (content[name] for name in ("image_ids", "counts", "boxes"))
     except Exception as error:  # zip files can be broken in many ways
