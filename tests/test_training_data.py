@@ -83,7 +83,19 @@ def stems(data: DetectionData) -> list[str]:
 
 class TestSpecification:
     @pytest.mark.parametrize(
-        "spec", ["", "voc", "coco:", "imagenet:x", "shapes:", "shapes:four", "shapes:4", "shapes:-9"]
+        "spec",
+        [
+            "",
+            "voc",
+            "coco:",
+            "imagenet:x",
+            "shapes:",
+            "shapes:four",
+            "shapes:4",
+            "shapes:-9",
+            "shapes:" + "9" * 10,
+            "shapes:" + "9" * 5000,
+        ],
     )
     def test_names_what_is_allowed(self, spec: str) -> None:
         with pytest.raises(ValueError, match="coco:DIR, voc:DIR, shapes"):

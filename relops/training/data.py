@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,8 +81,8 @@ def open_data(
         if kind == "voc":
             return open_voc(where, split, classes, pixel_range)
         return open_coco(where, split, classes, annotations, pixel_range)
-    if spec != "shapes" and not (kind == "shapes" and where.isdecimal() and int(where) >= 5):
-        raise ValueError(f"data must be coco:DIR, voc:DIR, shapes or shapes:N with N of at least 5, got {spec!r}")
+    if spec != "shapes" and not (kind == "shapes" and re.fullmatch("[0-9]{1,9}", where) and int(where) >= 5):
+        raise ValueError(f"data must be coco:DIR, voc:DIR, shapes or shapes:N with N from 5 to 999999999, got {spec!r}")
     count = int(where or 1000)
     data = ShapesData(split, count if split == "train" else count // 5)
     if classes is not None and list(classes) != data.classes:
