@@ -666,6 +666,11 @@ def test_pretrained_weights_of_a_classifier() -> None:
     relops.models.load_backbone(model, state)
     assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     assert (model.backbone.body.features[0].weight == 0.5).all()
+    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # whose head is another
+    relops.models.load_backbone(model, state)
+    assert (model.backbone.body.features[0].weight == 0.5).all()
+    with pytest.raises(ValueError, match=r"state_dict must have conv1\.weight"):
+        relops.models.load_backbone(small("detr"), state)
 
 
 def test_objects_without_a_mask_are_trained_by_their_boxes() -> None:

@@ -90,8 +90,9 @@ def load_backbone(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         ValueError: a parameter that is missing, or of another shape.
     """
     targets = {name: (name, value) for name, value in model.backbone.body.state_dict().items()}
-    if "classifier.0.weight" in state_dict:
-        for name, value in model.roi_heads.box_head.state_dict().items():
+    head = getattr(getattr(model, "roi_heads", None), "box_head", None)
+    if "classifier.0.weight" in state_dict and hasattr(head, "fc6"):
+        for name, value in head.state_dict().items():
             targets[name] = (name.replace("fc6", "classifier.0").replace("fc7", "classifier.3"), value)
     with torch.no_grad():
         for name, value in targets.values():
