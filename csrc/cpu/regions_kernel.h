@@ -513,67 +513,77 @@ class GradPlane {
   int64_t size_ = 0;
 };
 
+// Adds what some channels of a tile give to the gradient of its box. grads: room for a tile's bins and a vector more.
+// noinline, because within the loops of its caller GCC keeps the pointers of the innermost one in memory.
+template <class T, bool kInRegister, class C>
+[[gnu::noinline]] void add_shares_of_tile(const RegionArgs<T>& a, int64_t k, const Map<T>& map, const BinTile<C>& tile,
+                                          const BinTable<C>& table, int64_t left, int64_t channel, int64_t channel_end,
+                                          C* grads, C* share) {
+  constexpr int64_t W = kLanes<C>;
+  const int64_t plane = map.H * map.W, bins = a.PH * a.PW;
+  const T* tensor_end = map.input + a.N * a.channels * plane;
+  const AxisTaps<C>& y = tile.y;
+  Vec<C> x_first = {}, y_first = {}, x_last = {}, y_last = {};
+  for (int64_t c = channel; c < channel_end; ++c) {
+    convert(a.grad_output + (k * a.channels + c) * bins + tile.first, grads, tile.PH * tile.PW);
+    const T* first = map.input + (map.image * a.channels + c) * plane + left;
+    for (int64_t ph = 0; ph < tile.PH; ++ph) {
+      const BinRow<C, kInRegister> row(grads + ph * tile.PW);
+      for (int64_t i = 0; i < table.width && table.depth > 0; i += W) {
+        // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
+        Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
+        for (int64_t j = i; j < table.depth * table.width; j += table.width) {
+          const Vec<C> bin = row.get(table, j);
+          g += bin * load(table.weight + j);
+          g_first += bin * load(table.slope_first + j);
+          g_last += bin * load(table.slope_last + j);
+        }
+        const VecInt<C> used = load_int<C>(table.used + i);
+        for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
+          const Vec<C> read = load_before(first + y.pixel[tap] * map.W + i, tensor_end);
+          const Vec<C> pixels = used ? read : Vec<C>{};
+          f += pixels * y.weight[tap];
+          f_first += pixels * y.slope_first[tap];
+          f_last += pixels * y.slope_last[tap];
+        }
+        x_first += f * g_first;
+        x_last += f * g_last;
+        y_first += f_first * g;
+        y_last += f_last * g;
+      }
+    }
+  }
+  share[0] += sum<C>(x_first);
+  share[1] += sum<C>(y_first);
+  share[2] += sum<C>(x_last);
+  share[3] += sum<C>(y_last);
+}
+
 template <class T, bool kInRegister>
 void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW, most_width = round_up(a.most_columns, W) + W;
+  const int64_t most_width = round_up(a.most_columns, W) + W;
   const TileSize size(a.PH, a.PW, 0, most_width);
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    BinTable<C> memory(most_width, size.PW, *scratch);
+    BinTable<C> table(most_width, size.PW, *scratch);
     C* grads = scratch->template take<C>(size.bins() + W);
-    return [&, scratch, memory, grads](int64_t item) {
+    return [&, scratch, table, grads](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
       const Map<T> map(a, item / items.parts / items.blocks);
-      const int64_t plane = map.H * map.W, channel = block * kChannelBlock;
-      const int64_t channel_end = std::min(channel + kChannelBlock, a.channels);
-      const T* tensor_end = map.input + a.N * a.channels * plane;
+      const int64_t channel = block * kChannelBlock, channel_end = std::min(channel + kChannelBlock, a.channels);
       const int64_t regions = map.end - map.begin;
       for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
            ++r) {
         C* share = a.box_shares + (block * a.K + r->k) * 4;
         std::fill_n(share, 4, C(0));
         for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
-          Vec<C> x_first = {}, y_first = {}, x_last = {}, y_last = {};
           const Columns columns(tile.x.low, tile.x.high, map.W, W);
-          const AxisTaps<C> y = tile.y;  // and the table: copies, which nothing that is stored can be a part of
-          BinTable<C> table = memory;
           table.fill(tile.x, tile.PW, columns.left, columns.width);
-          for (int64_t c = channel; c < channel_end; ++c) {
-            convert(a.grad_output + (r->k * a.channels + c) * bins + tile.first, grads, tile.PH * tile.PW);
-            const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
-            for (int64_t ph = 0; ph < tile.PH; ++ph) {
-              const BinRow<C, kInRegister> row(grads + ph * tile.PW);
-              for (int64_t i = 0; i < columns.width && table.depth > 0; i += W) {
-                // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
-                Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
-                for (int64_t j = i; j < table.depth * table.width; j += table.width) {
-                  const Vec<C> bin = row.get(table, j);
-                  g += bin * load(table.weight + j);
-                  g_first += bin * load(table.slope_first + j);
-                  g_last += bin * load(table.slope_last + j);
-                }
-                const VecInt<C> used = load_int<C>(table.used + i);
-                for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
-                  const Vec<C> read = load_before(first + y.pixel[tap] * map.W + i, tensor_end);
-                  const Vec<C> pixels = used ? read : Vec<C>{};
-                  f += pixels * y.weight[tap];
-                  f_first += pixels * y.slope_first[tap];
-                  f_last += pixels * y.slope_last[tap];
-                }
-                x_first += f * g_first;
-                x_last += f * g_last;
-                y_first += f_first * g;
-                y_last += f_last * g;
-              }
-            }
-          }
-          share[0] += sum<C>(x_first);
-          share[1] += sum<C>(y_first);
-          share[2] += sum<C>(x_last);
-          share[3] += sum<C>(y_last);
+          add_shares_of_tile<T, kInRegister>(a, r->k, map, tile, table, columns.left, channel, channel_end, grads,
+                                             share);
         });
       }
     };
