@@ -283,12 +283,12 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     RegionWork<T> work(p, grads.wanted_boxes());
     auto& args = work.args;
     args.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
-    double filled = 0;  // vectors of the gradients of inputs
+    double filled = 0;  // cache lines of sums of the gradients of inputs
     for (size_t l = 0; l < p.levels.size(); ++l)
       if (grads.wanted(l)) {
         work.maps[l].grad_input = static_cast<T*>(grads.inputs[l].mutable_data_ptr());
         use_huge_pages(work.maps[l].grad_input, grads.inputs[l].numel() * sizeof(T));
-        filled += vectors_of<C>(grads.inputs[l].numel());
+        filled += grads.inputs[l].numel() * sizeof(C) / 64.0;
       }
     if (p.spec.rule.kind == RegionKind::kMaximum) {
       check_pixels_fit_int(p);

@@ -513,11 +513,57 @@ class GradPlane {
   int64_t size_ = 0;
 };
 
+// Adds what some channels of a tile give to the gradient of its box. grads: room for a tile's bins and a vector more.
+// noinline, because within the loops of its caller GCC keeps the pointers of the innermost one in memory.
+template <class T, bool kInRegister, class C>
+[[gnu::noinline]] void add_shares_of_tile(const RegionArgs<T>& a, int64_t k, const Map<T>& map, const BinTile<C>& tile,
+                                          const BinTable<C>& table, int64_t left, int64_t channel, int64_t channel_end,
+                                          C* grads, C* share) {
+  constexpr int64_t W = kLanes<C>;
+  const int64_t plane = map.H * map.W, bins = a.PH * a.PW;
+  const T* tensor_end = map.input + a.N * a.channels * plane;
+  const AxisTaps<C>& y = tile.y;
+  Vec<C> x_first = {}, y_first = {}, x_last = {}, y_last = {};
+  for (int64_t c = channel; c < channel_end; ++c) {
+    convert(a.grad_output + (k * a.channels + c) * bins + tile.first, grads, tile.PH * tile.PW);
+    const T* first = map.input + (map.image * a.channels + c) * plane + left;
+    for (int64_t ph = 0; ph < tile.PH; ++ph) {
+      const BinRow<C, kInRegister> row(grads + ph * tile.PW);
+      for (int64_t i = 0; i < table.width && table.depth > 0; i += W) {
+        // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
+        Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
+        for (int64_t j = i; j < table.depth * table.width; j += table.width) {
+          const Vec<C> bin = row.get(table, j);
+          g += bin * load(table.weight + j);
+          g_first += bin * load(table.slope_first + j);
+          g_last += bin * load(table.slope_last + j);
+        }
+        const VecInt<C> used = load_int<C>(table.used + i);
+        for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
+          const Vec<C> read = load_before(first + y.pixel[tap] * map.W + i, tensor_end);
+          const Vec<C> pixels = used ? read : Vec<C>{};
+          f += pixels * y.weight[tap];
+          f_first += pixels * y.slope_first[tap];
+          f_last += pixels * y.slope_last[tap];
+        }
+        x_first += f * g_first;
+        x_last += f * g_last;
+        y_first += f_first * g;
+        y_last += f_last * g;
+      }
+    }
+  }
+  share[0] += sum<C>(x_first);
+  share[1] += sum<C>(y_first);
+  share[2] += sum<C>(x_last);
+  share[3] += sum<C>(y_last);
+}
+
 template <class T, bool kInRegister>
 void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   using C = ComputeType<T>;
   constexpr int64_t W = kLanes<C>;
-  const int64_t bins = a.PH * a.PW, most_width = round_up(a.most_columns, W) + W;
+  const int64_t most_width = round_up(a.most_columns, W) + W;
   const TileSize size(a.PH, a.PW, 0, most_width);
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
@@ -527,51 +573,18 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
     return [&, scratch, table, grads](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
       const Map<T> map(a, item / items.parts / items.blocks);
-      const int64_t plane = map.H * map.W, channel = block * kChannelBlock;
-      const int64_t channel_end = std::min(channel + kChannelBlock, a.channels);
-      const T* tensor_end = map.input + a.N * a.channels * plane;
+      const int64_t channel = block * kChannelBlock, channel_end = std::min(channel + kChannelBlock, a.channels);
       const int64_t regions = map.end - map.begin;
       for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
            ++r) {
-        Vec<C> x_first = {}, y_first = {}, x_last = {}, y_last = {};
+        C* share = a.box_shares + (block * a.K + r->k) * 4;
+        std::fill_n(share, 4, C(0));
         for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
           const Columns columns(tile.x.low, tile.x.high, map.W, W);
           table.fill(tile.x, tile.PW, columns.left, columns.width);
-          for (int64_t c = channel; c < channel_end; ++c) {
-            convert(a.grad_output + (r->k * a.channels + c) * bins + tile.first, grads, tile.PH * tile.PW);
-            const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
-            for (int64_t ph = 0; ph < tile.PH; ++ph) {
-              const BinRow<C, kInRegister> row(grads + ph * tile.PW);
-              for (int64_t i = 0; i < columns.width && table.depth > 0; i += W) {
-                // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
-                Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
-                for (int64_t j = i; j < table.depth * table.width; j += table.width) {
-                  const Vec<C> bin = row.get(table, j);
-                  g += bin * load(table.weight + j);
-                  g_first += bin * load(table.slope_first + j);
-                  g_last += bin * load(table.slope_last + j);
-                }
-                const VecInt<C> used = load_int<C>(table.used + i);
-                for (int32_t tap = tile.y.begin[ph]; tap < tile.y.begin[ph + 1]; ++tap) {
-                  const Vec<C> read = load_before(first + tile.y.pixel[tap] * map.W + i, tensor_end);
-                  const Vec<C> pixels = used ? read : Vec<C>{};
-                  f += pixels * tile.y.weight[tap];
-                  f_first += pixels * tile.y.slope_first[tap];
-                  f_last += pixels * tile.y.slope_last[tap];
-                }
-                x_first += f * g_first;
-                x_last += f * g_last;
-                y_first += f_first * g;
-                y_last += f_last * g;
-              }
-            }
-          }
+          add_shares_of_tile<T, kInRegister>(a, r->k, map, tile, table, columns.left, channel, channel_end, grads,
+                                             share);
         });
-        C* share = a.box_shares + (block * a.K + r->k) * 4;
-        share[0] = sum<C>(x_first);
-        share[1] = sum<C>(y_first);
-        share[2] = sum<C>(x_last);
-        share[3] = sum<C>(y_last);
       }
     };
   });
@@ -844,23 +857,30 @@ struct PixelList {
         weight(scratch.take<C>(most)) {}
 
   // Calls f(first, last) with each list of the rows of taps [begin, end) of column pw of bins, of which there is one at
-  // least. Pixel 0 of the map is at `origin`, a pixel takes `stride` elements.
+  // least; where it is the only one, these are constants. Pixel 0 of the map is at `origin`, a pixel takes `stride`
+  // elements.
   template <class F>
   void visit(const Region<C>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
              int64_t stride, F f) {
     const int32_t x_begin = r.x.begin[pw], x_end = r.x.begin[pw + 1];
-    const int64_t rows = x_begin == x_end ? end - begin : most / (x_end - x_begin);
-    for (int32_t y = begin; y < end || y == begin;) {
-      const int32_t last = static_cast<int32_t>(std::min<int64_t>(y + rows, end));
-      const bool is_first = y == begin;
+    const auto fill = [&](int32_t y, int32_t last) {
       count = 0;
       for (; y < last; ++y)
         for (int32_t x = x_begin; x < x_end; ++x) {
           offset[count] = origin + (r.y.pixel[y] * map_width + r.x.pixel[x]) * stride;
           weight[count++] = r.y.weight[y] * r.x.weight[x];
         }
-      f(is_first, y == end);
-      if (y == end) return;
+    };
+    if (int64_t{end - begin} * (x_end - x_begin) <= most) {
+      fill(begin, end);
+      f(std::true_type{}, std::true_type{});
+      return;
+    }
+    const int64_t rows = most / (x_end - x_begin);
+    for (int32_t y = begin, last; y < end; y = last) {
+      last = static_cast<int32_t>(std::min<int64_t>(y + rows, end));
+      fill(y, last);
+      f(y == begin, last == end);
     }
   }
 
@@ -899,13 +919,16 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
       for (int64_t o = 0; o < bins; ++o) {
         const int64_t ph = o / a.PW;
         T* out = a.output + (r.k * bins + o) * a.out_channels;
-        pixels.visit(r, r.y.begin[ph], r.y.begin[ph + 1], o % a.PW, map.W, 0, a.channels, [&](bool first, bool last) {
-          const C start = kMaximum && pixels.count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
+        pixels.visit(r, r.y.begin[ph], r.y.begin[ph + 1], o % a.PW, map.W, 0, a.channels, [&](auto first, auto last) {
+          const int64_t count = pixels.count;
+          const int64_t* const offset = pixels.offset;
+          const C* const weight = pixels.weight;
+          const C start = kMaximum && count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
           const auto one_channel = [&](int64_t c, int64_t of_pixel) {
             C result = first ? start : before[c];
-            for (int64_t i = 0; i < pixels.count; ++i) {
-              const C read = static_cast<C>(image[pixels.offset[i] + of_pixel]);
-              take<kMaximum>(result, read, pixels.weight[i]);
+            for (int64_t i = 0; i < count; ++i) {
+              const C read = static_cast<C>(image[offset[i] + of_pixel]);
+              take<kMaximum>(result, read, weight[i]);
             }
             if (last)
               out[c] = static_cast<T>(result);
@@ -916,18 +939,18 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
               !a.position_sensitive && for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
                 Vec<C> result[vectors.value];
                 for (int v = 0; v < vectors.value; ++v) result[v] = first ? broadcast(start) : load(before + c + v * W);
-                for (int64_t i = 0; i < pixels.count; ++i) {
-                  const T* p = image + pixels.offset[i] + c;
+                for (int64_t i = 0; i < count; ++i) {
+                  const T* p = image + offset[i] + c;
                   for (int v = 0; v < vectors.value; ++v) {
                     const Vec<C> read = load(p + v * W);
-                    take<kMaximum>(result[v], read, pixels.weight[i]);
+                    take<kMaximum>(result[v], read, weight[i]);
                   }
                 }
                 for (int v = 0; v < vectors.value; ++v)
                   last ? store(out + c + v * W, result[v]) : store(after + c + v * W, result[v]);
               });
           for (int64_t c = 0; c < a.out_channels && !done; ++c) one_channel(c, a.position_sensitive ? c * bins + o : c);
-          std::swap(before, after);
+          if (!last) std::swap(before, after);
         });
       }
     };
@@ -1083,7 +1106,7 @@ void mean_backward(const RegionArgs<T>& a, int64_t threads) {
             }
             for (int64_t bin = 0; bin < some; ++bin)
               pixels.visit(*r, begin, end, left + bin, map.W, -first * width, width,
-                           [&](bool, bool) { add_to_pixels(pixels, grads + bin * width, width, sums); });
+                           [&](auto, auto) { add_to_pixels(pixels, grads + bin * width, width, sums); });
           }
         }
       }
