@@ -312,6 +312,58 @@ class TestCOCO:
         per_class = expected.eval["precision"][:, :, :, 0, -1].mean((0, 1))
         assert [metrics[f"AP/{id}"] for id in ids] == pytest.approx(per_class.tolist(), abs=1e-9)
 
+    def test_large_ids_are_told_apart(self, tmp_path: Path) -> None:
+        pil = pytest.importorskip("PIL.Image")
+        content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+        for i in range(2):
+            pil.new("RGB", (300, 240)).save(tmp_path / f"{i}.png")
+            content["images"].append({"id": 2**53 + i, "file_name": f"{i}.png", "width": 300, "height": 240})
+            item = {"id": i + 1, "image_id": 2**53 + i, "category_id": 1, "bbox": [10 + 100 * i, 20, 40, 40]}
+            content["annotations"].append(item)
+        (tmp_path / "val.json").write_text(json.dumps(content))
+        evaluator = Evaluator(open_data(f"coco:{tmp_path}", "test"))
+        found = detections_of([(box(110), 0.9, 0)], [(box(10), 0.9, 0)])  # each on the other image
+        evaluator.add(batch_of([2**53, 2**53 + 1]), found)
+        assert evaluator.summarize()["AP"] == 0
+        assert [result["image_id"] for result in evaluator.coco_results()] == [2**53, 2**53 + 1]
+
+    def test_masks_equal_pycocotools(self, tmp_path: Path) -> None:
+        """Empty masks are missed, as there."""
+        pil, api, evaluation = (
+            pytest.importorskip(name) for name in ("PIL.Image", "pycocotools.coco", "pycocotools.cocoeval")
+        )
+        rng = np.random.default_rng(0)
+        content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+        found = []
+        for n in range(8):
+            pil.new("RGB", (100, 80)).save(tmp_path / f"{n}.png")
+            content["images"].append({"id": n, "file_name": f"{n}.png", "width": 100, "height": 80})
+            found.append([])
+            for _ in range(6):
+                x, y, w, h = (float(v) for v in rng.uniform([0, 0, 8, 8], [70, 50, 30, 30]))
+                square = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                segmentation = square if rng.random() < 0.7 else {"size": [80, 100], "counts": [8000]}
+                item = {"id": len(content["annotations"]) + 1, "image_id": n, "category_id": 1, "bbox": [x, y, w, h]}
+                item |= {"segmentation": segmentation, "area": w * h, "iscrowd": int(rng.random() < 0.2)}
+                content["annotations"].append(item)
+                near = np.array([x, y, x + w, y + h]) + rng.normal(0, 1, 4)
+                found[-1].append((near.tolist(), rng.random(), 0))
+            found[-1].sort(key=lambda item: -item[1])
+        file = tmp_path / "val.json"
+        file.write_text(json.dumps(content))
+        with pytest.warns(UserWarning, match="an RLE of zeros"):
+            evaluator = Evaluator(open_data(f"coco:{tmp_path}", "test"))
+        for n, detections in enumerate(found):
+            evaluator.add(batch_of([n]), detections_of(detections, masks=torch.ones(1, 7, 28, 28)))
+        metrics = evaluator.summarize()
+        truth = api.COCO(str(file))
+        results = [{k: v for k, v in result.items() if k != "bbox"} for result in evaluator.coco_results()]
+        expected = evaluation.COCOeval(truth, truth.loadRes(results), "segm")
+        expected.evaluate(), expected.accumulate(), expected.summarize()
+        assert 0.1 < metrics["mask_AP"] < 0.9
+        assert metrics["mask_AP"] == pytest.approx(expected.stats[0], abs=1e-9)
+        assert metrics["mask_AR_100"] == pytest.approx(expected.stats[8], abs=1e-9)
+
     def test_boxes_that_are_not_finite_are_missed(self) -> None:
         data = Given([(box(10), 0), ([math.nan, 0, 5, 5], 0), ([0, 0, math.inf, 5], 0), ([0, 0, 5, math.nan], 0)])
         evaluator = evaluated(data, [(box(10), 0.9, 0), ([0, 0, 5, 5], 0.8, 0)])

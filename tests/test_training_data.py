@@ -10,6 +10,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,11 +187,16 @@ class TestVOC:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("<annotation><object><bndbox/></object></annotation>", "an object must have a name|could not convert"),
+            ("<annotation><object><bndbox/></object></annotation>", "an object must have bndbox/xmin"),
+            (xml(("cat", *BOX)).replace("object>", "Object>"), "small letters and without a namespace, got <Object>"),
+            (xml(("cat", *BOX)).replace("object>", "item>"), "<bndbox> must be within <object>, got it within <item>"),
+            (xml(("cat", *BOX)).replace("xmin>", "XMIN>"), "small letters and without a namespace, got <XMIN>"),
+            (xml().replace("60", "60.5"), "width must be a whole number of pixels, got '60.5'"),
+            ('<?xml version="1.0" encoding="foo"?>' + xml(), "unknown encoding"),
             (xml(("", *BOX)), "an object must have a name"),
             (xml((" ", *BOX)), "an object must have a name"),
-            ("<annotations/>", "<annotation> and those within, got <annotations>"),
-            ("<html><object/></html>", "<annotation> and those within, got <html>"),
+            ("<annotations/>", "the root must be <annotation>, got <annotations>"),
+            ("<html><object/></html>", "the root must be <annotation>, got <html>"),
             (xml(("cat", *BOX)).replace("<annotation>", '<annotation xmlns="x">'), "got <{x}annotation>"),
             (xml(("cat", *BOX)).replace("<object>", '<object xmlns="x">'), "got <{x}object>"),
             (xml(("cat", *BOX)).replace("t>0<", "t>perhaps<"), "difficult must be 0 or 1, got 'perhaps'"),
@@ -205,7 +211,8 @@ class TestVOC:
             open_data(spec, "train")
 
     @pytest.mark.parametrize(
-        ("text", "difficult"), [("True", True), ("yes", True), ("1.0", True), (" 0 ", False), ("No", False)]
+        ("text", "difficult"),
+        [("True", True), ("yes", True), ("1.0", True), (" 0 ", False), ("No", False), ("", False)],
     )
     def test_difficult(self, tmp_path: Path, text: str, difficult: bool) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX)).replace("t>0<", f"t>{text}<")})
@@ -339,6 +346,11 @@ class TestImages:
             (np.float32, (0, 0.5, 3.5), {}, 3.5),
             (np.float32, (0, np.nan, 0.5), {}, 1),
             (np.float32, (0, 1.5, 3000), {341: 3500.0}, 3500),
+            (np.float32, (0, 1.01, 0.5), {}, 1),
+            (np.float32, (-1, 256, 30), {}, 255),
+            (np.float32, (0, 0.001, 0.0005), {}, 0.001),
+            (np.float32, (0, -9999, 200), {42113: "-9999"}, 255),
+            (np.float32, (0, 3e38, 200), {}, 255),
         ],
     )
     def test_pixels_that_are_not_bytes(
@@ -352,9 +364,9 @@ class TestImages:
             Image.fromarray(np.full((40, 60), value, dtype)).save(file, tiffinfo=tags)
         with pytest.warns(UserWarning, match=r"a\.tif: pixels are not bytes; .* values from 0 to [\d.]+ are scaled"):
             data = open_data(spec, "train")
-        assert data.pixel_range == (0, high)
+        assert data.pixel_range == pytest.approx((0, high))
         for i, value in enumerate(values):
-            assert (data[i].image == np.rint(np.nan_to_num(value) * 255 / high)).all()
+            assert (data[i].image == np.rint((np.nan_to_num(value) * 255 / high).clip(0, 255))).all()
         (tmp_path / "test" / "Images" / "d.tif").write_bytes((tmp_path / "train" / "Images" / "b.tif").read_bytes())
         test = open_data(spec, "test", ["cat"], pixel_range=data.pixel_range)
         assert np.array_equal(test[0].image, data[1].image)
@@ -494,7 +506,10 @@ class TestCOCO:
             ([[1, 1, 9, 1, 9, 9, 5]], "a polygon of an odd number of coordinates, 7"),
             ([[61, 1, 70, 1, 70, 9]], "a polygon outside of the image"),
             ([[1, -9, 9, -9, 9, -1]], "a polygon outside of the image"),
-            ([[-1e9, 1, 1e9, 1, 1e9, 9]], "a polygon outside of the image"),
+            ([[-1e9, 1, 1e9, 1, 1e9, 9]], "a polygon whose edges are more than 1000 times as long as the image"),
+            ([[-119, -119, 119, 119, 119, -119] * 2000], "a polygon whose edges are more than 1000 times as long"),
+            ([[5, 5, 5, 5, 5, 5]], "a polygon without area"),
+            ([[5.1, 5.1, 10.1, 10.1, 15.1, 15.1]], "a polygon without area"),
             ({"size": [40, 60], "counts": [2400]}, "an RLE of zeros"),
             ({"size": [40, 60], "counts": "P[2"}, "an RLE of zeros"),
         ],
@@ -556,6 +571,19 @@ for segmentation in {segmentations!r}:
         lines = done.stdout.splitlines()
         assert len(lines) == 2 * len(segmentations), done.stderr
         assert all(line.startswith(f"{tmp_path}/train2017/7.png: a segmentation must") for line in lines)
+
+    @pytest.mark.parametrize("size", [[40.0, 60.0], [40, 60]])
+    def test_size_of_an_rle(self, tmp_path: Path, size: list) -> None:
+        pytest.importorskip("faster_coco_eval")
+        rle = {"size": size, "counts": [10, 15, 2375]}
+        data = open_data(write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=rle)]), "train")
+        assert data[1].masks.sum() == 15
+
+    def test_polygon_that_reaches_out_of_the_image(self, tmp_path: Path) -> None:
+        pytest.importorskip("faster_coco_eval")
+        square = [-500, -500, 20, -500, 20, 20, -500, 20]
+        data = open_data(write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[square])]), "train")
+        assert data[1].masks.sum() == 20 * 20
 
     def test_compressed_masks(self) -> None:
         mask_api = pytest.importorskip("faster_coco_eval.core.mask")
@@ -707,7 +735,9 @@ for segmentation in {segmentations!r}:
         with pytest.raises(ValueError, match=r"30\.png: the image of .*instances_train2017\.json must be in one of"):
             open_data(spec, "train")
         (tmp_path / "annotations" / "instances_train2014.json").write_text(whole)
-        with pytest.raises(ValueError, match=r"one file must be that of 'train', got \['instances_train2014\.json'"):
+        with pytest.raises(
+            ValueError, match=r"one file annotations/instances_\*train\*\.json, got \['instances_train2014"
+        ):
             open_data(spec, "train")
 
 
@@ -719,7 +749,7 @@ class TestFilesOfCOCO:
             image = {"id": 1, "file_name": f"{name}.png", "width": 60, "height": 40}
             write_image(folder / image["file_name"])
             content = {"images": [image], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
-            (folder / "annotations").mkdir(exist_ok=True)
+            (folder / "annotations").mkdir(parents=True, exist_ok=True)
             (folder / "annotations" / name).write_text(json.dumps(content))
         data = open_data(f"coco:{folder}", split, **options)
         return Path(data.annotations()[0].file).name.removesuffix(".png")
@@ -747,6 +777,7 @@ class TestFilesOfCOCO:
             ("Instances_Train2017.JSON", "INSTANCES_VAL2017.json", ["val.json"]),
             ("train.json", "valid.json", ["test.json"]),
             ("instances_train.json", "test.json", []),
+            ("instances_stuff_train.json", "instances_stuff_val.json", ["stuff_train.json", "panoptic_val.json"]),
         ],
     )
     def test_found(self, tmp_path: Path, train: str, test: str, others: list[str]) -> None:
@@ -763,12 +794,19 @@ class TestFilesOfCOCO:
             (["instances_train2014.json", "instances_train2017.json"], "train"),
             (["instances_train.json", "instances_val2014.json", "instances_val2017.json"], "test"),
             (["instances_contest.json", "instances_val.json"], "train"),
+            (["person_keypoints_train2017.json"], "train"),
+            (["instances_train_without_val.json", "instances_val.json"], "test"),
         ],
     )
     def test_not_clear(self, tmp_path: Path, files: list[str], split: str) -> None:
         with pytest.raises(ValueError, match=rf"{tmp_path}: .*json.*Name the file with --{split}-annotations") as error:
             self.opened(tmp_path, files, split)
         assert any(name in str(error.value) for name in files)
+
+    def test_named_in_the_folder_before_the_working_directory(self, tmp_path: Path, monkeypatch: Any) -> None:
+        (tmp_path / "a.json").write_text("{}")
+        monkeypatch.chdir(tmp_path)
+        assert self.opened(tmp_path / "data", ["a.json"], "train", annotations="a.json") == "a.json"
 
     @pytest.mark.parametrize("named", ["instances_a.json", "annotations/instances_a.json", "/instances_a.json"])
     def test_named(self, tmp_path: Path, named: str) -> None:
@@ -1040,6 +1078,19 @@ class TestProposals:
         prepared = Transformed(data, 256, 1000)[0, 3]
         assert prepared.proposals == pytest.approx(given[3] * 2)
         assert collate([data[1], data[4]]).targets.proposals.shape == (2, 4, 4)
+
+    def test_images_whose_ids_are_strings(self, tmp_path: Path) -> None:
+        """They are found again where the file has other images, too."""
+        spec = write_coco(tmp_path, [])
+        change(spec, '"id": 7, "file', '"id": "b", "file')
+        data = open_data(spec, "train")
+        save_proposals(tmp_path / "p.npz", {a.own_id: np.full((1, 4), i) for i, a in enumerate(data.annotations())})
+        change(spec, '"id": 30, "file', '"id": "c", "file')
+        with pytest.raises(ValueError, match=r"proposals are missing of image c, .*30\.png"):
+            with_proposals(open_data(spec, "train"), tmp_path / "p.npz")
+        change(spec, '"id": "c", "file', '"id": "30", "file')
+        again = with_proposals(open_data(spec, "train"), tmp_path / "p.npz")
+        assert [again[i].proposals[0, 0] for i in range(2)] == [0, 1]
 
     def test_missing_image(self, tmp_path: Path) -> None:
         save_proposals(tmp_path / "p.npz", {i: np.zeros((1, 4)) for i in (0, 1, 2, 4)})

@@ -134,8 +134,8 @@ def has_values(*tensors: Tensor | None) -> bool:
 def int_tensor(ints: Sequence[int]) -> Tensor:
     """Make an int64 tensor on the CPU. In a graph that is being traced, symbolic sizes stay symbolic."""
     if torch.SymInt in map(type, ints):
-        return torch.stack([torch.scalar_tensor(x, dtype=torch.int64) for x in ints])
-    return torch.tensor(ints, dtype=torch.int64)
+        return torch.stack([torch.scalar_tensor(x, dtype=torch.int64, device="cpu") for x in ints])
+    return torch.tensor(ints, dtype=torch.int64, device="cpu")
 
 
 def is_autocasting(tensor: Tensor) -> bool:

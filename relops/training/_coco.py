@@ -73,33 +73,32 @@ def _annotation_file(folder: Path, split: str) -> Path:
     files = [
         file
         for file in sorted(_annotation_folder(folder).iterdir())
-        if file.suffix.lower() == ".json" and not file.name.startswith("._") and not _words(file) & NOT_INSTANCES
+        if file.suffix.lower() == ".json" and not file.name.startswith("._")
     ]
-    trained = [file for file in files if _words(file) & TRAIN]
+    words = {file: _words(file) for file in files}
+    candidates = [file for file in files if "instances" in words[file] or not words[file] & NOT_INSTANCES]
+    trained = [file for file in candidates if words[file] & TRAIN]
+    others = [file for file in candidates if file not in trained]
     if split == "train":
-        kinds = [trained]
+        kinds, rule = [trained], "instances_*train*.json"
+    elif any(words[file] & (JOINT | VALIDATION) for file in trained):
+        kinds, rule = [[]], f"instances_*test*.json, where {[file.name for file in trained]} is trained on"
     else:
-        joint = any(_words(file) & (JOINT | VALIDATION) for file in trained)
-        kinds = [[file for file in files if _words(file) & TEST and file not in trained]]
-        if not joint:
-            kinds.insert(0, [file for file in files if _words(file) & VALIDATION and file not in trained])
-    for kind in kinds:
-        found = [file for file in kind if "instances" in _words(file)] or kind
-        if len(found) == 1:
-            return found[0]
-        if found:
-            problem = f"one file must be that of {split!r}"
-            break
-    else:
-        found = files
-        problem = f"there must be annotations/instances_*{'train' if split == 'train' else 'val or test'}*.json"
+        kinds, rule = [[file for file in others if words[file] & VALIDATION]], "instances_*val or test*.json"
+    if split == "test":
+        kinds.append([file for file in others if words[file] & TEST])
+    found = next(filter(None, kinds), [])
+    found = [file for file in found if "instances" in words[file]] or found
+    if len(found) == 1:
+        return found[0]
     raise ValueError(
-        f"{folder}: {problem}, got {[file.name for file in found]}. Name the file with --{split}-annotations"
+        f"{folder}: there must be one file annotations/{rule}, got {[file.name for file in found or files]}. Name the "
+        f"file with --{split}-annotations"
     )
 
 
 def _named_file(folder: Path, name: str) -> Path:
-    for path in (Path(name), folder / name, _annotation_folder(folder) / name):
+    for path in (_annotation_folder(folder) / name, folder / name, Path(name)):
         if path.is_file():
             return path
     raise ValueError(f"{name}: the file of annotations must be there, or in {folder} or its annotations")
@@ -165,7 +164,7 @@ class _Reader:
                     mask, problem = usable_mask(mask, height, width)
                     if problem:
                         self.problems.append(f"annotations[{j}] of {path} has {problem}")
-                    if mask is not None:
+                    if mask:
                         area = area or mask_area(mask, height, width)
                 except ValueError:
                     pass  # a malformed mask is an error where masks are used: see `FileData.check_masks`
@@ -187,7 +186,7 @@ class _Reader:
 
     def _report_masks(self, annotations: list[Annotation]) -> None:
         """Warn of objects without a mask. Where no object has one, set the masks of all annotations to None."""
-        without = sum(mask is None for a in annotations for mask in a.masks)
+        without = sum(not mask for a in annotations for mask in a.masks)
         total = sum(len(a.masks) for a in annotations)
         if without == total:
             for a in annotations:
@@ -258,14 +257,18 @@ class _Reader:
 
     def _name(self, i: int) -> str:
         name = self._get("categories", i, "name")
-        if not isinstance(name, (str, int)) or name == "":
+        if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
             raise self._wrong("categories", i, "name", "a name")
+        try:
+            str(name).encode()
+        except UnicodeEncodeError as error:
+            raise self._wrong("categories", i, "name", "text") from error
         return str(name)
 
     def _id(self, name: str, i: int, key: str) -> int | str:
         """Return an integer, also for one that is written as a string, or a string."""
         value = self._get(name, i, key)
-        if type(value) is int and abs(value) < 2**63:
+        if type(value) is int and -(2**63) <= value < 2**63:
             return value
         if not isinstance(value, str):
             raise self._wrong(name, i, key, "a signed integer of at most 64 bits or a string")

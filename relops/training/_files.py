@@ -34,7 +34,7 @@ def check_kinds(folder: Path, files: Sequence[str], folders: Sequence[str]) -> N
     """What is there already by the name of a file that is to be written must be a file, and of a folder a folder."""
     for name in (*files, *folders):
         path = folder / name
-        if path.exists() and path.is_dir() != (name in folders):
+        if os.path.lexists(path) and not (path.is_dir() if name in folders else path.is_file()):
             raise ValueError(f"{path}: must be a {'folder' if name in folders else 'file'}, for the run to write to")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SAMPLED = 64  # images that the range of a data set is taken from
-# Largest values that cameras and programs write, by bits. Between 1 and 16 none of them is likely.
-USUAL_MAXIMA = (255, 1023, 4095, 16383, 65535)
-MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE, BITS_PER_SAMPLE = 281, 341, 258  # tags of TIFF
+# Largest values that cameras and programs write. Between 1 and 16 none of them is likely.
+INTEGER_MAXIMA = (1, 255, 1023, 4095, 16383, 65535)
+FLOAT_MAXIMA = (1, 255, 65535)
+TOLERANCE = 0.02  # by which resampling leaves the range of floats
+MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE, BITS_PER_SAMPLE, GDAL_NODATA = 281, 341, 258, 42113  # tags of TIFF
 
 
 class PixelRange(NamedTuple):
@@ -73,32 +76,38 @@ def image_size(file: str) -> tuple[int, int]:
 
 
 class _Extremes(NamedTuple):
-    """The least and the largest value of images, and the largest one that their files state, or 0."""
+    """The least and the largest value of images, the largest one that their files state, or 0, and their kind."""
 
     low: float
     high: float
     stated: float
+    is_float: bool
 
     def usual_range(self) -> PixelRange:
         """Return what the files state, or else the smallest usual range that has the values.
 
         Negative values have no usual range: theirs is from the least to the largest.
         """
-        if self.low < 0:
+        if self.low < -TOLERANCE * self.high:
             return PixelRange(self.low, max(self.high, self.low + 1))
         if self.stated >= self.high > 0:
             return PixelRange(0.0, self.stated)
-        if self.high <= 1:
-            return PixelRange(0.0, 1.0)
-        if self.high < 16:
+        if self.is_float and 0 < self.high < 0.05:
             return PixelRange(0.0, self.high)
-        return PixelRange(0.0, float(next((maximum for maximum in USUAL_MAXIMA if maximum >= self.high), self.high)))
+        maxima = FLOAT_MAXIMA if self.is_float else INTEGER_MAXIMA
+        tolerance = TOLERANCE if self.is_float else 0.0
+        usual = next((maximum for maximum in maxima if maximum * (1 + tolerance) >= self.high), self.high)
+        return PixelRange(0.0, float(self.high if 1 + tolerance < self.high < 16 else usual))
 
 
 def _extremes(image: Image) -> _Extremes:
     values = np.asarray(image)
-    values = values[np.isfinite(values)]
-    return _Extremes(float(values.min(initial=0)), float(values.max(initial=0)), _stated_maximum(image))
+    missing = getattr(image, "tag_v2", {}).get(GDAL_NODATA, "nan")
+    with contextlib.suppress(ValueError, AttributeError):
+        values = values[values != float(missing.strip("\0 "))]
+    values = values[np.abs(values) < 1e30]  # NaN, infinities and what stands for no value are not
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    return _Extremes(low, high, _stated_maximum(image), image.mode.startswith("F"))
 
 
 def _stated_maximum(image: Image) -> float:
@@ -139,8 +148,8 @@ def common_range(files: Sequence[str]) -> PixelRange | None:
         )
     if not deep:
         return None
-    lows, highs, stated = zip(*deep.values())
-    result = _Extremes(min(lows), max(highs), max(stated)).usual_range()
+    lows, highs, stated, is_float = zip(*deep.values())
+    result = _Extremes(min(lows), max(highs), max(stated), any(is_float)).usual_range()
     warnings.warn(
         f"{next(iter(deep))}: pixels are not bytes; in all images of this data set, values from {result.low:g} to "
         f"{result.high:g} are scaled to 0 to 255",

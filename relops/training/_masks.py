@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -20,33 +21,53 @@ def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
         height, width: of the image, in pixels.
 
     Returns:
-        The segmentation without its unusable polygons, or None where nothing is left; and why polygons or an RLE are
+        The segmentation without its unusable polygons, [] where nothing is left; and why polygons or an RLE are
         unusable, or "".
 
     Raises:
         ValueError: naming the rule and what was got, where the segmentation is malformed.
     """
     if isinstance(segmentation, dict):
-        return (segmentation, "") if run_lengths(segmentation, height, width)[1::2].any() else (None, "an RLE of zeros")
+        if not run_lengths(segmentation, height, width)[1::2].any():
+            return [], "an RLE of zeros"
+        return {"size": [height, width], "counts": segmentation["counts"]}, ""
     if not isinstance(segmentation, list):
         raise ValueError(f"a segmentation must be polygons or an RLE, got {shown(segmentation)}")
     usable, problem = [], ""
-    # The decoder walks along the edges, at a cost in memory: polygons that reach far out are not worth it.
-    reach = 2 * max(height, width)
     for polygon in segmentation:
         numbers = _coordinates(polygon)
-        if len(numbers) % 2:
-            problem = f"a polygon of an odd number of coordinates, {len(numbers)}"
-        elif len(numbers) < 6:
-            problem = f"a polygon of {len(numbers) // 2} points"
+        found = _problem(numbers, height, width)
+        if found:
+            problem = found
         else:
-            left, right, top, bottom = (f(numbers[i::2]) for i in (0, 1) for f in (min, max))
-            meets = left < width and top < height and right > 0 and bottom > 0
-            if meets and min(left, top) > -reach and max(right, bottom) < reach:
-                usable.append(numbers)
-            else:
-                problem = "a polygon outside of the image"
-    return usable or None, problem
+            usable.append(numbers)
+    return usable, problem
+
+
+def _problem(numbers: list[float], height: int, width: int) -> str:
+    """Return why a polygon is not usable, or ""."""
+    if len(numbers) % 2:
+        return f"a polygon of an odd number of coordinates, {len(numbers)}"
+    if len(numbers) < 6:
+        return f"a polygon of {len(numbers) // 2} points"
+    xs, ys = numbers[::2], numbers[1::2]
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+    if left >= width or top >= height or right <= 0 or bottom <= 0:
+        return "a polygon outside of the image"
+    if _area(xs, ys) <= 1e-9 * (right - left + bottom - top) ** 2:
+        return "a polygon without area"
+    # The decoder walks along the edges, at a cost in memory. Each is at most as long as the polygon is wide and high.
+    longest = 1000 * (height + width)
+    if len(xs) * (right - left + bottom - top) > longest:
+        points = np.array([xs, ys])
+        if np.abs(points - np.roll(points, 1, 1)).sum() > longest:
+            return "a polygon whose edges are more than 1000 times as long as the image"
+    return ""
+
+
+def _area(xs: list[float], ys: list[float]) -> float:
+    """Return the area of a polygon."""
+    return abs(sum(map(mul, xs, ys[1:] + ys[:1])) - sum(map(mul, xs[1:] + xs[:1], ys))) / 2
 
 
 def _coordinates(polygon: Any) -> list[float]:
@@ -112,15 +133,11 @@ def mask_area(segmentation: Any, height: int, width: int) -> float:
     """Return the area of what `usable_mask` returned, in pixels; polygons are taken to be apart from each other."""
     if isinstance(segmentation, dict):
         return float(run_lengths(segmentation, height, width)[1::2].sum())
-    area = 0.0
-    for polygon in segmentation:
-        x, y = np.array(polygon).reshape(-1, 2).T
-        area += abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
-    return float(area)
+    return float(sum(_area(polygon[::2], polygon[1::2]) for polygon in segmentation))
 
 
 def checked_mask(segmentation: Any, height: int, width: int, file: str) -> Any:
-    """Return what is usable of a segmentation, or None; errors name the file."""
+    """Return what is usable of a segmentation; errors name the file."""
     try:
         return usable_mask(segmentation, height, width)[0]
     except ValueError as error:
@@ -131,7 +148,7 @@ def decode_mask(segmentation: Any, height: int, width: int, file: str) -> np.nda
     """Return [H,W] bool; all False where nothing is usable. Errors name the file."""
     coco = require("faster_coco_eval.core.mask", "faster-coco-eval")
     usable = checked_mask(segmentation, height, width, file)
-    if usable is None:
+    if not usable:
         return np.zeros((height, width), bool)
     return coco.decode(coco.segmToRle(usable, width, height)).astype(bool)
 

@@ -51,8 +51,8 @@ class Annotation:
         height, width: in pixels.
         boxes: [T,4] x1, y1, x2, y2 as the file has them: they may leave the image, and have no width or height.
         areas: [T], which tell small objects from large ones: of the mask where the data has masks.
-        masks: T segmentations as COCO has them (polygons, or either kind of RLE), None for an object without one; or
-            None where the data has none.
+        masks: T segmentations as COCO has them (polygons, or either kind of RLE), [] for one that is empty and None for
+            an object without one; or None where the data has none.
         original_id: the image's id in its file where image_id is another, as where ids are strings.
     """
 
@@ -66,6 +66,11 @@ class Annotation:
     areas: np.ndarray
     masks: list[Any] | None = None
     original_id: int | str | None = None
+
+    @property
+    def own_id(self) -> int | str:
+        """The image's id in its file."""
+        return self.image_id if self.original_id is None else self.original_id
 
 
 class DetectionData(Dataset, abc.ABC):
@@ -130,7 +135,7 @@ class FileData(DetectionData):
     ) -> None:
         self.classes = list(classes)
         self.category_ids = list(range(len(classes)) if category_ids is None else category_ids)
-        self.has_masks = any(mask is not None for a in annotations for mask in a.masks or ())
+        self.has_masks = any(mask for a in annotations for mask in a.masks or ())
         self._annotations = annotations
         self._trained = [_trained(a, least_extent) for a in annotations]
         self._warn_of_boxes([a.file for a in annotations] if sources is None else sources)

@@ -14,6 +14,20 @@ import numpy as np
 from relops.training._images import IMAGE_ENDINGS, PixelRange, image_size, is_image
 from relops.training._samples import Annotation, FileData, parse_flag
 
+TAGS = {
+    "annotation",
+    "size",
+    "width",
+    "height",
+    "object",
+    "name",
+    "difficult",
+    "bndbox",
+    "xmin",
+    "ymin",
+    "xmax",
+    "ymax",
+}
 ENDING = re.compile("(" + "|".join(map(re.escape, (*IMAGE_ENDINGS, ".xml"))) + ")$", re.IGNORECASE)
 
 
@@ -130,23 +144,39 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
     and the name of the image's file, or ""."""
     try:
         root = ElementTree.parse(xml).getroot()
+        if root.tag != "annotation":
+            raise ValueError(f"the root must be <annotation>, got <{root.tag}>")
         for element in root.iter():
-            if (element is root and root.tag != "annotation") or "}" in element.tag:
-                raise ValueError(f"elements must be VOC's, <annotation> and those within, got <{element.tag}>")
-        size = tuple(int(root.findtext(f"size/{side}", "0")) for side in ("height", "width"))
+            if element.tag.rpartition("}")[2].lower() in TAGS - {element.tag}:
+                raise ValueError(
+                    f"elements must be VOC's, in small letters and without a namespace, got <{element.tag}>"
+                )
+            if element.tag not in ("object", "part") and element.find("bndbox") is not None:
+                raise ValueError(f"<bndbox> must be within <object>, got it within <{element.tag}>")
+        size = tuple(_whole(root.findtext(f"size/{side}") or "0", side) for side in ("height", "width"))
         objects = []
         for element in root.iter("object"):
-            corners = [
-                float(element.findtext(f"bndbox/{side}", "missing")) for side in ("xmin", "ymin", "xmax", "ymax")
-            ]
+            corners = []
+            for side in ("xmin", "ymin", "xmax", "ymax"):
+                text = element.findtext(f"bndbox/{side}")
+                if text is None:
+                    raise ValueError(f"an object must have bndbox/{side}")
+                corners.append(float(text))
             name = element.findtext("name", "").strip()
             if not name:
                 raise ValueError("an object must have a name, got none")
             try:
-                difficult = parse_flag(element.findtext("difficult", "0"))
+                difficult = parse_flag(element.findtext("difficult") or "0")
             except ValueError as error:
                 raise ValueError(f"difficult {error}") from error
             objects.append((name, difficult, corners))
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
         raise ValueError(f"{xml}: the file must be an annotation of Pascal VOC: {error}") from error
     return size if min(size) > 0 else None, objects, root.findtext("filename", "").strip()
+
+
+def _whole(text: str, side: str) -> int:
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{side} must be a whole number of pixels, got {text!r}")
+    return int(number)

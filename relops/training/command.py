@@ -295,7 +295,7 @@ def _image_files(paths: list[Path]) -> list[str]:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from relops.training._files import check_file, make_folder, write_json
-    from relops.training._images import read_image
+    from relops.training._images import common_range, read_image
     from relops.training._masks import encode_mask
     from relops.training._optional import require_all
     from relops.training.inference import detect, draw, image_sample
@@ -312,9 +312,9 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise ValueError(f"model {detector.name} is given proposals, which image files have not")
     if arguments.images:
         files = _image_files(arguments.images)
+        pixel_range = detector.pixel_range or common_range(files)
         read = [
-            functools.partial(lambda file: image_sample(read_image(file, detector.pixel_range), file), file)
-            for file in files
+            functools.partial(lambda file: image_sample(read_image(file, pixel_range), file), file) for file in files
         ]
     else:
         data = _open_data(arguments, detector, "test")
@@ -370,6 +370,7 @@ def _propose(arguments: argparse.Namespace) -> int:
     data = _open_data(arguments, detector, arguments.split)
     check_file(arguments.output)
     proposals = propose(detector, data, arguments.count, arguments.batch, arguments.workers)
-    save_proposals(arguments.output, proposals)
+    own_ids = {annotation.image_id: annotation.own_id for annotation in data.annotations()}
+    save_proposals(arguments.output, {own_ids[image_id]: boxes for image_id, boxes in proposals.items()})
     print(f"{sum(map(len, proposals.values()))} proposals of {len(proposals)} images in {arguments.output}")
     return 0

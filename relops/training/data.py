@@ -134,13 +134,13 @@ class _WithProposals(DetectionData):
         return self._data.aspect_ratios()
 
 
-def save_proposals(file: str, proposals: Mapping[int, np.ndarray]) -> None:
-    """Writes what `with_proposals` reads: of each image id, [P,4] boxes in pixels of the original image."""
+def save_proposals(file: str, proposals: Mapping[int | str, np.ndarray]) -> None:
+    """Write what `with_proposals` reads: for each image, by its own id, [P,4] boxes in pixels of the original image."""
     boxes = [np.asarray(b, np.float32).reshape(-1, 4) for b in proposals.values()]
     with written(Path(file)) as stream:
         np.savez(
             stream,
-            image_ids=np.array(list(proposals), np.int64),
+            image_ids=np.array(list(proposals)),
             counts=np.array([len(b) for b in boxes], np.int64),
             boxes=np.concatenate([np.zeros((0, 4), np.float32), *boxes]),
         )
@@ -156,10 +156,12 @@ def with_proposals(data: DetectionData, file: str) -> DetectionData:
     shapes_fit = image_ids.shape == counts.shape == (len(image_ids),) and boxes.shape == (counts.sum(), 4)
     if not shapes_fit or (counts < 0).any() or not np.isfinite(boxes).all():
         raise ValueError(f"{file}: the file must be one that save_proposals wrote: its arrays do not fit together")
-    proposals = dict(zip(image_ids.tolist(), np.split(boxes, np.cumsum(counts)[:-1])))
+    stored = dict(zip(map(str, image_ids.tolist()), np.split(boxes, np.cumsum(counts)[:-1])))
+    proposals = {}
     for annotation in data.annotations():
-        if annotation.image_id not in proposals:
-            raise ValueError(f"{file}: proposals are missing of image {annotation.image_id}, {annotation.file}")
+        if str(annotation.own_id) not in stored:
+            raise ValueError(f"{file}: proposals are missing of image {annotation.own_id}, {annotation.file}")
+        proposals[annotation.image_id] = stored[str(annotation.own_id)]
     return _WithProposals(data, proposals)
 
 

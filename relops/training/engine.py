@@ -44,7 +44,16 @@ from relops.training.log import Clock, Log, Losses, without_nan
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer, set_lr
 
 EPOCHS = 12  # where neither iterations nor epochs are given
-FILES, FOLDERS = ("last.pt", "model.pt", "log.jsonl", "metrics.json", "curves.png"), ("predictions", "tensorboard")
+EXAMPLES = 8  # images that predictions/ has
+FILES = (
+    "last.pt",
+    "model.pt",
+    "log.jsonl",
+    "metrics.json",
+    "curves.png",
+    *(f"predictions/{i}.png" for i in range(EXAMPLES)),
+)
+FOLDERS = ("predictions", "tensorboard")
 STATE = ("model", "optimizer", "average", "phase", "iteration", "losses", "times", "config", "classes")
 
 
@@ -127,6 +136,8 @@ class Run:
         self.test_data = open_data(
             config.data, "test", self.data.classes, config.test_annotations, self.data.pixel_range
         )  # fmt: skip
+        if not self.data.classes:
+            raise ValueError(f"{config.data}: the images to train on must have objects of at least one class, got none")
         warn_of_common_images(self.data, self.test_data)
         if config.proposals is not None:
             self.data = with_proposals(self.data, config.proposals)
@@ -362,15 +373,15 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         metrics = None
         if self.log is not None:
-            metrics = self.log.lines[-1]
             config = self.config
+            metrics = next(x for x in reversed(self.log.lines) if "AP" in x and x["iteration"] == config.iterations)
             detector = inference.Detector(
                 self._evaluated(), config.model, config.options, self.data.classes, config.min_size, config.max_size,
                 config.data, config.train_annotations, config.test_annotations, self.data.pixel_range,
             )  # fmt: skip
             detector.save(self.folder / "model.pt")
             write_json(self.folder / "metrics.json", metrics)
-            inference.draw_examples(detector, self.test_data, self.folder / "predictions", 8)
+            inference.draw_examples(detector, self.test_data, self.folder / "predictions", EXAMPLES)
             from relops.training.plots import plot_curves
 
             plot_curves(self.log.lines, self.folder / "curves.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,9 +91,11 @@ class Evaluator:
 
     def _coco(self, kind: str) -> dict[str, float]:
         api = require("faster_coco_eval", "faster-coco-eval")
-        truth = api.COCO(self._coco_truth(masks=kind == "segm"))
-        # Categories are numbered from 1 here: the data's own ids may be strings.
-        results = self._results([1 + label for label in range(len(self._classes))])
+        # Images and categories are numbered from 1 here, in their order: the data's own ids may be strings, or larger
+        # than the float64 that they become there can tell apart.
+        numbers = {image_id: 1 + i for i, image_id in enumerate(sorted(self._annotations))}
+        truth = api.COCO(self._coco_truth(numbers, masks=kind == "segm"))
+        results = self._results(numbers, range(1, 1 + len(self._classes)))
         for result in results:
             result.pop("bbox" if kind == "segm" else "segmentation", None)
         evaluation = api.COCOeval_faster(truth, truth.loadRes(results), kind)
@@ -106,13 +108,14 @@ class Evaluator:
             values[f"AP/{self._classes[category - 1]}"] = precision[:, :, k].mean()
         return {name: float(value) if value >= 0 else math.nan for name, value in values.items()}
 
-    def _coco_truth(self, masks: bool) -> dict[str, Any]:
-        objects = []
+    def _coco_truth(self, numbers: Mapping[int, int], masks: bool) -> dict[str, Any]:
+        images, objects = [], []
         for a in self._annotations.values():
+            images.append({"id": numbers[a.image_id], "height": a.height, "width": a.width})
             for i, (label, ignore) in enumerate(zip(a.labels, a.ignore)):
                 item = {
                     "id": len(objects) + 1,  # 0 would be no match
-                    "image_id": a.image_id,
+                    "image_id": numbers[a.image_id],
                     "category_id": 1 + int(label),
                     "bbox": _corner_and_size(a.boxes[i]),
                     "area": float(a.areas[i]),
@@ -120,25 +123,21 @@ class Evaluator:
                 }
                 objects.append(item | _segmentation(a, i) if masks else item)
         return {
-            "images": [{"id": a.image_id, "height": a.height, "width": a.width} for a in self._annotations.values()],
+            "images": images,
             "annotations": objects,
             "categories": [{"id": 1 + label, "name": name} for label, name in enumerate(self._classes)],
         }
 
     def coco_results(self) -> list[dict[str, Any]]:
         """The detections in COCO's format of results, with the data's own ids of images and categories; for JSON."""
-        results = self._results(self._category_ids)
-        for result in results:
-            own_id = self._annotations[result["image_id"]].original_id
-            result["image_id"] = result["image_id"] if own_id is None else own_id
-        return results
+        return self._results({id: a.own_id for id, a in self._annotations.items()}, self._category_ids)
 
-    def _results(self, category_ids: Sequence[int | str]) -> list[dict[str, Any]]:
+    def _results(self, image_ids: Mapping[int, int | str], category_ids: Sequence[int | str]) -> list[dict[str, Any]]:
         results = []
         for image_id, found in self._found.items():
             for i, (label, score) in enumerate(zip(found.labels, found.scores)):
                 result = {
-                    "image_id": image_id,
+                    "image_id": image_ids[image_id],
                     "category_id": category_ids[label],
                     "bbox": _corner_and_size(found.boxes[i]),
                     "score": float(score),
@@ -226,9 +225,9 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _segmentation(a: Annotation, i: int) -> dict[str, Any]:
     """Return what a mask adds to an object of COCO; in place of a mask that is missing, a crowd that fills the box."""
-    mask = None if a.masks is None or a.masks[i] is None else checked_mask(a.masks[i], a.height, a.width, a.file)
-    if mask is not None:
-        return {"segmentation": mask}
+    if a.masks is not None and a.masks[i] is not None:
+        nothing = {"size": [a.height, a.width], "counts": [a.height * a.width]}
+        return {"segmentation": checked_mask(a.masks[i], a.height, a.width, a.file) or nothing}
     x1, y1, x2, y2 = a.boxes[i].clip(0, [a.width, a.height] * 2).tolist()
     return {"segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]], "iscrowd": 1}
 

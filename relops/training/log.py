@@ -28,13 +28,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             line = json.loads(text)
-            if not (isinstance(line, dict) and type(line.get("iteration")) is int):
-                raise ValueError("it must be an object with an iteration")
+            if not _is_line(line):
+                raise ValueError("it must be an object of numbers, with an iteration")
         except (ValueError, RecursionError) as error:
             print(f"{path}: line {number} is damaged and left out: {error}", file=sys.stderr)
         else:
             lines.append(line)
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    def is_number(x: Any) -> bool:
+        return x is None or (type(x) in (int, float) and not abs(x) > sys.float_info.max)
+
+    if not (isinstance(line, dict) and type(line.get("iteration")) is int and line["iteration"] >= 0):
+        return False
+    losses = line.get("losses", {})
+    others = [value for name, value in line.items() if name != "losses"]
+    return isinstance(losses, dict) and all(map(is_number, [*others, *losses.values()]))
 
 
 def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
