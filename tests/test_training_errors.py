@@ -39,6 +39,7 @@ from relops.training.data import open_data, save_proposals, with_proposals
 from relops.training.engine import train
 from relops.training.plots import plot_curves
 
+Image = pytest.importorskip("PIL.Image")
 SMALL = ["--device", "cpu", "--workers", "0"]
 
 
@@ -113,9 +114,15 @@ def test_output_in_a_read_only_folder(name: str, run: Path, tmp_path: Path, fail
 @pytest.mark.parametrize("name", [*engine.FILES, *engine.FOLDERS])
 def test_what_a_run_cannot_replace(name: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     if name in engine.FILES:
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(parents=True)
     else:
         (tmp_path / name).write_text("x")
+    assert f"{tmp_path / name}: must be a fi" in fails(*command_of(tmp_path)).replace("folder", "fi")
+
+
+@pytest.mark.parametrize("name", ["last.pt", "metrics.json", "tensorboard", "predictions"])
+def test_links_to_nothing(name: str, tmp_path: Path, fails: Callable[..., str]) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "nowhere" / "x")
     assert f"{tmp_path / name}: must be a fi" in fails(*command_of(tmp_path)).replace("folder", "fi")
 
 
@@ -306,7 +313,8 @@ def test_flipped_bits_of_proposals_are_found_or_harmless(tmp_path: Path) -> None
     given = {index: np.arange(4 * index + 4, dtype=np.float32).reshape(-1, 4) for index in range(5)}
     save_proposals(file, given)
     found = 0
-    data.annotations = lambda: []  # which takes a while
+    annotations = data.annotations()
+    data.annotations = lambda: annotations  # drawing them takes a while
     for wrong in damaged(file.read_bytes()):
         file.write_bytes(wrong)
         try:
@@ -331,6 +339,12 @@ def test_damaged_lines_of_the_log_are_left_out(tmp_path: Path, capsys: pytest.Ca
         b'{"iteration": true}',
         b"\xff\xfe",
         b"[" * 100_000,
+        b'{"iteration": -1, "AP": 0.9}',
+        b'{"iteration": 1, "loss": "x"}',
+        b'{"iteration": 1, "loss": 1, "losses": [1]}',
+        b'{"iteration": 1, "loss": 1, "losses": null}',
+        b'{"iteration": 1, "loss": 1' + b"0" * 400 + b"}",
+        b'{"iteration": 1, "AP": [0.5]}',
     ]
     wrong += [b'{"iteration": ' + b"9" * 5000 + b"}", b""]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join([lines[0], *wrong, *lines[1:], b'{"iteration": 6, "A']))
@@ -338,13 +352,49 @@ def test_damaged_lines_of_the_log_are_left_out(tmp_path: Path, capsys: pytest.Ca
     train(make_config(tmp_path, log_every=1))
     assert (tmp_path / "log.jsonl").read_bytes().splitlines() == lines
     errors = capsys.readouterr().err.splitlines()
-    begins = [f"{tmp_path / 'log.jsonl'}: line {number} is damaged and left out: " for number in range(2, 12)]
-    assert [error.startswith(begin) for error, begin in zip(errors, begins, strict=True)] == [True] * 10, errors
+    begins = [f"{tmp_path / 'log.jsonl'}: line {number} is damaged and left out: " for number in range(2, 18)]
+    assert [error.startswith(begin) for error, begin in zip(errors, begins, strict=True)] == [True] * 16, errors
+
+
+def test_metrics_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
+    """Whatever else is behind it in a log that two runs wrote."""
+    metrics = train(make_config(tmp_path, log_every=1))
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, lines[0], lines[-2]]) + "\n")
+    assert train(make_config(tmp_path, log_every=1)) == metrics
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
 
 
 def test_curves_of_a_log_that_lacks_times(tmp_path: Path) -> None:
     plot_curves([{"iteration": 1, "AP": 0.5}, {"iteration": 1, "minutes": 1, "AP": 0.5}], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
+
+
+# ---- Data ----
+
+
+def test_data_without_classes(tmp_path: Path, fails: Callable[..., str]) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "Annotations").mkdir(parents=True)
+        (tmp_path / "data" / split / "Images").mkdir()
+        (tmp_path / "data" / split / "Annotations" / "a.xml").write_text("<annotation/>")
+        Image.new("RGB", (64, 48)).save(tmp_path / "data" / split / "Images" / "a.png")
+    errors = fails("train", "--data", f"voc:{tmp_path / 'data'}", "--model", "tiny", "--output", str(tmp_path / "run"))
+    assert "must have objects of at least one class, got none" in errors
+
+
+def test_images_of_16_bits_have_one_range(run: Path, tmp_path: Path) -> None:
+    """Also where the detector was trained on others."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, brightest in (("a", 255), ("b", 4000)):
+        pixels = np.full((48, 64), 200, np.uint16)
+        pixels[0, 0] = brightest
+        Image.fromarray(pixels).save(images / f"{name}.png")
+    with pytest.warns(UserWarning, match=r"a\.png: pixels are not bytes; .* from 0 to 4095"):
+        assert main(["predict", str(run), str(images), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
+    drawn = [np.array(Image.open(tmp_path / "drawn" / f"{name}.png.png").convert("RGB"))[300, 300] for name in "ab"]
+    assert np.array_equal(*drawn) and drawn[0].max() == 12
 
 
 # ---- Two runs in one folder ----
