@@ -14,20 +14,6 @@ import numpy as np
 from relops.training._images import IMAGE_ENDINGS, PixelRange, image_size, is_image
 from relops.training._samples import Annotation, FileData, parse_flag
 
-TAGS = {
-    "annotation",
-    "size",
-    "width",
-    "height",
-    "object",
-    "name",
-    "difficult",
-    "bndbox",
-    "xmin",
-    "ymin",
-    "xmax",
-    "ymax",
-}
 ENDING = re.compile("(" + "|".join(map(re.escape, (*IMAGE_ENDINGS, ".xml"))) + ")$", re.IGNORECASE)
 
 
@@ -40,11 +26,11 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
                                                         its XML file
 
     VOC counts pixels from 1 and its boxes include the last one: x1 = xmin - 1, y1 = ymin - 1, x2 = xmax, y2 = ymax.
-    For training, boxes are clipped to the image; those that nothing is left of, or whose xmax (ymax) is not above xmin
-    (ymin), are left out with a warning. Difficult objects are those to ignore.
+    For training, boxes are clipped to the image. Boxes that are empty then, or whose xmax (ymax) is not above xmin
+    (ymin), are left out with a warning. Difficult objects are ignored.
 
-    A line of a list is a name, with or without the ending of the image, and counts once. VOC's lists of one class have
-    -1 after the names of images without it, which are left out.
+    Each line of a list is the name of an image, with or without its ending, and repeated names count once. In VOC's
+    lists of a single class, -1 after a name says that the image has no such object; these images are left out.
 
     Args:
         classes: names; None: those that occur in train, sorted.
@@ -147,10 +133,10 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
         if root.tag != "annotation":
             raise ValueError(f"the root must be <annotation>, got <{root.tag}>")
         for element in root.iter():
-            if element.tag.rpartition("}")[2].lower() in TAGS - {element.tag}:
-                raise ValueError(
-                    f"elements must be VOC's, in small letters and without a namespace, got <{element.tag}>"
-                )
+            # Elements with other names are passed over, and these two would be missed.
+            for name in ("object", "difficult"):
+                if element.tag != name and element.tag.rpartition("}")[2].lower() == name:
+                    raise ValueError(f"the name of an element must be <{name}>, got <{element.tag}>")
             if element.tag not in ("object", "part") and element.find("bndbox") is not None:
                 raise ValueError(f"<bndbox> must be within <object>, got it within <{element.tag}>")
         size = tuple(_whole(root.findtext(f"size/{side}") or "0", side) for side in ("height", "width"))
@@ -166,7 +152,7 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
             if not name:
                 raise ValueError("an object must have a name, got none")
             try:
-                difficult = parse_flag(element.findtext("difficult") or "0")
+                difficult = parse_flag(element.findtext("difficult", "").strip() or "0")
             except ValueError as error:
                 raise ValueError(f"difficult {error}") from error
             objects.append((name, difficult, corners))
