@@ -151,7 +151,7 @@ def floating(inputs: Inputs) -> list[str]:
 
 @on_samples
 def test_forward_mode_raises(op: Op, sample: Sample, device: str) -> None:
-    """Where it is not provided: a tangent of zeros would be wrong in silence."""
+    """Forward mode is not provided, and a tangent of zeros would be wrong in silence."""
     inputs = op.draw(sample, device)
     for name, function in itertools.product(floating(inputs), (op.function, lambda **inputs: op.run_raw(inputs))):
         for way, ask in asking_forward_mode(function, inputs, name):

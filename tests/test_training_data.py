@@ -416,7 +416,7 @@ def write_coco(root: Path, objects: list[dict], split: str = "train2017", folder
 
 
 def change(spec: str, old: str, new: str) -> None:
-    """Replace the first of what stands in the file of `write_coco`."""
+    """Replace the first occurrence of `old` in the annotation file that `write_coco` wrote."""
     file = Path(spec.removeprefix("coco:")) / "annotations" / "instances_train2017.json"
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))

@@ -384,7 +384,7 @@ def test_data_without_classes(tmp_path: Path, fails: Callable[..., str]) -> None
 
 
 def test_images_of_16_bits_have_one_range(run: Path, tmp_path: Path) -> None:
-    """Also where the detector was trained on others."""
+    """Even if the detector was trained on images of 8 bits."""
     images = tmp_path / "images"
     images.mkdir()
     for name, brightest in (("a", 255), ("b", 4000)):

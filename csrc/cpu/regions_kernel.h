@@ -69,8 +69,8 @@ struct BinTile {
   int64_t first;  // bin
 };
 
-// Of bins that read `most_columns` at most and keep `row_values` of each of their rows. What there is of usual outputs,
-// up to 32 x 32, is one tile.
+// The size of a tile, which bounds what is kept: `row_values` for each row of bins, `column_values` for each column.
+// Outputs of up to 32 x 32 bins usually are one tile.
 struct TileSize {
   int64_t PH, PW;
   TileSize(int64_t all_PH, int64_t all_PW, int64_t row_values, int64_t column_values) {

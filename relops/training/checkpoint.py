@@ -29,7 +29,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
-    """What `save` wrote, or another dict that torch.save wrote, on the CPU. A file that cannot be read, is damaged or
+    """Return the dict that `save` or torch.save wrote, on the CPU. A file that cannot be read, is damaged or
     lacks one of the keys is a ValueError."""
     has_checksum = _verify(path)
     try:
