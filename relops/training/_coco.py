@@ -109,6 +109,8 @@ class _Reader:
 
     def __init__(self, folder: Path, file: Path, content: Any, classes: Sequence[str] | None) -> None:
         self.folder, self.file = folder, file
+        self.labels: list[int] = []  # of all objects
+        self.problems: list[str] = []  # of segmentations
         self.entries = {name: self._list(content, name) for name in ("images", "annotations", "categories")}
         categories = self.entries["categories"]
         names = {self._id("categories", i, "id"): self._name(i) for i in range(len(categories))}
@@ -139,21 +141,20 @@ class _Reader:
         if times > 1:
             warnings.warn(f"{self.file}: an image should have one entry, got {times} of {path}", stacklevel=2)
 
-        own_ids = [image["id"] for image in self.entries["images"]]
-        numbers = own_ids
+        numbers = own_ids = [image["id"] for image in self.entries["images"]]
+        original_ids = [None] * len(ids)
         if any(isinstance(id, str) for id in own_ids):  # in their order, in which pycocotools breaks ties of scores
-            ranks = sorted(range(len(own_ids)), key=lambda i: (isinstance(own_ids[i], str), own_ids[i]))
-            numbers = np.argsort(ranks).tolist()
-        self.problems: list[str] = []
+            order = sorted(range(len(own_ids)), key=lambda i: (isinstance(own_ids[i], str), own_ids[i]))
+            numbers, original_ids = np.argsort(order).tolist(), own_ids
         annotations = [
-            self._annotation(i, number, path, of_image.get(id, []))
-            for i, (id, number, path) in enumerate(zip(ids, numbers, files))
+            self._annotation(i, numbers[i], original_ids[i], files[i], of_image.get(id, [])) for i, id in enumerate(ids)
         ]
         self._report_masks(annotations)
         return FileData(self.classes, annotations, category_ids=self._category_ids(), pixel_range=pixel_range)
 
-    def _annotation(self, i: int, image_id: int, path: str, objects: list[int]) -> Annotation:
-        own_id = self.entries["images"][i]["id"]
+    def _annotation(
+        self, i: int, image_id: int, original_id: int | str | None, path: str, objects: list[int]
+    ) -> Annotation:
         height, width = (self._extent(i, key) for key in ("height", "width"))
         boxes, masks, areas = self._boxes(objects), [], []
         for j, (box_width, box_height) in zip(objects, boxes[:, 2:].tolist()):
@@ -181,7 +182,7 @@ class _Reader:
             np.array([self._is_crowd(j) for j in objects], bool),
             np.array(areas, np.float64),
             masks,
-            None if image_id is own_id else own_id,
+            original_id,
         )
 
     def _report_masks(self, annotations: list[Annotation]) -> None:
@@ -201,7 +202,6 @@ class _Reader:
     def _objects_by_image(self) -> dict[int | str, list[int]]:
         """Return indices of annotations, by the id of their image, and set `labels`."""
         of_image = defaultdict(list)
-        self.labels: list[int] = []
         for j, entry in enumerate(self.entries["annotations"]):
             of_image[self._id("annotations", j, "image_id")].append(j)
             category = self._id("annotations", j, "category_id")

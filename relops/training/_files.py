@@ -31,7 +31,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_kinds(folder: Path, files: Sequence[str], folders: Sequence[str]) -> None:
-    """What is there already by the name of a file that is to be written must be a file, and of a folder a folder."""
+    """Raise ValueError where the path of a file to be written is there and is not a file, or likewise of a folder."""
     for name in (*files, *folders):
         path = folder / name
         if os.path.lexists(path) and not (path.is_dir() if name in folders else path.is_file()):

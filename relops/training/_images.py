@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -54,23 +54,26 @@ def read_image(file: str, pixel_range: PixelRange | None = None) -> np.ndarray:
         file: path.
         pixel_range: of an image whose pixels are not bytes; None: one that suits this image alone.
     """
-    pil = require("PIL.Image", "pillow")
-    try:
-        with pil.open(file) as image:
-            if is_deep(image):
-                pixel_range = pixel_range or _extremes(image).usual_range()
-                image = pil.fromarray(pixel_range.to_bytes(np.asarray(image)))
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # of a broken file, PIL's plugins raise anything
-        raise ValueError(f"{file}: the file must be an image, and cannot be read as one: {error}") from error
+    with _opened(file) as image:
+        if is_deep(image):
+            pixel_range = pixel_range or _extremes(image).usual_range()
+            image = require("PIL.Image", "pillow").fromarray(pixel_range.to_bytes(np.asarray(image)))
+        return np.array(image.convert("RGB"))
 
 
 def image_size(file: str) -> tuple[int, int]:
     """Return (height, width), from the head of the file."""
+    with _opened(file) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Image]:
+    """Open an image. What goes wrong in the context is a ValueError that names the file."""
     pil = require("PIL.Image", "pillow")
     try:
         with pil.open(file) as image:
-            return image.height, image.width
+            yield image
     except Exception as error:  # of a broken file, PIL's plugins raise anything
         raise ValueError(f"{file}: the file must be an image, and cannot be read as one: {error}") from error
 

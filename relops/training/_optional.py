@@ -9,7 +9,7 @@ MODULES = {"pillow": "PIL.Image", "faster-coco-eval": "faster_coco_eval", "matpl
 
 
 def require(module: str, package: str) -> ModuleType:
-    """Import of a package that only training needs."""
+    """Import a module of a package that only training needs."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # a package that is broken, or does not fit another one, raises anything

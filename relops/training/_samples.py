@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass
 class Annotation:
-    """What evaluation needs of an image, without the image: all objects that its file has.
+    """The size of an image and all objects of its annotation file, which is what evaluation needs of it.
 
     Attributes:
         image_id, file, labels, ignore: as in `Sample`.
@@ -78,7 +78,7 @@ class DetectionData(Dataset, abc.ABC):
 
     Attributes:
         classes: names; label i is classes[i].
-        has_masks: some object has a mask. Set to False, masks are not made, which saves time.
+        has_masks: some object has a mask, and masks are made: see `use_masks`.
         category_ids: by which COCO's results name the classes.
         pixel_range: the values that become 0 and 255 in images whose pixels are not bytes, or None.
     """
@@ -101,6 +101,12 @@ class DetectionData(Dataset, abc.ABC):
     def check_masks(self) -> None:
         """Raise ValueError, naming the file, where a mask is malformed."""
 
+    def use_masks(self, wanted: bool) -> None:
+        """Check the masks if they are wanted; otherwise do not make them, which saves time."""
+        self.has_masks = self.has_masks and wanted
+        if self.has_masks:
+            self.check_masks()
+
     def aspect_ratios(self) -> list[float]:
         """Width / height of every image."""
         return [annotation.width / annotation.height for annotation in self.annotations()]
@@ -111,8 +117,8 @@ class FileData(DetectionData):
 
     An image is read as its pixels lie in the file: an EXIF orientation is not applied, as COCO's tools do not either.
     Gray, palette and CMYK images become RGB, alpha is dropped, and pixels that are not bytes are scaled to bytes by
-    `pixel_range`. Samples have the objects to train on: their boxes are clipped to the image, and those that nothing
-    is left of are left out, with one warning for all.
+    `pixel_range`. Samples have the objects to train on: boxes are clipped to the image, and objects whose box is empty
+    then are left out, with one warning for the data set.
 
     Args:
         classes: names.

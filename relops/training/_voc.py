@@ -74,7 +74,7 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
                 (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1),
             )
         )
-    # Inclusive coordinates make one pixel of a box without width, which is a slip of the mouse.
+    # VOC's coordinates are inclusive: a box whose xmax equals its xmin, an error of annotation, is one pixel wide.
     return FileData(classes, annotations, least_extent=1.0, pixel_range=pixel_range, sources=list(map(str, xmls)))
 
 

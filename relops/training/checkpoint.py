@@ -13,8 +13,8 @@ from torch import nn
 
 from relops.training._files import why, written
 
-# Behind what torch.save writes is a line with its checksum, of which torch.load takes no notice. The checksums within a
-# zip file leave out the attributes and places of its parts.
+# After what torch.save writes comes a line with its checksum, which torch.load ignores. The checksums within a zip file
+# do not cover the attributes and places of its parts.
 MARK = b"\nsha256 "
 LENGTH = len(MARK) + 2 * hashlib.sha256().digest_size
 CHECKED = "checksum"  # in the state: files of earlier versions end without a checksum, others must not
@@ -35,9 +35,8 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: what it raises depends on which bytes are wrong
-        reason = (
-            str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
-        )  # the rest is advice to trust it
+        # The rest of the message is advice to trust the file.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
         raise ValueError(f"{path}: is no checkpoint or a damaged one ({type(error).__name__}: {reason})") from error
     check_keys(path, state, *keys)
     if state.pop(CHECKED, False) and not has_checksum:
@@ -63,7 +62,7 @@ def _verify(path: Path) -> bool:
 
 
 def _checksum(path: str | Path, length: int) -> bytes:
-    """Of the first bytes of a file, as many as that."""
+    """Return the SHA-256 of the first `length` bytes of a file."""
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         while length > 0 and (part := file.read(min(length, 2**20))):
@@ -73,7 +72,7 @@ def _checksum(path: str | Path, length: int) -> bytes:
 
 
 def check_keys(path: Path, state: Any, *keys: str) -> None:
-    """A dict must have all of these."""
+    """Raise ValueError where the content of a file is not a dict with all of these keys."""
     if not isinstance(state, dict):
         raise ValueError(f"{path}: must hold a dict, got {type(state).__name__}")
     missing = [key for key in keys if key not in state]
@@ -82,7 +81,7 @@ def check_keys(path: Path, state: Any, *keys: str) -> None:
 
 
 def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
-    """Of a file, into the model."""
+    """Load the weights that a file holds into the model."""
     try:
         model.load_state_dict(weights)
     except Exception as error:  # RuntimeError where names or shapes differ; anything where the weights are none

@@ -242,9 +242,7 @@ def _open_data(
         annotations = getattr(detector, f"{split}_annotations")
     spec = arguments.data or detector.data
     data = open_data(spec, split, detector.classes, annotations, detector.pixel_range)
-    data.has_masks = data.has_masks and with_masks
-    if data.has_masks:
-        data.check_masks()
+    data.use_masks(with_masks)
     return data
 
 

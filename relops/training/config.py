@@ -26,7 +26,7 @@ LIMITS = {
 
 
 def check_limits(values: Mapping[str, Any], **others: tuple[int, int]) -> None:
-    """Of settings, or arguments of a command, by name. None is one that is not given."""
+    """Check numbers among settings or arguments of a command, by name; None stands for one that is not given."""
     for name, (least, most) in (LIMITS | others).items():
         value = values.get(name)
         if value is not None and not least <= value <= most:

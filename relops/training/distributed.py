@@ -41,7 +41,7 @@ class World(NamedTuple):
         return int(tensor)
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Does it in the main process. What that raises is raised in all of them, so that none waits for another."""
+        """Run an action in the main process, and raise its error in all processes, so that none waits for another."""
         error = None
         if self.is_main:
             try:
@@ -54,7 +54,7 @@ class World(NamedTuple):
 
 
 def device_named(name: str | None) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N`; None is a GPU where torch sees one."""
+    """Return the device `cpu`, `cuda` or `cuda:N`; for None, a GPU where torch sees one, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):

@@ -168,9 +168,7 @@ class Run:
                 f"{config.data}: no object has a mask, so {config.model} is trained by boxes alone", stacklevel=2
             )
         for data in (self.data, self.test_data):
-            data.has_masks = data.has_masks and self.model.uses_masks  # nobody else pays for them
-            if data.has_masks:
-                data.check_masks()
+            data.use_masks(self.model.uses_masks)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.model.uses_proposals and None in (config.proposals, config.test_proposals):
@@ -189,7 +187,7 @@ class Run:
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
 
     def begin(self, restart: bool) -> None:
-        """From the checkpoint on, where there is one."""
+        """Claim the folder, and resume from the checkpoint where there is one."""
         iterations = self.config.iterations
         self.world.on_main(lambda: self._claim(restart))  # nobody looks for a checkpoint before that
         stored = None

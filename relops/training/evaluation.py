@@ -192,7 +192,7 @@ class Evaluator:
 
 
 def _finite(annotation: Annotation) -> Annotation:
-    """Give objects whose box is not finite an empty one, which nothing overlaps: they are missed."""
+    """Replace boxes that are not finite by empty ones, which no detection can match, so that the objects are missed."""
     finite = np.isfinite(annotation.boxes).all(1)
     areas = np.where(np.isfinite(annotation.areas), annotation.areas, 0)
     return dataclasses.replace(annotation, boxes=np.where(finite[:, None], annotation.boxes, 0), areas=areas)
