@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from relops import models
 from relops.__main__ import main
 from relops.models import Detections, Targets
-from relops.training import _shapes, checkpoint, engine
-from relops.training._images import read_image
+from relops.training import checkpoint, engine
 from relops.training.command import train_config
 from relops.training.config import TrainConfig
-from relops.training.data import open_data, with_proposals
+from relops.training.data import open_data, shapes, with_proposals
+from relops.training.data.images import read_image
 from relops.training.engine import Interrupted, Signals, train
 from relops.training.inference import load_detector
 from relops.training.log import Log
@@ -517,7 +517,7 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
     assert list(found) == [str(tmp_path / "images" / "whole.png")]
     for thing in found[str(tmp_path / "images" / "whole.png")]:
         x1, y1, x2, y2 = thing["box"]
-        assert thing["class"] in _shapes.SHAPES and thing["score"] >= 0.01
+        assert thing["class"] in shapes.SHAPES and thing["score"] >= 0.01
         assert 0 <= x1 < x2 <= 640.1 and 0 <= y1 < y2 <= 512.1
 
     files = {split: str(tmp_path / f"{split}.npz") for split in ("train", "test")}
@@ -665,7 +665,7 @@ def test_broken_image_is_named(
 ) -> None:
     """Also where a worker finds it."""
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    monkeypatch.setattr(_shapes, "_draw", lambda _: read_image(str(tmp_path / "broken.jpg")))
+    monkeypatch.setattr(shapes, "_draw", lambda _: read_image(str(tmp_path / "broken.jpg")))
     assert main([*command_of(tmp_path / "run"), "--workers", workers]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"relops train: {tmp_path / 'broken.jpg'}: ") and errors.count("\n") == 1
@@ -675,9 +675,9 @@ def test_data_without_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There is nothing to learn and no AP, and neither is an error."""
-    height, width = _shapes.HEIGHT, _shapes.WIDTH
+    height, width = shapes.HEIGHT, shapes.WIDTH
     nothing = np.zeros((height, width, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, height, width), bool)
-    monkeypatch.setattr(_shapes, "_draw", lambda _: nothing)
+    monkeypatch.setattr(shapes, "_draw", lambda _: nothing)
     run = tmp_path / "run"
     assert main([*command_of(run), "--iterations", "2", "--workers", "0"]) == 0
     assert f"no AP: no objects to evaluate on  in {run}\n" in capsys.readouterr().out
@@ -690,7 +690,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def bug(_: Any) -> None:
         raise ValueError("not of the package")
 
-    monkeypatch.setattr(_shapes, "_draw", bug)
+    monkeypatch.setattr(shapes, "_draw", bug)
     with pytest.raises(ValueError, match="not of the package"):
         main([*command_of(tmp_path), "--workers", "0"])
 
@@ -707,14 +707,14 @@ def test_options_given_go_before_those_of_shapes() -> None:
         return train_config(parser.parse_args(["train", *arguments]))
 
     config = parse("--channels", "7", "--option", "num_samples=3", "--lr", "0.5", "--milestones", "0.2", "0.4", "--amp")
-    shapes = SHAPES_DEFAULTS["options"]
-    known = {name: shapes[name] for name in ("backbone", "hidden", "sizes")}
+    defaults = SHAPES_DEFAULTS["options"]
+    known = {name: defaults[name] for name in ("backbone", "hidden", "sizes")}
     assert config.options == known | {"channels": 7, "num_samples": 3}
     assert (config.lr, config.milestones, config.amp) == (0.5, (0.2, 0.4), True)
     assert config.min_size == SHAPES_DEFAULTS["min_size"] and config.epochs == SHAPES_DEFAULTS["epochs"]
     assert config.output == os.path.join("runs", "faster_rcnn_fpn-shapes")
     assert parse("--iterations", "5").epochs is None
-    assert parse("--model", "tiny").options == {"dropout": shapes["dropout"]}
+    assert parse("--model", "tiny").options == {"dropout": defaults["dropout"]}
     assert parse("--data", "coco:/x/y", "--lr", "1") == TrainConfig(
         data="coco:/x/y", lr=1.0, output=os.path.join("runs", "faster_rcnn_fpn-coco-x-y")
     )

@@ -19,8 +19,6 @@ from conftest import run_python
 from torch.utils.data import DataLoader
 
 from relops.models.inference import MEAN, STD
-from relops.training._images import read_image
-from relops.training._masks import mask_area, run_lengths
 from relops.training.data import (
     DetectionData,
     EpochSampler,
@@ -33,6 +31,8 @@ from relops.training.data import (
     warn_of_common_images,
     with_proposals,
 )
+from relops.training.data.images import read_image
+from relops.training.data.masks import mask_area, run_lengths
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -278,7 +278,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _image_files(paths: list[Path]) -> list[str]:
     """The files given, and those in the folders given."""
-    from relops.training._images import IMAGE_ENDINGS, is_image
+    from relops.training.data.images import IMAGE_ENDINGS, is_image
 
     files: list[Path] = []
     for path in paths:
@@ -293,9 +293,9 @@ def _image_files(paths: list[Path]) -> list[str]:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from relops.training._files import check_file, make_folder, write_json
-    from relops.training._images import common_range, read_image
-    from relops.training._masks import encode_mask
     from relops.training._optional import require_all
+    from relops.training.data.images import common_range, read_image
+    from relops.training.data.masks import encode_mask
     from relops.training.inference import detect, draw, image_sample
 
     require_all("pillow")

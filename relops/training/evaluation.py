@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from relops.models._structures import Detections
-from relops.training._masks import checked_mask
 from relops.training._optional import require
-from relops.training._samples import Annotation, DetectionData
 from relops.training.data import Batch
+from relops.training.data.masks import checked_mask
+from relops.training.data.samples import Annotation, DetectionData
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 

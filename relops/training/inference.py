@@ -22,8 +22,8 @@ from relops import models
 from relops.models._structures import Detections
 from relops.training import checkpoint
 from relops.training._files import written
-from relops.training._images import PixelRange
 from relops.training.data import Batch, DetectionData, Sample, Transformed, collate, prepare
+from relops.training.data.images import PixelRange
 from relops.training.distributed import World
 from relops.training.evaluation import Evaluator
 from relops.training.plots import draw_detections

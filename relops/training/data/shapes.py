@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from relops.training._masks import encode_mask
-from relops.training._samples import Annotation, DetectionData, Sample
+from relops.training.data.masks import encode_mask
+from relops.training.data.samples import Annotation, DetectionData, Sample
 
 HEIGHT, WIDTH = 128, 160
 MOST_OBJECTS = 6

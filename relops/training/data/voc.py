@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from relops.training._images import IMAGE_ENDINGS, PixelRange, image_size, is_image
-from relops.training._samples import Annotation, FileData, parse_flag
+from relops.training.data.images import IMAGE_ENDINGS, PixelRange, image_size, is_image
+from relops.training.data.samples import Annotation, FileData, parse_flag
 
 ENDING = re.compile("(" + "|".join(map(re.escape, (*IMAGE_ENDINGS, ".xml"))) + ")$", re.IGNORECASE)
 

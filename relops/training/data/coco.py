@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from relops.training._images import PixelRange
-from relops.training._masks import mask_area, shown, usable_mask
-from relops.training._samples import Annotation, FileData, parse_flag
+from relops.training.data.images import PixelRange
+from relops.training.data.masks import mask_area, shown, usable_mask
+from relops.training.data.samples import Annotation, FileData, parse_flag
 
 # Words in the names of files.
 JOINT = {"trainval"}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from relops.training._images import PixelRange, common_range, read_image
-from relops.training._masks import checked_mask, decode_mask
+from relops.training.data.images import PixelRange, common_range, read_image
+from relops.training.data.masks import checked_mask, decode_mask
 
 
 @dataclass
