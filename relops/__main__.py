@@ -42,7 +42,7 @@ def info(_: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from relops.training.command import add_commands
+    from relops.training.cli.train import add_commands
 
     parser = argparse.ArgumentParser(prog="python -m relops")
     commands = parser.add_subparsers(dest="command", required=True)

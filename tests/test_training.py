@@ -24,14 +24,14 @@ from relops import models
 from relops.__main__ import main
 from relops.models import Detections, Targets
 from relops.training import checkpoint, engine
-from relops.training.command import train_config
+from relops.training.cli.train import train_config
 from relops.training.config import TrainConfig
 from relops.training.data import open_data, shapes, with_proposals
 from relops.training.data.images import read_image
 from relops.training.engine import Interrupted, Signals, train
-from relops.training.inference import load_detector
 from relops.training.log import Log
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer
+from relops.training.prediction import load_detector
 
 HERE = Path(__file__).parent
 
@@ -698,7 +698,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_options_given_go_before_those_of_shapes() -> None:
     import argparse
 
-    from relops.training.command import SHAPES_DEFAULTS, add_commands
+    from relops.training.cli.train import SHAPES_DEFAULTS, add_commands
 
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers())

@@ -33,7 +33,7 @@ from test_training import (
 )
 
 from relops.__main__ import main
-from relops.training import checkpoint, engine, inference
+from relops.training import checkpoint, engine, prediction
 from relops.training._files import LOCK, locked, written
 from relops.training.data import open_data, save_proposals, with_proposals
 from relops.training.engine import train
@@ -69,9 +69,9 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     def check(*arguments: str) -> str:
         for module, name in (
             (engine.Run, "_step"),
-            (inference, "evaluate"),
-            (inference, "run"),
-            (inference, "propose"),
+            (prediction, "evaluate"),
+            (prediction, "run"),
+            (prediction, "propose"),
         ):
             monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it began to compute"))
         capsys.readouterr()
@@ -662,8 +662,8 @@ def test_interrupt_ends_quietly(
 
     monkeypatch.setattr(signal, "getsignal", signal.getsignal)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
-    monkeypatch.setattr(inference, "run", interrupted)
-    monkeypatch.setattr(inference.models.detector.TwoStageDetector, "propose", interrupted)
+    monkeypatch.setattr(prediction, "run", interrupted)
+    monkeypatch.setattr(prediction.models.detector.TwoStageDetector, "propose", interrupted)
     try:
         for name in ("eval", "predict", "propose"):
             assert main(arguments_of(name, run, tmp_path / name)) == 130

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relops.models import load_backbone
-from relops.training import checkpoint, inference
+from relops.training import checkpoint, prediction
 from relops.training._files import check_kinds, locked, make_folder, write_json
 from relops.training._optional import MODULES, require_all
 from relops.training.config import TrainConfig
@@ -151,7 +151,7 @@ class Run:
         self.determining = config.determining() | {"processes": here.size}
 
         torch.manual_seed(seed_of(config.seed))
-        self.model = inference.build(config.model, len(self.data.classes), config.options).to(here.device)
+        self.model = prediction.build(config.model, len(self.data.classes), config.options).to(here.device)
         if config.backbone_weights is not None:
             weights = checkpoint.load(Path(config.backbone_weights))
             for name, value in weights.items():
@@ -235,7 +235,7 @@ class Run:
             self.data, config.min_size, config.max_size, True, config.seed, config.vertical_flip, config.cache
         )
         indices = itertools.islice(self.sampler.batches(self.iteration), config.iterations - self.iteration)
-        return iter(inference.loader(images, indices, config.workers, self.world.device))
+        return iter(prediction.loader(images, indices, config.workers, self.world.device))
 
     def _prepare(self, phase: int) -> None:
         """A phase begins: the model may copy and freeze weights, and all that depends on which of them are trained is
@@ -287,7 +287,7 @@ class Run:
         torch.manual_seed(seed_of(config.seed, self.iteration, self.world.rank))
         set_lr(self.optimizer, lr_factor(config.schedule, step, steps, config.warmup, config.milestones))
         image_ids = batch.image_ids.tolist()
-        batch = inference.on_device(batch, device, config.channels_last)
+        batch = prediction.on_device(batch, device, config.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             losses = self.parallel(batch.images, batch.sizes, batch.targets)
         self.losses.add(self.iteration + 1, image_ids, losses)
@@ -353,7 +353,7 @@ class Run:
             return
         self.clock.stop()
         config = self.config
-        evaluator = inference.evaluate(
+        evaluator = prediction.evaluate(
             self._evaluated(), self.test_data, config.batch, config.min_size, config.max_size, self.world,
             config.workers, config.amp, config.channels_last, stop=lambda: bool(self.signals.number),
         )  # fmt: skip
@@ -373,13 +373,13 @@ class Run:
         if self.log is not None:
             config = self.config
             metrics = next(x for x in reversed(self.log.lines) if "AP" in x and x["iteration"] == config.iterations)
-            detector = inference.Detector(
+            detector = prediction.Detector(
                 self._evaluated(), config.model, config.options, self.data.classes, config.min_size, config.max_size,
                 config.data, config.train_annotations, config.test_annotations, self.data.pixel_range,
             )  # fmt: skip
             detector.save(self.folder / "model.pt")
             write_json(self.folder / "metrics.json", metrics)
-            inference.draw_examples(detector, self.test_data, self.folder / "predictions", EXAMPLES)
+            prediction.draw_examples(detector, self.test_data, self.folder / "predictions", EXAMPLES)
             from relops.training.plots import plot_curves
 
             plot_curves(self.log.lines, self.folder / "curves.png")

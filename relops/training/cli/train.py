@@ -23,9 +23,9 @@ from relops.training.config import TrainConfig, check_limits
 
 if TYPE_CHECKING:
     from relops.training.data import DetectionData
-    from relops.training.inference import Detector
+    from relops.training.prediction import Detector
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 MODEL_OPTIONS = {"backbone": str, "channels": int, "hidden": int}
 
 # In place of the defaults of TrainConfig where the data are shapes; of the options, those that the model has.
@@ -223,7 +223,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> Detector:
     from relops.training.distributed import device_named
-    from relops.training.inference import load_detector
+    from relops.training.prediction import load_detector
 
     check_limits(vars(arguments))
     if arguments.threads is not None:
@@ -251,8 +251,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from relops.training._optional import require_all
     from relops.training.data import with_proposals
     from relops.training.distributed import World
-    from relops.training.inference import evaluate
     from relops.training.log import without_nan
+    from relops.training.prediction import evaluate
 
     require_all("pillow", "faster-coco-eval")
     detector = _load(arguments)
@@ -296,7 +296,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from relops.training._optional import require_all
     from relops.training.data.images import common_range, read_image
     from relops.training.data.masks import encode_mask
-    from relops.training.inference import detect, draw, image_sample
+    from relops.training.prediction import detect, draw, image_sample
 
     require_all("pillow")
     output = arguments.output
@@ -359,7 +359,7 @@ def _propose(arguments: argparse.Namespace) -> int:
     from relops.training._files import check_file
     from relops.training._optional import require_all
     from relops.training.data import save_proposals
-    from relops.training.inference import propose
+    from relops.training.prediction import propose
 
     require_all("pillow")
     detector = _load(arguments)
