@@ -17,31 +17,33 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from relops.training.errors import OutputError, UsageError
+
 LOCK = ".lock"
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder and those above it. A ValueError says why this is not possible."""
+    """Make the folder and those above it. A UsageError says why this is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise ValueError(
+        raise UsageError(
             f"{folder}: output must be a folder, or a path that one can be made at ({why(error)})"
         ) from error
 
 
 def check_kinds(folder: Path, files: Sequence[str], folders: Sequence[str]) -> None:
-    """Raise ValueError where the path of a file to be written is there and is not a file, or likewise of a folder."""
+    """Raise UsageError where the path of a file to be written is there and is not a file, or likewise of a folder."""
     for name in (*files, *folders):
         path = folder / name
         if os.path.lexists(path) and not (path.is_dir() if name in folders else path.is_file()):
-            raise ValueError(f"{path}: must be a {'folder' if name in folders else 'file'}, for the run to write to")
+            raise UsageError(f"{path}: must be a {'folder' if name in folders else 'file'}, for the run to write to")
 
 
 def check_file(path: Path) -> None:
-    """Make the folder of a file that is to be written. A ValueError says why the file cannot be written there."""
+    """Make the folder of a file that is to be written. A UsageError says why the file cannot be written there."""
     if os.path.isdir(path):
-        raise ValueError(f"{path}: output must be a file, got a folder")
+        raise UsageError(f"{path}: output must be a file, got a folder")
     if _is_device(path):
         return
     try:
@@ -50,7 +52,7 @@ def check_file(path: Path) -> None:
         open(beside, "wb").close()
         os.unlink(beside)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: output must be a file that can be written ({why(error)})") from error
+        raise UsageError(f"{path}: output must be a file that can be written ({why(error)})") from error
 
 
 @contextlib.contextmanager
@@ -73,7 +75,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
                 os.unlink(beside)
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # of torch.save, a consequence
         if isinstance(cause, OSError):
-            raise OSError(f"{path}: the file cannot be written ({why(cause)})") from error
+            raise OutputError(f"{path}: the file cannot be written ({why(cause)})") from error
         raise
 
 
@@ -98,7 +100,7 @@ def why(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from entering this context with the same folder; they get a ValueError that names this one.
+    """Keep other processes from entering this context with the same folder; they get a UsageError that names this one.
 
     The kernel lets go of the lock when the process ends, however it ends; the file stays, and only says who has the
     lock. The lock is not flock's, which processes that load data would inherit and hold after a parent that was killed.
@@ -106,14 +108,14 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         file = open(folder / LOCK, "a+", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise ValueError(f"{folder}: output must be a folder that can be written to ({why(error)})") from error
+        raise UsageError(f"{folder}: output must be a folder that can be written to ({why(error)})") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
-                raise ValueError(f"{folder}: another run writes to this folder: {file.read() or '?'}") from error
+                raise UsageError(f"{folder}: another run writes to this folder: {file.read() or '?'}") from error
             warnings.warn(f"{folder}: cannot be locked, a second run is not noticed ({why(error)})", stacklevel=3)
         else:
             command = textwrap.shorten(shlex.join(sys.orig_argv), 200)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from relops.training.errors import MissingPackageError
+
 MODULES = {"pillow": "PIL.Image", "faster-coco-eval": "faster_coco_eval", "matplotlib": "matplotlib.figure"}
 
 
@@ -13,7 +15,7 @@ def require(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a package that is broken, or does not fit another one, raises anything
-        raise ImportError(
+        raise MissingPackageError(
             f"{package} is needed for this and cannot be imported ({error}): pip install 'relops[train]'"
         ) from error
 
@@ -27,6 +29,6 @@ def require_all(*packages: str) -> None:
         except ImportError as error:
             missing.append(f"{package} ({error.__cause__})")
     if missing:
-        raise ImportError(
+        raise MissingPackageError(
             f"packages are needed for this and cannot be imported: {', '.join(missing)}: pip install 'relops[train]'"
         )

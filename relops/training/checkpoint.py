@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from relops.models import load_backbone
 from relops.training._files import why, written
+from relops.training.errors import UsageError
 
 # After what torch.save writes comes a line with its checksum, which torch.load ignores. The checksums within a zip file
 # do not cover the attributes and places of its parts.
@@ -21,7 +23,7 @@ CHECKED = "checksum"  # in the state: files of earlier versions end without a ch
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Of tensors and plain types. At every moment `path` is the old file or the new one, whole."""
+    """Write tensors and plain types. At every moment `path` is the old file or the new one, whole."""
     with written(path) as file:
         torch.save(state | {CHECKED: True}, file)
         file.flush()
@@ -30,22 +32,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
     """Return the dict that `save` or torch.save wrote, on the CPU. A file that cannot be read, is damaged or
-    lacks one of the keys is a ValueError."""
+    lacks one of the keys is a UsageError."""
     has_checksum = _verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: what it raises depends on which bytes are wrong
         # The rest of the message is advice to trust the file.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
-        raise ValueError(f"{path}: is no checkpoint or a damaged one ({type(error).__name__}: {reason})") from error
+        raise UsageError(f"{path}: is no checkpoint or a damaged one ({type(error).__name__}: {reason})") from error
     check_keys(path, state, *keys)
     if state.pop(CHECKED, False) and not has_checksum:
-        raise ValueError(f"{path}: is damaged: its checksum was cut off")
+        raise UsageError(f"{path}: is damaged: its checksum was cut off")
     return state
 
 
 def _verify(path: Path) -> bool:
-    """Whether a file ends with a checksum. One that does not match, or a file that cannot be read, is a ValueError."""
+    """Whether a file ends with a checksum. One that does not match, or a file that cannot be read, is a UsageError."""
     try:
         length = os.path.getsize(path) - LENGTH
         with open(path, "rb") as file:
@@ -55,9 +57,9 @@ def _verify(path: Path) -> bool:
             return False
         checksum = _checksum(path, length)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: must be a file that can be read ({why(error)})") from error
+        raise UsageError(f"{path}: must be a file that can be read ({why(error)})") from error
     if end != MARK + checksum:
-        raise ValueError(f"{path}: is damaged: its checksum does not match its content")
+        raise UsageError(f"{path}: is damaged: its checksum does not match its content")
     return True
 
 
@@ -72,12 +74,12 @@ def _checksum(path: str | Path, length: int) -> bytes:
 
 
 def check_keys(path: Path, state: Any, *keys: str) -> None:
-    """Raise ValueError where the content of a file is not a dict with all of these keys."""
+    """Raise UsageError where the content of a file is not a dict with all of these keys."""
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: must hold a dict, got {type(state).__name__}")
+        raise UsageError(f"{path}: must hold a dict, got {type(state).__name__}")
     missing = [key for key in keys if key not in state]
     if missing:
-        raise ValueError(f"{path}: must hold {', '.join(keys)}, got a file without {', '.join(missing)}")
+        raise UsageError(f"{path}: must hold {', '.join(keys)}, got a file without {', '.join(missing)}")
 
 
 def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
@@ -86,14 +88,26 @@ def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
         model.load_state_dict(weights)
     except Exception as error:  # RuntimeError where names or shapes differ; anything where the weights are none
         reason = textwrap.shorten(str(error), 400)
-        raise ValueError(f"{path}: its weights must be those of the model that it names: {reason}") from error
+        raise UsageError(f"{path}: its weights must be those of the model that it names: {reason}") from error
+
+
+def load_backbone_weights(path: Path, model: nn.Module) -> None:
+    """Load the weights of a classifier, which a file holds by name, into the backbone of the model."""
+    weights = load(path)
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"{path}: must hold tensors by name, got {type(value).__name__} as {name!r}")
+    try:
+        load_backbone(model, weights)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def check_same(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """A run goes on with the settings it began with."""
+    """Raise UsageError where a run would continue with other settings than it began with."""
     for name in wanted | stored:
         if stored.get(name) != wanted.get(name):
-            raise ValueError(
+            raise UsageError(
                 f"{path}: its run has {name} = {stored.get(name)!r}, got {wanted.get(name)!r}. Go on with the same "
                 "settings, choose another output, or begin anew with --restart"
             )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from relops.training.errors import UsageError
 from relops.training.optimization import OPTIMIZERS, SCHEDULES
 
 # Settings that may change when a run goes on: its results do not depend on them, but for rounding.
@@ -31,7 +32,7 @@ def check_limits(values: Mapping[str, Any], **others: tuple[int, int]) -> None:
         value = values.get(name)
         if value is not None and not least <= value <= most:
             bound = "finite" if value == math.inf else f"at most {most}" if value > most else f"at least {least}"
-            raise ValueError(f"{name} must be {bound}, got {value}")
+            raise UsageError(f"{name} must be {bound}, got {value}")
 
 
 def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -40,7 +41,7 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Defaults are those of COCO-like images."""
+    """The settings of a run, each with its help. The defaults suit images like those of COCO."""
 
     data: str = setting("shapes", "to train on and to evaluate on: coco:DIR, voc:DIR, or shapes[:N]")
     train_annotations: str | None = setting(None, "file of annotations to train on (coco:DIR; found by its name)")
@@ -57,14 +58,14 @@ class TrainConfig:
     iterations: int | None = setting(None, "length of the run")
     epochs: float | None = setting(None, "length of the run, where --iterations is not given (12)")
     batch: int = setting(2, "images of an iteration, in each process")
-    seed: int = setting(0, "of initial weights, order of images, augmentation and sampling")
+    seed: int = setting(0, "random seed of initial weights, order of images, augmentation and sampling")
 
     optimizer: str = setting("sgd", "how gradients become steps", OPTIMIZERS)
     lr: float = setting(0.0025, "learning rate; with sgd, about 0.02 for 16 images an iteration over all processes")
-    weight_decay: float = setting(1e-4, "of weights that are not vectors")
-    momentum: float = setting(0.9, "of sgd")
+    weight_decay: float = setting(1e-4, "weight decay of all parameters but vectors, which are biases and scales")
+    momentum: float = setting(0.9, "momentum of sgd")
     backbone_lr: float = setting(1.0, "learning rate of the backbone, as a factor of --lr")
-    schedule: str = setting("step", "of the learning rate", SCHEDULES)
+    schedule: str = setting("step", "how the learning rate changes over the run", SCHEDULES)
     milestones: tuple[float, ...] = setting((0.67, 0.89), "fractions of the run at which a step is down to a tenth")
     warmup: int = setting(500, "iterations over which the learning rate rises at first")
     clip: float | None = setting(None, "largest norm of the gradient; longer ones are shortened to it")
@@ -78,7 +79,7 @@ class TrainConfig:
     cache: bool = setting(False, "keep resized images in memory, in each process that loads them")
 
     workers: int = setting(2, "processes that load images, for each process that trains")
-    threads: int | None = setting(None, "of the CPU, in each process")
+    threads: int | None = setting(None, "threads of the CPU, in each process")
     device: str | None = setting(None, "cpu or cuda (a GPU where there is one)")
     eval_every: int | None = setting(None, "iterations from one evaluation to the next (at the end only)")
     checkpoint_every: int = setting(500, "iterations from one checkpoint to the next")
@@ -88,18 +89,18 @@ class TrainConfig:
         for name in ("lr", "epochs", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise UsageError(f"{name} must be positive, got {value}")
         check_limits(vars(self), max_size=(self.min_size, COUNT[1]))
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
-            raise ValueError(f"milestones must be in [0,1], got {self.milestones}")
+            raise UsageError(f"milestones must be in [0,1], got {self.milestones}")
         if self.iterations is not None and self.epochs is not None:
-            raise ValueError(f"iterations and epochs exclude each other, got {self.iterations} and {self.epochs}")
+            raise UsageError(f"iterations and epochs exclude each other, got {self.iterations} and {self.epochs}")
         if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0,1), got {self.ema}")
+            raise UsageError(f"ema must be in [0,1), got {self.ema}")
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     def determining(self) -> dict[str, Any]:
-        """What the results depend on."""
+        """Return the settings that the results depend on."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from relops.training.errors import UsageError
+
 
 class World(NamedTuple):
-    """This process among all, and the device that is its own."""
+    """The place of this process among all of a run, and its device."""
 
     rank: int
     size: int
@@ -25,7 +27,7 @@ class World(NamedTuple):
         return self.rank == 0
 
     def gather(self, thing: Any) -> list[Any]:
-        """What each process gives, by rank, in all of them."""
+        """Return in every process what each of them gives, by rank."""
         if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size
@@ -33,7 +35,7 @@ class World(NamedTuple):
         return things
 
     def largest(self, number: int) -> int:
-        """The largest of what the processes give. Of CPU tensors, so that nothing waits for a GPU."""
+        """Return in every process the largest of what they give. Nothing waits for a GPU: the tensors are the CPU's."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
@@ -58,9 +60,9 @@ def device_named(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+        raise UsageError(f"device must be cpu, cuda or cuda:N, got {name!r}")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise UsageError(
             f"device must be one that torch sees, which are cpu and {torch.cuda.device_count()} GPUs, got {name!r}"
         )
     return torch.device(name)
@@ -68,7 +70,7 @@ def device_named(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def world(device: str | None = None) -> Iterator[World]:
-    """Joins what torchrun's variables describe, on GPUs where there are some and `device` does not say otherwise."""
+    """Join what torchrun's variables describe, on GPUs where there are some and `device` does not say otherwise."""
     mine = device_named(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -1,4 +1,4 @@
-"""What a run reports: lines of JSON, TensorBoard, a progress bar; and the losses and times that go into them."""
+"""The log of a run as lines of JSON, in TensorBoard and on the terminal, and the losses and times that go into it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from relops.training._files import written
 from relops.training.distributed import World
+from relops.training.errors import LossError
 
 SHOWN = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; none where there is no file. A last line that was cut off is left out, and so are lines
-    that are damaged, which are named."""
+    """Return the lines of a log, or none where there is no file.
+
+    A last line that was cut off is left out, and so are lines that are damaged, which are named.
+    """
     if not path.exists():
         return []
     lines = []
@@ -49,12 +52,12 @@ def _is_line(line: Any) -> bool:
 
 
 def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: null."""
+    """Return the metrics with None in place of NaN, which JSON does not have."""
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()}
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """The most important ones."""
+    """Return the most important metrics as text."""
     words = [f"{name} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name) is not None]
     return "  ".join(words) or "no AP: no objects to evaluate on"
 
@@ -129,7 +132,7 @@ class Log:
 
 
 class Losses:
-    """Of the iterations since the last line of the log. They stay on the device until they are read, in one transfer.
+    """The losses since the last line of the log. They stay on the device until they are read, in one transfer.
 
     `values` are those that were read: a dict for each iteration, means over the processes.
     """
@@ -142,7 +145,7 @@ class Losses:
         self._unread.append((iteration, image_ids, {name: loss.detach() for name, loss in losses.items()}))
 
     def read(self, world: World) -> None:
-        """All processes read at the same iteration, and all raise where one has a loss that is not finite."""
+        """Read them in all processes, at the same iteration. A loss that is not finite is a LossError in all."""
         if not self._unread:
             return
         flat = iter(torch.stack([x.float() for _, _, losses in self._unread for x in losses.values()]).tolist())
@@ -151,7 +154,7 @@ class Losses:
         for entries in zip(*world.gather(mine)):
             for iteration, image_ids, losses in entries:
                 if not all(math.isfinite(loss) for loss in losses.values()):
-                    raise FloatingPointError(
+                    raise LossError(
                         f"losses must be finite, got {losses} in iteration {iteration}, of images {image_ids}. "
                         "The last checkpoint is from before"
                     )
@@ -161,7 +164,7 @@ class Losses:
             )
 
     def take_means(self) -> dict[str, float]:
-        """Over the iterations, of what was read; begins anew."""
+        """Return the means over the iterations that were read, and forget these."""
         names = {name: None for losses in self.values for name in losses}
         means = {name: sum(losses.get(name, 0.0) for losses in self.values) / len(self.values) for name in names}
         self.values = []

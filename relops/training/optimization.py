@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from relops.models.detector import BaseDetector
+from relops.training.errors import UsageError
+
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")
 
@@ -22,19 +25,22 @@ def make_optimizer(
     backbone_lr: float,
     slower: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
-    """Of the parameters that require a gradient: vectors, which are biases and scales, do not decay; parameters of
-    a `body`, the network that a backbone is made of, have a learning rate of lr * backbone_lr, and those of
-    modules named in `slower`, with adamw, a tenth of lr: its first steps are as large whatever the gradient."""
-    slower = set(slower) if kind == "adamw" else set()
+    """Make an optimizer of the parameters that require a gradient.
+
+    Vectors, which are biases and scales, do not decay. Parameters of a `body`, the network that a backbone is made of,
+    have a learning rate of lr * backbone_lr. With adamw, whose first steps are as large whatever the gradient, those of
+    modules named in `slower` have a tenth of lr.
+    """
+    slowed = set(slower) if kind == "adamw" else set()
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             modules = name.split(".")
-            rate = lr * (backbone_lr if "body" in modules else 0.1 if slower.intersection(modules) else 1.0)
+            rate = lr * (backbone_lr if "body" in modules else 0.1 if slowed.intersection(modules) else 1.0)
             decay = weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     if not groups:
-        raise ValueError("the model must have parameters that require a gradient, got none")
+        raise UsageError("the model must have parameters that require a gradient, got none")
     parameters = [
         {"params": group, "lr": rate, "initial_lr": rate, "weight_decay": decay}
         for (rate, decay), group in groups.items()
@@ -43,8 +49,11 @@ def make_optimizer(
 
 
 def lr_factor(kind: str, iteration: int, total: int, warmup: int, milestones: Sequence[float]) -> float:
-    """Of the `iteration`-th of `total`: a linear rise over the first `warmup`, times half a cosine down to 0, or a
-    tenth after each milestone. A function of the iteration alone, so that there is no state to store."""
+    """Return the factor of the learning rate in the `iteration`-th iteration of `total`.
+
+    It rises linearly over the first `warmup` iterations, and falls by half a cosine to 0, or to a tenth after each
+    milestone. As a function of the iteration alone it has no state to store.
+    """
     rise = min(1.0, (iteration + 1) / (warmup + 1))
     progress = iteration / total
     if kind == "cosine":
@@ -63,13 +72,13 @@ class WeightAverage:
     The first averages are over fewer steps than `decay` stands for, so that the initial weights do not linger.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: BaseDetector, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:
-        """`steps`: taken before this one."""
+        """Take a step into account, before which there were `steps`."""
         weight = 1.0 - min(self.decay, (1 + steps) / (10 + steps))
         averages, weights = self.model.state_dict(), model.state_dict()
         floating = [name for name, value in weights.items() if value.is_floating_point()]

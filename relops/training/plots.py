@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def draw_detections(
     classes: Sequence[str],
     masks: np.ndarray | None = None,
 ) -> Image:
-    """The image with boxes, class names and scores, and masks laid over it; a class always has the same color.
+    """Draw boxes, class names and scores, and masks over an image. A class always has the same color.
 
     Args:
         image: [H,W,3] uint8 RGB.
@@ -54,11 +55,12 @@ def draw_detections(
 
 def _color(label: int) -> tuple[int, int, int]:
     # Steps of the golden ratio keep any number of hues apart.
-    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.0))
+    red, green, blue = (round(255 * x) for x in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.0))
+    return red, green, blue
 
 
-def plot_curves(log: Sequence[dict[str, Any]], path: str) -> None:
-    """Writes a picture: losses by iteration at the left, AP by minutes of training at the right.
+def plot_curves(log: Sequence[dict[str, Any]], path: Path | str) -> None:
+    """Write a picture: losses by iteration at the left, AP by minutes of training at the right.
 
     Args:
         log: lines {"iteration", "minutes", "loss", "losses": {name: value}} of training and {"iteration", "minutes",
@@ -93,7 +95,7 @@ def plot_curves(log: Sequence[dict[str, Any]], path: str) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Means of the values up to each, of as many as are 1/20 of all; NaN is left out."""
+    """Return running means, each of the values up to it, as many as are 1/20 of all; NaN is left out."""
     window = max(1, len(values) // 20)
     there = np.isfinite(values)
     sums, counts = (np.concatenate([np.zeros(window), x]).cumsum() for x in (np.where(there, values, 0), there))

@@ -22,6 +22,7 @@ from relops.training.data.samples import Annotation, DetectionData, FileData, Sa
 from relops.training.data.shapes import ShapesData
 from relops.training.data.transforms import Transformed, prepare
 from relops.training.data.voc import open_voc
+from relops.training.errors import UsageError
 
 __all__ = [
     "Annotation",
@@ -58,25 +59,25 @@ def open_data(
             for test data. None: found in a part of the images.
 
     Raises:
-        ValueError: naming the argument or file, the rule, and what was got.
+        UsageError: naming the argument or file, the rule, and what was got.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        raise UsageError(f"split must be 'train' or 'test', got {split!r}")
     kind, _, where = spec.partition(":")
     if annotations is not None and kind != "coco":
-        raise ValueError(f"annotations must name a file of coco:DIR, got {annotations!r} for data {spec!r}")
+        raise UsageError(f"annotations must name a file of coco:DIR, got {annotations!r} for data {spec!r}")
     if kind in ("voc", "coco") and where:
         if not os.path.isdir(where):
-            raise ValueError(f"data {spec!r}: {where} must be a folder")
+            raise UsageError(f"data {spec!r}: {where} must be a folder")
         if kind == "voc":
             return open_voc(where, split, classes, pixel_range)
         return open_coco(where, split, classes, annotations, pixel_range)
     if spec != "shapes" and not (kind == "shapes" and re.fullmatch("[0-9]{1,9}", where) and int(where) >= 5):
-        raise ValueError(f"data must be coco:DIR, voc:DIR, shapes or shapes:N with N from 5 to 999999999, got {spec!r}")
+        raise UsageError(f"data must be coco:DIR, voc:DIR, shapes or shapes:N with N from 5 to 999999999, got {spec!r}")
     count = int(where or 1000)
     data = ShapesData(split, count if split == "train" else count // 5)
     if classes is not None and list(classes) != data.classes:
-        raise ValueError(f"classes of {spec} must be {data.classes}, got {list(classes)}")
+        raise UsageError(f"classes of {spec} must be {data.classes}, got {list(classes)}")
     return data
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from relops.models import Targets
 from relops.models.inference import MEAN, STD
 from relops.training.data.samples import Sample
+from relops.training.data.transforms import Transformed
 
 DIVISOR = 32  # of the sizes of batches: the coarsest stride of a pyramid
 
 
 class Batch(NamedTuple):
-    """Images, and what is in them.
+    """Images and their objects.
 
     Attributes:
         images: [N,3,H,W] float32, less MEAN and divided by STD, with zeros at the right and below; H and W are
@@ -34,17 +38,24 @@ class Batch(NamedTuple):
     image_ids: Tensor
     scales: Tensor
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Copies without waiting for them, as pinned memory allows."""
-        targets = Targets(*(x if x is None else x.to(device, non_blocking=True) for x in self.targets))
+    def to(self, device: torch.device | str, *, channels_last: bool = False) -> Batch:
+        """Copy to a device without waiting for it, as pinned memory allows.
+
+        Args:
+            device: where to.
+            channels_last: whether the images get that memory format.
+        """
+        targets = Targets._make(x if x is None else x.to(device, non_blocking=True) for x in self.targets)
         images, sizes, image_ids, scales = (
             x.to(device, non_blocking=True) for x in (self.images, self.sizes, self.image_ids, self.scales)
         )
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         return Batch(images, sizes, targets, image_ids, scales)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """A batch of N samples, its H and W as large as the largest asks for."""
+    """Pad N samples to one batch, whose H and W are those of the largest, rounded up."""
     N = len(samples)
     sizes = np.array([sample.image.shape[:2] for sample in samples])
     H, W = (-(-int(side) // DIVISOR) * DIVISOR for side in sizes.max(0))
@@ -61,9 +72,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         (h, w), t = sizes[n], int(keep.sum())
         images[n, :, :h, :w] = (torch.from_numpy(sample.image).permute(2, 0, 1) - mean) / std
         boxes[n, :t], labels[n, :t] = torch.from_numpy(sample.boxes[keep]), torch.from_numpy(sample.labels[keep])
-        if sample.masks is not None:
+        if masks is not None and sample.masks is not None:
             masks[n, :t, :h, :w] = torch.from_numpy(sample.masks[keep])
-        if sample.proposals is not None:
+        if proposals is not None and sample.proposals is not None:
             proposals[n, : len(sample.proposals)] = torch.from_numpy(sample.proposals)
     scales = sizes / np.array([sample.original_size for sample in samples])
     return Batch(
@@ -73,3 +84,27 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.tensor([sample.image_id for sample in samples]),
         torch.from_numpy(scales).float(),
     )
+
+
+def load_batches(
+    data: Transformed, indices: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+) -> DataLoader[Batch]:
+    """Load batches of the images with these (epoch, index), in their order, in `workers` other processes."""
+    return DataLoader(
+        data,
+        batch_sampler=indices,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_group,
+    )
+
+
+def _leave_group(_: int) -> None:
+    """Take a worker out of the process group of the process that trains.
+
+    Terminals, timeout and torchrun signal all processes of a group, and the one that trains still needs its data then.
+    Where that one is interrupted while it takes a tensor, the thread that hands it over has nothing to report.
+    """
+    os.setpgid(0, 0)
+    sys.excepthook = lambda *_: None

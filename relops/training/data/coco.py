@@ -17,6 +17,7 @@ import numpy as np
 from relops.training.data.images import PixelRange
 from relops.training.data.masks import mask_area, shown, usable_mask
 from relops.training.data.samples import Annotation, FileData, parse_flag
+from relops.training.errors import UsageError
 
 # Words in the names of files.
 JOINT = {"trainval"}
@@ -50,13 +51,13 @@ def open_coco(
         pixel_range: see `FileData`.
 
     Raises:
-        ValueError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
+        UsageError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
     """
     file = _annotation_file(Path(folder), split) if annotations is None else _named_file(Path(folder), annotations)
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: the file must be JSON: {error}") from error
+        raise UsageError(f"{file}: the file must be JSON: {error}") from error
     return _Reader(Path(folder), file, content, classes).read(pixel_range)
 
 
@@ -91,7 +92,7 @@ def _annotation_file(folder: Path, split: str) -> Path:
     found = [file for file in found if "instances" in words[file]] or found
     if len(found) == 1:
         return found[0]
-    raise ValueError(
+    raise UsageError(
         f"{folder}: there must be one file annotations/{rule}, got {[file.name for file in found or files]}. Name the "
         f"file with --{split}-annotations"
     )
@@ -101,7 +102,7 @@ def _named_file(folder: Path, name: str) -> Path:
     for path in (_annotation_folder(folder) / name, folder / name, Path(name)):
         if path.is_file():
             return path
-    raise ValueError(f"{name}: the file of annotations must be there, or in {folder} or its annotations")
+    raise UsageError(f"{name}: the file of annotations must be there, or in {folder} or its annotations")
 
 
 class _Reader:
@@ -115,7 +116,7 @@ class _Reader:
         categories = self.entries["categories"]
         names = {self._id("categories", i, "id"): self._name(i) for i in range(len(categories))}
         if len(set(names.values())) != len(categories):
-            raise ValueError(f"{file}: ids and names of categories must differ, got {categories}")
+            raise UsageError(f"{file}: ids and names of categories must differ, got {categories}")
         # Numbers come before strings, with which they cannot be compared.
         self.names = dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
         self.classes = list(self.names.values()) if classes is None else list(classes)
@@ -125,18 +126,18 @@ class _Reader:
         of_image = self._objects_by_image()
         ids = [self._id("images", i, "id") for i in range(len(self.entries["images"]))]
         if not ids:
-            raise ValueError(f"{self.file}: a split must have at least one image, got none")
+            raise UsageError(f"{self.file}: a split must have at least one image, got none")
         files = [self._image_file(i) for i in range(len(ids))]
         first: dict[int | str, str] = {}
         for id, path in zip(ids, files):
             if id in first:
-                raise ValueError(
+                raise UsageError(
                     f"{self.file}: images must have ids of their own, got {id!r} of {first[id]} and {path}"
                 )
             first[id] = path
         unknown = next((id for id in of_image if id not in first), None)
         if unknown is not None:
-            raise ValueError(f"{self.file}: objects must be of the file's images, got image_id {unknown!r}")
+            raise UsageError(f"{self.file}: objects must be of the file's images, got image_id {unknown!r}")
         path, times = Counter(map(os.path.normpath, files)).most_common(1)[0]
         if times > 1:
             warnings.warn(f"{self.file}: an image should have one entry, got {times} of {path}", stacklevel=2)
@@ -187,8 +188,8 @@ class _Reader:
 
     def _report_masks(self, annotations: list[Annotation]) -> None:
         """Warn of objects without a mask. Where no object has one, set the masks of all annotations to None."""
-        without = sum(not mask for a in annotations for mask in a.masks)
-        total = sum(len(a.masks) for a in annotations)
+        masks = [mask for a in annotations for mask in a.masks or ()]
+        without, total = sum(not mask for mask in masks), len(masks)
         if without == total:
             for a in annotations:
                 a.masks = None
@@ -206,7 +207,7 @@ class _Reader:
             of_image[self._id("annotations", j, "image_id")].append(j)
             category = self._id("annotations", j, "category_id")
             if category not in self.label_of:
-                raise ValueError(
+                raise UsageError(
                     f"{self.file}: object {entry.get('id')} must be of the classes {self.classes}, got "
                     f"{self.names.get(category, category)!r}"
                 )
@@ -230,7 +231,7 @@ class _Reader:
             for folder in folders:
                 if os.path.isfile(path := os.path.join(folder, spelled)):
                     return path
-        raise ValueError(f"{name}: the image of {self.file} must be in one of {list(map(str, folders))}")
+        raise UsageError(f"{name}: the image of {self.file} must be in one of {list(map(str, folders))}")
 
     def _boxes(self, objects: list[int]) -> np.ndarray:
         """Return [T,4] float64 x, y, width, height."""
@@ -277,20 +278,20 @@ class _Reader:
     def _list(self, content: Any, name: str) -> list[dict[str, Any]]:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise ValueError(f"{self.file}: the file must be COCO's instances, which have a list {name!r}")
+            raise UsageError(f"{self.file}: the file must be COCO's instances, which have a list {name!r}")
         for i, entry in enumerate(entries):
             if not isinstance(entry, dict):
-                raise ValueError(f"{self.file}: {name}[{i}] must be an object, got {shown(entry)}")
+                raise UsageError(f"{self.file}: {name}[{i}] must be an object, got {shown(entry)}")
         return entries
 
     def _get(self, name: str, i: int, key: str) -> Any:
         entry = self.entries[name][i]
         if key not in entry:
-            raise ValueError(f"{self.file}: {name}[{i}] must have {key!r}, got {shown(entry)}")
+            raise UsageError(f"{self.file}: {name}[{i}] must have {key!r}, got {shown(entry)}")
         return entry[key]
 
-    def _wrong(self, name: str, i: int, key: str, rule: str) -> ValueError:
-        return ValueError(f"{self.file}: {key} must be {rule}, got {shown(self.entries[name][i][key])} of {name}[{i}]")
+    def _wrong(self, name: str, i: int, key: str, rule: str) -> UsageError:
+        return UsageError(f"{self.file}: {key} must be {rule}, got {shown(self.entries[name][i][key])} of {name}[{i}]")
 
 
 def _numbers(value: Any) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from relops.training._optional import require
+from relops.training.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +49,7 @@ def is_deep(image: Image) -> bool:
 
 
 def read_image(file: str, pixel_range: PixelRange | None = None) -> np.ndarray:
-    """Return [H,W,3] uint8 RGB. A file that is not there or cannot be read whole is a ValueError that names it.
+    """Return [H,W,3] uint8 RGB. A file that is not there or cannot be read whole is a UsageError that names it.
 
     Args:
         file: path.
@@ -69,13 +70,13 @@ def image_size(file: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Image]:
-    """Open an image. What goes wrong in the context is a ValueError that names the file."""
+    """Open an image. What goes wrong in the context is a UsageError that names the file."""
     pil = require("PIL.Image", "pillow")
     try:
         with pil.open(file) as image:
             yield image
     except Exception as error:  # of a broken file, PIL's plugins raise anything
-        raise ValueError(f"{file}: the file must be an image, and cannot be read as one: {error}") from error
+        raise UsageError(f"{file}: the file must be an image, and cannot be read as one: {error}") from error
 
 
 class _Extremes(NamedTuple):
@@ -163,6 +164,7 @@ def common_range(files: Sequence[str]) -> PixelRange | None:
 
 def _has_wide_colors(image: Image) -> bool:
     # The last item of a tile is the arrangement of its bytes, alone or as the first of several things.
-    arrangement = image.tile[0][3] if image.tile else ""
+    tile = getattr(image, "tile", None)  # of images in files
+    arrangement = tile[0][3] if tile else ""
     arrangement = arrangement[0] if isinstance(arrangement, tuple) and arrangement else arrangement
     return isinstance(arrangement, str) and ";16" in arrangement

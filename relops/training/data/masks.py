@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from relops.training._optional import require
+from relops.training.errors import UsageError
 
 
 def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
@@ -25,14 +26,14 @@ def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
         unusable, or "".
 
     Raises:
-        ValueError: naming the rule and what was got, where the segmentation is malformed.
+        UsageError: naming the rule and what was got, where the segmentation is malformed.
     """
     if isinstance(segmentation, dict):
         if not run_lengths(segmentation, height, width)[1::2].any():
             return [], "an RLE of zeros"
         return {"size": [height, width], "counts": segmentation["counts"]}, ""
     if not isinstance(segmentation, list):
-        raise ValueError(f"a segmentation must be polygons or an RLE, got {shown(segmentation)}")
+        raise UsageError(f"a segmentation must be polygons or an RLE, got {shown(segmentation)}")
     usable, problem = [], ""
     for polygon in segmentation:
         numbers = _coordinates(polygon)
@@ -73,7 +74,7 @@ def _area(xs: list[float], ys: list[float]) -> float:
 def _coordinates(polygon: Any) -> list[float]:
     """Return a polygon's numbers, which are finite."""
     if not isinstance(polygon, list):
-        raise ValueError(f"a segmentation must have polygons that are lists of numbers, got {shown(polygon)}")
+        raise UsageError(f"a segmentation must have polygons that are lists of numbers, got {shown(polygon)}")
     with contextlib.suppress(TypeError, OverflowError):
         if math.isfinite(sum(polygon)):
             return polygon
@@ -82,7 +83,7 @@ def _coordinates(polygon: Any) -> list[float]:
     except (ValueError, TypeError, OverflowError):
         numbers = np.zeros((0, 0))
     if numbers.ndim != 1 or not np.isfinite(numbers).all():
-        raise ValueError(f"a segmentation must have finite numbers as coordinates, got {shown(polygon)}")
+        raise UsageError(f"a segmentation must have finite numbers as coordinates, got {shown(polygon)}")
     return numbers.tolist()
 
 
@@ -90,15 +91,15 @@ def run_lengths(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
     """Return the lengths of an RLE's runs of 0 and 1 in turn, column by column, 0 first: [R] int64."""
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
-        raise ValueError(f"a segmentation must have the size of its image, {[height, width]}, got {shown(size)}")
+        raise UsageError(f"a segmentation must have the size of its image, {[height, width]}, got {shown(size)}")
     if isinstance(counts, (str, bytes)):
         lengths = _decompressed(counts.encode() if isinstance(counts, str) else counts)
     elif isinstance(counts, list) and all(type(count) is int for count in counts):
         lengths = np.array(counts, object)  # of any size, until they are known to be small
     else:
-        raise ValueError(f"a segmentation must have counts that are a string or integers, got {shown(counts)}")
+        raise UsageError(f"a segmentation must have counts that are a string or integers, got {shown(counts)}")
     if len(lengths) == 0 or lengths.min() < 0 or lengths.sum() != height * width:
-        raise ValueError(
+        raise UsageError(
             f"a segmentation must have counts that are not negative and add up to the {height * width} pixels of its "
             f"image, got {shown(counts)}"
         )
@@ -141,7 +142,7 @@ def checked_mask(segmentation: Any, height: int, width: int, file: str) -> Any:
     try:
         return usable_mask(segmentation, height, width)[0]
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UsageError(f"{file}: {error}") from error
 
 
 def decode_mask(segmentation: Any, height: int, width: int, file: str) -> np.ndarray:

@@ -10,9 +10,12 @@ import numpy as np
 
 from relops.training._files import written
 from relops.training.data.samples import Annotation, DetectionData, Sample
+from relops.training.errors import UsageError
 
 
 class _WithProposals(DetectionData):
+    """Data whose samples also have the proposals of their image, by its id."""
+
     def __init__(self, data: DetectionData, proposals: Mapping[int, np.ndarray]) -> None:
         self._data, self._proposals = data, proposals
         self.classes, self.category_ids, self.pixel_range = data.classes, data.category_ids, data.pixel_range
@@ -55,19 +58,19 @@ def save_proposals(file: str, proposals: Mapping[int | str, np.ndarray]) -> None
 
 
 def with_proposals(data: DetectionData, file: str) -> DetectionData:
-    """The same data with the proposals of a file of `save_proposals`, which must have all its images."""
+    """Return the same data with the proposals of a file of `save_proposals`, which must have all its images."""
     try:
         with np.load(file) as content:
             image_ids, counts, boxes = (content[name] for name in ("image_ids", "counts", "boxes"))
     except Exception as error:  # zip files can be broken in many ways
-        raise ValueError(f"{file}: the file must be one that save_proposals wrote: {error}") from error
+        raise UsageError(f"{file}: the file must be one that save_proposals wrote: {error}") from error
     shapes_fit = image_ids.shape == counts.shape == (len(image_ids),) and boxes.shape == (counts.sum(), 4)
     if not shapes_fit or (counts < 0).any() or not np.isfinite(boxes).all():
-        raise ValueError(f"{file}: the file must be one that save_proposals wrote: its arrays do not fit together")
+        raise UsageError(f"{file}: the file must be one that save_proposals wrote: its arrays do not fit together")
     stored = dict(zip(map(str, image_ids.tolist()), np.split(boxes, np.cumsum(counts)[:-1])))
     proposals = {}
     for annotation in data.annotations():
         if str(annotation.own_id) not in stored:
-            raise ValueError(f"{file}: proposals are missing of image {annotation.own_id}, {annotation.file}")
+            raise UsageError(f"{file}: proposals are missing of image {annotation.own_id}, {annotation.file}")
         proposals[annotation.image_id] = stored[str(annotation.own_id)]
     return _WithProposals(data, proposals)

@@ -1,4 +1,4 @@
-"""The order of images."""
+"""The order in which images are taken."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from relops.training.errors import UsageError
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -35,7 +37,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.batch_size, self.seed, self.rank = batch_size, seed, rank
         self._global_batch = batch_size * world_size
         if length < self._global_batch:
-            raise ValueError(
+            raise UsageError(
                 f"batch_size * world_size must be at most {length}, the number of images, got "
                 f"{batch_size} * {world_size}"
             )
@@ -49,7 +51,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self.batches(0)
 
     def batches(self, first_iteration: int) -> Iterator[list[tuple[int, int]]]:
-        """From any iteration on: which batch is which depends on nothing but the seed and the rank."""
+        """Yield the batches from any iteration on, which depend on nothing but the seed and the rank."""
         epoch, first = divmod(first_iteration, self.batches_per_epoch)
         while True:
             for batch in self._epoch(epoch)[first:]:
@@ -64,6 +66,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         kinds = [order[self._wide[order]], order[~self._wide[order]]]
         whole = [len(kind) // size * size for kind in kinds]
         left = np.concatenate([kind[n:] for kind, n in zip(kinds, whole)])
-        batches = [kind[:n] for kind, n in zip(kinds, whole)] + [left[: len(left) // size * size]]
-        batches = np.concatenate(batches).reshape(-1, size)
+        parts = [kind[:n] for kind, n in zip(kinds, whole)] + [left[: len(left) // size * size]]
+        batches = np.concatenate(parts).reshape(-1, size)
         return batches[rng.permutation(len(batches))]
+
+
+def batches_in_order(indices: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
+    """Return batches of (0, index), in the order of the indices; the last one may have fewer than `size`."""
+    return [[(0, index) for index in indices[i : i + size]] for i in range(0, len(indices), size)]

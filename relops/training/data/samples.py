@@ -1,4 +1,4 @@
-"""Images with their objects: what every data set gives, and how files become it."""
+"""Images with their objects: what every data set gives, and data sets whose images are files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from relops.training.data.images import PixelRange, common_range, read_image
 from relops.training.data.masks import checked_mask, decode_mask
+from relops.training.errors import UsageError
 
 
 @dataclass
@@ -40,6 +41,12 @@ class Sample:
     image_id: int
     file: str
     original_size: tuple[int, int]
+
+
+def image_sample(image: np.ndarray, file: str) -> Sample:
+    """Return a sample of an image [H,W,3] whose objects are not known."""
+    none = np.zeros((0, 4), np.float32)
+    return Sample(image, none, np.zeros(0, np.int64), np.zeros(0, bool), None, None, 0, file, image.shape[:2])
 
 
 @dataclass
@@ -99,7 +106,7 @@ class DetectionData(Dataset, abc.ABC):
         """Ground truth of every image, in the order of the images."""
 
     def check_masks(self) -> None:
-        """Raise ValueError, naming the file, where a mask is malformed."""
+        """Raise UsageError, naming the file, where a mask is malformed."""
 
     def use_masks(self, wanted: bool) -> None:
         """Check the masks if they are wanted; otherwise do not make them, which saves time."""
@@ -168,11 +175,11 @@ class FileData(DetectionData):
         return len(self._annotations)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises ValueError, naming the file, where the image cannot be read or has not the size of its annotation."""
+        """Raise UsageError, naming the file, where the image cannot be read or has not the size of its annotation."""
         a, kept = self._annotations[index], self._trained[index]
         image = read_image(a.file, self.pixel_range)
         if image.shape[:2] != (a.height, a.width):
-            raise ValueError(
+            raise UsageError(
                 f"{a.file}: the image must have the size that its annotation states, {a.width} x {a.height} (width x "
                 f"height), got {image.shape[1]} x {image.shape[0]}"
             )
@@ -180,7 +187,7 @@ class FileData(DetectionData):
         if self.has_masks:
             masks = np.zeros((int(kept.sum()), a.height, a.width), bool)
             for mask, i in zip(masks, np.flatnonzero(kept)):
-                if a.masks[i] is not None:
+                if a.masks is not None and a.masks[i] is not None:
                     mask[:] = decode_mask(a.masks[i], a.height, a.width, a.file)
         boxes = clip_boxes(a.boxes[kept], a.height, a.width)
         return Sample(
@@ -198,7 +205,7 @@ class FileData(DetectionData):
 
 
 def parse_flag(value: Any) -> bool:
-    """Return what 0, 1, True, False, yes and no mean, as numbers or text. Anything else is a ValueError."""
+    """Return what 0, 1, True, False, yes and no mean, as numbers or text. Anything else is a UsageError."""
     if type(value) in (int, bool) and value in (0, 1):  # nearly always
         return value == 1
     text = str(value).strip().lower()
@@ -211,7 +218,7 @@ def parse_flag(value: Any) -> bool:
     except ValueError:
         number = -1.0
     if number not in (0, 1):
-        raise ValueError(f"must be 0 or 1, got {value!r}")
+        raise UsageError(f"must be 0 or 1, got {value!r}")
     return number == 1
 
 

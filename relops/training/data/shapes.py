@@ -61,6 +61,7 @@ class ShapesData(DetectionData):
         return sample if self.has_masks else dataclasses.replace(sample, masks=None)
 
     def _drawn(self, index: int) -> Sample:
+        """Draw an image, with the masks of its objects."""
         image, labels, masks = _draw(np.random.default_rng((self._split == "test", index)))
         boxes = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
         file = f"shapes[{self._split}][{index}]"
@@ -72,6 +73,7 @@ class ShapesData(DetectionData):
     def _annotations(self) -> Iterator[Annotation]:
         for index in range(len(self)):
             x = self._drawn(index)
+            assert x.masks is not None
             masks = [encode_mask(mask) for mask in x.masks] if self.has_masks else None
             areas = x.masks.sum((1, 2)).astype(np.float32)
             yield Annotation(index, x.file, HEIGHT, WIDTH, x.boxes, x.labels, x.ignore, areas, masks)
@@ -81,7 +83,7 @@ class ShapesData(DetectionData):
 
 
 def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image [H,W,3] uint8, labels [T] int64 and visible masks [T,H,W] bool."""
+    """Return an image [H,W,3] uint8, labels [T] int64 and visible masks [T,H,W] bool."""
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) + np.float32(0.5)
     background = rng.uniform(40, 216, 3).astype(np.float32)
     across, down, phase = (rng.uniform([-0.08, -0.08, 0], [0.08, 0.08, 2 * np.pi])).astype(np.float32)
@@ -107,6 +109,6 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _bounds(mask: np.ndarray) -> list[int]:
-    """x1, y1, x2, y2 of what is True."""
+    """Return x1, y1, x2, y2 of the tight box around what is True."""
     xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]

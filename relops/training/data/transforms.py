@@ -12,10 +12,10 @@ from relops.training.data.samples import DetectionData, Sample
 
 
 def prepare(sample: Sample, min_size: int, max_size: int, *, flip: bool = False, flip_vertical: bool = False) -> Sample:
-    """The sample with its shorter side resized to min_size, or its longer one to max_size if that is smaller.
+    """Resize a sample so that its shorter side is min_size, or its longer one max_size if that makes it smaller.
 
     The image is interpolated bilinearly, with antialiasing where it shrinks; masks take the nearest pixel. Boxes and
-    proposals are scaled by the ratio of the sizes, which are whole pixels, in each direction. Flipped after that.
+    proposals are scaled by the ratio of the sizes, which are whole pixels, in each direction. Flips come after that.
     """
     pil = require("PIL.Image", "pillow")
     height, width = sample.image.shape[:2]
@@ -53,7 +53,7 @@ def prepare(sample: Sample, min_size: int, max_size: int, *, flip: bool = False,
 
 
 class Transformed(Dataset):
-    """`prepare`d samples of (epoch, index); what is flipped depends on nothing but these and the seed.
+    """The samples of a data set after `prepare`, by (epoch, index). Flips depend on these and the seed alone.
 
     Args:
         data: the samples.

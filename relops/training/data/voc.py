@@ -13,6 +13,7 @@ import numpy as np
 
 from relops.training.data.images import IMAGE_ENDINGS, PixelRange, image_size, is_image
 from relops.training.data.samples import Annotation, FileData, parse_flag
+from relops.training.errors import UsageError
 
 ENDING = re.compile("(" + "|".join(map(re.escape, (*IMAGE_ENDINGS, ".xml"))) + ")$", re.IGNORECASE)
 
@@ -37,7 +38,7 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
         pixel_range: see `FileData`.
 
     Raises:
-        ValueError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
+        UsageError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
     """
     root = Path(folder)
     if classes is None:
@@ -56,11 +57,11 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
         found = [path for path in images[xml.stem] if Path(path).name == named] or images[xml.stem]
         if len(found) != 1:
             got = f"must be one file, got {found}" if found else "is missing"
-            raise ValueError(f"{image_folder / xml.stem}.*: the image of {xml} {got}")
+            raise UsageError(f"{image_folder / xml.stem}.*: the image of {xml} {got}")
         height, width = size or image_size(found[0])
         for name, _, _ in objects:
             if name not in index:
-                raise ValueError(f"{xml}: an object must be of the classes {list(classes)}, got {name!r}")
+                raise UsageError(f"{xml}: an object must be of the classes {list(classes)}, got {name!r}")
         boxes = np.array([corners for _, _, corners in objects], np.float64).reshape(-1, 4) - [1, 1, 0, 0]
         annotations.append(
             Annotation(
@@ -79,7 +80,7 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
 
 
 def _files(root: Path, split: str) -> tuple[list[Path], Path]:
-    """Annotations of a split, and the folder of its images."""
+    """Return the annotations of a split, and the folder of its images."""
     lists = root / "ImageSets" / "Main"
     if lists.is_dir():
         if split == "train":
@@ -95,7 +96,7 @@ def _files(root: Path, split: str) -> tuple[list[Path], Path]:
         xmls = sorted(x for x in files if x.suffix.lower() == ".xml" and not x.name.startswith("._"))
         listing = of_split / "Annotations" / "*.xml"
     if not xmls:
-        raise ValueError(f"{listing}: a split must have at least one image, got none")
+        raise UsageError(f"{listing}: a split must have at least one image, got none")
     return xmls, _first(of_split, ["JPEGImages", "Images"])
 
 
@@ -104,15 +105,16 @@ def _listed(listing: Path, folder: Path) -> list[Path]:
     try:
         lines = listing.read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{listing}: the file must be a list of names: {error}") from error
-    xmls = {}
+        raise UsageError(f"{listing}: the file must be a list of names: {error}") from error
+    xmls: dict[Path, None] = {}
     for line in filter(None, map(str.strip, lines)):
-        name, flag = re.fullmatch(r"(.*?)(?:\s+([+-]?[01]))?", line).groups()
+        number = re.search(r"\s+([+-]?[01])\Z", line)
+        name, flag = (line[: number.start()], number[1]) if number else (line, "")
         # The number may be a part of the name, and so may the ending.
         stems = [stem for text in (line, name) for stem in (text, ENDING.sub("", text))]
         found = next((i for i, stem in enumerate(stems) if os.path.isfile(folder / f"{stem}.xml")), None)
         if found is None:
-            raise ValueError(f"{listing}: a name must be that of a file in {folder}, got {line!r}")
+            raise UsageError(f"{listing}: a name must be that of a file in {folder}, got {line!r}")
         if found < 2 or flag != "-1":
             xmls[folder / f"{stems[found]}.xml"] = None
     return list(xmls)
@@ -122,7 +124,7 @@ def _first(folder: Path, names: list[str]) -> Path:
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise ValueError(f"{folder}: there must be {' or '.join(names)} in it")
+    raise UsageError(f"{folder}: there must be {' or '.join(names)} in it")
 
 
 def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list[float]]], str]:
@@ -131,38 +133,38 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
     try:
         root = ElementTree.parse(xml).getroot()
         if root.tag != "annotation":
-            raise ValueError(f"the root must be <annotation>, got <{root.tag}>")
+            raise UsageError(f"the root must be <annotation>, got <{root.tag}>")
         for element in root.iter():
             # Elements with other names are passed over, and these two would be missed.
             for name in ("object", "difficult"):
                 if element.tag != name and element.tag.rpartition("}")[2].lower() == name:
-                    raise ValueError(f"the name of an element must be <{name}>, got <{element.tag}>")
+                    raise UsageError(f"the name of an element must be <{name}>, got <{element.tag}>")
             if element.tag not in ("object", "part") and element.find("bndbox") is not None:
-                raise ValueError(f"<bndbox> must be within <object>, got it within <{element.tag}>")
-        size = tuple(_whole(root.findtext(f"size/{side}") or "0", side) for side in ("height", "width"))
+                raise UsageError(f"<bndbox> must be within <object>, got it within <{element.tag}>")
+        height, width = (_whole(root.findtext(f"size/{side}") or "0", side) for side in ("height", "width"))
         objects = []
         for element in root.iter("object"):
             corners = []
             for side in ("xmin", "ymin", "xmax", "ymax"):
                 text = element.findtext(f"bndbox/{side}")
                 if text is None:
-                    raise ValueError(f"an object must have bndbox/{side}")
+                    raise UsageError(f"an object must have bndbox/{side}")
                 corners.append(float(text))
             name = element.findtext("name", "").strip()
             if not name:
-                raise ValueError("an object must have a name, got none")
+                raise UsageError("an object must have a name, got none")
             try:
                 difficult = parse_flag(element.findtext("difficult", "").strip() or "0")
             except ValueError as error:
-                raise ValueError(f"difficult {error}") from error
+                raise UsageError(f"difficult {error}") from error
             objects.append((name, difficult, corners))
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
-        raise ValueError(f"{xml}: the file must be an annotation of Pascal VOC: {error}") from error
-    return size if min(size) > 0 else None, objects, root.findtext("filename", "").strip()
+        raise UsageError(f"{xml}: the file must be an annotation of Pascal VOC: {error}") from error
+    return (height, width) if min(height, width) > 0 else None, objects, root.findtext("filename", "").strip()
 
 
 def _whole(text: str, side: str) -> int:
     number = float(text)
     if not number.is_integer():
-        raise ValueError(f"{side} must be a whole number of pixels, got {text!r}")
+        raise UsageError(f"{side} must be a whole number of pixels, got {text!r}")
     return int(number)
