@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
+import re
 import signal
 import sys
 
@@ -12,7 +14,7 @@ import torch
 
 
 def info(_: argparse.Namespace) -> int:
-    """Prints what is built, what is loaded and what this machine has."""
+    """Print what is built, what is loaded and what this machine has."""
     import relops
     from relops import _library
 
@@ -42,24 +44,34 @@ def info(_: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from relops.training.cli.train import add_commands
+    """Run a command and return its status: 1 or 2 after a line that says why, 128 + the number at a signal."""
+    from relops.training.cli import eval, predict, propose, train
+    from relops.training.errors import LossError, user_message
 
     parser = argparse.ArgumentParser(prog="python -m relops")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built and loaded").set_defaults(run=info)
-    add_commands(commands)
+    for module in (train, eval, predict, propose):
+        module.add_parser(commands)
     arguments = parser.parse_args(argv)
-    if sys.stdout is not None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     try:
-        status = arguments.run(arguments)
+        status: int = arguments.run(arguments)
         print(end="", flush=True)
+        return status
     except BrokenPipeError:  # nobody reads on; at its end Python would try once more to write what is left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return status
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        message = re.sub(r"\s*\n\s*", " ", message)
+        print(f"relops {arguments.command}: {message}", file=sys.stderr)
+        return 1 if isinstance(error, LossError) else 2
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -24,14 +25,14 @@ from relops import models
 from relops.__main__ import main
 from relops.models import Detections, Targets
 from relops.training import checkpoint, engine
-from relops.training.cli.train import train_config
+from relops.training.cli.train import SHAPES_DEFAULTS, add_parser, train_config
 from relops.training.config import TrainConfig
 from relops.training.data import open_data, shapes, with_proposals
 from relops.training.data.images import read_image
+from relops.training.detector import load_detector
 from relops.training.engine import Interrupted, Signals, train
 from relops.training.log import Log
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer
-from relops.training.prediction import load_detector
 
 HERE = Path(__file__).parent
 
@@ -695,13 +696,19 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         main([*command_of(tmp_path), "--workers", "0"])
 
 
+def test_help_names_models_and_backbones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"which detector: {', '.join(models.DETECTORS)} (faster_rcnn_fpn)" in text
+    backbones = text.partition("--backbone BACKBONE ")[2].partition(" --")[0]
+    assert {"resnet50,", "vgg16,", "lr_net26,"} <= set(backbones.split())
+    assert "help(relops.models.faster_rcnn_fpn) lists" in text
+
+
 def test_options_given_go_before_those_of_shapes() -> None:
-    import argparse
-
-    from relops.training.cli.train import SHAPES_DEFAULTS, add_commands
-
     parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
+    add_parser(parser.add_subparsers())
 
     def parse(*arguments: str) -> TrainConfig:
         return train_config(parser.parse_args(["train", *arguments]))
@@ -714,6 +721,7 @@ def test_options_given_go_before_those_of_shapes() -> None:
     assert config.min_size == SHAPES_DEFAULTS["min_size"] and config.epochs == SHAPES_DEFAULTS["epochs"]
     assert config.output == os.path.join("runs", "faster_rcnn_fpn-shapes")
     assert parse("--iterations", "5").epochs is None
+    assert parse("--max-size", "500").max_size == 500  # which is less than the shorter side of images like COCO's
     assert parse("--model", "tiny").options == {"dropout": defaults["dropout"]}
     assert parse("--data", "coco:/x/y", "--lr", "1") == TrainConfig(
         data="coco:/x/y", lr=1.0, output=os.path.join("runs", "faster_rcnn_fpn-coco-x-y")

@@ -6,7 +6,9 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -22,6 +24,7 @@ import torch
 from conftest import run_python
 from test_training import (
     HERE,
+    Tiny,
     command_of,
     lines_of,
     log,
@@ -32,12 +35,27 @@ from test_training import (
     wait_for_lines,
 )
 
+import relops
 from relops.__main__ import main
-from relops.training import checkpoint, engine, prediction
+from relops.training import checkpoint, engine, evaluation, prediction
 from relops.training._files import LOCK, locked, written
+from relops.training.cli import eval as eval_command
+from relops.training.cli import predict as predict_command
+from relops.training.cli import propose as propose_command
 from relops.training.data import open_data, save_proposals, with_proposals
+from relops.training.detector import Detector, build_model, load_detector
 from relops.training.engine import train
+from relops.training.errors import (
+    LossError,
+    MissingPackageError,
+    OutputError,
+    RelopsError,
+    RunNotFoundError,
+    UsageError,
+    user_message,
+)
 from relops.training.plots import plot_curves
+from relops.training.prediction import proposing_model
 
 Image = pytest.importorskip("PIL.Image")
 SMALL = ["--device", "cpu", "--workers", "0"]
@@ -69,9 +87,9 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     def check(*arguments: str) -> str:
         for module, name in (
             (engine.Run, "_step"),
-            (prediction, "evaluate"),
-            (prediction, "run"),
-            (prediction, "propose"),
+            (eval_command, "evaluate"),
+            (predict_command, "detect"),
+            (propose_command, "propose"),
         ):
             monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it began to compute"))
         capsys.readouterr()
@@ -397,6 +415,15 @@ def test_images_of_16_bits_have_one_range(run: Path, tmp_path: Path) -> None:
     assert np.array_equal(*drawn) and drawn[0].max() == 12
 
 
+def test_detectors_that_make_no_proposals() -> None:
+    """Whatever else they have by this name."""
+    options = {"backbone": "resnet18-gn-16", "hidden": 32, "channels": 32, "queries": 5, "encoder_layers": 1}
+    for name, others in (("deformable_detr", options), ("fast_rcnn", {"hidden": 8, "backbone": "resnet18-gn-16"})):
+        detector = Detector(build_model(name, 2, others), name, others, ["a", "b"], 64, 64, "shapes:10")
+        with pytest.raises(UsageError, match=f"model {name} makes no proposals"):
+            proposing_model(detector)
+
+
 # ---- Two runs in one folder ----
 
 
@@ -651,6 +678,76 @@ def test_epochs(epochs: str, message: str, tmp_path: Path, fails: Callable[..., 
     assert re.search(rf"(epochs|iterations) must be {message}", fails("train", *given, "--epochs", epochs))
 
 
+# ---- Which errors are for the user ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (UsageError, ValueError),
+        (OutputError, OSError),
+        (RunNotFoundError, FileNotFoundError),
+        (MissingPackageError, ImportError),
+        (LossError, FloatingPointError),
+    ],
+)
+def test_errors_of_relops(kind: type[RelopsError], builtin: type[Exception]) -> None:
+    """They are caught as the built-in ones, and processes send them to each other."""
+    assert issubclass(kind, RelopsError) and issubclass(kind, builtin)
+    error = pickle.loads(pickle.dumps(kind("a: b")))
+    assert type(error) is kind and str(error) == user_message(error) == "a: b"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("not enough values to unpack"), None),
+        (KeyError("relops.nms: "), None),
+        (OSError("of no file"), None),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "[Errno 13] Permission denied: '/a'"),
+        (ValueError("relops.nms: iou_threshold must be"), "relops.nms: iou_threshold must be"),
+    ],
+    ids=repr,
+)
+def test_errors_of_others(error: Exception, message: str | None) -> None:
+    assert user_message(error) == message
+
+
+def test_error_of_a_worker() -> None:
+    """Its message is the last line of a traceback, or the last lines."""
+
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> None:
+            try:
+                raise KeyError("cause")
+            except KeyError as error:
+                raise UsageError("a\nb: ValueError: c") from error
+
+    with pytest.raises(UsageError, match="Original Traceback") as raised:
+        next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
+    assert user_message(raised.value) == "a\nb: ValueError: c"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_options_that_an_op_refuses(workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """They are named in one line; the model's own mistakes keep their traceback."""
+
+    def forward(*_: Any) -> None:
+        relops.nms(torch.zeros(1, 4), torch.zeros(1), math.nan)
+
+    monkeypatch.setattr(Tiny, "forward", forward)
+    assert main([*command_of(tmp_path), "--workers", workers]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("relops train: relops.nms: iou_threshold must be ") and errors.count("\n") == 1
+
+    monkeypatch.setattr(Tiny, "forward", lambda *_: [].index(0))
+    with pytest.raises(ValueError, match="not in list"):
+        main([*command_of(tmp_path), "--workers", workers])
+
+
 # ---- Ends ----
 
 
@@ -662,8 +759,10 @@ def test_interrupt_ends_quietly(
 
     monkeypatch.setattr(signal, "getsignal", signal.getsignal)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
-    monkeypatch.setattr(prediction, "run", interrupted)
-    monkeypatch.setattr(prediction.models.detector.TwoStageDetector, "propose", interrupted)
+    model = load_detector(run, torch.device("cpu")).model
+    monkeypatch.setattr(type(model), "propose", interrupted)
+    for module in (evaluation, prediction):
+        monkeypatch.setattr(module, "predict", interrupted)
     try:
         for name in ("eval", "predict", "propose"):
             assert main(arguments_of(name, run, tmp_path / name)) == 130

@@ -26,22 +26,29 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relops.models import load_backbone
-from relops.training import checkpoint, prediction
+from relops.models.detector import BaseDetector
+from relops.training import checkpoint
 from relops.training._files import check_kinds, locked, make_folder, write_json
 from relops.training._optional import MODULES, require_all
 from relops.training.config import TrainConfig
 from relops.training.data import (
     Batch,
+    DetectionData,
     EpochSampler,
     Transformed,
     open_data,
     warn_of_common_images,
     with_proposals,
 )
+from relops.training.data.batches import load_batches
+from relops.training.detector import Detector, build_model
 from relops.training.distributed import World, world
+from relops.training.errors import UsageError
+from relops.training.evaluation import evaluate
 from relops.training.log import Clock, Log, Losses, without_nan
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer, set_lr
+from relops.training.plots import plot_curves
+from relops.training.prediction import draw_examples
 
 EPOCHS = 12  # where neither iterations nor epochs are given
 EXAMPLES = 8  # images that predictions/ has
@@ -90,92 +97,148 @@ class Signals:
 
 
 def seed_of(*numbers: int) -> int:
-    """32 mixed bits: torch's generator of the CPU looks at no more."""
+    """Mix numbers to 32 bits: torch's generator of the CPU looks at no more."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def train(config: TrainConfig, restart: bool = False) -> dict[str, Any]:
-    """Trains, from `config.output`/last.pt on where there is one, and returns the metrics of the last evaluation.
+    """Train a detector, from `config.output`/last.pt on where there is one; return the metrics of the last evaluation.
 
     In `config.output` are then: last.pt, the checkpoint; model.pt, the trained detector; log.jsonl, metrics.json,
     curves.png and predictions/, of the first images to evaluate on.
 
     Args:
-        restart: begins anew instead.
+        config: the settings.
+        restart: begin anew instead.
 
     Raises:
-        ValueError: naming the setting or file, the rule, and what was got; also where another process has the folder.
+        UsageError: naming the setting or file, the rule, and what was got; also where another process has the folder.
         Interrupted: at SIGINT or SIGTERM; the same call goes on.
-        FloatingPointError: at a loss that is not finite. The checkpoint is from before.
+        LossError: at a loss that is not finite. The checkpoint is from before.
     """
     require_all(*MODULES)
     if not config.output:
-        raise ValueError("output must name a folder, got ''")
+        raise UsageError("output must name a folder, got ''")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with world(config.device) as here, Signals() as signals:
         run = Run(config, here, signals)
         try:
             run.begin(restart)
-            return run()
+            return run.train()
         finally:
             run.close()
 
 
-class Run:
-    """One process's part in a run."""
+def _open_both(config: TrainConfig) -> tuple[DetectionData, DetectionData]:
+    """Open the data to train on and those to evaluate on, with their proposals where files of them are given."""
+    data = open_data(config.data, "train", annotations=config.train_annotations)
+    if not data.classes:
+        raise UsageError(f"{config.data}: the images to train on must have objects of at least one class, got none")
+    test_data = open_data(config.data, "test", data.classes, config.test_annotations, data.pixel_range)
+    warn_of_common_images(data, test_data)
+    if config.proposals is not None:
+        data = with_proposals(data, config.proposals)
+    if config.test_proposals is not None:
+        test_data = with_proposals(test_data, config.test_proposals)
+    return data, test_data
 
+
+def _make_model(config: TrainConfig, num_classes: int) -> BaseDetector:
+    """Build the model with its initial weights."""
+    torch.manual_seed(seed_of(config.seed))
+    model = build_model(config.model, num_classes, config.options)
+    if model.uses_proposals and None in (config.proposals, config.test_proposals):
+        raise UsageError(f"model {config.model} is given proposals: proposals and test_proposals must name files")
+    if config.backbone_weights is not None:
+        checkpoint.load_backbone_weights(Path(config.backbone_weights), model)
+    return model
+
+
+class Run:
+    """One process's part in a run.
+
+    `Run(...)` opens what the run reads, `begin` claims what it writes and finds where it stands, `train` does the rest,
+    and `close` comes at the end, with or without an error.
+    """
+
+    # Set by __init__. `config` has the iterations, `determining` is what a checkpoint must agree with, and `ends` has
+    # the last iteration of each phase.
+    world: World
+    signals: Signals
+    folder: Path
+    checkpoint_file: Path
+    data: DetectionData
+    test_data: DetectionData
+    sampler: EpochSampler
+    iterations: int
+    config: TrainConfig
+    determining: dict[str, Any]
+    model: BaseDetector
+    ends: list[int]
+    lock: contextlib.ExitStack
+
+    # Set by begin. `stored` is the content of the checkpoint, `iteration` the number of iterations that are done, and
+    # `logged` the minutes of training at the last line of the log. Only the main process has a log.
+    stored: dict[str, Any] | None
+    iteration: int
+    losses: Losses
+    clock: Clock
+    logged: float
     log: Log | None = None
+    batches: Iterator[Batch]
+
+    # Set by _start_phase, anew for each phase. `parallel` is the model, or what averages its gradients over processes.
+    phase: int
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    parallel: nn.Module
 
     def __init__(self, config: TrainConfig, here: World, signals: Signals) -> None:
         self.world, self.signals = here, signals
-        self.lock = contextlib.ExitStack()
         self.folder = Path(config.output)
-        self.path = self.folder / "last.pt"
-        self.data = open_data(config.data, "train", annotations=config.train_annotations)
-        self.test_data = open_data(
-            config.data, "test", self.data.classes, config.test_annotations, self.data.pixel_range
-        )  # fmt: skip
-        if not self.data.classes:
-            raise ValueError(f"{config.data}: the images to train on must have objects of at least one class, got none")
-        warn_of_common_images(self.data, self.test_data)
-        if config.proposals is not None:
-            self.data = with_proposals(self.data, config.proposals)
-        if config.test_proposals is not None:
-            self.test_data = with_proposals(self.test_data, config.test_proposals)
-        self.sampler = EpochSampler(
-            len(self.data), config.batch, config.seed, here.rank, here.size, self.data.aspect_ratios()
-        )
-        iterations = config.iterations or round((config.epochs or EPOCHS) * self.sampler.batches_per_epoch)
-        self.config = config = dataclasses.replace(config, iterations=iterations, epochs=None)
-        self.determining = config.determining() | {"processes": here.size}
+        self.checkpoint_file = self.folder / "last.pt"
+        self.lock = contextlib.ExitStack()
 
-        torch.manual_seed(seed_of(config.seed))
-        self.model = prediction.build(config.model, len(self.data.classes), config.options).to(here.device)
-        if config.backbone_weights is not None:
-            weights = checkpoint.load(Path(config.backbone_weights))
-            for name, value in weights.items():
-                if not isinstance(value, torch.Tensor):
-                    raise ValueError(
-                        f"{config.backbone_weights}: must hold tensors by name, got {type(value).__name__} as {name!r}"
-                    )
-            try:
-                load_backbone(self.model, weights)
-            except ValueError as error:
-                raise ValueError(f"{config.backbone_weights}: {error}") from error
+        self.data, self.test_data = _open_both(config)
+        aspect_ratios = self.data.aspect_ratios()
+        self.sampler = EpochSampler(len(self.data), config.batch, config.seed, here.rank, here.size, aspect_ratios)
+        self.iterations = config.iterations or round((config.epochs or EPOCHS) * self.sampler.batches_per_epoch)
+        self.config = dataclasses.replace(config, iterations=self.iterations, epochs=None)
+        self.determining = self.config.determining() | {"processes": here.size}
+
+        self.model = _make_model(config, len(self.data.classes)).to(here.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         if self.model.uses_masks and not self.data.has_masks:
             warnings.warn(
                 f"{config.data}: no object has a mask, so {config.model} is trained by boxes alone", stacklevel=2
             )
         for data in (self.data, self.test_data):
             data.use_masks(self.model.uses_masks)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        if self.model.uses_proposals and None in (config.proposals, config.test_proposals):
-            raise ValueError(f"model {config.model} is given proposals: proposals and test_proposals must name files")
+        fractions = itertools.accumulate(fraction for _, fraction in self.model.phases)
+        self.ends = [round(self.iterations * fraction) for fraction in fractions]
+
+    def begin(self, restart: bool) -> None:
+        """Claim the folder, and go to where the run stands: after its checkpoint, or at its start."""
+        self.world.on_main(lambda: self._claim(restart))  # nobody looks for a checkpoint before that
+        self.stored = self._load_checkpoint() if self.checkpoint_file.exists() else None
+        start = self.stored or {"iteration": 0, "losses": [], "times": (0.0, 0.0, 0.0)}
+        self.iteration = start["iteration"]
+        self.losses = Losses(start["losses"])
+        training, elapsed, self.logged = start["times"]
+        self.clock = Clock(training, elapsed)
+        self.log = Log(self.folder, self.iteration, self.iterations) if self.world.is_main else None
+
+        config = self.config
+        images = Transformed(
+            self.data, config.min_size, config.max_size, True, config.seed, config.vertical_flip, config.cache
+        )
+        indices = itertools.islice(self.sampler.batches(self.iteration), self.iterations - self.iteration)
+        self.batches = iter(load_batches(images, indices, config.workers, self.world.device))
 
     def _claim(self, restart: bool) -> None:
-        """The folder is there, is this run's alone, and can take what the run will write."""
+        """Make the folder, keep other runs out of it, and check that it can take what the run will write."""
         make_folder(self.folder)
         self.lock.enter_context(locked(self.folder))
         check_kinds(self.folder, FILES, FOLDERS)
@@ -186,41 +249,28 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
 
-    def begin(self, restart: bool) -> None:
-        """Claim the folder, and resume from the checkpoint where there is one."""
-        iterations = self.config.iterations
-        self.world.on_main(lambda: self._claim(restart))  # nobody looks for a checkpoint before that
-        stored = None
-        if self.path.exists():
-            stored = checkpoint.load(self.path, *STATE)
-            checkpoint.check_same(self.path, stored["config"], self.determining)
-            checkpoint.check_same(self.path, {"classes": stored["classes"]}, {"classes": self.data.classes})
-            if self.world.is_main:
-                print(f"{self.path}: goes on after iteration {stored['iteration']} of {iterations}")
-        self.stored = stored
+    def _load_checkpoint(self) -> dict[str, Any]:
+        stored = checkpoint.load(self.checkpoint_file, *STATE)
+        checkpoint.check_same(self.checkpoint_file, stored["config"], self.determining)
+        checkpoint.check_same(self.checkpoint_file, {"classes": stored["classes"]}, {"classes": self.data.classes})
+        if self.world.is_main:
+            print(f"{self.checkpoint_file}: goes on after iteration {stored['iteration']} of {self.iterations}")
+        return stored
 
-        fractions = itertools.accumulate(fraction for _, fraction in self.model.phases)
-        self.ends = [round(iterations * fraction) for fraction in fractions]
-
-        self.iteration = stored["iteration"] if stored else 0
-        self.losses = Losses(stored["losses"] if stored else None)
-        training, elapsed, self.logged = stored["times"] if stored else (0.0, 0.0, 0.0)
-        self.clock = Clock(training, elapsed)
-        self.log = Log(self.folder, self.iteration, iterations) if self.world.is_main else None
-        self.batches = self._load_batches()
-
-    def __call__(self) -> dict[str, Any]:
-        for phase in range(len(self.ends)):
-            self._prepare(phase)
+    def train(self) -> dict[str, Any]:
+        """Take the steps that are left, evaluate, and write what the run makes. Returns the metrics."""
+        for phase, end in enumerate(self.ends):
+            self._start_phase(phase)
             if self.stored and phase <= self.stored["phase"]:
                 if phase < self.stored["phase"]:
                     continue
                 self._restore(self.stored)
                 self._evaluate_if_due()
-            self._train_until(self.ends[phase])
+            self._train_until(end)
         return self._finish()
 
     def close(self) -> None:
+        """Let go of all that outlives an exception: workers, processes, files and the folder."""
         self.batches = iter(())  # ends the workers, also where an exception keeps the run alive
         # DistributedDataParallel must not be the last to hold the process group: it would end the group's threads while
         # it holds the interpreter's lock, which these may be waiting for.
@@ -229,16 +279,8 @@ class Run:
             self.log.close()
         self.lock.close()
 
-    def _load_batches(self) -> Iterator[Batch]:
-        config = self.config
-        images = Transformed(
-            self.data, config.min_size, config.max_size, True, config.seed, config.vertical_flip, config.cache
-        )
-        indices = itertools.islice(self.sampler.batches(self.iteration), config.iterations - self.iteration)
-        return iter(prediction.loader(images, indices, config.workers, self.world.device))
-
-    def _prepare(self, phase: int) -> None:
-        """A phase begins: the model may copy and freeze weights, and all that depends on which of them are trained is
+    def _start_phase(self, phase: int) -> None:
+        """Begin a phase: the model may copy and freeze weights, and all that depends on which of them are trained is
         made anew."""
         config = self.config
         torch.manual_seed(seed_of(config.seed, phase))
@@ -250,19 +292,20 @@ class Run:
             self.model.slower,
         )  # fmt: skip
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
-        self.parallel: nn.Module = self.model
+        self.parallel = self.model
         if self.world.size > 1:
             # Which parameters take part in the loss depends on the images (no objects, no masks), and may differ
             # between processes, whatever the model: all gradients are awaited, or known not to come.
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
 
     def _restore(self, stored: dict[str, Any]) -> None:
-        checkpoint.load_weights(self.path, self.model, stored["model"])
+        checkpoint.load_weights(self.checkpoint_file, self.model, stored["model"])
         self.optimizer.load_state_dict(stored["optimizer"])
         if self.average is not None:
-            checkpoint.load_weights(self.path, self.average.model, stored["average"])
+            checkpoint.load_weights(self.checkpoint_file, self.average.model, stored["average"])
 
     def _train_until(self, end: int) -> None:
+        """Take the steps of the phase that are left, with the logging, checkpoints and evaluations that are due."""
         config = self.config
         begin = self.ends[self.phase - 1] if self.phase else 0
         self.model.train()
@@ -271,10 +314,10 @@ class Run:
             self._step(next(self.batches), self.iteration - begin, end - begin)
             self.iteration += 1
             stop = self.world.largest(self.signals.number)
-            last = self.iteration == config.iterations
+            last = self.iteration == self.iterations
             if self.iteration % config.log_every == 0 or last:
                 self._log()
-            if stop or last or self.iteration % config.checkpoint_every == 0 or self._is_evaluated(self.iteration):
+            if stop or last or self.iteration % config.checkpoint_every == 0 or self._evaluation_is_due():
                 self._save()
             if stop:
                 raise Interrupted(stop, self.iteration)
@@ -282,12 +325,12 @@ class Run:
         self.clock.stop()
 
     def _step(self, batch: Batch, step: int, steps: int) -> None:
-        """The step-th of this phase."""
+        """Take the step-th step of this phase, on one batch."""
         config, device = self.config, self.world.device
         torch.manual_seed(seed_of(config.seed, self.iteration, self.world.rank))
         set_lr(self.optimizer, lr_factor(config.schedule, step, steps, config.warmup, config.milestones))
         image_ids = batch.image_ids.tolist()
-        batch = prediction.on_device(batch, device, config.channels_last)
+        batch = batch.to(device, channels_last=config.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             losses = self.parallel(batch.images, batch.sizes, batch.targets)
         self.losses.add(self.iteration + 1, image_ids, losses)
@@ -336,51 +379,52 @@ class Run:
                 "classes": self.data.classes,
                 "pixel_range": self.data.pixel_range and tuple(self.data.pixel_range),
             }
-            checkpoint.save(self.path, state)
+            checkpoint.save(self.checkpoint_file, state)
         self.clock.start()
 
-    def _is_evaluated(self, iteration: int) -> bool:
-        """Whether an evaluation belongs after it."""
-        every = self.config.eval_every
-        return iteration == self.config.iterations or (every is not None and iteration > 0 and iteration % every == 0)
+    def _evaluation_is_due(self) -> bool:
+        """Return whether an evaluation belongs after this iteration."""
+        done, every = self.iteration, self.config.eval_every
+        return done == self.iterations or (every is not None and done > 0 and done % every == 0)
 
     def _evaluate_if_due(self) -> None:
-        """Always just after a checkpoint: what is interrupted here begins again when the run goes on."""
-        if not self._is_evaluated(self.iteration):
+        """Evaluate just after a checkpoint: what is interrupted here begins again when the run goes on."""
+        if not self._evaluation_is_due():
             return
         logged = self.log is not None and any(x["iteration"] == self.iteration and "AP" in x for x in self.log.lines)
         if self.world.largest(logged):
             return
         self.clock.stop()
         config = self.config
-        evaluator = prediction.evaluate(
+        evaluator = evaluate(
             self._evaluated(), self.test_data, config.batch, config.min_size, config.max_size, self.world,
-            config.workers, config.amp, config.channels_last, stop=lambda: bool(self.signals.number),
+            config.workers, config.amp, config.channels_last, before_batch=self._stop_at_signal,
         )  # fmt: skip
-        if evaluator is None:
-            raise Interrupted(self.world.largest(self.signals.number), self.iteration)
         if self.log is not None:
             times = {"minutes": self.clock.training, "elapsed_minutes": self.clock.elapsed}
             self.log.write({"iteration": self.iteration, **times, **without_nan(evaluator.summarize())})
         self.model.train()
         self.clock.start()
 
-    def _evaluated(self) -> nn.Module:
+    def _evaluated(self) -> BaseDetector:
         return self.model if self.average is None else self.average.model
+
+    def _stop_at_signal(self) -> None:
+        """Raise Interrupted in all processes where one of them has got a signal. For moments after a checkpoint."""
+        if number := self.world.largest(self.signals.number):
+            raise Interrupted(number, self.iteration)
 
     def _finish(self) -> dict[str, Any]:
         metrics = None
         if self.log is not None:
             config = self.config
-            metrics = next(x for x in reversed(self.log.lines) if "AP" in x and x["iteration"] == config.iterations)
-            detector = prediction.Detector(
+            metrics = next(x for x in reversed(self.log.lines) if "AP" in x and x["iteration"] == self.iterations)
+            detector = Detector(
                 self._evaluated(), config.model, config.options, self.data.classes, config.min_size, config.max_size,
                 config.data, config.train_annotations, config.test_annotations, self.data.pixel_range,
             )  # fmt: skip
             detector.save(self.folder / "model.pt")
             write_json(self.folder / "metrics.json", metrics)
-            prediction.draw_examples(detector, self.test_data, self.folder / "predictions", EXAMPLES)
-            from relops.training.plots import plot_curves
-
+            draw_examples(detector, self.test_data, self.folder / "predictions", EXAMPLES)
             plot_curves(self.log.lines, self.folder / "curves.png")
         return self.world.gather(metrics)[0]

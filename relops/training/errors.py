@@ -37,8 +37,8 @@ def user_message(error: Exception) -> str | None:
     message = str(error)
     if isinstance(error, RelopsError):
         # What a worker of a DataLoader raises is raised again with the worker's traceback as the message, and the
-        # traceback ends with the class and the message.
-        return message.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2]
+        # traceback ends with the class, the message and a newline.
+        return message.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip("\n")
     # The system's errors name the file. Errors of ops and detectors, which begin with their name as in "relops.nms: ",
     # are about the model's options: the command line passes nothing else to them that is not checked before.
     names_file = isinstance(error, OSError) and error.filename is not None

@@ -4,19 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from relops.models._structures import Detections
+from relops.models import Detections
+from relops.models.detector import BaseDetector
+from relops.models.mask_rcnn import paste_masks
 from relops.training._optional import require
-from relops.training.data import Batch
+from relops.training.data import Annotation, Batch, DetectionData, Transformed
+from relops.training.data.batches import load_batches
 from relops.training.data.masks import checked_mask
-from relops.training.data.samples import Annotation, DetectionData
+from relops.training.data.sampler import batches_in_order
+from relops.training.distributed import World
+from relops.training.prediction import predict
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+
+
+def evaluate(
+    model: BaseDetector,
+    data: DetectionData,
+    batch_size: int,
+    min_size: int,
+    max_size: int,
+    world: World,
+    workers: int = 0,
+    amp: bool = False,
+    channels_last: bool = False,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Evaluator:
+    """Detect the objects of all images, of which each process takes a part, and collect them in every process.
+
+    Args:
+        model: on the device of this process; it is put into evaluation mode.
+        data: images and what is in them.
+        batch_size: images at a time, in each process.
+        min_size, max_size: of the images, see `relops.training.data.prepare`.
+        world: the processes.
+        workers: processes that load images, for each process that detects.
+        amp: autocast to bfloat16.
+        channels_last: memory format of the images.
+        before_batch: called before every batch, equally often in all processes. An exception ends the evaluation.
+    """
+    model.eval()
+    evaluator = Evaluator(data)
+    indices = batches_in_order(range(world.rank, len(data), world.size), batch_size)
+    batches = iter(load_batches(Transformed(data, min_size, max_size), indices, workers, world.device))
+    for _ in range(0, len(range(0, len(data), world.size)), batch_size):  # the first process has the most images
+        before_batch()
+        batch = next(batches, None)
+        if batch is not None:
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
+                detections = predict(model, batch.to(world.device, channels_last=channels_last))
+            evaluator.add(batch, detections)
+    evaluator.merge(world.gather(evaluator.state()))
+    return evaluator
 
 
 class _Found(NamedTuple):
@@ -45,7 +90,7 @@ class Evaluator:
         self._found: dict[int, _Found] = {}
 
     def add(self, batch: Batch, detections: Detections) -> None:
-        """Takes the detections of a batch's images, in pixels of the batch's images."""
+        """Take the detections of a batch's images, in pixels of the batch's images."""
         scales = batch.scales.cpu().flip(1).repeat(1, 2)[:, None]
         boxes = (detections.boxes.detach().float().cpu() / scales).numpy()
         scores, labels = (x.detach().cpu().numpy() for x in (detections.scores.float(), detections.labels))
@@ -58,23 +103,21 @@ class Evaluator:
             self._found[image_id] = _Found(boxes[n][kept], scores[n][kept], labels[n][kept], masks)
 
     def _encoded(self, masks: torch.Tensor, boxes: np.ndarray, kept: np.ndarray, image_id: int) -> list[dict[str, Any]]:
-        from relops.models.mask_rcnn import paste_masks
-
         coco, a = require("faster_coco_eval.core.mask", "faster-coco-eval"), self._annotations[image_id]
         pasted = paste_masks(masks[kept], torch.from_numpy(boxes[kept]), (a.height, a.width)).numpy()
         return [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in pasted]
 
     def state(self) -> list[tuple[int, _Found]]:
-        """What was added, for `merge` in another process; picklable."""
+        """Return what was added, for `merge` in another process; it can be pickled."""
         return list(self._found.items())
 
     def merge(self, others: list[list[tuple[int, _Found]]]) -> None:
-        """Adds the `state`s of other evaluators of the same data."""
+        """Add the `state`s of other evaluators of the same data."""
         for state in others:
             self._found.update(state)
 
     def summarize(self) -> dict[str, float]:
-        """COCO's metrics, computed by faster-coco-eval: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10,
+        """Compute COCO's metrics by faster-coco-eval: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10,
         AR_100 and AP/<class>, each in [0,1], or NaN where there are no such objects.
 
         Objects are compared as their file has them: boxes may leave the image and have no width. Objects to ignore are
@@ -109,7 +152,8 @@ class Evaluator:
         return {name: float(value) if value >= 0 else math.nan for name, value in values.items()}
 
     def _coco_truth(self, numbers: Mapping[int, int], masks: bool) -> dict[str, Any]:
-        images, objects = [], []
+        images: list[dict[str, Any]] = []
+        objects: list[dict[str, Any]] = []
         for a in self._annotations.values():
             images.append({"id": numbers[a.image_id], "height": a.height, "width": a.width})
             for i, (label, ignore) in enumerate(zip(a.labels, a.ignore)):
@@ -129,7 +173,7 @@ class Evaluator:
         }
 
     def coco_results(self) -> list[dict[str, Any]]:
-        """The detections in COCO's format of results, with the data's own ids of images and categories; for JSON."""
+        """Return the detections in COCO's format of results, with the data's own ids of images and categories."""
         return self._results({id: a.own_id for id, a in self._annotations.items()}, self._category_ids)
 
     def _results(self, image_ids: Mapping[int, int | str], category_ids: Sequence[int | str]) -> list[dict[str, Any]]:
@@ -149,7 +193,7 @@ class Evaluator:
         return results
 
     def voc(self, iou_threshold: float = 0.5, metric: str = "area") -> dict[str, float]:
-        """VOC's AP/<class>, NaN for classes without objects, and their mean, mAP.
+        """Compute VOC's AP/<class>, NaN for classes without objects, and their mean, mAP.
 
         Detections of a class are taken by descending score. One whose IoU with the object that it overlaps most is at
         least iou_threshold is right if it is the object's first, and wrong if it is another; of a difficult object, it
@@ -199,7 +243,7 @@ def _finite(annotation: Annotation) -> Annotation:
 
 
 def _verdicts(boxes: np.ndarray, annotation: Annotation, label: int, iou_threshold: float) -> np.ndarray:
-    """[K] of boxes [K,4] by descending score: 1 right, 0 wrong, -1 neither."""
+    """Return [K] of boxes [K,4] by descending score: 1 right, 0 wrong, -1 neither."""
     of_class = annotation.labels == label
     objects, ignore = annotation.boxes[of_class], annotation.ignore[of_class]
     verdicts = np.zeros(len(boxes), int)
@@ -215,7 +259,7 @@ def _verdicts(boxes: np.ndarray, annotation: Annotation, label: int, iou_thresho
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[A,B] of boxes [A,4] and [B,4]."""
+    """Return the IoU [A,B] of boxes [A,4] and [B,4]."""
     a, b = a[:, None].astype(np.float64), b[None].astype(np.float64)
     overlap = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0).prod(-1)
     area_a, area_b = ((x[..., 2:] - x[..., :2]).clip(0).prod(-1) for x in (a, b))

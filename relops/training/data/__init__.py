@@ -1,9 +1,11 @@
 """Data sets, and the way from them to batches.
 
-data = open_data("voc:VOC2007", "train")
-prepared = Transformed(data, min_size=600, max_size=1000, augment=True)
-sampler = EpochSampler(len(data), batch_size=4, seed=0, aspect_ratios=data.aspect_ratios())
-loader = DataLoader(prepared, batch_sampler=sampler.batches(first_iteration=0), collate_fn=collate)
+The images of a training step come about so:
+
+    data = open_data("voc:VOC2007", "train")
+    prepared = Transformed(data, min_size=600, max_size=1000, augment=True)
+    sampler = EpochSampler(len(data), batch_size=4, seed=0, aspect_ratios=data.aspect_ratios())
+    loader = DataLoader(prepared, batch_sampler=sampler.batches(first_iteration=0), collate_fn=collate)
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+"""python -m relops eval"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from relops.training._files import check_file, write_json
+from relops.training._optional import require_all
+from relops.training.cli.arguments import add_detector, add_loader, load, open_split
+from relops.training.data import with_proposals
+from relops.training.distributed import World
+from relops.training.errors import UsageError
+from relops.training.evaluation import evaluate
+from relops.training.log import without_nan
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = commands.add_parser("eval", help="average precision of a trained detector")
+    add_detector(parser)
+    add_loader(parser)
+    parser.add_argument("--proposals", help="file of proposals of the images (Fast R-CNN)")
+    parser.add_argument("--voc", action="store_true", help="PASCAL VOC's average precision, too")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="for the numbers as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate a detector, and print and write the metrics."""
+    require_all("pillow", "faster-coco-eval")
+    detector = load(arguments)
+    data = open_split(arguments, detector, "test", with_masks=detector.model.uses_masks)
+    if detector.model.uses_proposals:
+        if arguments.proposals is None:
+            raise UsageError(f"model {detector.name} is given proposals: --proposals must name a file of them")
+        data = with_proposals(data, arguments.proposals)
+    if arguments.output is not None:
+        check_file(arguments.output)
+    world = World(0, 1, detector.device)
+    sizes = detector.min_size, detector.max_size
+    evaluator = evaluate(detector.model, data, arguments.batch, *sizes, world, arguments.workers)
+    metrics = evaluator.summarize()
+    if arguments.voc:
+        metrics |= {f"VOC {name}": value for name, value in evaluator.voc().items()}
+    if arguments.output is not None:
+        write_json(arguments.output, without_nan(metrics))
+    for name, value in metrics.items():
+        print(f"{name:32}{'none there' if math.isnan(value) else f'{value:.4f}'}")
+    return 0
