@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from relops.models import load_backbone
+from relops.models.detector import BaseDetector
 from relops.training._files import why, written
 from relops.training.errors import UsageError
 
@@ -91,7 +92,7 @@ def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
         raise UsageError(f"{path}: its weights must be those of the model that it names: {reason}") from error
 
 
-def load_backbone_weights(path: Path, model: nn.Module) -> None:
+def load_backbone_weights(path: Path, model: BaseDetector) -> None:
     """Load the weights of a classifier, which a file holds by name, into the backbone of the model."""
     weights = load(path)
     for name, value in weights.items():
