@@ -1,5 +1,5 @@
 // Every schema of relops: the table of contents of the C++ side. Kernels register themselves where they are defined
-// (cpu/<op>.cpp, cuda/<op>.cu); checks for users, fakes, autograd and autocast are in relops/ops/<op>.py.
+// (<family>/cpu*.cpp, <family>/cuda*.cu); checks for users, fakes, autograd and autocast are in relops/ops/<op>.py.
 //
 // An op with a leading underscore is the backward of the op it is named after. Its *_grad flags say which gradients
 // are wanted; one not asked for comes back as an empty tensor of one dimension. input and inputs are given to the

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
+#include "common/cpu/isa.h"
 
 PYBIND11_MODULE(_C, m) {
   m.def(

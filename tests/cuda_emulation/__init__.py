@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, on the emulation in cuda_runtime.h, as ops of the namespace relops_emulated."""
+"""Builds the CUDA sources of csrc for the CPU, on the emulation in cuda_runtime.h, as ops of the namespace relops_emulated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def translate(source: str) -> str:
 def build() -> Path:
     """Compiles what changed since the last time, and gives the library to load with torch.ops.load_library."""
     folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
-    (folder / "cuda").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"lib{NAMESPACE}.so"
     target = sum(part << shift for part, shift in zip(_library.MINIMUM_TORCH, (56, 48)))
     flags = [
@@ -64,9 +64,10 @@ def build() -> Path:
     ]
     with FileLock(folder / "lock"):  # of the processes of one run of the tests the first builds
         objects = []
-        for path in [CSRC / "library.cpp", *sorted((CSRC / "cuda").iterdir())]:
-            name, source = f"cuda/{path.name}", translate(path.read_text())
+        for path in [CSRC / "library.cpp", *sorted(CSRC.rglob("*.cu")), *sorted(CSRC.rglob("*.cuh"))]:
+            name, source = path.relative_to(CSRC), translate(path.read_text())
             translated = folder / name
+            translated.parent.mkdir(parents=True, exist_ok=True)
             if not translated.exists() or translated.read_text() != source:
                 translated.write_text(source)
             if path.suffix in (".cpp", ".cu"):

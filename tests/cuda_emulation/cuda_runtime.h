@@ -1,4 +1,4 @@
-// Enough of CUDA to run csrc/cuda on a CPU, in tests, where there is no GPU: it checks what kernels compute, not how
+// Enough of CUDA to run the CUDA sources of csrc on a CPU, in tests, where there is no GPU: it checks what kernels compute, not how
 // fast.
 //
 // Blocks run one after the other. The threads of a block are fibers, switched only where they wait for one another

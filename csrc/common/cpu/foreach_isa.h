@@ -1,0 +1,55 @@
+// Compiles the file named by RELOPS_KERNEL once per instruction set, each time in a namespace of its own:
+//
+//   #define RELOPS_KERNEL "<family>/cpu_kernel.h"
+//   #include "common/cpu/foreach_isa.h"
+//   ...
+//   RELOPS_CALL_ISA(kernel<float>, arguments);
+//
+// The kernel file includes common/cpu/simd.h, has no include guard, includes nothing from the standard library (whatever it
+// needs is included before, outside the target regions) and defines everything in namespace relops::RELOPS_ISA.
+
+#include "common/cpu/batch.h"
+#include "common/cpu/isa.h"
+#include "common/series.h"
+
+#define RELOPS_ISA baseline
+#define RELOPS_VECTOR_BYTES 16
+#include RELOPS_KERNEL
+#undef RELOPS_ISA
+#undef RELOPS_VECTOR_BYTES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define RELOPS_ISA avx2
+#define RELOPS_VECTOR_BYTES 32
+#include RELOPS_KERNEL
+#undef RELOPS_ISA
+#undef RELOPS_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define RELOPS_ISA avx512
+#define RELOPS_VECTOR_BYTES 64
+#include RELOPS_KERNEL
+#undef RELOPS_ISA
+#undef RELOPS_VECTOR_BYTES
+#pragma GCC pop_options
+
+#define RELOPS_CALL_ISA(kernel, ...)           \
+  switch (::relops::isa()) {                   \
+    case ::relops::Isa::kAvx512:               \
+      ::relops::avx512::kernel(__VA_ARGS__);   \
+      break;                                   \
+    case ::relops::Isa::kAvx2:                 \
+      ::relops::avx2::kernel(__VA_ARGS__);     \
+      break;                                   \
+    default:                                   \
+      ::relops::baseline::kernel(__VA_ARGS__); \
+  }
+
+#else
+#define RELOPS_CALL_ISA(kernel, ...) ::relops::baseline::kernel(__VA_ARGS__)
+#endif
