@@ -1,7 +1,8 @@
 // Geometry of boxes (x1, y1, x2, y2): the one expression of IoU, for host and device, scalars and vectors.
 //
-// F is float, double, or a vector of them (common/cpu/simd.h), whose comparisons and ?: work lane by lane. Every function is
-// a fixed sequence of rounded operations, so that the result is the same bit for bit wherever it is computed.
+// F is float, double, or a vector of them (common/cpu/simd.h), whose comparisons and ?: work lane by lane. Every
+// function is a fixed sequence of rounded operations, so that the result is the same bit for bit wherever it is
+// computed.
 #pragma once
 
 #include "common/host_device.h"

@@ -10,8 +10,8 @@
 #define RELOPS_HOST_DEVICE_INLINE __host__ __device__ __forceinline__
 #else
 #define RELOPS_HOST_DEVICE
-// Always: templates that take vectors of common/cpu/simd.h are instantiated for the instruction set of the file, not of the
-// caller, so that a call which is left over would pass these vectors where they are not expected.
+// Always: templates that take vectors of common/cpu/simd.h are instantiated for the instruction set of the file, not of
+// the caller, so that a call which is left over would pass these vectors where they are not expected.
 #define RELOPS_HOST_DEVICE_INLINE inline __attribute__((always_inline))
 #endif
 

@@ -1,4 +1,5 @@
-// Power series of sine, cosine and logarithm, for host and device. F is float, double or a vector of them (common/cpu/simd.h).
+// Power series of sine, cosine and logarithm, for host and device. F is float, double or a vector of them
+// (common/cpu/simd.h).
 #pragma once
 
 #include "common/host_device.h"

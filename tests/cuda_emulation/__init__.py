@@ -1,4 +1,4 @@
-"""Builds the CUDA sources of csrc for the CPU, on the emulation in cuda_runtime.h, as ops of the namespace relops_emulated."""
+"""Builds the CUDA sources for the CPU, on the emulation in cuda_runtime.h, as ops of the namespace relops_emulated."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@
 //   ...
 //   RELOPS_CALL_ISA(kernel<float>, arguments);
 //
-// The kernel file includes common/cpu/simd.h, has no include guard, includes nothing from the standard library (whatever it
-// needs is included before, outside the target regions) and defines everything in namespace relops::RELOPS_ISA.
+// The kernel file includes common/cpu/simd.h, has no include guard, includes nothing from the standard library
+// (whatever it needs is included before, outside the target regions) and defines everything in namespace
+// relops::RELOPS_ISA.
 
 #include "common/cpu/batch.h"
 #include "common/cpu/isa.h"
