@@ -1,11 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include "assignment/problem.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "assignment/problem.h"
 #include "common/cpu/work.h"
 
 namespace relops {

@@ -1,10 +1,6 @@
 // IoU is to be the same bit for bit in every lane and on every device: no multiplication fused with an addition.
 #pragma GCC optimize("fp-contract=off")
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -7,18 +7,18 @@
 namespace relops {
 
 // c + x (d + x (...)). F: float, double or a vector of either.
-template <class F, class C>
-RELOPS_HOST_DEVICE_INLINE F polynomial(F x, C c, C d) {
+template <class F, class Coefficient>
+RELOPS_HOST_DEVICE_INLINE F polynomial(F x, Coefficient c, Coefficient d) {
   return x * d + c;
 }
-template <class F, class C, class... Rest>
-RELOPS_HOST_DEVICE_INLINE F polynomial(F x, C c, Rest... rest) {
+template <class F, class Coefficient, class... Rest>
+RELOPS_HOST_DEVICE_INLINE F polynomial(F x, Coefficient c, Rest... rest) {
   return polynomial(x, rest...) * x + c;
 }
 
 // In powers of u = r^2: sin(pi r) / r and cos(pi r) for |r| <= 1/2, and log2((1 + r) / (1 - r)) / r for mantissas
 // (1 + r) / (1 - r) from sqrt(1/2) to sqrt(2).
-template <class C>
+template <class Compute>
 struct Series;
 // Minimax: errors 4e-9 (sine) and 5e-8 (cosine) before rounding.
 template <>

@@ -1,11 +1,5 @@
 #include <torch/csrc/stable/ops.h>
 
-#include "deform_attn/problem.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,6 +10,7 @@
 #include <vector>
 
 #include "common/cpu/work.h"
+#include "deform_attn/problem.h"
 
 namespace relops {
 

@@ -1,9 +1,3 @@
-#include "local_relation/problem.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +7,7 @@
 #include <vector>
 
 #include "common/cpu/work.h"
+#include "local_relation/problem.h"
 
 namespace relops {
 

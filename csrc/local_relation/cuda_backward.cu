@@ -291,7 +291,7 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
   if (a.grad_key.data != nullptr || a.grad_value.data != nullptr || prior)
     inputs.run(local_relation_inputs_kernel<T, kSimilarity, true>, local_relation_inputs_kernel<T, kSimilarity, false>,
                stream);
-  if (prior) launch_sum_of_shares<C>(r.op, inputs.p.shares, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
+  if (prior) launch_sum_of_partials<C>(r.op, inputs.p.shares, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
 }
 
 #define RELOPS_INSTANTIATE(T)                                                                          \

@@ -1,9 +1,3 @@
-#include "rank_embedding/problem.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +7,7 @@
 #include <vector>
 
 #include "common/cpu/work.h"
+#include "rank_embedding/problem.h"
 
 #define RELOPS_KERNEL "rank_embedding/cpu_kernel.h"
 #include "common/cpu/foreach_isa.h"

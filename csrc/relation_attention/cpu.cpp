@@ -1,9 +1,3 @@
-#include "relation_attention/problem.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -15,6 +9,7 @@
 #include <vector>
 
 #include "common/cpu/work.h"
+#include "relation_attention/problem.h"
 
 namespace relops {
 

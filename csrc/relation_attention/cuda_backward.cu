@@ -375,12 +375,13 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
   relation_attention_backward_kernel<T, kExact, kOfKeys, kOfBoxes><<<blocks, kHeadThreads, kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (split) launch_sum_of_shares<C>(RelationAttention::op, p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
+  if (split) launch_sum_of_partials<C>(RelationAttention::op, p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
   if (of_weights && a.grad_weight != nullptr)
-    launch_sum_of_shares<C>(RelationAttention::op, p.of_weight, shares, share, a.M * kEmbedding, a.grad_weight, stream);
+    launch_sum_of_partials<C>(RelationAttention::op, p.of_weight, shares, share, a.M * kEmbedding, a.grad_weight,
+                              stream);
   if (of_weights && a.grad_bias != nullptr)
-    launch_sum_of_shares<C>(RelationAttention::op, p.of_weight + a.M * kEmbedding, shares, share, a.M, a.grad_bias,
-                            stream);
+    launch_sum_of_partials<C>(RelationAttention::op, p.of_weight + a.M * kEmbedding, shares, share, a.M, a.grad_bias,
+                              stream);
 }
 
 // The gradients of boxes, which few want, take registers that would halve the blocks of a multiprocessor.
@@ -407,7 +408,7 @@ void relation_attention_backward(const RelationAttention& r, const RelationAtten
   C* const delta = static_cast<C*>(memory.mutable_data_ptr());
   if constexpr (sizeof(T) == 2) {
     launch_delta(a, delta, stream);
-    if (shares > 1) launch_sum_of_shares(r.op, delta, shares, rows, rows, delta, stream);
+    if (shares > 1) launch_sum_of_partials(r.op, delta, shares, rows, rows, delta, stream);
   } else {
     relation_delta_kernel<T><<<grid_size(r.op, ceil_div(rows, kDeltaWarps)), kDeltaThreads, 0, stream>>>(a, delta);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

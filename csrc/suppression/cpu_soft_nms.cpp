@@ -1,10 +1,6 @@
 // A fused multiplication and addition would give other scores than other processors and CUDA.
 #pragma GCC optimize("fp-contract=off")
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -5,13 +5,11 @@
 //   ...
 //   RELOPS_CALL_ISA(kernel<float>, arguments);
 //
-// The kernel file includes common/cpu/simd.h, has no include guard, includes nothing from the standard library
-// (whatever it needs is included before, outside the target regions) and defines everything in namespace
-// relops::RELOPS_ISA.
+// The kernel file includes common/cpu/simd.h, has no include guard, and defines everything in namespace
+// relops::RELOPS_ISA. Other headers that it includes have one and are included before this file is, outside the regions
+// of the instruction sets: kernel_includes.h has those that most need.
 
-#include "common/cpu/batch.h"
-#include "common/cpu/isa.h"
-#include "common/series.h"
+#include "common/cpu/kernel_includes.h"
 
 #define RELOPS_ISA baseline
 #define RELOPS_VECTOR_BYTES 16

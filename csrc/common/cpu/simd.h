@@ -1,15 +1,22 @@
 // Vectors of one instruction set, for kernel files compiled by foreach_isa.h (hence no include guard).
 //
-// Vec<C> holds kLanes<C> values of the compute type C (float or double) in the widest register of the set; arithmetic,
-// comparisons and ?: on it are the compiler's own (GCC vector extensions). Features stored in 16 bits are converted
-// as they are loaded and stored.
+// Vec<Compute> holds kLanes<Compute> values of the compute type Compute (float or double) in the widest register of the
+// set; arithmetic, comparisons and ?: on it are the compiler's own (GCC vector extensions). Features stored in 16 bits
+// are converted as they are loaded and stored.
+
+#include "common/cpu/kernel_includes.h"
+
+#ifndef RELOPS_ISA  // for whoever reads a kernel file alone; foreach_isa.h defines them
+#define RELOPS_ISA baseline
+#define RELOPS_VECTOR_BYTES 16
+#endif
 
 namespace relops::RELOPS_ISA {
 
-template <class C>
-constexpr int64_t kLanes = RELOPS_VECTOR_BYTES / sizeof(C);
+template <class Compute>
+constexpr int64_t kLanes = RELOPS_VECTOR_BYTES / sizeof(Compute);
 
-template <class C>
+template <class Compute>
 struct VecTypes;
 template <>
 struct VecTypes<float> {
@@ -28,42 +35,42 @@ struct VecTypes<double> {
   typedef int64_t IntMem __attribute__((vector_size(RELOPS_VECTOR_BYTES), aligned(8), may_alias));
 };
 
-template <class C>
-using Vec = typename VecTypes<C>::Float;
-// Integers as wide as C, so that comparisons of Vec<C> are masks for both.
-template <class C>
-using VecInt = typename VecTypes<C>::Int;
-template <class C>
-using Int = typename VecTypes<C>::Scalar;
+template <class Compute>
+using Vec = typename VecTypes<Compute>::Float;
+// Integers as wide as Compute, so that comparisons of Vec<Compute> are masks for both.
+template <class Compute>
+using VecInt = typename VecTypes<Compute>::Int;
+template <class Compute>
+using Int = typename VecTypes<Compute>::Scalar;
 
-template <class C>
-inline Vec<C> broadcast(C x) {
-  return x - Vec<C>{};
+template <class Compute>
+inline Vec<Compute> broadcast(Compute x) {
+  return x - Vec<Compute>{};
 }
 
-template <class C>
-inline VecInt<C> broadcast_int(Int<C> x) {
-  return x - VecInt<C>{};
+template <class Compute>
+inline VecInt<Compute> broadcast_int(Int<Compute> x) {
+  return x - VecInt<Compute>{};
 }
 
-template <class C>
-inline Vec<C> load(const C* p) {
-  return *reinterpret_cast<const typename VecTypes<C>::FloatMem*>(p);
+template <class Compute>
+inline Vec<Compute> load(const Compute* p) {
+  return *reinterpret_cast<const typename VecTypes<Compute>::FloatMem*>(p);
 }
 
-template <class C>
-inline VecInt<C> load_int(const Int<C>* p) {
-  return *reinterpret_cast<const typename VecTypes<C>::IntMem*>(p);
+template <class Compute>
+inline VecInt<Compute> load_int(const Int<Compute>* p) {
+  return *reinterpret_cast<const typename VecTypes<Compute>::IntMem*>(p);
 }
 
-template <class C>
-inline void store(C* p, Vec<C> v) {
-  *reinterpret_cast<typename VecTypes<C>::FloatMem*>(p) = v;
+template <class Compute>
+inline void store(Compute* p, Vec<Compute> v) {
+  *reinterpret_cast<typename VecTypes<Compute>::FloatMem*>(p) = v;
 }
 
-template <class C>
-inline void store_int(Int<C>* p, VecInt<C> v) {
-  *reinterpret_cast<typename VecTypes<C>::IntMem*>(p) = v;
+template <class Compute>
+inline void store_int(Int<Compute>* p, VecInt<Compute> v) {
+  *reinterpret_cast<typename VecTypes<Compute>::IntMem*>(p) = v;
 }
 
 typedef uint16_t HalfBits __attribute__((vector_size(RELOPS_VECTOR_BYTES / 2)));
@@ -136,10 +143,10 @@ inline Vec<double> gather(const double* p, VecInt<double> at) {
   return (Vec<double>)_mm512_mask_i64gather_pd(_mm512_setzero_pd(), 0xff, (__m512i)at, p, 8);
 }
 #else
-template <class C>
-inline Vec<C> gather(const C* p, VecInt<C> at) {
-  Vec<C> v;
-  for (int j = 0; j < kLanes<C>; ++j) v[j] = p[at[j]];
+template <class Compute>
+inline Vec<Compute> gather(const Compute* p, VecInt<Compute> at) {
+  Vec<Compute> v;
+  for (int j = 0; j < kLanes<Compute>; ++j) v[j] = p[at[j]];
   return v;
 }
 #endif
@@ -147,13 +154,13 @@ inline Vec<C> gather(const C* p, VecInt<C> at) {
 // dst[0..n) = src[0..n), converted.
 template <class To, class From>
 inline void convert(const From* src, To* dst, int64_t n) {
-  using C = ComputeType<To>;
-  constexpr int64_t W = kLanes<C>;
+  using Compute = ComputeType<To>;
+  constexpr int64_t V = kLanes<Compute>;
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(dst + i, load(src + i));
+  for (; i + V <= n; i += V) store(dst + i, load(src + i));
   if (i == n) return;
-  alignas(RELOPS_VECTOR_BYTES) From in[W] = {};
-  alignas(RELOPS_VECTOR_BYTES) To out[W];
+  alignas(RELOPS_VECTOR_BYTES) From in[V] = {};
+  alignas(RELOPS_VECTOR_BYTES) To out[V];
   for (int64_t j = i; j < n; ++j) in[j - i] = src[j];
   store(out, load(in));
   for (int64_t j = i; j < n; ++j) dst[j] = out[j - i];
@@ -161,81 +168,82 @@ inline void convert(const From* src, To* dst, int64_t n) {
 
 // The vector whose lane j is f(j). Built from an initialiser, which the compiler turns into a constant; lanes assigned
 // in a loop it may insert one by one at run time.
-template <class C, class F, size_t... J>
-inline VecInt<C> lanes(F f, std::index_sequence<J...>) {
-  return VecInt<C>{f(static_cast<Int<C>>(J))...};
+template <class Compute, class F, size_t... J>
+inline VecInt<Compute> lanes(F f, std::index_sequence<J...>) {
+  return VecInt<Compute>{f(static_cast<Int<Compute>>(J))...};
 }
-template <class C, class F>
-inline VecInt<C> lanes(F f) {
-  return lanes<C>(f, std::make_index_sequence<kLanes<C>>{});
+template <class Compute, class F>
+inline VecInt<Compute> lanes(F f) {
+  return lanes<Compute>(f, std::make_index_sequence<kLanes<Compute>>{});
 }
 
-// Lane j of the result is the sum of the lanes of v[j]. Each level adds halves of two vectors into one, so that W sums
-// cost W - 1 additions instead of W log2(W).
-template <class C, int kDistance = kLanes<C> / 2>
-inline Vec<C> transpose_sum(Vec<C>* v) {
+// Lane j of the result is the sum of the lanes of v[j]. Each level adds halves of two vectors into one, so that V sums
+// cost V - 1 additions instead of V log2(V).
+template <class Compute, int kDistance = kLanes<Compute> / 2>
+inline Vec<Compute> transpose_sum(Vec<Compute>* v) {
   if constexpr (kDistance == 0) {
     return v[0];
   } else {
-    constexpr Int<C> W = kLanes<C>;
+    constexpr Int<Compute> V = kLanes<Compute>;
     // In the numbering of __builtin_shuffle: a's lanes, then b's.
-    const VecInt<C> keep = lanes<C>([](Int<C> j) { return (j & kDistance ? W : 0) + j; });
-    const VecInt<C> cross = lanes<C>([](Int<C> j) { return (j & kDistance ? W : 0) + (j ^ kDistance); });
+    const VecInt<Compute> keep = lanes<Compute>([](Int<Compute> j) { return (j & kDistance ? V : 0) + j; });
+    const VecInt<Compute> cross =
+        lanes<Compute>([](Int<Compute> j) { return (j & kDistance ? V : 0) + (j ^ kDistance); });
     for (int i = 0; i < kDistance; ++i)
       v[i] = __builtin_shuffle(v[i], v[i + kDistance], keep) + __builtin_shuffle(v[i], v[i + kDistance], cross);
-    return transpose_sum<C, kDistance / 2>(v);
+    return transpose_sum<Compute, kDistance / 2>(v);
   }
 }
 
-// v[i][j] becomes v[j][i]: log2(W) rounds, each of which exchanges blocks of lanes between vectors kDistance apart.
-template <class C, int kDistance = kLanes<C> / 2>
-inline void transpose(Vec<C>* v) {
+// v[i][j] becomes v[j][i]: log2(V) rounds, each of which exchanges blocks of lanes between vectors kDistance apart.
+template <class Compute, int kDistance = kLanes<Compute> / 2>
+inline void transpose(Vec<Compute>* v) {
   if constexpr (kDistance > 0) {
-    constexpr Int<C> W = kLanes<C>;
-    const VecInt<C> upper = lanes<C>([](Int<C> j) { return j & kDistance ? W + j - kDistance : j; });
-    const VecInt<C> lower = lanes<C>([](Int<C> j) { return j & kDistance ? W + j : j + kDistance; });
-    for (int i = 0; i < W; ++i) {
+    constexpr Int<Compute> V = kLanes<Compute>;
+    const VecInt<Compute> upper = lanes<Compute>([](Int<Compute> j) { return j & kDistance ? V + j - kDistance : j; });
+    const VecInt<Compute> lower = lanes<Compute>([](Int<Compute> j) { return j & kDistance ? V + j : j + kDistance; });
+    for (int i = 0; i < V; ++i) {
       if (i & kDistance) continue;
-      const Vec<C> a = v[i], b = v[i + kDistance];
+      const Vec<Compute> a = v[i], b = v[i + kDistance];
       v[i] = __builtin_shuffle(a, b, upper);
       v[i + kDistance] = __builtin_shuffle(a, b, lower);
     }
-    transpose<C, kDistance / 2>(v);
+    transpose<Compute, kDistance / 2>(v);
   }
 }
 
 // Folds the lanes of v into one value with the associative f.
-template <class C, int kDistance = kLanes<C> / 2, class F>
-inline C fold(Vec<C> v, F f) {
+template <class Compute, int kDistance = kLanes<Compute> / 2, class F>
+inline Compute fold(Vec<Compute> v, F f) {
   if constexpr (kDistance == 0) {
     return v[0];
   } else {
-    const VecInt<C> other = lanes<C>([](Int<C> j) { return j ^ kDistance; });
-    return fold<C, kDistance / 2>(f(v, (Vec<C>)__builtin_shuffle(v, other)), f);
+    const VecInt<Compute> other = lanes<Compute>([](Int<Compute> j) { return j ^ kDistance; });
+    return fold<Compute, kDistance / 2>(f(v, (Vec<Compute>)__builtin_shuffle(v, other)), f);
   }
 }
 
-template <class C>
-inline C sum(Vec<C> v) {
-  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
+template <class Compute>
+inline Compute sum(Vec<Compute> v) {
+  return fold<Compute>(v, [](Vec<Compute> a, Vec<Compute> b) { return a + b; });
 }
 
 // A mask's lanes as bits.
-template <class C>
-inline unsigned mask_bits(VecInt<C> mask) {
+template <class Compute>
+inline unsigned mask_bits(VecInt<Compute> mask) {
 #if RELOPS_VECTOR_BYTES == 64
-  if constexpr (sizeof(C) == 4)
+  if constexpr (sizeof(Compute) == 4)
     return _mm512_movepi32_mask((__m512i)mask);
   else
     return _mm512_movepi64_mask((__m512i)mask);
 #elif RELOPS_VECTOR_BYTES == 32
-  if constexpr (sizeof(C) == 4)
+  if constexpr (sizeof(Compute) == 4)
     return _mm256_movemask_ps((__m256)mask);
   else
     return _mm256_movemask_pd((__m256d)mask);
 #else
   unsigned bits = 0;
-  for (int j = 0; j < kLanes<C>; ++j) bits |= (mask[j] & 1u) << j;
+  for (int j = 0; j < kLanes<Compute>; ++j) bits |= (mask[j] & 1u) << j;
   return bits;
 #endif
 }
@@ -286,39 +294,39 @@ inline unsigned equal_bits(Vec<double> a, Vec<double> b) {
 }
 
 // From pairs p[0], p[1], .. to the first and the second of each.
-template <class C>
-inline void load_pairs(const C* p, Vec<C>& first, Vec<C>& second) {
-  const Vec<C> low = load(p), high = load(p + kLanes<C>);
-  first = __builtin_shuffle(low, high, lanes<C>([](Int<C> j) { return 2 * j; }));
-  second = __builtin_shuffle(low, high, lanes<C>([](Int<C> j) { return 2 * j + 1; }));
+template <class Compute>
+inline void load_pairs(const Compute* p, Vec<Compute>& first, Vec<Compute>& second) {
+  const Vec<Compute> low = load(p), high = load(p + kLanes<Compute>);
+  first = __builtin_shuffle(low, high, lanes<Compute>([](Int<Compute> j) { return 2 * j; }));
+  second = __builtin_shuffle(low, high, lanes<Compute>([](Int<Compute> j) { return 2 * j + 1; }));
 }
 
-template <class C>
-inline void store_pairs(C* p, Vec<C> first, Vec<C> second) {
-  constexpr Int<C> W = kLanes<C>;
-  const VecInt<C> low = lanes<C>([](Int<C> j) { return j / 2 + (j % 2 ? W : 0); });
-  store(p, (Vec<C>)__builtin_shuffle(first, second, low));
-  store(p + W, (Vec<C>)__builtin_shuffle(first, second, low + W / 2));
+template <class Compute>
+inline void store_pairs(Compute* p, Vec<Compute> first, Vec<Compute> second) {
+  constexpr Int<Compute> V = kLanes<Compute>;
+  const VecInt<Compute> low = lanes<Compute>([](Int<Compute> j) { return j / 2 + (j % 2 ? V : 0); });
+  store(p, (Vec<Compute>)__builtin_shuffle(first, second, low));
+  store(p + V, (Vec<Compute>)__builtin_shuffle(first, second, low + V / 2));
 }
 
-template <class C, int N>
-using Batch = VectorBatch<Vec<C>, N>;
+template <class Compute, int N>
+using Batch = VectorBatch<Vec<Compute>, N>;
 
 // v[i] = f(i)
-template <class C, int N, class F>
-RELOPS_HOST_DEVICE_INLINE Batch<C, N> batch(F f) {
-  Batch<C, N> x;
+template <class Compute, int N, class F>
+RELOPS_HOST_DEVICE_INLINE Batch<Compute, N> batch(F f) {
+  Batch<Compute, N> x;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x.v[i] = f(i);
   return x;
 }
 
 // Calls f(k, count) for the vectors of lanes k, k + 1, .. of `lanes`: N of them where there are so many, else 1.
-template <class C, int N, class F>
+template <class Compute, int N, class F>
 RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
   int64_t k = 0;
-  for (; k + N * kLanes<C> <= lanes; k += N * kLanes<C>) f(k, std::integral_constant<int, N>{});
-  for (; k < lanes; k += kLanes<C>) f(k, std::integral_constant<int, 1>{});
+  for (; k + N * kLanes<Compute> <= lanes; k += N * kLanes<Compute>) f(k, std::integral_constant<int, N>{});
+  for (; k < lanes; k += kLanes<Compute>) f(k, std::integral_constant<int, 1>{});
 }
 
 // e^x to about 1 unit in the last place, for x that do not overflow; NaN stays NaN. In float what is below the normal
@@ -362,20 +370,20 @@ inline Batch<double, N> exponential_of_softmax(Batch<double, N> x) {
 }
 
 // In place over p[0..padded), padded a multiple of the lanes; entries from n on become 0.
-template <class C>
-inline void softmax(C* p, int64_t n, int64_t padded) {
-  for (int64_t i = n; i < padded; ++i) p[i] = -std::numeric_limits<C>::infinity();
-  Vec<C> tops = load(p);
-  for (int64_t i = kLanes<C>; i < padded; i += kLanes<C>) tops = maximum(load(p + i), tops);
-  const C top = fold<C>(tops, [](Vec<C> a, Vec<C> b) { return maximum(a, b); });
-  Vec<C> total = {};
-  for (int64_t i = 0; i < padded; i += kLanes<C>) {
-    const Vec<C> e = exponential(Batch<C, 1>{{load(p + i) - top}}).v[0];
+template <class Compute>
+inline void softmax(Compute* p, int64_t n, int64_t padded) {
+  for (int64_t i = n; i < padded; ++i) p[i] = -std::numeric_limits<Compute>::infinity();
+  Vec<Compute> tops = load(p);
+  for (int64_t i = kLanes<Compute>; i < padded; i += kLanes<Compute>) tops = maximum(load(p + i), tops);
+  const Compute top = fold<Compute>(tops, [](Vec<Compute> a, Vec<Compute> b) { return maximum(a, b); });
+  Vec<Compute> total = {};
+  for (int64_t i = 0; i < padded; i += kLanes<Compute>) {
+    const Vec<Compute> e = exponential(Batch<Compute, 1>{{load(p + i) - top}}).v[0];
     store(p + i, e);
     total += e;
   }
-  const C scale = 1 / sum<C>(total);
-  for (int64_t i = 0; i < padded; i += kLanes<C>) store(p + i, load(p + i) * scale);
+  const Compute scale = 1 / sum<Compute>(total);
+  for (int64_t i = 0; i < padded; i += kLanes<Compute>) store(p + i, load(p + i) * scale);
 }
 
 }  // namespace relops::RELOPS_ISA

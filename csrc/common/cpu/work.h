@@ -61,9 +61,9 @@ inline int64_t threads_for(double nanoseconds) {
 }
 
 // Vectors that so many values fill, for such estimates.
-template <class C>
+template <class Compute>
 double vectors_of(double values) {
-  return values * sizeof(C) / vector_bytes(isa());
+  return values * sizeof(Compute) / vector_bytes(isa());
 }
 
 // Each thread makes a worker of its own, make(), and calls worker(item) for items that it takes one at a time, so that

@@ -130,16 +130,16 @@ __device__ __forceinline__ T* row_at(T* p, int row, unsigned stride) {
 }
 
 // Sum over a group of 2^k neighbouring lanes; every lane of the warp must call it.
-template <class C>
-__device__ __forceinline__ C group_sum(C x, int group) {
+template <class Compute>
+__device__ __forceinline__ Compute group_sum(Compute x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
   return x;
 }
 
-template <class C>
-__device__ __forceinline__ C group_max(C x, int group) {
+template <class Compute>
+__device__ __forceinline__ Compute group_max(Compute x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) {
-    const C other = __shfl_xor_sync(kAll, x, distance);
+    const Compute other = __shfl_xor_sync(kAll, x, distance);
     x = other > x ? other : x;
   }
   return x;

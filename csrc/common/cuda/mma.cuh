@@ -93,7 +93,7 @@ __device__ __forceinline__ void mma(ComputeType<T> (&c)[4], const T (&a)[2][kLan
 // Operands, and what their rounding left over.
 template <class T, bool kExact>
 struct MmaSplit {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   static __device__ __forceinline__ void stored(T x, T& high, T& rest) {
     if constexpr (std::is_same_v<T, float>)
@@ -102,10 +102,10 @@ struct MmaSplit {
       high = x;
   }
 
-  static __device__ __forceinline__ void sum(C x, T& high, T& rest) {
+  static __device__ __forceinline__ void sum(Compute x, T& high, T& rest) {
     if constexpr (!std::is_same_v<T, float>) {
       high = static_cast<T>(x);
-      rest = static_cast<T>(x - static_cast<C>(high));
+      rest = static_cast<T>(x - static_cast<Compute>(high));
     } else if constexpr (kExact) {
       // Rounded to nearest; a NaN may become a zero here, but not what is left of it.
       high = std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u);
