@@ -1,5 +1,5 @@
 // The Python module relops._C: facts about the build. No tensor passes through it; importing it loads the library whose
-// static initialisers register the schemas and the CPU kernels.
+// static initializers register the schemas and the CPU kernels.
 
 #include <pybind11/pybind11.h>
 

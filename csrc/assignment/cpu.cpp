@@ -1,34 +1,10 @@
-#include <torch/csrc/stable/library.h>
+// linear_sum_assignment on the CPU: sizes are checked and results allocated here, and threads take problems in turn;
+// the search is in cpu_kernel.h, which says what binds it.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <type_traits>
-#include <utility>
-#include <vector>
 
-#include "assignment/problem.h"
-#include "common/cpu/work.h"
-
-namespace relops {
-
-// What the kernel is called with. T: costs.
-template <class T>
-struct AssignmentArgs {
-  int64_t B, R, C;
-  const T* cost;            // [B,R,C]
-  const int64_t* num_rows;  // [B], null: all
-  const int64_t* num_cols;  // [B], null: all
-  bool maximize;
-  int64_t* row_to_col;  // [B,R]
-  int64_t* col_to_row;  // [B,C]
-};
-
-}  // namespace relops
+#include "assignment/cpu_args.h"
 
 #define RELOPS_KERNEL "assignment/cpu_kernel.h"
 #include "common/cpu/foreach_isa.h"

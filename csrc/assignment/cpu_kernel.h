@@ -1,10 +1,11 @@
-// The linear assignment problem on the CPU; compiled once per instruction set by foreach_isa.h.
+// linear_sum_assignment on the CPU; compiled once per instruction set by foreach_isa.h.
 //
 // An item of work is a problem. Its costs are first packed: the smaller side as rows, float64 for float64 costs and
 // else float32, rows of whole vectors that end in infinite costs, which no minimum takes. The search then scans rows,
 // a vector of columns at a time: five operations a vector, with the row coming from the second-level cache in the
 // usual sizes, and distances, prices and predecessors from the first.
 
+#include "assignment/cpu_args.h"
 #include "common/cpu/simd.h"
 
 namespace relops::RELOPS_ISA {
@@ -176,24 +177,24 @@ class Search {
 
 // Costs as they are packed: negated for a maximum, infinite where forbidden; and what the scale depends on. By value in
 // the loops below: behind a reference, GCC would write it to memory at every step.
-template <class C>
+template <class Compute>
 struct Packing {
-  const VecInt<C> sign;
-  Vec<C> largest = {};           // magnitude of permitted costs
-  VecInt<C> any_forbidden = {};  // a mask
+  const VecInt<Compute> sign;
+  Vec<Compute> largest = {};           // magnitude of permitted costs
+  VecInt<Compute> any_forbidden = {};  // a mask
 
-  explicit Packing(bool maximize) : sign((VecInt<C>)broadcast(maximize ? C(-0.0) : C(0.0))) {}
+  explicit Packing(bool maximize) : sign((VecInt<Compute>)broadcast(maximize ? Compute(-0.0) : Compute(0.0))) {}
 
   // Lanes from n on are not of the problem. Selections only: GCC 12 combines two masks bit by bit.
-  Vec<C> operator()(Vec<C> x, int64_t n) {
-    constexpr C kForbidden = std::numeric_limits<C>::infinity();
-    const VecInt<C> lane = lanes<C>([](Int<C> j) { return j; }), count = broadcast_int<C>(n);
-    x = lane < count ? x : Vec<C>{};
-    const Vec<C> magnitude = (Vec<C>)((VecInt<C>)x & ~(VecInt<C>)broadcast(C(-0.0)));
-    const Vec<C> permitted = magnitude < kForbidden ? magnitude : Vec<C>{};
+  Vec<Compute> operator()(Vec<Compute> x, int64_t n) {
+    constexpr Compute kForbidden = std::numeric_limits<Compute>::infinity();
+    const VecInt<Compute> lane = lanes<Compute>([](Int<Compute> j) { return j; }), count = broadcast_int<Compute>(n);
+    x = lane < count ? x : Vec<Compute>{};
+    const Vec<Compute> magnitude = (Vec<Compute>)((VecInt<Compute>)x & ~(VecInt<Compute>)broadcast(Compute(-0.0)));
+    const Vec<Compute> permitted = magnitude < kForbidden ? magnitude : Vec<Compute>{};
     largest = permitted > largest ? permitted : largest;
-    any_forbidden |= magnitude < kForbidden ? VecInt<C>{} : broadcast_int<C>(-1);
-    x = magnitude < kForbidden ? (Vec<C>)((VecInt<C>)x ^ sign) : broadcast(kForbidden);
+    any_forbidden |= magnitude < kForbidden ? VecInt<Compute>{} : broadcast_int<Compute>(-1);
+    x = magnitude < kForbidden ? (Vec<Compute>)((VecInt<Compute>)x ^ sign) : broadcast(kForbidden);
     return lane < count ? x : broadcast(kForbidden);
   }
 };
@@ -211,34 +212,36 @@ struct Size {
 };
 
 // Rows as they lie, of a tensor that ends at `end`.
-template <class T, class C>
-Packing<C> pack_rows(const T* cost, int64_t stride, const T* end, const Size& size, Packing<C> packing, C* out) {
+template <class T, class Compute>
+Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
+                           Compute* out) {
   for (int64_t i = 0; i < size.n; ++i, cost += stride, out += size.columns)
-    for (int64_t j = 0; j < size.columns; j += kLanes<C>)
+    for (int64_t j = 0; j < size.columns; j += kLanes<Compute>)
       store(out + j, packing(load_before(cost + j, size.m - j, end), size.m - j));
   return packing;
 }
 
 // Columns become rows, by squares of as many as a vector has lanes.
-template <class T, class C>
-Packing<C> pack_columns(const T* cost, int64_t stride, const T* end, const Size& size, Packing<C> packing, C* out) {
-  constexpr int64_t W = kLanes<C>;
-  for (int64_t i = 0; i < size.columns; i += W)
-    for (int64_t j = 0; j < size.n; j += W) {
+template <class T, class Compute>
+Packing<Compute> pack_columns(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
+                              Compute* out) {
+  constexpr int64_t V = kLanes<Compute>;
+  for (int64_t i = 0; i < size.columns; i += V)
+    for (int64_t j = 0; j < size.n; j += V) {
       const int64_t n = size.n - j;
-      Vec<C> square[W];
-      for (int64_t k = 0; k < W; ++k)
+      Vec<Compute> square[V];
+      for (int64_t k = 0; k < V; ++k)
         square[k] = i + k < size.m ? packing(load_before(cost + (i + k) * stride + j, n, end), n)
-                                   : broadcast(static_cast<C>(kInfinity));
-      transpose<C>(square);
-      for (int64_t k = 0; k < std::min(W, n); ++k) store(out + (j + k) * size.columns + i, square[k]);
+                                   : broadcast(static_cast<Compute>(kInfinity));
+      transpose<Compute>(square);
+      for (int64_t k = 0; k < std::min(V, n); ++k) store(out + (j + k) * size.columns + i, square[k]);
     }
   return packing;
 }
 
 // Packed costs for the search, where some are forbidden or too large.
-template <class C, class S>
-void apply_scale(const C* packed, const Size& size, const CostScale& scale, S* out) {
+template <class Compute, class S>
+void apply_scale(const Compute* packed, const Size& size, const CostScale& scale, S* out) {
   for (int64_t i = 0; i < size.n; ++i, packed += size.columns, out += size.columns)
     for (int64_t j = 0; j < size.columns; ++j) {
       const double x = packed[j];
@@ -249,13 +252,13 @@ void apply_scale(const C* packed, const Size& size, const CostScale& scale, S* o
 template <class T>
 class Solver {
  public:
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   explicit Solver(const AssignmentArgs<T>& args)
       : a_(args),
         most_rows_(std::min(args.R, args.C)),
         most_columns_(round_up(std::max(args.R, args.C), 2 * kWide)),
-        packed_(scratch_.template take<C>(most_rows_ * most_columns_)),
+        packed_(scratch_.template take<Compute>(most_rows_ * most_columns_)),
         search_(scratch_, most_rows_, most_columns_) {}
 
   void operator()(int64_t b) {
@@ -267,14 +270,14 @@ class Solver {
     const Size size{std::min(r, c), m, round_up(m, 2 * kWide), r > c};
     if (size.n == 0) return;
     const T *cost = a_.cost + b * a_.R * a_.C, *end = a_.cost + a_.B * a_.R * a_.C;
-    const Packing<C> start(a_.maximize);
-    const Packing<C> packing = size.columns_are_rows ? pack_columns(cost, a_.C, end, size, start, packed_)
-                                                     : pack_rows(cost, a_.C, end, size, start, packed_);
-    const double largest = fold<C>(packing.largest, [](Vec<C> x, Vec<C> y) { return maximum(x, y); });
-    const bool forbids = mask_bits<C>(packing.any_forbidden) != 0;
+    const Packing<Compute> start(a_.maximize);
+    const Packing<Compute> packing = size.columns_are_rows ? pack_columns(cost, a_.C, end, size, start, packed_)
+                                                           : pack_rows(cost, a_.C, end, size, start, packed_);
+    const double largest = fold<Compute>(packing.largest, [](Vec<Compute> x, Vec<Compute> y) { return maximum(x, y); });
+    const bool forbids = mask_bits<Compute>(packing.any_forbidden) != 0;
     const CostScale scale = cost_scale(largest, static_cast<int>(size.n));
     if (!forbids && scale.scale == 1.0) return solve(search_, packed_, b, size, kInfinity);
-    if (scale.forbidden <= std::numeric_limits<C>::max()) {
+    if (scale.forbidden <= std::numeric_limits<Compute>::max()) {
       apply_scale(packed_, size, scale, packed_);
       return solve(search_, packed_, b, size, scale.forbidden);
     }
@@ -304,8 +307,8 @@ class Solver {
   const AssignmentArgs<T>& a_;
   int64_t most_rows_, most_columns_;
   Scratch scratch_;
-  C* packed_;
-  Search<C> search_;
+  Compute* packed_;
+  Search<Compute> search_;
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The linear assignment problem on CUDA.
+// linear_sum_assignment on CUDA.
 //
 // A block solves a problem; where the problem has more rows than columns, from a transposed copy, so that a row of the
 // search lies in one piece. A thread owns columns: what the search keeps of them, in shared memory where there is room,

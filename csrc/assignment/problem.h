@@ -1,4 +1,4 @@
-// The linear assignment problem: what both devices share, so that they take the same steps to the same assignment.
+// linear_sum_assignment: what both devices share, so that they take the same steps to the same assignment.
 //
 // A problem of n rows and m columns has n <= m: where it has more rows than columns, these change places. The search
 // is that of Jonker and Volgenant (1987), for rectangular problems as Crouse (2016) has it. Columns have prices v <= 0,
@@ -8,8 +8,7 @@
 // multiplied in the search, so that there is nothing to fuse and both devices round alike.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+#include <torch/csrc/stable/library.h>
 
 #include <cstdint>
 #include <optional>

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA half of box_iou and generalized_box_iou share: the arithmetic of a pair of boxes, the
+// box_iou and generalized_box_iou: what the CPU and the CUDA half share: the arithmetic of a pair of boxes, the
 // signatures of library.cpp, and their checks.
 //
 // These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "common/boxes.h"
 #include "common/tensors.h"
@@ -131,18 +132,18 @@ struct BoxPairs {
 };
 
 // The gradient [N,own_count,4] of one side. Strides are in elements of grad_output.
-template <class C>
+template <class Compute>
 struct BoxIouGradient {
   bool generalized, of_a;
   int64_t N, own_count, other_count;
-  const C *own, *other, *grad_output;
+  const Compute *own, *other, *grad_output;
   int64_t stride_n, stride_own, stride_other;
-  C* result;
+  Compute* result;
 };
 
 // The ops with the signatures of library.cpp, from the static functions of a device's Kernels,
 //   void forward(const BoxPairs&, const Tensor& output), which is not called for an empty output, and
-//   void backward(const BoxPairs&, const BoxIouGradient<C>&), which is not called for an empty gradient.
+//   void backward(const BoxPairs&, const BoxIouGradient<Compute>&), which is not called for an empty gradient.
 template <class Kernels>
 struct BoxIouOps {
   static Tensor forward(const char* op, bool generalized, const Tensor& a, const Tensor& b) {
@@ -153,8 +154,9 @@ struct BoxIouOps {
   }
 
   static std::tuple<Tensor, Tensor> backward(const char* op, bool generalized, const Tensor& grad_output,
-                                             const Tensor& a, const Tensor& b, bool a_grad, bool b_grad) {
+                                             const Tensor& a, const Tensor& b, const std::vector<bool>& needs_grad) {
     const BoxPairs p(op, generalized, a, b);
+    check_needs_grad(op, needs_grad, 2);
     if (p.batched)
       check_shape(op, "grad_output", grad_output, {p.N, p.A, p.B});
     else
@@ -167,42 +169,44 @@ struct BoxIouOps {
       Tensor result = p.new_empty(own_count, 4);
       if (result.numel() == 0) return result;
       p.dispatch([&](auto c) {
-        using C = typename decltype(c)::type;
+        using Compute = typename decltype(c)::type;
         const int64_t rows = p.batched ? 1 : 0;
         const int64_t stride_a = grad_output.stride(rows), stride_b = grad_output.stride(rows + 1);
-        Kernels::backward(p, BoxIouGradient<C>{p.generalized, of_a, p.N, own_count, of_a ? p.B : p.A,
-                                               static_cast<const C*>(own.const_data_ptr()),
-                                               static_cast<const C*>((of_a ? p.b : p.a).const_data_ptr()),
-                                               static_cast<const C*>(grad_output.const_data_ptr()),
-                                               p.batched ? grad_output.stride(0) : 0, of_a ? stride_a : stride_b,
-                                               of_a ? stride_b : stride_a, static_cast<C*>(result.mutable_data_ptr())});
+        Kernels::backward(
+            p, BoxIouGradient<Compute>{p.generalized, of_a, p.N, own_count, of_a ? p.B : p.A,
+                                       static_cast<const Compute*>(own.const_data_ptr()),
+                                       static_cast<const Compute*>((of_a ? p.b : p.a).const_data_ptr()),
+                                       static_cast<const Compute*>(grad_output.const_data_ptr()),
+                                       p.batched ? grad_output.stride(0) : 0, of_a ? stride_a : stride_b,
+                                       of_a ? stride_b : stride_a, static_cast<Compute*>(result.mutable_data_ptr())});
       });
       return result;
     };
-    return {a_grad ? gradient(true) : none_like(a), b_grad ? gradient(false) : none_like(b)};
+    return {needs_grad[0] ? gradient(true) : none_like(a), needs_grad[1] ? gradient(false) : none_like(b)};
   }
 
   static Tensor box_iou(const Tensor& a, const Tensor& b) { return forward("relops.box_iou", false, a, b); }
   static std::tuple<Tensor, Tensor> box_iou_backward(const Tensor& grad_output, const Tensor& a, const Tensor& b,
-                                                     bool a_grad, bool b_grad) {
-    return backward("relops.box_iou", false, grad_output, a, b, a_grad, b_grad);
+                                                     const std::vector<bool>& needs_grad) {
+    return backward("relops.box_iou", false, grad_output, a, b, needs_grad);
   }
 
   static Tensor generalized_box_iou(const Tensor& a, const Tensor& b) {
     return forward("relops.generalized_box_iou", true, a, b);
   }
   static std::tuple<Tensor, Tensor> generalized_box_iou_backward(const Tensor& grad_output, const Tensor& a,
-                                                                 const Tensor& b, bool a_grad, bool b_grad) {
-    return backward("relops.generalized_box_iou", true, grad_output, a, b, a_grad, b_grad);
+                                                                 const Tensor& b, const std::vector<bool>& needs_grad) {
+    return backward("relops.generalized_box_iou", true, grad_output, a, b, needs_grad);
   }
 };
 
-// Registers them: RELOPS_BOX_IOU_IMPL(m, BoxIouOps<Kernels>).
-#define RELOPS_BOX_IOU_IMPL(m, ...)                                          \
-  using RelopsOps = __VA_ARGS__;                                             \
-  m.impl("box_iou", TORCH_BOX(&RelopsOps::box_iou));                         \
-  m.impl("_box_iou_backward", TORCH_BOX(&RelopsOps::box_iou_backward));      \
-  m.impl("generalized_box_iou", TORCH_BOX(&RelopsOps::generalized_box_iou)); \
-  m.impl("_generalized_box_iou_backward", TORCH_BOX(&RelopsOps::generalized_box_iou_backward))
+template <class Kernels>
+void register_box_iou(auto& m) {
+  using Ops = BoxIouOps<Kernels>;
+  m.impl("box_iou", TORCH_BOX(&Ops::box_iou));
+  m.impl("_box_iou_backward", TORCH_BOX(&Ops::box_iou_backward));
+  m.impl("generalized_box_iou", TORCH_BOX(&Ops::generalized_box_iou));
+  m.impl("_generalized_box_iou_backward", TORCH_BOX(&Ops::generalized_box_iou_backward));
+}
 
 }  // namespace relops

@@ -7,6 +7,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "common/dispatch.h"
 
@@ -32,6 +33,13 @@ inline bool is_channels_last(const Tensor& input) {
 
 // What stands for a gradient that was not asked for.
 inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
+
+// A gradient that was computed along with others, or nothing.
+inline Tensor only_if(bool needed, const Tensor& grad) { return needed ? grad : none_like(grad); }
+
+inline void check_needs_grad(const char* op, const std::vector<bool>& needs_grad, size_t count) {
+  STD_TORCH_CHECK(needs_grad.size() == count, op, ": needs_grad must have one flag per gradient");
+}
 
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   bool equal = tensor.dim() == static_cast<int64_t>(shape.size());

@@ -1,15 +1,16 @@
-// Multi-scale deformable attention on CUDA: what the forward, the backward and the deterministic backward share.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: what the forward, the backward and the deterministic
+// backward share.
 //
-// An item is one (image, query, head). A group of 2..32 neighbouring lanes works on an item, each lane owning V
-// neighbouring channels (16 bytes of them where D allows, so that a row of 32 floats is one 128-byte request of 8
+// An item is one (image, query, head). A group of 2..32 neighboring lanes works on an item, each lane owning V
+// neighboring channels (16 bytes of them where D allows, so that a row of 32 floats is one 128-byte request of 8
 // lanes). The group's lanes first turn kChunk samples at a time into rows and weights, each lane its share, in
 // registers, and leave them in shared memory; then every lane walks the chunk and gathers its channels of the rows.
-// Nothing leaves the warp, so a __syncwarp is all the synchronisation there is.
+// Nothing leaves the warp, so a __syncwarp is all the synchronization there is.
 //
 // Blocks take queries of one head of one image; heads follow one another, then images, so that at any time the whole
 // device gathers from one or two heads (2.8 MB of float32 at 800x1333), which L2 holds. Where queries are the pixels of
 // the pyramid themselves (Q = S, an encoder) a block takes a patch of 8 rows instead of a run of one row, because
-// neighbours in both directions sample the same rows: that is what L1 can reuse.
+// neighbors in both directions sample the same rows: that is what L1 can reuse.
 #pragma once
 
 #include <vector>
@@ -42,27 +43,27 @@ template <class T_, class U_>
 struct MsDeformAttnParams : MsDeformAttnSizes {
   using T = T_;
   using U = U_;
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   LevelSource levels;
-  const T* value;      // [N,S,M,D]
-  const U* locations;  // [N,Q,M,L,P,2]
-  const U* weights;    // [N,Q,M,L,P]
-  const C* reference;  // [N,Q,L,R]
-  const bool* mask;    // [N,S] or null
+  const T* value;            // [N,S,M,D]
+  const U* locations;        // [N,Q,M,L,P,2]
+  const U* weights;          // [N,Q,M,L,P]
+  const Compute* reference;  // [N,Q,L,R]
+  const bool* mask;          // [N,S] or null
 
   int group_log2;           // lanes per item, as a power of two
   unsigned channel_blocks;  // blocks that share the channels of an item
   unsigned tiles;           // blocks per (image, head, block of channels)
-  C half_per_point;         // 0.5 / P
+  Compute half_per_point;   // 0.5 / P
 
-  T* output;             // [N,Q,M,D]
-  const T* grad_output;  // [N,Q,M,D]
-  C* grad_value;         // [N,S,M,D], summed by reductions to memory; null: not wanted here
-  U* grad_locations;     // [N,Q,M,L,P,2], null: no sampling gradient wanted
-  U* grad_weights;       // [N,Q,M,L,P]
-  C* raw_grad_weights;   // fused: [N,Q,M,L,P] before the softmax's derivative; may be grad_weights itself
-  C* grad_pixels;        // fused: [N,Q,M,L,P,2] or null: gradient of the location in pixels
+  T* output;                  // [N,Q,M,D]
+  const T* grad_output;       // [N,Q,M,D]
+  Compute* grad_value;        // [N,S,M,D], summed by reductions to memory; null: not wanted here
+  U* grad_locations;          // [N,Q,M,L,P,2], null: no sampling gradient wanted
+  U* grad_weights;            // [N,Q,M,L,P]
+  Compute* raw_grad_weights;  // fused: [N,Q,M,L,P] before the softmax's derivative; may be grad_weights itself
+  Compute* grad_pixels;       // fused: [N,Q,M,L,P,2] or null: gradient of the location in pixels
 };
 
 // Copies the levels into shared memory. False, with empty levels, where they do not fit S: known only on the device.
@@ -119,17 +120,17 @@ __device__ inline int64_t query_in_patch_order(int64_t q, const MsDeformAttnSize
 }
 
 // One sample, in pixels of its level.
-template <class C>
+template <class Compute>
 struct Sample {
-  C x, y;
-  C weight;  // attention weight, after the softmax
+  Compute x, y;
+  Compute weight;  // attention weight, after the softmax
   DeviceLevel level;
 };
 
 // What turns a logit into a weight: exp(logit - top) * scale.
-template <class C>
+template <class Compute>
 struct SoftmaxStats {
-  C top, scale;
+  Compute top, scale;
 };
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -137,68 +138,68 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
 // Softmax over the L * P logits at `logits`, by a group of lanes; lane is this lane's place in it. Every lane of the
 // warp must call it.
-template <class C, class U>
-__device__ inline SoftmaxStats<C> softmax_stats(const U* logits, int count, int lane, int group) {
-  C top = -INFINITY;
+template <class Compute, class U>
+__device__ inline SoftmaxStats<Compute> softmax_stats(const U* logits, int count, int lane, int group) {
+  Compute top = -INFINITY;
   for (int s = lane; s < count; s += group) {
-    const C x = static_cast<C>(logits[s]);
+    const Compute x = static_cast<Compute>(logits[s]);
     top = x > top ? x : top;
   }
   top = group_max(top, group);
-  C sum = 0;
-  for (int s = lane; s < count; s += group) sum += exponential(static_cast<C>(logits[s]) - top);
+  Compute sum = 0;
+  for (int s = lane; s < count; s += group) sum += exponential(static_cast<Compute>(logits[s]) - top);
   sum = group_sum(sum, group);
   return {top, 1 / sum};
 }
 
 // nq = n * Q + q; item = nq * M + m.
-template <bool kFused, class P, class C>
-__device__ inline Sample<C> read_sample(const P& p, const DeviceLevel* levels, int64_t nq, int64_t item, int s,
-                                        SoftmaxStats<C> stats) {
-  using U = typename P::U;
+template <bool kFused, class Params, class Compute>
+__device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel* levels, int64_t nq, int64_t item,
+                                              int s, SoftmaxStats<Compute> stats) {
+  using U = typename Params::U;
   const int count = static_cast<int>(p.L * p.P), l = s / static_cast<int>(p.P);
-  Sample<C> sample;
+  Sample<Compute> sample;
   sample.level = levels[l];
   const Pack<U, 2> xy = load_pack<U, 2>(p.locations + (item * count + s) * 2);
-  const C x = static_cast<C>(xy.x[0]), y = static_cast<C>(xy.x[1]);
-  const C weight = static_cast<C>(p.weights[item * count + s]);
-  const C width = sample.level.width, height = sample.level.height;
+  const Compute x = static_cast<Compute>(xy.x[0]), y = static_cast<Compute>(xy.x[1]);
+  const Compute weight = static_cast<Compute>(p.weights[item * count + s]);
+  const Compute width = sample.level.width, height = sample.level.height;
   if constexpr (kFused) {
-    const C* ref = p.reference + (nq * p.L + l) * p.R;
-    C unit_x = 1, unit_y = 1;
+    const Compute* ref = p.reference + (nq * p.L + l) * p.R;
+    Compute unit_x = 1, unit_y = 1;
     if (p.R == 4) {
       unit_x = ref[2] * width * p.half_per_point;
       unit_y = ref[3] * height * p.half_per_point;
     }
-    sample.x = ref[0] * width - C(0.5) + x * unit_x;
-    sample.y = ref[1] * height - C(0.5) + y * unit_y;
+    sample.x = ref[0] * width - Compute(0.5) + x * unit_x;
+    sample.y = ref[1] * height - Compute(0.5) + y * unit_y;
     sample.weight = exponential(weight - stats.top) * stats.scale;
   } else {
-    sample.x = x * width - C(0.5);
-    sample.y = y * height - C(0.5);
+    sample.x = x * width - Compute(0.5);
+    sample.y = y * height - Compute(0.5);
     sample.weight = weight;
   }
   return sample;
 }
 
 // The four rows under a sample: top left, top right, bottom left, bottom right; -1 outside the level or masked.
-template <class C>
+template <class Compute>
 struct Corners {
   int4 row;
-  C fx, fy;  // how far the sample lies right of, below the top left one
+  Compute fx, fy;  // how far the sample lies right of, below the top left one
 };
 
 // False for NaN and for what no corner of the level reaches; what remains fits an int.
-template <class C>
-__device__ __forceinline__ bool is_inside(const Sample<C>& s) {
-  return s.x > C(-1) && s.y > C(-1) && s.x < C(s.level.width) && s.y < C(s.level.height);
+template <class Compute>
+__device__ __forceinline__ bool is_inside(const Sample<Compute>& s) {
+  return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height);
 }
 
-template <class C>
-__device__ inline Corners<C> find_corners(const Sample<C>& s, const bool* mask) {
-  Corners<C> c{{-1, -1, -1, -1}, 0, 0};
+template <class Compute>
+__device__ inline Corners<Compute> find_corners(const Sample<Compute>& s, const bool* mask) {
+  Corners<Compute> c{{-1, -1, -1, -1}, 0, 0};
   if (!is_inside(s)) return c;
-  const C left = floor(s.x), top = floor(s.y);
+  const Compute left = floor(s.x), top = floor(s.y);
   const int x = static_cast<int>(left), y = static_cast<int>(top);
   c.fx = s.x - left;
   c.fy = s.y - top;
@@ -218,9 +219,9 @@ __device__ inline Corners<C> find_corners(const Sample<C>& s, const bool* mask) 
 }
 
 // Four numbers of a staged sample.
-template <class C>
+template <class Compute>
 struct alignas(16) Quad {
-  C x, y, z, w;
+  Compute x, y, z, w;
 };
 
 // Which item this lane works on. Lanes past the last query keep in step with their warp but touch nothing.
@@ -233,8 +234,8 @@ struct Place {
   bool active;
 };
 
-template <class P>
-__device__ inline Place find_place(const P& p, const DeviceLevel* levels, bool levels_fit) {
+template <class Params>
+__device__ inline Place find_place(const Params& p, const DeviceLevel* levels, bool levels_fit) {
   Place place;
   place.group = 1 << p.group_log2;
   place.lane = threadIdx.x & (place.group - 1);
@@ -252,22 +253,22 @@ __device__ inline Place find_place(const P& p, const DeviceLevel* levels, bool l
 }
 
 // Dynamic shared memory: the levels, then rows and numbers of the staged samples, kStride slots an item.
-template <class C>
+template <class Compute>
 struct Staging {
   DeviceLevel* levels;
   int4* rows;
-  Quad<C>* numbers;
+  Quad<Compute>* numbers;
 
   __device__ Staging(char* memory, int64_t L, int group_log2) {
     levels = reinterpret_cast<DeviceLevel*>(memory);
     rows = reinterpret_cast<int4*>(levels + L);
-    numbers = reinterpret_cast<Quad<C>*>(rows + (blockDim.x >> group_log2) * kStride);
+    numbers = reinterpret_cast<Quad<Compute>*>(rows + (blockDim.x >> group_log2) * kStride);
   }
 };
 
-template <class C>
+template <class Compute>
 size_t staging_bytes(int64_t L, int threads, int group_log2) {
-  return L * sizeof(DeviceLevel) + (threads >> group_log2) * kStride * (sizeof(int4) + sizeof(Quad<C>));
+  return L * sizeof(DeviceLevel) + (threads >> group_log2) * kStride * (sizeof(int4) + sizeof(Quad<Compute>));
 }
 
 // Host side -----------------------------------------------------------------------------------------------------------
@@ -279,26 +280,26 @@ struct Launch {
 
 // Sets the lanes per item, enough for D channels at V a lane, and the numbering of blocks. With `split_channels` blocks
 // share the channels that a group of 32 lanes does not hold.
-template <class P>
-Launch plan_launch(const char* op, P& p, int V, bool split_channels) {
+template <class Params>
+Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
   // At least 2 lanes (float) or 4 (double) keep the staging of 256 threads within the 48 KB every launch may have.
-  p.group_log2 = sizeof(typename P::C) == 8 ? 2 : 1;
+  p.group_log2 = sizeof(typename Params::Compute) == 8 ? 2 : 1;
   while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
   p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
   const int64_t rows = p.N * p.M * p.channel_blocks;
   // Little work is cut into small blocks, so that it reaches all multiprocessors.
   const unsigned threads = (rows * p.Q) << p.group_log2 < (1 << 18) ? 64 : 256;
   p.tiles = grid_size(op, ceil_div(p.Q, threads >> p.group_log2));
-  return {grid_size(op, rows * p.tiles), threads, staging_bytes<typename P::C>(p.L, threads, p.group_log2)};
+  return {grid_size(op, rows * p.tiles), threads, staging_bytes<typename Params::Compute>(p.L, threads, p.group_log2)};
 }
 
 // Fills in what does not depend on the direction. What the pointers point to lives in `keep`.
 template <class T, class U>
 MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<Tensor>& keep) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   MsDeformAttnParams<T, U> p{};
   static_cast<MsDeformAttnSizes&>(p) = in.sizes;
-  p.half_per_point = C(0.5) / p.P;
+  p.half_per_point = Compute(0.5) / p.P;
   STD_TORCH_CHECK(in.value.is_cuda(), in.op, ": value must be on the device of the other inputs");
   // 48 KB of shared memory, less the staging.
   STD_TORCH_CHECK(p.L <= 512, in.op, ": more than 512 levels");
@@ -327,7 +328,7 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
   p.value = static_cast<const T*>(pointer(in.value));
   p.locations = static_cast<const U*>(pointer(in.locations));
   p.weights = static_cast<const U*>(pointer(in.weights));
-  if (in.reference_points) p.reference = static_cast<const C*>(pointer(*in.reference_points));
+  if (in.reference_points) p.reference = static_cast<const Compute*>(pointer(*in.reference_points));
   if (in.value_mask) p.mask = static_cast<const bool*>(pointer(*in.value_mask));
   return p;
 }
@@ -342,7 +343,7 @@ void dispatch_launch(int64_t D, bool fused, F f) {
 
 Tensor ms_deform_attn_forward_cuda(const MsDeformAttnInputs& in);
 MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, const Tensor& grad_output,
-                                               MsDeformAttnWanted wanted);
+                                               MsDeformAttnNeeds needs);
 
 // The gradient of value by gathering, in the same order every time: cuda_backward_deterministic.cu. grad_value has
 // the dtype of value and need not be zeroed.

@@ -1,10 +1,11 @@
-// The gradient of value, bit-identical from run to run: by gathering in a fixed order instead of adding atomically.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the gradient of value, bit-identical from run to run, by
+// gathering in a fixed order instead of adding atomically.
 //
 //   1. Every sample gets the cell of the level it falls in as its key: the cell of (x, y) holds the samples whose top
 //      left corner is (x, y), -1 included, so a level has (H + 1)(W + 1) cells.
 //   2. A stable radix sort brings the samples of a cell together, in the order of their numbers.
 //   3. Each row of value finds the samples of the four cells around it by binary search (two ranges, since cells of a
-//      row are neighbours) and adds up weight * gradient of the output over them, in that order.
+//      row are neighbors) and adds up weight * gradient of the output over them, in that order.
 //
 // No sums meet in memory, so nothing is zeroed, and 16-bit gradients are rounded once. The sort handles some heads of
 // one image at a time, which bounds its memory by about 16 bytes a sample of those heads.
@@ -31,29 +32,30 @@ __device__ __forceinline__ int64_t cells_of(const DeviceLevel& level) {
   return level.height > 0 && level.width > 0 ? int64_t(level.height + 1) * (level.width + 1) : 0;
 }
 
-template <class P, class C>
-__device__ __forceinline__ SoftmaxStats<C> stats_of(const SoftmaxStats<C>* stats, int64_t q, int64_t m, const P& p) {
-  return stats != nullptr ? stats[q * p.M + m] : SoftmaxStats<C>{};
+template <class Params, class Compute>
+__device__ __forceinline__ SoftmaxStats<Compute> stats_of(const SoftmaxStats<Compute>* stats, int64_t q, int64_t m,
+                                                          const Params& p) {
+  return stats != nullptr ? stats[q * p.M + m] : SoftmaxStats<Compute>{};
 }
 
 // Fused: what turns the logits of image n into weights. One group of 8 lanes an item.
-template <class P>
-__global__ __launch_bounds__(256, 1) void stats_kernel(const __grid_constant__ P p, int64_t n,
-                                                       SoftmaxStats<typename P::C>* stats) {
-  using C = typename P::C;
+template <class Params>
+__global__ __launch_bounds__(256, 1) void stats_kernel(const __grid_constant__ Params p, int64_t n,
+                                                       SoftmaxStats<typename Params::Compute>* stats) {
+  using Compute = typename Params::Compute;
   const int64_t item = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 8;
   const bool active = item < p.Q * p.M;
   const int count = static_cast<int>(p.L * p.P);
   const auto result =
-      softmax_stats<C>(p.weights + (n * p.Q * p.M + (active ? item : 0)) * count, count, threadIdx.x % 8, 8);
+      softmax_stats<Compute>(p.weights + (n * p.Q * p.M + (active ? item : 0)) * count, count, threadIdx.x % 8, 8);
   if (active && threadIdx.x % 8 == 0) stats[item] = result;
 }
 
-template <class P, bool kFused>
-__global__ __launch_bounds__(256, 1) void keys_kernel(const __grid_constant__ P p, Slice slice,
-                                                      const SoftmaxStats<typename P::C>* stats, uint32_t* keys,
-                                                      uint32_t* numbers) {
-  using C = typename P::C;
+template <class Params, bool kFused>
+__global__ __launch_bounds__(256, 1) void keys_kernel(const __grid_constant__ Params p, Slice slice,
+                                                      const SoftmaxStats<typename Params::Compute>* stats,
+                                                      uint32_t* keys, uint32_t* numbers) {
+  using Compute = typename Params::Compute;
   extern __shared__ __align__(16) char memory[];
   DeviceLevel* levels = reinterpret_cast<DeviceLevel*>(memory);
   load_levels(p, p.levels, levels);
@@ -63,8 +65,8 @@ __global__ __launch_bounds__(256, 1) void keys_kernel(const __grid_constant__ P 
   const int s = static_cast<int>(i % count);
   const int64_t q = i / count / heads, m = slice.first_head + head;
   const int64_t nq = slice.n * p.Q + q;
-  const Sample<C> sample =
-      read_sample<kFused>(p, levels, nq, nq * p.M + m, s, kFused ? stats_of(stats, q, m, p) : SoftmaxStats<C>{});
+  const Sample<Compute> sample =
+      read_sample<kFused>(p, levels, nq, nq * p.M + m, s, kFused ? stats_of(stats, q, m, p) : SoftmaxStats<Compute>{});
   int64_t key = slice.heads * slice.cells;
   if (is_inside(sample) && cells_of(sample.level) > 0) {
     key = head * slice.cells;
@@ -90,12 +92,13 @@ __device__ inline int64_t lower_bound(const uint32_t* keys, int64_t size, int64_
 }
 
 // One warp a row of value; a lane owns channels lane, lane + 32, ... Samples are looked up 32 at a time, one a lane.
-template <class P, bool kFused>
-__global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ P p, Slice slice,
-                                                        const SoftmaxStats<typename P::C>* stats, const uint32_t* keys,
-                                                        const uint32_t* numbers, typename P::T* grad_value) {
-  using T = typename P::T;
-  using C = typename P::C;
+template <class Params, bool kFused>
+__global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ Params p, Slice slice,
+                                                        const SoftmaxStats<typename Params::Compute>* stats,
+                                                        const uint32_t* keys, const uint32_t* numbers,
+                                                        typename Params::T* grad_value) {
+  using T = typename Params::T;
+  using Compute = typename Params::Compute;
   extern __shared__ __align__(16) char memory[];
   DeviceLevel* levels = reinterpret_cast<DeviceLevel*>(memory);
   load_levels(p, p.levels, levels);
@@ -109,7 +112,7 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
 
   for (int64_t first_channel = 0; first_channel < p.D; first_channel += 32) {
     const int64_t channel = first_channel + lane;
-    C sum = 0;
+    Compute sum = 0;
     // Levels may overlap or leave gaps where level_start_index says so: a row takes part in each that holds it.
     int64_t base = head * slice.cells;
     for (int l = 0; l < p.L && !masked; base += cells_of(levels[l]), ++l) {
@@ -123,26 +126,26 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
         const int64_t bound = lane < 2 ? lower_bound(keys, slice.samples, cell + 2 * lane) : 0;
         const int64_t begin = __shfl_sync(kAll, bound, 0), end = __shfl_sync(kAll, bound, 1);
         for (int64_t i = begin; i < end; i += 32) {
-          C weight = 0;
+          Compute weight = 0;
           int64_t q = 0;
           if (i + lane < end) {
             const unsigned number = numbers[i + lane];
             const int s = static_cast<int>(number % count);
             q = number / count / heads;
             const int64_t nq = slice.n * p.Q + q;
-            const Sample<C> sample = read_sample<kFused>(p, levels, nq, nq * p.M + m, s,
-                                                         kFused ? stats_of(stats, q, m, p) : SoftmaxStats<C>{});
-            const C left = floor(sample.x), top = floor(sample.y);
-            const C fx = sample.x - left, fy = sample.y - top;
+            const Sample<Compute> sample = read_sample<kFused>(
+                p, levels, nq, nq * p.M + m, s, kFused ? stats_of(stats, q, m, p) : SoftmaxStats<Compute>{});
+            const Compute left = floor(sample.x), top = floor(sample.y);
+            const Compute fx = sample.x - left, fy = sample.y - top;
             weight = (left < x ? fx : 1 - fx) * (top < y ? fy : 1 - fy) * sample.weight;
           }
           const int found = static_cast<int>(min(end - i, int64_t{32}));
 #pragma unroll 4
           for (int j = 0; j < found; ++j) {
-            const C w = __shfl_sync(kAll, weight, j);
+            const Compute w = __shfl_sync(kAll, weight, j);
             const int64_t from = __shfl_sync(kAll, q, j);
             if (channel < p.D)
-              sum += w * static_cast<C>(p.grad_output[((slice.n * p.Q + from) * p.M + m) * p.D + channel]);
+              sum += w * static_cast<Compute>(p.grad_output[((slice.n * p.Q + from) * p.M + m) * p.D + channel]);
           }
         }
       }
@@ -151,15 +154,16 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
   }
 }
 
-template <class P, bool kFused>
-void launch_slice(const MsDeformAttnInputs& in, const P& p, const Slice& slice,
-                  const SoftmaxStats<typename P::C>* stats, typename P::T* grad_value, cudaStream_t stream) {
+template <class Params, bool kFused>
+void launch_slice(const MsDeformAttnInputs& in, const Params& p, const Slice& slice,
+                  const SoftmaxStats<typename Params::Compute>* stats, typename Params::T* grad_value,
+                  cudaStream_t stream) {
   const auto numbers_of = [&](int64_t n) { return torch::stable::new_empty(in.value, {n}, ScalarType::Int); };
   const auto pointer = [](const Tensor& t) { return static_cast<uint32_t*>(t.mutable_data_ptr()); };
   const Tensor keys = numbers_of(slice.samples), numbers = numbers_of(slice.samples);
   const Tensor sorted_keys = numbers_of(slice.samples), sorted_numbers = numbers_of(slice.samples);
   const size_t shared = p.L * sizeof(DeviceLevel);
-  keys_kernel<P, kFused><<<grid_size(in.op, ceil_div(slice.samples, 256)), 256, shared, stream>>>(
+  keys_kernel<Params, kFused><<<grid_size(in.op, ceil_div(slice.samples, 256)), 256, shared, stream>>>(
       p, slice, stats, pointer(keys), pointer(numbers));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
@@ -176,7 +180,7 @@ void launch_slice(const MsDeformAttnInputs& in, const P& p, const Slice& slice,
   sort(workspace.mutable_data_ptr());
 
   const dim3 rows(grid_size(in.op, ceil_div(p.S, 8)), static_cast<unsigned>(slice.heads));
-  gather_kernel<P, kFused>
+  gather_kernel<Params, kFused>
       <<<rows, 256, shared, stream>>>(p, slice, stats, pointer(sorted_keys), pointer(sorted_numbers), grad_value);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -189,10 +193,10 @@ void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const
   const cudaStream_t stream = current_stream(in.value.get_device_index());
   dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
     using T = typename decltype(t)::type;
-    using C = ComputeType<T>;
+    using Compute = ComputeType<T>;
     std::vector<Tensor> keep;
     auto p = make_params<T, typename decltype(u)::type>(in, keep);
-    using P = decltype(p);
+    using Params = decltype(p);
     p.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
     T* out = static_cast<T*>(grad_value.mutable_data_ptr());
 
@@ -200,10 +204,10 @@ void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const
     STD_TORCH_CHECK(per_head <= limit && cells < limit, in.op, ": too large for the deterministic backward: ", per_head,
                     " samples and ", z.S, " rows a head");
     const int64_t heads = std::max<int64_t>(1, std::min({z.M, limit / per_head, (limit - 1) / cells, int64_t{65535}}));
-    SoftmaxStats<C>* stats = nullptr;
+    SoftmaxStats<Compute>* stats = nullptr;
     if (in.reference_points) {
       keep.push_back(torch::stable::new_empty(in.value, {z.Q * z.M * 2}, compute_dtype(in.value.scalar_type())));
-      stats = static_cast<SoftmaxStats<C>*>(keep.back().mutable_data_ptr());
+      stats = static_cast<SoftmaxStats<Compute>*>(keep.back().mutable_data_ptr());
     }
     for (int64_t n = 0; n < z.N; ++n) {
       if (stats != nullptr) {
@@ -214,9 +218,9 @@ void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const
         const int64_t some = std::min(heads, z.M - first);
         const Slice slice{n, first, some, cells, some * per_head};
         if (stats != nullptr)
-          launch_slice<P, true>(in, p, slice, stats, out, stream);
+          launch_slice<Params, true>(in, p, slice, stats, out, stream);
         else
-          launch_slice<P, false>(in, p, slice, stats, out, stream);
+          launch_slice<Params, false>(in, p, slice, stats, out, stream);
       }
     }
   });

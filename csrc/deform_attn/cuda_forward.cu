@@ -1,4 +1,5 @@
-// Forward of multi-scale deformable attention, and the registration of all its CUDA ops. See cuda.cuh.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the forward, and the registration of the ops and
+// their backward. cuda.cuh says who does what work.
 //
 // Bound by L2 -> L1 traffic: at the encoder shape of 800x1333 the gathered rows are 2.9 GB of float32 against 159 MB
 // that must come from memory at all. So rows are requested 16 bytes a lane, kUnroll samples of 4 corners in flight, and
@@ -13,12 +14,12 @@ namespace {
 constexpr int kUnroll = 4;
 
 // A lane owns V channels of an item; where D exceeds what a group holds, blocks take a slice of channels each.
-template <class P, int V, bool kFused>
-__global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__ P p) {
-  using T = typename P::T;
-  using C = typename P::C;
+template <class Params, int V, bool kFused>
+__global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__ Params p) {
+  using T = typename Params::T;
+  using Compute = typename Params::Compute;
   extern __shared__ __align__(16) char memory[];
-  const Staging<C> staging(memory, p.L, p.group_log2);
+  const Staging<Compute> staging(memory, p.L, p.group_log2);
   const bool levels_fit = load_levels(p, p.levels, staging.levels);
 
   const Place place = find_place(p, staging.levels, levels_fit);
@@ -30,23 +31,23 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
   const bool* mask = p.mask != nullptr ? p.mask + place.n * p.S : nullptr;
   const int count = static_cast<int>(p.L * p.P);
   int4* staged_rows = staging.rows + place.slot;
-  Quad<C>* staged_weights = staging.numbers + place.slot;
+  Quad<Compute>* staged_weights = staging.numbers + place.slot;
 
-  SoftmaxStats<C> stats{};
-  if constexpr (kFused) stats = softmax_stats<C>(p.weights + item * count, count, place.lane, place.group);
+  SoftmaxStats<Compute> stats{};
+  if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, place.lane, place.group);
 
-  C sum[V] = {};
+  Compute sum[V] = {};
   for (int first = 0; first < count; first += kChunk) {
     __syncwarp();  // the chunk before has been read
     for (int j = place.lane; j < kChunk; j += place.group) {
-      Corners<C> corners{{-1, -1, -1, -1}, 0, 0};
-      C weight = 0;
+      Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
+      Compute weight = 0;
       if (place.active && first + j < count) {
-        const Sample<C> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
+        const Sample<Compute> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
         corners = find_corners(sample, mask);
         weight = sample.weight;
       }
-      const C above = (1 - corners.fy) * weight, below = corners.fy * weight;
+      const Compute above = (1 - corners.fy) * weight, below = corners.fy * weight;
       staged_rows[j] = corners.row;
       staged_weights[j] = {(1 - corners.fx) * above, corners.fx * above, (1 - corners.fx) * below, corners.fx * below};
     }
@@ -55,30 +56,30 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
 #pragma unroll kUnroll
     for (int j = 0; j < kChunk; ++j) {
       const int4 row = staged_rows[j];
-      const Quad<C> weight = staged_weights[j];
+      const Quad<Compute> weight = staged_weights[j];
       const int row_of[4] = {row.x, row.y, row.z, row.w};
-      const C weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
+      const Compute weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
         const bool inside = row_of[corner] >= 0;
         const Pack<T, V> values = load_pack<T, V>(row_at(rows, row_of[corner], row_stride), inside);
-        const C w = inside ? weight_of[corner] : C(0);  // may be NaN by itself
+        const Compute w = inside ? weight_of[corner] : Compute(0);  // may be NaN by itself
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] += w * static_cast<C>(values.x[v]);
+        for (int v = 0; v < V; ++v) sum[v] += w * static_cast<Compute>(values.x[v]);
       }
     }
   }
   if (!owns_channels) return;
   Pack<T, V> out;
 #pragma unroll
-  for (int v = 0; v < V; ++v) out.x[v] = static_cast<T>(levels_fit ? sum[v] : static_cast<C>(NAN));
+  for (int v = 0; v < V; ++v) out.x[v] = static_cast<T>(levels_fit ? sum[v] : static_cast<Compute>(NAN));
   store_pack<T, V>(p.output + item * p.D + channel, out);
 }
 
-template <class P, int V, bool kFused>
-void launch_forward(const char* op, P p, cudaStream_t stream) {
+template <class Params, int V, bool kFused>
+void launch_forward(const char* op, Params p, cudaStream_t stream) {
   const Launch launch = plan_launch(op, p, V, true);
-  forward_kernel<P, V, kFused><<<launch.blocks, launch.threads, launch.shared, stream>>>(p);
+  forward_kernel<Params, V, kFused><<<launch.blocks, launch.threads, launch.shared, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -102,7 +103,7 @@ Tensor ms_deform_attn_forward_cuda(const MsDeformAttnInputs& in) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) {
-  RELOPS_MS_DEFORM_ATTN_IMPL(m, MsDeformAttnOps<&ms_deform_attn_forward_cuda, &ms_deform_attn_backward_cuda>);
+  register_ms_deform_attn<&ms_deform_attn_forward_cuda, &ms_deform_attn_backward_cuda>(m);
 }
 
 }  // namespace relops

@@ -1,4 +1,5 @@
-// What the CPU and the CUDA half of multi-scale deformable attention share: sizes and their checks.
+// ms_deform_attn and ms_deform_attn_fused: what the CPU and the CUDA half share: sizes, their checks, and the
+// signatures of library.cpp.
 //
 // These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
 // people are raised by relops/ops/ms_deform_attn.py.
@@ -124,7 +125,8 @@ struct MsDeformAttnInputs {
   std::optional<Tensor> value_mask;
 };
 
-struct MsDeformAttnWanted {
+// Which gradients a backward computes. `sampling`: those of locations and weights, which one kernel finds together.
+struct MsDeformAttnNeeds {
   bool value, sampling, reference, deterministic;
 };
 
@@ -136,14 +138,14 @@ inline MsDeformAttnGrads no_grads(const MsDeformAttnInputs& in) {
   return {none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
 }
 
-// What is wanted where the output is empty.
-inline MsDeformAttnGrads zero_grads(const MsDeformAttnInputs& in, MsDeformAttnWanted wanted) {
+// The gradients where the output is empty.
+inline MsDeformAttnGrads zero_grads(const MsDeformAttnInputs& in, MsDeformAttnNeeds needs) {
   const auto zeros = [](const Tensor& tensor) { return torch::stable::new_zeros(tensor, tensor.sizes()); };
   MsDeformAttnGrads grads = no_grads(in);
-  if (wanted.value) grads.value = zeros(in.value);
-  if (wanted.sampling) grads.locations = zeros(in.locations);
-  if (wanted.sampling) grads.weights = zeros(in.weights);
-  if (wanted.reference) grads.reference = zeros(*in.reference_points);
+  if (needs.value) grads.value = zeros(in.value);
+  if (needs.sampling) grads.locations = zeros(in.locations);
+  if (needs.sampling) grads.weights = zeros(in.weights);
+  if (needs.reference) grads.reference = zeros(*in.reference_points);
   return grads;
 }
 
@@ -157,7 +159,7 @@ inline void check_grad_output(const MsDeformAttnInputs& in, const Tensor& grad_o
 
 // The ops with the signatures of library.cpp, from a device's
 //   Tensor forward(const MsDeformAttnInputs&) and
-//   MsDeformAttnGrads backward(const MsDeformAttnInputs&, const Tensor& grad_output, MsDeformAttnWanted).
+//   MsDeformAttnGrads backward(const MsDeformAttnInputs&, const Tensor& grad_output, MsDeformAttnNeeds).
 template <auto kForward, auto kBackward>
 struct MsDeformAttnOps {
   using OptionalTensor = std::optional<Tensor>;
@@ -172,12 +174,13 @@ struct MsDeformAttnOps {
                                                      const Tensor& spatial_shapes,
                                                      const OptionalTensor& level_start_index,
                                                      const Tensor& sampling_locations, const Tensor& attention_weights,
-                                                     bool value_grad, bool sampling_grad, bool deterministic) {
+                                                     bool deterministic, const std::vector<bool>& needs_grad) {
+    const MsDeformAttnInputs in("_ms_deform_attn_backward", value, spatial_shapes, level_start_index, std::nullopt,
+                                sampling_locations, attention_weights, std::nullopt);
+    check_needs_grad(in.op, needs_grad, 3);
     const MsDeformAttnGrads grads =
-        kBackward(MsDeformAttnInputs("_ms_deform_attn_backward", value, spatial_shapes, level_start_index, std::nullopt,
-                                     sampling_locations, attention_weights, std::nullopt),
-                  grad_output, MsDeformAttnWanted{value_grad, sampling_grad, false, deterministic});
-    return {grads.value, grads.locations, grads.weights};
+        kBackward(in, grad_output, {needs_grad[0], needs_grad[1] || needs_grad[2], false, deterministic});
+    return {grads.value, only_if(needs_grad[1], grads.locations), only_if(needs_grad[2], grads.weights)};
   }
 
   static Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
@@ -191,22 +194,26 @@ struct MsDeformAttnOps {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
       const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes,
       const OptionalTensor& level_start_index, const Tensor& reference_points, const Tensor& sampling_offsets,
-      const Tensor& attention_logits, const OptionalTensor& value_mask, bool value_grad, bool sampling_grad,
-      bool reference_grad, bool deterministic) {
-    const MsDeformAttnGrads grads = kBackward(
-        MsDeformAttnInputs("_ms_deform_attn_fused_backward", value, spatial_shapes, level_start_index, reference_points,
-                           sampling_offsets, attention_logits, value_mask),
-        grad_output, MsDeformAttnWanted{value_grad, sampling_grad || reference_grad, reference_grad, deterministic});
-    return {grads.value, grads.reference, grads.locations, grads.weights};
+      const Tensor& attention_logits, const OptionalTensor& value_mask, bool deterministic,
+      const std::vector<bool>& needs_grad) {
+    const MsDeformAttnInputs in("_ms_deform_attn_fused_backward", value, spatial_shapes, level_start_index,
+                                reference_points, sampling_offsets, attention_logits, value_mask);
+    check_needs_grad(in.op, needs_grad, 4);
+    // The gradient of reference points is a sum of those of offsets.
+    const bool sampling = needs_grad[1] || needs_grad[2] || needs_grad[3];
+    const MsDeformAttnGrads grads = kBackward(in, grad_output, {needs_grad[0], sampling, needs_grad[1], deterministic});
+    return {grads.value, grads.reference, only_if(needs_grad[2], grads.locations),
+            only_if(needs_grad[3], grads.weights)};
   }
 };
 
-// Registers them: RELOPS_MS_DEFORM_ATTN_IMPL(m, MsDeformAttnOps<&forward, &backward>).
-#define RELOPS_MS_DEFORM_ATTN_IMPL(m, ...)                              \
-  using RelopsOps = __VA_ARGS__;                                        \
-  m.impl("ms_deform_attn", TORCH_BOX(&RelopsOps::forward));             \
-  m.impl("_ms_deform_attn_backward", TORCH_BOX(&RelopsOps::backward));  \
-  m.impl("ms_deform_attn_fused", TORCH_BOX(&RelopsOps::fused_forward)); \
-  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&RelopsOps::fused_backward))
+template <auto kForward, auto kBackward>
+void register_ms_deform_attn(auto& m) {
+  using Ops = MsDeformAttnOps<kForward, kBackward>;
+  m.impl("ms_deform_attn", TORCH_BOX(&Ops::forward));
+  m.impl("_ms_deform_attn_backward", TORCH_BOX(&Ops::backward));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&Ops::fused_forward));
+  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&Ops::fused_backward));
+}
 
 }  // namespace relops

@@ -1,12 +1,6 @@
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <type_traits>
-#include <utility>
-#include <vector>
+// rank_embedding on the CPU: the powers of the wavelength are computed once, and each thread takes a range of ranks;
+// the loops are in cpu_kernel.h.
 
-#include "common/cpu/work.h"
 #include "rank_embedding/problem.h"
 
 #define RELOPS_KERNEL "rank_embedding/cpu_kernel.h"
@@ -52,9 +46,6 @@ struct Kernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) {
-  m.impl("rank_embedding", TORCH_BOX(&RankEmbeddingOps<Kernels>::forward));
-  m.impl("_rank_embedding_backward", TORCH_BOX(&RankEmbeddingOps<Kernels>::backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { register_rank_embedding<Kernels>(m); }
 
 }  // namespace relops

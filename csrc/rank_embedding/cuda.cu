@@ -49,22 +49,22 @@ __global__ __launch_bounds__(256, 2) void rank_embedding_kernel(const __grid_con
 template <class T>
 __global__ __launch_bounds__(256,
                              2) void rank_embedding_backward_kernel(const __grid_constant__ RankEmbeddingArgs<T, T> p) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const int lane = threadIdx.x % 32;
   const int64_t i = int64_t{blockIdx.x} * kRankWarps + threadIdx.x / 32;
   double total = 0;
   if (i < p.count) {
-    const double rank = static_cast<double>(static_cast<C>(p.ranks[i]));
+    const double rank = static_cast<double>(static_cast<Compute>(p.ranks[i]));
     const T* const grad = p.grad_output + i * 2 * p.half;
     for (int64_t j = lane; j < p.half; j += 32) {
       const double by = frequency(p.wavelength, j, p.half);
       double s, c;
       sin_cos_of_any(rank * by, s, c);
-      total += by * (c * static_cast<C>(grad[j]) - s * static_cast<C>(grad[p.half + j]));
+      total += by * (c * static_cast<Compute>(grad[j]) - s * static_cast<Compute>(grad[p.half + j]));
     }
   }
   total = group_sum(total, 32);
-  if (i < p.count && lane == 0) p.grad_ranks[i] = static_cast<T>(static_cast<C>(total));
+  if (i < p.count && lane == 0) p.grad_ranks[i] = static_cast<T>(static_cast<Compute>(total));
 }
 
 template <class T, class O>
@@ -103,9 +103,6 @@ struct Kernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) {
-  m.impl("rank_embedding", TORCH_BOX(&RankEmbeddingOps<Kernels>::forward));
-  m.impl("_rank_embedding_backward", TORCH_BOX(&RankEmbeddingOps<Kernels>::backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_rank_embedding<Kernels>(m); }
 
 }  // namespace relops

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA half of rank_embedding share: sine and cosine, the signatures of library.cpp, and their
+// rank_embedding: what the CPU and the CUDA half share: sine and cosine, the signatures of library.cpp, and their
 // checks.
 //
 // These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
@@ -114,5 +114,11 @@ struct RankEmbeddingOps {
     return result;
   }
 };
+
+template <class Kernels>
+void register_rank_embedding(auto& m) {
+  m.impl("rank_embedding", TORCH_BOX(&RankEmbeddingOps<Kernels>::forward));
+  m.impl("_rank_embedding_backward", TORCH_BOX(&RankEmbeddingOps<Kernels>::backward));
+}
 
 }  // namespace relops

@@ -1,33 +1,11 @@
+// nms, batched_nms and nms_padded on the CPU: entries are sorted by score and class here, and those kept put in order;
+// the comparisons of boxes are in cpu_nms_kernel.h.
+//
 // A fused multiplication and addition would give another IoU than other processors and CUDA.
 #pragma GCC optimize("fp-contract=off")
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <utility>
-#include <vector>
-
-#include "common/cpu/work.h"
+#include "suppression/cpu_nms_args.h"
 #include "suppression/cpu_order.h"
-#include "suppression/nms.h"
-
-namespace relops {
-
-// What the kernels are called with.
-template <class C>
-struct NmsArgs {
-  const SharedBox<C>* boxes;  // class by class, in each by descending score
-  const Range* classes;
-  int64_t num_classes;
-  C threshold;
-  int64_t most;   // kept of a class
-  uint8_t* kept;  // [boxes]
-};
-
-}  // namespace relops
 
 #define RELOPS_KERNEL "suppression/cpu_nms_kernel.h"
 #include "common/cpu/foreach_isa.h"
@@ -37,8 +15,8 @@ namespace relops {
 namespace {
 
 // The entries that count by descending score, equal ones by index; gives their number.
-template <class C, class S>
-int64_t rank(const C* boxes, const S* scores, int64_t K, S score_threshold, uint32_t* ranked) {
+template <class Compute, class S>
+int64_t rank(const Compute* boxes, const S* scores, int64_t K, S score_threshold, uint32_t* ranked) {
   Scratch scratch;
   auto* entries = scratch.take<Entry<ScoreKey<S>>>(K);
   int64_t n = 0;
@@ -50,14 +28,14 @@ int64_t rank(const C* boxes, const S* scores, int64_t K, S score_threshold, uint
   return n;
 }
 
-template <class C, class S>
+template <class Compute, class S>
 Kept suppress(const NmsProblem& p, int64_t max_output) {
   Kept result(p, max_output);
   const int64_t B = p.B, K = p.K;
-  const auto* boxes = static_cast<const C*>(p.boxes.const_data_ptr());
+  const auto* boxes = static_cast<const Compute*>(p.boxes.const_data_ptr());
   const auto* scores = static_cast<const S*>(p.scores.const_data_ptr());
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
-  const C threshold = static_cast<C>(p.iou_threshold);
+  const Compute threshold = static_cast<Compute>(p.iou_threshold);
 
   // Of image b, the n[b] entries from b * K on are those that count.
   std::vector<int64_t> n(B);
@@ -65,7 +43,7 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   Scratch scratch;
   auto* ranked = scratch.take<uint32_t>(B * K);
   auto* grouped = idxs ? scratch.take<uint32_t>(B * K) : ranked;  // by class, and then by score
-  auto* sorted = scratch.take<SharedBox<C>>(B * K);               // in that order
+  auto* sorted = scratch.take<SharedBox<Compute>>(B * K);         // in that order
   auto* kept = scratch.take<uint8_t>(B * K);                      // likewise
   for_each_item(B, threads_for(B * (3e3 + (idxs ? 30.0 : 15.0) * K)), [&] {
     return [&](int64_t b) {
@@ -74,8 +52,8 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
       if (idxs) std::copy_n(ranked + at, n[b], grouped + at);
       ranges[b] = group_by_class(idxs ? idxs + at : nullptr, grouped + at, n[b]);
       for (int64_t i = at; i < at + n[b]; ++i) {
-        const C* box = boxes + 4 * (at + grouped[i]);
-        sorted[i] = with_share(Box<C>{box[0], box[1], box[2], box[3]}, threshold);
+        const Compute* box = boxes + 4 * (at + grouped[i]);
+        sorted[i] = with_share(Box<Compute>{box[0], box[1], box[2], box[3]}, threshold);
         kept[i] = 0;
       }
     };
@@ -83,7 +61,8 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   std::vector<Range> classes;
   for (int64_t b = 0; b < B; ++b)
     for (const auto& [begin, end] : ranges[b]) classes.push_back({b * K + begin, b * K + end});
-  const NmsArgs<C> args{sorted, classes.data(), static_cast<int64_t>(classes.size()), threshold, max_output, kept};
+  const NmsArgs<Compute> args{sorted,    classes.data(), static_cast<int64_t>(classes.size()),
+                              threshold, max_output,     kept};
   RELOPS_CALL_ISA(suppress_classes, args);
 
   auto* keep = static_cast<int64_t*>(result.keep.mutable_data_ptr());
@@ -111,6 +90,6 @@ Kept suppress_any(const NmsProblem& p, int64_t max_output) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { RELOPS_NMS_IMPL(m, NmsOps<&suppress_any, &read_count>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { register_nms<&suppress_any, &read_count>(m); }
 
 }  // namespace relops

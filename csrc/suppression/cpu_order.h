@@ -1,4 +1,4 @@
-// Sorting entries by keys and classes, for nms and soft_nms.
+// nms, batched_nms, nms_padded and soft_nms on the CPU: sorting entries by keys and classes.
 #pragma once
 
 #include <cstdint>

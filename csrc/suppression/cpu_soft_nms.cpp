@@ -1,39 +1,11 @@
+// soft_nms on the CPU: entries are grouped by class here, and those kept put in order; scores decay in
+// cpu_soft_nms_kernel.h.
+//
 // A fused multiplication and addition would give other scores than other processors and CUDA.
 #pragma GCC optimize("fp-contract=off")
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <utility>
-#include <vector>
-
-#include "common/cpu/work.h"
 #include "suppression/cpu_order.h"
-#include "suppression/soft_nms.h"
-
-namespace relops {
-
-struct ClassOfImage {
-  int64_t image, begin, end;
-};
-
-// What the kernels are called with.
-template <class C>
-struct SoftNmsArgs {
-  Decay<C> decay;
-  int64_t K;
-  const C* boxes;           // [B,K,4]
-  const C* scores;          // [B,K]
-  const uint32_t* indices;  // of the entries that count, class by class, in each ascending
-  const ClassOfImage* classes;
-  int64_t num_classes;
-  C* decayed;  // [B,K]; 0 at first, and where an entry is not kept
-};
-
-}  // namespace relops
+#include "suppression/cpu_soft_nms_args.h"
 
 #define RELOPS_KERNEL "suppression/cpu_soft_nms_kernel.h"
 #include "common/cpu/foreach_isa.h"
@@ -42,36 +14,36 @@ namespace relops {
 
 namespace {
 
-template <class C>
+template <class Compute>
 SoftKept suppress(const SoftNmsProblem& p) {
   SoftKept result(p);
   const int64_t B = p.B, K = p.K;
-  const auto* boxes = static_cast<const C*>(p.boxes.const_data_ptr());
-  const auto* scores = static_cast<const C*>(p.scores.const_data_ptr());
+  const auto* boxes = static_cast<const Compute*>(p.boxes.const_data_ptr());
+  const auto* scores = static_cast<const Compute*>(p.scores.const_data_ptr());
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
 
   Scratch scratch;
   auto* indices = scratch.take<uint32_t>(B * K);
-  auto* decayed = scratch.take<C>(B * K);
-  std::fill_n(decayed, B * K, C(0));
+  auto* decayed = scratch.take<Compute>(B * K);
+  std::fill_n(decayed, B * K, Compute(0));
   std::vector<ClassOfImage> classes;
   for (int64_t b = 0; b < B; ++b) {
     int64_t n = 0;
     for (int64_t k = 0; k < K; ++k)
-      if (counts(boxes + 4 * (b * K + k), scores[b * K + k], static_cast<C>(p.score_threshold)))
+      if (counts(boxes + 4 * (b * K + k), scores[b * K + k], static_cast<Compute>(p.score_threshold)))
         indices[b * K + n++] = static_cast<uint32_t>(k);
     for (const auto& [begin, end] : group_by_class(idxs ? idxs + b * K : nullptr, indices + b * K, n))
       classes.push_back({b, b * K + begin, b * K + end});
   }
-  const SoftNmsArgs<C> args{
-      p.decay<C>(), K, boxes, scores, indices, classes.data(), static_cast<int64_t>(classes.size()), decayed};
+  const SoftNmsArgs<Compute> args{
+      p.decay<Compute>(), K, boxes, scores, indices, classes.data(), static_cast<int64_t>(classes.size()), decayed};
   RELOPS_CALL_ISA(decay_classes, args);
 
   auto* keep = static_cast<int64_t*>(result.keep.mutable_data_ptr());
   auto* count = static_cast<int64_t*>(result.count.mutable_data_ptr());
-  auto* kept_scores = static_cast<C*>(result.scores.mutable_data_ptr());
-  auto* entries = scratch.take<Entry<ScoreKey<C>>>(K);
-  auto* other = scratch.take<Entry<ScoreKey<C>>>(K);
+  auto* kept_scores = static_cast<Compute*>(result.scores.mutable_data_ptr());
+  auto* entries = scratch.take<Entry<ScoreKey<Compute>>>(K);
+  auto* other = scratch.take<Entry<ScoreKey<Compute>>>(K);
   for (int64_t b = 0; b < B; ++b) {
     int64_t n = 0;
     for (int64_t k = 0; k < K; ++k)
@@ -92,9 +64,6 @@ SoftKept suppress_any(const SoftNmsProblem& p) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) {
-  using Op = SoftNmsOp<&suppress_any, &read_count>;
-  m.impl("soft_nms", TORCH_BOX(&Op::soft_nms));
-}
+STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { register_soft_nms<&suppress_any, &read_count>(m); }
 
 }  // namespace relops

@@ -1,4 +1,4 @@
-// Entries of nms and soft_nms on the device: in the order of keys, by image and by class.
+// nms, batched_nms, nms_padded and soft_nms on CUDA: entries in the order of keys, by image and by class.
 #pragma once
 
 #include <cub/device/device_radix_sort.cuh>

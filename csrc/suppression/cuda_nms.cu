@@ -1,4 +1,4 @@
-// Greedy suppression on CUDA, without the N x N matrix of bits and without the host.
+// nms, batched_nms and nms_padded on CUDA: greedy suppression without the N x N matrix of bits and without the host.
 //
 // Entries are sorted by score, then by class (two stable radix sorts), so that a class is a span of places. A span is
 // worked on in chunks of 1024 boxes, chunk r of every span in round r, three launches each:
@@ -21,46 +21,46 @@ constexpr int kChunk = 1024, kWords = kChunk / 64;
 constexpr unsigned kMostBlocks = 4096;  // of a launch whose places most often are none of the round's
 
 // Apart, so that a box is one load of 16 bytes, or two.
-template <class C>
+template <class Compute>
 struct BoxArray {
   struct alignas(16) Aligned {
-    Box<C> box;
+    Box<Compute> box;
   };
   Aligned* boxes;
-  C* shares;
+  Compute* shares;
 
   void place(Placement& placement, int64_t n) {
     placement.take(boxes, n);
     placement.take(shares, n);
   }
-  __device__ SharedBox<C> get(int64_t i) const { return {boxes[i].box, shares[i]}; }
-  __device__ void set(int64_t i, const SharedBox<C>& x) const {
+  __device__ SharedBox<Compute> get(int64_t i) const { return {boxes[i].box, shares[i]}; }
+  __device__ void set(int64_t i, const SharedBox<Compute>& x) const {
     boxes[i].box = x.box;
     shares[i] = x.share;
   }
 };
 
-template <class C>
+template <class Compute>
 struct NmsParams {
   int64_t n;  // places: B * K
   int B, K;
   int round;
   bool classes;
-  C threshold;
+  Compute threshold;
 
-  const C* boxes;           // [n,4]
-  const int32_t* ranked;    // [n]: entries by image and descending score; those that do not count come last
-  const int32_t* rank;      // [n]: by place, where in `ranked` it is; null without classes, where it is the place
-  const int64_t* idxs;      // [n]: by entry
-  const int64_t* class_of;  // [n]: by place
-  Span* spans;              // [n]: by place; with classes only
-  const int* longest;       // of the spans; with classes only
-  BoxArray<C> sorted;       // [n]: by place
-  BoxArray<C> kept;         // [n]: those a chunk keeps, from the chunk's first place on
-  int32_t* kept_count;      // [n]: of the chunk that begins at the place
-  uint8_t* gone;            // [n]: by place: suppressed, or does not count
-  uint8_t* keeps;           // [n]: by rank
-  uint64_t* mask;           // [slots,kWords]: bit j of the row of a box: it would suppress box j of its chunk
+  const Compute* boxes;      // [n,4]
+  const int32_t* ranked;     // [n]: entries by image and descending score; those that do not count come last
+  const int32_t* rank;       // [n]: by place, where in `ranked` it is; null without classes, where it is the place
+  const int64_t* idxs;       // [n]: by entry
+  const int64_t* class_of;   // [n]: by place
+  Span* spans;               // [n]: by place; with classes only
+  const int* longest;        // of the spans; with classes only
+  BoxArray<Compute> sorted;  // [n]: by place
+  BoxArray<Compute> kept;    // [n]: those a chunk keeps, from the chunk's first place on
+  int32_t* kept_count;       // [n]: of the chunk that begins at the place
+  uint8_t* gone;             // [n]: by place: suppressed, or does not count
+  uint8_t* keeps;            // [n]: by rank
+  uint64_t* mask;            // [slots,kWords]: bit j of the row of a box: it would suppress box j of its chunk
 
   // The host launches as many rounds as there may be.
   __device__ bool over() const { return classes && round * kChunk >= *longest; }
@@ -85,8 +85,8 @@ struct Part {
   }
 };
 
-template <class C, class S>
-__global__ __launch_bounds__(kEntryThreads) void nms_keys_kernel(int64_t n, const C* boxes, const S* scores,
+template <class Compute, class S>
+__global__ __launch_bounds__(kEntryThreads) void nms_keys_kernel(int64_t n, const Compute* boxes, const S* scores,
                                                                  S score_threshold, ScoreKey<S>* keys,
                                                                  int32_t* values) {
   const int64_t i = thread_number();
@@ -97,27 +97,27 @@ __global__ __launch_bounds__(kEntryThreads) void nms_keys_kernel(int64_t n, cons
 }
 
 // Fetches the boxes of the places, and their classes.
-template <class C, class S>
-__global__ __launch_bounds__(kEntryThreads) void nms_gather_kernel(const __grid_constant__ NmsParams<C> p,
+template <class Compute, class S>
+__global__ __launch_bounds__(kEntryThreads) void nms_gather_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                    const S* scores, S score_threshold,
                                                                    int64_t* class_of) {
   const int64_t i = thread_number();
   if (i >= p.n) return;
   const int64_t entry = p.ranked[p.classes ? p.rank[i] : i];
-  const C* box = p.boxes + 4 * entry;
-  p.sorted.set(i, with_share(Box<C>{box[0], box[1], box[2], box[3]}, p.threshold));
+  const Compute* box = p.boxes + 4 * entry;
+  p.sorted.set(i, with_share(Box<Compute>{box[0], box[1], box[2], box[3]}, p.threshold));
   p.gone[i] = !counts(box, scores[entry], score_threshold);
   p.keeps[i] = 0;
   if (p.classes) class_of[i] = p.idxs[entry];
 }
 
-template <class C>
-__device__ __forceinline__ bool passes(const SharedBox<C>& a, const SharedBox<C>& b) {
+template <class Compute>
+__device__ __forceinline__ bool passes(const SharedBox<Compute>& a, const SharedBox<Compute>& b) {
   return intersection(a.box, b.box) > a.share + b.share;
 }
 
-template <class C>
-__global__ __launch_bounds__(kEntryThreads) void nms_suppress_kernel(const __grid_constant__ NmsParams<C> p,
+template <class Compute>
+__global__ __launch_bounds__(kEntryThreads) void nms_suppress_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                      Part part) {
   if (p.over()) return;
   for (int64_t i = thread_number(); i < int64_t{p.B} * part.count; i += int64_t{gridDim.x} * blockDim.x) {
@@ -128,10 +128,10 @@ __global__ __launch_bounds__(kEntryThreads) void nms_suppress_kernel(const __gri
     const int64_t count = p.kept_count[chunk];
     const int from = static_cast<int>(count * blockIdx.y / gridDim.y);
     const int to = static_cast<int>(count * (blockIdx.y + 1) / gridDim.y);
-    const SharedBox<C> mine = p.sorted.get(place);
+    const SharedBox<Compute> mine = p.sorted.get(place);
 #pragma unroll 4
     for (int k = from; k < to; ++k) {
-      const SharedBox<C> kept = p.kept.get(chunk + k);
+      const SharedBox<Compute> kept = p.kept.get(chunk + k);
       if (passes(kept, mine) && suppresses(kept.box, mine.box, p.threshold)) {
         p.gone[place] = 1;
         break;
@@ -140,8 +140,9 @@ __global__ __launch_bounds__(kEntryThreads) void nms_suppress_kernel(const __gri
   }
 }
 
-template <class C>
-__global__ __launch_bounds__(kEntryThreads) void nms_mask_kernel(const __grid_constant__ NmsParams<C> p, Part part) {
+template <class Compute>
+__global__ __launch_bounds__(kEntryThreads) void nms_mask_kernel(const __grid_constant__ NmsParams<Compute> p,
+                                                                 Part part) {
   if (p.over()) return;
   const int lane = threadIdx.x % 32;
   for (int64_t i = thread_number() / 32; i < int64_t{p.B} * part.count; i += int64_t{gridDim.x} * (blockDim.x / 32)) {
@@ -150,7 +151,7 @@ __global__ __launch_bounds__(kEntryThreads) void nms_mask_kernel(const __grid_co
     const int chunk = span.begin + p.round * kChunk;
     if (place < chunk || place >= chunk + kChunk || p.gone[place]) continue;
     const int size = min(kChunk, span.end - chunk), row = place - chunk;
-    const SharedBox<C> mine = p.sorted.get(place);
+    const SharedBox<Compute> mine = p.sorted.get(place);
     uint64_t word = 0;  // of which lane w keeps word w
     for (int w = row / 64; 64 * w < size; ++w) {
       unsigned halves[2];
@@ -159,7 +160,7 @@ __global__ __launch_bounds__(kEntryThreads) void nms_mask_kernel(const __grid_co
         const int column = 64 * w + 32 * half + lane;
         bool hit = false;
         if (column > row && column < size) {
-          const SharedBox<C> other = p.sorted.get(chunk + column);
+          const SharedBox<Compute> other = p.sorted.get(chunk + column);
           hit = passes(mine, other) && suppresses(mine.box, other.box, p.threshold);
         }
         halves[half] = __ballot_sync(kAll, hit);
@@ -177,8 +178,8 @@ __device__ inline int bits_before(const uint64_t* words, int w, int j) {
   return bits;
 }
 
-template <class C>
-__device__ void resolve_chunk(const NmsParams<C>& p, int chunk, int end, uint64_t* gone, uint64_t* kept) {
+template <class Compute>
+__device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, uint64_t* gone, uint64_t* kept) {
   const int size = min(kChunk, end - chunk), words = (size + 63) / 64;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int j = threadIdx.x; j < 64 * words; j += blockDim.x) {
@@ -234,8 +235,8 @@ constexpr int kResolveThreads = 256;
 static_assert(2 * (kResolveThreads / 32) >= kWords - 1);
 
 // A block looks through as many places as it has threads for the first ones of chunks.
-template <class C>
-__global__ __launch_bounds__(kResolveThreads) void nms_resolve_kernel(const __grid_constant__ NmsParams<C> p,
+template <class Compute>
+__global__ __launch_bounds__(kResolveThreads) void nms_resolve_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                       Part part) {
   __shared__ uint64_t gone[kWords], kept[kWords];
   __shared__ Span chunks[kResolveThreads];
@@ -261,8 +262,8 @@ __global__ __launch_bounds__(kResolveThreads) void nms_resolve_kernel(const __gr
 constexpr int kCompactThreads = 1024, kFlags = 4;
 
 // A block an image: the entries kept, by rank, until there are `most`.
-template <class C>
-__global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __grid_constant__ NmsParams<C> p,
+template <class Compute>
+__global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                       int64_t most, int64_t* keep, int64_t* count) {
   __shared__ int sums[kCompactThreads / 32];
   const int64_t image = blockIdx.x, first = image * p.K;
@@ -303,7 +304,7 @@ __global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __gr
   if (threadIdx.x == 0) count[image] = found;
 }
 
-template <class C, class S>
+template <class Compute, class S>
 Kept suppress(const NmsProblem& problem, int64_t max_output) {
   const Kept result(problem, max_output);
   const int64_t B = problem.B, K = problem.K, n = B * K;
@@ -314,13 +315,13 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
   const auto* scores = static_cast<const S*>(problem.scores.const_data_ptr());
   const S score_threshold = static_cast<S>(problem.score_threshold);
 
-  NmsParams<C> p{};
+  NmsParams<Compute> p{};
   p.n = n;
   p.B = static_cast<int>(B);
   p.K = static_cast<int>(K);
   p.classes = by_class;
-  p.threshold = static_cast<C>(problem.iou_threshold);
-  p.boxes = static_cast<const C*>(problem.boxes.const_data_ptr());
+  p.threshold = static_cast<Compute>(problem.iou_threshold);
+  p.boxes = static_cast<const Compute*>(problem.boxes.const_data_ptr());
   SortBuffers<ScoreKey<S>> scored;
   SortBuffers<uint32_t> imaged[2];
   SortBuffers<uint64_t> classed;
@@ -344,7 +345,7 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
   });
   const auto blocks = [op](int64_t threads) { return grid_size(op, ceil_div(threads, kEntryThreads)); };
   if (n > 0) {
-    nms_keys_kernel<C, S>
+    nms_keys_kernel<Compute, S>
         <<<blocks(n), kEntryThreads, 0, stream>>>(n, p.boxes, scores, score_threshold, scored.keys, scored.values);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     scored.sort(n, 8 * sizeof(S), stream);
@@ -356,7 +357,7 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
       classed.sort(n, 64, stream);
       p.rank = B > 1 ? by_image(problem, classed.order, imaged[1], stream) : classed.order;
     }
-    nms_gather_kernel<C, S><<<blocks(n), kEntryThreads, 0, stream>>>(p, scores, score_threshold, class_of);
+    nms_gather_kernel<Compute, S><<<blocks(n), kEntryThreads, 0, stream>>>(p, scores, score_threshold, class_of);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (by_class) {
       STD_CUDA_CHECK(cudaMemsetAsync(longest, 0, sizeof(int), stream));
@@ -372,17 +373,17 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
     if (p.round > 0) {
       // Few boxes would leave most of the device idle.
       const dim3 grid(std::min(kMostBlocks, blocks(B * later.count)), B * later.count < (1 << 16) ? 8 : 1);
-      nms_suppress_kernel<C><<<grid, kEntryThreads, 0, stream>>>(p, later);
+      nms_suppress_kernel<Compute><<<grid, kEntryThreads, 0, stream>>>(p, later);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
     const unsigned warps = std::min(kMostBlocks, blocks(32 * B * chunk.count));
-    nms_mask_kernel<C><<<warps, kEntryThreads, 0, stream>>>(p, chunk);
+    nms_mask_kernel<Compute><<<warps, kEntryThreads, 0, stream>>>(p, chunk);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    nms_resolve_kernel<C><<<blocks(B * chunk.count), kResolveThreads, 0, stream>>>(p, chunk);
+    nms_resolve_kernel<Compute><<<blocks(B * chunk.count), kResolveThreads, 0, stream>>>(p, chunk);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   Tensor keep = result.keep, count = result.count;
-  nms_compact_kernel<C><<<grid_size(op, B), kCompactThreads, 0, stream>>>(
+  nms_compact_kernel<Compute><<<grid_size(op, B), kCompactThreads, 0, stream>>>(
       p, max_output, static_cast<int64_t*>(keep.mutable_data_ptr()), static_cast<int64_t*>(count.mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
@@ -399,6 +400,6 @@ Kept suppress_any(const NmsProblem& p, int64_t max_output) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_NMS_IMPL(m, NmsOps<&suppress_any, &read_count>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_nms<&suppress_any, &read_count>(m); }
 
 }  // namespace relops

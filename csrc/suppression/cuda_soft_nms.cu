@@ -1,7 +1,7 @@
-// Suppression by decay on CUDA: a block a class. Each step all of its threads find the entry of the highest score
-// together, then let the scores of their own entries decay, looking for the next highest in the same pass. One barrier
-// a step; bound by its latency and that of the exchange between warps, some 0.3 us, as steps cannot overlap. Scores
-// are computed as on the CPU, bit for bit.
+// soft_nms on CUDA: suppression by decay, a block for each class. Each step all of its threads find the entry of the
+// highest score together, then let the scores of their own entries decay, looking for the next highest in the same
+// pass. One barrier a step; bound by its latency and that of the exchange between warps, some 0.3 us, as steps cannot
+// overlap. Scores are computed as on the CPU, bit for bit.
 
 #include "suppression/cuda_entries.cuh"
 #include "suppression/soft_nms.h"
@@ -12,24 +12,24 @@ namespace {
 
 constexpr int kDecayThreads = 512, kWarps = kDecayThreads / 32;
 
-template <class C>
-using ScoreInt = std::make_signed_t<ScoreKey<C>>;
+template <class Compute>
+using ScoreInt = std::make_signed_t<ScoreKey<Compute>>;
 
-template <class C>
+template <class Compute>
 struct SoftNmsParams {
   int64_t n;  // B * K
   int K;
-  Decay<C> decay;
-  const C* boxes;          // [n,4]
-  const C* scores;         // [n]
+  Decay<Compute> decay;
+  const Compute* boxes;    // [n,4]
+  const Compute* scores;   // [n]
   const int32_t* grouped;  // [n]: entries by image and class; null without classes, where they are as they lie
   const Span* spans;       // [n]: by place; with classes only
-  C* left;                 // [n]: by place: the score while an entry is waiting to be kept, then 0
-  C* decayed;              // [n]: by entry: the score of one that is kept, or 0
+  Compute* left;           // [n]: by place: the score while an entry is waiting to be kept, then 0
+  Compute* decayed;        // [n]: by entry: the score of one that is kept, or 0
 
   __device__ int64_t entry(int64_t place) const { return grouped == nullptr ? place : grouped[place]; }
-  __device__ Box<C> box(int64_t place) const {
-    const C* box = boxes + 4 * entry(place);
+  __device__ Box<Compute> box(int64_t place) const {
+    const Compute* box = boxes + 4 * entry(place);
     return {box[0], box[1], box[2], box[3]};
   }
 };
@@ -41,12 +41,12 @@ __global__ __launch_bounds__(kEntryThreads) void soft_nms_classes_kernel(int64_t
 }
 
 // The highest score seen, and the first place that has it.
-template <class C>
+template <class Compute>
 struct Best {
-  C score = 0;
+  Compute score = 0;
   int place = 0;
 
-  __device__ void see(C other, int at) {
+  __device__ void see(Compute other, int at) {
     if (other > score || (other == score && at < place)) {
       score = other;
       place = at;
@@ -54,20 +54,21 @@ struct Best {
   }
   __device__ void see_lanes(int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      const C other = __shfl_xor_sync(kAll, score, distance);
+      const Compute other = __shfl_xor_sync(kAll, score, distance);
       const int at = __shfl_xor_sync(kAll, place, distance);
       see(other, at);
     }
   }
 };
 
-template <class C>
-__device__ void decay_class(const SoftNmsParams<C>& p, Span span, Best<C> (&bests)[2][kWarps]) {
+template <class Compute>
+__device__ void decay_class(const SoftNmsParams<Compute>& p, Span span, Best<Compute> (&bests)[2][kWarps]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Best<C> best;
+  Best<Compute> best;
   for (int place = span.begin + threadIdx.x; place < span.end; place += kDecayThreads) {
     const int64_t entry = p.entry(place);
-    const C score = counts(p.boxes + 4 * entry, p.scores[entry], p.decay.score_threshold) ? p.scores[entry] : C(0);
+    const Compute score =
+        counts(p.boxes + 4 * entry, p.scores[entry], p.decay.score_threshold) ? p.scores[entry] : Compute(0);
     p.left[place] = score;
     p.decayed[entry] = 0;
     best.see(score, place);
@@ -82,23 +83,23 @@ __device__ void decay_class(const SoftNmsParams<C>& p, Span span, Best<C> (&best
     if (!(best.score > 0)) return;
 
     const int top = best.place;
-    const Box<C> kept = p.box(top);
-    const C kept_area = area(kept);
-    const Best<C> chosen = best;
+    const Box<Compute> kept = p.box(top);
+    const Compute kept_area = area(kept);
+    const Best<Compute> chosen = best;
     best = {};
     for (int place = span.begin + threadIdx.x; place < span.end; place += kDecayThreads) {
-      C score = p.left[place];
+      Compute score = p.left[place];
       if (!(score > 0)) continue;
       if (place == top) {
         p.decayed[p.entry(place)] = chosen.score;
         p.left[place] = 0;
         continue;
       }
-      const Box<C> box = p.box(place);
-      const C common = intersection(kept, box);
+      const Box<Compute> box = p.box(place);
+      const Compute common = intersection(kept, box);
       if (common > 0) {
-        score = product(score, p.decay.template factor<ScoreInt<C>>(iou(kept_area, area(box), common)));
-        score = score > p.decay.score_threshold ? score : C(0);
+        score = product(score, p.decay.template factor<ScoreInt<Compute>>(iou(kept_area, area(box), common)));
+        score = score > p.decay.score_threshold ? score : Compute(0);
         p.left[place] = score;
       }
       best.see(score, place);
@@ -107,10 +108,10 @@ __device__ void decay_class(const SoftNmsParams<C>& p, Span span, Best<C> (&best
 }
 
 // A block looks through `places` places for the first ones of classes.
-template <class C>
-__global__ __launch_bounds__(kDecayThreads) void soft_nms_decay_kernel(const __grid_constant__ SoftNmsParams<C> p,
+template <class Compute>
+__global__ __launch_bounds__(kDecayThreads) void soft_nms_decay_kernel(const __grid_constant__ SoftNmsParams<Compute> p,
                                                                        int places) {
-  __shared__ Best<C> bests[2][kWarps];
+  __shared__ Best<Compute> bests[2][kWarps];
   const int64_t first = int64_t{blockIdx.x} * places;
   for (int64_t place = first; place < first + places && place < p.n;) {
     const int begin = static_cast<int>(place) / p.K * p.K;
@@ -123,24 +124,24 @@ __global__ __launch_bounds__(kDecayThreads) void soft_nms_decay_kernel(const __g
   }
 }
 
-template <class C>
-__global__ __launch_bounds__(kEntryThreads) void soft_nms_keys_kernel(int64_t n, const C* decayed, ScoreKey<C>* keys,
-                                                                      int32_t* values) {
+template <class Compute>
+__global__ __launch_bounds__(kEntryThreads) void soft_nms_keys_kernel(int64_t n, const Compute* decayed,
+                                                                      ScoreKey<Compute>* keys, int32_t* values) {
   const int64_t i = thread_number();
   if (i >= n) return;
-  keys[i] = decayed[i] > 0 ? score_key(decayed[i]) : kNoKey<C>;
+  keys[i] = decayed[i] > 0 ? score_key(decayed[i]) : kNoKey<Compute>;
   values[i] = static_cast<int32_t>(i);
 }
 
 // From the entries of each image by descending score, those that are not kept last.
-template <class C>
-__global__ __launch_bounds__(kEntryThreads) void soft_nms_output_kernel(int64_t n, int K, const C* decayed,
-                                                                        const int32_t* ranked, int64_t* keep, C* scores,
-                                                                        int64_t* count) {
+template <class Compute>
+__global__ __launch_bounds__(kEntryThreads) void soft_nms_output_kernel(int64_t n, int K, const Compute* decayed,
+                                                                        const int32_t* ranked, int64_t* keep,
+                                                                        Compute* scores, int64_t* count) {
   const int64_t i = thread_number();
   if (i >= n) return;
   const int64_t image = i / K, first = image * K;
-  const C score = decayed[ranked[i]];
+  const Compute score = decayed[ranked[i]];
   const bool kept = score > 0;
   keep[i] = kept ? ranked[i] - first : -1;
   scores[i] = score;
@@ -148,7 +149,7 @@ __global__ __launch_bounds__(kEntryThreads) void soft_nms_output_kernel(int64_t 
   if (!kept && i == first) count[image] = 0;
 }
 
-template <class C>
+template <class Compute>
 SoftKept suppress(const SoftNmsProblem& problem) {
   SoftKept result(problem);
   const int64_t B = problem.B, K = problem.K, n = B * K;
@@ -162,15 +163,15 @@ SoftKept suppress(const SoftNmsProblem& problem) {
   const unsigned blocks = grid_size(problem.op, ceil_div(n, kEntryThreads));
   const bool by_class = problem.idxs.has_value();
 
-  SoftNmsParams<C> p{};
+  SoftNmsParams<Compute> p{};
   p.n = n;
   p.K = static_cast<int>(K);
-  p.decay = problem.decay<C>();
-  p.boxes = static_cast<const C*>(problem.boxes.const_data_ptr());
-  p.scores = static_cast<const C*>(problem.scores.const_data_ptr());
+  p.decay = problem.decay<Compute>();
+  p.boxes = static_cast<const Compute*>(problem.boxes.const_data_ptr());
+  p.scores = static_cast<const Compute*>(problem.scores.const_data_ptr());
   SortBuffers<uint64_t> classed;
   SortBuffers<uint32_t> imaged[2];
-  SortBuffers<ScoreKey<C>> scored;
+  SortBuffers<ScoreKey<Compute>> scored;
   int64_t* class_of = nullptr;
   Span* spans = nullptr;
   const Tensor memory = allocate(problem.boxes, [&](Placement& placement) {
@@ -198,14 +199,14 @@ SoftKept suppress(const SoftNmsProblem& problem) {
   }
   // Short, so that a block has not many small classes; without classes, images.
   const int places = by_class ? 64 : p.K;
-  soft_nms_decay_kernel<C><<<grid_size(problem.op, ceil_div(n, places)), kDecayThreads, 0, stream>>>(p, places);
+  soft_nms_decay_kernel<Compute><<<grid_size(problem.op, ceil_div(n, places)), kDecayThreads, 0, stream>>>(p, places);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  soft_nms_keys_kernel<C><<<blocks, kEntryThreads, 0, stream>>>(n, p.decayed, scored.keys, scored.values);
+  soft_nms_keys_kernel<Compute><<<blocks, kEntryThreads, 0, stream>>>(n, p.decayed, scored.keys, scored.values);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  scored.sort(n, 8 * sizeof(C), stream);
+  scored.sort(n, 8 * sizeof(Compute), stream);
   const int32_t* ranked = B > 1 ? by_image(problem, scored.order, imaged[0], stream) : scored.order;
-  soft_nms_output_kernel<C><<<blocks, kEntryThreads, 0, stream>>>(
-      n, p.K, p.decayed, ranked, keep, static_cast<C*>(result.scores.mutable_data_ptr()), count);
+  soft_nms_output_kernel<Compute><<<blocks, kEntryThreads, 0, stream>>>(
+      n, p.K, p.decayed, ranked, keep, static_cast<Compute*>(result.scores.mutable_data_ptr()), count);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
 }
@@ -217,9 +218,6 @@ SoftKept suppress_any(const SoftNmsProblem& p) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) {
-  using Op = SoftNmsOp<&suppress_any, &read_count>;
-  m.impl("soft_nms", TORCH_BOX(&Op::soft_nms));
-}
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_soft_nms<&suppress_any, &read_count>(m); }
 
 }  // namespace relops

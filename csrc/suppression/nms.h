@@ -1,5 +1,5 @@
-// What the CPU and the CUDA half of nms, batched_nms, nms_padded and soft_nms share: their signatures in library.cpp,
-// led to one description of the work, its checks, and the order of scores.
+// nms, batched_nms and nms_padded: what the CPU and the CUDA half share: their signatures in library.cpp, led to one
+// description of the work, and its checks. The order of scores serves soft_nms, too.
 //
 // These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
 // people are raised by relops/ops/_boxes.py.
@@ -39,8 +39,8 @@ RELOPS_HOST_DEVICE inline ScoreKey<S> score_key(S score) {
 }
 
 // Whether the entry is there: its coordinates are finite, and its score is beyond the threshold (NaN: any number).
-template <class C, class S>
-RELOPS_HOST_DEVICE inline bool counts(const C* box, S score, S score_threshold) {
+template <class Compute, class S>
+RELOPS_HOST_DEVICE inline bool counts(const Compute* box, S score, S score_threshold) {
   for (int i = 0; i < 4; ++i)
     if (!(box[i] - box[i] == 0)) return false;
   return score == score && !(score <= score_threshold);
@@ -49,23 +49,24 @@ RELOPS_HOST_DEVICE inline bool counts(const C* box, S score, S score_threshold) 
 // A box and its share: t / (1 + t) of its area, less what rounding may add to that or take from an intersection. For
 // intersection > t / (1 + t) (area + area) is IoU > t but for rounding; so where two boxes intersect in no more than
 // the sum of their shares, neither suppresses the other, and where they do, suppresses() decides.
-template <class C>
+template <class Compute>
 struct SharedBox {
-  Box<C> box;
-  C share;
+  Box<Compute> box;
+  Compute share;
 };
 
-template <class C>
-RELOPS_HOST_DEVICE inline SharedBox<C> with_share(const Box<C>& box, C threshold) {
+template <class Compute>
+RELOPS_HOST_DEVICE inline SharedBox<Compute> with_share(const Box<Compute>& box, Compute threshold) {
   constexpr double kMargin = 1 - 1.0 / (1 << 16);
-  constexpr C kSmallest = sizeof(C) == 8 ? C(4.9406564584124654e-324) : C(1.4012984643248171e-45f);
-  const C share = static_cast<C>(threshold / (1.0 + threshold) * kMargin * area(box)) - kSmallest;
-  return {box, larger(share, C(0))};
+  constexpr Compute kSmallest =
+      sizeof(Compute) == 8 ? Compute(4.9406564584124654e-324) : Compute(1.4012984643248171e-45f);
+  const Compute share = static_cast<Compute>(threshold / (1.0 + threshold) * kMargin * area(box)) - kSmallest;
+  return {box, larger(share, Compute(0))};
 }
 
 // Whether one of the boxes, if kept, suppresses the other.
-template <class C>
-RELOPS_HOST_DEVICE inline bool suppresses(const Box<C>& a, const Box<C>& b, C threshold) {
+template <class Compute>
+RELOPS_HOST_DEVICE inline bool suppresses(const Box<Compute>& a, const Box<Compute>& b, Compute threshold) {
   return iou(area(a), area(b), intersection(a, b)) > threshold;
 }
 
@@ -125,7 +126,7 @@ struct Kept {
   Tensor count;  // [B]
 };
 
-// Calls f(Type<C>{}, Type<S>{}) for boxes of type C and scores of type S.
+// Calls f(Type<Compute>{}, Type<S>{}) for boxes of type Compute and scores of type S.
 template <class F>
 void dispatch_boxes_and_scores(const NmsProblem& p, F f) {
   const bool wide_scores = p.scores.scalar_type() == ScalarType::Double;
@@ -165,11 +166,12 @@ struct NmsOps {
   }
 };
 
-// Registers them: RELOPS_NMS_IMPL(m, NmsOps<&suppress, &read>).
-#define RELOPS_NMS_IMPL(m, ...)                              \
-  using RelopsOps = __VA_ARGS__;                             \
-  m.impl("nms", TORCH_BOX(&RelopsOps::nms));                 \
-  m.impl("batched_nms", TORCH_BOX(&RelopsOps::batched_nms)); \
-  m.impl("nms_padded", TORCH_BOX(&RelopsOps::nms_padded))
+template <auto kSuppress, auto kRead>
+void register_nms(auto& m) {
+  using Ops = NmsOps<kSuppress, kRead>;
+  m.impl("nms", TORCH_BOX(&Ops::nms));
+  m.impl("batched_nms", TORCH_BOX(&Ops::batched_nms));
+  m.impl("nms_padded", TORCH_BOX(&Ops::nms_padded));
+}
 
 }  // namespace relops

@@ -1,4 +1,4 @@
-// What the CPU and the CUDA half of soft_nms share: its signature in library.cpp, its checks, and by how much a score
+// soft_nms: what the CPU and the CUDA half share: its signature in library.cpp, its checks, and by how much a score
 // decays.
 #pragma once
 
@@ -6,30 +6,30 @@
 
 namespace relops {
 
-// e^x for x <= 0, to about 1 unit in the last place; 0 where that is not a normal number. F is C or a vector of C, I
-// the integers of the same shape. The same bits on every device, unlike those of the libraries.
-template <class C, class I, class F>
+// e^x for x <= 0, to about 1 unit in the last place; 0 where that is not a normal number. F is Compute or a vector of
+// Compute, I the integers of the same shape. The same bits on every device, unlike those of the libraries.
+template <class Compute, class I, class F>
 RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
-  constexpr bool kDouble = sizeof(C) == 8;
+  constexpr bool kDouble = sizeof(Compute) == 8;
   constexpr int kMantissa = kDouble ? 52 : 23, kTerms = kDouble ? 13 : 7;
-  constexpr C kLowest = kDouble ? -708 : -87;
+  constexpr Compute kLowest = kDouble ? -708 : -87;
   using Int = std::conditional_t<kDouble, int64_t, int32_t>;
   constexpr Int kOne = Int{kDouble ? 1023 : 127} << kMantissa;  // the bits of 1
-  constexpr C kShift = static_cast<C>(Int{3} << (kMantissa - 1));
+  constexpr Compute kShift = static_cast<Compute>(Int{3} << (kMantissa - 1));
   // ln 2 in two parts, of which the first ends in zeros: n times it is exact.
-  constexpr C kLn2High = static_cast<C>(kDouble ? 0x1.62e42feep-1 : 0x1.62e4p-1);
-  constexpr C kLn2Low = static_cast<C>(kDouble ? 0x1.a39ef35793c76p-33 : 0x1.7f7d1cf79abcap-20);
-  const F none{}, one = none + C(1);
+  constexpr Compute kLn2High = static_cast<Compute>(kDouble ? 0x1.62e42feep-1 : 0x1.62e4p-1);
+  constexpr Compute kLn2Low = static_cast<Compute>(kDouble ? 0x1.a39ef35793c76p-33 : 0x1.7f7d1cf79abcap-20);
+  const F none{}, one = none + Compute(1);
   const auto under = x < kLowest;
   x = under ? none : x;
   // Adding 1.5 * 2^m, m the bits of the mantissa, rounds to a whole number n, which then stands in the low bits.
-  const F shifted = product(x, none + C(1.44269504088896340736)) + kShift, n = shifted - kShift;
+  const F shifted = product(x, none + Compute(1.44269504088896340736)) + kShift, n = shifted - kShift;
   const F r = (x - product(n, none + kLn2High)) - product(n, none + kLn2Low);
   F sum = one;  // 1 + r (1 + r / 2 (1 + r / 3 (..)))
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int i = kTerms; i > 0; --i) sum = one + product(product(sum, r), none + C(1) / C(i));
+  for (int i = kTerms; i > 0; --i) sum = one + product(product(sum, r), none + Compute(1) / Compute(i));
   I bits;
   memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << kMantissa) + kOne;
@@ -39,16 +39,16 @@ RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
 }
 
 // How the score of an entry changes by the IoU that it has with one kept.
-template <class C>
+template <class Compute>
 struct Decay {
   bool gaussian;
-  C iou_threshold, sigma, score_threshold;
+  Compute iou_threshold, sigma, score_threshold;
 
   template <class I, class F>
   RELOPS_HOST_DEVICE_INLINE F factor(F iou) const {
-    const F none{}, one = none + C(1);
-    // An IoU that is NaN, of areas beyond the range of C, changes nothing.
-    if (gaussian) return iou > none ? exp_of_nonpositive<C, I>(-product(iou, iou) / sigma) : one;
+    const F none{}, one = none + Compute(1);
+    // An IoU that is NaN, of areas beyond the range of Compute, changes nothing.
+    if (gaussian) return iou > none ? exp_of_nonpositive<Compute, I>(-product(iou, iou) / sigma) : one;
     return iou > iou_threshold ? one - iou : one;
   }
 };
@@ -66,9 +66,10 @@ struct SoftNmsProblem : NmsProblem {
                     ": score_threshold must not be negative");
   }
 
-  template <class C>
-  Decay<C> decay() const {
-    return {gaussian, static_cast<C>(iou_threshold), static_cast<C>(sigma), static_cast<C>(score_threshold)};
+  template <class Compute>
+  Decay<Compute> decay() const {
+    return {gaussian, static_cast<Compute>(iou_threshold), static_cast<Compute>(sigma),
+            static_cast<Compute>(score_threshold)};
   }
 
   bool gaussian;
@@ -97,5 +98,11 @@ struct SoftNmsOp {
     return {torch::stable::narrow(kept.keep, 0, 0, count), torch::stable::narrow(kept.scores, 0, 0, count)};
   }
 };
+
+template <auto kSuppress, auto kRead>
+void register_soft_nms(auto& m) {
+  using Op = SoftNmsOp<kSuppress, kRead>;
+  m.impl("soft_nms", TORCH_BOX(&Op::soft_nms));
+}
 
 }  // namespace relops

@@ -43,16 +43,16 @@ def register_box_pair(op: str) -> None:
     def fake(a, b):
         return a.new_empty(*a.shape[:-1], b.size(-2))
 
-    def fake_backward(grad_output, a, b, a_grad, b_grad):
-        return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in ((a, a_grad), (b, b_grad)))
+    def fake_backward(grad_output, a, b, needs_grad):
+        return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip((a, b), needs_grad))
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
     def backward(ctx, grad_output):
-        wanted = ctx.needs_input_grad
-        grads = getattr(torch.ops.relops, f"_{op}_backward")(grad_output, *ctx.saved_tensors, *wanted)
-        return tuple(grad if want else None for grad, want in zip(grads, wanted))
+        needs_grad = ctx.needs_input_grad
+        grads = getattr(torch.ops.relops, f"_{op}_backward")(grad_output, *ctx.saved_tensors, needs_grad)
+        return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad))
 
     def vmap(info, in_dims, a, b):
         """Its dimension is folded into N."""

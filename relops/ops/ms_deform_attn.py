@@ -220,25 +220,16 @@ def _fake_forward_fused(value, spatial_shapes, level_start_index, reference_poin
     return _fake_forward(value, spatial_shapes, level_start_index, offsets)
 
 
-def _fresh(tensor: Tensor, wanted: bool) -> Tensor:
-    return tensor.new_empty(tensor.shape if wanted else (0,))
+def _fresh(tensors: tuple[Tensor, ...], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape if needed else (0,)) for tensor, needed in zip(tensors, needs_grad))
 
 
-def _fake_backward(grad, value, shapes, starts, locations, weights, value_grad, sampling_grad, deterministic):
-    return _fresh(value, value_grad), _fresh(locations, sampling_grad), _fresh(weights, sampling_grad)
+def _fake_backward(grad, value, shapes, starts, locations, weights, deterministic, needs_grad):
+    return _fresh((value, locations, weights), needs_grad)
 
 
-def _fake_backward_fused(
-    grad, value, shapes, starts, reference, offsets, logits, mask, value_grad, sampling_grad, reference_grad,
-    deterministic,
-):  # fmt: skip
-    sampling = sampling_grad or reference_grad
-    return (
-        _fresh(value, value_grad),
-        _fresh(reference, reference_grad),
-        _fresh(offsets, sampling),
-        _fresh(logits, sampling),
-    )
+def _fake_backward_fused(grad, value, shapes, starts, reference, offsets, logits, mask, deterministic, needs_grad):
+    return _fresh((value, reference, offsets, logits), needs_grad)
 
 
 def _setup_context(ctx, inputs, output):
@@ -246,18 +237,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_output):
-    need_value, _, _, need_locations, need_weights = ctx.needs_input_grad
-    value, locations, weights = torch.ops.relops._ms_deform_attn_backward(
-        grad_output, *ctx.saved_tensors, need_value, need_locations or need_weights,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    return (
-        value if need_value else None,
-        None,
-        None,
-        locations if need_locations else None,
-        weights if need_weights else None,
-    )
+    return _gradients(ctx, torch.ops.relops._ms_deform_attn_backward, grad_output)
 
 
 def _setup_context_fused(ctx, inputs, output):
@@ -266,21 +246,19 @@ def _setup_context_fused(ctx, inputs, output):
 
 
 def _backward_fused(ctx, grad_output):
-    need_value, _, _, need_reference, need_offsets, need_logits = ctx.needs_input_grad[:6]
-    value, reference, offsets, logits = torch.ops.relops._ms_deform_attn_fused_backward(
-        grad_output, *ctx.saved_tensors, need_value, need_offsets or need_logits, need_reference,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    grads = (
-        value if need_value else None,
-        None,
-        None,
-        reference if need_reference else None,
-        offsets if need_offsets else None,
-        logits if need_logits else None,
-        None,
-    )
-    return grads[: len(ctx.needs_input_grad)]
+    return _gradients(ctx, torch.ops.relops._ms_deform_attn_fused_backward, grad_output)
+
+
+def _gradients(ctx, backward_op, grad_output) -> list[Tensor | None]:
+    """Return a gradient for each input: of value, and of what follows the shapes and starts of levels."""
+    differentiable = [0, *range(3, min(len(ctx.needs_input_grad), 6))]
+    needs_grad = [ctx.needs_input_grad[i] for i in differentiable]
+    found = backward_op(grad_output, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled(), needs_grad)
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, needed, grad in zip(differentiable, needs_grad, found):
+        if needed:
+            grads[i] = grad
+    return grads
 
 
 def _vmap(op, batched_arguments: tuple[int, ...]):

@@ -42,6 +42,19 @@ def translate(source: str) -> str:
     return source.replace("STABLE_TORCH_LIBRARY(relops,", f"STABLE_TORCH_LIBRARY({NAMESPACE},")
 
 
+def write_translated(folder: Path) -> list[Path]:
+    """Writes what differs from the last time, in the layout of csrc, and gives the sources to compile."""
+    sources = []
+    for path in [CSRC / "library.cpp", *sorted(CSRC.rglob("*.cu")), *sorted(CSRC.rglob("*.cuh"))]:
+        source, translated = translate(path.read_text()), folder / path.relative_to(CSRC)
+        translated.parent.mkdir(parents=True, exist_ok=True)
+        if not translated.exists() or translated.read_text() != source:
+            translated.write_text(source)
+        if path.suffix in (".cpp", ".cu"):
+            sources.append(translated)
+    return sources
+
+
 def build() -> Path:
     """Compiles what changed since the last time, and gives the library to load with torch.ops.load_library."""
     folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
@@ -64,15 +77,10 @@ def build() -> Path:
     ]
     with FileLock(folder / "lock"):  # of the processes of one run of the tests the first builds
         objects = []
-        for path in [CSRC / "library.cpp", *sorted(CSRC.rglob("*.cu")), *sorted(CSRC.rglob("*.cuh"))]:
-            name, source = path.relative_to(CSRC), translate(path.read_text())
-            translated = folder / name
-            translated.parent.mkdir(parents=True, exist_ok=True)
-            if not translated.exists() or translated.read_text() != source:
-                translated.write_text(source)
-            if path.suffix in (".cpp", ".cu"):
-                objects.append(f"{name}.o")
-                ninja.append(f"build {name}.o: cxx {name}")
+        for source in write_translated(folder):
+            name = source.relative_to(folder)
+            objects.append(f"{name}.o")
+            ninja.append(f"build {name}.o: cxx {name}")
         ninja.append(f"build {library.name}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(ninja) + "\n")
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))

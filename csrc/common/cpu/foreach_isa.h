@@ -5,15 +5,17 @@
 //   ...
 //   RELOPS_CALL_ISA(kernel<float>, arguments);
 //
-// The kernel file includes common/cpu/simd.h, has no include guard, and defines everything in namespace
-// relops::RELOPS_ISA. Other headers that it includes have one and are included before this file is, outside the regions
-// of the instruction sets: kernel_includes.h has those that most need.
+// The kernel file includes common/cpu/simd.h and may include pieces (cpu_*.h of its family), each of them once. Neither
+// has an include guard; both define everything in namespace relops::RELOPS_ISA. Every other header that they include
+// must have been included before this file, outside the regions of the instruction sets: kernel_includes.h has those
+// that most kernels need.
 
 #include "common/cpu/kernel_includes.h"
 
 #define RELOPS_ISA baseline
 #define RELOPS_VECTOR_BYTES 16
 #include RELOPS_KERNEL
+#undef RELOPS_SIMD
 #undef RELOPS_ISA
 #undef RELOPS_VECTOR_BYTES
 
@@ -24,6 +26,7 @@
 #define RELOPS_ISA avx2
 #define RELOPS_VECTOR_BYTES 32
 #include RELOPS_KERNEL
+#undef RELOPS_SIMD
 #undef RELOPS_ISA
 #undef RELOPS_VECTOR_BYTES
 #pragma GCC pop_options
@@ -33,6 +36,7 @@
 #define RELOPS_ISA avx512
 #define RELOPS_VECTOR_BYTES 64
 #include RELOPS_KERNEL
+#undef RELOPS_SIMD
 #undef RELOPS_ISA
 #undef RELOPS_VECTOR_BYTES
 #pragma GCC pop_options

@@ -1,8 +1,12 @@
-// Vectors of one instruction set, for kernel files compiled by foreach_isa.h (hence no include guard).
+// Vectors of one instruction set, for kernel files. They are compiled once per set by foreach_isa.h, which undefines
+// the include guard each time.
 //
 // Vec<Compute> holds kLanes<Compute> values of the compute type Compute (float or double) in the widest register of the
 // set; arithmetic, comparisons and ?: on it are the compiler's own (GCC vector extensions). Features stored in 16 bits
 // are converted as they are loaded and stored.
+
+#ifndef RELOPS_SIMD
+#define RELOPS_SIMD
 
 #include "common/cpu/kernel_includes.h"
 
@@ -93,7 +97,7 @@ inline void store(BFloat16* p, Vec<float> v) {
 
 #if RELOPS_VECTOR_BYTES == 64
 inline Vec<float> load(const Half* p) {
-  // maskz: the plain form makes GCC 12 warn of an uninitialised operand of its own header.
+  // maskz: the plain form makes GCC 12 warn of an uninitialized operand of its own header.
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store(Half* p, Vec<float> v) {
@@ -166,7 +170,7 @@ inline void convert(const From* src, To* dst, int64_t n) {
   for (int64_t j = i; j < n; ++j) dst[j] = out[j - i];
 }
 
-// The vector whose lane j is f(j). Built from an initialiser, which the compiler turns into a constant; lanes assigned
+// The vector whose lane j is f(j). Built from an initializer, which the compiler turns into a constant; lanes assigned
 // in a loop it may insert one by one at run time.
 template <class Compute, class F, size_t... J>
 inline VecInt<Compute> lanes(F f, std::index_sequence<J...>) {
@@ -387,3 +391,5 @@ inline void softmax(Compute* p, int64_t n, int64_t padded) {
 }
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

@@ -26,7 +26,7 @@ constexpr I round_up(I n, I multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Uninitialised memory for a thread's own use, aligned to a cache line.
+// Uninitialized memory for a thread's own use, aligned to a cache line.
 class Scratch {
  public:
   template <class X>

@@ -129,7 +129,7 @@ __device__ __forceinline__ T* row_at(T* p, int row, unsigned stride) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t{static_cast<unsigned>(row)} * stride);
 }
 
-// Sum over a group of 2^k neighbouring lanes; every lane of the warp must call it.
+// Sum over a group of 2^k neighboring lanes; every lane of the warp must call it.
 template <class Compute>
 __device__ __forceinline__ Compute group_sum(Compute x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
