@@ -249,7 +249,7 @@ def _backward_fused(ctx, grad_output):
     return _gradients(ctx, torch.ops.relops._ms_deform_attn_fused_backward, grad_output)
 
 
-def _gradients(ctx, backward_op, grad_output) -> list[Tensor | None]:
+def _gradients(ctx, backward_op, grad_output) -> tuple[Tensor | None, ...]:
     """Return a gradient for each input: of value, and of what follows the shapes and starts of levels."""
     differentiable = [0, *range(3, min(len(ctx.needs_input_grad), 6))]
     needs_grad = [ctx.needs_input_grad[i] for i in differentiable]
@@ -258,7 +258,7 @@ def _gradients(ctx, backward_op, grad_output) -> list[Tensor | None]:
     for i, needed, grad in zip(differentiable, needs_grad, found):
         if needed:
             grads[i] = grad
-    return grads
+    return tuple(grads)
 
 
 def _vmap(op, batched_arguments: tuple[int, ...]):
