@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from relops.ops._checks import has_values
+from relops._tracing import has_values
 from relops.ops.box_iou import box_iou
 
 # Of log w and log h: a box grows at most from 16 to 1000 pixels.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from relops.ops._checks import check_choice
+from relops._checks import check_choice
 
 
 class FrozenBatchNorm2d(nn.Module):

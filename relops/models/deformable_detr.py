@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relops._dtypes import compute_dtype
 from relops.models import _boxes
 from relops.models._transformer import (
     MLP,
@@ -25,7 +26,6 @@ from relops.models._transformer import (
 from relops.models.backbones import StageBackbone, make_body
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, set_prior
 from relops.nn.ms_deform_attn import MSDeformAttn
-from relops.ops._checks import compute_dtype
 
 Shapes = list[tuple[int, int]]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from relops._dtypes import compute_dtype
 from relops.models._structures import Detections, Targets
 from relops.models.detector import TwoStageDetector
 from relops.models.faster_rcnn import single_map
 from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
 from relops.models.rpn import Proposals
-from relops.ops._checks import compute_dtype
 
 
 class FastRCNN(TwoStageDetector):

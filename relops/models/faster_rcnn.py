@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from relops._checks import check_choice
 from relops.models._structures import Detections, Targets
 from relops.models.anchors import centered_anchors, paper_anchors
 from relops.models.backbones import PyramidBackbone, StageBackbone, make_body
 from relops.models.detector import TwoStageDetector
 from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
 from relops.models.rpn import RPN, Proposals, make_rpn
-from relops.ops._checks import check_choice
 
 
 def single_map(backbone: str, frozen_stages: int, stride: int) -> tuple[StageBackbone, int]:

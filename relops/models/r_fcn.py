@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from relops._checks import check_choice
 from relops.models import _boxes
 from relops.models._structures import Targets
 from relops.models.anchors import paper_anchors
@@ -14,7 +15,6 @@ from relops.models.backbones import StageBackbone, make_body
 from relops.models.detector import TwoStageDetector
 from relops.models.roi_heads import RoIHeads
 from relops.models.rpn import Proposals, make_rpn
-from relops.ops._checks import check_choice
 from relops.ops.ps_roi_align import ps_roi_align
 from relops.ops.ps_roi_pool import ps_roi_pool
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relops._checks import check_choice
 from relops.models import _boxes
 from relops.models._structures import Detections, Targets
 from relops.models.rpn import Proposals
-from relops.ops._checks import check_choice
 from relops.ops.multi_scale_roi_align import multi_scale_roi_align
 from relops.ops.nms_padded import nms_padded
 from relops.ops.roi_align import roi_align

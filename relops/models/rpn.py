@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relops._checks import check_choice
 from relops.models import _boxes
 from relops.models._structures import Targets
 from relops.models.anchors import Anchors
-from relops.ops._checks import check_choice
 from relops.ops.nms_padded import nms_padded
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relops._checks import check_choice, check_size
 from relops.models import _boxes
 from relops.models._renaming import Rules, renamed
 from relops.models._transformer import xavier_weights
@@ -20,7 +21,6 @@ from relops.models.backbones import PyramidBackbone, make_body
 from relops.models.roi_heads import RegionPool
 from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, corners_of, set_prior
 from relops.nn.dynamic_conv import DynamicConv
-from relops.ops._checks import check_choice, check_size
 from relops.ops.box_iou import box_iou
 
 HEADS = 8  # of the self-attention

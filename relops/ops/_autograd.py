@@ -1,4 +1,5 @@
-"""Registration of autograd: the formula of an op for reverse mode, and for all ops alike the error of forward mode."""
+"""Registration of what differentiable ops have in Python: their fakes and the formula for reverse mode; and for all ops
+alike the errors of forward mode and of second derivatives."""
 
 from __future__ import annotations
 
@@ -30,6 +31,20 @@ _library = _Library("relops", "IMPL")
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
     """Register a formula as torch.library.register_autograd does, and make forward mode raise RuntimeError."""
     torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context, lib=_library)
+
+
+def register_differentiable(
+    op: str,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    backward: Callable[..., Any],
+) -> None:
+    """Register an op whose backward is the op _<op>_backward: the fakes of both, and the formula that joins them."""
+    torch.library.register_fake(f"relops::{op}", fake)
+    torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
+    register_autograd(op, backward, setup_context=setup_context)
+    register_no_double_backward(op)
 
 
 def register_no_double_backward(op: str) -> None:

@@ -6,30 +6,18 @@ those of the ops import annotations from __future__.
 
 import math
 from collections.abc import Callable, Sequence
-from types import UnionType
 
 import torch
 from torch import Tensor
 
+from relops._annotations import Boxes
+from relops._autocast import under_autocast
+from relops._checks import check_coordinates, check_features
+from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import check_coordinates, check_features, under_autocast
-from relops.ops._maps import empty, is_channels_last
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
-
-Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
-
-
-class BroadcastingList2:
-    """`BroadcastingList2[int]` is one int for both, or two.
-
-    torch.jit.script recognizes the annotation by its name. That of torch.jit.annotations evaluates to None, which
-    signatures would show.
-    """
-
-    def __class_getitem__(cls, item: type) -> UnionType:
-        return item | Sequence[item]
-
 
 MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio of the kernels: bounds their loops
 
@@ -133,7 +121,7 @@ def checked_region(
 
 def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
     """[K,5] in the dtype that kernels compute in."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(input.dtype)
     if isinstance(boxes, Tensor):
         rows = boxes
     elif len(boxes) == 0:
@@ -169,13 +157,6 @@ def fake_backward(grad_output, input, boxes, input_shape, *rest):
 # ---- Registration ----
 
 
-def register(op: str, fake: Callable, fake_of_backward: Callable, setup_context: Callable, backward: Callable) -> None:
-    torch.library.register_fake(f"relops::{op}", fake)
-    torch.library.register_fake(f"relops::_{op}_backward", fake_of_backward)
-    register_autograd(op, backward, setup_context=setup_context)
-    register_no_double_backward(op)
-
-
 def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> None:
     """An op(input, boxes, output_size, *options) with gradients to input and boxes."""
 
@@ -193,7 +174,7 @@ def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> Non
         )
         return grad_input if need_input else None, grad_boxes if need_boxes else None, *[None] * len(others)
 
-    register(op, fake, fake_backward, setup_context, backward)
+    register_differentiable(op, fake, fake_backward, setup_context, backward)
     register_vmap(op)
 
 

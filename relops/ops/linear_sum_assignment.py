@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from relops._checks import check_device, check_tensor, is_int
+from relops._dtypes import FEATURE_DTYPES
 from relops._library import check_device_has_kernels
-from relops.ops._checks import FEATURE_DTYPES, check_device, check_tensor, int_tensor, is_int
+from relops._tracing import int_tensor
 from relops.ops._vmap import mapped_first
 
 OP = "linear_sum_assignment"

@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relops._autocast import under_autocast, widest_under_autocast
+from relops._checks import check_choice, check_coordinates, check_features, check_features_like, check_shape, check_size
+from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
-    check_choice,
-    check_coordinates,
-    check_features,
-    check_features_like,
-    check_shape,
-    check_size,
-    compute_dtype,
-    under_autocast,
-    widest_under_autocast,
-)
-from relops.ops._maps import empty, is_channels_last
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
 MAX_KERNEL_SIZE = 63  # kMaxKernelSize of the kernels
@@ -139,8 +131,5 @@ def _vmap(info, in_dims, query, key, value, prior, *settings):
     return output.unflatten(0, (info.batch_size, -1)), 0
 
 
-torch.library.register_fake("relops::local_relation", _fake)
-torch.library.register_fake("relops::_local_relation_backward", _fake_backward)
-register_autograd("local_relation", _backward, setup_context=_setup_context)
-register_no_double_backward("local_relation")
+register_differentiable("local_relation", _fake, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap("relops::local_relation", _vmap)

@@ -7,20 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from relops._autocast import under_autocast
+from relops._checks import check_coordinates, check_device, check_features, check_mask, check_shape, check_tensor
+from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
-    check_coordinates,
-    check_device,
-    check_features,
-    check_mask,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-    has_values,
-    int_tensor,
-    under_autocast,
-)
+from relops._tracing import has_values, int_tensor
+from relops.ops._autograd import register_differentiable
 from relops.ops._vmap import mapped_first
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -299,14 +291,10 @@ def _vmap(op, batched_arguments: tuple[int, ...]):
     return fold
 
 
-torch.library.register_fake("relops::ms_deform_attn", _fake_forward)
-torch.library.register_fake("relops::ms_deform_attn_fused", _fake_forward_fused)
-torch.library.register_fake("relops::_ms_deform_attn_backward", _fake_backward)
-torch.library.register_fake("relops::_ms_deform_attn_fused_backward", _fake_backward_fused)
-register_autograd("ms_deform_attn", _backward, setup_context=_setup_context)
-register_autograd("ms_deform_attn_fused", _backward_fused, setup_context=_setup_context_fused)
-register_no_double_backward("ms_deform_attn")
-register_no_double_backward("ms_deform_attn_fused")
+register_differentiable("ms_deform_attn", _fake_forward, _fake_backward, _setup_context, _backward)
+register_differentiable(
+    "ms_deform_attn_fused", _fake_forward_fused, _fake_backward_fused, _setup_context_fused, _backward_fused
+)
 torch.library.register_vmap("relops::ms_deform_attn", _vmap(torch.ops.relops.ms_deform_attn, (0, 3, 4)))
 torch.library.register_vmap(
     "relops::ms_deform_attn_fused", _vmap(torch.ops.relops.ms_deform_attn_fused, (0, 3, 4, 5, 6))

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from relops.ops._checks import check_device, is_autocasting
-from relops.ops._maps import empty, is_channels_last
+from relops._annotations import Boxes, BroadcastingList2
+from relops._autocast import is_autocasting
+from relops._checks import check_device
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
     as_rows,
     boxes_per_entry,
     check_map,
@@ -18,7 +19,6 @@ from relops.ops._regions import (
     check_type,
     checked_boxes,
     checked_output_size,
-    register,
 )
 from relops.ops._vmap import mapped_first
 
@@ -185,5 +185,5 @@ def _vmap(info, in_dims, inputs, boxes, *rest):
     return output.unflatten(0, boxes.shape[:2]), 0
 
 
-register(OP, _fake_forward, _fake_backward, _setup_context, _backward)
+register_differentiable(OP, _fake_forward, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap(f"relops::{OP}", _vmap)

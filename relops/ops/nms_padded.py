@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from relops.ops._boxes import check_boxes, check_idxs, check_iou_threshold, check_scores, computed
-from relops.ops._checks import check_number, is_int
+from relops._checks import check_number, is_int
+from relops._dtypes import to_compute_dtype
+from relops.ops._suppression import check_boxes, check_idxs, check_iou_threshold, check_scores
 from relops.ops._vmap import mapped_first
 
 
@@ -62,7 +63,12 @@ def nms_padded(
     if score_threshold is not None:
         check_number(op, "score_threshold", score_threshold, "or None", -math.inf, math.inf)
     return torch.ops.relops.nms_padded(
-        computed(boxes.detach()), computed(scores.detach()), iou_threshold, max_output, idxs, score_threshold
+        to_compute_dtype(boxes.detach()),
+        to_compute_dtype(scores.detach()),
+        iou_threshold,
+        max_output,
+        idxs,
+        score_threshold,
     )
 
 

@@ -3,17 +3,10 @@
 import torch
 from torch import Tensor
 
-from relops.ops._maps import empty, is_channels_last
-from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
-    as_rows,
-    check_divisible,
-    checked_region,
-    fake_forward_position_sensitive,
-    register,
-    register_vmap,
-)
+from relops._annotations import Boxes, BroadcastingList2
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
+from relops.ops._regions import as_rows, check_divisible, checked_region, fake_forward_position_sensitive, register_vmap
 
 
 def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
@@ -70,5 +63,5 @@ def _backward(ctx, grad_output):
     return grad_input, *[None] * len(others)
 
 
-register("ps_roi_pool", fake_forward_position_sensitive, _fake_backward, _setup_context, _backward)
+register_differentiable("ps_roi_pool", fake_forward_position_sensitive, _fake_backward, _setup_context, _backward)
 register_vmap("ps_roi_pool")

@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relops._checks import LARGEST, SMALLEST, check_number, check_tensor, is_int
+from relops._dtypes import FEATURE_DTYPES
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
-    FEATURE_DTYPES,
-    LARGEST,
-    SMALLEST,
-    check_number,
-    check_tensor,
-    is_int,
-)
+from relops.ops._autograd import register_differentiable
 
 
 def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) -> Tensor:
@@ -82,8 +76,5 @@ def _vmap(info, in_dims, ranks, dim, wavelength):
     return torch.ops.relops.rank_embedding(ranks.movedim(in_dims[0], 0), dim, wavelength), 0
 
 
-torch.library.register_fake("relops::rank_embedding", _fake)
-torch.library.register_fake("relops::_rank_embedding_backward", _fake_backward)
-register_autograd("rank_embedding", _backward, setup_context=_setup_context)
-register_no_double_backward("rank_embedding")
+register_differentiable("rank_embedding", _fake, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap("relops::rank_embedding", _vmap)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
+from relops._autocast import under_autocast, widest_under_autocast
+from relops._checks import (
     LARGEST,
     SMALLEST,
     check_choice,
@@ -18,10 +17,10 @@ from relops.ops._checks import (
     check_mask,
     check_number,
     check_shape,
-    compute_dtype,
-    under_autocast,
-    widest_under_autocast,
 )
+from relops._dtypes import compute_dtype
+from relops._library import check_device_has_kernels
+from relops.ops._autograd import register_differentiable
 from relops.ops._vmap import mapped_first
 
 GEOMETRIES = ("paper", "official")
@@ -182,8 +181,5 @@ def _vmap(info, in_dims, *args):
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
 
 
-torch.library.register_fake("relops::relation_attention", _fake)
-torch.library.register_fake("relops::_relation_attention_backward", _fake_backward)
-register_autograd("relation_attention", _backward, setup_context=_setup_context)
-register_no_double_backward("relation_attention")
+register_differentiable("relation_attention", _fake, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap("relops::relation_attention", _vmap)

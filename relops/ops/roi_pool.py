@@ -3,16 +3,10 @@
 import torch
 from torch import Tensor
 
-from relops.ops._maps import empty, is_channels_last
-from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
-    as_rows,
-    checked_region,
-    fake_forward,
-    register,
-    register_vmap,
-)
+from relops._annotations import Boxes, BroadcastingList2
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
+from relops.ops._regions import as_rows, checked_region, fake_forward, register_vmap
 
 
 def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
@@ -65,5 +59,5 @@ def _backward(ctx, grad_output):
     return grad_input, *[None] * len(others)
 
 
-register("roi_pool", fake_forward, _fake_backward, _setup_context, _backward)
+register_differentiable("roi_pool", fake_forward, _fake_backward, _setup_context, _backward)
 register_vmap("roi_pool")

@@ -3,16 +3,10 @@
 import torch
 from torch import Tensor
 
+from relops._checks import LARGEST, SMALLEST, check_choice, check_number
+from relops._dtypes import common_compute_dtype
 from relops.ops._autograd import register_no_gradient
-from relops.ops._boxes import (
-    check_boxes,
-    check_idxs,
-    check_iou_threshold,
-    check_scores,
-    unknown_count,
-    wider_box_dtype,
-)
-from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number
+from relops.ops._suppression import check_boxes, check_idxs, check_iou_threshold, check_scores, unknown_count
 
 METHODS = ("linear", "gaussian")
 
@@ -70,7 +64,7 @@ def soft_nms(
     if idxs is not None:
         check_idxs(op, idxs, boxes)
         idxs = idxs.to(torch.int64)
-    dtype = wider_box_dtype(boxes, scores)
+    dtype = common_compute_dtype(boxes, scores)
     keep, decayed = torch.ops.relops.soft_nms(
         boxes.to(dtype),
         scores.to(dtype),

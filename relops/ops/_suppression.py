@@ -1,14 +1,15 @@
-"""What the ops on boxes without features share: checks, the dtype they compute in, sizes that fakes cannot know.
+"""What the suppression ops share: checks of their arguments, and sizes that fakes cannot know.
 
-torch.jit.script compiles `nms`, `batched_nms`, `box_iou`, `generalized_box_iou` and what these call. It reads
-annotations as objects, so neither this file nor those of the ops import annotations from __future__.
+torch.jit.script compiles `nms` and `batched_nms`. It reads annotations as objects, so the files of these do not import
+annotations from __future__.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from relops._library import check_device_has_kernels
-from relops.ops._checks import (
+from relops._checks import (
     check_device,
     check_features,
     check_features_or_integers,
@@ -16,6 +17,7 @@ from relops.ops._checks import (
     check_number,
     check_shape,
 )
+from relops._library import check_device_has_kernels
 
 
 def check_boxes(op: str, boxes: object, batched: bool = False) -> None:
@@ -43,23 +45,6 @@ def _check_per_box(op: str, name: str, tensor: Tensor, boxes: Tensor) -> None:
 
 def check_iou_threshold(op: str, iou_threshold: object) -> None:
     check_number(op, "iou_threshold", iou_threshold, "in [0,1]", 0.0, 1.0)
-
-
-def box_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that kernels compute boxes of `dtype` in."""
-    wide = dtype == torch.float64 or dtype == torch.int64 or dtype == torch.uint64
-    return torch.float64 if wide else torch.float32
-
-
-def wider_box_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """Return the dtype that kernels compute both tensors in."""
-    dtype = box_dtype(a.dtype)
-    return dtype if dtype == torch.float64 or a.dtype == b.dtype else box_dtype(b.dtype)
-
-
-def computed(tensor: Tensor) -> Tensor:
-    """Convert to the dtype that kernels compute in."""
-    return tensor.to(box_dtype(tensor.dtype))
 
 
 def unknown_count(boxes: Tensor) -> int | torch.SymInt:

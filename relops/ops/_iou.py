@@ -7,10 +7,10 @@ from __future__.
 import torch
 from torch import Tensor
 
+from relops._checks import check_device, check_features_or_integers
+from relops._dtypes import common_compute_dtype, compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._boxes import box_dtype, wider_box_dtype
-from relops.ops._checks import check_device, check_features_or_integers
+from relops.ops._autograd import register_differentiable
 from relops.ops._vmap import mapped_first
 
 
@@ -21,7 +21,7 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
             K = name.upper()
             raise ValueError(f"relops.{op}: {name} must be [{K},4] or [N,{K},4], got shape {list(boxes.shape)}")
     both_floating = a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point()
-    if both_floating and box_dtype(a.dtype) != box_dtype(b.dtype):
+    if both_floating and compute_dtype(a.dtype) != compute_dtype(b.dtype):
         allowed = "float64" if a.dtype == torch.float64 else "float16, bfloat16 or float32"
         raise TypeError(f"relops.{op}: b must be {allowed} where a is {a.dtype}, got {b.dtype}")
     check_device(op, "b", b, "a", a)
@@ -33,7 +33,7 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
 
 def computed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Convert both to the dtype that kernels compute in."""
-    dtype = wider_box_dtype(a, b)
+    dtype = common_compute_dtype(a, b)
     return a.to(dtype), b.to(dtype)
 
 
@@ -60,8 +60,5 @@ def register_box_pair(op: str) -> None:
         output = getattr(torch.ops.relops, op)(a.flatten(0, -3), b.flatten(0, -3))
         return output.unflatten(0, a.shape[:-2]), 0
 
-    torch.library.register_fake(f"relops::{op}", fake)
-    torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
-    register_autograd(op, backward, setup_context=setup_context)
-    register_no_double_backward(op)
+    register_differentiable(op, fake, fake_backward, setup_context, backward)
     torch.library.register_vmap(f"relops::{op}", vmap)

@@ -1,23 +1,16 @@
-"""Argument checks shared by the ops: each error names the op, the argument, the rule and what was got."""
+"""Argument checks of ops, modules and models: each error names the op, the argument, the rule and what was got."""
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from relops._dtypes import FEATURE_DTYPES, compute_dtype
 
 SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max  # of positive and finite numbers
-FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def compute_dtype(features: torch.dtype) -> torch.dtype:
-    """The dtype in which sums and coordinates are computed: float32, or float64 for float64 features."""
-    return torch.float64 if features == torch.float64 else torch.float32
 
 
 def is_int(x: object) -> bool:
@@ -119,46 +112,3 @@ def check_integers(op: str, name: str, tensor: object) -> None:
     check_tensor(op, name, tensor)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"relops.{op}: {name} must be of an integer dtype, got {tensor.dtype}")
-
-
-def has_values(*tensors: Tensor | None) -> bool:
-    """Return whether the host may read values: fake tensors have none, and a traced graph must not depend on them."""
-    if torch.compiler.is_compiling() or FakeTensor in map(type, tensors):
-        return False
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return True
-    modes = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
-    return all(torch._C._get_dispatch_mode(mode) is None for mode in modes)
-
-
-def int_tensor(ints: Sequence[int]) -> Tensor:
-    """Make an int64 tensor on the CPU. In a graph that is being traced, symbolic sizes stay symbolic."""
-    if torch.SymInt in map(type, ints):
-        return torch.stack([torch.scalar_tensor(x, dtype=torch.int64, device="cpu") for x in ints])
-    return torch.tensor(ints, dtype=torch.int64, device="cpu")
-
-
-def is_autocasting(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor is; of meta tensors torch cannot tell."""
-    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
-
-
-def under_autocast(features: Tensor, *coordinates: Tensor) -> list[Tensor]:
-    """Autocast makes some inputs 16 bit and leaves others: coordinates follow the features upwards, never down."""
-    if not (isinstance(features, Tensor) and is_autocasting(features)):
-        return list(coordinates)
-    wide = compute_dtype(features.dtype)
-    return [
-        c.to(wide) if isinstance(c, Tensor) and c.is_floating_point() and c.dtype not in (features.dtype, wide) else c
-        for c in coordinates
-    ]
-
-
-def widest_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Autocast makes some features 16 bit and leaves others: all follow the widest."""
-    if not all(isinstance(x, Tensor) and x.dtype in FEATURE_DTYPES for x in features):
-        return features
-    if not is_autocasting(features[0]):
-        return features
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
-    return tuple(x.to(dtype) for x in features)
