@@ -6,23 +6,25 @@ from collections.abc import Callable
 
 from torch import nn
 
-from relops.models._structures import Detections, Targets
-from relops.models.cascade_rcnn import cascade_rcnn
-from relops.models.deformable_detr import deformable_detr
-from relops.models.detr import detr
-from relops.models.detr_checkpoints import load_detr
-from relops.models.fast_rcnn import fast_rcnn
-from relops.models.faster_rcnn import faster_rcnn, faster_rcnn_fpn
-from relops.models.hypernet import hypernet
-from relops.models.inference import batch_images, detect, load_backbone, load_torchvision
-from relops.models.lr_net import LRNet, lr_net26, lr_net50
-from relops.models.mask_rcnn import mask_rcnn
-from relops.models.r_fcn import r_fcn
-from relops.models.relation_networks import relation_networks, relation_networks_fpn
-from relops.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
-from relops.models.sparse_rcnn import load_sparse_rcnn, sparse_rcnn
-from relops.models.vgg import VGG16, vgg16
-from relops.models.zf import ZF, zf
+from relops.models.backbones.lr_net import LRNet, lr_net26, lr_net50
+from relops.models.backbones.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+from relops.models.backbones.vgg import VGG16, vgg16
+from relops.models.backbones.zf import ZF, zf
+from relops.models.checkpoints.detr import load_detr
+from relops.models.checkpoints.sparse_rcnn import load_sparse_rcnn
+from relops.models.checkpoints.torchvision import load_backbone, load_torchvision
+from relops.models.detectors.cascade_rcnn import cascade_rcnn
+from relops.models.detectors.deformable_detr import deformable_detr
+from relops.models.detectors.detr import detr
+from relops.models.detectors.fast_rcnn import fast_rcnn
+from relops.models.detectors.faster_rcnn import faster_rcnn, faster_rcnn_fpn
+from relops.models.detectors.hypernet import hypernet
+from relops.models.detectors.mask_rcnn import mask_rcnn
+from relops.models.detectors.r_fcn import r_fcn
+from relops.models.detectors.relation_networks import relation_networks, relation_networks_fpn
+from relops.models.detectors.sparse_rcnn import sparse_rcnn
+from relops.models.inference import batch_images, detect
+from relops.models.structures import Detections, Targets
 
 DETECTORS: dict[str, Callable[..., nn.Module]] = {
     "fast_rcnn": fast_rcnn,

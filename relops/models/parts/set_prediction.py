@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relops.models import _boxes
-from relops.models._structures import Detections, Targets
-from relops.models.detector import BaseDetector
+from relops._dtypes import to_compute_dtype
+from relops.models.parts.boxes import corners_of
 from relops.ops.generalized_box_iou import generalized_box_iou
 from relops.ops.linear_sum_assignment import linear_sum_assignment
 
@@ -36,17 +35,6 @@ class SetPrediction(NamedTuple):
     logits: Tensor
     boxes: Tensor
     first: SetPrediction | None = None
-
-
-def corners_of(boxes: Tensor) -> Tensor:
-    """(center x, center y, width, height) [...,4] to x1, y1, x2, y2."""
-    center, size = boxes.split(2, -1)
-    return torch.cat([center - 0.5 * size, center + 0.5 * size], -1)
-
-
-def centers_of(boxes: Tensor) -> Tensor:
-    """x1, y1, x2, y2 [...,4] to (center x, center y, width, height)."""
-    return torch.cat(_boxes.center_size(boxes), -1)
 
 
 def focal_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +108,7 @@ class SetLoss:
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> dict[str, Tensor]:
         """Of arguments as in `match`: the last layer's three losses by name, and the sum of all others' as
         "auxiliary" where there are others."""
-        logits, boxes = _boxes.widened(logits), _boxes.widened(boxes)
+        logits, boxes = to_compute_dtype(logits), to_compute_dtype(boxes)
         objects = torch.where(labels[..., None] >= 0, objects.to(boxes.dtype), 0.5)  # padding needs numbers
         num_objects = mean_over_processes((labels >= 0).sum())
         L, N, Q, C = logits.shape
@@ -153,56 +141,6 @@ class SetLoss:
         if L > 1:
             losses["auxiliary"] = sum(each)[:-1].sum()
         return losses
-
-
-class SetDetector(BaseDetector):
-    """A detector that predicts a set: subclasses have `predict` and a `backbone`.
-
-    Args:
-        loss: how it is trained; its `focal` and `corners` also say what its scores and boxes are.
-        most: detections an image, at most.
-    """
-
-    def __init__(self, loss: SetLoss, most: int = 100) -> None:
-        super().__init__()
-        self.set_loss = loss
-        self.most = most
-
-    def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
-        """Of images [N,3,H,W], of which sizes [N,2] are no padding."""
-        raise NotImplementedError
-
-    def forward(
-        self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
-    ) -> dict[str, Tensor] | Detections:
-        sizes, targets = self.checked(images, sizes, targets)
-        prediction = self.predict(images, sizes)
-        if not self.training:
-            return self.detections(prediction.logits[-1], prediction.boxes[-1], sizes)
-        objects = targets.boxes / _boxes.extent(sizes)
-        objects = objects if self.set_loss.corners else centers_of(objects)
-        losses = self.set_loss(prediction.logits, prediction.boxes, targets.labels, objects)
-        if prediction.first is not None:
-            as_one = targets.labels.clamp(max=0)
-            losses["encoder"] = sum(
-                self.set_loss(prediction.first.logits, prediction.first.boxes, as_one, objects).values()
-            )
-        return losses
-
-    def detections(self, logits: Tensor, boxes: Tensor, sizes: Tensor) -> Detections:
-        """The best of logits [N,Q,C] and boxes [N,Q,4]: with focal loss of all classes of all predictions, otherwise
-        each prediction's best class."""
-        logits, boxes = _boxes.widened(logits), _boxes.widened(boxes)
-        if self.set_loss.focal:
-            C = logits.shape[-1]
-            scores, index = logits.sigmoid().flatten(1).topk(min(self.most, logits[0].numel()), 1)
-            index, labels = index // C, index % C
-        else:
-            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-            scores, index = scores.topk(min(self.most, logits.shape[1]), 1)
-            labels = labels.gather(1, index)
-        boxes = self.set_loss.as_corners(_boxes.take(boxes, index)) * _boxes.extent(sizes)
-        return Detections(_boxes.clip(boxes, sizes), scores, labels)
 
 
 def set_prior(classifier: nn.Linear) -> None:

@@ -1,13 +1,11 @@
-"""What all detectors have in common, and what those of two stages have."""
+"""What all detectors have in common."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from relops.models._structures import Detections, Targets
-from relops.models.roi_heads import RoIHeads
-from relops.models.rpn import RPN, Proposals
+from relops.models.structures import Targets
 
 
 class BaseDetector(nn.Module):
@@ -56,38 +54,3 @@ class BaseDetector(nn.Module):
             real = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
             targets = targets._replace(labels=targets.labels.masked_fill(~real, -1))
         return sizes, targets
-
-
-class TwoStageDetector(BaseDetector):
-    """Backbone, region proposal network, and heads on regions.
-
-    Args:
-        backbone: images to a list of maps.
-        rpn: proposals from maps.
-        roi_heads: losses and detections from maps and proposals.
-        box_gradients: non-approximate joint training: gradients of the second stage reach the RPN through the boxes,
-            too, by RoI Align (RoI warping), regression targets and clipping. Otherwise proposals are constants.
-    """
-
-    def __init__(self, backbone: nn.Module, rpn: RPN, roi_heads: RoIHeads, *, box_gradients: bool = False) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.rpn = rpn
-        self.roi_heads = roi_heads
-        self.box_gradients = box_gradients
-
-    def forward(
-        self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
-    ) -> dict[str, Tensor] | Detections:
-        sizes, targets = self.checked(images, sizes, targets)
-        maps = self.backbone(images)
-        if not self.training:
-            proposals, _ = self.rpn(maps, sizes)
-            return self.roi_heads.detect(maps, proposals, sizes)
-        proposals, losses = self.rpn(maps, sizes, targets, box_gradients=self.box_gradients)
-        return losses | self.roi_heads.losses(maps, proposals, sizes, targets)
-
-    def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
-        """The RPN's proposals; `most` as in RPN.forward."""
-        sizes, _ = self.checked(images, sizes, None, training=False)
-        return self.rpn(self.backbone(images), sizes, most=most)[0]

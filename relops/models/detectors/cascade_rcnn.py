@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from relops.models import _boxes
-from relops.models._structures import Detections, Targets
-from relops.models.detector import TwoStageDetector
-from relops.models.faster_rcnn import pyramid
-from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
-from relops.models.rpn import Proposals
+from relops._dtypes import to_compute_dtype
+from relops.models.detectors.faster_rcnn import pyramid
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.box_coding import decode_boxes
+from relops.models.parts.boxes import clip_boxes, smaller_than
+from relops.models.parts.padding import present_rows, spread
+from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
+from relops.models.parts.rpn import Proposals
+from relops.models.structures import Detections, Targets
 
 
 class CascadeRoIHeads(RoIHeads):
@@ -31,21 +34,19 @@ class CascadeRoIHeads(RoIHeads):
     def refine(self, maps: list[Tensor], rois: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         """Scores [R,classes + 1] and deltas [R,4] of rows [R,5] by one stage."""
         logits, deltas = self.box_predictor[stage](self.box_head[stage](self.box_roi_pool(maps, rois)))
-        return _boxes.widened(logits), _boxes.widened(deltas)
+        return to_compute_dtype(logits), to_compute_dtype(deltas)
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         losses = {}
         for stage, iou in enumerate(self.IOU):
             samples = self.sample(proposals, targets, iou)
             valid = samples.classes >= 0
-            rois, place = _boxes.present(samples.boxes, valid)
+            rois, place = present_rows(samples.boxes, valid)
             logits, deltas = self.refine(maps, rois, stage)
             weights = self.stage_weights[stage]
             losses |= self.box_losses(logits, deltas, samples, targets, place, weights, f"_{stage}")
-            boxes = _boxes.clip(
-                _boxes.spread(_boxes.decode(deltas.detach(), rois[:, 1:], weights), place, *valid.shape), sizes
-            )
-            valid = valid & ~_boxes.smaller_than(boxes, 1e-2)
+            boxes = clip_boxes(spread(decode_boxes(deltas.detach(), rois[:, 1:], weights), place, *valid.shape), sizes)
+            valid = valid & ~smaller_than(boxes, 1e-2)
             proposals = Proposals(torch.where(valid[..., None], boxes, 0), valid.float(), valid)
         return losses
 
@@ -53,11 +54,11 @@ class CascadeRoIHeads(RoIHeads):
         N, P = proposals.valid.shape
         boxes, scores = proposals.boxes, 0
         for stage, weights in enumerate(self.stage_weights):
-            rois, place = _boxes.present(boxes, proposals.valid)
+            rois, place = present_rows(boxes, proposals.valid)
             logits, deltas = self.refine(maps, rois, stage)
             scores = scores + logits.softmax(-1)[:, 1:] / len(self.IOU)
-            boxes = _boxes.clip(_boxes.spread(_boxes.decode(deltas, rois[:, 1:], weights), place, N, P), sizes)
-        return self.select(boxes[:, :, None], _boxes.spread(scores, place, N, P), proposals, sizes)
+            boxes = clip_boxes(spread(decode_boxes(deltas, rois[:, 1:], weights), place, N, P), sizes)
+        return self.select(boxes[:, :, None], spread(scores, place, N, P), proposals, sizes)
 
 
 def cascade_rcnn(

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relops.models import _boxes
-from relops.models._structures import Detections, Targets
-from relops.models.detector import TwoStageDetector
-from relops.models.faster_rcnn import pyramid
-from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, Samples, TwoFCHead
-from relops.models.rpn import Proposals
+from relops._dtypes import to_compute_dtype
+from relops.models.detectors.faster_rcnn import pyramid
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.padding import at_places, present_rows, spread
+from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, Samples, TwoFCHead
+from relops.models.parts.rpn import Proposals
+from relops.models.structures import Detections, Targets
 from relops.ops.roi_align import roi_align
 
 
@@ -62,7 +63,7 @@ class MaskRoIHeads(RoIHeads):
         """[R,28,28] of rows [R,5] for the class, labels [R], of each."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, rois)))
         of_class = (labels + 1).view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
-        return _boxes.widened(logits.gather(1, of_class).squeeze(1))
+        return to_compute_dtype(logits.gather(1, of_class).squeeze(1))
 
     def losses_of(self, maps: list[Tensor], samples: Samples, targets: Targets) -> dict[str, Tensor]:
         losses = super().losses_of(maps, samples, targets)
@@ -71,12 +72,12 @@ class MaskRoIHeads(RoIHeads):
         boxes, matched, classes = (
             x[:, : self.most_positive] for x in (samples.boxes.detach(), samples.matched, samples.classes)
         )
-        rois, place = _boxes.present(boxes, classes > 0)
-        classes = _boxes.at_places(classes, place)
+        rois, place = present_rows(boxes, classes > 0)
+        classes = at_places(classes, place)
         logits = self.mask_logits(maps, rois, classes.clamp(min=1) - 1)
         # Each mask is an image of its own.
         N, T = targets.labels.shape
-        of_mask = _boxes.at_places(matched + T * torch.arange(N, device=matched.device)[:, None], place)
+        of_mask = at_places(matched + T * torch.arange(N, device=matched.device)[:, None], place)
         rows = torch.cat([of_mask[:, None].to(rois.dtype), rois[:, 1:]], 1)
         wanted = roi_align(targets.masks.flatten(0, 1)[:, None].to(rows.dtype), rows, logits.shape[-1])[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((1, 2))
@@ -88,40 +89,10 @@ class MaskRoIHeads(RoIHeads):
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         boxes, scores, labels, _ = super().detect(maps, proposals, sizes)
         valid = labels >= 0
-        rois, place = _boxes.present(boxes, valid)
-        of_rois = _boxes.at_places(labels.clamp(min=0), place)
+        rois, place = present_rows(boxes, valid)
+        of_rois = at_places(labels.clamp(min=0), place)
         masks = self.mask_logits(maps, rois, of_rois).sigmoid()
-        return Detections(boxes, scores, labels, _boxes.spread(masks, place, *valid.shape))
-
-
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Masks of detections, in their places in an image.
-
-    Args:
-        masks: [D,R,R] probabilities at the centers of R x R parts of each box.
-        boxes: [D,4] x1, y1, x2, y2 in pixels.
-        size: (H, W) of the image.
-        threshold: of the bilinearly interpolated probability; 0 outside of the box.
-
-    Returns:
-        [D,H,W] bool, at the centers of pixels.
-    """
-    height, width = size
-    at = torch.arange(masks.shape[-1], device=masks.device)
-
-    def weights(low: Tensor, high: Tensor, length: int) -> Tensor:
-        """[D,length,R] of a mask's rows or columns, at each pixel."""
-        pixel = torch.arange(length, device=masks.device) + 0.5
-        place = (pixel - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * len(at) - 0.5
-        return (1 - (place[..., None] - at).abs()).clamp(min=0)
-
-    x1, y1, x2, y2 = boxes.float().unbind(1)
-    rows, columns = weights(y1, y2, height), weights(x1, x2, width)
-    pasted = torch.empty(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    with torch.autocast(masks.device.type, enabled=False):  # products would be in 16 bits
-        for i, mask in enumerate(masks.float()):  # one map of floats of the image's size at a time
-            torch.ge(rows[i] @ mask @ columns[i].T, threshold, out=pasted[i])
-    return pasted
+        return Detections(boxes, scores, labels, spread(masks, place, *valid.shape))
 
 
 class MaskRCNN(TwoStageDetector):

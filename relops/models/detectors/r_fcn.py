@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from relops._checks import check_choice
-from relops.models import _boxes
-from relops.models._structures import Targets
-from relops.models.anchors import paper_anchors
-from relops.models.backbones import StageBackbone, make_body
-from relops.models.detector import TwoStageDetector
-from relops.models.roi_heads import RoIHeads
-from relops.models.rpn import Proposals, make_rpn
+from relops._dtypes import to_compute_dtype
+from relops.models.backbones.build import make_body
+from relops.models.backbones.stages import StageBackbone
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.anchors import paper_anchors
+from relops.models.parts.padding import present_rows
+from relops.models.parts.roi_heads import RoIHeads
+from relops.models.parts.rpn import Proposals, make_rpn
+from relops.models.structures import Targets
 from relops.ops.ps_roi_align import ps_roi_align
 from relops.ops.ps_roi_pool import ps_roi_pool
 
@@ -45,12 +47,12 @@ class PositionSensitiveHeads(RoIHeads):
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         x = self.reduce(maps[1])
         votes = [self.pool(layer(x), rois, self.parts, self.scale) for layer in (self.cls_maps, self.box_maps)]
-        logits, deltas = (_boxes.widened(vote.mean((2, 3))) for vote in votes)
+        logits, deltas = (to_compute_dtype(vote.mean((2, 3))) for vote in votes)
         return logits, deltas
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         samples = self.regions(proposals, targets)
-        rois, place = _boxes.present(samples.boxes, samples.classes >= 0)
+        rois, place = present_rows(samples.boxes, samples.classes >= 0)
         logits, deltas = self.predict(maps, rois)
         return self.hardest_losses(logits, deltas, samples, targets, place)
 

@@ -7,19 +7,22 @@ torchvision's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops._checks import check_choice, check_size
-from relops.models import _boxes
-from relops.models._renaming import Rules, renamed
-from relops.models._transformer import xavier_weights
-from relops.models.backbones import PyramidBackbone, make_body
-from relops.models.roi_heads import RegionPool
-from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, corners_of, set_prior
+from relops._dtypes import to_compute_dtype
+from relops.models.backbones.build import make_body
+from relops.models.backbones.pyramid import PyramidBackbone
+from relops.models.detectors.set_based import SetDetector
+from relops.models.parts.box_coding import decode_boxes
+from relops.models.parts.boxes import corners_of, image_extent
+from relops.models.parts.padding import as_rows
+from relops.models.parts.roi_heads import RegionPool
+from relops.models.parts.set_prediction import SetLoss, SetPrediction, set_prior
+from relops.models.parts.transformer import xavier_weights
 from relops.nn.dynamic_conv import DynamicConv
 from relops.ops.box_iou import box_iou
 
@@ -65,8 +68,8 @@ class SparseRCNN(SetDetector):
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
         N = images.shape[0]
-        extent = _boxes.extent(sizes)
-        boxes = corners_of(_boxes.widened(self.init_proposal_boxes.weight)) * extent
+        extent = image_extent(sizes)
+        boxes = corners_of(to_compute_dtype(self.init_proposal_boxes.weight)) * extent
         features = self.init_proposal_features.weight.expand(N, -1, -1)
         logits, boxes = self.head(self.backbone(images), boxes, features)
         return SetPrediction(logits, boxes / extent)
@@ -123,7 +126,7 @@ class DynamicHead(nn.Module):
         for stage in self.head_series:
             # The level and the samples of a region have no gradient by its box, nor has attention.
             places = boxes.detach()
-            regions = self.box_roi_pool(maps, _boxes.as_rows(places))
+            regions = self.box_roi_pool(maps, as_rows(places))
             bias = log_iou(places).to(features.dtype) if self.iou_attention else None
             logits, refined, features = stage(features, regions, boxes, bias)
             outputs.append((logits, refined))
@@ -160,7 +163,7 @@ class RCNNHead(nn.Module):
         x = self.norm2(x + self.inst_interact(x.flatten(0, 1), regions).view_as(x))
         x = self.norm3(x + self.linear2(F.relu(self.linear1(x))))
         deltas = self.bboxes_delta(self.reg_module(x))
-        return self.class_logits(self.cls_module(x)), _boxes.decode(deltas, boxes, self.WEIGHTS, LOG_CLAMP), x
+        return self.class_logits(self.cls_module(x)), decode_boxes(deltas, boxes, self.WEIGHTS, LOG_CLAMP), x
 
 
 def log_iou(boxes: Tensor) -> Tensor:
@@ -221,33 +224,3 @@ def sparse_rcnn(
         hidden=hidden,
         iou_attention=iou_attention,
     )
-
-
-RENAMES: Rules = (
-    (r"^backbone\.bottom_up\.stem\.", lambda m: "backbone.body."),
-    (r"^backbone\.bottom_up\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
-    (r"\.conv(\d)\.norm\.", lambda m: f".bn{m[1]}."),
-    (r"\.shortcut\.norm\.", lambda m: ".downsample.1."),
-    (r"\.shortcut\.", lambda m: ".downsample.0."),
-    (r"^backbone\.fpn_lateral(\d)\.", lambda m: f"backbone.fpn.inner_blocks.{int(m[1]) - 2}.0."),
-    (r"^backbone\.fpn_output(\d)\.", lambda m: f"backbone.fpn.layer_blocks.{int(m[1]) - 2}.0."),
-)  # of detectron2's pyramids
-
-
-def load_sparse_rcnn(model: SparseRCNN, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a state_dict of the released code, whose backbone has detectron2's names; all others are ours.
-
-    Images are to be as `batch_images` makes them: RGB, by the mean and standard deviation that the released code has.
-
-    Args:
-        model: `sparse_rcnn` of as many classes, proposals and stages, on resnet50-frozen or resnet101-frozen.
-        state_dict: what the released files hold.
-
-    Raises:
-        RuntimeError: a parameter that is missing, or left over, or of another shape.
-
-    Example:
-        >>> model = relops.models.sparse_rcnn(80)
-        >>> relops.models.load_sparse_rcnn(model, torch.load("r50_100pro_3x_model.pth"))
-    """
-    model.load_state_dict(renamed(state_dict, RENAMES))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from relops.models.backbones.base import Body
 from relops.nn.local_relation import LocalRelation
 
 
@@ -47,7 +48,7 @@ class LRBottleneck(nn.Module):
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class LRNet(nn.Module):
+class LRNet(Body):
     """A stem that reduces images to a quarter, and stages of which each but the first halves what it is given.
 
     Args:

@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relops._dtypes import compute_dtype
-from relops.models import _boxes
-from relops.models._transformer import (
+from relops._dtypes import compute_dtype, to_compute_dtype
+from relops.models.backbones.build import make_body
+from relops.models.backbones.stages import StageBackbone
+from relops.models.detectors.set_based import SetDetector
+from relops.models.parts.padding import gather_rows
+from relops.models.parts.set_prediction import SetLoss, SetPrediction, set_prior
+from relops.models.parts.transformer import (
     MLP,
     Extent,
     FeedForward,
@@ -23,8 +27,6 @@ from relops.models._transformer import (
     sinusoid,
     xavier_weights,
 )
-from relops.models.backbones import StageBackbone, make_body
-from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction, set_prior
 from relops.nn.ms_deform_attn import MSDeformAttn
 
 Shapes = list[tuple[int, int]]
@@ -152,14 +154,14 @@ class DeformableDETR(SetDetector):
             first, query, positions, references = self.propose(memory, centers, padding)
         else:
             positions, query = self.query_embed.weight.expand(N, -1, -1).chunk(2, -1)
-            references = _boxes.widened(self.transformer.reference_points(positions)).sigmoid()
+            references = to_compute_dtype(self.transformer.reference_points(positions)).sigmoid()
         logits, boxes = [], []
         for i, layer in enumerate(self.transformer.decoder.layers):
             seen = references[:, :, None] * ratios.repeat(1, 1, references.shape[-1] // 2)[:, None]
             query = layer(query, positions, seen, memory, shapes, padding)
             # Iterative bounding box refinement (section 4.2, appendix A.4): each layer's boxes are the next one's
             # references. To a point nothing is added but the center.
-            moved = _boxes.widened(self.bbox_embed[i](query))
+            moved = to_compute_dtype(self.bbox_embed[i](query))
             at = inverse_sigmoid(references)
             boxes.append((moved + F.pad(at, (0, 4 - at.shape[-1]))).sigmoid())
             logits.append(self.class_embed[i](query))
@@ -201,9 +203,9 @@ class DeformableDETR(SetDetector):
         x = transformer.enc_output_norm(transformer.enc_output(memory.masked_fill(left_out, 0.0)))
         logits = self.class_embed[-1](x)
         anchors = torch.logit(anchors).masked_fill(left_out, math.inf)
-        moved = _boxes.widened(self.bbox_embed[-1](x)) + anchors
+        moved = to_compute_dtype(self.bbox_embed[-1](x)) + anchors
         best = logits[..., 0].topk(min(self.queries, logits.shape[1]), 1).indices
-        references = _boxes.take(moved, best).detach().sigmoid()
+        references = gather_rows(moved, best).detach().sigmoid()
         embedded = sinusoid(references * (2 * math.pi), memory.shape[-1] // 2).flatten(-2)
         positions, query = transformer.pos_trans_norm(transformer.pos_trans(embedded.to(memory.dtype))).chunk(2, -1)
         return SetPrediction(logits[None], moved.sigmoid()[None]), query, positions, references

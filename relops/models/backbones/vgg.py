@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from relops.models._norm import make_norm
-from relops.models._stages import Chain
+from relops.models.backbones.base import Chain
+from relops.models.backbones.norm import make_norm
 
 CONVS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops._checks import check_choice
-from relops.models import _boxes
-from relops.models._structures import Detections, Targets
-from relops.models.rpn import Proposals
+from relops._dtypes import to_compute_dtype
+from relops.models.parts.box_coding import decode_boxes, encode_boxes
+from relops.models.parts.boxes import clip_boxes, smaller_than
+from relops.models.parts.padding import at_places, gather_rows, present_rows, spread
+from relops.models.parts.rpn import Proposals
+from relops.models.parts.sampling import sample_candidates, target_overlaps
+from relops.models.structures import Detections, Targets
 from relops.ops.multi_scale_roi_align import multi_scale_roi_align
 from relops.ops.nms_padded import nms_padded
 from relops.ops.roi_align import roi_align
@@ -149,23 +153,23 @@ class RoIHeads(nn.Module):
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [R,classes + 1], background first, and deltas [R,4] or [R,4 * (classes + 1)] of rows [R,5]."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(maps, rois)))
-        return _boxes.widened(logits), _boxes.widened(deltas)
+        return to_compute_dtype(logits), to_compute_dtype(deltas)
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Of a batch: cross entropy of classes and smooth L1 of the positive regions' deltas."""
         return self.losses_of(maps, self.sample(proposals, targets), targets)
 
     def losses_of(self, maps: list[Tensor], samples: Samples, targets: Targets) -> dict[str, Tensor]:
-        rois, place = _boxes.present(samples.boxes, samples.classes >= 0)
+        rois, place = present_rows(samples.boxes, samples.classes >= 0)
         logits, deltas = self.predict(maps, rois)
         return self.box_losses(logits, deltas, samples, targets, place, self.weights)
 
     def sample(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
         """At most num_samples regions an image, positive_fraction of them positive at most, by chance."""
         boxes, classes, matched = self.regions(proposals, targets, positive)
-        index, _, there = _boxes.sample(classes > 0, classes == 0, self.num_samples, self.most_positive)
+        index, _, there = sample_candidates(classes > 0, classes == 0, self.num_samples, self.most_positive)
         classes = classes.gather(1, index).masked_fill(~there, -1)
-        return Samples(_boxes.take(boxes, index), classes, matched.gather(1, index))
+        return Samples(gather_rows(boxes, index), classes, matched.gather(1, index))
 
     def regions(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
         """All that samples are chosen of: proposals, and the objects themselves. `positive`: an IoU that divides them
@@ -173,7 +177,7 @@ class RoIHeads(nn.Module):
         above, (lowest, below) = (positive, (0.0, positive)) if positive is not None else (self.positive, self.negative)
         boxes = torch.cat([proposals.boxes, targets.boxes.to(proposals.boxes.dtype)], 1)
         valid = torch.cat([proposals.valid, targets.labels >= 0], 1)
-        best, matched = _boxes.match(boxes, targets.boxes, targets.labels).max(1)
+        best, matched = target_overlaps(boxes, targets.boxes, targets.labels).max(1)
         best = best.clamp(min=0)  # an image without objects is background
         negative = (best >= lowest) & (best < below)
         classes = torch.where(best >= above, targets.labels.gather(1, matched) + 1, negative.long() - 1)
@@ -189,7 +193,7 @@ class RoIHeads(nn.Module):
         weights: tuple[float, float],
         suffix: str = "",
     ) -> dict[str, Tensor]:
-        """Means over the samples, of scores and deltas of the rows that `present` made of them."""
+        """Means over the samples, of scores and deltas of the rows that `present_rows` made of them."""
         entropy, distance = self.region_losses(logits, deltas, samples, targets, place, weights)
         num = (samples.classes >= 0).sum().clamp(min=1)
         return {"classes" + suffix: entropy.sum() / num, "boxes" + suffix: distance.sum() / num}
@@ -197,14 +201,14 @@ class RoIHeads(nn.Module):
     def hardest_losses(
         self, logits: Tensor, deltas: Tensor, samples: Samples, targets: Targets, place: Tensor | None
     ) -> dict[str, Tensor]:
-        """Means over the num_samples regions of an image whose loss is largest, of the rows that `present` made of all
-        (online hard example mining, Shrivastava et al., https://arxiv.org/abs/1604.03540)."""
+        """Means over the num_samples regions of an image whose loss is largest, of the rows that `present_rows` made of
+        all (online hard example mining, Shrivastava et al., https://arxiv.org/abs/1604.03540)."""
         entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.weights)
         valid = samples.classes >= 0
-        hardness = _boxes.spread((entropy + distance).detach(), place, *valid.shape).masked_fill(~valid, -1)
+        hardness = spread((entropy + distance).detach(), place, *valid.shape).masked_fill(~valid, -1)
         hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
         kept = torch.zeros_like(valid).scatter_(1, hardest, True) & valid
-        num, weight = kept.sum().clamp(min=1), _boxes.at_places(kept, place)
+        num, weight = kept.sum().clamp(min=1), at_places(kept, place)
         return {"classes": (entropy * weight).sum() / num, "boxes": (distance * weight).sum() / num}
 
     def region_losses(
@@ -217,13 +221,13 @@ class RoIHeads(nn.Module):
         weights: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
         """Cross entropy and smooth L1, [R] each, of every row; 0 where there is nothing to learn."""
-        classes = _boxes.at_places(samples.classes, place)
-        boxes = _boxes.at_places(samples.boxes, place)
-        objects = _boxes.at_places(_boxes.take(targets.boxes.to(boxes.dtype), samples.matched), place)
+        classes = at_places(samples.classes, place)
+        boxes = at_places(samples.boxes, place)
+        objects = at_places(gather_rows(targets.boxes.to(boxes.dtype), samples.matched), place)
         positive = (classes > 0)[:, None]
         # What is not positive needs a target that is a number, as boxes may carry gradients: any box with an extent.
         unit = torch.arange(4, device=boxes.device).div(2, rounding_mode="floor").to(boxes.dtype)
-        wanted = _boxes.encode(torch.where(positive, objects, unit), torch.where(positive, boxes, unit), weights)
+        wanted = encode_boxes(torch.where(positive, objects, unit), torch.where(positive, boxes, unit), weights)
         if deltas.shape[1] > 4:
             of_class = classes.clamp(min=0)[:, None, None].expand(-1, 1, 4)
             deltas = deltas.unflatten(1, (-1, 4)).gather(1, of_class).squeeze(1)
@@ -232,26 +236,26 @@ class RoIHeads(nn.Module):
 
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         """Detections of a batch."""
-        rois, place = _boxes.present(proposals.boxes, proposals.valid)
+        rois, place = present_rows(proposals.boxes, proposals.valid)
         logits, deltas = self.predict(maps, rois)
         scores = logits.softmax(-1)[:, 1:]
         deltas = deltas.unflatten(1, (-1, 4))[:, -scores.shape[1] :]
-        boxes = _boxes.decode(deltas, rois[:, None, 1:], self.weights)
+        boxes = decode_boxes(deltas, rois[:, None, 1:], self.weights)
         N, P = proposals.valid.shape
-        return self.select(_boxes.spread(boxes, place, N, P), _boxes.spread(scores, place, N, P), proposals, sizes)
+        return self.select(spread(boxes, place, N, P), spread(scores, place, N, P), proposals, sizes)
 
     def select(self, boxes: Tensor, scores: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
         """Suppression within classes: of boxes [N,P,classes or 1,4] and scores [N,P,classes]."""
         N, P, C = scores.shape
-        boxes = _boxes.clip(boxes.expand(N, P, C, 4).reshape(N, P * C, 4), sizes)
-        gone = ~proposals.valid[..., None] | _boxes.smaller_than(boxes, 1e-2).view(N, P, C)
+        boxes = clip_boxes(boxes.expand(N, P, C, 4).reshape(N, P * C, 4), sizes)
+        gone = ~proposals.valid[..., None] | smaller_than(boxes, 1e-2).view(N, P, C)
         scores = scores.masked_fill(gone, -math.inf).view(N, P * C)
         classes = torch.arange(C, device=scores.device).repeat(P).expand(N, -1)
         keep, _ = nms_padded(boxes, scores, self.nms_threshold, self.most, classes, self.score_threshold)
         valid = keep >= 0
         keep = keep.clamp(min=0)
         return Detections(
-            torch.where(valid[..., None], _boxes.take(boxes, keep), 0),
+            torch.where(valid[..., None], gather_rows(boxes, keep), 0),
             torch.where(valid, scores.gather(1, keep), 0),
             torch.where(valid, keep % C, -1),
         )

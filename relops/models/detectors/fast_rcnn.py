@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from relops._dtypes import compute_dtype
-from relops.models._structures import Detections, Targets
-from relops.models.detector import TwoStageDetector
-from relops.models.faster_rcnn import single_map
-from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
-from relops.models.rpn import Proposals
+from relops.models.detectors.faster_rcnn import single_map
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
+from relops.models.parts.rpn import Proposals
+from relops.models.structures import Detections, Targets
 
 
 class FastRCNN(TwoStageDetector):

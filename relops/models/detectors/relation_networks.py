@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relops.models import _boxes
-from relops.models._structures import Detections, Targets
-from relops.models.anchors import paper_anchors
-from relops.models.detector import TwoStageDetector
-from relops.models.faster_rcnn import pyramid, single_map
-from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
-from relops.models.rpn import Proposals, make_rpn
+from relops._dtypes import to_compute_dtype
+from relops.models.detectors.faster_rcnn import pyramid, single_map
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.anchors import paper_anchors
+from relops.models.parts.box_coding import decode_boxes
+from relops.models.parts.boxes import clip_boxes, smaller_than
+from relops.models.parts.padding import gather_rows, present_rows, spread
+from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
+from relops.models.parts.rpn import Proposals, make_rpn
+from relops.models.structures import Detections, Targets
 from relops.nn.duplicate_removal import DuplicateRemoval
 from relops.nn.object_relation import ObjectRelation
 
@@ -46,9 +49,9 @@ class RelationHead(TwoFCHead):
         )
 
     def forward(self, x: Tensor, place: Tensor | None, boxes: Tensor, key_mask: Tensor) -> Tensor:
-        """[N,K,hidden] of rows [R,...] in their places (as `present` gave them), boxes [N,K,4] and key_mask [N,K], True
-        where a region tells the others nothing."""
-        x = _boxes.spread(self.fc6(x.flatten(1)), place, *key_mask.shape)
+        """[N,K,hidden] of rows [R,...] in their places (as `present_rows` gave them), boxes [N,K,4] and key_mask [N,K],
+        True where a region tells the others nothing."""
+        x = spread(self.fc6(x.flatten(1)), place, *key_mask.shape)
         for relation in self.fc6_relations:
             x = relation(x, boxes, key_mask)
         x = self.fc7(F.relu(x))
@@ -88,16 +91,16 @@ class RelationRoIHeads(RoIHeads):
         """Features [N,K,hidden], scores [N,K,classes + 1] and deltas [N,K,4] of boxes [N,K,4], of which those valid
         [N,K] are there and the first num_keys are seen by the others."""
         boxes = torch.where(valid[..., None], boxes, 0)  # padding is a query, too: it needs numbers
-        rois, place = _boxes.present(boxes, valid)
+        rois, place = present_rows(boxes, valid)
         key_mask = ~valid | (torch.arange(valid.shape[1], device=valid.device) >= num_keys)
         features = self.box_head(self.box_roi_pool(maps, rois), place, boxes, key_mask)
         logits, deltas = self.box_predictor(features)
-        return features, _boxes.widened(logits), _boxes.widened(deltas)
+        return features, to_compute_dtype(logits), to_compute_dtype(deltas)
 
     def refine(self, logits: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes [N,P,4], clipped, and scores s0 [N,P,classes] of proposals; 0 where a box is none."""
-        boxes = _boxes.clip(_boxes.decode(deltas, proposals.boxes, self.weights), sizes)
-        gone = ~proposals.valid | _boxes.smaller_than(boxes, 1e-2)
+        boxes = clip_boxes(decode_boxes(deltas, proposals.boxes, self.weights), sizes)
+        gone = ~proposals.valid | smaller_than(boxes, 1e-2)
         return boxes, logits.softmax(-1)[..., 1:].masked_fill(gone[..., None], 0)
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
@@ -119,7 +122,7 @@ class RelationRoIHeads(RoIHeads):
         final_scores = self.duplicate_removal(features, scores, boxes).final_scores
         scores, index = final_scores.flatten(1).topk(min(self.most, P * C), 1)
         found = scores > 0
-        boxes = torch.where(found[..., None], _boxes.take(boxes, index // C), 0)
+        boxes = torch.where(found[..., None], gather_rows(boxes, index // C), 0)
         return Detections(boxes, scores, torch.where(found, index % C, -1))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from relops.models._norm import make_norm
-from relops.models._stages import Chain
+from relops.models.backbones.base import Chain
+from relops.models.backbones.norm import make_norm
 
 
 class ZF(Chain):

@@ -6,10 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from relops.models import _boxes
-from relops.models._transformer import MLP, FeedForward, Layers, extent_of, sine_positions, xavier_weights
-from relops.models.backbones import StageBackbone, make_body
-from relops.models.set_prediction import SetDetector, SetLoss, SetPrediction
+from relops._dtypes import to_compute_dtype
+from relops.models.backbones.build import make_body
+from relops.models.backbones.stages import StageBackbone
+from relops.models.detectors.set_based import SetDetector
+from relops.models.parts.set_prediction import SetLoss, SetPrediction
+from relops.models.parts.transformer import MLP, FeedForward, Layers, extent_of, sine_positions, xavier_weights
 
 
 class EncoderLayer(FeedForward):
@@ -92,7 +94,7 @@ class DETR(SetDetector):
 
         # Prediction feed-forward networks, shared by all layers, and so is the normalization before them.
         states = self.transformer.decoder.norm(torch.stack(states if self.training else states[-1:]))
-        return SetPrediction(self.class_embed(states), _boxes.widened(self.bbox_embed(states)).sigmoid())
+        return SetPrediction(self.class_embed(states), to_compute_dtype(self.bbox_embed(states)).sigmoid())
 
 
 def detr(

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from relops._checks import check_choice
-from relops.models._structures import Detections, Targets
-from relops.models.anchors import centered_anchors, paper_anchors
-from relops.models.backbones import PyramidBackbone, StageBackbone, make_body
-from relops.models.detector import TwoStageDetector
-from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
-from relops.models.rpn import RPN, Proposals, make_rpn
+from relops.models.backbones.build import make_body
+from relops.models.backbones.pyramid import PyramidBackbone
+from relops.models.backbones.stages import StageBackbone
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.anchors import centered_anchors, paper_anchors
+from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
+from relops.models.parts.rpn import RPN, Proposals, make_rpn
+from relops.models.structures import Detections, Targets
 
 
 def single_map(backbone: str, frozen_stages: int, stride: int) -> tuple[StageBackbone, int]:

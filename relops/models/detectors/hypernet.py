@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relops.models import _boxes
-from relops.models.anchors import Anchors, centered_anchors
-from relops.models.backbones import HyperBackbone, make_body
-from relops.models.detector import TwoStageDetector
-from relops.models.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
-from relops.models.rpn import RPN
+from relops.models.backbones.build import make_body
+from relops.models.backbones.hyper import HyperBackbone
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.anchors import Anchors, centered_anchors
+from relops.models.parts.padding import as_rows
+from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
+from relops.models.parts.rpn import RPN
 from relops.ops.roi_pool import roi_pool
+
+CANDIDATE_STRIDE = 16  # pixels from a candidate to the next
 
 
 class PooledProposalHead(nn.Module):
@@ -41,7 +44,7 @@ class PooledProposalHead(nn.Module):
         """Log-odds [N,A] and deltas [N,A,4] of the anchors [A,4] of one map."""
         x = F.relu(self.conv(maps[0]))
         N, A = len(x), len(anchors[0])
-        rois = _boxes.as_rows(anchors[0].expand(N, A, 4))
+        rois = as_rows(anchors[0].expand(N, A, 4))
         x = F.relu(self.fc(roi_pool(x, rois, self.size, self.scale).flatten(1)))
         return [self.cls_logits(x).view(N, A)], [self.bbox_pred(x).view(N, A, 4)]
 
@@ -67,11 +70,10 @@ def hypernet(
     frozen_stages: int = 0,
     num_samples: int = 128,
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
-    candidate_stride: int = 16,
 ) -> TwoStageDetector:
     """HyperNet: proposals and detections both from regions pooled of one fused map at a stride of 4.
 
-    Candidates are boxes of several sizes and three ratios, every candidate_stride pixels. Those that leave the image
+    Candidates are boxes of several sizes and three ratios, every 16 pixels. Those that leave the image
     are learned from, too: a pooled part outside of it looks like nothing inside. A hundred proposals are left at
     inference.
 
@@ -84,7 +86,6 @@ def hypernet(
         frozen_stages: of the backbone, not trained.
         num_samples: regions an image that losses are of.
         sizes: of candidates, in pixels.
-        candidate_stride: of candidates, in pixels.
     """
     if backbone.startswith(("vgg16", "zf")):
         body = make_body(backbone, frozen_stages)
@@ -95,7 +96,7 @@ def hypernet(
     cells = [[box for size in sizes for box in centered_anchors(size)]]
     rpn = RPN(
         PooledProposalHead(maps.channels[0], 256, maps.STRIDE),
-        Anchors(cells, maps.strides, candidate_stride // maps.STRIDE),
+        Anchors(cells, maps.strides, CANDIDATE_STRIDE // maps.STRIDE),
         pre_nms=(2000, 1000),
         post_nms=(200, 100),
     )

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from relops.models._renaming import Rules, renamed
-from relops.models.deformable_detr import DeformableDETR
-from relops.models.detr import DETR
+from relops.models.checkpoints.renaming import Rules, renamed
+from relops.models.detectors.deformable_detr import DeformableDETR
+from relops.models.detectors.detr import DETR
 
 # Names that transformers gives, in all of its versions, to those of the released codes.
 TRANSFORMERS: Rules = [

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops._checks import check_choice
-from relops.models import _boxes
-from relops.models._structures import Targets
-from relops.models.anchors import Anchors
+from relops._dtypes import to_compute_dtype
+from relops.models.parts.anchors import Anchors
+from relops.models.parts.box_coding import decode_boxes, encode_boxes
+from relops.models.parts.boxes import clip_boxes, smaller_than
+from relops.models.parts.padding import gather_rows
+from relops.models.parts.sampling import sample_candidates, target_overlaps
+from relops.models.structures import Targets
 from relops.ops.nms_padded import nms_padded
 
 
@@ -147,7 +151,7 @@ class RPN(nn.Module):
         anchors = self.anchors([x.shape[-2:] for x in maps])
         logits, deltas = self.head(maps, anchors)
         counts = [len(x) for x in anchors]
-        logits, deltas = (_boxes.widened(torch.cat(x, 1)) for x in (logits, deltas))
+        logits, deltas = (to_compute_dtype(torch.cat(x, 1)) for x in (logits, deltas))
         anchors = torch.cat(anchors)
         losses = {} if targets is None else self.losses(logits, deltas, anchors, sizes, targets)
         if not box_gradients:
@@ -164,8 +168,8 @@ class RPN(nn.Module):
             pre_nms, post_nms = scores.shape[1], most
         if self.filter_first:
             with torch.no_grad():
-                boxes = _boxes.clip(_boxes.decode(deltas, anchors, self.WEIGHTS), sizes)
-                scores = scores.masked_fill(_boxes.smaller_than(boxes, self.min_size), -math.inf)
+                boxes = clip_boxes(decode_boxes(deltas, anchors, self.WEIGHTS), sizes)
+                scores = scores.masked_fill(smaller_than(boxes, self.min_size), -math.inf)
         start, chosen, levels = 0, [], []
         for level, of_level in enumerate(scores.split(counts, 1)):
             chosen.append(start + of_level.topk(min(pre_nms, counts[level]), 1).indices)
@@ -173,8 +177,8 @@ class RPN(nn.Module):
             start += counts[level]
         index = torch.cat(chosen, 1)
         scores = scores.gather(1, index)
-        boxes = _boxes.clip(_boxes.decode(_boxes.take(deltas, index), anchors[index], self.WEIGHTS), sizes)
-        scores = scores.masked_fill(_boxes.smaller_than(boxes.detach(), self.min_size), -math.inf)
+        boxes = clip_boxes(decode_boxes(gather_rows(deltas, index), anchors[index], self.WEIGHTS), sizes)
+        scores = scores.masked_fill(smaller_than(boxes.detach(), self.min_size), -math.inf)
         if self.nms_threshold is None:
             scores = torch.where(scores > -math.inf, scores, -math.inf)  # a NaN counts as none
             best, keep = scores.topk(min(post_nms, scores.shape[1]), 1)
@@ -185,7 +189,7 @@ class RPN(nn.Module):
             )
             valid = keep >= 0
             keep = keep.clamp(min=0)
-        boxes = torch.where(valid[..., None], _boxes.take(boxes, keep), 0)
+        boxes = torch.where(valid[..., None], gather_rows(boxes, keep), 0)
         return Proposals(boxes, scores.gather(1, keep), valid)
 
     def losses(
@@ -194,19 +198,19 @@ class RPN(nn.Module):
         """Of scores [N,A] and deltas [N,A,4] of anchors [A,4]."""
         with torch.no_grad():
             positive, negative, matched = self.targets(anchors, sizes, targets)
-            index, is_positive, valid = _boxes.sample(positive, negative, self.num_samples, self.num_samples // 2)
-            at, objects = anchors[index], _boxes.take(targets.boxes.to(anchors.dtype), matched.gather(1, index))
+            index, is_positive, valid = sample_candidates(positive, negative, self.num_samples, self.num_samples // 2)
+            at, objects = anchors[index], gather_rows(targets.boxes.to(anchors.dtype), matched.gather(1, index))
             # What is no positive sample needs a target that is a number.
-            wanted = _boxes.encode(torch.where(is_positive[..., None], objects, at), at, self.WEIGHTS)
+            wanted = encode_boxes(torch.where(is_positive[..., None], objects, at), at, self.WEIGHTS)
             num = valid.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(logits.gather(1, index), is_positive.float(), reduction="none")
-        distance = F.smooth_l1_loss(_boxes.take(deltas, index), wanted, reduction="none", beta=self.beta).sum(-1)
+        distance = F.smooth_l1_loss(gather_rows(deltas, index), wanted, reduction="none", beta=self.beta).sum(-1)
         per = 1 / num if self.balance is None else self.balance * self.anchors.per_cell / logits.numel()
         return {"rpn_objectness": (loss * valid).sum() / num, "rpn_boxes": (distance * is_positive).sum() * per}
 
     def targets(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
         """Which anchors are positive and which negative, [N,A] bool, and the object each overlaps most with, [N,A]."""
-        iou = _boxes.match(anchors[None], targets.boxes, targets.labels)
+        iou = target_overlaps(anchors[None], targets.boxes, targets.labels)
         inside = None
         if self.ignore_outside:
             limit = sizes.flip(-1)[:, None]

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from relops.models._norm import make_norm
+from relops.models.backbones.base import Body
+from relops.models.backbones.norm import make_norm
 
 
 class BasicBlock(nn.Module):
@@ -63,7 +64,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int, norm: Callable[[i
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
 
 
-class ResNet(nn.Module):
+class ResNet(Body):
     """A stem that reduces images to a quarter, and four stages of which each but the first halves what it is given.
 
     Args:
@@ -73,7 +74,6 @@ class ResNet(nn.Module):
         norm: "batch", "frozen" (batch normalization with constant statistics and weights) or "group" (32 groups; fewer
             where they would be of one channel).
         dilated: the last stage keeps its size and dilates its 3x3 convolutions by two instead (R-FCN's stride of 16).
-
         stages: so many there are; fewer than four for detectors that use no more.
         width: channels of the stem, which all others are multiples of.
 

@@ -1,0 +1,67 @@
+"""Weights with the names that torchvision gives: of classifiers, and of its detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from relops.models.backbones.norm import FrozenBatchNorm2d
+
+
+def load_backbone(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads what a classifier learned into a detector's backbone, and fc6 and fc7 of VGG-16 into its head.
+
+    Args:
+        model: a detector.
+        state_dict: of the classifier, torchvision's or ours; what the detector does not have is left out.
+
+    Raises:
+        ValueError: a parameter that is missing, or of another shape.
+    """
+    targets = {name: (name, value) for name, value in model.backbone.body.state_dict().items()}
+    head = getattr(getattr(model, "roi_heads", None), "box_head", None)
+    if "classifier.0.weight" in state_dict and hasattr(head, "fc6"):
+        for name, value in head.state_dict().items():
+            targets[name] = (name.replace("fc6", "classifier.0").replace("fc7", "classifier.3"), value)
+    with torch.no_grad():
+        for name, value in targets.values():
+            if name not in state_dict:
+                raise ValueError(f"relops.models: state_dict must have {name}, which the backbone has")
+            if state_dict[name].shape != value.shape:
+                raise ValueError(
+                    f"relops.models: {name} of state_dict must be {list(value.shape)}, got "
+                    f"{list(state_dict[name].shape)}"
+                )
+            value.copy_(state_dict[name])
+
+
+def load_torchvision(model: nn.Module, state_dict: Mapping[str, Tensor], norm_eps: float | None = None) -> None:
+    """Loads a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, of any of its versions.
+
+    Args:
+        model: `faster_rcnn_fpn` or `mask_rcnn` of as many classes, without the background (90 for COCO).
+        state_dict: torchvision's. Names that older versions gave are renamed; all others are ours.
+        norm_eps: of the backbone's frozen normalization. torchvision makes it 0 where it loads its own COCO_V1 weights;
+            None leaves it at 1e-5, as for all others.
+
+    Raises:
+        RuntimeError: a parameter that is missing, or left over, or of another shape.
+    """
+    renamed = {}
+    for name, value in state_dict.items():
+        for block in ("inner_blocks", "layer_blocks"):
+            for i in range(4):
+                name = name.replace(f"fpn.{block}.{i}.weight", f"fpn.{block}.{i}.0.weight")
+                name = name.replace(f"fpn.{block}.{i}.bias", f"fpn.{block}.{i}.0.bias")
+        for end in ("weight", "bias"):
+            name = name.replace(f"rpn.head.conv.{end}", f"rpn.head.conv.0.0.{end}")
+            for i in range(4):
+                name = name.replace(f"mask_head.mask_fcn{i + 1}.{end}", f"mask_head.{i}.0.{end}")
+        renamed[name] = value
+    model.load_state_dict(renamed)
+    if norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.eps = norm_eps
