@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ def is_autocasting(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
-def under_autocast(features: Tensor, *coordinates: Tensor) -> list[Tensor]:
+@overload
+def under_autocast(features: Tensor, *coordinates: Tensor) -> list[Tensor]: ...
+
+
+@overload
+def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Tensor | None]: ...
+
+
+def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Any]:
     """Autocast makes some inputs 16 bit and leaves others: coordinates follow the features upwards, never down."""
     if not (isinstance(features, Tensor) and is_autocasting(features)):
         return list(coordinates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,16 +14,22 @@ from relops._dtypes import FEATURE_DTYPES, compute_dtype
 SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max  # of positive and finite numbers
 
 
-def is_int(x: object) -> bool:
+def is_int(x: object) -> TypeGuard[int]:
     """An int or what stands for one in a graph; a bool is most likely an argument in the wrong place."""
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
 
 
+def is_real(x: object) -> TypeGuard[float]:
+    """A number or what stands for one in a graph, but no bool."""
+    return isinstance(x, (float, int, torch.SymFloat)) and not isinstance(x, bool)
+
+
 def check_number(op: str, name: str, number: object, rule: str, low: float, high: float) -> None:
     """`rule` is "in [low,high]" in words; NaN is never in it."""
-    real = isinstance(number, (float, int, torch.SymFloat)) and not isinstance(number, bool)
-    if not real or not low <= number <= high:
-        raise (ValueError if real else TypeError)(f"relops.{op}: {name} must be a number {rule}, got {number!r}")
+    if not is_real(number) or not low <= number <= high:
+        raise (ValueError if is_real(number) else TypeError)(
+            f"relops.{op}: {name} must be a number {rule}, got {number!r}"
+        )
 
 
 def check_size(op: str, name: str, number: object, most: int) -> None:
@@ -49,7 +56,7 @@ def check_features(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"relops.{op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
 
 
-def check_features_or_integers(op: str, name: str, tensor: object) -> None:
+def check_features_or_integers(op: str, name: str, tensor: Tensor) -> None:
     check_tensor(op, name, tensor)
     if tensor.dtype not in FEATURE_DTYPES and (
         tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
@@ -100,7 +107,7 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int
         raise ValueError(f"relops.{op}: {name} must be {letters} = [{','.join(words)}], got shape {list(tensor.shape)}")
 
 
-def check_mask(op: str, name: str, mask: object, letters: str, *shape: int, meaning: str = "") -> None:
+def check_mask(op: str, name: str, mask: Tensor, letters: str, *shape: int, meaning: str = "") -> None:
     """`meaning`: of True, in words for the message."""
     check_tensor(op, name, mask)
     if mask.dtype != torch.bool:
@@ -108,7 +115,7 @@ def check_mask(op: str, name: str, mask: object, letters: str, *shape: int, mean
     check_shape(op, name, mask, letters, *shape)
 
 
-def check_integers(op: str, name: str, tensor: object) -> None:
+def check_integers(op: str, name: str, tensor: Tensor) -> None:
     check_tensor(op, name, tensor)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"relops.{op}: {name} must be of an integer dtype, got {tensor.dtype}")

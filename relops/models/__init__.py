@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import nn
+from typing import Any
 
 from relops.models.backbones.lr_net import LRNet, lr_net26, lr_net50
 from relops.models.backbones.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
@@ -13,6 +12,7 @@ from relops.models.backbones.zf import ZF, zf
 from relops.models.checkpoints.detr import load_detr
 from relops.models.checkpoints.sparse_rcnn import load_sparse_rcnn
 from relops.models.checkpoints.torchvision import load_backbone, load_torchvision
+from relops.models.detectors.base import BaseDetector
 from relops.models.detectors.cascade_rcnn import cascade_rcnn
 from relops.models.detectors.deformable_detr import deformable_detr
 from relops.models.detectors.detr import detr
@@ -26,7 +26,7 @@ from relops.models.detectors.sparse_rcnn import sparse_rcnn
 from relops.models.inference import batch_images, detect
 from relops.models.structures import Detections, Targets
 
-DETECTORS: dict[str, Callable[..., nn.Module]] = {
+DETECTORS: dict[str, Callable[..., BaseDetector]] = {
     "fast_rcnn": fast_rcnn,
     "faster_rcnn": faster_rcnn,
     "faster_rcnn_fpn": faster_rcnn_fpn,
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 
-def build(name: str, num_classes: int, **options: object) -> nn.Module:
+def build(name: str, num_classes: int, **options: Any) -> BaseDetector:
     """The detector of that name in DETECTORS, of so many classes besides the background; options are its own."""
     if name not in DETECTORS:
         raise ValueError(f"relops.models: model must be one of {', '.join(DETECTORS)}, got {name!r}")

@@ -73,6 +73,6 @@ def detect(
         boxes = detections.boxes[i, :count] / scales[i].flip(0).repeat(2)
         result = {"boxes": boxes, "scores": detections.scores[i, :count], "labels": detections.labels[i, :count]}
         if detections.masks is not None:
-            result["masks"] = paste_masks(detections.masks[i, :count], boxes, tuple(image.shape[1:]))
+            result["masks"] = paste_masks(detections.masks[i, :count], boxes, (image.shape[1], image.shape[2]))
         results.append(result)
     return results

@@ -3,7 +3,7 @@ alike the errors of forward mode and of second derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 class _Library(torch.library.Library):
     """Register autograd kernels that look for tangents first: torch itself drops the tangents without an error."""
 
-    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", *, with_keyset: bool = False) -> None:
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         op = op_name.removeprefix("_").removesuffix("_backward")
 
         def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -22,7 +22,7 @@ class _Library(torch.library.Library):
                 _refuse_tangents(op, args)
             return fn(keyset, *args)
 
-        super().impl(op_name, kernel, dispatch_key, with_keyset=with_keyset)
+        super().impl(op_name, kernel, dispatch_key, **options)
 
 
 _library = _Library("relops", "IMPL")
@@ -77,7 +77,7 @@ def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
         )
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
     """Yield all tensors of the arguments, and those that the transforms of torch.func have wrapped in them."""
     for x in args:
         if isinstance(x, (list, tuple)):

@@ -6,6 +6,7 @@ those of the ops import annotations from __future__.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -68,29 +69,34 @@ def _check_columns(
 def checked_output_size(op: str, output_size: object) -> list[int]:
     """(height, width)."""
     sizes = [output_size, output_size] if isinstance(output_size, int) else output_size
-    ints = isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes)
-    if not ints or len(sizes) != 2 or min(sizes) < 1:
-        raise (ValueError if ints else TypeError)(
+    if not _are_ints(sizes) or len(sizes) != 2 or min(sizes) < 1:
+        raise (ValueError if _are_ints(sizes) else TypeError)(
             f"relops.{op}: output_size must be a positive int or two, (height, width), got {output_size!r}"
         )
     return list(sizes)
 
 
+def _are_ints(x: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(x, (list, tuple)) and all(isinstance(size, int) for size in x)
+
+
 def check_positive(op: str, name: str, number: object) -> None:
-    real = isinstance(number, (float, int))
-    if not real or not 0 < number < math.inf:
-        raise (ValueError if real else TypeError)(
+    if not isinstance(number, (float, int)) or not 0 < number < math.inf:
+        raise (ValueError if isinstance(number, (float, int)) else TypeError)(
             f"relops.{op}: {name} must be a finite positive number, got {number!r}"
         )
 
 
 def check_sampling_ratio(op: str, sampling_ratio: object) -> None:
-    # A bool here is `aligned` in the wrong place.
-    whole = isinstance(sampling_ratio, int) and not isinstance(sampling_ratio, bool)
-    if not whole or sampling_ratio > MAX_SAMPLING_RATIO:
-        raise (ValueError if whole else TypeError)(
+    if not _is_whole(sampling_ratio) or sampling_ratio > MAX_SAMPLING_RATIO:
+        raise (ValueError if _is_whole(sampling_ratio) else TypeError)(
             f"relops.{op}: sampling_ratio must be an int of at most {MAX_SAMPLING_RATIO}, got {sampling_ratio!r}"
         )
+
+
+def _is_whole(x: object) -> TypeGuard[int]:
+    """A bool here is `aligned` in the wrong place."""
+    return isinstance(x, int) and not isinstance(x, bool)
 
 
 def check_type(op: str, name: str, value: object, wanted: type) -> None:

@@ -20,7 +20,7 @@ from relops._checks import (
 from relops._library import check_device_has_kernels
 
 
-def check_boxes(op: str, boxes: object, batched: bool = False) -> None:
+def check_boxes(op: str, boxes: Tensor, batched: bool = False) -> None:
     check_features_or_integers(op, "boxes", boxes)
     if boxes.dim() not in ((2, 3) if batched else (2,)) or boxes.size(-1) != 4:
         shapes = "[K,4] or [B,K,4]" if batched else "[K,4]"
@@ -28,12 +28,12 @@ def check_boxes(op: str, boxes: object, batched: bool = False) -> None:
     check_device_has_kernels(op, boxes.device)
 
 
-def check_scores(op: str, scores: object, boxes: Tensor) -> None:
+def check_scores(op: str, scores: Tensor, boxes: Tensor) -> None:
     check_features(op, "scores", scores)
     _check_per_box(op, "scores", scores, boxes)
 
 
-def check_idxs(op: str, idxs: object, boxes: Tensor) -> None:
+def check_idxs(op: str, idxs: Tensor, boxes: Tensor) -> None:
     check_integers(op, "idxs", idxs)
     _check_per_box(op, "idxs", idxs, boxes)
 

@@ -98,19 +98,18 @@ def relation_attention(
     check_shape(op, "key", key, "[N,K,M,D]", N, K, M, D)
     check_shape(op, "value", value, "[N,K,M,Dv]", N, K, M, value.shape[3])
 
-    query_boxes, key_boxes, geometry_weight, geometry_bias = under_autocast(
-        query, query_boxes, key_boxes, geometry_weight, geometry_bias
-    )
+    query_boxes, key_boxes, geometry_weight = under_autocast(query, query_boxes, key_boxes, geometry_weight)
+    (geometry_bias,) = under_autocast(query, geometry_bias)
     for name, x, letters, shape in (
         ("query_boxes", query_boxes, "[N,Q,4]", (N, Q, 4)),
         ("key_boxes", key_boxes, "[N,K,4]", (N, K, 4)),
         ("geometry_weight", geometry_weight, "[M,64]", (M, EMBEDDING)),
-        ("geometry_bias", geometry_bias, "[M]", (M,)),
     ):
-        if x is None and name == "geometry_bias":
-            continue
         check_coordinates(op, name, x, "query", query)
         check_shape(op, name, x, letters, *shape)
+    if geometry_bias is not None:
+        check_coordinates(op, "geometry_bias", geometry_bias, "query", query)
+        check_shape(op, "geometry_bias", geometry_bias, "[M]", M)
     if key_mask is not None:
         check_mask(op, "key_mask", key_mask, "[N,K]", N, K, meaning=" (True = ignore)")
         check_device(op, "key_mask", key_mask, "query", query)

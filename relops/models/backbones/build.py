@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from relops.models.backbones.base import Body
 from relops.models.backbones.lr_net import lr_net26, lr_net50
@@ -24,7 +25,7 @@ BODIES: dict[str, Callable[..., Body]] = {
 }
 
 
-def make_body(name: str, frozen_stages: int = 0, **options: object) -> Body:
+def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
     """Return a body by name, without its classifier.
 
     Args:

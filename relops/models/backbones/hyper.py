@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops.models.backbones.base import Backbone, Body
+from relops.models.initialization import zero_bias
 
 
 class HyperBackbone(Backbone):
@@ -41,7 +42,7 @@ class HyperBackbone(Backbone):
         for module in (*self.scale, *self.conv):
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
         self.norm = nn.LocalResponseNorm(5)
         self.channels, self.strides = [len(self.stages) * width], [self.STRIDE]
 

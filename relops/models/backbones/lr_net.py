@@ -13,6 +13,7 @@ channel each, instead of the other layers' eight: that is an assumption, without
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +140,12 @@ class LRNet(Body):
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.stage_maps(images)[-1], 1), 1))
 
 
-def _lr_net(blocks: tuple[int, ...], num_classes: int | None, stages: int, width: int, **options: int) -> LRNet:
+def _lr_net(blocks: tuple[int, ...], num_classes: int | None, stages: int, width: int, **options: Any) -> LRNet:
     widths = [width * n // 64 for n in (100, 200, 400, 800)]
     return LRNet(blocks[:stages], widths[:stages], num_classes, stem_channels=width, **options)
 
 
-def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: int) -> LRNet:
+def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: Any) -> LRNet:
     """LR-Net-26: two bottlenecks a stage.
 
     Args:
@@ -156,6 +157,6 @@ def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64
     return _lr_net((2, 2, 2, 2), num_classes, stages, width, **options)
 
 
-def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: int) -> LRNet:
+def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: Any) -> LRNet:
     """LR-Net-50: 3, 4, 6 and 3 bottlenecks a stage. Arguments are those of `lr_net26`."""
     return _lr_net((3, 4, 6, 3), num_classes, stages, width, **options)

@@ -13,6 +13,11 @@ from relops._checks import check_choice
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalization whose statistics, scale and shift are constants: buffers with torchvision's names."""
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps

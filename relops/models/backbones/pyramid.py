@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops.models.backbones.base import Backbone, Body
+from relops.models.initialization import zero_bias
 
 
 class FeaturePyramid(nn.Module):
@@ -23,7 +24,7 @@ class FeaturePyramid(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         outputs: list[Tensor] = []

@@ -6,6 +6,7 @@ As in torchvision the stride of a bottleneck is in its 3x3 convolution.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,21 +148,21 @@ class ResNet(Body):
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.stage_maps(images)[-1], 1), 1))
 
 
-def resnet18(num_classes: int | None = 1000, **options: object) -> ResNet:
+def resnet18(num_classes: int | None = 1000, **options: Any) -> ResNet:
     """ResNet-18. Options are those of ResNet."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, **options)
 
 
-def resnet34(num_classes: int | None = 1000, **options: object) -> ResNet:
+def resnet34(num_classes: int | None = 1000, **options: Any) -> ResNet:
     """ResNet-34. Options are those of ResNet."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, **options)
 
 
-def resnet50(num_classes: int | None = 1000, **options: object) -> ResNet:
+def resnet50(num_classes: int | None = 1000, **options: Any) -> ResNet:
     """ResNet-50. Options are those of ResNet."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, **options)
 
 
-def resnet101(num_classes: int | None = 1000, **options: object) -> ResNet:
+def resnet101(num_classes: int | None = 1000, **options: Any) -> ResNet:
     """ResNet-101. Options are those of ResNet."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, **options)

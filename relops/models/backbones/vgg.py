@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from relops.models.backbones.base import Chain
 from relops.models.backbones.norm import make_norm
+from relops.models.initialization import zero_bias
 
 CONVS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
@@ -52,10 +55,10 @@ class VGG16(Chain):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0, 0.01)
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
 
     def parts(self) -> list[list[nn.Module]]:
         """Modules that make each output of `stage_maps` of the one before, for freezing."""
@@ -73,6 +76,6 @@ class VGG16(Chain):
         return self.classifier(torch.flatten(x, 1))
 
 
-def vgg16(num_classes: int | None = 1000, **options: object) -> VGG16:
+def vgg16(num_classes: int | None = 1000, **options: Any) -> VGG16:
     """VGG-16. Options are those of VGG16."""
     return VGG16(num_classes, **options)

@@ -3,10 +3,13 @@ convolutions, as the released detector has them, with local response normalizati
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from relops.models.backbones.base import Chain
 from relops.models.backbones.norm import make_norm
+from relops.models.initialization import zero_bias
 
 
 class ZF(Chain):
@@ -38,13 +41,13 @@ class ZF(Chain):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
 
     def parts(self) -> list[list[nn.Module]]:
         """Modules that make each output of `stage_maps` of the one before, for freezing."""
         return [[self.conv1], [self.conv2], [self.conv3, self.conv4, self.conv5]]
 
 
-def zf(**options: object) -> ZF:
+def zf(**options: Any) -> ZF:
     """ZF. Options are those of ZF."""
     return ZF(**options)

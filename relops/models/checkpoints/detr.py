@@ -67,13 +67,12 @@ def load_detr(model: DETR | DeformableDETR, state_dict: Mapping[str, Tensor]) ->
         >>> model = relops.models.detr(91)
         >>> relops.models.load_detr(model, torch.load("detr-r50-e632da11.pth")["model"])
     """
-    deformable = isinstance(model, DeformableDETR)
     if any(name.startswith("model.") for name in state_dict):
-        rules = [*TRANSFORMERS, *(DEFORMABLE_DECODER if deformable else DETR_DECODER)]
+        rules = [*TRANSFORMERS, *(DEFORMABLE_DECODER if isinstance(model, DeformableDETR) else DETR_DECODER)]
         state_dict = _with_one_projection(renamed(state_dict, rules))
     else:
         state_dict = renamed(state_dict, [(r"^backbone\.0\.body\.", "backbone.body.")])
-    if deformable:
+    if isinstance(model, DeformableDETR):
         state_dict = _with_heads_of_layers(state_dict, model)
     model.load_state_dict(state_dict)
 

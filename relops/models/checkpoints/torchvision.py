@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from relops.models.backbones.norm import FrozenBatchNorm2d
+from relops.models.detectors.base import BaseDetector
+from relops.models.parts.roi_heads import TwoFC
 
 
-def load_backbone(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None:
     """Loads what a classifier learned into a detector's backbone, and fc6 and fc7 of VGG-16 into its head.
 
     Args:
@@ -22,9 +24,9 @@ def load_backbone(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """
     targets = {name: (name, value) for name, value in model.backbone.body.state_dict().items()}
     head = getattr(getattr(model, "roi_heads", None), "box_head", None)
-    if "classifier.0.weight" in state_dict and hasattr(head, "fc6"):
-        for name, value in head.state_dict().items():
-            targets[name] = (name.replace("fc6", "classifier.0").replace("fc7", "classifier.3"), value)
+    if "classifier.0.weight" in state_dict and isinstance(head, TwoFC):
+        for layer, name in ((head.fc6, "classifier.0"), (head.fc7, "classifier.3")):
+            targets |= {f"{name}.{x}": (f"{name}.{x}", value) for x, value in layer.state_dict().items()}
     with torch.no_grad():
         for name, value in targets.values():
             if name not in state_dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from relops.models.backbones.base import Backbone
 from relops.models.structures import Targets
 
 
@@ -20,19 +21,18 @@ class BaseDetector(nn.Module):
         targets: Targets; needed for training only. Boxes without an extent, or not finite, are as if absent.
     """
 
-    phases = (("", 1.0),)  # of training, with their shares of the iterations
+    phases: tuple[tuple[str, float], ...] = (("", 1.0),)  # of training, with their shares of the iterations
     uses_proposals = False  # of Targets
     uses_masks = False
     slower: tuple[str, ...] = ()  # names of modules that AdamW lets learn at a tenth of the rate
 
+    backbone: Backbone
+
     def start_phase(self, phase: int) -> None:
         """Prepares the training of a phase. Of one there is nothing to prepare."""
 
-    def checked(
-        self, images: Tensor, sizes: Tensor | None, targets: Targets | None, training: bool | None = None
-    ) -> tuple[Tensor, Targets | None]:
-        """sizes, or those of the images, and targets, of which boxes without an extent are padding, too. Raises
-        ValueError for shapes that do not fit."""
+    def checked_sizes(self, images: Tensor, sizes: Tensor | None) -> Tensor:
+        """Return sizes, or those of the images. Raises ValueError for shapes that do not fit."""
         name = f"relops.models.{type(self).__name__}"
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
@@ -42,15 +42,19 @@ class BaseDetector(nn.Module):
             sizes = torch.stack([height, width], 1).float()
         if sizes.shape != (N, 2):
             raise ValueError(f"{name}: sizes must be [N,2] with N = {N}, got {list(sizes.shape)}")
-        if self.training if training is None else training:
-            if targets is None:
-                raise ValueError(f"{name}: targets must be given in training, got None (eval() is for inference)")
-            T = targets.labels.shape[-1]
-            if targets.labels.shape != (N, T) or targets.boxes.shape != (N, T, 4) or T == 0:
-                raise ValueError(
-                    f"{name}: targets must have boxes [N,T,4] and labels [N,T] with N = {N} and T > 0, got "
-                    f"{list(targets.boxes.shape)} and {list(targets.labels.shape)}"
-                )
-            real = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
-            targets = targets._replace(labels=targets.labels.masked_fill(~real, -1))
-        return sizes, targets
+        return sizes
+
+    def checked_targets(self, images: Tensor, targets: Targets | None) -> Targets:
+        """Return targets of which boxes without an extent are padding, too. Raises ValueError for shapes that do not
+        fit."""
+        name, N = f"relops.models.{type(self).__name__}", images.shape[0]
+        if targets is None:
+            raise ValueError(f"{name}: targets must be given in training, got None (eval() is for inference)")
+        T = targets.labels.shape[-1]
+        if targets.labels.shape != (N, T) or targets.boxes.shape != (N, T, 4) or T == 0:
+            raise ValueError(
+                f"{name}: targets must have boxes [N,T,4] and labels [N,T] with N = {N} and T > 0, got "
+                f"{list(targets.boxes.shape)} and {list(targets.labels.shape)}"
+            )
+        real = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
+        return targets._replace(labels=targets.labels.masked_fill(~real, -1))

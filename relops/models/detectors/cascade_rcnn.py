@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,10 @@ class CascadeRoIHeads(RoIHeads):
 
     IOU = 0.5, 0.6, 0.7
 
-    def __init__(self, box_roi_pool: nn.Module, heads: nn.ModuleList, predictors: nn.ModuleList, **options: object):
+    box_head: nn.ModuleList
+    box_predictor: nn.ModuleList
+
+    def __init__(self, box_roi_pool: nn.Module, heads: nn.ModuleList, predictors: nn.ModuleList, **options: Any):
         super().__init__(box_roi_pool, heads, predictors, **options)
         self.stage_weights = [(i * self.weights[0], i * self.weights[1]) for i in (1, 2, 3)]
 
@@ -37,7 +42,7 @@ class CascadeRoIHeads(RoIHeads):
         return to_compute_dtype(logits), to_compute_dtype(deltas)
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for stage, iou in enumerate(self.IOU):
             samples = self.sample(proposals, targets, iou)
             valid = samples.classes >= 0
@@ -52,13 +57,14 @@ class CascadeRoIHeads(RoIHeads):
 
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         N, P = proposals.valid.shape
-        boxes, scores = proposals.boxes, 0
+        boxes, scores = proposals.boxes, []
         for stage, weights in enumerate(self.stage_weights):
             rois, place = present_rows(boxes, proposals.valid)
             logits, deltas = self.refine(maps, rois, stage)
-            scores = scores + logits.softmax(-1)[:, 1:] / len(self.IOU)
+            scores.append(logits.softmax(-1)[:, 1:] / len(self.IOU))
             boxes = clip_boxes(spread(decode_boxes(deltas, rois[:, 1:], weights), place, N, P), sizes)
-        return self.select(boxes[:, :, None], spread(scores, place, N, P), proposals, sizes)
+        mean = functools.reduce(torch.add, scores)
+        return self.select(boxes[:, :, None], spread(mean, place, N, P), proposals, sizes)
 
 
 def cascade_rcnn(

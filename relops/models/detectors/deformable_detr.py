@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relops._dtypes import compute_dtype, to_compute_dtype
+from relops.models.backbones.base import Backbone
 from relops.models.backbones.build import make_body
 from relops.models.backbones.stages import StageBackbone
 from relops.models.detectors.set_based import SetDetector
+from relops.models.initialization import zero_bias
 from relops.models.parts.padding import gather_rows
 from relops.models.parts.set_prediction import SetLoss, SetPrediction, set_prior
 from relops.models.parts.transformer import (
@@ -108,7 +110,7 @@ class DeformableDETR(SetDetector):
     slower = ("sampling_offsets", "reference_points")  # learn at a tenth of the rate (section 5)
 
     def __init__(
-        self, num_classes: int, backbone: nn.Module, transformer: DeformableTransformer, queries: int, refine: bool
+        self, num_classes: int, backbone: Backbone, transformer: DeformableTransformer, queries: int, refine: bool
     ) -> None:
         super().__init__(SetLoss())
         self.backbone, self.transformer, self.refine, self.queries = backbone, transformer, refine, queries
@@ -118,7 +120,7 @@ class DeformableDETR(SetDetector):
         def projection(in_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
             conv = nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2)
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            zero_bias(conv)
             return nn.Sequential(conv, nn.GroupNorm(32, channels))
 
         # Section 4.1: one level more than the backbone has comes of its last map, further ones of that level.
@@ -131,19 +133,20 @@ class DeformableDETR(SetDetector):
         count = len(transformer.decoder.layers)
         classifier, regressor = nn.Linear(channels, num_classes), MLP(channels, 4, 3)
         set_prior(classifier)
-        nn.init.zeros_(regressor.layers[-1].weight)
-        nn.init.zeros_(regressor.layers[-1].bias)
-        heads = [[classifier] * count, [regressor] * count]  # one, by as many names as the released code has
+        for parameter in regressor.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+        # Without refinement one, by as many names as the released code has.
+        heads: list[list[nn.Module]] = [[classifier] * count, [regressor] * count]
         if refine:
             heads = [[copy.deepcopy(x) for x in (head[0], *head)][: count + self.two_stage] for head in heads]
         self.class_embed, self.bbox_embed = (nn.ModuleList(head) for head in heads)
         if not self.two_stage:  # boxes begin at about an eighth of the image
-            nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
+            nn.init.constant_(self.bbox_embed[0].get_parameter("layers.2.bias")[2:], -2.0)
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
         levels = self.levels(self.backbone(images))
         shapes = [(x.shape[2], x.shape[3]) for x in levels]
-        extents = [extent_of(tuple(images.shape[-2:]), sizes, shape) for shape in shapes]
+        extents = [extent_of(images.shape, sizes, shape) for shape in shapes]
         padding = torch.cat([x.padding.flatten(1) for x in extents], 1)
         ratios = torch.stack([x.ratio for x in extents], 1).to(compute_dtype(levels[0].dtype))  # [N,L,2]
         centers = [_centers(x) for x in extents]

@@ -3,10 +3,13 @@ parameters are those of the released code, of which a state_dict loads through `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from relops._dtypes import to_compute_dtype
+from relops.models.backbones.base import Backbone
 from relops.models.backbones.build import make_body
 from relops.models.backbones.stages import StageBackbone
 from relops.models.detectors.set_based import SetDetector
@@ -47,6 +50,14 @@ class DecoderLayer(FeedForward):
         return self.norm3(self.feed_forward(self.norm2(x + self.dropout(told))))
 
 
+class Decoder(Layers):
+    """Layers, and the normalization of what each gives to the heads."""
+
+    def __init__(self, layers: Iterable[nn.Module], channels: int) -> None:
+        super().__init__(layers)
+        self.norm = nn.LayerNorm(channels)
+
+
 class Transformer(nn.Module):
     """The parameters between the map and the heads. Normalization follows each residual sum."""
 
@@ -54,21 +65,21 @@ class Transformer(nn.Module):
         self, channels: int, hidden: int, encoder_layers: int, decoder_layers: int, heads: int, dropout: float
     ) -> None:
         super().__init__()
+        self.channels = channels
         sizes = channels, hidden, heads, dropout
-        self.encoder = Layers([EncoderLayer(*sizes) for _ in range(encoder_layers)])
-        self.decoder = Layers([DecoderLayer(*sizes) for _ in range(decoder_layers)])
-        self.decoder.norm = nn.LayerNorm(channels)
+        self.encoder = Layers(EncoderLayer(*sizes) for _ in range(encoder_layers))
+        self.decoder = Decoder((DecoderLayer(*sizes) for _ in range(decoder_layers)), channels)
         xavier_weights(self)
 
 
 class DETR(SetDetector):
     """See `detr`. `backbone` gives one map."""
 
-    def __init__(self, num_classes: int, backbone: nn.Module, transformer: Transformer, queries: int) -> None:
+    def __init__(self, num_classes: int, backbone: Backbone, transformer: Transformer, queries: int) -> None:
         # Appendix A.4: weights and costs of classes, L1 and GIoU; section 3.1: the background counts a tenth.
         super().__init__(SetLoss(focal=False, weights=(1.0, 5.0, 2.0), costs=(1.0, 5.0, 2.0), background=0.1))
         self.backbone, self.transformer = backbone, transformer
-        channels = transformer.decoder.norm.normalized_shape[0]
+        channels = transformer.channels
         self.input_proj = nn.Conv2d(backbone.channels[0], channels, 1)
         self.query_embed = nn.Embedding(queries, channels)
         self.class_embed = nn.Linear(channels, num_classes + 1)
@@ -77,7 +88,7 @@ class DETR(SetDetector):
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
         # Section 3.2, encoder: of the pixels of a map of fewer channels, with a fixed encoding of where they are.
         x = self.input_proj(self.backbone(images)[0])
-        extent = extent_of(tuple(images.shape[-2:]), sizes, tuple(x.shape[-2:]))
+        extent = extent_of(images.shape, sizes, x.shape)
         positions = sine_positions(extent, x.shape[1], 0.0).flatten(1, 2).to(x.dtype)
         padding = extent.padding.flatten(1)
         x = x.flatten(2).transpose(1, 2)
@@ -87,13 +98,13 @@ class DETR(SetDetector):
         # Decoder: all objects at once, of queries that differ by a learned encoding only.
         keys = x + positions
         object_queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
-        query, states = torch.zeros_like(object_queries), []
+        query, outputs = torch.zeros_like(object_queries), []
         for layer in self.transformer.decoder.layers:
             query = layer(query, object_queries, x, keys, padding)
-            states.append(query)
+            outputs.append(query)
 
         # Prediction feed-forward networks, shared by all layers, and so is the normalization before them.
-        states = self.transformer.decoder.norm(torch.stack(states if self.training else states[-1:]))
+        states = self.transformer.decoder.norm(torch.stack(outputs if self.training else outputs[-1:]))
         return SetPrediction(self.class_embed(states), to_compute_dtype(self.bbox_embed(states)).sigmoid())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from relops._dtypes import compute_dtype
+from relops.models.backbones.base import Backbone
 from relops.models.detectors.faster_rcnn import single_map
 from relops.models.detectors.two_stage import TwoStageDetector
 from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
@@ -18,13 +19,15 @@ class FastRCNN(TwoStageDetector):
 
     uses_proposals = True
 
-    def __init__(self, backbone: nn.Module, roi_heads: RoIHeads) -> None:
+    def __init__(self, backbone: Backbone, roi_heads: RoIHeads) -> None:
         super().__init__(backbone, nn.Identity(), roi_heads)
 
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
-        sizes, targets = self.checked(images, sizes, targets)
+        sizes = self.checked_sizes(images, sizes)
+        if self.training:
+            targets = self.checked_targets(images, targets)
         if targets is None or targets.proposals is None:
             raise ValueError("relops.models.FastRCNN: targets.proposals must be given, in evaluation too, got None")
         boxes = targets.proposals.to(compute_dtype(images.dtype))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from relops._checks import check_choice
+from relops.models.backbones.base import Backbone
 from relops.models.backbones.build import make_body
 from relops.models.backbones.pyramid import PyramidBackbone
 from relops.models.backbones.stages import StageBackbone
@@ -40,7 +42,7 @@ class AlternatingFasterRCNN(TwoStageDetector):
     phases = (("rpn", 1 / 3), ("fast_rcnn", 1 / 6), ("rpn, shared", 1 / 3), ("fast_rcnn, shared", 1 / 6))
     PROPOSALS = 2000
 
-    def __init__(self, backbone: nn.Module, rpn: nn.Module, roi_heads: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, rpn: RPN, roi_heads: RoIHeads) -> None:
         super().__init__(backbone, rpn, roi_heads)
         self.first_backbone = copy.deepcopy(backbone)
         self.phase = len(self.phases) - 1
@@ -64,24 +66,24 @@ class AlternatingFasterRCNN(TwoStageDetector):
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
-        sizes, targets = self.checked(images, sizes, targets)
+        sizes = self.checked_sizes(images, sizes)
         if not self.training:
-            return self.roi_heads.detect(*self._regions(images, sizes), sizes)
+            maps, proposals = self._regions(images, sizes)
+            return self.roi_heads.detect(maps, proposals, sizes)
+        targets = self.checked_targets(images, targets)
         if self.phase in (0, 2):
             return self.rpn((self.first_backbone if self.phase == 0 else self.backbone)(images), sizes, targets)[1]
         maps, proposals = self._regions(images, sizes, most=self.PROPOSALS)
         return self.roi_heads.losses(maps, proposals, sizes, targets)
 
-    def _regions(
-        self, images: Tensor, sizes: Tensor, most: int | None = None
-    ) -> tuple[list[Tensor], Proposals, Tensor]:
+    def _regions(self, images: Tensor, sizes: Tensor, most: int | None = None) -> tuple[list[Tensor], Proposals]:
         """Maps of the second stage and proposals, from the first backbone as long as the RPN is its."""
         maps = self.backbone(images)
         from_maps = maps if self.phase >= 2 else self.first_backbone(images)
         return maps, self.rpn([x.detach() for x in from_maps], sizes, most=most)[0]
 
     def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
-        return self._regions(images, self.checked(images, sizes, None, training=False)[0], most)[1]
+        return self._regions(images, self.checked_sizes(images, sizes), most)[1]
 
 
 def faster_rcnn(
@@ -157,7 +159,7 @@ def faster_rcnn(
 
 
 def pyramid(
-    backbone: str, channels: int, frozen_stages: int, sizes: Sequence[float], **options: object
+    backbone: str, channels: int, frozen_stages: int, sizes: Sequence[float], **options: Any
 ) -> tuple[PyramidBackbone, RPN]:
     """A feature pyramid and its RPN, with anchors of one size and three ratios a level. Options are those of RPN."""
     maps = PyramidBackbone(make_body(backbone, frozen_stages), channels)

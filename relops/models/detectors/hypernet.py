@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from relops.models.backbones.build import make_body
 from relops.models.backbones.hyper import HyperBackbone
 from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.initialization import zero_bias
 from relops.models.parts.anchors import Anchors, centered_anchors
 from relops.models.parts.padding import as_rows
 from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
@@ -35,10 +36,10 @@ class PooledProposalHead(nn.Module):
         self.bbox_pred = nn.Linear(hidden, 4)
         for layer in (self.conv, self.fc):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            zero_bias(layer)
         for layer in (self.cls_logits, self.bbox_pred):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            zero_bias(layer)
 
     def forward(self, maps: list[Tensor], anchors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Log-odds [N,A] and deltas [N,A,4] of the anchors [A,4] of one map."""

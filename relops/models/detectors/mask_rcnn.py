@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from relops._dtypes import to_compute_dtype
 from relops.models.detectors.faster_rcnn import pyramid
 from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.initialization import zero_bias
 from relops.models.parts.padding import at_places, present_rows, spread
 from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, Samples, TwoFCHead
 from relops.models.parts.rpn import Proposals
@@ -49,7 +51,7 @@ class MaskRoIHeads(RoIHeads):
     False, are trained by their boxes alone; without masks in the targets there is no loss of masks.
     """
 
-    def __init__(self, *parts: nn.Module, channels: int, strides: Sequence[int], num_classes: int, **options: object):
+    def __init__(self, *parts: nn.Module, channels: int, strides: Sequence[int], num_classes: int, **options: Any):
         super().__init__(*parts, **options)
         self.mask_roi_pool = RegionPool("pyramid", 14, strides)
         self.mask_head = MaskHead(channels, channels)
@@ -57,7 +59,7 @@ class MaskRoIHeads(RoIHeads):
         for module in (*self.mask_head.modules(), *self.mask_predictor.modules()):
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
 
     def mask_logits(self, maps: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
         """[R,28,28] of rows [R,5] for the class, labels [R], of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from relops._dtypes import to_compute_dtype
 from relops.models.backbones.build import make_body
 from relops.models.backbones.stages import StageBackbone
 from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.initialization import zero_bias
 from relops.models.parts.anchors import paper_anchors
 from relops.models.parts.padding import present_rows
 from relops.models.parts.roi_heads import RoIHeads
@@ -29,20 +31,19 @@ class PositionSensitiveHeads(RoIHeads):
     loss is largest (online hard example mining), of all proposals.
     """
 
-    def __init__(
-        self, channels: int, hidden: int, num_classes: int, stride: int, parts: int, roi: str, **options: object
-    ):
+    def __init__(self, channels: int, hidden: int, num_classes: int, stride: int, parts: int, roi: str, **options: Any):
         super().__init__(nn.Identity(), nn.Identity(), nn.Identity(), **options)
         check_choice("models", "roi", roi, ("pool", "align"))
         self.parts, self.scale = parts, 1 / stride
         self.pool = ps_roi_pool if roi == "pool" else functools.partial(ps_roi_align, sampling_ratio=2)
-        self.reduce = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True))
+        reduce = nn.Conv2d(channels, hidden, 1)
+        self.reduce = nn.Sequential(reduce, nn.ReLU(inplace=True))
         self.cls_maps = nn.Conv2d(hidden, (num_classes + 1) * parts**2, 1)
         self.box_maps = nn.Conv2d(hidden, 4 * parts**2, 1)
-        nn.init.kaiming_normal_(self.reduce[0].weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(reduce.weight, mode="fan_out", nonlinearity="relu")
         for layer in (self.cls_maps, self.box_maps):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            zero_bias(layer)
 
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         x = self.reduce(maps[1])

@@ -9,6 +9,7 @@ end with the rest (section 4.4).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from relops.models.parts.anchors import paper_anchors
 from relops.models.parts.box_coding import decode_boxes
 from relops.models.parts.boxes import clip_boxes, smaller_than
 from relops.models.parts.padding import gather_rows, present_rows, spread
-from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
+from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFC
 from relops.models.parts.rpn import Proposals, make_rpn
 from relops.models.structures import Detections, Targets
 from relops.nn.duplicate_removal import DuplicateRemoval
@@ -30,7 +31,7 @@ from relops.nn.object_relation import ObjectRelation
 HEADS = 16  # N_r, relations of a module; queries and keys of each are hidden / 16 wide, 64 where hidden is 1024
 
 
-class RelationHead(TwoFCHead):
+class RelationHead(TwoFC):
     """Equation 9: fc6, r1 relation modules, ReLU, fc7, r2 relation modules, ReLU.
 
     A module adds to its input (figure 3), so that the ReLU is of a layer's output and what relations add to it; one
@@ -80,7 +81,7 @@ class RelationRoIHeads(RoIHeads):
         box_head: RelationHead,
         box_predictor: nn.Module,
         duplicate_removal: DuplicateRemoval | None,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__(box_roi_pool, box_head, box_predictor, **options)
         self.duplicate_removal = duplicate_removal

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
 from relops._dtypes import to_compute_dtype
@@ -32,18 +35,19 @@ class SetDetector(BaseDetector):
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
-        sizes, targets = self.checked(images, sizes, targets)
-        prediction = self.predict(images, sizes)
+        sizes = self.checked_sizes(images, sizes)
         if not self.training:
+            prediction = self.predict(images, sizes)
             return self.detections(prediction.logits[-1], prediction.boxes[-1], sizes)
+        targets = self.checked_targets(images, targets)
+        prediction = self.predict(images, sizes)
         objects = targets.boxes / image_extent(sizes)
         objects = objects if self.set_loss.corners else centers_of(objects)
         losses = self.set_loss(prediction.logits, prediction.boxes, targets.labels, objects)
         if prediction.first is not None:
             as_one = targets.labels.clamp(max=0)
-            losses["encoder"] = sum(
-                self.set_loss(prediction.first.logits, prediction.first.boxes, as_one, objects).values()
-            )
+            of_first = self.set_loss(prediction.first.logits, prediction.first.boxes, as_one, objects)
+            losses["encoder"] = functools.reduce(torch.add, of_first.values())
         return losses
 
     def detections(self, logits: Tensor, boxes: Tensor, sizes: Tensor) -> Detections:

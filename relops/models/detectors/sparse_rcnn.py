@@ -131,8 +131,9 @@ class DynamicHead(nn.Module):
             logits, refined, features = stage(features, regions, boxes, bias)
             outputs.append((logits, refined))
             boxes = refined.detach()
-        logits, boxes = zip(*(outputs if self.training else outputs[-1:]))
-        return torch.stack(logits), torch.stack(boxes)
+        of_stages = zip(*(outputs if self.training else outputs[-1:]))
+        logits, boxes = (torch.stack(x) for x in of_stages)
+        return logits, boxes
 
 
 class RCNNHead(nn.Module):

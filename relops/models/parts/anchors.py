@@ -48,6 +48,8 @@ class Anchors(nn.Module):
         every: anchors only at every so many pixels of the map, down and across.
     """
 
+    cells: Tensor
+
     def __init__(self, cells: Sequence[Sequence[Sequence[float]]], strides: Sequence[int], every: int = 1) -> None:
         super().__init__()
         self.strides = [every * stride for stride in strides]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relops._checks import check_choice
 from relops._dtypes import to_compute_dtype
+from relops.models.initialization import zero_bias
 from relops.models.parts.box_coding import decode_boxes, encode_boxes
 from relops.models.parts.boxes import clip_boxes, smaller_than
 from relops.models.parts.padding import at_places, gather_rows, present_rows, spread
@@ -57,24 +58,32 @@ class RegionPool(nn.Module):
         self.kind = kind
         self.output_size = output_size
         self.scales = [1 / stride for stride in strides]
-        self.options = {"sampling_ratio": sampling_ratio, "aligned": aligned}
+        self.sampling_ratio, self.aligned = sampling_ratio, aligned
 
     def forward(self, maps: list[Tensor], rois: Tensor) -> Tensor:
         """[R,C,output_size,output_size] of rows [R,5] (image, x1, y1, x2, y2)."""
         if self.kind == "pyramid":
-            return multi_scale_roi_align(maps[: len(self.scales)], rois, self.output_size, self.scales, **self.options)
+            levels = maps[: len(self.scales)]
+            return multi_scale_roi_align(levels, rois, self.output_size, self.scales, self.sampling_ratio, self.aligned)
         if self.kind == "align":
-            return roi_align(maps[0], rois, self.output_size, self.scales[0], **self.options)
+            return roi_align(maps[0], rois, self.output_size, self.scales[0], self.sampling_ratio, self.aligned)
         return roi_pool(maps[0], rois, self.output_size, self.scales[0])
 
 
-class TwoFCHead(nn.Module):
-    """fc6 and fc7, each with ReLU, and dropout behind as in VGG where asked for."""
+class TwoFC(nn.Module):
+    """Base of heads that have two fully connected layers, which a VGG-16 may have learned."""
 
-    def __init__(self, in_features: int, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(self, in_features: int, hidden: int) -> None:
         super().__init__()
         self.fc6 = nn.Linear(in_features, hidden)
         self.fc7 = nn.Linear(hidden, hidden)
+
+
+class TwoFCHead(TwoFC):
+    """fc6 and fc7, each with ReLU, and dropout behind as in VGG where asked for."""
+
+    def __init__(self, in_features: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__(in_features, hidden)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ class BoxPredictor(nn.Module):
         nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         for layer in (self.cls_score, self.bbox_pred):
-            nn.init.zeros_(layer.bias)
+            zero_bias(layer)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.cls_score(x), self.bbox_pred(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relops._checks import check_choice
 from relops._dtypes import to_compute_dtype
+from relops.models.initialization import zero_bias
 from relops.models.parts.anchors import Anchors
 from relops.models.parts.box_coding import decode_boxes, encode_boxes
 from relops.models.parts.boxes import clip_boxes, smaller_than
@@ -56,7 +57,7 @@ class RPNHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
 
     def forward(self, maps: list[Tensor], anchors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Log-odds [N,H * W * k] and deltas [N,H * W * k,4] of each map, in the order of the anchors."""
@@ -232,7 +233,7 @@ def make_rpn(
     strides: Sequence[int],
     *,
     loss: str = "sigmoid",
-    **options: object,
+    **options: Any,
 ) -> RPN:
     """An RPN with its usual head.
 

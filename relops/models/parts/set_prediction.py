@@ -7,6 +7,7 @@ all others the background. So no two predictions learn the same object, and noth
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ class SetLoss:
         each = [w * x for w, x in zip(self.weights, (of_classes, of_boxes, of_overlap))]
         losses = {name: x[-1] for name, x in zip(("classes", "boxes", "giou"), each)}
         if L > 1:
-            losses["auxiliary"] = sum(each)[:-1].sum()
+            losses["auxiliary"] = functools.reduce(torch.add, each)[:-1].sum()
         return losses
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,14 +30,15 @@ class Extent(NamedTuple):
         return torch.stack([x.float().mean(1) for x in (self.columns, self.rows)], 1)
 
 
-def extent_of(image_shape: tuple[int, int], sizes: Tensor, map_shape: tuple[int, int]) -> Extent:
-    """Of a map of a batch of images that are padded to image_shape, of which sizes [N,2] (height, width) are images.
+def extent_of(image_shape: Sequence[int], sizes: Tensor, map_shape: Sequence[int]) -> Extent:
+    """Of a map of a batch of images that are padded to image_shape [...,H,W], of which sizes [N,2] (height, width) are
+    images. The map's shape is [...,h,w].
 
     A place belongs to the image if the pixel at its first corner does.
     """
     rows, columns = (
         torch.arange(n, device=sizes.device) * whole // n < sizes[:, i : i + 1]
-        for i, (n, whole) in enumerate(zip(map_shape, image_shape))
+        for i, (n, whole) in enumerate(zip(map_shape[-2:], image_shape[-2:]))
     )
     return Extent(rows, columns)
 
@@ -96,6 +98,6 @@ class FeedForward(nn.Module):
 class Layers(nn.Module):
     """An encoder's or a decoder's."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
