@@ -4,7 +4,7 @@ alike the errors of forward mode and of second derivatives."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def register_differentiable(
 def register_no_double_backward(op: str) -> None:
     """Make the backward of the op's backward raise, where silence would give a wrong higher-order gradient."""
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
             f"relops.{op}: its backward is not differentiable (double backward is not provided). Call backward "
             "without create_graph=True."

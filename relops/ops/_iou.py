@@ -4,6 +4,8 @@ torch.jit.script compiles `computed_pair`. It reads annotations as objects, so t
 from __future__.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,13 +42,13 @@ def computed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def register_box_pair(op: str) -> None:
     """An op(a [..,A,4], b [..,B,4]) -> [..,A,B]."""
 
-    def fake(a, b):
+    def fake(a: Tensor, b: Tensor) -> Tensor:
         return a.new_empty(*a.shape[:-1], b.size(-2))
 
     def fake_backward(grad_output, a, b, a_grad, b_grad):
         return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in ((a, a_grad), (b, b_grad)))
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx, grad_output):
@@ -54,7 +56,7 @@ def register_box_pair(op: str) -> None:
         grads = getattr(torch.ops.relops, f"_{op}_backward")(grad_output, *ctx.saved_tensors, *wanted)
         return tuple(grad if want else None for grad, want in zip(grads, wanted))
 
-    def vmap(info, in_dims, a, b):
+    def vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
         """Its dimension is folded into N."""
         a, b = (mapped_first(boxes, dim, info.batch_size) for boxes, dim in zip((a, b), in_dims))
         output = getattr(torch.ops.relops, op)(a.flatten(0, -3), b.flatten(0, -3))

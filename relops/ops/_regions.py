@@ -6,7 +6,7 @@ those of the ops import annotations from __future__.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -143,11 +143,11 @@ def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
 # ---- Fakes ----
 
 
-def fake_forward(input, boxes, output_size, *_):
+def fake_forward(input: Tensor, boxes: Tensor, output_size: Sequence[int], *_: object) -> Tensor:
     return empty(input, (boxes.size(0), input.size(1), *output_size), is_channels_last(input))
 
 
-def fake_forward_position_sensitive(input, boxes, output_size, *_):
+def fake_forward_position_sensitive(input: Tensor, boxes: Tensor, output_size: Sequence[int], *_: object) -> Tensor:
     channels = input.size(1) // (output_size[0] * output_size[1])
     return empty(input, (boxes.size(0), channels, *output_size), is_channels_last(input))
 
@@ -166,7 +166,7 @@ def fake_backward(grad_output, input, boxes, input_shape, *rest):
 def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> None:
     """An op(input, boxes, output_size, *options) with gradients to input and boxes."""
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, boxes, _, *ctx.options = inputs
         # The gradient of the input is linear in it: only that of the boxes reads its values.
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, boxes)
@@ -187,7 +187,7 @@ def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> Non
 def register_vmap(op: str) -> None:
     """vmap folds its dimension into N and K."""
 
-    def rule(info, in_dims, input, boxes, *rest):
+    def rule(info: Any, in_dims: tuple[Any, ...], input: Tensor, boxes: Tensor, *rest: Any) -> tuple[Tensor, int]:
         N = None
         if in_dims[0] is not None:
             input = input.movedim(in_dims[0], 0)

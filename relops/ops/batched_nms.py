@@ -45,5 +45,5 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
 
 @torch.library.register_fake("relops::batched_nms")
-def _fake(boxes, scores, idxs, iou_threshold):
+def _fake(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     return boxes.new_empty(unknown_count(boxes), dtype=torch.int64)

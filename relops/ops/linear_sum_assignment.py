@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,12 +102,21 @@ def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: i
 
 
 @torch.library.register_fake(f"relops::{OP}")
-def _(cost, num_rows=None, num_cols=None, maximize=False):
+def _fake(
+    cost: Tensor, num_rows: Tensor | None = None, num_cols: Tensor | None = None, maximize: bool = False
+) -> tuple[Tensor, Tensor]:
     *batch, R, C = cost.shape
     return cost.new_empty([*batch, R], dtype=torch.int64), cost.new_empty([*batch, C], dtype=torch.int64)
 
 
-def _vmap(info, in_dims, cost, num_rows=None, num_cols=None, maximize=False):
+def _vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    cost: Tensor,
+    num_rows: Tensor | None = None,
+    num_cols: Tensor | None = None,
+    maximize: bool = False,
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """vmap folds its dimension into B."""
 
     V = info.batch_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,7 +99,7 @@ def local_relation(
     )
 
 
-def _fake(query, key, value, prior, kernel_size, stride, dilation, similarity, zero_border):
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return empty(value, (*value.shape[:2], *query.shape[2:]), is_channels_last(value))
 
 
@@ -111,7 +113,7 @@ def _fake_backward(
     return *maps, value.new_empty(0) if prior is None or not wanted[3] else prior.new_empty(prior.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.settings = inputs[4:]
 
@@ -122,7 +124,9 @@ def _backward(ctx, grad_output):
     return *(grad if want else None for grad, want in zip(grads, wanted)), *(None,) * 5
 
 
-def _vmap(info, in_dims, query, key, value, prior, *settings):
+def _vmap(
+    info: Any, in_dims: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, *settings: Any
+) -> tuple[Tensor, int]:
     """Its dimension is folded into N."""
     if in_dims[3] is not None:
         raise ValueError("relops.local_relation: vmap over prior is not supported")

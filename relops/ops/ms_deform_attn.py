@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,12 +204,16 @@ def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _fake_forward(value, spatial_shapes, level_start_index, locations, *rest):
+def _fake_forward(
+    value: Tensor, spatial_shapes: Any, level_start_index: Any, locations: Tensor, *rest: object
+) -> Tensor:
     N, _, M, D = value.shape
     return value.new_empty(N, locations.shape[1], M * D)
 
 
-def _fake_forward_fused(value, spatial_shapes, level_start_index, reference_points, offsets, logits, value_mask=None):
+def _fake_forward_fused(
+    value: Tensor, spatial_shapes: Any, level_start_index: Any, reference_points: Any, offsets: Tensor, *_: object
+) -> Tensor:
     return _fake_forward(value, spatial_shapes, level_start_index, offsets)
 
 
@@ -233,7 +238,7 @@ def _fake_backward_fused(
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -252,7 +257,7 @@ def _backward(ctx, grad_output):
     )
 
 
-def _setup_context_fused(ctx, inputs, output):
+def _setup_context_fused(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # The dispatcher leaves out a value_mask that is None, the default.
     ctx.save_for_backward(*inputs, *[None] * (7 - len(inputs)))
 
@@ -275,10 +280,10 @@ def _backward_fused(ctx, grad_output):
     return grads[: len(ctx.needs_input_grad)]
 
 
-def _vmap(op, batched_arguments: tuple[int, ...]):
+def _vmap(op: Any, batched_arguments: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
     """vmap folds its dimension into N; levels cannot differ between the entries."""
 
-    def fold(info, in_dims, *args):
+    def fold(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         if any(dim is not None for i, dim in enumerate(in_dims) if i not in batched_arguments):
             raise ValueError(f"relops.{op.__name__}: vmap over spatial_shapes or level_start_index is not supported")
         folded = list(args)

@@ -47,5 +47,5 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 @torch.library.register_fake("relops::nms")
-def _fake(boxes, scores, iou_threshold):
+def _fake(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return boxes.new_empty(unknown_count(boxes), dtype=torch.int64)

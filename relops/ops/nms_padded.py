@@ -1,6 +1,7 @@
 """Non-maximum suppression whose output has a size known beforehand."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,13 +74,29 @@ def nms_padded(
 
 
 @torch.library.register_fake("relops::nms_padded")
-def _fake(boxes, scores, iou_threshold, max_output, idxs=None, score_threshold=None):
+def _fake(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    idxs: Tensor | None = None,
+    score_threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
     batch = boxes.shape[:-2]
     return boxes.new_empty(*batch, max_output, dtype=torch.int64), boxes.new_empty(batch, dtype=torch.int64)
 
 
 @torch.library.register_vmap("relops::nms_padded")
-def _vmap(info, in_dims, boxes, scores, iou_threshold, max_output, idxs=None, score_threshold=None):
+def _vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    idxs: Tensor | None = None,
+    score_threshold: float | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """vmap is a batch, or folds its dimension into the one there is."""
     V = info.batch_size
     boxes, scores = mapped_first(boxes, in_dims[0], V), mapped_first(scores, in_dims[1], V)

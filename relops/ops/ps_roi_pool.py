@@ -1,5 +1,8 @@
 """Position-sensitive RoI pooling (R-FCN, https://arxiv.org/abs/1605.06409)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,17 +46,19 @@ def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int]
     return torch.ops.relops.ps_roi_pool(input, as_rows(boxes, input), output_size, spatial_scale)
 
 
-def _fake_backward(grad_output, boxes, input_shape, spatial_scale, channels_last):
+def _fake_backward(
+    grad_output: Tensor, boxes: Tensor, input_shape: Sequence[int], spatial_scale: float, channels_last: bool
+) -> Tensor:
     return empty(grad_output, input_shape, channels_last)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     input, boxes, _, ctx.spatial_scale = inputs
     ctx.save_for_backward(boxes)
     ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, *others = ctx.needs_input_grad
     grad_input = None
     if needs_input:

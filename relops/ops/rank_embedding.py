@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,25 +56,25 @@ def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) ->
     return torch.ops.relops.rank_embedding(ranks if floating else ranks.to(torch.int64), dim, wavelength)
 
 
-def _fake(ranks, dim, wavelength):
+def _fake(ranks: Tensor, dim: int, wavelength: float) -> Tensor:
     return ranks.new_empty(*ranks.shape, dim, dtype=ranks.dtype if ranks.is_floating_point() else torch.float32)
 
 
-def _fake_backward(grad_output, ranks, wavelength):
+def _fake_backward(grad_output: Tensor, ranks: Tensor, wavelength: float) -> Tensor:
     return torch.empty_like(ranks, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ranks, _, ctx.wavelength = inputs
     ctx.save_for_backward(ranks)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
     (ranks,) = ctx.saved_tensors
     return torch.ops.relops._rank_embedding_backward(grad_output, ranks, ctx.wavelength), None, None
 
 
-def _vmap(info, in_dims, ranks, dim, wavelength):
+def _vmap(info: Any, in_dims: tuple[Any, ...], ranks: Tensor, dim: int, wavelength: float) -> tuple[Tensor, int]:
     return torch.ops.relops.rank_embedding(ranks.movedim(in_dims[0], 0), dim, wavelength), 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -135,10 +137,7 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _fake(
-    query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask, by_query, wavelength, scale,
-    allow_tf32,
-):  # fmt: skip
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     output = query.new_empty(*query.shape[:3], value.shape[3])
     return output, query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
 
@@ -152,7 +151,7 @@ def _fake_backward(
     return tuple(x.new_empty(x.shape if want else 0) for x, want in zip(inputs, wanted))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, ctx.settings = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
@@ -167,7 +166,7 @@ def _backward(ctx, grad_output, _):
     return *(grad if want else None for grad, want in zip(grads, wanted)), *(None,) * 5
 
 
-def _vmap(info, in_dims, *args):
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """Its dimension is folded into N."""
     for i, name in ((5, "geometry_weight"), (6, "geometry_bias")):
         if in_dims[i] is not None:

@@ -78,7 +78,15 @@ def soft_nms(
 
 
 @torch.library.register_fake("relops::soft_nms")
-def _fake(boxes, scores, method="gaussian", iou_threshold=0.3, sigma=0.5, score_threshold=1e-3, idxs=None):
+def _fake(
+    boxes: Tensor,
+    scores: Tensor,
+    method: str = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 1e-3,
+    idxs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     shape = scores.shape if boxes.dim() == 3 else (unknown_count(boxes),)
     return boxes.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 
