@@ -667,6 +667,11 @@ def test_pretrained_weights_of_a_classifier() -> None:
     model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # whose head is another
     relops.models.load_backbone(model, state)
     assert (model.backbone.body.features[0].weight == 0.5).all()
+    model = relops.models.relation_networks(3, backbone="vgg16", channels=8, hidden=32)
+    for name, size in (("0", (32, 25088)), ("3", (32, 32))):
+        state |= {f"classifier.{name}.weight": torch.ones(size), f"classifier.{name}.bias": torch.ones(32)}
+    relops.models.load_backbone(model, state)  # which has no relation modules
+    assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     with pytest.raises(ValueError, match=r"state_dict must have conv1\.weight"):
         relops.models.load_backbone(small("detr"), state)
 

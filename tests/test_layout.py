@@ -27,7 +27,7 @@ LAYERS = (
     ),
     ("relops.ops", "relops.reference"),
     ("relops.nn",),
-    ("relops.models.structures",),
+    ("relops.models.initialization", "relops.models.structures"),
     ("relops.models.backbones", "relops.models.parts"),
     ("relops.models.detectors",),
     ("relops.models.checkpoints", "relops.models.inference"),

@@ -186,7 +186,7 @@ def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
         proposals, expected_losses = twin.rpn(maps, sizes, targets)
         heads, samples = twin.roi_heads, twin.roi_heads.regions(proposals, targets)
         logits, deltas = heads.predict(maps, as_rows(samples.boxes))
-        each = heads.region_losses(logits, deltas, samples, targets, None, heads.weights)
+        each = heads.region_losses(logits, deltas, samples, targets, None, heads.WEIGHTS)
         of_classes, of_boxes = (x.view(samples.classes.shape) for x in each)
         kept = []
         for n in range(2):

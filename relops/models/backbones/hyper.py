@@ -16,13 +16,14 @@ class HyperBackbone(Backbone):
     """HyperNet's fusion (Kong et al., https://arxiv.org/abs/1604.00600): three stages, brought to a stride of four.
 
     A finer map is reduced by a maximum, a coarser one enlarged by a transposed convolution; each then goes through a
-    5x5 convolution to `width` channels and local response normalization, and all are concatenated: one map
-    [N,3 * width,H/4,W/4].
+    5x5 convolution to 42 channels and local response normalization, and all are concatenated: one map
+    [N,126,H/4,W/4].
     """
 
     STRIDE = 4
+    WIDTH = 42  # channels of each stage
 
-    def __init__(self, body: Body, stages: Sequence[int], width: int = 42) -> None:
+    def __init__(self, body: Body, stages: Sequence[int]) -> None:
         super().__init__()
         self.body = body
         self.stages = list(stages)
@@ -35,16 +36,16 @@ class HyperBackbone(Backbone):
                 scale = nn.MaxPool2d(self.STRIDE // stride)
             elif stride > self.STRIDE:
                 factor = stride // self.STRIDE
-                scale = nn.ConvTranspose2d(channels, width, factor, factor)
-                channels = width
+                scale = nn.ConvTranspose2d(channels, self.WIDTH, factor, factor)
+                channels = self.WIDTH
             self.scale.append(scale)
-            self.conv.append(nn.Conv2d(channels, width, 5, 1, 2))
+            self.conv.append(nn.Conv2d(channels, self.WIDTH, 5, 1, 2))
         for module in (*self.scale, *self.conv):
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 zero_bias(module)
         self.norm = nn.LocalResponseNorm(5)
-        self.channels, self.strides = [len(self.stages) * width], [self.STRIDE]
+        self.channels, self.strides = [len(self.stages) * self.WIDTH], [self.STRIDE]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.body.stage_maps(images)

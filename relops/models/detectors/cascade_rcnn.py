@@ -34,7 +34,7 @@ class CascadeRoIHeads(RoIHeads):
 
     def __init__(self, box_roi_pool: nn.Module, heads: nn.ModuleList, predictors: nn.ModuleList, **options: Any):
         super().__init__(box_roi_pool, heads, predictors, **options)
-        self.stage_weights = [(i * self.weights[0], i * self.weights[1]) for i in (1, 2, 3)]
+        self.stage_weights = [(i * self.WEIGHTS[0], i * self.WEIGHTS[1]) for i in (1, 2, 3)]
 
     def refine(self, maps: list[Tensor], rois: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         """Scores [R,classes + 1] and deltas [R,4] of rows [R,5] by one stage."""

@@ -18,6 +18,7 @@ from relops.models.parts.rpn import RPN
 from relops.ops.roi_pool import roi_pool
 
 CANDIDATE_STRIDE = 16  # pixels from a candidate to the next
+SIZE = 13  # height and width that regions are pooled to
 
 
 class PooledProposalHead(nn.Module):
@@ -27,11 +28,13 @@ class PooledProposalHead(nn.Module):
     thousands of candidates cost little.
     """
 
-    def __init__(self, in_channels: int, hidden: int, stride: int, size: int = 13, channels: int = 4) -> None:
+    CHANNELS = 4
+
+    def __init__(self, in_channels: int, hidden: int, stride: int) -> None:
         super().__init__()
-        self.size, self.scale = size, 1 / stride
-        self.conv = nn.Conv2d(in_channels, channels, 3, 1, 1)
-        self.fc = nn.Linear(channels * size**2, hidden)
+        self.scale = 1 / stride
+        self.conv = nn.Conv2d(in_channels, self.CHANNELS, 3, 1, 1)
+        self.fc = nn.Linear(self.CHANNELS * SIZE**2, hidden)
         self.cls_logits = nn.Linear(hidden, 1)
         self.bbox_pred = nn.Linear(hidden, 4)
         for layer in (self.conv, self.fc):
@@ -46,18 +49,18 @@ class PooledProposalHead(nn.Module):
         x = F.relu(self.conv(maps[0]))
         N, A = len(x), len(anchors[0])
         rois = as_rows(anchors[0].expand(N, A, 4))
-        x = F.relu(self.fc(roi_pool(x, rois, self.size, self.scale).flatten(1)))
+        x = F.relu(self.fc(roi_pool(x, rois, SIZE, self.scale).flatten(1)))
         return [self.cls_logits(x).view(N, A)], [self.bbox_pred(x).view(N, A, 4)]
 
 
 class ConvFCHead(nn.Sequential):
     """A 3x3 convolution of the pooled features, and two fully connected layers (section 3.3)."""
 
-    def __init__(self, in_channels: int, channels: int, size: int, hidden: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, channels: int, hidden: int, dropout: float) -> None:
         super().__init__(
             nn.Conv2d(in_channels, channels, 3, 1, 1),
             nn.ReLU(inplace=True),
-            TwoFCHead(channels * size**2, hidden, dropout),
+            TwoFCHead(channels * SIZE**2, hidden, dropout),
         )
 
 
@@ -101,10 +104,9 @@ def hypernet(
         pre_nms=(2000, 1000),
         post_nms=(200, 100),
     )
-    size = 13
     roi_heads = RoIHeads(
-        RegionPool("pool", size, maps.strides),
-        ConvFCHead(maps.channels[0], channels, size, hidden, dropout),
+        RegionPool("pool", SIZE, maps.strides),
+        ConvFCHead(maps.channels[0], channels, hidden, dropout),
         BoxPredictor(hidden, num_classes),
         num_samples=num_samples,
         beta=1.0,

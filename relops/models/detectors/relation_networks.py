@@ -100,7 +100,7 @@ class RelationRoIHeads(RoIHeads):
 
     def refine(self, logits: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes [N,P,4], clipped, and scores s0 [N,P,classes] of proposals; 0 where a box is none."""
-        boxes = clip_boxes(decode_boxes(deltas, proposals.boxes, self.weights), sizes)
+        boxes = clip_boxes(decode_boxes(deltas, proposals.boxes, self.WEIGHTS), sizes)
         gone = ~proposals.valid | smaller_than(boxes, 1e-2)
         return boxes, logits.softmax(-1)[..., 1:].masked_fill(gone[..., None], 0)
 

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+RATIOS = 0.5, 1.0, 2.0  # height / width
 
-def paper_anchors(
-    base: int = 16, ratios: Sequence[float] = (0.5, 1, 2), scales: Sequence[float] = (8, 16, 32)
-) -> list[list[float]]:
+
+def paper_anchors(base: int = 16, scales: Sequence[float] = (8, 16, 32)) -> list[list[float]]:
     """Anchors of Faster R-CNN (https://arxiv.org/abs/1506.01497), as the released code rounds them.
 
     That code counts pixels inclusively, from -83, -39 to 100, 56 in the first; here x2 and y2 are the far edge of the
     last pixel, one more.
 
     Returns:
-        len(ratios) * len(scales) of x1, y1, x2, y2, around the first pixel of the map. Ratios are height / width.
+        len(RATIOS) * len(scales) of x1, y1, x2, y2, around the first pixel of the map.
     """
     center = (base - 1) / 2
     boxes = []
-    for ratio in ratios:
+    for ratio in RATIOS:
         width = round((base * base / ratio) ** 0.5)
         height = round(width * ratio)
         for scale in scales:
@@ -30,10 +30,10 @@ def paper_anchors(
     return boxes
 
 
-def centered_anchors(size: float, ratios: Sequence[float] = (0.5, 1, 2)) -> list[list[float]]:
+def centered_anchors(size: float) -> list[list[float]]:
     """Anchors of one level of a pyramid, of area size^2, as torchvision rounds them: around 0, 0."""
     boxes = []
-    for ratio in ratios:
+    for ratio in RATIOS:
         width, height = round(size / ratio**0.5 / 2), round(size * ratio**0.5 / 2)
         boxes.append([-float(width), -float(height), float(width), float(height)])
     return boxes

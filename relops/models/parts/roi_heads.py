@@ -47,26 +47,25 @@ class RegionPool(nn.Module):
         output_size: of each region.
         strides: of the maps; one for "align" and "pool".
         aligned: as in relops.roi_align.
-        sampling_ratio: of "align" and "pyramid".
     """
 
-    def __init__(
-        self, kind: str, output_size: int, strides: Sequence[int], *, aligned: bool = False, sampling_ratio: int = 2
-    ) -> None:
+    SAMPLING_RATIO = 2  # of "align" and "pyramid"
+
+    def __init__(self, kind: str, output_size: int, strides: Sequence[int], *, aligned: bool = False) -> None:
         super().__init__()
         check_choice("models", "roi", kind, ("align", "pool", "pyramid"))
         self.kind = kind
         self.output_size = output_size
         self.scales = [1 / stride for stride in strides]
-        self.sampling_ratio, self.aligned = sampling_ratio, aligned
+        self.aligned = aligned
 
     def forward(self, maps: list[Tensor], rois: Tensor) -> Tensor:
         """[R,C,output_size,output_size] of rows [R,5] (image, x1, y1, x2, y2)."""
         if self.kind == "pyramid":
             levels = maps[: len(self.scales)]
-            return multi_scale_roi_align(levels, rois, self.output_size, self.scales, self.sampling_ratio, self.aligned)
+            return multi_scale_roi_align(levels, rois, self.output_size, self.scales, self.SAMPLING_RATIO, self.aligned)
         if self.kind == "align":
-            return roi_align(maps[0], rois, self.output_size, self.scales[0], self.sampling_ratio, self.aligned)
+            return roi_align(maps[0], rois, self.output_size, self.scales[0], self.SAMPLING_RATIO, self.aligned)
         return roi_pool(maps[0], rois, self.output_size, self.scales[0])
 
 
@@ -115,14 +114,15 @@ class RoIHeads(nn.Module):
         box_head: to vectors.
         box_predictor: to scores and deltas, as BoxPredictor.
         num_samples: regions an image that losses are of.
-        positive_fraction: so many of them at most overlap an object.
-        positive: IoU from which on a region is of an object.
         negative: (lowest, below) IoU of regions of the background.
-        weights: of deltas (center, size): the inverse of the standard deviations that targets are divided by.
         beta: of smooth L1.
         score_threshold, nms_threshold, most: detections have larger scores; IoU above which one gives way to a better
             one of its class; so many an image at most.
     """
+
+    POSITIVE_FRACTION = 0.25  # so many of the samples at most overlap an object
+    POSITIVE = 0.5  # IoU from which on a region is of an object
+    WEIGHTS = 10.0, 5.0  # of deltas (center, size): the inverse of the standard deviations that targets are divided by
 
     def __init__(
         self,
@@ -131,10 +131,7 @@ class RoIHeads(nn.Module):
         box_predictor: nn.Module,
         *,
         num_samples: int = 512,
-        positive_fraction: float = 0.25,
-        positive: float = 0.5,
         negative: tuple[float, float] = (0.0, 0.5),
-        weights: tuple[float, float] = (10.0, 5.0),
         beta: float = 1 / 9,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
@@ -145,10 +142,7 @@ class RoIHeads(nn.Module):
         self.box_head = box_head
         self.box_predictor = box_predictor
         self.num_samples = num_samples
-        self.positive_fraction = positive_fraction
-        self.positive = positive
         self.negative = negative
-        self.weights = weights
         self.beta = beta
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
@@ -157,7 +151,7 @@ class RoIHeads(nn.Module):
     @property
     def most_positive(self) -> int:
         """Regions of objects among the samples of an image, at most."""
-        return int(self.num_samples * self.positive_fraction)
+        return int(self.num_samples * self.POSITIVE_FRACTION)
 
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [R,classes + 1], background first, and deltas [R,4] or [R,4 * (classes + 1)] of rows [R,5]."""
@@ -171,10 +165,10 @@ class RoIHeads(nn.Module):
     def losses_of(self, maps: list[Tensor], samples: Samples, targets: Targets) -> dict[str, Tensor]:
         rois, place = present_rows(samples.boxes, samples.classes >= 0)
         logits, deltas = self.predict(maps, rois)
-        return self.box_losses(logits, deltas, samples, targets, place, self.weights)
+        return self.box_losses(logits, deltas, samples, targets, place, self.WEIGHTS)
 
     def sample(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
-        """At most num_samples regions an image, positive_fraction of them positive at most, by chance."""
+        """At most num_samples regions an image, POSITIVE_FRACTION of them positive at most, by chance."""
         boxes, classes, matched = self.regions(proposals, targets, positive)
         index, _, there = sample_candidates(classes > 0, classes == 0, self.num_samples, self.most_positive)
         classes = classes.gather(1, index).masked_fill(~there, -1)
@@ -183,7 +177,7 @@ class RoIHeads(nn.Module):
     def regions(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
         """All that samples are chosen of: proposals, and the objects themselves. `positive`: an IoU that divides them
         into regions of objects and background, in place of the settings."""
-        above, (lowest, below) = (positive, (0.0, positive)) if positive is not None else (self.positive, self.negative)
+        above, (lowest, below) = (positive, (0.0, positive)) if positive is not None else (self.POSITIVE, self.negative)
         boxes = torch.cat([proposals.boxes, targets.boxes.to(proposals.boxes.dtype)], 1)
         valid = torch.cat([proposals.valid, targets.labels >= 0], 1)
         best, matched = target_overlaps(boxes, targets.boxes, targets.labels).max(1)
@@ -212,7 +206,7 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Means over the num_samples regions of an image whose loss is largest, of the rows that `present_rows` made of
         all (online hard example mining, Shrivastava et al., https://arxiv.org/abs/1604.03540)."""
-        entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.weights)
+        entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.WEIGHTS)
         valid = samples.classes >= 0
         hardness = spread((entropy + distance).detach(), place, *valid.shape).masked_fill(~valid, -1)
         hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
@@ -249,7 +243,7 @@ class RoIHeads(nn.Module):
         logits, deltas = self.predict(maps, rois)
         scores = logits.softmax(-1)[:, 1:]
         deltas = deltas.unflatten(1, (-1, 4))[:, -scores.shape[1] :]
-        boxes = decode_boxes(deltas, rois[:, None, 1:], self.weights)
+        boxes = decode_boxes(deltas, rois[:, None, 1:], self.WEIGHTS)
         N, P = proposals.valid.shape
         return self.select(spread(boxes, place, N, P), spread(scores, place, N, P), proposals, sizes)
 

@@ -94,11 +94,11 @@ class RPN(nn.Module):
         ignore_outside: anchors that are not wholly in the image take no part in training.
         balance: lambda, with the paper's normalization (there 10): the loss of deltas is divided by the number of
             positions of the maps and multiplied by it. None: the released code's, divided by the number of samples.
-        beta: of smooth L1, where it turns from a parabola into a line (1 / sigma^2).
     """
 
     POSITIVE, NEGATIVE = 0.7, 0.3
     WEIGHTS = (1.0, 1.0)
+    BETA = 1 / 9  # of smooth L1, where it turns from a parabola into a line (1 / sigma^2)
 
     def __init__(
         self,
@@ -114,7 +114,6 @@ class RPN(nn.Module):
         filter_first: bool = False,
         ignore_outside: bool = False,
         balance: float | None = None,
-        beta: float = 1 / 9,
     ) -> None:
         super().__init__()
         self.head = head
@@ -127,7 +126,6 @@ class RPN(nn.Module):
         self.filter_first = filter_first
         self.ignore_outside = ignore_outside
         self.balance = balance
-        self.beta = beta
 
     def forward(
         self,
@@ -205,7 +203,7 @@ class RPN(nn.Module):
             wanted = encode_boxes(torch.where(is_positive[..., None], objects, at), at, self.WEIGHTS)
             num = valid.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(logits.gather(1, index), is_positive.float(), reduction="none")
-        distance = F.smooth_l1_loss(gather_rows(deltas, index), wanted, reduction="none", beta=self.beta).sum(-1)
+        distance = F.smooth_l1_loss(gather_rows(deltas, index), wanted, reduction="none", beta=self.BETA).sum(-1)
         per = 1 / num if self.balance is None else self.balance * self.anchors.per_cell / logits.numel()
         return {"rpn_objectness": (loss * valid).sum() / num, "rpn_boxes": (distance * is_positive).sum() * per}
 
