@@ -1,4 +1,4 @@
-"""What autocast asks of an op that takes several tensors: it makes some of them 16 bit and leaves the others."""
+"""Reconciliation of dtypes under autocast, which makes some tensors 16 bit and leaves others as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from relops._dtypes import FEATURE_DTYPES, compute_dtype
 
 
 def is_autocasting(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor is; of meta tensors torch cannot tell."""
+    """Return whether autocast is on for the device of the tensor. For meta tensors torch cannot tell."""
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
@@ -25,7 +25,7 @@ def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Tensor
 
 
 def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Any]:
-    """Autocast makes some inputs 16 bit and leaves others: coordinates follow the features upwards, never down."""
+    """Convert coordinates under autocast to a dtype that is allowed beside the features, without rounding."""
     if not (isinstance(features, Tensor) and is_autocasting(features)):
         return list(coordinates)
     wide = compute_dtype(features.dtype)
@@ -36,7 +36,7 @@ def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Any]:
 
 
 def widest_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Autocast makes some features 16 bit and leaves others: all follow the widest."""
+    """Convert all features under autocast to the widest of their dtypes."""
     if not all(isinstance(x, Tensor) and x.dtype in FEATURE_DTYPES for x in features):
         return features
     if not is_autocasting(features[0]):

@@ -15,17 +15,17 @@ SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max  # of positive and finite 
 
 
 def is_int(x: object) -> TypeGuard[int]:
-    """An int or what stands for one in a graph; a bool is most likely an argument in the wrong place."""
+    """Return whether x is an int, or stands for one in a graph. A bool is likely misplaced."""
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
 
 
 def is_real(x: object) -> TypeGuard[float]:
-    """A number or what stands for one in a graph, but no bool."""
+    """Return whether x is a number, or stands for one in a graph. A bool is not."""
     return isinstance(x, (float, int, torch.SymFloat)) and not isinstance(x, bool)
 
 
 def check_number(op: str, name: str, number: object, rule: str, low: float, high: float) -> None:
-    """`rule` is "in [low,high]" in words; NaN is never in it."""
+    """Check that a number is in [low,high], which `rule` says in words. NaN never is."""
     if not is_real(number) or not low <= number <= high:
         raise (ValueError if is_real(number) else TypeError)(
             f"relops.{op}: {name} must be a number {rule}, got {number!r}"
@@ -67,7 +67,7 @@ def check_features_or_integers(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_features_like(op: str, name: str, tensor: Tensor, letters: str, features_name: str, features: Tensor) -> None:
-    """What it shares with the features: dtype, device, number of dimensions."""
+    """Check what the tensor shares with the features: dtype, device and number of dimensions."""
     check_tensor(op, name, tensor)
     if tensor.dtype != features.dtype:
         raise TypeError(
@@ -79,7 +79,7 @@ def check_features_like(op: str, name: str, tensor: Tensor, letters: str, featur
 
 
 def check_coordinates(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:
-    """Coordinates have the dtype of the features, or are float32 beside 16-bit ones; they share the device."""
+    """Check that coordinates have the dtype of the features, or are float32 beside 16-bit ones, on one device."""
     check_tensor(op, name, tensor)
     allowed = {features.dtype, compute_dtype(features.dtype)}
     if tensor.dtype not in allowed:
@@ -98,7 +98,7 @@ def check_device(op: str, name: str, tensor: Tensor, features_name: str, feature
 
 
 def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int | tuple[int, ...]) -> None:
-    """`expected` holds a size, or several allowed ones, per dimension of `letters`."""
+    """Check a shape. `expected` holds a size, or several allowed ones, for each dimension of `letters`."""
     ok = tensor.dim() == len(expected) and all(
         size in want if isinstance(want, tuple) else size == want for size, want in zip(tensor.shape, expected)
     )
@@ -108,7 +108,7 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int
 
 
 def check_mask(op: str, name: str, mask: Tensor, letters: str, *shape: int, meaning: str = "") -> None:
-    """`meaning`: of True, in words for the message."""
+    """Check dtype and shape of a mask. `meaning` says in the message what True means."""
     check_tensor(op, name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"relops.{op}: {name} must be bool{meaning}, got {mask.dtype}")

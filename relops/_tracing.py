@@ -1,4 +1,4 @@
-"""What must differ while a graph is traced, by torch.compile, torch.export or fake tensors."""
+"""Helpers for code that also runs while torch.compile, torch.export or fake tensors trace a graph."""
 
 from __future__ import annotations
 

@@ -69,7 +69,16 @@ __all__ = [
 
 
 def build(name: str, num_classes: int, **options: Any) -> BaseDetector:
-    """The detector of that name in DETECTORS, of so many classes besides the background; options are its own."""
+    """Build the detector that DETECTORS has under `name`.
+
+    Args:
+        name: a key of DETECTORS.
+        num_classes: without the background.
+        options: of the detector, as its function takes them.
+
+    Raises:
+        ValueError: an unknown name, or what the detector's function raises.
+    """
     if name not in DETECTORS:
         raise ValueError(f"relops.models: model must be one of {', '.join(DETECTORS)}, got {name!r}")
     return DETECTORS[name](num_classes, **options)

@@ -1,4 +1,4 @@
-"""Detection in images as they come: resizing, batching and back."""
+"""Detection in images of any size: resizing, batching, and conversion of the results back to the images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 1333) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalizes, resizes and pads images to one batch, as torchvision's detectors do.
+    """Normalize, resize and pad images to one batch, as torchvision's detectors do.
 
     Args:
         images: each [3,H,W], values from 0 to 1.
@@ -50,15 +50,15 @@ def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 
 def detect(
     model: nn.Module, images: Sequence[Tensor], min_size: int = 800, max_size: int = 1333
 ) -> list[dict[str, Tensor]]:
-    """Objects in images of any size.
+    """Detect objects in images of any size.
 
     Args:
         model: a detector, in evaluation mode.
         images: as in `batch_images`, and so are the sizes.
 
     Returns:
-        Of each image boxes [D,4] in its pixels, scores [D], labels [D] (classes from 0), by descending score, and from
-        detectors of masks masks [D,H,W] bool. Their number is read from the device.
+        A dict for each image, by descending score: boxes [D,4] in its pixels, scores [D], labels [D] (classes from 0),
+        and from detectors with masks, masks [D,H,W] bool. D is read from the device, which this waits for.
 
     Example:
         >>> model = relops.models.faster_rcnn_fpn(90)

@@ -1,4 +1,4 @@
-"""Weights of DETR and Deformable DETR that others trained: of the released codes and of Hugging Face transformers."""
+"""Loading of weights of DETR and Deformable DETR, of the released codes and of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DEFORMABLE_DECODER: Rules = [
 
 
 def load_detr(model: DETR | DeformableDETR, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a state_dict of DETR or Deformable DETR, in any of its variants, of the released code or of transformers.
+    """Load a state_dict of DETR or Deformable DETR, in any of its variants, of the released code or of transformers.
 
     Args:
         model: `detr` or `deformable_detr` of the same sizes and options, on a ResNet with frozen normalization.
@@ -78,7 +78,7 @@ def load_detr(model: DETR | DeformableDETR, state_dict: Mapping[str, Tensor]) ->
 
 
 def _with_one_projection(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of queries, keys and values, in place of three."""
+    """Concatenate the projections of queries, keys and values, which torch's attention has as one."""
     for name in list(state_dict):
         if found := re.fullmatch(r"(.*_attn\.)q_proj\.(weight|bias)", name):
             three = [f"{found[1]}{x}_proj.{found[2]}" for x in "qkv"]

@@ -1,4 +1,4 @@
-"""Names of parameters that others gave, as ours."""
+"""Renaming of the parameters of other implementations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]  # patterns and what they become, one after the other
+# Regular expressions and their replacements, in the order in which they are applied.
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
 def renamed(state_dict: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """With every rule applied, in turn, to every name."""
+    """Return the state_dict with every rule applied, in turn, to every name."""
     names = {}
     for name, value in state_dict.items():
         for pattern, replacement in rules:

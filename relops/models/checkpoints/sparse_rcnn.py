@@ -1,4 +1,4 @@
-"""Weights of Sparse R-CNN of the released code."""
+"""Loading of weights of Sparse R-CNN that the released code trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RENAMES: Rules = (
 
 
 def load_sparse_rcnn(model: SparseRCNN, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a state_dict of the released code, whose backbone has detectron2's names; all others are ours.
+    """Load a state_dict of the released code, whose backbone has detectron2's names; all others are ours.
 
     Images are to be as `batch_images` makes them: RGB, by the mean and standard deviation that the released code has.
 

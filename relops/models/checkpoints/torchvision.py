@@ -1,4 +1,4 @@
-"""Weights with the names that torchvision gives: of classifiers, and of its detectors."""
+"""Loading of weights under torchvision's names: those of classifiers, and of its detectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from relops.models.parts.roi_heads import TwoFC
 
 
 def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads what a classifier learned into a detector's backbone, and fc6 and fc7 of VGG-16 into its head.
+    """Load the weights of a classifier into a detector's backbone, and fc6 and fc7 of a VGG-16 into its head.
 
     Args:
         model: a detector.
@@ -40,7 +40,7 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
 
 
 def load_torchvision(model: nn.Module, state_dict: Mapping[str, Tensor], norm_eps: float | None = None) -> None:
-    """Loads a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, of any of its versions.
+    """Load a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, of any of its versions.
 
     Args:
         model: `faster_rcnn_fpn` or `mask_rcnn` of as many classes, without the background (90 for COCO).

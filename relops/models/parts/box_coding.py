@@ -1,4 +1,4 @@
-"""Boxes as deltas from anchors, which is what detectors regress."""
+"""Encoding of boxes as deltas from anchors, which detectors regress."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from relops._dtypes import to_compute_dtype
 from relops.models.parts.boxes import center_size
 
-# Of log w and log h: a box grows at most from 16 to 1000 pixels.
+# The most that log w and log h may grow by: from 16 to 1000 pixels.
 LOG_CLAMP = math.log(1000 / 16)
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
-    """(dx / w, dy / h, log w'/w, log h'/h) that make anchors [...,4] into boxes [...,4], R-CNN's parametrization
-    (https://arxiv.org/abs/1311.2524, appendix C). The first two are multiplied by weights[0], the others by weights[1].
+    """Return the deltas [...,4] that turn anchors [...,4] into boxes [...,4], by R-CNN's parametrization
+    (https://arxiv.org/abs/1311.2524, appendix C): (dx / w, dy / h, log w'/w, log h'/h).
 
-    Both must have an extent.
+    The first two are multiplied by weights[0], the others by weights[1]. Boxes and anchors must have an extent.
     """
     center, size = center_size(boxes)
     from_center, from_size = center_size(anchors)
@@ -27,7 +27,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, weights: tuple[float, float], log_clamp: float = LOG_CLAMP) -> Tensor:
-    """The inverse of `encode_boxes`; logarithms of sizes grow at most by log_clamp. Computed in float32 or better."""
+    """Invert `encode_boxes`, in float32 or better. Logarithms of sizes grow by log_clamp at most."""
     deltas = to_compute_dtype(deltas)
     from_center, from_size = center_size(anchors)
     center = from_center + deltas[..., :2] / weights[0] * from_size

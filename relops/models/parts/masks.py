@@ -1,4 +1,4 @@
-"""Masks of detections, in images."""
+"""Pasting of the masks of detections into images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks of detections, in their places in an image.
+    """Paste the masks of detections into an image.
 
     Args:
         masks: [D,R,R] probabilities at the centers of R x R parts of each box.

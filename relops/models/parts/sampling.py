@@ -1,4 +1,4 @@
-"""Which candidates of a batch losses are of: their overlap with objects, and a random choice among them."""
+"""The choice of the boxes that losses are computed of: their overlap with objects, and random sampling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from relops.ops.box_iou import box_iou
 
 
 def target_overlaps(boxes: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-    """IoU [N,T,K] of targets [N,T,4] with boxes [N,K,4] or [1,K,4]; -1 for padding (labels [N,T] of -1)."""
+    """Return the IoU [N,T,K] of targets [N,T,4] with boxes [N,K,4] or [1,K,4]; -1 for padding (labels [N,T] of -1)."""
     with torch.no_grad():
         iou = box_iou(targets.to(boxes.dtype), boxes.detach().expand(len(targets), -1, -1))
         return iou.masked_fill_((labels < 0)[..., None], -1)
@@ -18,11 +18,17 @@ def target_overlaps(boxes: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
 def sample_candidates(
     positive: Tensor, negative: Tensor, count: int, most_positive: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses at random, image by image, from candidates [N,K] bool: at most so many positive, and negative to fill up.
+    """Choose at random, in each image, at most most_positive positive candidates, and negative ones up to count.
+
+    Args:
+        positive, negative: [N,K] bool.
+        count: candidates of an image.
+        most_positive: positive candidates of an image.
 
     Returns:
-        indices [N,S] of the chosen, positive ones first, with S = min(count, K), and two masks [N,S]: which of them are
-        positive, and which are there at all (there may be too few candidates). No synchronization.
+        The indices [N,S] of the chosen candidates, positive ones first, with S = min(count, K), and two masks [N,S]:
+        which of them are positive, and which are valid (an image may have too few candidates). Nothing waits for the
+        device.
     """
     N, K = positive.shape
     count, most_positive = min(count, K), min(most_positive, K)
