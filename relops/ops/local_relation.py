@@ -99,7 +99,7 @@ def local_relation(
     )
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+def _fake(query, key, value, prior, kernel_size, stride, dilation, similarity, zero_border):
     return empty(value, (*value.shape[:2], *query.shape[2:]), is_channels_last(value))
 
 

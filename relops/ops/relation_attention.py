@@ -137,7 +137,10 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(
+    query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask, by_query, wavelength, scale,
+    allow_tf32,
+):  # fmt: skip
     output = query.new_empty(*query.shape[:3], value.shape[3])
     return output, query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
 
