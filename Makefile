@@ -54,6 +54,7 @@ info: build
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/cuda_emulation/*.h' 'tests/cuda_emulation/*.cuh')
 
 # An environment with the oldest torch that relops runs on. tests/test_sources.py uses it where RELOPS_OLDEST_TORCH is its

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from relops._autocast import under_autocast
+from relops._checks import check_coordinates, check_device, check_features, check_mask, check_shape, check_tensor
+from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
-    check_coordinates,
-    check_device,
-    check_features,
-    check_mask,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-    has_values,
-    int_tensor,
-    under_autocast,
-)
+from relops._tracing import has_values, int_tensor
+from relops.ops._autograd import register_differentiable
 from relops.ops._vmap import mapped_first
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -211,12 +204,16 @@ def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _fake_forward(value, spatial_shapes, level_start_index, locations, *rest):
+def _fake_forward(
+    value: Tensor, spatial_shapes: Any, level_start_index: Any, locations: Tensor, *rest: object
+) -> Tensor:
     N, _, M, D = value.shape
     return value.new_empty(N, locations.shape[1], M * D)
 
 
-def _fake_forward_fused(value, spatial_shapes, level_start_index, reference_points, offsets, logits, value_mask=None):
+def _fake_forward_fused(
+    value: Tensor, spatial_shapes: Any, level_start_index: Any, reference_points: Any, offsets: Tensor, *_: object
+) -> Tensor:
     return _fake_forward(value, spatial_shapes, level_start_index, offsets)
 
 
@@ -232,7 +229,7 @@ def _fake_backward_fused(grad, value, shapes, starts, reference, offsets, logits
     return _fresh((value, reference, offsets, logits), needs_grad)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -240,7 +237,7 @@ def _backward(ctx, grad_output):
     return _gradients(ctx, torch.ops.relops._ms_deform_attn_backward, grad_output)
 
 
-def _setup_context_fused(ctx, inputs, output):
+def _setup_context_fused(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # The dispatcher leaves out a value_mask that is None, the default.
     ctx.save_for_backward(*inputs, *[None] * (7 - len(inputs)))
 
@@ -261,10 +258,10 @@ def _gradients(ctx, backward_op, grad_output) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
-def _vmap(op, batched_arguments: tuple[int, ...]):
+def _vmap(op: Any, batched_arguments: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
     """vmap folds its dimension into N; levels cannot differ between the entries."""
 
-    def fold(info, in_dims, *args):
+    def fold(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         if any(dim is not None for i, dim in enumerate(in_dims) if i not in batched_arguments):
             raise ValueError(f"relops.{op.__name__}: vmap over spatial_shapes or level_start_index is not supported")
         folded = list(args)
@@ -277,14 +274,10 @@ def _vmap(op, batched_arguments: tuple[int, ...]):
     return fold
 
 
-torch.library.register_fake("relops::ms_deform_attn", _fake_forward)
-torch.library.register_fake("relops::ms_deform_attn_fused", _fake_forward_fused)
-torch.library.register_fake("relops::_ms_deform_attn_backward", _fake_backward)
-torch.library.register_fake("relops::_ms_deform_attn_fused_backward", _fake_backward_fused)
-register_autograd("ms_deform_attn", _backward, setup_context=_setup_context)
-register_autograd("ms_deform_attn_fused", _backward_fused, setup_context=_setup_context_fused)
-register_no_double_backward("ms_deform_attn")
-register_no_double_backward("ms_deform_attn_fused")
+register_differentiable("ms_deform_attn", _fake_forward, _fake_backward, _setup_context, _backward)
+register_differentiable(
+    "ms_deform_attn_fused", _fake_forward_fused, _fake_backward_fused, _setup_context_fused, _backward_fused
+)
 torch.library.register_vmap("relops::ms_deform_attn", _vmap(torch.ops.relops.ms_deform_attn, (0, 3, 4)))
 torch.library.register_vmap(
     "relops::ms_deform_attn_fused", _vmap(torch.ops.relops.ms_deform_attn_fused, (0, 3, 4, 5, 6))

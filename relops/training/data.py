@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from relops.models._structures import Targets
 from relops.models.inference import MEAN, STD
+from relops.models.structures import Targets
 from relops.training._coco import open_coco
 from relops.training._files import written
 from relops.training._images import PixelRange

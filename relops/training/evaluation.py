@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from relops.models._structures import Detections
+from relops.models.structures import Detections
 from relops.training._masks import checked_mask
 from relops.training._optional import require
 from relops.training._samples import Annotation, DetectionData
@@ -58,7 +58,7 @@ class Evaluator:
             self._found[image_id] = _Found(boxes[n][kept], scores[n][kept], labels[n][kept], masks)
 
     def _encoded(self, masks: torch.Tensor, boxes: np.ndarray, kept: np.ndarray, image_id: int) -> list[dict[str, Any]]:
-        from relops.models.mask_rcnn import paste_masks
+        from relops.models.parts.masks import paste_masks
 
         coco, a = require("faster_coco_eval.core.mask", "faster-coco-eval"), self._annotations[image_id]
         pasted = paste_masks(masks[kept], torch.from_numpy(boxes[kept]), (a.height, a.width)).numpy()

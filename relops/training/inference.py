@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from relops import models
-from relops.models._structures import Detections
+from relops.models.structures import Detections
 from relops.training import checkpoint
 from relops.training._files import written
 from relops.training._images import PixelRange
@@ -196,7 +196,7 @@ def detect(detector: Detector, sample: Sample, threshold: float) -> Objects:
     boxes = boxes / batch.scales[0].flip(0).repeat(2).numpy()
     masks = None
     if found.masks is not None:
-        from relops.models.mask_rcnn import paste_masks
+        from relops.models.parts.masks import paste_masks
 
         size = sample.image.shape[:2]
         masks = paste_masks(found.masks[0].float().cpu()[keep], torch.from_numpy(boxes), size).numpy()
