@@ -1,24 +1,28 @@
-# make run    set up, build, run the microbenchmarks against pure PyTorch in a quick setting
+# make run    set up, build, run the microbenchmarks against pure PyTorch in a quick setting. Without a GPU the CUDA half
+#             is left out, unless RELOPS_CUDA=1 asks for it
 # make test   set up, build, run the tests
 # make bench  set up, build, run all microbenchmarks, write results and plots
 # make sanitize  set up, build, run tests of every CUDA kernel under compute-sanitizer; needs a GPU
 #
 # PYTHON   the Python to make the virtual environment of (python3)
 # VENV     where to make it (.venv)
-# TORCH    the torch to install where that Python has none (torch==2.13.0); a torch that is there stays as it is
+# TORCH    what to install where that Python has no torch (torch==2.14.1 torchvision==0.29.1); a torch that is there stays
+#          as it is
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
-# Extras must not replace torch, and some (timm, torchvision) would.
+# Extras must not replace torch, and some (timm) would.
 PIN := $(VENV)/torch-pin.txt
 
-.PHONY: run test bench sanitize memcheck racecheck synccheck build info lint clean
+.PHONY: run test bench sanitize memcheck racecheck synccheck build info lint oldest clean
 
+run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
 run: build
+	@test "$(RELOPS_CUDA)" != 0 || echo "The CUDA half was left out, as no GPU was found; make run RELOPS_CUDA=1 builds it."
 	$(PY) -m benchmarks.run --quick
 
 # Several processes share the cores, so that threads with nothing to do must not spin.
@@ -50,15 +54,27 @@ info: build
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/cuda_emulation/*.h' 'tests/cuda_emulation/*.cuh')
+
+# An environment with the oldest torch that relops runs on. tests/test_sources.py uses it where RELOPS_OLDEST_TORCH is its
+# Python.
+OLDEST := .venv-oldest
+oldest: $(OLDEST)/installed
+$(OLDEST)/installed:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check torch==2.10.0 numpy
+	touch $@
 
 # Where $(PYTHON) has a torch, the environment sees that one.
 $(PY):
 	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 
 $(PIN): | $(PY)
-	$(PY) -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $@.tmp && mv $@.tmp $@
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	$(PY) -c 'from importlib.metadata import distributions; \
+	  print(*{f"{d.name}=={d.version}" for d in distributions() if d.name in ("torch", "torchvision")}, sep="\n")' > $@.tmp
+	mv $@.tmp $@
 
 # The build comes first, because pip hides its plan and its progress; pip then finds everything compiled.
 $(VENV)/installed: pyproject.toml $(PIN)
@@ -68,4 +84,4 @@ $(VENV)/installed: pyproject.toml $(PIN)
 	touch $@
 
 clean:
-	rm -rf build relops/*.so $(VENV) *.egg-info
+	rm -rf build relops/*.so $(VENV) $(OLDEST) *.egg-info

@@ -210,8 +210,8 @@ def sources(*patterns: str) -> list[str]:
 
 setup(
     ext_modules=[
-        Extension("relops._C", sources("*.cpp", "cpu/*.cpp")),
-        Extension("relops._cuda", sources("cuda/*.cu")),
+        Extension("relops._C", sources("**/*.cpp")),
+        Extension("relops._cuda", sources("**/*.cu")),
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 import relops
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Contender, Model, Skipped
 from relops import reference
-from relops.ops._checks import compute_dtype
+from relops._dtypes import compute_dtype
 
 Levels = tuple[tuple[int, int], ...]
 

@@ -15,7 +15,7 @@ import relops
 from benchmarks.harness import BACKWARD, FORWARD, FORWARD_BACKWARD, Bench
 from benchmarks.regions import IMAGE, Case, draw_boxes, draw_maps, peer_targets, torchvision_ops, work
 from relops import reference
-from relops.ops._checks import compute_dtype
+from relops._dtypes import compute_dtype
 
 # Of the boxes 58 % are of the first level, 27 %, 13 % and 2 % of the others.
 PYRAMID = Case("box head", strides=(4, 8, 16, 32), sides=(16.0, 600.0), logarithmic=True)

@@ -14,7 +14,7 @@ import relops
 from benchmarks.bench_box_iou import draw as draw_boxes
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
 from relops import reference
-from relops.ops._checks import compute_dtype
+from relops._dtypes import compute_dtype
 
 EMBEDDING = 64
 QUERY, KEY, VALUE, QUERY_BOXES, KEY_BOXES, WEIGHT, BIAS = range(7)  # positions of the differentiable inputs

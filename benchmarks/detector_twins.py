@@ -37,7 +37,7 @@ from benchmarks.bench_linear_sum_assignment import scipy_loop
 from benchmarks.bench_local_relation import shifted
 from relops import reference
 from relops.models import Detections, Targets
-from relops.models.detector import TwoStageDetector
+from relops.models.detectors.two_stage import TwoStageDetector
 
 TWINS: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in reference.__all__}
 TWINS |= {"linear_sum_assignment": scipy_loop, "local_relation": shifted}

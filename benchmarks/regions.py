@@ -15,7 +15,7 @@ from torch import Tensor
 import relops
 from benchmarks.harness import BACKWARD, FORWARD, Bench, Model
 from relops import reference
-from relops.ops._checks import compute_dtype
+from relops._dtypes import compute_dtype
 
 IMAGE = (800, 1216)  # height and width that all boxes lie in
 POSITION_SENSITIVE = ("ps_roi_align", "ps_roi_pool")

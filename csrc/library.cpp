@@ -1,9 +1,10 @@
 // Every schema of relops: the table of contents of the C++ side. Kernels register themselves where they are defined
-// (cpu/<op>.cpp, cuda/<op>.cu); checks for users, fakes, autograd and autocast are in relops/ops/<op>.py.
+// (<family>/cpu*.cpp, <family>/cuda*.cu); checks for users, fakes, autograd and autocast are in relops/ops/<op>.py.
 //
-// An op with a leading underscore is the backward of the op it is named after. Its *_grad flags say which gradients
-// are wanted; one not asked for comes back as an empty tensor of one dimension. input and inputs are given to the
-// backward of a region op only where its gradients need them: those of the boxes, and the place of a maximum.
+// An op with a leading underscore is the backward of the op it is named after. Where it returns several gradients, its
+// needs_grad has a flag for each of them, in their order; one not asked for comes back as an empty tensor of one
+// dimension. input and inputs are given to the backward of a region op only where its gradients need them: those of the
+// boxes, and the place of a maximum.
 
 #include <torch/csrc/stable/library.h>
 
@@ -13,16 +14,15 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "Tensor attention_weights) -> Tensor");
   m.def(
       "_ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor? level_start_index, "
-      "Tensor sampling_locations, Tensor attention_weights, bool value_grad, bool sampling_grad, "
-      "bool deterministic) -> (Tensor, Tensor, Tensor)");
+      "Tensor sampling_locations, Tensor attention_weights, bool deterministic, bool[] needs_grad) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "ms_deform_attn_fused(Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor reference_points, "
       "Tensor sampling_offsets, Tensor attention_logits, Tensor? value_mask=None) -> Tensor");
   m.def(
       "_ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, "
       "Tensor? level_start_index, Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
-      "Tensor? value_mask, bool value_grad, bool sampling_grad, bool reference_grad, "
-      "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? value_mask, bool deterministic, bool[] needs_grad) -> (Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "roi_align(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0, int sampling_ratio=-1, "
@@ -83,11 +83,9 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "linear_sum_assignment(Tensor cost, Tensor? num_rows=None, Tensor? num_cols=None, bool maximize=False) -> "
       "(Tensor, Tensor)");
   m.def("box_iou(Tensor a, Tensor b) -> Tensor");
-  m.def("_box_iou_backward(Tensor grad_output, Tensor a, Tensor b, bool a_grad, bool b_grad) -> (Tensor, Tensor)");
+  m.def("_box_iou_backward(Tensor grad_output, Tensor a, Tensor b, bool[] needs_grad) -> (Tensor, Tensor)");
   m.def("generalized_box_iou(Tensor a, Tensor b) -> Tensor");
-  m.def(
-      "_generalized_box_iou_backward(Tensor grad_output, Tensor a, Tensor b, bool a_grad, "
-      "bool b_grad) -> (Tensor, Tensor)");
+  m.def("_generalized_box_iou_backward(Tensor grad_output, Tensor a, Tensor b, bool[] needs_grad) -> (Tensor, Tensor)");
 
   m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
   m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");

@@ -1,9 +1,9 @@
 // The Python module relops._C: facts about the build. No tensor passes through it; importing it loads the library whose
-// static initialisers register the schemas and the CPU kernels.
+// static initializers register the schemas and the CPU kernels.
 
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
+#include "common/cpu/isa.h"
 
 PYBIND11_MODULE(_C, m) {
   m.def(

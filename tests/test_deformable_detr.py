@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relops.models import Targets, build
-from relops.models.deformable_detr import DeformableDETR, inverse_sigmoid
+from relops.models.detectors.deformable_detr import DeformableDETR, inverse_sigmoid
 
 SIZES = torch.tensor([[96.0, 128.0], [80.0, 100.0]])
 

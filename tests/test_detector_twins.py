@@ -27,7 +27,7 @@ def test_every_op_has_a_twin() -> None:
 
 def test_ops_come_back() -> None:
     """After an error, too."""
-    heads, removal = (sys.modules[f"relops.{name}"] for name in ("models.roi_heads", "nn.duplicate_removal"))
+    heads, removal = (sys.modules[f"relops.{name}"] for name in ("models.parts.roi_heads", "nn.duplicate_removal"))
     with pytest.raises(ZeroDivisionError), detector_twins.twins():
         assert heads.nms_padded is reference.nms_padded and removal.box_iou is reference.box_iou
         raise ZeroDivisionError

@@ -13,12 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import relops
-from relops.models import Detections, Targets, _boxes
-from relops.models.anchors import Anchors, centered_anchors, paper_anchors
-from relops.models.backbones import FeaturePyramid, HyperBackbone, make_body
-from relops.models.mask_rcnn import paste_masks
-from relops.models.roi_heads import RoIHeads
-from relops.models.rpn import RPN, Proposals, RPNHead
+from relops.models import Detections, Targets
+from relops.models.backbones.build import make_body
+from relops.models.backbones.hyper import HyperBackbone
+from relops.models.backbones.pyramid import FeaturePyramid
+from relops.models.parts.anchors import Anchors, centered_anchors, paper_anchors
+from relops.models.parts.box_coding import decode_boxes, encode_boxes
+from relops.models.parts.masks import paste_masks
+from relops.models.parts.roi_heads import RoIHeads
+from relops.models.parts.rpn import RPN, Proposals, RPNHead
+from relops.models.parts.sampling import sample_candidates
 
 SMALL = {
     "fast_rcnn": {"hidden": 32, "roi": "align"},
@@ -84,14 +88,14 @@ def test_anchors_lie_on_their_pixels() -> None:
 
 def test_encode_by_hand_and_back() -> None:
     anchor, box = torch.tensor([10.0, 10, 30, 50]), torch.tensor([15.0, 10, 55, 30])
-    deltas = _boxes.encode(box, anchor, (10, 5))
+    deltas = encode_boxes(box, anchor, (10, 5))
     expected = [10 * (35 - 20) / 20, 10 * (20 - 30) / 40, 5 * math.log(2), 5 * math.log(0.5)]
     torch.testing.assert_close(deltas, torch.tensor(expected))
-    torch.testing.assert_close(_boxes.decode(deltas, anchor, (10, 5)), box)
+    torch.testing.assert_close(decode_boxes(deltas, anchor, (10, 5)), box)
 
 
 def test_decode_bounds_growth() -> None:
-    box = _boxes.decode(torch.tensor([0.0, 0, 100, 100]), torch.tensor([0.0, 0, 16, 16]), (1, 1))
+    box = decode_boxes(torch.tensor([0.0, 0, 100, 100]), torch.tensor([0.0, 0, 16, 16]), (1, 1))
     torch.testing.assert_close(box, torch.tensor([8.0 - 500, 8 - 500, 8 + 500, 8 + 500]))
 
 
@@ -102,7 +106,7 @@ def test_sample_counts_and_order(device: str) -> None:
     positive[0, :40], negative[0, 40:] = True, True  # more positive than wanted
     positive[1, :3], negative[1, 50:] = True, True  # fewer: negative fill up
     positive[2, :2], negative[2, 90:93] = True, True  # too few of both
-    index, is_positive, valid = _boxes.sample(positive, negative, 16, 8)
+    index, is_positive, valid = sample_candidates(positive, negative, 16, 8)
     assert is_positive.sum(1).tolist() == [8, 3, 2] and valid.sum(1).tolist() == [16, 16, 5]
     assert positive.gather(1, index)[is_positive].all() and negative.gather(1, index)[valid & ~is_positive].all()
     for of_image, there in zip(index, valid):
@@ -114,7 +118,7 @@ def test_sample_is_uniform() -> None:
     torch.manual_seed(0)
     positive = torch.zeros(2000, 20, dtype=torch.bool)
     positive[:, :10] = True
-    index, is_positive, _ = _boxes.sample(positive, ~positive, 8, 4)
+    index, is_positive, _ = sample_candidates(positive, ~positive, 8, 4)
     counts = index.flatten().bincount(minlength=20)
     assert is_positive.sum() == 2000 * 4
     assert (counts - 800).abs().max() < 120  # more than five standard deviations
@@ -413,12 +417,6 @@ def test_batch_equals_its_images(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_rows_of_padding_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CPU leaves out, as counting costs nothing there, other devices compute without weight."""
-
-    def all_rows(boxes: Tensor, valid: Tensor) -> tuple[Tensor, None]:
-        N, K = valid.shape
-        image = torch.arange(N, dtype=boxes.dtype).repeat_interleave(K)
-        return torch.cat([image[:, None], boxes.reshape(-1, 4)], 1), None
-
     images, sizes, targets = batch()
     model = small(name).train()
     for module in model.modules():
@@ -432,7 +430,7 @@ def test_rows_of_padding_change_nothing(name: str, monkeypatch: pytest.MonkeyPat
             return losses, model.eval()(images, sizes, *((targets,) if model.uses_proposals else ()))
 
     losses, found = run()
-    monkeypatch.setattr(_boxes, "present", all_rows)
+    monkeypatch.setattr("relops.models.parts.padding.has_values", lambda *_: False)
     padded_losses, padded_found = run()
     for loss_name in losses:
         torch.testing.assert_close(losses[loss_name], padded_losses[loss_name], rtol=1e-5, atol=1e-6)
@@ -669,6 +667,11 @@ def test_pretrained_weights_of_a_classifier() -> None:
     model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # whose head is another
     relops.models.load_backbone(model, state)
     assert (model.backbone.body.features[0].weight == 0.5).all()
+    model = relops.models.relation_networks(3, backbone="vgg16", channels=8, hidden=32)
+    for name, size in (("0", (32, 25088)), ("3", (32, 32))):
+        state |= {f"classifier.{name}.weight": torch.ones(size), f"classifier.{name}.bias": torch.ones(32)}
+    relops.models.load_backbone(model, state)  # which has no relation modules
+    assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     with pytest.raises(ValueError, match=r"state_dict must have conv1\.weight"):
         relops.models.load_backbone(small("detr"), state)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import relops
 from relops.models import Targets, load_detr
-from relops.models.set_prediction import corners_of
+from relops.models.parts.boxes import corners_of
 
 CLASSES, CHANNELS, HIDDEN, QUERIES, ENCODER, DECODER = 7, 32, 48, 20, 2, 3
 SIZES = {

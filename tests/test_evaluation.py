@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relops.models._structures import Detections, Targets
+from relops.models.structures import Detections, Targets
 from relops.training.data import Annotation, Batch, DetectionData, Sample, open_data
 from relops.training.evaluation import METRICS, Evaluator
 from relops.training.plots import draw_detections, plot_curves

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import relops
 from relops.models import Targets
-from relops.models.relation_networks import HEADS
-from relops.models.rpn import Proposals
+from relops.models.detectors.relation_networks import HEADS
+from relops.models.parts.padding import as_rows
+from relops.models.parts.rpn import Proposals
 from relops.training.optimization import make_optimizer
 
 HIDDEN = 32
@@ -184,8 +185,8 @@ def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
         maps = twin.train().backbone(images)
         proposals, expected_losses = twin.rpn(maps, sizes, targets)
         heads, samples = twin.roi_heads, twin.roi_heads.regions(proposals, targets)
-        logits, deltas = heads.predict(maps, relops.models._boxes.as_rows(samples.boxes))
-        each = heads.region_losses(logits, deltas, samples, targets, None, heads.weights)
+        logits, deltas = heads.predict(maps, as_rows(samples.boxes))
+        each = heads.region_losses(logits, deltas, samples, targets, None, heads.WEIGHTS)
         of_classes, of_boxes = (x.view(samples.classes.shape) for x in each)
         kept = []
         for n in range(2):

@@ -13,16 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from relops.models._transformer import extent_of, sine_positions
-from relops.models.set_prediction import (
-    SetDetector,
-    SetLoss,
-    SetPrediction,
-    centers_of,
-    corners_of,
-    focal_losses,
-    mean_over_processes,
-)
+from relops.models.detectors.set_based import SetDetector
+from relops.models.parts.boxes import centers_of, corners_of
+from relops.models.parts.set_prediction import SetLoss, SetPrediction, focal_losses, mean_over_processes
+from relops.models.parts.transformer import extent_of, sine_positions
 
 
 def problem(focal: bool, corners: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import relops
 from relops import reference
 from relops.models import Targets
-from relops.models.sparse_rcnn import SparseRCNN, initial_boxes, log_iou
+from relops.models.detectors.sparse_rcnn import SparseRCNN, initial_boxes, log_iou
 
 # ---- nn.DynamicConv ----
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from relops.models.backbones.lr_net import LRNet, lr_net26, lr_net50
+from relops.models.backbones.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+from relops.models.backbones.vgg import VGG16, vgg16
+from relops.models.backbones.zf import ZF, zf
+from relops.models.checkpoints.detr import load_detr
+from relops.models.checkpoints.sparse_rcnn import load_sparse_rcnn
+from relops.models.checkpoints.torchvision import load_backbone, load_torchvision
+from relops.models.detectors.base import BaseDetector
+from relops.models.detectors.cascade_rcnn import cascade_rcnn
+from relops.models.detectors.deformable_detr import deformable_detr
+from relops.models.detectors.detr import detr
+from relops.models.detectors.fast_rcnn import fast_rcnn
+from relops.models.detectors.faster_rcnn import faster_rcnn, faster_rcnn_fpn
+from relops.models.detectors.hypernet import hypernet
+from relops.models.detectors.mask_rcnn import mask_rcnn
+from relops.models.detectors.r_fcn import r_fcn
+from relops.models.detectors.relation_networks import relation_networks, relation_networks_fpn
+from relops.models.detectors.sparse_rcnn import sparse_rcnn
+from relops.models.inference import batch_images, detect
+from relops.models.structures import Detections, Targets
 
-from relops.models._structures import Detections, Targets
-from relops.models.cascade_rcnn import cascade_rcnn
-from relops.models.deformable_detr import deformable_detr
-from relops.models.detr import detr
-from relops.models.detr_checkpoints import load_detr
-from relops.models.fast_rcnn import fast_rcnn
-from relops.models.faster_rcnn import faster_rcnn, faster_rcnn_fpn
-from relops.models.hypernet import hypernet
-from relops.models.inference import batch_images, detect, load_backbone, load_torchvision
-from relops.models.lr_net import LRNet, lr_net26, lr_net50
-from relops.models.mask_rcnn import mask_rcnn
-from relops.models.r_fcn import r_fcn
-from relops.models.relation_networks import relation_networks, relation_networks_fpn
-from relops.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
-from relops.models.sparse_rcnn import load_sparse_rcnn, sparse_rcnn
-from relops.models.vgg import VGG16, vgg16
-from relops.models.zf import ZF, zf
-
-DETECTORS: dict[str, Callable[..., nn.Module]] = {
+DETECTORS: dict[str, Callable[..., BaseDetector]] = {
     "fast_rcnn": fast_rcnn,
     "faster_rcnn": faster_rcnn,
     "faster_rcnn_fpn": faster_rcnn_fpn,
@@ -66,8 +68,17 @@ __all__ = [
 ]
 
 
-def build(name: str, num_classes: int, **options: object) -> nn.Module:
-    """The detector of that name in DETECTORS, of so many classes besides the background; options are its own."""
+def build(name: str, num_classes: int, **options: Any) -> BaseDetector:
+    """Build the detector that DETECTORS has under `name`.
+
+    Args:
+        name: a key of DETECTORS.
+        num_classes: without the background.
+        options: of the detector, as its function takes them.
+
+    Raises:
+        ValueError: an unknown name, or what the detector's function raises.
+    """
     if name not in DETECTORS:
         raise ValueError(f"relops.models: model must be one of {', '.join(DETECTORS)}, got {name!r}")
     return DETECTORS[name](num_classes, **options)

@@ -1,21 +1,20 @@
-"""Detection in images as they come: resizing, batching and back, and weights that others trained."""
+"""Detection in images of any size: resizing, batching, and conversion of the results back to the images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relops.models._norm import FrozenBatchNorm2d
-from relops.models.mask_rcnn import paste_masks
+from relops.models.parts.masks import paste_masks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 1333) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalizes, resizes and pads images to one batch, as torchvision's detectors do.
+    """Normalize, resize and pad images to one batch, as torchvision's detectors do.
 
     Args:
         images: each [3,H,W], values from 0 to 1.
@@ -51,15 +50,15 @@ def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 
 def detect(
     model: nn.Module, images: Sequence[Tensor], min_size: int = 800, max_size: int = 1333
 ) -> list[dict[str, Tensor]]:
-    """Objects in images of any size.
+    """Detect objects in images of any size.
 
     Args:
         model: a detector, in evaluation mode.
         images: as in `batch_images`, and so are the sizes.
 
     Returns:
-        Of each image boxes [D,4] in its pixels, scores [D], labels [D] (classes from 0), by descending score, and from
-        detectors of masks masks [D,H,W] bool. Their number is read from the device.
+        A dict for each image, by descending score: boxes [D,4] in its pixels, scores [D], labels [D] (classes from 0),
+        and from detectors with masks, masks [D,H,W] bool. D is read from the device, which this waits for.
 
     Example:
         >>> model = relops.models.faster_rcnn_fpn(90)
@@ -74,63 +73,6 @@ def detect(
         boxes = detections.boxes[i, :count] / scales[i].flip(0).repeat(2)
         result = {"boxes": boxes, "scores": detections.scores[i, :count], "labels": detections.labels[i, :count]}
         if detections.masks is not None:
-            result["masks"] = paste_masks(detections.masks[i, :count], boxes, tuple(image.shape[1:]))
+            result["masks"] = paste_masks(detections.masks[i, :count], boxes, (image.shape[1], image.shape[2]))
         results.append(result)
     return results
-
-
-def load_backbone(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads what a classifier learned into a detector's backbone, and fc6 and fc7 of VGG-16 into its head.
-
-    Args:
-        model: a detector.
-        state_dict: of the classifier, torchvision's or ours; what the detector does not have is left out.
-
-    Raises:
-        ValueError: a parameter that is missing, or of another shape.
-    """
-    targets = {name: (name, value) for name, value in model.backbone.body.state_dict().items()}
-    head = getattr(getattr(model, "roi_heads", None), "box_head", None)
-    if "classifier.0.weight" in state_dict and hasattr(head, "fc6"):
-        for name, value in head.state_dict().items():
-            targets[name] = (name.replace("fc6", "classifier.0").replace("fc7", "classifier.3"), value)
-    with torch.no_grad():
-        for name, value in targets.values():
-            if name not in state_dict:
-                raise ValueError(f"relops.models: state_dict must have {name}, which the backbone has")
-            if state_dict[name].shape != value.shape:
-                raise ValueError(
-                    f"relops.models: {name} of state_dict must be {list(value.shape)}, got "
-                    f"{list(state_dict[name].shape)}"
-                )
-            value.copy_(state_dict[name])
-
-
-def load_torchvision(model: nn.Module, state_dict: Mapping[str, Tensor], norm_eps: float | None = None) -> None:
-    """Loads a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, of any of its versions.
-
-    Args:
-        model: `faster_rcnn_fpn` or `mask_rcnn` of as many classes, without the background (90 for COCO).
-        state_dict: torchvision's. Names that older versions gave are renamed; all others are ours.
-        norm_eps: of the backbone's frozen normalization. torchvision makes it 0 where it loads its own COCO_V1 weights;
-            None leaves it at 1e-5, as for all others.
-
-    Raises:
-        RuntimeError: a parameter that is missing, or left over, or of another shape.
-    """
-    renamed = {}
-    for name, value in state_dict.items():
-        for block in ("inner_blocks", "layer_blocks"):
-            for i in range(4):
-                name = name.replace(f"fpn.{block}.{i}.weight", f"fpn.{block}.{i}.0.weight")
-                name = name.replace(f"fpn.{block}.{i}.bias", f"fpn.{block}.{i}.0.bias")
-        for end in ("weight", "bias"):
-            name = name.replace(f"rpn.head.conv.{end}", f"rpn.head.conv.0.0.{end}")
-            for i in range(4):
-                name = name.replace(f"mask_head.mask_fcn{i + 1}.{end}", f"mask_head.{i}.0.{end}")
-        renamed[name] = value
-    model.load_state_dict(renamed)
-    if norm_eps is not None:
-        for module in model.modules():
-            if isinstance(module, FrozenBatchNorm2d):
-                module.eps = norm_eps

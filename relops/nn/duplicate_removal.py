@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relops._checks import check_features, check_integers, check_mask, check_shape
+from relops._dtypes import compute_dtype
+from relops._tracing import has_values
 from relops.nn.object_relation import ObjectRelation
-from relops.ops._checks import check_features, check_integers, check_mask, check_shape, compute_dtype, has_values
 from relops.ops.box_iou import box_iou
 from relops.ops.rank_embedding import rank_embedding
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relops.ops._checks import check_device, check_features, check_shape, check_size, is_autocasting
+from relops._autocast import is_autocasting
+from relops._checks import check_device, check_features, check_shape, check_size
 
 
 class DynamicConv(nn.Module):

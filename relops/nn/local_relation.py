@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from relops.ops._checks import check_choice, check_features, check_size
+from relops._checks import check_choice, check_features, check_size
 from relops.ops.local_relation import BORDERS, MAX_KERNEL_SIZE, MAX_STEP, SIMILARITIES
 from relops.ops.local_relation import local_relation as aggregate
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from relops.ops._regions import BroadcastingList2
+from relops._annotations import BroadcastingList2
 from relops.ops.multi_scale_roi_align import multi_scale_roi_align
 
 torch.fx.wrap("_pool")

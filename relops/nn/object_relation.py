@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from relops.ops._checks import check_choice, check_features, check_mask, check_shape
+from relops._checks import check_choice, check_features, check_mask, check_shape
 from relops.ops.relation_attention import GEOMETRIES, relation_attention
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from relops.ops._regions import Boxes, BroadcastingList2
+from relops._annotations import Boxes, BroadcastingList2
 from relops.ops.ps_roi_align import ps_roi_align
 
 torch.fx.wrap("ps_roi_align")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from relops.ops._regions import Boxes, BroadcastingList2
+from relops._annotations import Boxes, BroadcastingList2
 from relops.ops.roi_pool import roi_pool
 
 torch.fx.wrap("roi_pool")

@@ -1,9 +1,10 @@
-"""Registration of autograd: the formula of an op for reverse mode, and for all ops alike the error of forward mode."""
+"""Registration of what differentiable ops have in Python: their fakes and the formula for reverse mode; and for all ops
+alike the errors of forward mode and of second derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 class _Library(torch.library.Library):
     """Register autograd kernels that look for tangents first: torch itself drops the tangents without an error."""
 
-    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", *, with_keyset: bool = False) -> None:
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         op = op_name.removeprefix("_").removesuffix("_backward")
 
         def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -21,7 +22,7 @@ class _Library(torch.library.Library):
                 _refuse_tangents(op, args)
             return fn(keyset, *args)
 
-        super().impl(op_name, kernel, dispatch_key, with_keyset=with_keyset)
+        super().impl(op_name, kernel, dispatch_key, **options)
 
 
 _library = _Library("relops", "IMPL")
@@ -32,10 +33,24 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
     torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context, lib=_library)
 
 
+def register_differentiable(
+    op: str,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    backward: Callable[..., Any],
+) -> None:
+    """Register an op whose backward is the op _<op>_backward: the fakes of both, and the formula that joins them."""
+    torch.library.register_fake(f"relops::{op}", fake)
+    torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
+    register_autograd(op, backward, setup_context=setup_context)
+    register_no_double_backward(op)
+
+
 def register_no_double_backward(op: str) -> None:
     """Make the backward of the op's backward raise, where silence would give a wrong higher-order gradient."""
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
             f"relops.{op}: its backward is not differentiable (double backward is not provided). Call backward "
             "without create_graph=True."
@@ -62,7 +77,7 @@ def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
         )
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
     """Yield all tensors of the arguments, and those that the transforms of torch.func have wrapped in them."""
     for x in args:
         if isinstance(x, (list, tuple)):

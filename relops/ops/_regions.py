@@ -6,30 +6,19 @@ those of the ops import annotations from __future__.
 
 import math
 from collections.abc import Callable, Sequence
-from types import UnionType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from relops._annotations import Boxes
+from relops._autocast import under_autocast
+from relops._checks import check_coordinates, check_features
+from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import check_coordinates, check_features, under_autocast
-from relops.ops._maps import empty, is_channels_last
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
-
-Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
-
-
-class BroadcastingList2:
-    """`BroadcastingList2[int]` is one int for both, or two.
-
-    torch.jit.script recognizes the annotation by its name. That of torch.jit.annotations evaluates to None, which
-    signatures would show.
-    """
-
-    def __class_getitem__(cls, item: type) -> UnionType:
-        return item | Sequence[item]
-
 
 MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio of the kernels: bounds their loops
 
@@ -80,29 +69,34 @@ def _check_columns(
 def checked_output_size(op: str, output_size: object) -> list[int]:
     """(height, width)."""
     sizes = [output_size, output_size] if isinstance(output_size, int) else output_size
-    ints = isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes)
-    if not ints or len(sizes) != 2 or min(sizes) < 1:
-        raise (ValueError if ints else TypeError)(
+    if not _are_ints(sizes) or len(sizes) != 2 or min(sizes) < 1:
+        raise (ValueError if _are_ints(sizes) else TypeError)(
             f"relops.{op}: output_size must be a positive int or two, (height, width), got {output_size!r}"
         )
     return list(sizes)
 
 
+def _are_ints(x: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(x, (list, tuple)) and all(isinstance(size, int) for size in x)
+
+
 def check_positive(op: str, name: str, number: object) -> None:
-    real = isinstance(number, (float, int))
-    if not real or not 0 < number < math.inf:
-        raise (ValueError if real else TypeError)(
+    if not isinstance(number, (float, int)) or not 0 < number < math.inf:
+        raise (ValueError if isinstance(number, (float, int)) else TypeError)(
             f"relops.{op}: {name} must be a finite positive number, got {number!r}"
         )
 
 
 def check_sampling_ratio(op: str, sampling_ratio: object) -> None:
-    # A bool here is `aligned` in the wrong place.
-    whole = isinstance(sampling_ratio, int) and not isinstance(sampling_ratio, bool)
-    if not whole or sampling_ratio > MAX_SAMPLING_RATIO:
-        raise (ValueError if whole else TypeError)(
+    if not _is_whole(sampling_ratio) or sampling_ratio > MAX_SAMPLING_RATIO:
+        raise (ValueError if _is_whole(sampling_ratio) else TypeError)(
             f"relops.{op}: sampling_ratio must be an int of at most {MAX_SAMPLING_RATIO}, got {sampling_ratio!r}"
         )
+
+
+def _is_whole(x: object) -> TypeGuard[int]:
+    """A bool here is `aligned` in the wrong place."""
+    return isinstance(x, int) and not isinstance(x, bool)
 
 
 def check_type(op: str, name: str, value: object, wanted: type) -> None:
@@ -133,7 +127,7 @@ def checked_region(
 
 def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
     """[K,5] in the dtype that kernels compute in."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(input.dtype)
     if isinstance(boxes, Tensor):
         rows = boxes
     elif len(boxes) == 0:
@@ -149,11 +143,11 @@ def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
 # ---- Fakes ----
 
 
-def fake_forward(input, boxes, output_size, *_):
+def fake_forward(input: Tensor, boxes: Tensor, output_size: Sequence[int], *_: object) -> Tensor:
     return empty(input, (boxes.size(0), input.size(1), *output_size), is_channels_last(input))
 
 
-def fake_forward_position_sensitive(input, boxes, output_size, *_):
+def fake_forward_position_sensitive(input: Tensor, boxes: Tensor, output_size: Sequence[int], *_: object) -> Tensor:
     channels = input.size(1) // (output_size[0] * output_size[1])
     return empty(input, (boxes.size(0), channels, *output_size), is_channels_last(input))
 
@@ -169,17 +163,10 @@ def fake_backward(grad_output, input, boxes, input_shape, *rest):
 # ---- Registration ----
 
 
-def register(op: str, fake: Callable, fake_of_backward: Callable, setup_context: Callable, backward: Callable) -> None:
-    torch.library.register_fake(f"relops::{op}", fake)
-    torch.library.register_fake(f"relops::_{op}_backward", fake_of_backward)
-    register_autograd(op, backward, setup_context=setup_context)
-    register_no_double_backward(op)
-
-
 def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> None:
     """An op(input, boxes, output_size, *options) with gradients to input and boxes."""
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, boxes, _, *ctx.options = inputs
         # The gradient of the input is linear in it: only that of the boxes reads its values.
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, boxes)
@@ -193,14 +180,14 @@ def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> Non
         )
         return grad_input if need_input else None, grad_boxes if need_boxes else None, *[None] * len(others)
 
-    register(op, fake, fake_backward, setup_context, backward)
+    register_differentiable(op, fake, fake_backward, setup_context, backward)
     register_vmap(op)
 
 
 def register_vmap(op: str) -> None:
     """vmap folds its dimension into N and K."""
 
-    def rule(info, in_dims, input, boxes, *rest):
+    def rule(info: Any, in_dims: tuple[Any, ...], input: Tensor, boxes: Tensor, *rest: Any) -> tuple[Tensor, int]:
         N = None
         if in_dims[0] is not None:
             input = input.movedim(in_dims[0], 0)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from relops.ops._boxes import check_boxes, check_idxs, check_iou_threshold, check_scores, computed, unknown_count
+from relops._dtypes import to_compute_dtype
+from relops.ops._suppression import check_boxes, check_idxs, check_iou_threshold, check_scores, unknown_count
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -39,10 +40,10 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         check_idxs("batched_nms", idxs, boxes)
         check_iou_threshold("batched_nms", iou_threshold)
     return torch.ops.relops.batched_nms(
-        computed(boxes.detach()), computed(scores.detach()), idxs.to(torch.int64), iou_threshold
+        to_compute_dtype(boxes.detach()), to_compute_dtype(scores.detach()), idxs.to(torch.int64), iou_threshold
     )
 
 
 @torch.library.register_fake("relops::batched_nms")
-def _fake(boxes, scores, idxs, iou_threshold):
+def _fake(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     return boxes.new_empty(unknown_count(boxes), dtype=torch.int64)

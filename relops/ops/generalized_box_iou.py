@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from relops.ops._box_pairs import check_box_pair, computed_pair, register_box_pair
+from relops.ops._iou import check_box_pair, computed_pair, register_box_pair
 
 
 def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from relops._checks import check_device, check_tensor, is_int
+from relops._dtypes import FEATURE_DTYPES
 from relops._library import check_device_has_kernels
-from relops.ops._checks import FEATURE_DTYPES, check_device, check_tensor, int_tensor, is_int
+from relops._tracing import int_tensor
 from relops.ops._vmap import mapped_first
 
 OP = "linear_sum_assignment"
@@ -99,12 +102,21 @@ def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: i
 
 
 @torch.library.register_fake(f"relops::{OP}")
-def _(cost, num_rows=None, num_cols=None, maximize=False):
+def _fake(
+    cost: Tensor, num_rows: Tensor | None = None, num_cols: Tensor | None = None, maximize: bool = False
+) -> tuple[Tensor, Tensor]:
     *batch, R, C = cost.shape
     return cost.new_empty([*batch, R], dtype=torch.int64), cost.new_empty([*batch, C], dtype=torch.int64)
 
 
-def _vmap(info, in_dims, cost, num_rows=None, num_cols=None, maximize=False):
+def _vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    cost: Tensor,
+    num_rows: Tensor | None = None,
+    num_cols: Tensor | None = None,
+    maximize: bool = False,
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """vmap folds its dimension into B."""
 
     V = info.batch_size

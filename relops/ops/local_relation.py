@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from relops._autocast import under_autocast, widest_under_autocast
+from relops._checks import check_choice, check_coordinates, check_features, check_features_like, check_shape, check_size
+from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
-    check_choice,
-    check_coordinates,
-    check_features,
-    check_features_like,
-    check_shape,
-    check_size,
-    compute_dtype,
-    under_autocast,
-    widest_under_autocast,
-)
-from relops.ops._maps import empty, is_channels_last
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
 MAX_KERNEL_SIZE = 63  # kMaxKernelSize of the kernels
@@ -119,7 +113,7 @@ def _fake_backward(
     return *maps, value.new_empty(0) if prior is None or not wanted[3] else prior.new_empty(prior.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.settings = inputs[4:]
 
@@ -130,7 +124,9 @@ def _backward(ctx, grad_output):
     return *(grad if want else None for grad, want in zip(grads, wanted)), *(None,) * 5
 
 
-def _vmap(info, in_dims, query, key, value, prior, *settings):
+def _vmap(
+    info: Any, in_dims: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, *settings: Any
+) -> tuple[Tensor, int]:
     """Its dimension is folded into N."""
     if in_dims[3] is not None:
         raise ValueError("relops.local_relation: vmap over prior is not supported")
@@ -139,8 +135,5 @@ def _vmap(info, in_dims, query, key, value, prior, *settings):
     return output.unflatten(0, (info.batch_size, -1)), 0
 
 
-torch.library.register_fake("relops::local_relation", _fake)
-torch.library.register_fake("relops::_local_relation_backward", _fake_backward)
-register_autograd("local_relation", _backward, setup_context=_setup_context)
-register_no_double_backward("local_relation")
+register_differentiable("local_relation", _fake, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap("relops::local_relation", _vmap)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from relops._autocast import under_autocast
+from relops._checks import check_coordinates, check_device, check_features, check_mask, check_shape, check_tensor
+from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
-    check_coordinates,
-    check_device,
-    check_features,
-    check_mask,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-    has_values,
-    int_tensor,
-    under_autocast,
-)
+from relops._tracing import has_values, int_tensor
+from relops.ops._autograd import register_differentiable
 from relops.ops._vmap import mapped_first
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -211,82 +204,64 @@ def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _fake_forward(value, spatial_shapes, level_start_index, locations, *rest):
+def _fake_forward(
+    value: Tensor, spatial_shapes: Any, level_start_index: Any, locations: Tensor, *rest: object
+) -> Tensor:
     N, _, M, D = value.shape
     return value.new_empty(N, locations.shape[1], M * D)
 
 
-def _fake_forward_fused(value, spatial_shapes, level_start_index, reference_points, offsets, logits, value_mask=None):
+def _fake_forward_fused(
+    value: Tensor, spatial_shapes: Any, level_start_index: Any, reference_points: Any, offsets: Tensor, *_: object
+) -> Tensor:
     return _fake_forward(value, spatial_shapes, level_start_index, offsets)
 
 
-def _fresh(tensor: Tensor, wanted: bool) -> Tensor:
-    return tensor.new_empty(tensor.shape if wanted else (0,))
+def _fresh(tensors: tuple[Tensor, ...], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape if needed else (0,)) for tensor, needed in zip(tensors, needs_grad))
 
 
-def _fake_backward(grad, value, shapes, starts, locations, weights, value_grad, sampling_grad, deterministic):
-    return _fresh(value, value_grad), _fresh(locations, sampling_grad), _fresh(weights, sampling_grad)
+def _fake_backward(grad, value, shapes, starts, locations, weights, deterministic, needs_grad):
+    return _fresh((value, locations, weights), needs_grad)
 
 
-def _fake_backward_fused(
-    grad, value, shapes, starts, reference, offsets, logits, mask, value_grad, sampling_grad, reference_grad,
-    deterministic,
-):  # fmt: skip
-    sampling = sampling_grad or reference_grad
-    return (
-        _fresh(value, value_grad),
-        _fresh(reference, reference_grad),
-        _fresh(offsets, sampling),
-        _fresh(logits, sampling),
-    )
+def _fake_backward_fused(grad, value, shapes, starts, reference, offsets, logits, mask, deterministic, needs_grad):
+    return _fresh((value, reference, offsets, logits), needs_grad)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, grad_output):
-    need_value, _, _, need_locations, need_weights = ctx.needs_input_grad
-    value, locations, weights = torch.ops.relops._ms_deform_attn_backward(
-        grad_output, *ctx.saved_tensors, need_value, need_locations or need_weights,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    return (
-        value if need_value else None,
-        None,
-        None,
-        locations if need_locations else None,
-        weights if need_weights else None,
-    )
+    return _gradients(ctx, torch.ops.relops._ms_deform_attn_backward, grad_output)
 
 
-def _setup_context_fused(ctx, inputs, output):
+def _setup_context_fused(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # The dispatcher leaves out a value_mask that is None, the default.
     ctx.save_for_backward(*inputs, *[None] * (7 - len(inputs)))
 
 
 def _backward_fused(ctx, grad_output):
-    need_value, _, _, need_reference, need_offsets, need_logits = ctx.needs_input_grad[:6]
-    value, reference, offsets, logits = torch.ops.relops._ms_deform_attn_fused_backward(
-        grad_output, *ctx.saved_tensors, need_value, need_offsets or need_logits, need_reference,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    grads = (
-        value if need_value else None,
-        None,
-        None,
-        reference if need_reference else None,
-        offsets if need_offsets else None,
-        logits if need_logits else None,
-        None,
-    )
-    return grads[: len(ctx.needs_input_grad)]
+    return _gradients(ctx, torch.ops.relops._ms_deform_attn_fused_backward, grad_output)
 
 
-def _vmap(op, batched_arguments: tuple[int, ...]):
+def _gradients(ctx, backward_op, grad_output) -> tuple[Tensor | None, ...]:
+    """Return a gradient for each input: of value, and of what follows the shapes and starts of levels."""
+    differentiable = [0, *range(3, min(len(ctx.needs_input_grad), 6))]
+    needs_grad = [ctx.needs_input_grad[i] for i in differentiable]
+    found = backward_op(grad_output, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled(), needs_grad)
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, needed, grad in zip(differentiable, needs_grad, found):
+        if needed:
+            grads[i] = grad
+    return tuple(grads)
+
+
+def _vmap(op: Any, batched_arguments: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
     """vmap folds its dimension into N; levels cannot differ between the entries."""
 
-    def fold(info, in_dims, *args):
+    def fold(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         if any(dim is not None for i, dim in enumerate(in_dims) if i not in batched_arguments):
             raise ValueError(f"relops.{op.__name__}: vmap over spatial_shapes or level_start_index is not supported")
         folded = list(args)
@@ -299,14 +274,10 @@ def _vmap(op, batched_arguments: tuple[int, ...]):
     return fold
 
 
-torch.library.register_fake("relops::ms_deform_attn", _fake_forward)
-torch.library.register_fake("relops::ms_deform_attn_fused", _fake_forward_fused)
-torch.library.register_fake("relops::_ms_deform_attn_backward", _fake_backward)
-torch.library.register_fake("relops::_ms_deform_attn_fused_backward", _fake_backward_fused)
-register_autograd("ms_deform_attn", _backward, setup_context=_setup_context)
-register_autograd("ms_deform_attn_fused", _backward_fused, setup_context=_setup_context_fused)
-register_no_double_backward("ms_deform_attn")
-register_no_double_backward("ms_deform_attn_fused")
+register_differentiable("ms_deform_attn", _fake_forward, _fake_backward, _setup_context, _backward)
+register_differentiable(
+    "ms_deform_attn_fused", _fake_forward_fused, _fake_backward_fused, _setup_context_fused, _backward_fused
+)
 torch.library.register_vmap("relops::ms_deform_attn", _vmap(torch.ops.relops.ms_deform_attn, (0, 3, 4)))
 torch.library.register_vmap(
     "relops::ms_deform_attn_fused", _vmap(torch.ops.relops.ms_deform_attn_fused, (0, 3, 4, 5, 6))

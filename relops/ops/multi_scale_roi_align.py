@@ -1,15 +1,18 @@
 """RoIAlign on a feature pyramid (Feature Pyramid Networks, https://arxiv.org/abs/1612.03144)."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from relops.ops._checks import check_device, is_autocasting
-from relops.ops._maps import empty, is_channels_last
+from relops._annotations import Boxes, BroadcastingList2
+from relops._autocast import is_autocasting
+from relops._checks import check_device
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
     as_rows,
     boxes_per_entry,
     check_map,
@@ -18,7 +21,6 @@ from relops.ops._regions import (
     check_type,
     checked_boxes,
     checked_output_size,
-    register,
 )
 from relops.ops._vmap import mapped_first
 
@@ -130,11 +132,11 @@ def _any_channels_last(inputs: list[Tensor]) -> bool:
     return any(is_channels_last(level) for level in inputs)
 
 
-def _fake_forward(inputs, boxes, output_size, *_):
+def _fake_forward(inputs: list[Tensor], boxes: Tensor, output_size: Sequence[int], *_: object) -> Tensor:
     return empty(inputs[0], (boxes.size(0), inputs[0].size(1), *output_size), _any_channels_last(inputs))
 
 
-def _level_shapes(input_shape):
+def _level_shapes(input_shape: Sequence[int]) -> list[tuple[int, ...]]:
     """From [N,C,H0,W0,H1,W1,..]."""
     N, C, *sizes = input_shape
     return [(N, C, H, W) for H, W in zip(sizes[::2], sizes[1::2])]
@@ -151,7 +153,7 @@ def _fake_backward(grad_output, inputs, boxes, input_shape, *rest):
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     levels, boxes, _, *ctx.options = inputs
     # Here, other than in backward, needs_input_grad lists the levels one by one.
     boxes_grad = ctx.needs_input_grad[len(levels)]
@@ -173,7 +175,7 @@ def _backward(ctx, grad_output):
     )
 
 
-def _vmap(info, in_dims, inputs, boxes, *rest):
+def _vmap(info: Any, in_dims: tuple[Any, ...], inputs: list[Tensor], boxes: Tensor, *rest: Any) -> tuple[Tensor, int]:
     """Folds its dimension into N, of all levels if of any, and K."""
     N = None
     if any(dim is not None for dim in in_dims[0]):
@@ -185,5 +187,5 @@ def _vmap(info, in_dims, inputs, boxes, *rest):
     return output.unflatten(0, boxes.shape[:2]), 0
 
 
-register(OP, _fake_forward, _fake_backward, _setup_context, _backward)
+register_differentiable(OP, _fake_forward, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap(f"relops::{OP}", _vmap)

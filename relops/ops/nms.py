@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from relops.ops._boxes import check_boxes, check_iou_threshold, check_scores, computed, unknown_count
+from relops._dtypes import to_compute_dtype
+from relops.ops._suppression import check_boxes, check_iou_threshold, check_scores, unknown_count
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -42,9 +43,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         check_boxes("nms", boxes)
         check_scores("nms", scores, boxes)
         check_iou_threshold("nms", iou_threshold)
-    return torch.ops.relops.nms(computed(boxes.detach()), computed(scores.detach()), iou_threshold)
+    return torch.ops.relops.nms(to_compute_dtype(boxes.detach()), to_compute_dtype(scores.detach()), iou_threshold)
 
 
 @torch.library.register_fake("relops::nms")
-def _fake(boxes, scores, iou_threshold):
+def _fake(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return boxes.new_empty(unknown_count(boxes), dtype=torch.int64)

@@ -1,12 +1,14 @@
 """Non-maximum suppression whose output has a size known beforehand."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from relops.ops._boxes import check_boxes, check_idxs, check_iou_threshold, check_scores, computed
-from relops.ops._checks import check_number, is_int
+from relops._checks import check_number, is_int
+from relops._dtypes import to_compute_dtype
+from relops.ops._suppression import check_boxes, check_idxs, check_iou_threshold, check_scores
 from relops.ops._vmap import mapped_first
 
 
@@ -62,18 +64,39 @@ def nms_padded(
     if score_threshold is not None:
         check_number(op, "score_threshold", score_threshold, "or None", -math.inf, math.inf)
     return torch.ops.relops.nms_padded(
-        computed(boxes.detach()), computed(scores.detach()), iou_threshold, max_output, idxs, score_threshold
+        to_compute_dtype(boxes.detach()),
+        to_compute_dtype(scores.detach()),
+        iou_threshold,
+        max_output,
+        idxs,
+        score_threshold,
     )
 
 
 @torch.library.register_fake("relops::nms_padded")
-def _fake(boxes, scores, iou_threshold, max_output, idxs=None, score_threshold=None):
+def _fake(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    idxs: Tensor | None = None,
+    score_threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
     batch = boxes.shape[:-2]
     return boxes.new_empty(*batch, max_output, dtype=torch.int64), boxes.new_empty(batch, dtype=torch.int64)
 
 
 @torch.library.register_vmap("relops::nms_padded")
-def _vmap(info, in_dims, boxes, scores, iou_threshold, max_output, idxs=None, score_threshold=None):
+def _vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    idxs: Tensor | None = None,
+    score_threshold: float | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """vmap is a batch, or folds its dimension into the one there is."""
     V = info.batch_size
     boxes, scores = mapped_first(boxes, in_dims[0], V), mapped_first(scores, in_dims[1], V)

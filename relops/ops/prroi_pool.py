@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from relops.ops._regions import Boxes, BroadcastingList2, as_rows, checked_region, register_differentiable_boxes
+from relops._annotations import Boxes, BroadcastingList2
+from relops.ops._regions import as_rows, checked_region, register_differentiable_boxes
 
 
 def prroi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from relops._annotations import Boxes, BroadcastingList2
 from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
     as_rows,
     check_divisible,
     check_sampling_ratio,

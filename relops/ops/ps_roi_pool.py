@@ -1,19 +1,15 @@
 """Position-sensitive RoI pooling (R-FCN, https://arxiv.org/abs/1605.06409)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from relops.ops._maps import empty, is_channels_last
-from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
-    as_rows,
-    check_divisible,
-    checked_region,
-    fake_forward_position_sensitive,
-    register,
-    register_vmap,
-)
+from relops._annotations import Boxes, BroadcastingList2
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
+from relops.ops._regions import as_rows, check_divisible, checked_region, fake_forward_position_sensitive, register_vmap
 
 
 def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
@@ -50,17 +46,19 @@ def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int]
     return torch.ops.relops.ps_roi_pool(input, as_rows(boxes, input), output_size, spatial_scale)
 
 
-def _fake_backward(grad_output, boxes, input_shape, spatial_scale, channels_last):
+def _fake_backward(
+    grad_output: Tensor, boxes: Tensor, input_shape: Sequence[int], spatial_scale: float, channels_last: bool
+) -> Tensor:
     return empty(grad_output, input_shape, channels_last)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     input, boxes, _, ctx.spatial_scale = inputs
     ctx.save_for_backward(boxes)
     ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, *others = ctx.needs_input_grad
     grad_input = None
     if needs_input:
@@ -70,5 +68,5 @@ def _backward(ctx, grad_output):
     return grad_input, *[None] * len(others)
 
 
-register("ps_roi_pool", fake_forward_position_sensitive, _fake_backward, _setup_context, _backward)
+register_differentiable("ps_roi_pool", fake_forward_position_sensitive, _fake_backward, _setup_context, _backward)
 register_vmap("ps_roi_pool")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from relops._checks import LARGEST, SMALLEST, check_number, check_tensor, is_int
+from relops._dtypes import FEATURE_DTYPES
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
-    FEATURE_DTYPES,
-    LARGEST,
-    SMALLEST,
-    check_number,
-    check_tensor,
-    is_int,
-)
+from relops.ops._autograd import register_differentiable
 
 
 def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) -> Tensor:
@@ -60,30 +56,27 @@ def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) ->
     return torch.ops.relops.rank_embedding(ranks if floating else ranks.to(torch.int64), dim, wavelength)
 
 
-def _fake(ranks, dim, wavelength):
+def _fake(ranks: Tensor, dim: int, wavelength: float) -> Tensor:
     return ranks.new_empty(*ranks.shape, dim, dtype=ranks.dtype if ranks.is_floating_point() else torch.float32)
 
 
-def _fake_backward(grad_output, ranks, wavelength):
+def _fake_backward(grad_output: Tensor, ranks: Tensor, wavelength: float) -> Tensor:
     return torch.empty_like(ranks, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ranks, _, ctx.wavelength = inputs
     ctx.save_for_backward(ranks)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
     (ranks,) = ctx.saved_tensors
     return torch.ops.relops._rank_embedding_backward(grad_output, ranks, ctx.wavelength), None, None
 
 
-def _vmap(info, in_dims, ranks, dim, wavelength):
+def _vmap(info: Any, in_dims: tuple[Any, ...], ranks: Tensor, dim: int, wavelength: float) -> tuple[Tensor, int]:
     return torch.ops.relops.rank_embedding(ranks.movedim(in_dims[0], 0), dim, wavelength), 0
 
 
-torch.library.register_fake("relops::rank_embedding", _fake)
-torch.library.register_fake("relops::_rank_embedding_backward", _fake_backward)
-register_autograd("rank_embedding", _backward, setup_context=_setup_context)
-register_no_double_backward("rank_embedding")
+register_differentiable("rank_embedding", _fake, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap("relops::rank_embedding", _vmap)

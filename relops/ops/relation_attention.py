@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_autograd, register_no_double_backward
-from relops.ops._checks import (
+from relops._autocast import under_autocast, widest_under_autocast
+from relops._checks import (
     LARGEST,
     SMALLEST,
     check_choice,
@@ -18,10 +19,10 @@ from relops.ops._checks import (
     check_mask,
     check_number,
     check_shape,
-    compute_dtype,
-    under_autocast,
-    widest_under_autocast,
 )
+from relops._dtypes import compute_dtype
+from relops._library import check_device_has_kernels
+from relops.ops._autograd import register_differentiable
 from relops.ops._vmap import mapped_first
 
 GEOMETRIES = ("paper", "official")
@@ -99,19 +100,18 @@ def relation_attention(
     check_shape(op, "key", key, "[N,K,M,D]", N, K, M, D)
     check_shape(op, "value", value, "[N,K,M,Dv]", N, K, M, value.shape[3])
 
-    query_boxes, key_boxes, geometry_weight, geometry_bias = under_autocast(
-        query, query_boxes, key_boxes, geometry_weight, geometry_bias
-    )
+    query_boxes, key_boxes, geometry_weight = under_autocast(query, query_boxes, key_boxes, geometry_weight)
+    (geometry_bias,) = under_autocast(query, geometry_bias)
     for name, x, letters, shape in (
         ("query_boxes", query_boxes, "[N,Q,4]", (N, Q, 4)),
         ("key_boxes", key_boxes, "[N,K,4]", (N, K, 4)),
         ("geometry_weight", geometry_weight, "[M,64]", (M, EMBEDDING)),
-        ("geometry_bias", geometry_bias, "[M]", (M,)),
     ):
-        if x is None and name == "geometry_bias":
-            continue
         check_coordinates(op, name, x, "query", query)
         check_shape(op, name, x, letters, *shape)
+    if geometry_bias is not None:
+        check_coordinates(op, "geometry_bias", geometry_bias, "query", query)
+        check_shape(op, "geometry_bias", geometry_bias, "[M]", M)
     if key_mask is not None:
         check_mask(op, "key_mask", key_mask, "[N,K]", N, K, meaning=" (True = ignore)")
         check_device(op, "key_mask", key_mask, "query", query)
@@ -154,7 +154,7 @@ def _fake_backward(
     return tuple(x.new_empty(x.shape if want else 0) for x, want in zip(inputs, wanted))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, ctx.settings = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
@@ -169,7 +169,7 @@ def _backward(ctx, grad_output, _):
     return *(grad if want else None for grad, want in zip(grads, wanted)), *(None,) * 5
 
 
-def _vmap(info, in_dims, *args):
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """Its dimension is folded into N."""
     for i, name in ((5, "geometry_weight"), (6, "geometry_bias")):
         if in_dims[i] is not None:
@@ -182,8 +182,5 @@ def _vmap(info, in_dims, *args):
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
 
 
-torch.library.register_fake("relops::relation_attention", _fake)
-torch.library.register_fake("relops::_relation_attention_backward", _fake_backward)
-register_autograd("relation_attention", _backward, setup_context=_setup_context)
-register_no_double_backward("relation_attention")
+register_differentiable("relation_attention", _fake, _fake_backward, _setup_context, _backward)
 torch.library.register_vmap("relops::relation_attention", _vmap)

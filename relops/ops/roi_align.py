@@ -3,15 +3,8 @@
 import torch
 from torch import Tensor
 
-from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
-    as_rows,
-    check_sampling_ratio,
-    check_type,
-    checked_region,
-    register_differentiable_boxes,
-)
+from relops._annotations import Boxes, BroadcastingList2
+from relops.ops._regions import as_rows, check_sampling_ratio, check_type, checked_region, register_differentiable_boxes
 
 
 def roi_align(

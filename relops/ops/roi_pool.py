@@ -1,18 +1,14 @@
 """RoI max pooling (Fast R-CNN, https://arxiv.org/abs/1504.08083)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from relops.ops._maps import empty, is_channels_last
-from relops.ops._regions import (
-    Boxes,
-    BroadcastingList2,
-    as_rows,
-    checked_region,
-    fake_forward,
-    register,
-    register_vmap,
-)
+from relops._annotations import Boxes, BroadcastingList2
+from relops.ops._autograd import register_differentiable
+from relops.ops._memory_format import empty, is_channels_last
+from relops.ops._regions import as_rows, checked_region, fake_forward, register_vmap
 
 
 def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
@@ -47,17 +43,17 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], s
     return torch.ops.relops.roi_pool(input, as_rows(boxes, input), output_size, spatial_scale)
 
 
-def _fake_backward(grad_output, input, boxes, output, spatial_scale):
+def _fake_backward(grad_output: Tensor, input: Tensor, *_: object) -> Tensor:
     return empty(input, input.shape, is_channels_last(input))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     input, boxes, _, ctx.spatial_scale = inputs
     # The places of the maxima are found again from their values: cheaper than an index per element of the output.
     ctx.save_for_backward(input, boxes, output)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, *others = ctx.needs_input_grad
     grad_input = None
     if needs_input:
@@ -65,5 +61,5 @@ def _backward(ctx, grad_output):
     return grad_input, *[None] * len(others)
 
 
-register("roi_pool", fake_forward, _fake_backward, _setup_context, _backward)
+register_differentiable("roi_pool", fake_forward, _fake_backward, _setup_context, _backward)
 register_vmap("roi_pool")

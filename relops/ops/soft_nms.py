@@ -3,16 +3,10 @@
 import torch
 from torch import Tensor
 
+from relops._checks import LARGEST, SMALLEST, check_choice, check_number
+from relops._dtypes import common_compute_dtype
 from relops.ops._autograd import register_no_gradient
-from relops.ops._boxes import (
-    check_boxes,
-    check_idxs,
-    check_iou_threshold,
-    check_scores,
-    unknown_count,
-    wider_box_dtype,
-)
-from relops.ops._checks import LARGEST, SMALLEST, check_choice, check_number
+from relops.ops._suppression import check_boxes, check_idxs, check_iou_threshold, check_scores, unknown_count
 
 METHODS = ("linear", "gaussian")
 
@@ -70,7 +64,7 @@ def soft_nms(
     if idxs is not None:
         check_idxs(op, idxs, boxes)
         idxs = idxs.to(torch.int64)
-    dtype = wider_box_dtype(boxes, scores)
+    dtype = common_compute_dtype(boxes, scores)
     keep, decayed = torch.ops.relops.soft_nms(
         boxes.to(dtype),
         scores.to(dtype),
@@ -84,7 +78,15 @@ def soft_nms(
 
 
 @torch.library.register_fake("relops::soft_nms")
-def _fake(boxes, scores, method="gaussian", iou_threshold=0.3, sigma=0.5, score_threshold=1e-3, idxs=None):
+def _fake(
+    boxes: Tensor,
+    scores: Tensor,
+    method: str = "gaussian",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 1e-3,
+    idxs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     shape = scores.shape if boxes.dim() == 3 else (unknown_count(boxes),)
     return boxes.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 

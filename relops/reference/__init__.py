@@ -1,4 +1,8 @@
-"""Pure-PyTorch twins of the ops: oracle of the tests, baseline of the benchmarks, written to be read."""
+"""Pure-PyTorch twins of the ops: oracle of the tests, baseline of the benchmarks, written to be read.
+
+`relops.reference.<op>` is the function; its file is `relops.reference.<op>` to an import statement alone. Twins use
+nothing of the ops, so that an error in what these share cannot be in both.
+"""
 
 from relops.reference.batched_nms import batched_nms
 from relops.reference.box_iou import box_iou

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relops.reference._dtypes import compute_dtype
+
 Taps = tuple[Tensor, Tensor]  # pixels [K,P,T] int64, weights [K,P,T]
 
 CHUNK = 2**24  # taps held at once, products of those of the two axes: bounds the memory
@@ -19,10 +21,6 @@ CHUNK = 2**24  # taps held at once, products of those of the two axes: bounds th
 
 def pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     return (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
-
-
-def compute_dtype(input: Tensor) -> torch.dtype:
-    return torch.promote_types(input.dtype, torch.float32)
 
 
 def box_rows(boxes: Tensor | Sequence[Tensor]) -> Tensor:  # [K,5]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relops.reference.box_iou import intersection_and_union, pairs
+from relops.reference._iou import intersection_and_union, pairs
 
 # Boxes settled at a time, and later ones they are compared with at a time: what the caches of a CPU hold, and on a GPU
 # few launches.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relops.reference.box_iou import if_any, intersection_and_union, pairs, ratio
+from relops.reference._iou import if_any, intersection_and_union, pairs, ratio
 
 
 def generalized_box_iou(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relops.reference._dtypes import compute_dtype
+
 
 def local_relation(
     query: Tensor,  # [N,G,Ho,Wo]
@@ -22,7 +24,7 @@ def local_relation(
     """16-bit inputs are computed in float32."""
     N, G, Ho, Wo = query.shape
     C, H, W = value.shape[1:]
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    dtype = compute_dtype(value)
 
     def windows(x: Tensor) -> Tensor:
         """[N,C,k*k,Ho*Wo] of [N,C,H,W]."""

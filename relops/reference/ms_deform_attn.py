@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relops.reference._dtypes import compute_dtype
+
 
 def ms_deform_attn(
     value: Tensor,  # [N,S,M,D]
@@ -19,7 +21,7 @@ def ms_deform_attn(
     """16-bit inputs are computed in float32. Locations must be finite."""
     N, _, M, D = value.shape
     _, Q, _, L, P, _ = sampling_locations.shape
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    dtype = compute_dtype(value)
     shapes = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     if level_start_index is None:
         starts = [sum(h * w for h, w in shapes[:level]) for level in range(L)]
@@ -49,7 +51,7 @@ def ms_deform_attn_fused(
     value_mask: Tensor | None = None,  # [N,S]
 ) -> Tensor:  # [N,Q,M*D]
     """What a Deformable DETR layer does between its linear layers, in separate steps."""
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    dtype = compute_dtype(value)
     offsets, reference = sampling_offsets.to(dtype), reference_points.to(dtype)[:, :, None, :, None, :]
     weights = attention_logits.to(dtype).flatten(-2).softmax(-1).view(attention_logits.shape)
     if reference.shape[-1] == 2:

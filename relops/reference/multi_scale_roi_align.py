@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relops.reference._regions import box_rows, compute_dtype
+from relops.reference._dtypes import compute_dtype
+from relops.reference._regions import box_rows
 from relops.reference.roi_align import roi_align
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relops.reference._dtypes import compute_dtype
 from relops.reference._suppression import kept_in_order, present
-from relops.reference.box_iou import compute_dtype
 
 
 def nms_padded(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relops.reference._dtypes import compute_dtype
+
 
 def relation_attention(
     query: Tensor,  # [N,Q,M,D]
@@ -23,7 +25,7 @@ def relation_attention(
 ) -> Tensor:  # [N,Q,M,Dv]
     """16-bit inputs are computed in float32."""
     D = query.shape[3]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = compute_dtype(query)
     if key_mask is not None:  # masked keys may be anything, and so may queries that have no others
         nothing = key_mask.all(1, keepdim=True)
         key, value = (x.masked_fill(key_mask[:, :, None, None], 0) for x in (key, value))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relops.reference._regions import CHUNK, compute_dtype, longest, numbers, pair, rounded, split_boxes, whole_bins
+from relops.reference._dtypes import compute_dtype
+from relops.reference._regions import CHUNK, longest, numbers, pair, rounded, split_boxes, whole_bins
 
 
 def roi_pool(

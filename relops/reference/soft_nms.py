@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relops.reference._dtypes import compute_dtype
+from relops.reference._iou import intersection_and_union, pairs
 from relops.reference._suppression import present
-from relops.reference.box_iou import compute_dtype, intersection_and_union, pairs
 
 
 def soft_nms(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from relops.models import load_backbone
-from relops.models.detector import BaseDetector
+from relops.models.detectors.base import BaseDetector
 from relops.training._files import why, written
 from relops.training.errors import UsageError
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from relops import models
-from relops.models.detector import BaseDetector
+from relops.models.detectors.base import BaseDetector
 from relops.training import checkpoint
 from relops.training.data.images import PixelRange
 from relops.training.errors import RunNotFoundError, UsageError
@@ -30,7 +30,7 @@ def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDet
     try:
         if name in models.DETECTORS:
             _check_options(models.DETECTORS[name], num_classes, options)
-        return typing.cast(BaseDetector, models.build(name, num_classes, **options))
+        return models.build(name, num_classes, **options)
     except Exception as error:  # a module raises anything, given a number or a string that is not one of its own
         message = str(error).partition("\n")[0]
         if name in models.DETECTORS:

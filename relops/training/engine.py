@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relops.models.detector import BaseDetector
+from relops.models.detectors.base import BaseDetector
 from relops.training import checkpoint
 from relops.training._files import check_kinds, locked, make_folder, write_json
 from relops.training._optional import MODULES, require_all

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from relops.models import Detections
-from relops.models.detector import BaseDetector
-from relops.models.mask_rcnn import paste_masks
+from relops.models.detectors.base import BaseDetector
+from relops.models.parts.masks import paste_masks
 from relops.training._optional import require
 from relops.training.data import Annotation, Batch, DetectionData, Transformed
 from relops.training.data.batches import load_batches

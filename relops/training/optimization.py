@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from relops.models.detector import BaseDetector
+from relops.models.detectors.base import BaseDetector
 from relops.training.errors import UsageError
 
 OPTIMIZERS = ("sgd", "adamw")

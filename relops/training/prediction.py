@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from relops.models import Detections
-from relops.models.detector import BaseDetector, TwoStageDetector
-from relops.models.mask_rcnn import paste_masks
+from relops.models.detectors.base import BaseDetector
+from relops.models.detectors.two_stage import TwoStageDetector
+from relops.models.parts.masks import paste_masks
 from relops.training._files import written
 from relops.training.data import Batch, DetectionData, Sample, Transformed, collate, prepare
 from relops.training.data.batches import load_batches

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, on the emulation in cuda_runtime.h, as ops of the namespace relops_emulated."""
+"""Builds the CUDA sources for the CPU, on the emulation in cuda_runtime.h, as ops of the namespace relops_emulated."""
 
 from __future__ import annotations
 
@@ -42,10 +42,23 @@ def translate(source: str) -> str:
     return source.replace("STABLE_TORCH_LIBRARY(relops,", f"STABLE_TORCH_LIBRARY({NAMESPACE},")
 
 
+def write_translated(folder: Path) -> list[Path]:
+    """Writes what differs from the last time, in the layout of csrc, and gives the sources to compile."""
+    sources = []
+    for path in [CSRC / "library.cpp", *sorted(CSRC.rglob("*.cu")), *sorted(CSRC.rglob("*.cuh"))]:
+        source, translated = translate(path.read_text()), folder / path.relative_to(CSRC)
+        translated.parent.mkdir(parents=True, exist_ok=True)
+        if not translated.exists() or translated.read_text() != source:
+            translated.write_text(source)
+        if path.suffix in (".cpp", ".cu"):
+            sources.append(translated)
+    return sources
+
+
 def build() -> Path:
     """Compiles what changed since the last time, and gives the library to load with torch.ops.load_library."""
     folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
-    (folder / "cuda").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"lib{NAMESPACE}.so"
     target = sum(part << shift for part, shift in zip(_library.MINIMUM_TORCH, (56, 48)))
     flags = [
@@ -64,14 +77,10 @@ def build() -> Path:
     ]
     with FileLock(folder / "lock"):  # of the processes of one run of the tests the first builds
         objects = []
-        for path in [CSRC / "library.cpp", *sorted((CSRC / "cuda").iterdir())]:
-            name, source = f"cuda/{path.name}", translate(path.read_text())
-            translated = folder / name
-            if not translated.exists() or translated.read_text() != source:
-                translated.write_text(source)
-            if path.suffix in (".cpp", ".cu"):
-                objects.append(f"{name}.o")
-                ninja.append(f"build {name}.o: cxx {name}")
+        for source in write_translated(folder):
+            name = source.relative_to(folder)
+            objects.append(f"{name}.o")
+            ninja.append(f"build {name}.o: cxx {name}")
         ninja.append(f"build {library.name}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(ninja) + "\n")
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))

@@ -1,5 +1,5 @@
-// Enough of CUDA to run csrc/cuda on a CPU, in tests, where there is no GPU: it checks what kernels compute, not how
-// fast.
+// Enough of CUDA to run the CUDA sources on a CPU, in tests, where there is no GPU: it checks what kernels compute, not
+// how fast.
 //
 // Blocks run one after the other. The threads of a block are fibers, switched only where they wait for one another
 // (__syncthreads, __syncwarp, shuffles), so a missing barrier shows as a wrong result: a thread runs on to its next

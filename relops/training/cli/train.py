@@ -12,7 +12,7 @@ import typing
 from typing import Any
 
 from relops import models
-from relops.models.backbones import BODIES
+from relops.models.backbones.build import BODIES
 from relops.training.cli.arguments import default_folder
 from relops.training.config import TrainConfig, check_limits
 from relops.training.engine import Interrupted, train

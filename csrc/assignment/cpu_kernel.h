@@ -1,0 +1,321 @@
+// linear_sum_assignment on the CPU; compiled once per instruction set by foreach_isa.h.
+//
+// An item of work is a problem. Its costs are first packed: the smaller side as rows, float64 for float64 costs and
+// else float32, rows of whole vectors that end in infinite costs, which no minimum takes. The search then scans rows,
+// a vector of columns at a time: five operations a vector, with the row coming from the second-level cache in the
+// usual sizes, and distances, prices and predecessors from the first.
+
+#include "assignment/cpu_args.h"
+#include "common/cpu/simd.h"
+
+namespace relops::RELOPS_ISA {
+
+namespace {
+
+constexpr int64_t kWide = kLanes<double>;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// A vector of float64 from packed costs.
+inline Vec<double> load_cost(const double* p) { return load(p); }
+inline Vec<double> load_cost(const float* p) {
+#if RELOPS_VECTOR_BYTES == 64  // GCC would convert it in two halves
+  return (Vec<double>)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
+#else
+  typedef float Narrow __attribute__((vector_size(RELOPS_VECTOR_BYTES / 2)));
+  Narrow narrow;
+  __builtin_memcpy(&narrow, p, sizeof(narrow));
+  return __builtin_convertvector(narrow, Vec<double>);
+#endif
+}
+
+inline double lowest_lane(Vec<double> v) {
+  return fold<double>(v, [](Vec<double> a, Vec<double> b) { return minimum(a, b); });
+}
+
+// Of the columns whose value is `wanted`, the first one without a row; if there is none, the first one. value(j) gives
+// those of columns j.. .
+template <class F>
+inline int pick_column(double wanted, int64_t columns, const int* row_of, F value) {
+  const Vec<double> wanted_lanes = broadcast(wanted);
+  int first = -1;
+  for (int64_t j = 0; j < columns; j += 2 * kWide)
+    for (unsigned bits = equal_bits(value(j), wanted_lanes) | equal_bits(value(j + kWide), wanted_lanes) << kWide;
+         bits != 0; bits &= bits - 1) {
+      const int column = static_cast<int>(j) + __builtin_ctz(bits);
+      if (row_of[column] < 0) return column;
+      if (first < 0) first = column;
+    }
+  return first;
+}
+
+// See assign_rows in problem.h. S: type of packed costs.
+template <class S>
+class Search {
+ public:
+  // Arrays for problems of up to n rows and `columns`, a multiple of two vectors, columns.
+  Search(Scratch& scratch, int64_t n, int64_t columns)
+      : price_(scratch.take<double>(columns)),
+        distance_(scratch.take<double>(columns)),
+        from_(scratch.take<int64_t>(columns)),
+        row_of_(scratch.take<int>(columns)),
+        column_of_(scratch.take<int>(n)),
+        settled_(scratch.take<Settled>(n)) {}
+
+  void reset(const S* costs, int64_t n, int64_t columns) {
+    costs_ = costs;
+    columns_ = columns;
+    std::fill_n(price_, columns, 0.0);
+    std::fill_n(row_of_, columns, -1);
+    std::fill_n(column_of_, n, -1);
+  }
+
+  const int* columns_of_rows() const { return column_of_; }
+  void bids_done() {}
+  bool has_column(int i) const { return column_of_[i] >= 0; }
+
+  Lowest lowest(int i) const {
+    const S* cost = costs_ + i * columns_;
+    const double* price = price_;
+    const int64_t columns = columns_;
+    Vec<double> first = broadcast(kInfinity), second = first;
+    VecInt<double> at = {}, first_at = {};
+    for (int64_t j = 0; j < columns; j += kWide, at += kWide) {
+      const Vec<double> x = load_cost(cost + j) - load(price + j);
+      const VecInt<double> lower = x < first;
+      second = minimum(second, lower ? first : x);
+      first = lower ? x : first;
+      first_at = lower ? at : first_at;
+    }
+    const double lowest = lowest_lane(first);
+    const int lane = __builtin_ctz(equal_bits(first, broadcast(lowest)));
+    int column = static_cast<int>(first_at[lane]) + lane;
+    // Without that lane: its second lowest instead of its lowest.
+    first[lane] = second[lane];
+    const double next = lowest_lane(first);
+    if (next == lowest)
+      column = pick_column(lowest, columns, row_of_, [=](int64_t j) { return load_cost(cost + j) - load(price + j); });
+    return {lowest, next, column, row_of_[column]};
+  }
+
+  void assign(int i, const Lowest& to) {
+    price_[to.column] -= to.second - to.first;
+    if (to.row >= 0) column_of_[to.row] = -1;
+    row_of_[to.column] = i;
+    column_of_[i] = to.column;
+  }
+
+  Nearest start(int i) {
+    const S* cost = costs_ + i * columns_;
+    const double* price = price_;
+    double* distance = distance_;
+    int64_t* from = from_;
+    const int64_t columns = columns_;
+    settled_count_ = 0;
+    Vec<double> nearest = broadcast(kInfinity);
+    for (int64_t j = 0; j < columns; j += kWide) {
+      const Vec<double> x = load_cost(cost + j) - load(price + j);
+      store(distance + j, x);
+      store_int<double>(from + j, broadcast_int<double>(i));
+      nearest = minimum(x, nearest);
+    }
+    return pick(nearest);
+  }
+
+  // A settled column has the price -inf and the distance inf until the search is over: no other distance to it is less.
+  Nearest extend(const Nearest& at) {
+    const S* cost = costs_ + at.row * columns_;
+    const double* price = price_;
+    double* distance = distance_;
+    int64_t* from = from_;
+    const int64_t columns = columns_;
+    const int row = at.row;
+    const double offset = at.distance - (cost[at.column] - price_[at.column]);
+    settled_[settled_count_++] = {at.column, price_[at.column], at.distance};
+    price_[at.column] = -kInfinity;
+    distance_[at.column] = kInfinity;
+    Vec<double> nearest = broadcast(kInfinity);
+    for (int64_t j = 0; j < columns; j += kWide) {
+      const Vec<double> x = load_cost(cost + j) - load(price + j) + offset;
+      const Vec<double> old = load(distance + j), now = minimum(x, old);
+      store(distance + j, now);
+      store_int<double>(from + j, x < old ? broadcast_int<double>(row) : load_int<double>(from + j));
+      nearest = minimum(now, nearest);
+    }
+    return pick(nearest);
+  }
+
+  void finish(int i, const Nearest& end) {
+    for (int64_t k = 0; k < settled_count_; ++k)
+      price_[settled_[k].column] = settled_[k].price + (settled_[k].distance - end.distance);
+    for (int column = end.column, row = -1; row != i;) {
+      row = static_cast<int>(from_[column]);
+      row_of_[column] = row;
+      std::swap(column, column_of_[row]);
+    }
+  }
+
+ private:
+  struct Settled {
+    int column;
+    double price, distance;
+  };
+
+  Nearest pick(Vec<double> nearest) const {
+    const double distance = lowest_lane(nearest);
+    const double* distances = distance_;
+    const int column = pick_column(distance, columns_, row_of_, [=](int64_t j) { return load(distances + j); });
+    return {distance, column, row_of_[column]};
+  }
+
+  const S* costs_ = nullptr;
+  int64_t columns_ = 0, settled_count_ = 0;
+  double *price_, *distance_;
+  int64_t* from_;  // the row by which a column was reached
+  int *row_of_, *column_of_;
+  Settled* settled_;
+};
+
+// Costs as they are packed: negated for a maximum, infinite where forbidden; and what the scale depends on. By value in
+// the loops below: behind a reference, GCC would write it to memory at every step.
+template <class Compute>
+struct Packing {
+  const VecInt<Compute> sign;
+  Vec<Compute> largest = {};           // magnitude of permitted costs
+  VecInt<Compute> any_forbidden = {};  // a mask
+
+  explicit Packing(bool maximize) : sign((VecInt<Compute>)broadcast(maximize ? Compute(-0.0) : Compute(0.0))) {}
+
+  // Lanes from n on are not of the problem. Selections only: GCC 12 combines two masks bit by bit.
+  Vec<Compute> operator()(Vec<Compute> x, int64_t n) {
+    constexpr Compute kForbidden = std::numeric_limits<Compute>::infinity();
+    const VecInt<Compute> lane = lanes<Compute>([](Int<Compute> j) { return j; }), count = broadcast_int<Compute>(n);
+    x = lane < count ? x : Vec<Compute>{};
+    const Vec<Compute> magnitude = (Vec<Compute>)((VecInt<Compute>)x & ~(VecInt<Compute>)broadcast(Compute(-0.0)));
+    const Vec<Compute> permitted = magnitude < kForbidden ? magnitude : Vec<Compute>{};
+    largest = permitted > largest ? permitted : largest;
+    any_forbidden |= magnitude < kForbidden ? VecInt<Compute>{} : broadcast_int<Compute>(-1);
+    x = magnitude < kForbidden ? (Vec<Compute>)((VecInt<Compute>)x ^ sign) : broadcast(kForbidden);
+    return lane < count ? x : broadcast(kForbidden);
+  }
+};
+
+// The vector at p of a tensor that ends at `end`, where n of the lanes are wanted.
+template <class T>
+inline Vec<ComputeType<T>> load_before(const T* p, int64_t n, const T* end) {
+  return end - p >= kLanes<ComputeType<T>> ? load(p) : load_first(p, n);
+}
+
+// Of a problem as it is searched: its smaller side as rows.
+struct Size {
+  int64_t n, m, columns;  // columns: m, rounded up
+  bool columns_are_rows;
+};
+
+// Rows as they lie, of a tensor that ends at `end`.
+template <class T, class Compute>
+Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
+                           Compute* out) {
+  for (int64_t i = 0; i < size.n; ++i, cost += stride, out += size.columns)
+    for (int64_t j = 0; j < size.columns; j += kLanes<Compute>)
+      store(out + j, packing(load_before(cost + j, size.m - j, end), size.m - j));
+  return packing;
+}
+
+// Columns become rows, by squares of as many as a vector has lanes.
+template <class T, class Compute>
+Packing<Compute> pack_columns(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
+                              Compute* out) {
+  constexpr int64_t V = kLanes<Compute>;
+  for (int64_t i = 0; i < size.columns; i += V)
+    for (int64_t j = 0; j < size.n; j += V) {
+      const int64_t n = size.n - j;
+      Vec<Compute> square[V];
+      for (int64_t k = 0; k < V; ++k)
+        square[k] = i + k < size.m ? packing(load_before(cost + (i + k) * stride + j, n, end), n)
+                                   : broadcast(static_cast<Compute>(kInfinity));
+      transpose<Compute>(square);
+      for (int64_t k = 0; k < std::min(V, n); ++k) store(out + (j + k) * size.columns + i, square[k]);
+    }
+  return packing;
+}
+
+// Packed costs for the search, where some are forbidden or too large.
+template <class Compute, class S>
+void apply_scale(const Compute* packed, const Size& size, const CostScale& scale, S* out) {
+  for (int64_t i = 0; i < size.n; ++i, packed += size.columns, out += size.columns)
+    for (int64_t j = 0; j < size.columns; ++j) {
+      const double x = packed[j];
+      out[j] = static_cast<S>(j < size.m && x == kInfinity ? scale.forbidden : x * scale.scale);
+    }
+}
+
+template <class T>
+class Solver {
+ public:
+  using Compute = ComputeType<T>;
+
+  explicit Solver(const AssignmentArgs<T>& args)
+      : a_(args),
+        most_rows_(std::min(args.R, args.C)),
+        most_columns_(round_up(std::max(args.R, args.C), 2 * kWide)),
+        packed_(scratch_.template take<Compute>(most_rows_ * most_columns_)),
+        search_(scratch_, most_rows_, most_columns_) {}
+
+  void operator()(int64_t b) {
+    const int64_t r = a_.num_rows == nullptr ? a_.R : a_.num_rows[b];
+    const int64_t c = a_.num_cols == nullptr ? a_.C : a_.num_cols[b];
+    std::fill_n(a_.row_to_col + b * a_.R, a_.R, -1);
+    std::fill_n(a_.col_to_row + b * a_.C, a_.C, -1);
+    const int64_t m = std::max(r, c);
+    const Size size{std::min(r, c), m, round_up(m, 2 * kWide), r > c};
+    if (size.n == 0) return;
+    const T *cost = a_.cost + b * a_.R * a_.C, *end = a_.cost + a_.B * a_.R * a_.C;
+    const Packing<Compute> start(a_.maximize);
+    const Packing<Compute> packing = size.columns_are_rows ? pack_columns(cost, a_.C, end, size, start, packed_)
+                                                           : pack_rows(cost, a_.C, end, size, start, packed_);
+    const double largest = fold<Compute>(packing.largest, [](Vec<Compute> x, Vec<Compute> y) { return maximum(x, y); });
+    const bool forbids = mask_bits<Compute>(packing.any_forbidden) != 0;
+    const CostScale scale = cost_scale(largest, static_cast<int>(size.n));
+    if (!forbids && scale.scale == 1.0) return solve(search_, packed_, b, size, kInfinity);
+    if (scale.forbidden <= std::numeric_limits<Compute>::max()) {
+      apply_scale(packed_, size, scale, packed_);
+      return solve(search_, packed_, b, size, scale.forbidden);
+    }
+    // What stands for a forbidden pair is too large for float32.
+    Scratch scratch;
+    double* wide = scratch.take<double>(size.n * size.columns);
+    Search<double> search(scratch, size.n, size.columns);
+    apply_scale(packed_, size, scale, wide);
+    solve(search, wide, b, size, scale.forbidden);
+  }
+
+ private:
+  template <class S>
+  void solve(Search<S>& search, const S* costs, int64_t b, const Size& size, double forbidden) {
+    search.reset(costs, size.n, size.columns);
+    assign_rows(search, static_cast<int>(size.n), static_cast<int>(size.m));
+    int64_t *of_row = a_.row_to_col + b * a_.R, *of_column = a_.col_to_row + b * a_.C;
+    if (size.columns_are_rows) std::swap(of_row, of_column);
+    for (int64_t i = 0; i < size.n; ++i) {
+      const int64_t j = search.columns_of_rows()[i];
+      if (costs[i * size.columns + j] >= forbidden) continue;
+      of_row[i] = j;
+      of_column[j] = i;
+    }
+  }
+
+  const AssignmentArgs<T>& a_;
+  int64_t most_rows_, most_columns_;
+  Scratch scratch_;
+  Compute* packed_;
+  Search<Compute> search_;
+};
+
+}  // namespace
+
+template <class T>
+void linear_sum_assignment(const AssignmentArgs<T>& args, int64_t threads) {
+  for_each_item(args.B, threads, [&] { return Solver<T>(args); });
+}
+
+}  // namespace relops::RELOPS_ISA

@@ -1,0 +1,154 @@
+// box_iou and generalized_box_iou on the CPU: the loops, on vectors of boxes that lie coordinate by coordinate.
+//
+// The forward is lanes along a row of the output, bound by writing it. In the backward lanes are along rows of
+// grad_output for either side, as they lie: the gradient of a box of a is summed in registers and over lanes at the
+// end, those of boxes of b are summed row by row in the first cache.
+
+#include "box_iou/cpu_args.h"
+#include "common/cpu/simd.h"
+
+namespace relops::RELOPS_ISA {
+
+// Up to kBoxTile boxes, coordinate by coordinate. The last one is repeated up to a whole vector, so that lanes beyond
+// the end compute something that is finite where that box is.
+template <class Compute>
+struct BoxTile {
+  alignas(RELOPS_VECTOR_BYTES) Compute x1[kBoxTile], y1[kBoxTile], x2[kBoxTile], y2[kBoxTile], area[kBoxTile];
+
+  BoxTile(const Compute* boxes, int64_t count) {
+    for (int64_t i = 0; i < round_up(count, kLanes<Compute>); ++i) {
+      const Compute* box = boxes + 4 * std::min(i, count - 1);
+      x1[i] = box[0];
+      y1[i] = box[1];
+      x2[i] = box[2];
+      y2[i] = box[3];
+      area[i] = relops::area(Box<Compute>{box[0], box[1], box[2], box[3]});
+    }
+  }
+
+  Box<Vec<Compute>> at(int64_t i) const { return {load(x1 + i), load(y1 + i), load(x2 + i), load(y2 + i)}; }
+};
+
+template <class Compute>
+struct BoxInLanes {
+  explicit BoxInLanes(const Compute* p)
+      : box{broadcast(p[0]), broadcast(p[1]), broadcast(p[2]), broadcast(p[3])}, area(relops::area(box)) {}
+
+  Box<Vec<Compute>> box;
+  Vec<Compute> area;
+};
+
+template <bool kGeneralized, class Compute>
+void box_iou_forward_of(const BoxIouForward<Compute>& p, int64_t threads) {
+  constexpr int64_t V = kLanes<Compute>;
+  const BoxTiling tiles(p.A, p.B);
+  for_each_item(p.N * tiles.count(), threads, [&] {
+    return [&](int64_t item) {
+      const auto [n, row_begin, row_end, column, columns] = tiles.at(item);
+      const BoxTile<Compute> b(p.b + 4 * (n * p.B + column), columns);
+      // Where a tile is as wide as the output, what is written past the end of a row is the next one, written later.
+      Compute* const tile_end = p.output + (n * p.A + row_end) * p.B;
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        const BoxInLanes<Compute> a(p.a + 4 * (n * p.A + row));
+        Compute* const out = p.output + (n * p.A + row) * p.B + column;
+        const int64_t room = columns == p.B ? tile_end - out : columns;
+        for (int64_t j = 0; j < columns; j += V) {
+          const Vec<Compute> v = overlap<kGeneralized>(a.box, b.at(j), a.area, load(b.area + j));
+          if (j + V <= room)
+            store(out + j, v);
+          else
+            store_first(out + j, v, columns - j);
+        }
+      }
+    };
+  });
+}
+
+template <class Compute>
+void box_iou_forward(const BoxIouForward<Compute>& p, bool generalized, int64_t threads) {
+  generalized ? box_iou_forward_of<true>(p, threads) : box_iou_forward_of<false>(p, threads);
+}
+
+// The first n values at p, stride apart, and zeros.
+template <class Compute>
+inline Vec<Compute> load_strided(const Compute* p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_first(p, n);
+  if (stride == 0 && n >= kLanes<Compute>) return broadcast(*p);
+  alignas(RELOPS_VECTOR_BYTES) Compute values[kLanes<Compute>] = {};
+  for (int64_t i = 0; i < std::min(n, kLanes<Compute>); ++i) values[i] = p[i * stride];
+  return load(values);
+}
+
+// The gradient of a: own boxes are rows of grad_output. An item's share of it is summed over a tile of columns.
+template <bool kGeneralized, class Compute>
+void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* shares, int64_t threads) {
+  constexpr int64_t V = kLanes<Compute>;
+  const BoxTiling tiles(p.own_count, p.other_count);
+  for_each_item(p.N * tiles.count(), threads, [&] {
+    return [&](int64_t item) {
+      const auto [n, row_begin, row_end, column, columns] = tiles.at(item);
+      const BoxTile<Compute> others(p.other + 4 * (n * p.other_count + column), columns);
+      Compute* const share = shares + column / kBoxTile * (p.N * p.own_count * 4);
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        const BoxInLanes<Compute> own(p.own + 4 * (n * p.own_count + row));
+        const Compute* grad = p.grad_output + n * p.stride_n + row * p.stride_own + column * p.stride_other;
+        BoxGradient<Vec<Compute>> sums{};
+        for (int64_t j = 0; j < columns; j += V)
+          add_gradient<kGeneralized>(sums, own.box, others.at(j), own.area, load(others.area + j),
+                                     load_strided(grad + j * p.stride_other, p.stride_other, columns - j));
+        const Box<Vec<Compute>> gradient = sums.of(own.box);
+        Compute* const out = share + 4 * (n * p.own_count + row);
+        out[0] = sum<Compute>(gradient.x1);
+        out[1] = sum<Compute>(gradient.y1);
+        out[2] = sum<Compute>(gradient.x2);
+        out[3] = sum<Compute>(gradient.y2);
+      }
+    };
+  });
+}
+
+// The gradient of b: own boxes are columns of grad_output. An item's share of it is summed over kBoxTile rows.
+template <bool kGeneralized, class Compute>
+void box_iou_backward_columns(const BoxIouGradient<Compute>& p, Compute* shares, int64_t threads) {
+  constexpr int64_t V = kLanes<Compute>;
+  const int64_t slices = ceil_div(p.other_count, kBoxTile), tiles = ceil_div(p.own_count, kBoxTile);
+  for_each_item(p.N * slices * tiles, threads, [&] {
+    return [&](int64_t item) {
+      const int64_t column = item % tiles * kBoxTile, slice = item / tiles % slices, n = item / tiles / slices;
+      const int64_t columns = std::min(kBoxTile, p.own_count - column);
+      const BoxTile<Compute> own(p.own + 4 * (n * p.own_count + column), columns);
+      BoxGradient<Vec<Compute>> sums[kBoxTile / V];
+      std::fill_n(sums, ceil_div(columns, V), BoxGradient<Vec<Compute>>{});
+      const int64_t row_end = std::min((slice + 1) * kBoxTile, p.other_count);
+      for (int64_t row = slice * kBoxTile; row < row_end; ++row) {
+        const BoxInLanes<Compute> other(p.other + 4 * (n * p.other_count + row));
+        const Compute* grad = p.grad_output + n * p.stride_n + row * p.stride_other + column * p.stride_own;
+        for (int64_t j = 0; j < columns; j += V)
+          add_gradient<kGeneralized>(sums[j / V], own.at(j), other.box, load(own.area + j), other.area,
+                                     load_strided(grad + j * p.stride_own, p.stride_own, columns - j));
+      }
+      Compute* const share = shares + 4 * ((slice * p.N + n) * p.own_count + column);
+      for (int64_t j = 0; j < columns; j += V) {
+        const Box<Vec<Compute>> gradient = sums[j / V].of(own.at(j));
+        for (int64_t i = 0; i < std::min(V, columns - j); ++i) {
+          Compute* const out = share + 4 * (j + i);
+          out[0] = gradient.x1[i];
+          out[1] = gradient.y1[i];
+          out[2] = gradient.x2[i];
+          out[3] = gradient.y2[i];
+        }
+      }
+    };
+  });
+}
+
+template <class Compute>
+void box_iou_backward(const BoxIouGradient<Compute>& p, Compute* shares, int64_t threads) {
+  if (p.of_a)
+    p.generalized ? box_iou_backward_rows<true>(p, shares, threads) : box_iou_backward_rows<false>(p, shares, threads);
+  else
+    p.generalized ? box_iou_backward_columns<true>(p, shares, threads)
+                  : box_iou_backward_columns<false>(p, shares, threads);
+}
+
+}  // namespace relops::RELOPS_ISA

@@ -1,0 +1,48 @@
+// Geometry of boxes (x1, y1, x2, y2): the one expression of IoU, for host and device, scalars and vectors.
+//
+// F is float, double, or a vector of them (common/cpu/simd.h), whose comparisons and ?: work lane by lane. Every
+// function is a fixed sequence of rounded operations, so that the result is the same bit for bit wherever it is
+// computed.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace relops {
+
+template <class F>
+struct Box {
+  F x1, y1, x2, y2;
+};
+
+template <class F>
+RELOPS_HOST_DEVICE_INLINE F smaller(F a, F b) {
+  return a < b ? a : b;
+}
+
+template <class F>
+RELOPS_HOST_DEVICE_INLINE F larger(F a, F b) {
+  return a > b ? a : b;
+}
+
+// Negative where the box is inverted in one direction; NaN where a coordinate is.
+template <class F>
+RELOPS_HOST_DEVICE_INLINE F area(const Box<F>& box) {
+  return product(box.x2 - box.x1, box.y2 - box.y1);
+}
+
+template <class F>
+RELOPS_HOST_DEVICE_INLINE F intersection(const Box<F>& a, const Box<F>& b) {
+  const F none{};
+  const F width = smaller(a.x2, b.x2) - larger(a.x1, b.x1), height = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
+  return product(larger(width, none), larger(height, none));
+}
+
+// Of two boxes by their areas and their intersection. 0 where the union is: boxes without area.
+template <class F>
+RELOPS_HOST_DEVICE_INLINE F iou(F area_a, F area_b, F intersection) {
+  const F none{};
+  const F both = area_a + area_b - intersection;
+  return both == none ? none : intersection / both;
+}
+
+}  // namespace relops

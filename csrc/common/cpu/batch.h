@@ -1,0 +1,32 @@
+// Several vectors that go through the same operations side by side. In a chain of operations each waits for the one
+// before; of chains that are written step by step, the processor need not look far ahead to find something else to do.
+//
+// Vector is a vector of any instruction set (Vec<Compute> of common/cpu/simd.h), so all of this must be inlined.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace relops {
+
+template <class Vector, int N>
+struct VectorBatch {
+  Vector v[N];
+};
+
+#define RELOPS_BATCH_OPERATOR(op)                                                                                    \
+  template <class Vector, int N>                                                                                     \
+  RELOPS_HOST_DEVICE_INLINE VectorBatch<Vector, N> operator op(VectorBatch<Vector, N> a, VectorBatch<Vector, N> b) { \
+    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i];                                   \
+    return a;                                                                                                        \
+  }                                                                                                                  \
+  template <class Vector, int N, class Scalar>                                                                       \
+  RELOPS_HOST_DEVICE_INLINE VectorBatch<Vector, N> operator op(VectorBatch<Vector, N> a, Scalar b) {                 \
+    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b;                                        \
+    return a;                                                                                                        \
+  }
+RELOPS_BATCH_OPERATOR(+)
+RELOPS_BATCH_OPERATOR(-)
+RELOPS_BATCH_OPERATOR(*)
+#undef RELOPS_BATCH_OPERATOR
+
+}  // namespace relops

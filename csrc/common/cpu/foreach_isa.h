@@ -1,0 +1,58 @@
+// Compiles the file named by RELOPS_KERNEL once per instruction set, each time in a namespace of its own:
+//
+//   #define RELOPS_KERNEL "<family>/cpu_kernel.h"
+//   #include "common/cpu/foreach_isa.h"
+//   ...
+//   RELOPS_CALL_ISA(kernel<float>, arguments);
+//
+// The kernel file includes common/cpu/simd.h and may include pieces (cpu_*.h of its family), each of them once. Neither
+// has an include guard; both define everything in namespace relops::RELOPS_ISA. Every other header that they include
+// must have been included before this file, outside the regions of the instruction sets: kernel_includes.h has those
+// that most kernels need.
+
+#include "common/cpu/kernel_includes.h"
+
+#define RELOPS_ISA baseline
+#define RELOPS_VECTOR_BYTES 16
+#include RELOPS_KERNEL
+#undef RELOPS_SIMD
+#undef RELOPS_ISA
+#undef RELOPS_VECTOR_BYTES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define RELOPS_ISA avx2
+#define RELOPS_VECTOR_BYTES 32
+#include RELOPS_KERNEL
+#undef RELOPS_SIMD
+#undef RELOPS_ISA
+#undef RELOPS_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define RELOPS_ISA avx512
+#define RELOPS_VECTOR_BYTES 64
+#include RELOPS_KERNEL
+#undef RELOPS_SIMD
+#undef RELOPS_ISA
+#undef RELOPS_VECTOR_BYTES
+#pragma GCC pop_options
+
+#define RELOPS_CALL_ISA(kernel, ...)           \
+  switch (::relops::isa()) {                   \
+    case ::relops::Isa::kAvx512:               \
+      ::relops::avx512::kernel(__VA_ARGS__);   \
+      break;                                   \
+    case ::relops::Isa::kAvx2:                 \
+      ::relops::avx2::kernel(__VA_ARGS__);     \
+      break;                                   \
+    default:                                   \
+      ::relops::baseline::kernel(__VA_ARGS__); \
+  }
+
+#else
+#define RELOPS_CALL_ISA(kernel, ...) ::relops::baseline::kernel(__VA_ARGS__)
+#endif

@@ -1,0 +1,25 @@
+// What the files of CPU kernels use. foreach_isa.h includes it before it compiles them, because code of these headers
+// must not be compiled for an instruction set that the processor may lack; simd.h includes it for whoever reads one
+// alone.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/cpu/batch.h"
+#include "common/cpu/isa.h"
+#include "common/cpu/work.h"
+#include "common/dispatch.h"
+#include "common/host_device.h"
+#include "common/series.h"

@@ -1,0 +1,155 @@
+// Small matrix products by a warp: on tensor cores, for every dtype.
+//
+// c += a b^T for a of 16 rows and b of 8. A lane, with g = lane / 4 and t = lane % 4, holds of
+//   a: rows g and g + 8, kLaneDepth elements each;
+//   b: row g, kLaneDepth elements;
+//   c: rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
+// The elements of a row are those of its four lanes; which they are does not matter as long as a and b agree.
+//
+// A tensor core rounds float32 to 11 bits (TF32). What must be as exact as float32 is split in two such numbers, and
+// the product is three: about 21 bits. Sums that are rounded to 16 bits to be multiplied again are split likewise.
+#pragma once
+
+#include <bit>
+
+#include "common/cuda/device.cuh"
+
+namespace relops {
+
+template <class T>
+constexpr int kLaneDepth = sizeof(T) == 2 ? 4 : 2;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+// What a tensor core reads of a number.
+template <class T>
+__device__ inline ComputeType<T> mma_input(T x) {
+  if constexpr (std::is_same_v<T, float>)
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0xffffe000u);
+  else
+    return static_cast<ComputeType<T>>(x);
+}
+
+// The part of a row that another lane has.
+template <class T, int kSize>
+__device__ inline void shuffle_row(const T (&x)[kSize], int lane, ComputeType<T> (&result)[kSize]) {
+  unsigned long long words[sizeof(x) / 8];
+  memcpy(words, x, sizeof(x));
+  for (auto& word : words) word = __shfl_sync(kAll, word, lane);
+  T got[kSize];
+  memcpy(got, words, sizeof(x));
+  for (int e = 0; e < kSize; ++e) result[e] = mma_input(got[e]);
+}
+#endif
+
+template <class T>
+__device__ __forceinline__ void mma(ComputeType<T> (&c)[4], const T (&a)[2][kLaneDepth<T>],
+                                    const T (&b)[kLaneDepth<T>]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, double>) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                     : "+d"(c[2 * row]), "+d"(c[2 * row + 1])
+                     : "d"(a[row][e]), "d"(b[e]));
+  } else {
+    uint32_t x[4], y[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      constexpr int kOfRegister = kLaneDepth<T> / 2;
+      memcpy(&x[2 * e], &a[0][kOfRegister * e], 4);
+      memcpy(&x[2 * e + 1], &a[1][kOfRegister * e], 4);
+      memcpy(&y[e], &b[kOfRegister * e], 4);
+    }
+#define RELOPS_MMA(shape_and_types)                             \
+  asm volatile("mma.sync.aligned." shape_and_types              \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}," \
+               " {%0, %1, %2, %3};"                             \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
+               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]))
+    if constexpr (std::is_same_v<T, float>)
+      RELOPS_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+    else if constexpr (std::is_same_v<T, Half>)
+      RELOPS_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+    else
+      RELOPS_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+#undef RELOPS_MMA
+  }
+#else  // older GPUs, and the emulation of tests/cuda_emulation
+  const int lane = threadIdx.x % 32;
+  for (int t = 0; t < 4; ++t) {
+    ComputeType<T> x[2][kLaneDepth<T>], y[2][kLaneDepth<T>];
+    for (int i = 0; i < 2; ++i) {
+      shuffle_row(a[i], lane / 4 * 4 + t, x[i]);
+      shuffle_row(b, (lane % 4 * 2 + i) * 4 + t, y[i]);
+    }
+    for (int e = 0; e < kLaneDepth<T>; ++e)
+      for (int i = 0; i < 4; ++i) c[i] += x[i / 2][e] * y[i % 2][e];
+  }
+#endif
+}
+
+// Operands, and what their rounding left over.
+template <class T, bool kExact>
+struct MmaSplit {
+  using Compute = ComputeType<T>;
+
+  static __device__ __forceinline__ void stored(T x, T& high, T& rest) {
+    if constexpr (std::is_same_v<T, float>)
+      sum(x, high, rest);
+    else
+      high = x;
+  }
+
+  static __device__ __forceinline__ void sum(Compute x, T& high, T& rest) {
+    if constexpr (!std::is_same_v<T, float>) {
+      high = static_cast<T>(x);
+      rest = static_cast<T>(x - static_cast<Compute>(high));
+    } else if constexpr (kExact) {
+      // Rounded to nearest; a NaN may become a zero here, but not what is left of it.
+      high = std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u);
+      rest = x - high;
+    } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+      uint32_t bits;
+      asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+      high = __uint_as_float(bits);
+#else
+      const uint32_t bits = std::bit_cast<uint32_t>(x);
+      high = x - x == 0 ? std::bit_cast<float>(bits + 0x1000u) : x;
+#endif
+    }
+  }
+};
+
+template <class T, bool kExact>
+struct OperandA {
+  T high[2][kLaneDepth<T>], rest[2][kLaneDepth<T>];
+
+  __device__ __forceinline__ void set_stored(int row, int e, T x) {
+    MmaSplit<T, kExact>::stored(x, high[row][e], rest[row][e]);
+  }
+  __device__ __forceinline__ void set_sum(int row, int e, ComputeType<T> x) {
+    MmaSplit<T, kExact>::sum(x, high[row][e], rest[row][e]);
+  }
+};
+
+template <class T, bool kExact>
+struct OperandB {
+  T high[kLaneDepth<T>], rest[kLaneDepth<T>];
+
+  __device__ __forceinline__ void set_stored(int e, T x) { MmaSplit<T, kExact>::stored(x, high[e], rest[e]); }
+};
+
+// c += a b^T. kSums: a holds sums; otherwise both are as they were stored.
+template <bool kSums, class T, bool kExact>
+__device__ __forceinline__ void multiply(ComputeType<T> (&c)[4], const OperandA<T, kExact>& a,
+                                         const OperandB<T, kExact>& b) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  if constexpr (kExact && (kFloat || (kSums && sizeof(T) == 2))) mma(c, a.rest, b.high);
+  if constexpr (kExact && kFloat) mma(c, a.high, b.rest);
+  mma(c, a.high, b.high);
+}
+
+}  // namespace relops

@@ -1,0 +1,51 @@
+// What the ops do with whole tensors, on either device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "common/dispatch.h"
+
+namespace relops {
+
+using torch::stable::Tensor;
+
+inline Tensor dense(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
+}
+
+inline torch::headeronly::MemoryFormat memory_format(bool channels_last) {
+  using Format = torch::headeronly::MemoryFormat;
+  return channels_last ? Format::ChannelsLast : Format::Contiguous;
+}
+
+// The rule of relops/ops/_maps.py.
+inline bool is_channels_last(const Tensor& input) {
+  return input.dim() == 4 && !input.is_contiguous() && input.size(1) > 1 && input.stride(1) == 1;
+}
+
+// What stands for a gradient that was not asked for.
+inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
+
+// A gradient that was computed along with others, or nothing.
+inline Tensor only_if(bool needed, const Tensor& grad) { return needed ? grad : none_like(grad); }
+
+inline void check_needs_grad(const char* op, const std::vector<bool>& needs_grad, size_t count) {
+  STD_TORCH_CHECK(needs_grad.size() == count, op, ": needs_grad must have one flag per gradient");
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t size : shape) equal = equal && tensor.size(i++) == size;
+  STD_TORCH_CHECK(equal, op, ": ", name, " has the wrong shape");
+}
+
+}  // namespace relops

@@ -1,0 +1,353 @@
+// ms_deform_attn and ms_deform_attn_fused on CUDA: what the forward, the backward and the deterministic
+// backward share.
+//
+// An item is one (image, query, head). A group of 2..32 neighboring lanes works on an item, each lane owning V
+// neighboring channels (16 bytes of them where D allows, so that a row of 32 floats is one 128-byte request of 8
+// lanes). The group's lanes first turn kChunk samples at a time into rows and weights, each lane its share, in
+// registers, and leave them in shared memory; then every lane walks the chunk and gathers its channels of the rows.
+// Nothing leaves the warp, so a __syncwarp is all the synchronization there is.
+//
+// Blocks take queries of one head of one image; heads follow one another, then images, so that at any time the whole
+// device gathers from one or two heads (2.8 MB of float32 at 800x1333), which L2 holds. Where queries are the pixels of
+// the pyramid themselves (Q = S, an encoder) a block takes a patch of 8 rows instead of a run of one row, because
+// neighbors in both directions sample the same rows: that is what L1 can reuse.
+#pragma once
+
+#include <vector>
+
+#include "common/cuda/device.cuh"
+#include "deform_attn/problem.h"
+
+namespace relops {
+
+constexpr int kChunk = 8;            // samples staged at a time
+constexpr int kStride = kChunk + 1;  // of an item's slots: keeps the items of a warp in different banks
+constexpr int kPatchRows = 8;        // of an encoder's block
+constexpr int kLevelsInParams = 16;  // more levels are read from device memory
+
+struct DeviceLevel {
+  int height, width;
+  int start;   // where the level's rows begin in S
+  int offset;  // sum of the sizes before it: where its pixels begin among the queries of an encoder
+};
+
+// The levels as the host knows them, or as pointers to device memory that only the kernel reads.
+struct LevelSource {
+  DeviceLevel known[kLevelsInParams];
+  const int64_t* shapes;  // [L,2], null: use known
+  const int64_t* starts;  // [L] or null
+};
+
+// T: features. U: locations and weights, or offsets and logits where fused.
+template <class T_, class U_>
+struct MsDeformAttnParams : MsDeformAttnSizes {
+  using T = T_;
+  using U = U_;
+  using Compute = ComputeType<T>;
+
+  LevelSource levels;
+  const T* value;            // [N,S,M,D]
+  const U* locations;        // [N,Q,M,L,P,2]
+  const U* weights;          // [N,Q,M,L,P]
+  const Compute* reference;  // [N,Q,L,R]
+  const bool* mask;          // [N,S] or null
+
+  int group_log2;           // lanes per item, as a power of two
+  unsigned channel_blocks;  // blocks that share the channels of an item
+  unsigned tiles;           // blocks per (image, head, block of channels)
+  Compute half_per_point;   // 0.5 / P
+
+  T* output;                  // [N,Q,M,D]
+  const T* grad_output;       // [N,Q,M,D]
+  Compute* grad_value;        // [N,S,M,D], summed by reductions to memory; null: not wanted here
+  U* grad_locations;          // [N,Q,M,L,P,2], null: no sampling gradient wanted
+  U* grad_weights;            // [N,Q,M,L,P]
+  Compute* raw_grad_weights;  // fused: [N,Q,M,L,P] before the softmax's derivative; may be grad_weights itself
+  Compute* grad_pixels;       // fused: [N,Q,M,L,P,2] or null: gradient of the location in pixels
+};
+
+// Copies the levels into shared memory. False, with empty levels, where they do not fit S: known only on the device.
+// Begins and ends with all threads of the block together.
+__device__ inline bool load_levels(const MsDeformAttnSizes& z, const LevelSource& source, DeviceLevel* levels) {
+  __shared__ bool fit;
+  const int L = static_cast<int>(z.L);
+  if (source.shapes == nullptr) {
+    for (int l = threadIdx.x; l < L; l += blockDim.x) levels[l] = source.known[l];
+    if (threadIdx.x == 0) fit = true;
+    __syncthreads();
+    return fit;
+  }
+  for (int l = threadIdx.x; l < L; l += blockDim.x) {
+    const int64_t h = source.shapes[2 * l], w = source.shapes[2 * l + 1];
+    const int64_t start = source.starts != nullptr ? source.starts[l] : 0;
+    const bool bad = h < 0 || w < 0 || h > z.S || w > z.S || h * w > z.S || start < 0 || start > z.S - h * w;
+    levels[l] = bad ? DeviceLevel{-1, 0, 0, 0} : DeviceLevel{int(h), int(w), int(start), 0};
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int64_t sum = 0;
+    bool good = true;
+    for (int l = 0; l < L; ++l) {
+      good = good && levels[l].height >= 0;
+      levels[l].offset = static_cast<int>(sum);
+      if (source.starts == nullptr) levels[l].start = static_cast<int>(sum);
+      sum += good ? int64_t(levels[l].height) * levels[l].width : 0;
+      good = good && sum <= z.S;  // also keeps offset inside an int
+    }
+    fit = good && sum == z.S;
+  }
+  __syncthreads();
+  if (!fit)
+    for (int l = threadIdx.x; l < L; l += blockDim.x) levels[l] = {0, 0, 0, 0};
+  __syncthreads();
+  return fit;
+}
+
+// The q-th query in the order of work: patch by patch where the queries are the pixels of the pyramid.
+__device__ inline int64_t query_in_patch_order(int64_t q, const MsDeformAttnSizes& z, const DeviceLevel* levels,
+                                               bool levels_fit) {
+  if (z.Q != z.S || !levels_fit) return q;
+  int l = 0;
+  while (l + 1 < z.L && q >= levels[l + 1].offset) ++l;
+  const DeviceLevel level = levels[l];
+  const int local = static_cast<int>(q) - level.offset;
+  const int band = local / (kPatchRows * level.width);
+  const int within = local - band * kPatchRows * level.width;
+  const int rows = min(kPatchRows, level.height - band * kPatchRows);
+  const int column = rows == kPatchRows ? within / kPatchRows : within / rows;
+  const int row = within - column * rows;
+  return level.offset + (band * kPatchRows + row) * level.width + column;
+}
+
+// One sample, in pixels of its level.
+template <class Compute>
+struct Sample {
+  Compute x, y;
+  Compute weight;  // attention weight, after the softmax
+  DeviceLevel level;
+};
+
+// What turns a logit into a weight: exp(logit - top) * scale.
+template <class Compute>
+struct SoftmaxStats {
+  Compute top, scale;
+};
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+// Softmax over the L * P logits at `logits`, by a group of lanes; lane is this lane's place in it. Every lane of the
+// warp must call it.
+template <class Compute, class U>
+__device__ inline SoftmaxStats<Compute> softmax_stats(const U* logits, int count, int lane, int group) {
+  Compute top = -INFINITY;
+  for (int s = lane; s < count; s += group) {
+    const Compute x = static_cast<Compute>(logits[s]);
+    top = x > top ? x : top;
+  }
+  top = group_max(top, group);
+  Compute sum = 0;
+  for (int s = lane; s < count; s += group) sum += exponential(static_cast<Compute>(logits[s]) - top);
+  sum = group_sum(sum, group);
+  return {top, 1 / sum};
+}
+
+// nq = n * Q + q; item = nq * M + m.
+template <bool kFused, class Params, class Compute>
+__device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel* levels, int64_t nq, int64_t item,
+                                              int s, SoftmaxStats<Compute> stats) {
+  using U = typename Params::U;
+  const int count = static_cast<int>(p.L * p.P), l = s / static_cast<int>(p.P);
+  Sample<Compute> sample;
+  sample.level = levels[l];
+  const Pack<U, 2> xy = load_pack<U, 2>(p.locations + (item * count + s) * 2);
+  const Compute x = static_cast<Compute>(xy.x[0]), y = static_cast<Compute>(xy.x[1]);
+  const Compute weight = static_cast<Compute>(p.weights[item * count + s]);
+  const Compute width = sample.level.width, height = sample.level.height;
+  if constexpr (kFused) {
+    const Compute* ref = p.reference + (nq * p.L + l) * p.R;
+    Compute unit_x = 1, unit_y = 1;
+    if (p.R == 4) {
+      unit_x = ref[2] * width * p.half_per_point;
+      unit_y = ref[3] * height * p.half_per_point;
+    }
+    sample.x = ref[0] * width - Compute(0.5) + x * unit_x;
+    sample.y = ref[1] * height - Compute(0.5) + y * unit_y;
+    sample.weight = exponential(weight - stats.top) * stats.scale;
+  } else {
+    sample.x = x * width - Compute(0.5);
+    sample.y = y * height - Compute(0.5);
+    sample.weight = weight;
+  }
+  return sample;
+}
+
+// The four rows under a sample: top left, top right, bottom left, bottom right; -1 outside the level or masked.
+template <class Compute>
+struct Corners {
+  int4 row;
+  Compute fx, fy;  // how far the sample lies right of, below the top left one
+};
+
+// False for NaN and for what no corner of the level reaches; what remains fits an int.
+template <class Compute>
+__device__ __forceinline__ bool is_inside(const Sample<Compute>& s) {
+  return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height);
+}
+
+template <class Compute>
+__device__ inline Corners<Compute> find_corners(const Sample<Compute>& s, const bool* mask) {
+  Corners<Compute> c{{-1, -1, -1, -1}, 0, 0};
+  if (!is_inside(s)) return c;
+  const Compute left = floor(s.x), top = floor(s.y);
+  const int x = static_cast<int>(left), y = static_cast<int>(top);
+  c.fx = s.x - left;
+  c.fy = s.y - top;
+  const int row = s.level.start + y * s.level.width + x;
+  const bool in_left = x >= 0, in_right = x + 1 < s.level.width, in_top = y >= 0, in_bottom = y + 1 < s.level.height;
+  if (in_left && in_top) c.row.x = row;
+  if (in_right && in_top) c.row.y = row + 1;
+  if (in_left && in_bottom) c.row.z = row + s.level.width;
+  if (in_right && in_bottom) c.row.w = row + s.level.width + 1;
+  if (mask != nullptr) {
+    if (c.row.x >= 0 && mask[c.row.x]) c.row.x = -1;
+    if (c.row.y >= 0 && mask[c.row.y]) c.row.y = -1;
+    if (c.row.z >= 0 && mask[c.row.z]) c.row.z = -1;
+    if (c.row.w >= 0 && mask[c.row.w]) c.row.w = -1;
+  }
+  return c;
+}
+
+// Four numbers of a staged sample.
+template <class Compute>
+struct alignas(16) Quad {
+  Compute x, y, z, w;
+};
+
+// Which item this lane works on. Lanes past the last query keep in step with their warp but touch nothing.
+struct Place {
+  int lane;   // within the group
+  int group;  // lanes per item
+  int slot;   // first staging slot of the item
+  int64_t n, m, q;
+  int64_t channel_block;
+  bool active;
+};
+
+template <class Params>
+__device__ inline Place find_place(const Params& p, const DeviceLevel* levels, bool levels_fit) {
+  Place place;
+  place.group = 1 << p.group_log2;
+  place.lane = threadIdx.x & (place.group - 1);
+  const int in_block = threadIdx.x >> p.group_log2;
+  place.slot = in_block * kStride;
+  // 64-bit division is a call: the grid is numbered in 32 bits.
+  const unsigned tile = blockIdx.x % p.tiles, rest = blockIdx.x / p.tiles, pair = rest / p.channel_blocks;
+  place.channel_block = rest % p.channel_blocks;
+  place.m = pair % static_cast<unsigned>(p.M);
+  place.n = pair / static_cast<unsigned>(p.M);
+  const int64_t q = int64_t{tile} * (blockDim.x >> p.group_log2) + in_block;
+  place.active = q < p.Q;
+  place.q = place.active ? query_in_patch_order(q, p, levels, levels_fit) : 0;
+  return place;
+}
+
+// Dynamic shared memory: the levels, then rows and numbers of the staged samples, kStride slots an item.
+template <class Compute>
+struct Staging {
+  DeviceLevel* levels;
+  int4* rows;
+  Quad<Compute>* numbers;
+
+  __device__ Staging(char* memory, int64_t L, int group_log2) {
+    levels = reinterpret_cast<DeviceLevel*>(memory);
+    rows = reinterpret_cast<int4*>(levels + L);
+    numbers = reinterpret_cast<Quad<Compute>*>(rows + (blockDim.x >> group_log2) * kStride);
+  }
+};
+
+template <class Compute>
+size_t staging_bytes(int64_t L, int threads, int group_log2) {
+  return L * sizeof(DeviceLevel) + (threads >> group_log2) * kStride * (sizeof(int4) + sizeof(Quad<Compute>));
+}
+
+// Host side -----------------------------------------------------------------------------------------------------------
+
+struct Launch {
+  unsigned blocks, threads;
+  size_t shared;
+};
+
+// Sets the lanes per item, enough for D channels at V a lane, and the numbering of blocks. With `split_channels` blocks
+// share the channels that a group of 32 lanes does not hold.
+template <class Params>
+Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
+  // At least 2 lanes (float) or 4 (double) keep the staging of 256 threads within the 48 KB every launch may have.
+  p.group_log2 = sizeof(typename Params::Compute) == 8 ? 2 : 1;
+  while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
+  p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
+  const int64_t rows = p.N * p.M * p.channel_blocks;
+  // Little work is cut into small blocks, so that it reaches all multiprocessors.
+  const unsigned threads = (rows * p.Q) << p.group_log2 < (1 << 18) ? 64 : 256;
+  p.tiles = grid_size(op, ceil_div(p.Q, threads >> p.group_log2));
+  return {grid_size(op, rows * p.tiles), threads, staging_bytes<typename Params::Compute>(p.L, threads, p.group_log2)};
+}
+
+// Fills in what does not depend on the direction. What the pointers point to lives in `keep`.
+template <class T, class U>
+MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<Tensor>& keep) {
+  using Compute = ComputeType<T>;
+  MsDeformAttnParams<T, U> p{};
+  static_cast<MsDeformAttnSizes&>(p) = in.sizes;
+  p.half_per_point = Compute(0.5) / p.P;
+  STD_TORCH_CHECK(in.value.is_cuda(), in.op, ": value must be on the device of the other inputs");
+  // 48 KB of shared memory, less the staging.
+  STD_TORCH_CHECK(p.L <= 512, in.op, ": more than 512 levels");
+  STD_TORCH_CHECK(p.M * p.D < 1 << 28, in.op, ": more than 2^28 channels");  // so that a row's bytes fit 32 bits
+  STD_TORCH_CHECK(p.L * p.P <= 1 << 20, in.op, ": more than 2^20 samples per query and head");
+  Tensor shapes = in.spatial_shapes;
+  std::optional<Tensor> starts = in.level_start_index;
+  if (shapes.is_cpu() && (!starts || starts->is_cpu()) && p.L <= kLevelsInParams) {
+    int offset = 0, l = 0;
+    for (const Level& level : read_levels(in.op, in.sizes, shapes, starts)) {
+      p.levels.known[l++] = {int(level.height), int(level.width), int(level.start), offset};
+      offset += static_cast<int>(level.height * level.width);
+    }
+  } else {
+    const auto to_device = [&](const Tensor& tensor) {
+      keep.push_back(torch::stable::to(tensor, in.value.device()));
+      return keep.back().const_data_ptr<int64_t>();
+    };
+    p.levels.shapes = to_device(shapes);
+    if (starts) p.levels.starts = to_device(*starts);
+  }
+  const auto pointer = [&](const Tensor& tensor) {
+    keep.push_back(aligned(tensor));
+    return keep.back().const_data_ptr();
+  };
+  p.value = static_cast<const T*>(pointer(in.value));
+  p.locations = static_cast<const U*>(pointer(in.locations));
+  p.weights = static_cast<const U*>(pointer(in.weights));
+  if (in.reference_points) p.reference = static_cast<const Compute*>(pointer(*in.reference_points));
+  if (in.value_mask) p.mask = static_cast<const bool*>(pointer(*in.value_mask));
+  return p;
+}
+
+// Calls f(V, fused) with constants: channels per lane, 16 bytes of them where D allows.
+template <class T, class F>
+void dispatch_launch(int64_t D, bool fused, F f) {
+  constexpr int V = 16 / sizeof(T);
+  const auto with_width = [&](auto v) { fused ? f(v, std::true_type{}) : f(v, std::false_type{}); };
+  D % V == 0 ? with_width(std::integral_constant<int, V>{}) : with_width(std::integral_constant<int, 1>{});
+}
+
+Tensor ms_deform_attn_forward_cuda(const MsDeformAttnInputs& in);
+MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, const Tensor& grad_output,
+                                               MsDeformAttnNeeds needs);
+
+// The gradient of value by gathering, in the same order every time: cuda_backward_deterministic.cu. grad_value has
+// the dtype of value and need not be zeroed.
+void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const Tensor& grad_output,
+                                             const Tensor& grad_value);
+
+}  // namespace relops

@@ -1,0 +1,312 @@
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the backward. cuda.cuh says who does what work.
+//
+// A group of lanes walks the samples of its item as the forward does. Per sample, four rows are gathered and multiplied
+// with the item's output gradient, and weight * gradient is added to the four rows of the value gradient by reductions
+// to memory, four floats at a time on Hopper. The derivatives by weight, x and y of a chunk of samples are then summed
+// over the group together: each exchange halves the samples a lane still sums, so that 4 samples cost 12 shuffles of a
+// group of 8 lanes and not 36. Reductions to memory are what bounds it (728 M floats at the encoder shape of 800x1333,
+// N = 2), so they are left out where value needs no gradient. 16-bit values have their gradient summed in float32 and
+// converted at the end.
+
+#include "deform_attn/cuda.cuh"
+
+namespace relops {
+
+namespace {
+
+// Samples whose derivatives are summed together: more of them would need more registers than they save shuffles.
+constexpr int kTogether = 4;
+
+// Sums x[j] over the lanes of a group, for all j, and leaves the sums with the lanes: 4, 2 or 1 of them in x[0..count),
+// those of samples first, first + 1, ... In groups of more than 4 lanes several hold the same.
+template <class Compute>
+__device__ __forceinline__ void sum_and_share(Compute (&x)[kTogether][3], int lane, int group, int& first, int& count) {
+  first = 0;
+  count = kTogether;
+  int distance = group / 2;
+#pragma unroll
+  for (int half = kTogether / 2; half > 0; half /= 2) {
+    if (distance == 0) return;
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int j = 0; j < half; ++j)
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+        const Compute keep = upper ? x[j + half][k] : x[j][k], give = upper ? x[j][k] : x[j + half][k];
+        x[j][k] = keep + __shfl_xor_sync(kAll, give, distance);
+      }
+    first += upper ? half : 0;
+    count = half;
+    distance /= 2;
+  }
+  for (; distance > 0; distance /= 2)
+#pragma unroll
+    for (int k = 0; k < 3; ++k) x[0][k] += __shfl_xor_sync(kAll, x[0][k], distance);
+}
+
+// kOneStep: the group's lanes hold all D channels at once.
+template <class Params, int V, bool kFused, bool kOneStep>
+__global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant__ Params p) {
+  using T = typename Params::T;
+  using U = typename Params::U;
+  using Compute = typename Params::Compute;
+  extern __shared__ __align__(16) char memory[];
+  const Staging<Compute> staging(memory, p.L, p.group_log2);
+  const bool levels_fit = load_levels(p, p.levels, staging.levels);
+
+  const Place place = find_place(p, staging.levels, levels_fit);
+  const int64_t nq = place.n * p.Q + place.q, item = nq * p.M + place.m;
+  const int64_t first_row = (place.n * p.S * p.M + place.m) * p.D + place.lane * V;
+  const T* rows = p.value + first_row;
+  const unsigned row_stride = static_cast<unsigned>(p.M * p.D * sizeof(T));
+  const bool scatter = p.grad_value != nullptr, sampling_grad = p.grad_locations != nullptr;
+  Compute* grad_rows = scatter ? p.grad_value + first_row : nullptr;
+  const unsigned grad_row_stride = static_cast<unsigned>(p.M * p.D * sizeof(Compute));
+  const bool* mask = p.mask != nullptr ? p.mask + place.n * p.S : nullptr;
+  const int count = static_cast<int>(p.L * p.P);
+  int4* staged_rows = staging.rows + place.slot;
+  Quad<Compute>* staged_numbers = staging.numbers + place.slot;
+
+  SoftmaxStats<Compute> stats{};
+  if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, place.lane, place.group);
+
+  // The gradient of the output in V channels, `offset` from this lane's first.
+  const auto load_grad = [&](int offset, Compute(&grad)[V]) {
+    const int channel = place.lane * V + offset;
+    const Pack<T, V> pack = load_pack<T, V>(p.grad_output + item * p.D + channel, place.active && channel < p.D);
+#pragma unroll
+    for (int v = 0; v < V; ++v) grad[v] = static_cast<Compute>(pack.x[v]);
+  };
+  Compute grad[V];
+  load_grad(0, grad);
+
+  Compute expected = 0;  // fused: sum of weight * derivative by weight
+  for (int first = 0; first < count; first += kChunk) {
+    __syncwarp();  // the chunk before has been read
+    for (int j = place.lane; j < kChunk; j += place.group) {
+      Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
+      Compute weight = 0;
+      if (place.active && first + j < count) {
+        const Sample<Compute> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
+        corners = find_corners(sample, mask);
+        weight = sample.weight;
+      }
+      staged_rows[j] = corners.row;
+      staged_numbers[j] = {corners.fx, corners.fy, weight, 0};
+    }
+    __syncwarp();
+
+#pragma unroll 1
+    for (int begin = 0; begin < kChunk; begin += kTogether) {
+      Compute derivatives[kTogether][3];  // by weight, x and y, of this lane's channels
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int4 row = staged_rows[begin + j];
+        const Quad<Compute> number = staged_numbers[begin + j];
+        const Compute fx = number.x, fy = number.y, weight = number.z;
+        const int row_of[4] = {row.x, row.y, row.z, row.w};
+        const Compute share[4] = {(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy};
+        Compute dot[4] = {};
+        const auto visit = [&](int offset) {
+          const bool owned = place.lane * V + offset < p.D;
+          Pack<T, V> values[4];
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner)
+            values[corner] = load_pack<T, V>(row_at(rows + offset, row_of[corner], row_stride),
+                                             sampling_grad && owned && row_of[corner] >= 0);
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner)
+#pragma unroll
+            for (int v = 0; v < V; ++v) dot[corner] += grad[v] * static_cast<Compute>(values[corner].x[v]);
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+            Compute add[V];
+#pragma unroll
+            for (int v = 0; v < V; ++v) add[v] = weight * share[corner] * grad[v];
+            reduce_add<V>(row_at(grad_rows + offset, row_of[corner], grad_row_stride), add,
+                          scatter && owned && row_of[corner] >= 0);
+          }
+        };
+        if constexpr (kOneStep) {
+          visit(0);
+        } else {
+          for (int offset = 0; offset < p.D; offset += V << p.group_log2) {
+            load_grad(offset, grad);
+            visit(offset);
+          }
+        }
+        derivatives[j][0] = share[0] * dot[0] + share[1] * dot[1] + share[2] * dot[2] + share[3] * dot[3];
+        derivatives[j][1] = weight * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
+        derivatives[j][2] = weight * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
+      }
+      if (!sampling_grad) continue;
+      int mine, held;
+      sum_and_share(derivatives, place.lane, place.group, mine, held);
+      __syncwarp();  // all lanes have read their slots
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+        if (j < held) {
+          Quad<Compute>& number = staged_numbers[begin + mine + j];
+          number = {derivatives[j][1], derivatives[j][2], number.z, derivatives[j][0]};
+        }
+    }
+    if (!sampling_grad) continue;
+    __syncwarp();
+    // Each sample's gradients are written by the lane that staged it, neighbors beside one another.
+    for (int j = place.lane; j < kChunk; j += place.group) {
+      const int s = first + j;
+      if (!place.active || s >= count) break;
+      const Quad<Compute> number = staged_numbers[j];
+      const Compute by_x = number.x, by_y = number.y, weight = number.z, by_weight = number.w;
+      const int64_t at = item * count + s;
+      const int l = s / static_cast<int>(p.P);
+      Compute unit_x, unit_y;  // pixels per unit of what the gradient is for
+      if constexpr (kFused) {
+        unit_x = unit_y = 1;
+        if (p.R == 4) {
+          const Compute* ref = p.reference + (nq * p.L + l) * p.R;
+          unit_x = ref[2] * staging.levels[l].width * p.half_per_point;
+          unit_y = ref[3] * staging.levels[l].height * p.half_per_point;
+        }
+        if (p.grad_pixels != nullptr) store_pack<Compute, 2>(p.grad_pixels + at * 2, {by_x, by_y});
+        p.raw_grad_weights[at] = by_weight;
+        expected += weight * by_weight;
+      } else {
+        unit_x = staging.levels[l].width;
+        unit_y = staging.levels[l].height;
+        p.grad_weights[at] = static_cast<U>(by_weight);
+      }
+      // What contributed nothing, non-finite locations among it, has no gradient whatever its unit.
+      const Compute grad_x = by_x == 0 ? Compute(0) : by_x * unit_x, grad_y = by_y == 0 ? Compute(0) : by_y * unit_y;
+      store_pack<U, 2>(p.grad_locations + at * 2, {static_cast<U>(grad_x), static_cast<U>(grad_y)});
+    }
+  }
+  if constexpr (kFused) {
+    if (!sampling_grad) return;
+    expected = group_sum(expected, place.group);
+    if (!place.active) return;
+    // In the order of the loop above, so that each lane reads back what it wrote itself.
+    for (int first = 0; first < count; first += kChunk)
+      for (int s = first + place.lane; s < min(first + kChunk, count); s += place.group) {
+        const int64_t at = item * count + s;
+        const Compute weight = exponential(static_cast<Compute>(p.weights[at]) - stats.top) * stats.scale;
+        p.grad_weights[at] = static_cast<U>(weight * (p.raw_grad_weights[at] - expected));
+      }
+  }
+}
+
+template <class Params, int V, bool kFused>
+void launch_backward(const char* op, Params p, cudaStream_t stream) {
+  const Launch launch = plan_launch(op, p, V, false);
+  bool one_step = false;
+  if constexpr (V > 1) {
+    one_step = p.D <= V << p.group_log2;
+    if (one_step) backward_kernel<Params, V, kFused, true><<<launch.blocks, launch.threads, launch.shared, stream>>>(p);
+  }
+  if (!one_step) backward_kernel<Params, V, kFused, false><<<launch.blocks, launch.threads, launch.shared, stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Gradient of the reference points: one thread a (image, query, level) adds up its heads and points in order.
+template <class Params>
+__global__ __launch_bounds__(256, 1) void reference_kernel(const __grid_constant__ Params p,
+                                                           typename Params::Compute* grad_reference) {
+  using Compute = typename Params::Compute;
+  extern __shared__ __align__(16) char memory[];
+  DeviceLevel* levels = reinterpret_cast<DeviceLevel*>(memory);
+  load_levels(p, p.levels, levels);
+  // 32 bits: tensors with more queries than that do not fit a device.
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= p.N * p.Q * p.L) return;
+  const unsigned l = i % static_cast<unsigned>(p.L);
+  const int64_t nq = i / static_cast<unsigned>(p.L);
+  const Compute width = levels[l].width, height = levels[l].height;
+  Compute center_x = 0, center_y = 0, extent_x = 0, extent_y = 0;
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t point = 0; point < p.P; ++point) {
+      const int64_t at = (((nq * p.M + m) * p.L + l) * p.P + point) * 2;
+      const Compute grad_x = p.grad_pixels[at] * width, grad_y = p.grad_pixels[at + 1] * height;
+      center_x += grad_x;
+      center_y += grad_y;
+      // 0 * infinity must stay 0: see backward_kernel.
+      if (grad_x != 0) extent_x += grad_x * p.half_per_point * static_cast<Compute>(p.locations[at]);
+      if (grad_y != 0) extent_y += grad_y * p.half_per_point * static_cast<Compute>(p.locations[at + 1]);
+    }
+  Compute* out = grad_reference + int64_t{i} * p.R;
+  out[0] = center_x;
+  out[1] = center_y;
+  if (p.R == 4) {
+    out[2] = extent_x;
+    out[3] = extent_y;
+  }
+}
+
+template <class Params>
+void launch_reference(const char* op, const Params& p, typename Params::Compute* grad_reference, cudaStream_t stream) {
+  const unsigned blocks = grid_size(op, p.N * p.Q * p.L) / 256 + 1;
+  reference_kernel<<<blocks, 256, p.L * sizeof(DeviceLevel), stream>>>(p, grad_reference);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, const Tensor& grad_output,
+                                               MsDeformAttnNeeds needs) {
+  const auto& z = in.sizes;
+  check_grad_output(in, grad_output);
+  if (grad_output.numel() == 0) return zero_grads(in, needs);
+  const torch::stable::accelerator::DeviceGuard guard(in.value.get_device_index());
+  const cudaStream_t stream = current_stream(in.value.get_device_index());
+  const bool fused = in.reference_points.has_value();
+  const ScalarType compute = compute_dtype(in.value.scalar_type());
+  const auto in_compute_dtype = [&](const Tensor& like) {
+    return torch::stable::new_empty(like, like.sizes(), compute);
+  };
+
+  MsDeformAttnGrads grads = no_grads(in);
+  const Tensor grad = aligned(grad_output);
+  const bool scatter = needs.value && !needs.deterministic;
+  Tensor value_sums = none_like(in.value), raw_grad_weights = none_like(in.weights), grad_pixels = none_like(in.value);
+  if (scatter) value_sums = torch::stable::new_zeros(in.value, in.value.sizes(), compute);
+  if (needs.sampling) {
+    grads.locations = torch::stable::new_empty(in.locations, in.locations.sizes());
+    grads.weights = torch::stable::new_empty(in.weights, in.weights.sizes());
+    const bool same = in.weights.scalar_type() == compute;
+    if (fused) raw_grad_weights = same ? grads.weights : in_compute_dtype(in.weights);
+    // For points in the compute type the gradient in pixels is that of the offsets.
+    if (needs.reference) grad_pixels = same && z.R == 2 ? grads.locations : in_compute_dtype(in.locations);
+  }
+  if (needs.reference) grads.reference = torch::stable::new_empty(*in.reference_points, in.reference_points->sizes());
+
+  dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
+    using T = typename decltype(t)::type;
+    using U = typename decltype(u)::type;
+    using Compute = ComputeType<T>;
+    if (!scatter && !needs.sampling) return;
+    std::vector<Tensor> keep;
+    auto p = make_params<T, U>(in, keep);
+    p.grad_output = static_cast<const T*>(grad.const_data_ptr());
+    if (scatter) p.grad_value = static_cast<Compute*>(value_sums.mutable_data_ptr());
+    if (needs.sampling) {
+      p.grad_locations = static_cast<U*>(grads.locations.mutable_data_ptr());
+      p.grad_weights = static_cast<U*>(grads.weights.mutable_data_ptr());
+      p.raw_grad_weights = static_cast<Compute*>(raw_grad_weights.mutable_data_ptr());
+      if (needs.reference) p.grad_pixels = static_cast<Compute*>(grad_pixels.mutable_data_ptr());
+    }
+    dispatch_launch<T>(z.D, fused, [&](auto width, auto is_fused) {
+      launch_backward<decltype(p), width, is_fused>(in.op, p, stream);
+    });
+    if (needs.reference) launch_reference(in.op, p, static_cast<Compute*>(grads.reference.mutable_data_ptr()), stream);
+  });
+  if (scatter) {
+    grads.value = value_sums.scalar_type() == in.value.scalar_type()
+                      ? value_sums
+                      : torch::stable::to(value_sums, in.value.scalar_type());
+  } else if (needs.value) {
+    grads.value = torch::stable::new_empty(in.value, in.value.sizes());
+    ms_deform_attn_grad_value_deterministic(in, grad, grads.value);
+  }
+  return grads;
+}
+
+}  // namespace relops

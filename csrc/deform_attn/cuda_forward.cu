@@ -1,0 +1,109 @@
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the forward, and the registration of the ops and
+// their backward. cuda.cuh says who does what work.
+//
+// Bound by L2 -> L1 traffic: at the encoder shape of 800x1333 the gathered rows are 2.9 GB of float32 against 159 MB
+// that must come from memory at all. So rows are requested 16 bytes a lane, kUnroll samples of 4 corners in flight, and
+// the order of blocks serves the caches.
+
+#include "deform_attn/cuda.cuh"
+
+namespace relops {
+
+namespace {
+
+constexpr int kUnroll = 4;
+
+// A lane owns V channels of an item; where D exceeds what a group holds, blocks take a slice of channels each.
+template <class Params, int V, bool kFused>
+__global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__ Params p) {
+  using T = typename Params::T;
+  using Compute = typename Params::Compute;
+  extern __shared__ __align__(16) char memory[];
+  const Staging<Compute> staging(memory, p.L, p.group_log2);
+  const bool levels_fit = load_levels(p, p.levels, staging.levels);
+
+  const Place place = find_place(p, staging.levels, levels_fit);
+  const int64_t channel = ((place.channel_block << p.group_log2) + place.lane) * V;
+  const bool owns_channels = place.active && channel < p.D;
+  const int64_t nq = place.n * p.Q + place.q, item = nq * p.M + place.m;
+  const T* rows = p.value + (place.n * p.S * p.M + place.m) * p.D + channel;
+  const unsigned row_stride = static_cast<unsigned>(p.M * p.D * sizeof(T));
+  const bool* mask = p.mask != nullptr ? p.mask + place.n * p.S : nullptr;
+  const int count = static_cast<int>(p.L * p.P);
+  int4* staged_rows = staging.rows + place.slot;
+  Quad<Compute>* staged_weights = staging.numbers + place.slot;
+
+  SoftmaxStats<Compute> stats{};
+  if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, place.lane, place.group);
+
+  Compute sum[V] = {};
+  for (int first = 0; first < count; first += kChunk) {
+    __syncwarp();  // the chunk before has been read
+    for (int j = place.lane; j < kChunk; j += place.group) {
+      Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
+      Compute weight = 0;
+      if (place.active && first + j < count) {
+        const Sample<Compute> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
+        corners = find_corners(sample, mask);
+        weight = sample.weight;
+      }
+      const Compute above = (1 - corners.fy) * weight, below = corners.fy * weight;
+      staged_rows[j] = corners.row;
+      staged_weights[j] = {(1 - corners.fx) * above, corners.fx * above, (1 - corners.fx) * below, corners.fx * below};
+    }
+    __syncwarp();
+    if (!owns_channels) continue;
+#pragma unroll kUnroll
+    for (int j = 0; j < kChunk; ++j) {
+      const int4 row = staged_rows[j];
+      const Quad<Compute> weight = staged_weights[j];
+      const int row_of[4] = {row.x, row.y, row.z, row.w};
+      const Compute weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        const bool inside = row_of[corner] >= 0;
+        const Pack<T, V> values = load_pack<T, V>(row_at(rows, row_of[corner], row_stride), inside);
+        const Compute w = inside ? weight_of[corner] : Compute(0);  // may be NaN by itself
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += w * static_cast<Compute>(values.x[v]);
+      }
+    }
+  }
+  if (!owns_channels) return;
+  Pack<T, V> out;
+#pragma unroll
+  for (int v = 0; v < V; ++v) out.x[v] = static_cast<T>(levels_fit ? sum[v] : static_cast<Compute>(NAN));
+  store_pack<T, V>(p.output + item * p.D + channel, out);
+}
+
+template <class Params, int V, bool kFused>
+void launch_forward(const char* op, Params p, cudaStream_t stream) {
+  const Launch launch = plan_launch(op, p, V, true);
+  forward_kernel<Params, V, kFused><<<launch.blocks, launch.threads, launch.shared, stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+Tensor ms_deform_attn_forward_cuda(const MsDeformAttnInputs& in) {
+  const auto& z = in.sizes;
+  const torch::stable::accelerator::DeviceGuard guard(in.value.get_device_index());
+  Tensor output = torch::stable::new_empty(in.value, {z.N, z.Q, z.M * z.D});
+  if (output.numel() == 0) return output;
+  dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
+    using T = typename decltype(t)::type;
+    std::vector<Tensor> keep;
+    auto p = make_params<T, typename decltype(u)::type>(in, keep);
+    p.output = static_cast<T*>(output.mutable_data_ptr());
+    dispatch_launch<T>(z.D, in.reference_points.has_value(), [&](auto width, auto fused) {
+      launch_forward<decltype(p), width, fused>(in.op, p, current_stream(in.value.get_device_index()));
+    });
+  });
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) {
+  register_ms_deform_attn<&ms_deform_attn_forward_cuda, &ms_deform_attn_backward_cuda>(m);
+}
+
+}  // namespace relops

@@ -1,0 +1,273 @@
+// Local relation on CUDA: what the kernels share.
+//
+// A thread has some neighboring outputs (backward: also inputs) of a column and one group; a block has a tile of them.
+// With stride and dilation 1 what the windows of a tile reach is in shared memory, values eight channels at a time, and
+// a row that a thread reads from there serves each of its outputs: going down a column of taps, tap i of output r is
+// row r + i. Otherwise ("direct") a thread has one output and reads taps from global memory, that is, mostly from L1.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "common/cuda/device.cuh"
+#include "local_relation/problem.h"
+
+namespace relops {
+
+constexpr int kLocalThreads = 256;
+constexpr int kLocalWarps = kLocalThreads / 32;
+constexpr int kChannels = 8;  // of a group that are worked on together
+
+// Values in shared memory: packs of 16 bytes, [kPacks][pixels of the tile].
+template <class T>
+constexpr int kPack = 16 / sizeof(T);
+template <class T>
+constexpr int kPacks = kChannels / kPack<T>;
+
+template <class T, bool kTiled>
+constexpr int kRows = !kTiled          ? 1
+                      : sizeof(T) == 8 ? 2
+                                       : 4;
+
+template <class T>
+struct LocalRelationParams {
+  LocalRelationArgs<T> a;
+  int width, groups;                 // of a block: columns, and groups of kRows rows
+  int columns;                       // of the map, by which blocks are counted
+  int tiles_x, tiles_y;              // blocks of a map
+  int chunks;                        // forward only: of kChannels channels, each with blocks of its own
+  bool packs;                        // what is staged has its channels side by side, and whole packs of them
+  ComputeType<T>*logsumexp, *delta;  // [N,G,Ho,Wo], backward only; logarithms to base 2
+  ComputeType<T>* shares;            // [N,tiles,G,k,k] of the gradient of the prior, null: not wanted
+};
+
+// Which tile of which map and group a block has.
+struct LocalBlock {
+  int64_t n, g;
+  int chunk, tile, y, x;  // y, x: its first output, or input
+
+  template <class T>
+  __device__ LocalBlock(const LocalRelationParams<T>& p, int rows) {
+    // Groups first: their channels may lie side by side.
+    int64_t b = blockIdx.x;
+    chunk = static_cast<int>(b % p.chunks), b /= p.chunks;
+    g = b % p.a.G, b /= p.a.G;
+    const int tiles = p.tiles_x * p.tiles_y;
+    tile = static_cast<int>(b % tiles), n = b / tiles;
+    y = tile / p.tiles_x * p.groups * rows, x = tile % p.tiles_x * p.width;
+  }
+};
+
+// Which column and rows of a tile a thread has. One beyond the last group idles, at the place of the first.
+struct LocalThread {
+  int column, row;
+  bool active;
+
+  template <class T>
+  __device__ LocalThread(const LocalRelationParams<T>& p, int rows) {
+    const int group = threadIdx.x / p.width;
+    active = group < p.groups;
+    column = active ? threadIdx.x % p.width : 0;
+    row = active ? group * rows : 0;
+  }
+};
+
+template <class C>
+constexpr C kLog2E = 1.44269504088896340736;
+
+// Rows and columns around a tile, from (y, x) on, that lie in a map of height x width. Pixels outside are zeros.
+struct TileArea {
+  int y, x, rows, columns, height, width;
+};
+
+template <class T, class C>
+__device__ void stage(C* to, const Map<T>& map, int64_t n, int64_t c, const TileArea& area) {
+  for (int i = threadIdx.x; i < area.rows * area.columns; i += blockDim.x) {
+    const int y = area.y + i / area.columns, x = area.x + i % area.columns;
+    const bool inside = y >= 0 && y < area.height && x >= 0 && x < area.width;
+    to[i] = inside ? static_cast<C>(*map.at(n, c, y, x)) : C(0);
+  }
+}
+
+// The channels [c, c + channels), at most kChannels, and zeros.
+template <class T>
+__device__ void stage_packs(Pack<T, kPack<T>>* to, const Map<const T>& map, int64_t n, int64_t c, int channels,
+                            bool packs, const TileArea& area) {
+  const int pixels = area.rows * area.columns;
+  for (int i = threadIdx.x; i < kPacks<T> * pixels; i += blockDim.x) {
+    const int pack = i / pixels, pixel = i % pixels;
+    const int y = area.y + pixel / area.columns, x = area.x + pixel % area.columns;
+    const bool inside = y >= 0 && y < area.height && x >= 0 && x < area.width;
+    const int first = pack * kPack<T>;
+    const T* const from = map.at(n, c + first, inside ? y : 0, inside ? x : 0);
+    if (packs) {
+      to[i] = load_pack<T, kPack<T>>(from, inside && first < channels);
+    } else {
+      Pack<T, kPack<T>> staged;
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j)
+        staged.x[j] = inside && first + j < channels ? from[j * map.c_stride] : static_cast<T>(0.0f);
+      to[i] = staged;
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void read_packs(ComputeType<T> (&to)[kChannels], const Pack<T, kPack<T>>* from, int pixels) {
+#pragma unroll
+  for (int pack = 0; pack < kPacks<T>; ++pack) {
+    const Pack<T, kPack<T>> x = from[pack * pixels];
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) to[pack * kPack<T> + j] = static_cast<ComputeType<T>>(x.x[j]);
+  }
+}
+
+// The same from global memory, of one pixel.
+template <class T>
+__device__ __forceinline__ void read_channels(ComputeType<T> (&to)[kChannels], const Map<const T>& map, int64_t n,
+                                              int64_t c, int64_t y, int64_t x, int channels) {
+  const T* const from = map.at(n, c, y, x);
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j)
+    to[j] = j < channels ? static_cast<ComputeType<T>>(from[j * map.c_stride]) : ComputeType<T>(0);
+}
+
+template <class T>
+__device__ __forceinline__ void write_channels(const ComputeType<T> (&from)[kChannels], const Map<T>& map, int64_t n,
+                                               int64_t c, int64_t y, int64_t x, int channels) {
+  T* const to = map.at(n, c, y, x);
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j)
+    if (j < channels) to[j * map.c_stride] = static_cast<T>(from[j]);
+}
+
+// The prior of a group, to base 2.
+template <class T, class C>
+__device__ void stage_prior(C* to, const LocalRelationArgs<T>& a, int64_t g) {
+  const int taps = static_cast<int>(a.k * a.k);
+  for (int i = threadIdx.x; i < taps; i += blockDim.x)
+    to[i] = a.prior == nullptr ? C(0) : a.prior[g * taps + i] * kLog2E<C>;
+}
+
+// Calls, for each row of each column of the taps of outputs (ho, wo) to (ho + R - 1, wo): load(at, y, x, inside), with
+// the pixel's place in the tile and on the map, and then f(r, key, tap) for each output r that has it. at: of the pixel
+// that tap (0, 0) of output 0 reads.
+template <bool kTiled, int R, class T, class C, class Load, class F>
+__device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const LocalBlock& block, const C* keys,
+                                           int columns, int at, int ho, int wo, Load load, F f) {
+  const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
+  for (int j = 0; j < k; ++j) {
+    const int x = kTiled ? wo + j - before : static_cast<int>(a.stride * wo + a.dilation * (j - before));
+    for (int i = 0; i < k + R - 1; ++i) {
+      const int y = kTiled ? ho + i - before : static_cast<int>(a.stride * ho + a.dilation * (i - before));
+      const bool inside = y >= 0 && y < H && x >= 0 && x < W;
+      if (!inside && !a.zero_border) continue;
+      const int pixel = at + i * columns + j;
+      const C key = kTiled ? keys[pixel] : inside ? static_cast<C>(*a.key.at(block.n, block.g, y, x)) : C(0);
+      load(pixel, y, x, inside);
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        if (static_cast<unsigned>(i - r) < static_cast<unsigned>(k)) f(r, key, (i - r) * k + j);
+    }
+  }
+}
+
+// Adds up `x` of the threads of a warp and leaves the sum in sums[tap], which is this warp's own.
+template <class C>
+__device__ __forceinline__ void add_to_tap(C* sums, int tap, C x) {
+  x = group_sum(x, 32);
+  if (threadIdx.x % 32 == 0) sums[tap] += x;
+}
+
+// What the warps of a block have added, to its share.
+template <class T, class C>
+__device__ void write_share(const LocalRelationParams<T>& p, const LocalBlock& block, const C* sums) {
+  const int taps = static_cast<int>(p.a.k * p.a.k), warps = blockDim.x / 32;
+  C* const share = p.shares + ((block.n * p.tiles_x * p.tiles_y + block.tile) * p.a.G + block.g) * taps;
+  __syncthreads();
+  for (int i = threadIdx.x; i < taps; i += blockDim.x) {
+    C total = 0;
+    for (int warp = 0; warp < warps; ++warp) total += sums[warp * taps + i];
+    share[i] = total;
+  }
+}
+
+// What is in shared memory: numbers of the compute type, [k,k] of the prior, `per_pixel` for each pixel of a tile and,
+// where gradients of the prior are added up, [warps,k,k]; then the packs of the pixels.
+template <class C>
+struct LocalMemory {
+  int taps, warps;
+  int pixels;  // 0: direct
+  int per_pixel;
+  bool sums;
+
+  __host__ __device__ int numbers() const {
+    const int n = taps * (sums ? 1 + warps : 1) + pixels * per_pixel;
+    return (n + 15) / 16 * 16;  // packs follow
+  }
+};
+
+// How a map of rows x columns is divided among blocks; direct, columns are counted otherwise.
+template <class T>
+struct LocalLaunch {
+  LocalRelationParams<T> p;
+  bool tiled;
+  unsigned blocks;
+  int threads;
+  size_t bytes;
+
+  // per_pixel, sums: of LocalMemory.
+  LocalLaunch(const LocalRelationParams<T>& p_, int rows, int columns, int direct_columns, int per_pixel, bool sums)
+      : p(p_) {
+    using C = ComputeType<T>;
+    constexpr size_t kMost = 96 << 10;  // leaves room for two blocks
+    const LocalRelationArgs<T>& a = p.a;
+    const int k = static_cast<int>(a.k);
+    const auto fits = [&](int pixels, int threads) {
+      const LocalMemory<C> memory{k * k, threads / 32, pixels, per_pixel, sums};
+      bytes = memory.numbers() * sizeof(C) + size_t{16} * kPacks<T> * pixels;
+      return bytes <= kMost;
+    };
+    const auto choose = [&](int of_thread, int map_columns, int halo) {
+      p.columns = map_columns;
+      // Columns evenly over tiles of at most 32.
+      p.width = static_cast<int>(ceil_div(map_columns, ceil_div(map_columns, 32)));
+      p.groups = static_cast<int>(std::min<int64_t>(kLocalThreads / p.width, ceil_div(rows, of_thread)));
+      for (;; p.groups = (p.groups + 1) / 2) {
+        threads = static_cast<int>(ceil_div(p.width * p.groups, 32) * 32);
+        const int pixels = halo < 0 ? 0 : (p.groups * of_thread + halo) * (p.width + halo);
+        if (fits(pixels, threads)) break;
+        if (p.groups == 1) return false;
+      }
+      p.tiles_x = static_cast<int>(ceil_div(map_columns, p.width));
+      p.tiles_y = static_cast<int>(ceil_div(rows, p.groups * of_thread));
+      return true;
+    };
+    tiled = a.stride == 1 && a.dilation == 1 && choose(kRows<T, true>, columns, k - 1);
+    if (!tiled) choose(kRows<T, false>, direct_columns, -1);
+    blocks = grid_size(LocalRelation::op, a.N * a.G * p.chunks * int64_t{p.tiles_x} * p.tiles_y);
+  }
+
+  using Kernel = void (*)(LocalRelationParams<T>);
+
+  void run(Kernel tiled_kernel, Kernel direct_kernel, cudaStream_t stream) const {
+    const Kernel chosen_kernel = tiled ? tiled_kernel : direct_kernel;
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(chosen_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    chosen_kernel<<<blocks, threads, bytes, stream>>>(p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  int64_t shares() const { return p.a.N * p.tiles_x * p.tiles_y; }
+};
+
+template <class T>
+bool has_packs(const Map<const T>& map, int64_t m) {
+  return map.c_stride == 1 && m % kPack<T> == 0 && reinterpret_cast<uintptr_t>(map.data) % 16 == 0 &&
+         map.n_stride % kPack<T> == 0 && map.h_stride % kPack<T> == 0 && map.w_stride % kPack<T> == 0;
+}
+
+template <Similarity kSimilarity, class T>
+void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>& a);
+
+}  // namespace relops

@@ -1,0 +1,109 @@
+// local_relation on CUDA: the forward. See cuda.cuh for who does what.
+//
+// Two passes over the window: the largest logit of each output, then exponentials, their sum and eight sums of values.
+// Bound, at 7 x 7 taps, by what both share: per tap and output an exponential, some 16 operations, and, with four
+// outputs a thread, 36 bytes of shared memory for 2.8 of them. At 3 x 3 by memory.
+
+#include "local_relation/cuda.cuh"
+
+namespace relops {
+
+namespace {
+
+template <class T, Similarity kSimilarity, bool kTiled>
+__global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
+    const __grid_constant__ LocalRelationParams<T> p) {
+  using C = ComputeType<T>;
+  constexpr int R = kRows<T, kTiled>;
+  constexpr C kInfinity = std::numeric_limits<C>::infinity();
+  extern __shared__ __align__(16) char memory[];
+  const LocalRelationArgs<T>& a = p.a;
+  const LocalBlock block(p, R);
+  const LocalThread thread(p, R);
+  const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
+  const int channel = block.chunk * kChannels;
+  const int64_t first = block.g * a.m + channel;
+  const int channels = static_cast<int>(min(min(a.channels - first, a.m - channel), int64_t{kChannels}));
+  if (channels <= 0) return;
+
+  const TileArea area{block.y - before, block.x - before, p.groups * R + k - 1, p.width + k - 1, H, W};
+  const int pixels = area.rows * area.columns;
+  const LocalMemory<C> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 1, false};
+  C* const prior = reinterpret_cast<C*>(memory);
+  C* const keys = prior + k * k;
+  auto* const values = reinterpret_cast<Pack<T, kPack<T>>*>(prior + layout.numbers());
+  stage_prior(prior, a, block.g);
+  if constexpr (kTiled) {
+    stage(keys, a.key, block.n, block.g, area);
+    stage_packs(values, a.value, block.n, first, channels, p.packs, area);
+  }
+  __syncthreads();
+
+  const int ho = block.y + thread.row, wo = block.x + thread.column;
+  if (!thread.active || wo >= a.Wo) return;
+  C q[R], most[R], total[R], sums[R][kChannels];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    q[r] = ho + r < a.Ho ? static_cast<C>(*a.query.at(block.n, block.g, ho + r, wo)) : C(0);
+    most[r] = -kInfinity;
+    total[r] = 0;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) sums[r][c] = 0;
+  }
+
+  const int at = thread.row * area.columns + thread.column;
+  const auto logit_of = [&](int r, C key, int tap) {
+    return similarity<kSimilarity>(q[r], key) * kLog2E<C> + prior[tap];
+  };
+  visit_taps<kTiled, R>(
+      a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
+      [&](int r, C key, int tap) { most[r] = max(most[r], logit_of(r, key, tap)); });
+  C value[kChannels];
+  visit_taps<kTiled, R>(
+      a, block, keys, area.columns, at, ho, wo,
+      [&](int pixel, int y, int x, bool inside) {
+        if constexpr (kTiled)
+          read_packs<T>(value, values + pixel, pixels);
+        else
+          read_channels<T>(value, a.value, block.n, first, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
+      },
+      [&](int r, C key, int tap) {
+        const C weight = exp2(logit_of(r, key, tap) - most[r]);
+        total[r] += weight;
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) sums[r][c] += weight * value[c];
+      });
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (ho + r >= a.Ho) break;
+    const C scale = 1 / total[r];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) sums[r][c] *= scale;
+    write_channels<T>(sums[r], a.output, block.n, first, ho + r, wo, channels);
+  }
+}
+
+struct Kernels {
+  template <Similarity kSimilarity, class T>
+  static void forward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
+    const torch::stable::accelerator::DeviceGuard guard(r.value.get_device_index());
+    LocalRelationParams<T> params{a};
+    params.chunks = static_cast<int>(ceil_div(a.m, kChannels));
+    params.packs = has_packs(a.value, a.m);
+    const int Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
+    const LocalLaunch<T> launch(params, Ho, Wo, Wo, 1, false);
+    launch.run(local_relation_kernel<T, kSimilarity, true>, local_relation_kernel<T, kSimilarity, false>,
+               current_stream(r.value.get_device_index()));
+  }
+
+  template <Similarity kSimilarity, class T>
+  static void backward(const LocalRelation& r, const LocalRelationArgs<T>& a, const LocalRelationGrads&) {
+    local_relation_backward<kSimilarity>(r, a);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_LOCAL_RELATION_IMPL(m, LocalRelationOps<Kernels>); }
+
+}  // namespace relops

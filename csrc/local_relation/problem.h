@@ -1,0 +1,255 @@
+// Local relation (LR-Net): what both devices share.
+//
+//   output[c, o] = sum over taps t of p_t value[c, x_t],  p = softmax over taps of similarity(query[g,o], key[g,x_t]) +
+//   prior[g,t]
+//
+// for the channels c of group g. Output o = (ho, wo) sees k x k taps: tap i of an axis is the pixel
+// stride * o + dilation * (i - k / 2). Of taps outside the map, those leave the softmax (border "mask"), or have key 0
+// and value 0 ("zero").
+//
+// With p~ the gradient of p, of which sum over c of grad_output[c] value[c, x_t] is tap t, that of the logit is
+//   l_t = p_t (p~_t - delta),  delta = sum over t of p_t p~_t
+// and what follows is linear in p and l. A pixel meets an output at most once per tap, so that gradients of keys and
+// values are sums over taps, as those of queries are: no two threads add to the same number.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/host_device.h"
+#include "common/tensors.h"
+
+namespace relops {
+
+constexpr int kMaxKernelSize = 63;  // bounds the work of a pixel; MAX_KERNEL_SIZE in relops/ops/local_relation.py
+
+enum class Similarity { kSquaredDifference, kAbsoluteDifference, kProduct };
+
+// F: float, double or a vector of them.
+template <Similarity kSimilarity, class F>
+RELOPS_HOST_DEVICE_INLINE F similarity(F q, F k) {
+  if constexpr (kSimilarity == Similarity::kProduct) {
+    return q * k;
+  } else {
+    const F d = q - k;
+    if constexpr (kSimilarity == Similarity::kSquaredDifference)
+      return -(d * d);
+    else
+      return d < 0 ? d : -d;
+  }
+}
+
+// Its derivative by k and, but for the sign, by q: twice d (kSlopeScale, left to the end of sums) or the sign of d. A
+// product is not handled here: that derivative is the other factor.
+template <Similarity kSimilarity, class F>
+RELOPS_HOST_DEVICE_INLINE F slope(F d) {
+  if constexpr (kSimilarity == Similarity::kSquaredDifference)
+    return d;
+  else
+    return d > 0 ? F{} + 1 : d < 0 ? F{} - 1 : d;  // d: 0 or NaN
+}
+template <Similarity kSimilarity>
+constexpr int kSlopeScale = kSimilarity == Similarity::kSquaredDifference ? 2 : 1;
+
+// [N,C,H,W] by strides in elements; along the row or along the channels they are 1.
+template <class T>
+struct Map {
+  T* data = nullptr;
+  int64_t n_stride = 0, c_stride = 0, h_stride = 0, w_stride = 0;
+  RELOPS_HOST_DEVICE T* at(int64_t n, int64_t c, int64_t h, int64_t w = 0) const {
+    return data + n * n_stride + c * c_stride + h * h_stride + w * w_stride;
+  }
+};
+
+template <class T>
+Map<T> map_of(const Tensor& x) {
+  return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+inline Tensor as_map(const Tensor& x) { return x.stride(3) == 1 || x.stride(1) == 1 ? x : dense(x); }
+
+// The checked arguments of the forward. Letters as in relops/ops/local_relation.py.
+struct LocalRelation {
+  LocalRelation(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& prior_,
+                int64_t k, int64_t stride, int64_t dilation, const std::string& similarity, bool zero_border)
+      : k(k), stride(stride), dilation(dilation), zero_border(zero_border) {
+    STD_TORCH_CHECK(query_.dim() == 4 && key_.dim() == 4 && value_.dim() == 4, op,
+                    ": query, key and value must have 4 dimensions");
+    N = value_.size(0), C = value_.size(1), H = value_.size(2), W = value_.size(3), G = key_.size(1);
+    constexpr int64_t kMaxStep = 1 << 24;
+    const auto in = [](int64_t x, int64_t most) { return x >= 1 && x <= most; };
+    STD_TORCH_CHECK(in(k, kMaxKernelSize) && in(stride, kMaxStep) && in(dilation, kMaxStep), op,
+                    ": kernel_size, stride or dilation is out of range");
+    STD_TORCH_CHECK(H <= kMaxStep && W <= kMaxStep, op, ": a map of more than ", kMaxStep, " rows or columns");
+    STD_TORCH_CHECK(G > 0 || C == 0, op, ": channels need a group");
+    Ho = ceil_div(H, stride), Wo = ceil_div(W, stride);
+    m = G > 0 ? ceil_div(C, G) : 0;
+    if (similarity == "squared_difference")
+      kind = Similarity::kSquaredDifference;
+    else if (similarity == "absolute_difference")
+      kind = Similarity::kAbsoluteDifference;
+    else if (similarity == "product")
+      kind = Similarity::kProduct;
+    else
+      STD_TORCH_CHECK(false, op, ": unknown similarity");
+    check_shape(op, "query", query_, {N, G, Ho, Wo});
+    check_shape(op, "key", key_, {N, G, H, W});
+    if (prior_) check_shape(op, "prior", *prior_, {G, k, k});
+    const auto check = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
+      STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.device() == value_.device(), op, ": ", name,
+                      " has the wrong dtype or device");
+    };
+    check("query", query_, value_.scalar_type());
+    check("key", key_, value_.scalar_type());
+    if (prior_) check("prior", *prior_, compute_dtype(value_.scalar_type()));
+    query = as_map(query_);
+    key = as_map(key_);
+    value = as_map(value_);
+    prior = dense(prior_);
+    channels_last = is_channels_last(value_);
+  }
+
+  Tensor new_output() const {
+    return torch::stable::empty({N, C, Ho, Wo}, value.scalar_type(), std::nullopt, value.device(), std::nullopt,
+                                memory_format(channels_last));
+  }
+
+  static constexpr const char* op = "relops.local_relation";
+  int64_t N, C, G, H, W, Ho, Wo;
+  int64_t m;  // channels of a group; the last groups may have fewer, or none
+  int64_t k, stride, dilation;
+  Similarity kind;
+  bool zero_border, channels_last;
+  Tensor query, key, value;
+  std::optional<Tensor> prior;
+};
+
+// What kernels are given. A gradient that is not wanted has no data.
+template <class T>
+struct LocalRelationArgs {
+  using C = ComputeType<T>;
+
+  int64_t N, channels, G, H, W, Ho, Wo, m;
+  int64_t k, stride, dilation;
+  bool zero_border;
+  Map<const T> query, key, value;  // [N,G,Ho,Wo], [N,G,H,W], [N,channels,H,W]
+  const C* prior;                  // [G,k,k], null: zeros
+  Map<T> output;                   // [N,channels,Ho,Wo]; forward only
+
+  Map<const T> grad_output;  // backward only, from here on
+  Map<T> grad_query, grad_key, grad_value;
+  C* grad_prior;
+
+  explicit LocalRelationArgs(const LocalRelation& r)
+      : N(r.N),
+        channels(r.C),
+        G(r.G),
+        H(r.H),
+        W(r.W),
+        Ho(r.Ho),
+        Wo(r.Wo),
+        m(r.m),
+        k(r.k),
+        stride(r.stride),
+        dilation(r.dilation),
+        zero_border(r.zero_border),
+        query(map_of<const T>(r.query)),
+        key(map_of<const T>(r.key)),
+        value(map_of<const T>(r.value)),
+        prior(r.prior ? static_cast<const C*>(r.prior->const_data_ptr()) : nullptr),
+        grad_prior(nullptr) {}
+
+  // Of group g; the number of channels where no channel is left for it.
+  RELOPS_HOST_DEVICE int64_t first_channel(int64_t g) const { return g * m < channels ? g * m : channels; }
+};
+
+template <class F>
+void dispatch_similarity(Similarity kind, F f) {
+  switch (kind) {
+    case Similarity::kSquaredDifference:
+      return f(std::integral_constant<Similarity, Similarity::kSquaredDifference>{});
+    case Similarity::kAbsoluteDifference:
+      return f(std::integral_constant<Similarity, Similarity::kAbsoluteDifference>{});
+    case Similarity::kProduct:
+      return f(std::integral_constant<Similarity, Similarity::kProduct>{});
+  }
+}
+
+using LocalRelationGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// The ops with the signatures of library.cpp, from the static functions of a device's Kernels, which are not called
+// where there is no channel or no pixel:
+//   template <Similarity, class T> void forward(const LocalRelation&, const LocalRelationArgs<T>&)
+//   template <Similarity, class T> void backward(const LocalRelation&, const LocalRelationArgs<T>&, const
+//   LocalRelationGrads&)
+template <class Kernels>
+struct LocalRelationOps {
+  static Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& prior,
+                        int64_t k, int64_t stride, int64_t dilation, std::string similarity, bool zero_border) {
+    const LocalRelation r(query, key, value, prior, k, stride, dilation, similarity, zero_border);
+    const Tensor output = r.new_output();
+    if (output.numel() == 0) return output;
+    dispatch_features(r.op, r.value.scalar_type(), [&](auto t) {
+      using T = typename decltype(t)::type;
+      LocalRelationArgs<T> a(r);
+      a.output = map_of<T>(output);
+      dispatch_similarity(r.kind, [&](auto kind) { Kernels::template forward<kind()>(r, a); });
+    });
+    return output;
+  }
+
+  static LocalRelationGrads backward(const Tensor& grad_output_, const Tensor& query, const Tensor& key,
+                                     const Tensor& value, const std::optional<Tensor>& prior, int64_t k, int64_t stride,
+                                     int64_t dilation, std::string similarity, bool zero_border,
+                                     std::vector<bool> wanted) {
+    const LocalRelation r(query, key, value, prior, k, stride, dilation, similarity, zero_border);
+    check_shape(r.op, "grad_output", grad_output_, {r.N, r.C, r.Ho, r.Wo});
+    STD_TORCH_CHECK(grad_output_.scalar_type() == r.value.scalar_type() && grad_output_.device() == r.value.device(),
+                    r.op, ": grad_output has the wrong dtype or device");
+    STD_TORCH_CHECK(wanted.size() == 4, r.op, ": wanted must have 4 flags");
+    wanted[3] = wanted[3] && r.prior;
+    const Tensor grad_output = as_map(grad_output_);
+    const Tensor* const of[] = {&query, &key, &value};
+    const auto new_grad = [&](int i) {
+      const Tensor& x = *of[i];
+      return !wanted[i] ? none_like(x)
+                        : torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                               memory_format(is_channels_last(x)));
+    };
+    const LocalRelationGrads grads{
+        new_grad(0), new_grad(1), new_grad(2),
+        wanted[3] ? torch::stable::new_empty(*r.prior, r.prior->sizes()) : none_like(r.value)};
+    const auto& [grad_query, grad_key, grad_value, grad_prior] = grads;
+    if (grad_output.numel() == 0) {
+      for (const Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_prior}) torch::stable::fill_(*grad, 0);
+    } else {
+      dispatch_features(r.op, r.value.scalar_type(), [&](auto t) {
+        using T = typename decltype(t)::type;
+        LocalRelationArgs<T> a(r);
+        a.grad_output = map_of<const T>(grad_output);
+        if (wanted[0]) a.grad_query = map_of<T>(std::get<0>(grads));
+        if (wanted[1]) a.grad_key = map_of<T>(std::get<1>(grads));
+        if (wanted[2]) a.grad_value = map_of<T>(std::get<2>(grads));
+        if (wanted[3]) a.grad_prior = static_cast<ComputeType<T>*>(std::get<3>(grads).mutable_data_ptr());
+        dispatch_similarity(r.kind, [&](auto kind) { Kernels::template backward<kind()>(r, a, grads); });
+      });
+    }
+    return grads;
+  }
+};
+
+// Registers them: RELOPS_LOCAL_RELATION_IMPL(m, LocalRelationOps<Kernels>).
+#define RELOPS_LOCAL_RELATION_IMPL(m, ...)                  \
+  using RelopsOps = __VA_ARGS__;                            \
+  m.impl("local_relation", TORCH_BOX(&RelopsOps::forward)); \
+  m.impl("_local_relation_backward", TORCH_BOX(&RelopsOps::backward))
+
+}  // namespace relops

@@ -1,0 +1,188 @@
+// From a box to weights of pixels: the arithmetic that the CPU and the CUDA half of the region ops share.
+//
+// Every region op but roi_pool is a weighted mean of the pixels of a bin, and its weights are a product of one factor
+// for the row and one for the column: a mean over a grid of bilinear samples (roi_align, ps_roi_align,
+// multi_scale_roi_align), an integral of the bilinear surface over a rectangle (prroi_pool), a mean over a rectangle of
+// pixels (ps_roi_pool). So a box is described axis by axis: per bin, a few pixels and their weights ("taps"). roi_pool
+// takes the maximum over a rectangle, for which the taps say which pixels.
+//
+// Taps are computed in double whatever the features are: there are few of them, and a box may be huge. Only what
+// decides, the number of samples and the edges rounded to pixels, is computed in the type C of the boxes, step by step
+// as torchvision does, so that the decision is the same there, on the CPU and on CUDA.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace relops {
+
+enum class RegionKind {
+  kSampled,   // mean over a grid of bilinear samples
+  kPrecise,   // integral of the bilinear surface
+  kAveraged,  // mean over a rectangle of pixels
+  kMaximum,   // maximum over a rectangle of pixels
+};
+
+struct RegionRule {
+  RegionKind kind;
+  bool aligned = false;    // kSampled: pixel centers lie at half integers, and boxes are not widened to one pixel
+  int sampling_ratio = 0;  // kSampled: samples per bin and axis; <= 0: as many as the bin has pixels, rounded up
+};
+
+// The most samples per bin and axis that may be asked for: what bounds the loops.
+constexpr int kMaxSamplingRatio = 65536;
+
+// The image that a batch index names, still to be compared with [0,N): the integer within 2^-10, so that numerical
+// derivatives can move an index, or else what is left of its fraction, as torchvision has it. NaN and infinities stay.
+template <class C>
+RELOPS_HOST_DEVICE C region_image(C index) {
+  const C nearest = round(index), distance = index - nearest;
+  return distance >= C(-1.0 / 1024) && distance <= C(1.0 / 1024) ? nearest : trunc(index);
+}
+
+// A box on one axis of a feature map of `size` pixels, divided into `bins`.
+struct RegionAxis {
+  RegionRule rule;
+  int size, bins;
+  double start, bin;     // where bin 0 begins, and the length of a bin, in pixels
+  double grid;           // kSampled: samples per bin
+  double scale;          // pixels of the map per unit of the boxes
+  bool widened = false;  // kSampled: to one pixel, so that the length does not depend on the box
+};
+
+// first and last are coordinates of the box, finite.
+template <class C>
+RELOPS_HOST_DEVICE RegionAxis region_axis(RegionRule rule, C first, C last, double scale, int size, int bins) {
+  RegionAxis axis{rule, size, bins, 0, 0, 0, scale};
+  const C begin = product(first, static_cast<C>(scale)), end = product(last, static_cast<C>(scale));
+  if (rule.kind == RegionKind::kSampled) {
+    const double offset = rule.aligned ? 0.5 : 0.0;
+    C length = (end - static_cast<C>(offset)) - (begin - static_cast<C>(offset));
+    axis.start = static_cast<double>(first) * scale - offset;
+    double exact_length = static_cast<double>(last) * scale - offset - axis.start;
+    if (!rule.aligned && exact_length < 1) {
+      axis.widened = true;
+      exact_length = 1;
+    }
+    if (!rule.aligned && length < 1) length = 1;
+    axis.bin = exact_length / bins;
+    axis.grid =
+        rule.sampling_ratio > 0 ? rule.sampling_ratio : ceil(static_cast<double>(length / static_cast<C>(bins)));
+    if (!isfinite(axis.grid)) axis.grid = ceil(axis.bin);  // beyond the range of C
+  } else if (rule.kind == RegionKind::kPrecise) {
+    axis.start = static_cast<double>(first) * scale;
+    axis.bin = (static_cast<double>(last) * scale - axis.start) / bins;
+  } else {
+    const C from = round(begin), to = round(end);
+    C length = to - from + (rule.kind == RegionKind::kMaximum ? 1 : 0);
+    if (!(length >= 1)) length = 1;
+    axis.start = from;
+    axis.bin = length / static_cast<C>(bins);  // of type C, like the edges made from it
+  }
+  return axis;
+}
+
+RELOPS_HOST_DEVICE inline double clamped(double x, double low, double high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// kAveraged and kMaximum: the pixels [begin, end) of a bin.
+struct PixelRange {
+  int begin, end;
+};
+
+template <class C>
+RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
+  const C length = static_cast<C>(axis.bin), start = static_cast<C>(axis.start);
+  // The means leave out the last row and column, as torchvision's forward does.
+  const double limit = axis.rule.kind == RegionKind::kMaximum ? axis.size : axis.size - 1;
+  const C begin = floor(product(static_cast<C>(bin), length)) + start;
+  const C end = ceil(product(static_cast<C>(bin + 1), length)) + start;
+  return {static_cast<int>(clamped(begin, 0, limit < 0 ? 0 : limit)),
+          static_cast<int>(clamped(end, 0, limit < 0 ? 0 : limit))};
+}
+
+// Calls tap(pixel, weight, slope_first, slope_last) for each pixel in [low, high] that the bin reads, in ascending
+// order, at most twice in a row for a sample or a cell; a pixel's weight is the sum over its calls. The slopes are the
+// derivatives of the weight by the box's first and last coordinate. 0 <= low, high < axis.size.
+template <class C, class Tap>
+RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, int high, Tap tap) {
+  switch (axis.rule.kind) {
+    case RegionKind::kSampled: {
+      if (!(axis.grid >= 1) || axis.size < 1) return;
+      const double step = axis.bin / axis.grid, first = axis.start + bin * axis.bin;
+      // Samples that reach the pixels asked for: at the border from a pixel outside on.
+      const double nearest = low - 1, farthest = high + 1;
+      double from = 0, count = axis.grid;
+      if (step != 0) {
+        // One more on either side than the division says; each is checked below.
+        const double a = (nearest - first) / step - 0.5, b = (farthest - first) / step - 0.5;
+        from = clamped(floor(a < b ? a : b) - 1, 0, axis.grid);
+        const double to = clamped(ceil(a < b ? b : a) + 1, -1, axis.grid - 1);
+        // Past 2^53 neighboring numbers are not told apart; what is counted there must still be bounded.
+        const double most = (farthest - nearest) / (step < 0 ? -step : step) + 4;
+        count = to - from + 1 < most ? to - from + 1 : most;
+      }
+      for (int j = 0; j < count; ++j) {
+        const double i = step < 0 ? from + count - 1 - j : from + j;  // so that positions ascend
+        double position = first + (i + 0.5) * step;
+        if (!(position >= -1 && position <= axis.size)) continue;
+        // Beyond the centers of the outer pixels the surface is flat.
+        const bool moves = position > 0 && position < axis.size - 1;
+        position = clamped(position, 0, axis.size - 1);
+        const int pixel = static_cast<int>(position);
+        const double fraction = position - pixel, weight = 1 / axis.grid;
+        const double along = axis.widened ? 0 : (bin + (i + 0.5) / axis.grid) / axis.bins;
+        const double slope = moves ? weight * axis.scale : 0;
+        if (pixel >= low && pixel <= high) tap(pixel, (1 - fraction) * weight, -slope * (1 - along), -slope * along);
+        if (pixel + 1 >= low && pixel + 1 <= high)
+          tap(pixel + 1, fraction * weight, slope * (1 - along), slope * along);
+      }
+      return;
+    }
+    case RegionKind::kPrecise: {
+      if (!(axis.bin > 0)) return;
+      const double a = axis.start + bin * axis.bin, b = a + axis.bin, length = b - a;
+      if (!(length > 0)) return;  // lost in the rounding of a huge start
+      const int begin = static_cast<int>(clamped(floor(a), low - 1, high + 1));
+      const int end = static_cast<int>(clamped(ceil(b), low - 1, high + 1));
+      // How the bin's two ends follow the box's two coordinates.
+      const double a_last = axis.scale * bin / axis.bins, a_first = axis.scale - a_last;
+      const double b_last = axis.scale * (bin + 1) / axis.bins, b_first = axis.scale - b_last;
+      for (int cell = begin; cell < end; ++cell) {
+        const double from = a > cell ? a : cell, to = b < cell + 1 ? b : cell + 1;
+        const double part = (to - from) / length, middle = (from + to) / 2 - cell;
+        for (int right = 0; right < 2; ++right) {
+          const int pixel = cell + right;
+          if (pixel < low || pixel > high) continue;
+          const double weight = part * (right ? middle : 1 - middle);
+          double by_a = weight / length, by_b = -weight / length;
+          if (from == a) by_a -= (right ? a - cell : 1 - (a - cell)) / length;
+          if (to == b) by_b += (right ? b - cell : 1 - (b - cell)) / length;
+          tap(pixel, weight, by_a * a_first + by_b * b_first, by_a * a_last + by_b * b_last);
+        }
+      }
+      return;
+    }
+    case RegionKind::kAveraged:
+    case RegionKind::kMaximum: {
+      const PixelRange range = pixel_range<C>(axis, bin);
+      const double weight = axis.rule.kind == RegionKind::kMaximum ? 1 : 1.0 / (range.end - range.begin);
+      const int begin = range.begin > low ? range.begin : low, end = range.end <= high ? range.end : high + 1;
+      for (int pixel = begin; pixel < end; ++pixel) tap(pixel, weight, 0.0, 0.0);
+      return;
+    }
+  }
+}
+
+// Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), eq. 1, as torchvision computes it: the index of the
+// level of a box among `levels`, of which the first has scale 2^-finest.
+template <class C>
+RELOPS_HOST_DEVICE int region_level(C x1, C y1, C x2, C y2, C canonical_box_size, int canonical_level, int finest,
+                                    int levels) {
+  const C area = product(x2 - x1, y2 - y1);
+  const C side = sqrt(area > 0 ? area : 0);
+  const C level = floor(static_cast<C>(canonical_level) + log2(side / canonical_box_size) + static_cast<C>(1e-6));
+  return static_cast<int>(clamped(level - finest, 0, levels - 1));
+}
+
+}  // namespace relops

@@ -1,0 +1,218 @@
+// relation_attention on CUDA: the forward.
+//
+// A block has 16 or 32 queries and 8 heads; a warp has a head and 16 queries and keeps their running maxima and sums,
+// as in flash attention. See cuda.cuh for the stages. Bound by the issue of instructions: a warp has
+// about 330 for b of 16 pairs and 8 heads, 24 of them products on tensor cores.
+//
+// The running maximum is that of s and the exponent of b together. Thus what is multiplied with values is never above 2
+// and somewhere at least 1, as its 16-bit form needs, without a logarithm.
+
+#include <algorithm>
+
+#include "relation_attention/cuda.cuh"
+
+namespace relops {
+
+namespace {
+
+// Of a tile; b of two tiles is in shared memory.
+template <class C>
+constexpr int kForwardKeys = sizeof(C) == 8 ? 16 : 32;
+constexpr int kForwardRing = 3;
+
+template <class C>
+struct ForwardShared {
+  static constexpr int kKeys = kForwardKeys<C>;
+  HeadWeights<C> weights;
+  BoxTerms<C> keys[kForwardRing][kKeys];
+  unsigned active[kForwardRing];
+  // For every 16 queries; the last of these may be more than one.
+  struct Rows {
+    BoxTerms<C> queries[kOwnRows];
+    C tile[kForwardRing - 1][TileLayout<kKeys>::kSize];
+  };
+  alignas(16) Rows rows[1];
+};
+
+// floor(log2(x)) of a positive number.
+__device__ __forceinline__ float exponent(float x) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(x) >> 23 | 0x4b000000u) - (8388608.0f + 127.0f);
+}
+__device__ __forceinline__ double exponent(double x) {
+  return static_cast<double>(static_cast<int>(std::bit_cast<uint64_t>(x) >> 52) - 1023);
+}
+
+template <class T, bool kExact>
+__global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) void relation_attention_kernel(
+    const __grid_constant__ RelationParams<T> p) {
+  using C = ComputeType<T>;
+  constexpr int kKeys = kForwardKeys<C>;
+  constexpr C kInfinity = std::numeric_limits<C>::infinity(), kLog2E = 1.44269504088896340736;
+  using Layout = TileLayout<kKeys>;
+  extern __shared__ __align__(16) char memory[];
+  ForwardShared<C>& shared = *reinterpret_cast<ForwardShared<C>*>(memory);
+  const RelationAttentionArgs<T>& a = p.a;
+  const RelationBlock block(p, a.Q);
+  auto& rows = shared.rows[threadIdx.x / kHeadThreads];
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, head = warp % kHeads;
+  const int64_t m = block.head + head;
+  const bool* mask = a.mask == nullptr ? nullptr : a.mask + block.n * a.K;
+
+  load_head_weights(shared.weights, a, block.head, block.heads, false);
+  __syncthreads();
+  load_boxes(rows.queries, kOwnRows, a.query_boxes + 4 * block.n * a.Q, block.first, a.Q, nullptr, shared.weights.waves,
+             threadIdx.x % kHeadThreads, kHeadThreads);
+
+  const unsigned own_active = (1u << block.rows) - 1;
+  const C scale = a.scale * kLog2E;
+  const int channel = block.chunk * kColumns<T>;
+  C sums[kColumns<T> / 8][4], maximum[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kColumns<T> / 8; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[i][j] = 0;
+
+  const unsigned tiles = static_cast<unsigned>(ceil_div(a.K, kKeys));
+#pragma unroll 1
+  for (unsigned step = 0; step < tiles + 2; ++step) {
+    const unsigned slot = step % kForwardRing;
+    if (step < tiles) {
+      load_boxes(shared.keys[slot], kKeys, a.key_boxes + 4 * block.n * a.K, int64_t{step} * kKeys, a.K, mask,
+                 shared.weights.waves, threadIdx.x, blockDim.x);
+      if (warp == 0) {
+        const unsigned active = active_bits(kKeys, int64_t{step} * kKeys, a.K, mask);
+        if (lane == 0) shared.active[slot] = active;
+      }
+    }
+    if (step > 0 && step <= tiles)
+      compute_logits<kKeys>(shared.weights, rows.queries, shared.keys[(slot + kForwardRing - 1) % kForwardRing],
+                            a.by_query, rows.tile[(step - 1) % 2]);
+    const int64_t key = (int64_t{step} - 2) * kKeys;
+    const unsigned active = step < 2 ? 0 : shared.active[(slot + 1) % kForwardRing];
+    if (active != 0 && head < block.heads) {
+      const C* tile = rows.tile[step % 2];
+      C scores[kKeys / 8][4] = {};
+      dot_rows<kKeys, kExact>(scores, TileRows<T>(a.query, block.n, block.first, m, own_active, a.D, p.vector),
+                              TileRows<T>(a.key, block.n, key, m, active, a.D, p.vector));
+      C highest[2] = {maximum[0], maximum[1]};
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int k = 8 * j + 2 * t + i % 2;
+          const bool there = active >> k & 1;
+          const C weight = floored(tile[Layout::at(head, g + i / 2 * 8, k)]);
+          scores[j][i] = there ? scores[j][i] * scale : -kInfinity;
+          highest[i / 2] = max(highest[i / 2], scores[j][i] + exponent(weight));
+        }
+      C shift[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const C high = group_max(highest[row], 4);
+        shift[row] = high == -kInfinity ? 0 : high;
+        const C factor = exp2(maximum[row] - shift[row]);
+        maximum[row] = high;
+        total[row] *= factor;
+#pragma unroll
+        for (int i = 0; i < kColumns<T> / 8; ++i) {
+          sums[i][2 * row] *= factor;
+          sums[i][2 * row + 1] *= factor;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int k = 8 * j + 2 * t + i % 2;
+          const C weight = floored(tile[Layout::at(head, g + i / 2 * 8, k)]);
+          scores[j][i] = active >> k & 1 ? weight * exp2(scores[j][i] - shift[i / 2]) : 0;
+          total[i / 2] += scores[j][i];
+        }
+      add_rows<kKeys, kExact>(sums, scores, TileRows<T>(a.value, block.n, key, m, active, a.Dv, p.vector), channel);
+    }
+    __syncthreads();
+  }
+
+  if (head >= block.heads) return;
+  const int64_t row = (block.n * a.Q + block.first) * a.M + m;
+  C factor[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    total[i] = group_sum(total[i], 4);
+    factor[i] = total[i] == 0 ? 0 : 1 / total[i];  // zero: no key, as the highest weight is at least 1
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (a.delta != nullptr) {
+      C dots[2];
+      dot_sums<T>(sums, factor, a.grad_output.at(block.n, block.first, m), a.grad_output.i_stride, block.rows, channel,
+                  static_cast<int>(a.Dv), dots);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (t == 0 && g + 8 * i < block.rows)
+          a.delta[block.chunk * a.N * a.Q * a.M + row + (g + 8 * i) * a.M] = dots[i];
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (t == 0 && block.chunk == 0 && g + 8 * i < block.rows)
+      a.logsumexp[row + (g + 8 * i) * a.M] = total[i] == 0 ? kInfinity : (maximum[i] + log2(total[i])) / kLog2E;
+  }
+  store_rows<T>(sums, factor, a.output + row * a.Dv, a.M * a.Dv, block.rows, own_active, channel,
+                static_cast<int>(a.Dv), p.vector);
+}
+
+template <class T, bool kExact>
+void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
+  using Shared = ForwardShared<ComputeType<T>>;
+  RelationParams<T> p{a};
+  p.vector = are_packs(a.query, a.D) && are_packs(a.key, a.D) && are_packs(a.value, a.Dv);
+  p.groups = static_cast<unsigned>(ceil_div(a.M, kHeads));
+  p.chunks = static_cast<unsigned>(ceil_div(a.Dv, kColumns<T>));
+  // Twice the queries read keys and values half as often from L2, where that leaves blocks enough.
+  constexpr int64_t kManyBlocks = 256;
+  const int64_t others = a.N * p.groups * p.chunks, tiles = ceil_div(a.Q, kOwnRows);
+  p.row_tiles = sizeof(T) < 8 && others * tiles >= kManyBlocks && tiles > 1 ? 2 : 1;
+  p.row_blocks = static_cast<unsigned>(ceil_div(tiles, p.row_tiles));
+  const unsigned blocks = grid_size("relops.relation_attention", others * p.row_blocks);
+  const int threads = p.row_tiles * kHeadThreads;
+  const size_t bytes = sizeof(Shared) + (p.row_tiles - 1) * sizeof(typename Shared::Rows);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(relation_attention_kernel<T, kExact>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+  relation_attention_kernel<T, kExact><<<blocks, threads, bytes, stream>>>(p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+template <class T>
+void launch_delta(RelationAttentionArgs<T> a, float* shares, cudaStream_t stream) {
+  a.delta = shares;
+  launch_forward<T, true>(a, stream);
+}
+
+template void launch_delta(RelationAttentionArgs<Half>, float*, cudaStream_t);
+template void launch_delta(RelationAttentionArgs<BFloat16>, float*, cudaStream_t);
+
+namespace {
+
+struct Kernels {
+  template <class T>
+  static void forward(const RelationAttention& r, const RelationAttentionArgs<T>& a) {
+    const torch::stable::accelerator::DeviceGuard guard(r.query.get_device_index());
+    const cudaStream_t stream = current_stream(r.query.get_device_index());
+    dispatch_exact<T>(r.allow_tf32, [&](auto exact) { launch_forward<T, exact>(a, stream); });
+  }
+
+  template <class T>
+  static void backward(const RelationAttention& r, const RelationAttentionArgs<T>& a) {
+    relation_attention_backward(r, a);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_RELATION_ATTENTION_IMPL(m, RelationAttentionOps<Kernels>); }
+
+}  // namespace relops

@@ -1,0 +1,177 @@
+// nms, batched_nms and nms_padded: what the CPU and the CUDA half share: their signatures in library.cpp, led to one
+// description of the work, and its checks. The order of scores serves soft_nms, too.
+//
+// These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
+// people are raised by relops/ops/_boxes.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include "common/boxes.h"
+#include "common/tensors.h"
+
+namespace relops {
+
+// An unsigned integer as wide as the score.
+template <class S>
+using ScoreKey = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+
+// Of an entry that does not count; no score has it.
+template <class S>
+constexpr ScoreKey<S> kNoKey = ~ScoreKey<S>{0};
+
+// Ascending keys are descending scores, and equal scores (0 and -0 too) have equal keys. The score is no NaN.
+template <class S>
+RELOPS_HOST_DEVICE inline ScoreKey<S> score_key(S score) {
+  constexpr ScoreKey<S> kSign = ScoreKey<S>{1} << (8 * sizeof(S) - 1);
+  score += 0;  // -0 becomes 0
+  ScoreKey<S> bits;
+  memcpy(&bits, &score, sizeof(bits));
+  return bits & kSign ? bits : bits ^ ~kSign;
+}
+
+// Whether the entry is there: its coordinates are finite, and its score is beyond the threshold (NaN: any number).
+template <class Compute, class S>
+RELOPS_HOST_DEVICE inline bool counts(const Compute* box, S score, S score_threshold) {
+  for (int i = 0; i < 4; ++i)
+    if (!(box[i] - box[i] == 0)) return false;
+  return score == score && !(score <= score_threshold);
+}
+
+// A box and its share: t / (1 + t) of its area, less what rounding may add to that or take from an intersection. For
+// intersection > t / (1 + t) (area + area) is IoU > t but for rounding; so where two boxes intersect in no more than
+// the sum of their shares, neither suppresses the other, and where they do, suppresses() decides.
+template <class Compute>
+struct SharedBox {
+  Box<Compute> box;
+  Compute share;
+};
+
+template <class Compute>
+RELOPS_HOST_DEVICE inline SharedBox<Compute> with_share(const Box<Compute>& box, Compute threshold) {
+  constexpr double kMargin = 1 - 1.0 / (1 << 16);
+  constexpr Compute kSmallest =
+      sizeof(Compute) == 8 ? Compute(4.9406564584124654e-324) : Compute(1.4012984643248171e-45f);
+  const Compute share = static_cast<Compute>(threshold / (1.0 + threshold) * kMargin * area(box)) - kSmallest;
+  return {box, larger(share, Compute(0))};
+}
+
+// Whether one of the boxes, if kept, suppresses the other.
+template <class Compute>
+RELOPS_HOST_DEVICE inline bool suppresses(const Box<Compute>& a, const Box<Compute>& b, Compute threshold) {
+  return iou(area(a), area(b), intersection(a, b)) > threshold;
+}
+
+struct NmsProblem {
+  NmsProblem(const char* op, const Tensor& boxes_, const Tensor& scores_, const std::optional<Tensor>& idxs_,
+             double iou_threshold, double score_threshold = NAN)
+      : op(op), iou_threshold(iou_threshold), score_threshold(score_threshold) {
+    batched = boxes_.dim() == 3;
+    STD_TORCH_CHECK((batched || boxes_.dim() == 2) && boxes_.size(-1) == 4, op, ": boxes must be [K,4] or [B,K,4]");
+    B = batched ? boxes_.size(0) : 1;
+    K = boxes_.size(-2);
+    STD_TORCH_CHECK(B * K < std::numeric_limits<int32_t>::max(), op, ": more than 2^31 - 1 boxes");
+    check_wide("boxes", boxes_);
+    check_wide("scores", scores_);
+    check_entries("scores", scores_);
+    boxes = dense(boxes_);
+    scores = dense(scores_);
+    if (idxs_) {
+      STD_TORCH_CHECK(idxs_->scalar_type() == ScalarType::Long, op, ": idxs must be int64");
+      check_entries("idxs", *idxs_);
+      idxs = dense(*idxs_);
+    }
+    STD_TORCH_CHECK(iou_threshold >= 0 && iou_threshold <= 1, op, ": iou_threshold must be in [0, 1]");
+  }
+
+  void check_wide(const char* name, const Tensor& tensor) const {
+    STD_TORCH_CHECK(tensor.scalar_type() == compute_dtype(tensor.scalar_type()), op, ": ", name,
+                    " must be float32 or float64");
+  }
+
+  void check_entries(const char* name, const Tensor& tensor) const {
+    if (batched)
+      check_shape(op, name, tensor, {B, K});
+    else
+      check_shape(op, name, tensor, {K});
+  }
+
+  const char* op;
+  double iou_threshold;
+  double score_threshold;  // NaN: none
+  bool batched;
+  int64_t B, K;
+  Tensor boxes, scores;        // [B,K,4], [B,K]; without B where not batched
+  std::optional<Tensor> idxs;  // [B,K]
+};
+
+struct Kept {
+  Kept(const NmsProblem& p, int64_t max_output)
+      : keep(p.batched ? new_int64(p.boxes, {p.B, max_output}) : new_int64(p.boxes, {max_output})),
+        count(p.batched ? new_int64(p.boxes, {p.B}) : new_int64(p.boxes, {})) {}
+
+  static Tensor new_int64(const Tensor& like, std::initializer_list<int64_t> shape) {
+    return torch::stable::new_empty(like, shape, ScalarType::Long);
+  }
+
+  Tensor keep;   // [B,max_output]: of each image the indices of the entries kept, then -1
+  Tensor count;  // [B]
+};
+
+// Calls f(Type<Compute>{}, Type<S>{}) for boxes of type Compute and scores of type S.
+template <class F>
+void dispatch_boxes_and_scores(const NmsProblem& p, F f) {
+  const bool wide_scores = p.scores.scalar_type() == ScalarType::Double;
+  if (p.boxes.scalar_type() == ScalarType::Double)
+    wide_scores ? f(Type<double>{}, Type<double>{}) : f(Type<double>{}, Type<float>{});
+  else
+    wide_scores ? f(Type<float>{}, Type<double>{}) : f(Type<float>{}, Type<float>{});
+}
+
+// The ops with the signatures of library.cpp, from a device's
+//   Kept suppress(const NmsProblem&, int64_t max_output) and
+//   int64_t read(const Tensor& count), which waits for the device.
+template <auto kSuppress, auto kRead>
+struct NmsOps {
+  static Tensor trimmed(const NmsProblem& p) {
+    STD_TORCH_CHECK(!p.batched, p.op, ": boxes must be [K,4]");
+    const Kept kept = kSuppress(p, p.K);
+    Tensor keep = kept.keep;
+    return torch::stable::narrow(keep, 0, 0, kRead(kept.count));
+  }
+
+  static Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+    return trimmed({"relops.nms", boxes, scores, std::nullopt, iou_threshold});
+  }
+
+  static Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold) {
+    return trimmed({"relops.batched_nms", boxes, scores, idxs, iou_threshold});
+  }
+
+  static std::tuple<Tensor, Tensor> nms_padded(const Tensor& boxes, const Tensor& scores, double iou_threshold,
+                                               int64_t max_output, std::optional<Tensor> idxs,
+                                               std::optional<double> score_threshold) {
+    const NmsProblem p("relops.nms_padded", boxes, scores, idxs, iou_threshold, score_threshold.value_or(NAN));
+    STD_TORCH_CHECK(max_output >= 0, p.op, ": max_output must not be negative");
+    const Kept kept = kSuppress(p, max_output);
+    return {kept.keep, kept.count};
+  }
+};
+
+template <auto kSuppress, auto kRead>
+void register_nms(auto& m) {
+  using Ops = NmsOps<kSuppress, kRead>;
+  m.impl("nms", TORCH_BOX(&Ops::nms));
+  m.impl("batched_nms", TORCH_BOX(&Ops::batched_nms));
+  m.impl("nms_padded", TORCH_BOX(&Ops::nms_padded));
+}
+
+}  // namespace relops

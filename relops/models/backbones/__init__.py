@@ -1,0 +1,1 @@
+"""Networks whose maps detectors work on. `relops.models` exports those that users build by name."""

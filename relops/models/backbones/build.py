@@ -1,0 +1,53 @@
+"""Bodies by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from relops.models.backbones.base import Body
+from relops.models.backbones.lr_net import lr_net26, lr_net50
+from relops.models.backbones.resnet import resnet18, resnet34, resnet50, resnet101
+from relops.models.backbones.vgg import vgg16
+from relops.models.backbones.zf import zf
+
+NORM_SUFFIXES = {"bn": "batch", "frozen": "frozen", "gn": "group"}
+BODIES: dict[str, Callable[..., Body]] = {
+    "lr_net26": lambda **options: lr_net26(None, **options),
+    "lr_net50": lambda **options: lr_net50(None, **options),
+    "vgg16": lambda **options: vgg16(None, **options),
+    "zf": zf,
+    "resnet18": lambda **options: resnet18(None, **options),
+    "resnet34": lambda **options: resnet34(None, **options),
+    "resnet50": lambda **options: resnet50(None, **options),
+    "resnet101": lambda **options: resnet101(None, **options),
+}
+
+
+def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
+    """Return a body by name, without its classifier.
+
+    Args:
+        name: vgg16, zf, resnet18, resnet34, resnet50, resnet101, lr_net26 or lr_net50. All but the last two may have a
+            normalization behind it, -bn, -frozen or -gn; ResNets and LR-Nets may have a width behind that, 64 where
+            there is none, as in resnet18-gn-32 and lr_net26-32.
+        frozen_stages: so many stages are not trained.
+        options: of the network (`stages` and `dilated` of ResNets and LR-Nets).
+    """
+    found = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
+    if not found:
+        raise ValueError(
+            f"relops.models: backbone must be one of {', '.join(BODIES)}, with -{', -'.join(NORM_SUFFIXES)} or "
+            f"nothing behind it, and of a ResNet or LR-Net -WIDTH behind that, got {name!r}"
+        )
+    kind, norm, width = found.groups()
+    if norm:
+        options["norm"] = NORM_SUFFIXES[norm]
+    if width:
+        options["width"] = int(width)
+    body = BODIES[kind](**options)
+    for part in body.parts()[:frozen_stages]:
+        for module in part:
+            module.requires_grad_(False)
+    return body

@@ -1,0 +1,1 @@
+"""Weights that others trained, under the names that they gave."""
