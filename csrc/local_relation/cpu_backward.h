@@ -7,7 +7,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   using Base = LocalRelationWorker<kSimilarity, T>;
   using Base::V, Base::a_, Base::rows_, Base::columns_, Base::key_at_, Base::value_at_, Base::weights_, Base::taps_,
       Base::tap_, Base::n_, Base::g_, Base::first_channel_, Base::channels_;
-  using typename Base::C, typename Base::Item;
+  using typename Base::Compute, typename Base::Item;
 
  public:
   LocalRelationBackward(const LocalRelationArgs<T>& a, const WindowRows& rows, const WindowColumns& columns,
@@ -25,24 +25,24 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     grad_ring_ = this->zeros(output_ring_ * a.m * line);
     if (want_value_) weight_ring_ = this->zeros(output_ring_ * taps_ * line);
     if (want_key_) logit_ring_ = this->zeros(output_ring_ * taps_ * line);
-    grads_ = this->scratch_.template take<C>(taps_ * V);
-    query_sums_ = this->scratch_.template take<C>(columns.width);
+    grads_ = this->scratch_.template take<Compute>(taps_ * V);
+    query_sums_ = this->scratch_.template take<Compute>(columns.width);
     sums_ = this->zeros((keeps_sums_ ? this->ring_ * columns.parts.size() : 1) * sums_size());
-    if (a.grad_prior != nullptr) prior_ = this->scratch_.template take<C>(taps_ * V);
+    if (a.grad_prior != nullptr) prior_ = this->scratch_.template take<Compute>(taps_ * V);
     reads_ = this->scratch_.template take<Read>(taps_);
   }
 
   void operator()(const Item& item) {
     for (int64_t g = item.g; g < item.g_end; ++g) {
       this->start(item.n, g);
-      if (a_.grad_prior != nullptr) std::fill_n(prior_, taps_ * V, C(0));
+      if (a_.grad_prior != nullptr) std::fill_n(prior_, taps_ * V, Compute(0));
       if (channels_ == 0)
         clear(item);
       else
         strip(item);
       if (a_.grad_prior != nullptr) {
         double* const share = prior_shares_ + ((item.n * items_.strips + item.strip) * a_.G + g) * taps_;
-        for (int64_t tap = 0; tap < taps_; ++tap) share[tap] = sum<C>(load(prior_ + tap * V));
+        for (int64_t tap = 0; tap < taps_; ++tap) share[tap] = sum<Compute>(load(prior_ + tap * V));
       }
     }
   }
@@ -51,7 +51,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   // An output that reads the row of inputs at hand: its weight and gradient of the logit in the rings, of the output
   // that reads column 0 of the phase, and that output's query and gradient.
   struct Read {
-    const C *weight, *logit, *query, *grad;
+    const Compute *weight, *logit, *query, *grad;
   };
 
   void strip(const Item& item) {
@@ -73,7 +73,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   int64_t sums_size() const { return (1 + a_.m) * columns_.width; }
 
   // Of the gradients of a row of inputs, where they are kept: they are 0 between strips.
-  C* sums_of(int64_t y, int64_t part) const {
+  Compute* sums_of(int64_t y, int64_t part) const {
     return sums_ + (y % this->ring_ * static_cast<int64_t>(columns_.parts.size()) + part) * sums_size();
   }
 
@@ -86,19 +86,19 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   // Everything that depends on a row of outputs; `own`: it is this strip's, not a neighbor's.
   void row(int64_t ho, bool own) {
     const int64_t output_line = columns_.output_line, slot = ho % output_ring_;
-    C* const query = query_ring_ + slot * output_line + columns_.output_left;
-    C* const grad = grad_ring_ + slot * a_.m * output_line + columns_.output_left;
-    C* const weight = want_value_ ? weight_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
-    C* const logit = want_key_ ? logit_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
+    Compute* const query = query_ring_ + slot * output_line + columns_.output_left;
+    Compute* const grad = grad_ring_ + slot * a_.m * output_line + columns_.output_left;
+    Compute* const weight = want_value_ ? weight_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
+    Compute* const logit = want_key_ ? logit_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
     this->unpack_inputs(ho);
     unpack_line(a_.query.at(n_, g_, ho), a_.query.c_stride, a_.query.w_stride, 1, a_.Wo, query, output_line);
     unpack_line(a_.grad_output.at(n_, first_channel_, ho), a_.grad_output.c_stride, a_.grad_output.w_stride, channels_,
                 a_.Wo, grad, output_line);
     this->find_taps(ho);
     for (int64_t w = 0; w < columns_.width; w += V) {
-      const Vec<C> q = load(query + w);
-      const Vec<C> scale = 1 / this->weigh(w, q);
-      const Vec<C> delta = grads_of_weights(w, scale, grad, weight);
+      const Vec<Compute> q = load(query + w);
+      const Vec<Compute> scale = 1 / this->weigh(w, q);
+      const Vec<Compute> delta = grads_of_weights(w, scale, grad, weight);
       if (want_logits_) grads_of_logits(w, q, delta, logit, own);
     }
     if (own && a_.grad_query.data != nullptr)
@@ -107,72 +107,74 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   }
 
   // Divides weights_ by their sum, keeps them in the ring, and leaves the gradients of weights in grads_. Gives delta.
-  Vec<C> grads_of_weights(int64_t w, Vec<C> scale, const C* grad, C* ring) {
+  Vec<Compute> grads_of_weights(int64_t w, Vec<Compute> scale, const Compute* grad, Compute* ring) {
     const int64_t count = this->count_, reaching = this->reaching_, line = columns_.output_line;
-    C *const weights = weights_, *const grads = grads_;
+    Compute *const weights = weights_, *const grads = grads_;
     if (w + V > a_.Wo) {  // past the end of the row there is no output, and what was computed there may be anything
-      const VecInt<C> there = lanes<C>([](Int<C> j) { return j; }) < broadcast_int<C>(static_cast<Int<C>>(a_.Wo - w));
-      for (int64_t i = 0; i < count; ++i) store(weights + i * V, there ? load(weights + i * V) : Vec<C>{});
-      scale = there ? scale : Vec<C>{};
+      const VecInt<Compute> there = lanes<Compute>([](Int<Compute> j) { return j; }) <
+                                    broadcast_int<Compute>(static_cast<Int<Compute>>(a_.Wo - w));
+      for (int64_t i = 0; i < count; ++i) store(weights + i * V, there ? load(weights + i * V) : Vec<Compute>{});
+      scale = there ? scale : Vec<Compute>{};
     }
     for (int64_t i = 0; i < count; ++i) {
-      const Vec<C> p = load(weights + i * V) * scale;
+      const Vec<Compute> p = load(weights + i * V) * scale;
       store(weights + i * V, p);
       if (ring != nullptr && i < reaching) store(ring + tap_[i] * line + w, p);
     }
     if (!want_logits_) return scale;
     for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
       constexpr int R = n;
-      const auto g = batch<C, R>([&](int r) __attribute__((always_inline)) { return load(grad + (c + r) * line + w); });
-      const auto add = [&](int64_t i, Vec<C> sum) __attribute__((always_inline)) {
-        const C* const value = value_at_[i] + c * columns_.line + w;
-        Vec<C> odd = {};
+      const auto g =
+          batch<Compute, R>([&](int r) __attribute__((always_inline)) { return load(grad + (c + r) * line + w); });
+      const auto add = [&](int64_t i, Vec<Compute> sum) __attribute__((always_inline)) {
+        const Compute* const value = value_at_[i] + c * columns_.line + w;
+        Vec<Compute> odd = {};
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          Vec<C>& to = r % 2 ? odd : sum;
+          Vec<Compute>& to = r % 2 ? odd : sum;
           to += g.v[r] * load(value + r * columns_.line);
         }
         store(grads + i * V, sum + odd);
       };
       if (c == 0)
-        for (int64_t i = 0; i < reaching; ++i) add(i, Vec<C>{});
+        for (int64_t i = 0; i < reaching; ++i) add(i, Vec<Compute>{});
       else
         for (int64_t i = 0; i < reaching; ++i) add(i, load(grads + i * V));
     });
-    return sum_over<C>(reaching, [&](int64_t i) __attribute__((always_inline)) {
+    return sum_over<Compute>(reaching, [&](int64_t i) __attribute__((always_inline)) {
       return load(weights + i * V) * load(grads + i * V);
     });
   }
 
   // The gradients of logits into the ring, and what is the sum of them over taps, or over outputs.
-  void grads_of_logits(int64_t w, Vec<C> q, Vec<C> delta, C* ring, bool own) {
+  void grads_of_logits(int64_t w, Vec<Compute> q, Vec<Compute> delta, Compute* ring, bool own) {
     const int64_t line = columns_.output_line, reaching = this->reaching_;
-    const C *const weights = weights_, *const grads = grads_;
-    const C* const* const key_at = key_at_;
+    const Compute *const weights = weights_, *const grads = grads_;
+    const Compute* const* const key_at = key_at_;
     const int32_t* const taps = tap_;
-    C* const prior = own ? prior_ : nullptr;
-    const auto add = [&](int64_t i, Vec<C> of_weight) __attribute__((always_inline)) {
-      const Vec<C> l = load(weights + i * V) * (of_weight - delta), k = load(key_at[i] + w);
+    Compute* const prior = own ? prior_ : nullptr;
+    const auto add = [&](int64_t i, Vec<Compute> of_weight) __attribute__((always_inline)) {
+      const Vec<Compute> l = load(weights + i * V) * (of_weight - delta), k = load(key_at[i] + w);
       if (prior != nullptr) {
-        C* const sum = prior + taps[i] * V;
+        Compute* const sum = prior + taps[i] * V;
         store(sum, load(sum) + l);
       }
       if (ring != nullptr && i < reaching) store(ring + taps[i] * line + w, l);
       if constexpr (kSimilarity == Similarity::kProduct)
         return l * k;
       else
-        return -l * slope<kSimilarity, Vec<C>>(q - k);
+        return -l * slope<kSimilarity, Vec<Compute>>(q - k);
     };
-    Vec<C> grad =
-        sum_over<C>(reaching, [&](int64_t i) __attribute__((always_inline)) { return add(i, load(grads + i * V)); });
-    for (int64_t i = reaching; i < this->count_; ++i) grad += add(i, Vec<C>{});
-    if (own) store(query_sums_ + w, grad * C(kSlopeScale<kSimilarity>));
+    Vec<Compute> grad = sum_over<Compute>(
+        reaching, [&](int64_t i) __attribute__((always_inline)) { return add(i, load(grads + i * V)); });
+    for (int64_t i = reaching; i < this->count_; ++i) grad += add(i, Vec<Compute>{});
+    if (own) store(query_sums_ + w, grad * Compute(kSlopeScale<kSimilarity>));
   }
 
   // The gradients of a row of inputs. Where no output reads a row or a phase of it, they are zero already.
   void inputs(int64_t y) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part) {
-      C* const sums = keeps_sums_ ? sums_of(y, part) : sums_;
+      Compute* const sums = keeps_sums_ ? sums_of(y, part) : sums_;
       if (!keeps_sums_) {
         const int64_t count = find_reads(y, part, 0, a_.k);
         if (count == 0) continue;
@@ -186,16 +188,17 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
         pack_line(sums + columns_.width, columns_.width, channels_, columns.columns,
                   a_.grad_value.at(n_, first_channel_, y, columns.phase), a_.grad_value.c_stride,
                   a_.grad_value.w_stride * a_.stride);
-      if (keeps_sums_) std::fill_n(sums, sums_size(), C(0));
+      if (keeps_sums_) std::fill_n(sums, sums_size(), Compute(0));
     }
   }
 
   // sums [1+m,width]: of the key and of the values of a row of inputs, over the reads at hand; `more`: added to them.
-  void sum_reads(int64_t count, int64_t y, int64_t part, C* sums, bool more) {
+  void sum_reads(int64_t count, int64_t y, int64_t part, Compute* sums, bool more) {
     const int64_t columns = columns_.parts[part].columns;
-    const C* const key = this->key_ring_ + y % this->ring_ * columns_.line + part * columns_.part_size + columns_.left;
+    const Compute* const key =
+        this->key_ring_ + y % this->ring_ * columns_.line + part * columns_.part_size + columns_.left;
     for (int64_t j = 0; want_key_ && j < columns; j += V) {
-      const Vec<C> grad = grad_of_keys(count, j, key);
+      const Vec<Compute> grad = grad_of_keys(count, j, key);
       store(sums + j, more ? load(sums + j) + grad : grad);
     }
     for (int64_t j = 0; want_value_ && j < columns; j += V) grad_of_values(count, j, sums + columns_.width + j, more);
@@ -220,29 +223,29 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     return count;
   }
 
-  Vec<C> grad_of_keys(int64_t count, int64_t j, const C* key) const {
-    const Vec<C> k = load(key + j);
+  Vec<Compute> grad_of_keys(int64_t count, int64_t j, const Compute* key) const {
+    const Vec<Compute> k = load(key + j);
     const Read* const reads = reads_;
-    const Vec<C> grad = sum_over<C>(count, [&](int64_t i) __attribute__((always_inline)) {
-      const Vec<C> q = load(reads[i].query + j), l = load(reads[i].logit + j);
+    const Vec<Compute> grad = sum_over<Compute>(count, [&](int64_t i) __attribute__((always_inline)) {
+      const Vec<Compute> q = load(reads[i].query + j), l = load(reads[i].logit + j);
       if constexpr (kSimilarity == Similarity::kProduct)
         return l * q;
       else
-        return l * slope<kSimilarity, Vec<C>>(q - k);
+        return l * slope<kSimilarity, Vec<Compute>>(q - k);
     });
-    return grad * C(kSlopeScale<kSimilarity>);
+    return grad * Compute(kSlopeScale<kSimilarity>);
   }
 
-  void grad_of_values(int64_t count, int64_t j, C* to, bool more) {
+  void grad_of_values(int64_t count, int64_t j, Compute* to, bool more) {
     for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
       constexpr int R = n;
-      const Batch<C, R> sums = weighted_sums<C, R>(
+      const Batch<Compute, R> sums = weighted_sums<Compute, R>(
           count, columns_.output_line,
           [&](int64_t i) __attribute__((always_inline)) { return load(reads_[i].weight + j); },
           [&](int64_t i) __attribute__((always_inline)) { return reads_[i].grad + c * columns_.output_line + j; });
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        C* const p = to + (c + r) * columns_.width;
+        Compute* const p = to + (c + r) * columns_.width;
         store(p, more ? load(p) + sums.v[r] : sums.v[r]);
       }
     });
@@ -253,7 +256,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     const auto rows = [&](const Map<T>& grad, int64_t begin, int64_t end, int64_t columns) {
       if (grad.data == nullptr) return;
       for (int64_t y = begin; y < end; ++y)
-        for (int64_t x = 0; x < columns; ++x) *grad.at(n_, g_, y, x) = static_cast<T>(C(0));
+        for (int64_t x = 0; x < columns; ++x) *grad.at(n_, g_, y, x) = static_cast<T>(Compute(0));
     };
     rows(a_.grad_query, item.begin, item.end, a_.Wo);
     rows(a_.grad_key, items_.input_begin(item), items_.input_end(item), a_.W);
@@ -262,13 +265,13 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   const LocalRelationItems& items_;
   double* const prior_shares_;  // [N,strips,G,k,k]
   bool want_key_, want_value_, want_logits_, want_inputs_;
-  bool keeps_sums_;                                   // of the gradients of inputs, instead of the weights of outputs
-  int64_t output_ring_;                               // row ho of outputs is in slot ho % output_ring
-  C *query_ring_, *grad_ring_;                        // [ring,line], [ring,m,line]
-  C *weight_ring_ = nullptr, *logit_ring_ = nullptr;  // [ring,k*k,line]
-  C *grads_, *query_sums_;                            // [k*k,V], [width]
-  C* sums_;                                           // [1+m,width] or, where these are kept, [ring,parts,1+m,width]
-  C* prior_ = nullptr;                                // [k*k,V]
+  bool keeps_sums_;                   // of the gradients of inputs, instead of the weights of outputs
+  int64_t output_ring_;               // row ho of outputs is in slot ho % output_ring
+  Compute *query_ring_, *grad_ring_;  // [ring,line], [ring,m,line]
+  Compute *weight_ring_ = nullptr, *logit_ring_ = nullptr;  // [ring,k*k,line]
+  Compute *grads_, *query_sums_;                            // [k*k,V], [width]
+  Compute* sums_;             // [1+m,width] or, where these are kept, [ring,parts,1+m,width]
+  Compute* prior_ = nullptr;  // [k*k,V]
   Read* reads_;
 };
 

@@ -7,7 +7,7 @@ class LocalRelationForward : LocalRelationWorker<kSimilarity, T> {
   using Base = LocalRelationWorker<kSimilarity, T>;
   using Base::V, Base::a_, Base::columns_, Base::value_at_, Base::weights_, Base::n_, Base::first_channel_,
       Base::channels_;
-  using typename Base::C, typename Base::Item;
+  using typename Base::Compute, typename Base::Item;
 
  public:
   LocalRelationForward(const LocalRelationArgs<T>& a, const WindowRows& rows, const WindowColumns& columns)
@@ -31,10 +31,10 @@ class LocalRelationForward : LocalRelationWorker<kSimilarity, T> {
     unpack_line(a_.query.at(n_, this->g_, ho), a_.query.c_stride, a_.query.w_stride, 1, a_.Wo, query_, width);
     this->find_taps(ho);
     for (int64_t w = 0; w < width; w += V) {
-      const Vec<C> scale = 1 / this->weigh(w, load(query_ + w));
+      const Vec<Compute> scale = 1 / this->weigh(w, load(query_ + w));
       for_each_eight(channels_, [&](int64_t c, auto count) __attribute__((always_inline)) {
         constexpr int R = count;
-        const Batch<C, R> sums = weighted_sums<C, R>(
+        const Batch<Compute, R> sums = weighted_sums<Compute, R>(
             this->reaching_, line, [&](int64_t i) __attribute__((always_inline)) { return load(weights_ + i * V); },
             [&](int64_t i) __attribute__((always_inline)) { return value_at_[i] + c * line + w; });
 #pragma GCC unroll 8
@@ -45,7 +45,7 @@ class LocalRelationForward : LocalRelationWorker<kSimilarity, T> {
               a_.output.w_stride);
   }
 
-  C *query_, *output_;  // [width], [m,width]
+  Compute *query_, *output_;  // [width], [m,width]
 };
 
 }  // namespace relops::RELOPS_ISA

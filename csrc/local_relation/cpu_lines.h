@@ -14,13 +14,13 @@ RELOPS_HOST_DEVICE_INLINE void for_each_eight(int64_t n, F f) {
 
 // Vector r of the result is the sum over i of weight(i) * the vector at place(i) + r * line. Few sums are each kept in
 // several parts, as a chain of additions waits for itself.
-template <class C, int R, class Weight, class Place>
-RELOPS_HOST_DEVICE_INLINE Batch<C, R> weighted_sums(int64_t count, int64_t line, Weight weight, Place place) {
+template <class Compute, int R, class Weight, class Place>
+RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t line, Weight weight, Place place) {
   constexpr int U = 8 / R;
-  Batch<C, R> parts[U] = {};
-  const auto add = [&](Batch<C, R>& to, int64_t i) __attribute__((always_inline)) {
-    const Vec<C> w = weight(i);
-    const C* const p = place(i);
+  Batch<Compute, R> parts[U] = {};
+  const auto add = [&](Batch<Compute, R>& to, int64_t i) __attribute__((always_inline)) {
+    const Vec<Compute> w = weight(i);
+    const Compute* const p = place(i);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) to.v[r] += w * load(p + r * line);
   };
@@ -35,10 +35,10 @@ RELOPS_HOST_DEVICE_INLINE Batch<C, R> weighted_sums(int64_t count, int64_t line,
 }
 
 // The sum of f(i), likewise in several parts.
-template <class C, class F>
-RELOPS_HOST_DEVICE_INLINE Vec<C> sum_over(int64_t count, F f) {
+template <class Compute, class F>
+RELOPS_HOST_DEVICE_INLINE Vec<Compute> sum_over(int64_t count, F f) {
   constexpr int U = 4;
-  Batch<C, U> parts = {};
+  Batch<Compute, U> parts = {};
   int64_t i = 0;
   for (; i + U <= count; i += U)
 #pragma GCC unroll 4
@@ -57,10 +57,10 @@ inline void convert_row(const From* src, To* dst, int64_t n) {
 }
 
 // to[c * line + j] = row[c * c_stride + j * w_stride], converted.
-template <class T, class C>
-inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_t channels, int64_t count, C* to,
+template <class T, class Compute>
+inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_t channels, int64_t count, Compute* to,
                         int64_t line) {
-  constexpr int64_t V = kLanes<C>;
+  constexpr int64_t V = kLanes<Compute>;
   if (w_stride == 1) {
     for (int64_t c = 0; c < channels; ++c) convert_row(row + c * c_stride, to + c * line, count);
     return;
@@ -71,9 +71,9 @@ inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_
       const int64_t lanes = std::min(channels - c, V);
       for (int64_t j = 0; j < count; j += V) {
         const int64_t columns = std::min(count - j, V);
-        Vec<C> v[V] = {};
+        Vec<Compute> v[V] = {};
         for (int64_t i = 0; i < columns; ++i) v[i] = load_first(row + c + (j + i) * w_stride, lanes);
-        transpose<C>(v);
+        transpose<Compute>(v);
         for (int64_t i = 0; i < lanes; ++i) {
           if (columns == V)
             store(to + (c + i) * line + j, v[i]);
@@ -84,14 +84,14 @@ inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_
     }
   }
   for (; c < channels; ++c)
-    for (int64_t j = 0; j < count; ++j) to[c * line + j] = static_cast<C>(row[c * c_stride + j * w_stride]);
+    for (int64_t j = 0; j < count; ++j) to[c * line + j] = static_cast<Compute>(row[c * c_stride + j * w_stride]);
 }
 
 // row[c * c_stride + j * w_stride] = from[c * line + j], converted. Lines are readable up to whole vectors.
-template <class T, class C>
-inline void pack_line(const C* from, int64_t line, int64_t channels, int64_t count, T* row, int64_t c_stride,
+template <class T, class Compute>
+inline void pack_line(const Compute* from, int64_t line, int64_t channels, int64_t count, T* row, int64_t c_stride,
                       int64_t w_stride) {
-  constexpr int64_t V = kLanes<C>;
+  constexpr int64_t V = kLanes<Compute>;
   if (w_stride == 1) {
     for (int64_t c = 0; c < channels; ++c) convert_row(from + c * line, row + c * c_stride, count);
     return;
@@ -101,9 +101,9 @@ inline void pack_line(const C* from, int64_t line, int64_t channels, int64_t cou
     for (; channels - c > V / 2; c += V) {
       const int64_t lanes = std::min(channels - c, V);
       for (int64_t j = 0; j < count; j += V) {
-        Vec<C> v[V] = {};
+        Vec<Compute> v[V] = {};
         for (int64_t i = 0; i < lanes; ++i) v[i] = load(from + (c + i) * line + j);
-        transpose<C>(v);
+        transpose<Compute>(v);
         const int64_t columns = std::min(count - j, V);
         for (int64_t i = 0; i < columns; ++i) {
           T* const to = row + c + (j + i) * w_stride;

@@ -6,8 +6,8 @@ namespace relops::RELOPS_ISA {
 template <Similarity kSimilarity, class T>
 class LocalRelationWorker {
  public:
-  using C = ComputeType<T>;
-  static constexpr int64_t V = kLanes<C>;
+  using Compute = ComputeType<T>;
+  static constexpr int64_t V = kLanes<Compute>;
   static constexpr int kBatch = 4;  // taps whose exponentials are computed side by side
   using Item = LocalRelationItems::Item;
 
@@ -16,21 +16,21 @@ class LocalRelationWorker {
     key_ring_ = zeros(ring_ * columns.line);
     value_ring_ = zeros(ring_ * a.m * columns.line);
     zero_line_ = zeros(columns.width);
-    inside_ = scratch_.take<C>(columns.line);
-    std::fill_n(inside_, columns.line, -std::numeric_limits<C>::infinity());
+    inside_ = scratch_.take<Compute>(columns.line);
+    std::fill_n(inside_, columns.line, -std::numeric_limits<Compute>::infinity());
     for (size_t part = 0; part < columns.parts.size(); ++part)
-      std::fill_n(inside_ + part * columns.part_size + columns.left, columns.parts[part].columns, C(0));
-    weights_ = scratch_.take<C>(round_up<int64_t>(taps_, kBatch) * V);
+      std::fill_n(inside_ + part * columns.part_size + columns.left, columns.parts[part].columns, Compute(0));
+    weights_ = scratch_.take<Compute>(round_up<int64_t>(taps_, kBatch) * V);
     tap_ = scratch_.take<int32_t>(taps_);
-    key_at_ = scratch_.take<const C*>(taps_);
-    value_at_ = scratch_.take<const C*>(taps_);
-    inside_at_ = scratch_.take<const C*>(taps_);
-    prior_at_ = scratch_.take<C>(taps_);
+    key_at_ = scratch_.take<const Compute*>(taps_);
+    value_at_ = scratch_.take<const Compute*>(taps_);
+    inside_at_ = scratch_.take<const Compute*>(taps_);
+    prior_at_ = scratch_.take<Compute>(taps_);
   }
 
-  C* zeros(int64_t count) {
-    C* const p = scratch_.take<C>(count);
-    std::fill_n(p, count, C(0));
+  Compute* zeros(int64_t count) {
+    Compute* const p = scratch_.take<Compute>(count);
+    std::fill_n(p, count, Compute(0));
     return p;
   }
 
@@ -55,19 +55,19 @@ class LocalRelationWorker {
   // The taps of a row of outputs: first those that some output has on the map, then, where they count, the others.
   void find_taps(int64_t ho) {
     const int64_t k = a_.k, line = columns_.line;
-    const C* const prior = a_.prior == nullptr ? nullptr : a_.prior + g_ * taps_;
+    const Compute* const prior = a_.prior == nullptr ? nullptr : a_.prior + g_ * taps_;
     int64_t count = 0;
-    const auto add = [&](int64_t tap, const C* key) {
+    const auto add = [&](int64_t tap, const Compute* key) {
       tap_[count] = static_cast<int32_t>(tap);
       key_at_[count] = key;
-      prior_at_[count++] = prior == nullptr ? C(0) : prior[tap];
+      prior_at_[count++] = prior == nullptr ? Compute(0) : prior[tap];
     };
     const auto on_map = [&](int64_t i) { return rows_.tap(ho, i) >= 0 && rows_.tap(ho, i) < a_.H; };
     for (int64_t i = 0; i < k; ++i) {
       if (!on_map(i)) continue;
       const int64_t slot = rows_.tap(ho, i) % ring_;
-      const C* const keys = key_ring_ + slot * line;
-      const C* const values = value_ring_ + slot * a_.m * line;
+      const Compute* const keys = key_ring_ + slot * line;
+      const Compute* const values = value_ring_ + slot * a_.m * line;
       for (int64_t j = 0; j < k; ++j) {
         const WindowColumns::Tap& tap = columns_.taps[j];
         if (tap.phase < 0) continue;
@@ -86,19 +86,19 @@ class LocalRelationWorker {
   }
 
   // Fills weights_ for the outputs [w, w + V) with queries q, not yet divided by their sum, which it returns.
-  Vec<C> weigh(int64_t w, Vec<C> q) {
+  Vec<Compute> weigh(int64_t w, Vec<Compute> q) {
     // In locals: the compiler cannot tell that what is stored below is none of them.
     const int64_t count = count_;
-    const C* const* const key_at = key_at_;
-    const C* const* const inside_at = inside_at_;
-    const C* const prior_at = prior_at_;
-    C* const weights = weights_;
-    const Vec<C> none = broadcast(-std::numeric_limits<C>::infinity());
-    Vec<C> most = none;
+    const Compute* const* const key_at = key_at_;
+    const Compute* const* const inside_at = inside_at_;
+    const Compute* const prior_at = prior_at_;
+    Compute* const weights = weights_;
+    const Vec<Compute> none = broadcast(-std::numeric_limits<Compute>::infinity());
+    Vec<Compute> most = none;
     const auto logit = [&](int64_t i) __attribute__((always_inline)) {
-      return similarity<kSimilarity, Vec<C>>(q, load(key_at[i] + w)) + prior_at[i];
+      return similarity<kSimilarity, Vec<Compute>>(q, load(key_at[i] + w)) + prior_at[i];
     };
-    const auto keep = [&](int64_t i, Vec<C> x) __attribute__((always_inline)) {
+    const auto keep = [&](int64_t i, Vec<Compute> x) __attribute__((always_inline)) {
       store(weights + i * V, x);
       most = maximum(x, most);
     };
@@ -107,11 +107,11 @@ class LocalRelationWorker {
     else
       for (int64_t i = 0; i < count; ++i) keep(i, logit(i) + load(inside_at[i] + w));
     for (int64_t i = count; i % kBatch != 0; ++i) store(weights + i * V, none);
-    Batch<C, kBatch> total = {};
+    Batch<Compute, kBatch> total = {};
     for (int64_t i = 0; i < count; i += kBatch) {
-      C* const p = weights + i * V;
+      Compute* const p = weights + i * V;
       const auto e = exponential_of_softmax(
-          batch<C, kBatch>([&](int j) __attribute__((always_inline)) { return load(p + j * V) - most; }));
+          batch<Compute, kBatch>([&](int j) __attribute__((always_inline)) { return load(p + j * V) - most; }));
 #pragma GCC unroll 4
       for (int j = 0; j < kBatch; ++j) store(p + j * V, e.v[j]);
       total = total + e;
@@ -120,7 +120,7 @@ class LocalRelationWorker {
   }
 
   // to[c * line + part * part_size + left ...]: a row of the map, by phases.
-  void unpack_row(const Map<const T>& map, int64_t c, int64_t y, int64_t channels, C* to) const {
+  void unpack_row(const Map<const T>& map, int64_t c, int64_t y, int64_t channels, Compute* to) const {
     for (const WindowColumns::Part& part : columns_.parts) {
       unpack_line(map.at(n_, c, y, part.phase), map.c_stride, map.w_stride * a_.stride, channels, part.columns,
                   to + columns_.left, columns_.line);
@@ -134,15 +134,15 @@ class LocalRelationWorker {
   const WindowColumns& columns_;
   const int64_t taps_, ring_;
   Scratch scratch_;
-  C *key_ring_, *value_ring_;  // [ring,line], [ring,m,line]: row y is in slot y % ring
-  C *zero_line_, *inside_;     // inside_: 0 on the map, else -inf
+  Compute *key_ring_, *value_ring_;  // [ring,line], [ring,m,line]: row y is in slot y % ring
+  Compute *zero_line_, *inside_;     // inside_: 0 on the map, else -inf
 
   int64_t n_, g_, first_channel_, channels_, loaded_;
 
   int64_t count_, reaching_;  // taps of the row of outputs, and those of them that some output has on the map
   int32_t* tap_;
-  const C **key_at_, **value_at_, **inside_at_;  // of output 0
-  C *prior_at_, *weights_;                       // weights_: [count,V]
+  const Compute **key_at_, **value_at_, **inside_at_;  // of output 0
+  Compute *prior_at_, *weights_;                       // weights_: [count,V]
 };
 
 }  // namespace relops::RELOPS_ISA

@@ -135,22 +135,22 @@ struct LocalRelation {
 // What kernels are given. A gradient that is not wanted has no data.
 template <class T>
 struct LocalRelationArgs {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
-  int64_t N, channels, G, H, W, Ho, Wo, m;
+  int64_t N, C, G, H, W, Ho, Wo, m;
   int64_t k, stride, dilation;
   bool zero_border;
-  Map<const T> query, key, value;  // [N,G,Ho,Wo], [N,G,H,W], [N,channels,H,W]
-  const C* prior;                  // [G,k,k], null: zeros
-  Map<T> output;                   // [N,channels,Ho,Wo]; forward only
+  Map<const T> query, key, value;  // [N,G,Ho,Wo], [N,G,H,W], [N,C,H,W]
+  const Compute* prior;            // [G,k,k], null: zeros
+  Map<T> output;                   // [N,C,Ho,Wo]; forward only
 
   Map<const T> grad_output;  // backward only, from here on
   Map<T> grad_query, grad_key, grad_value;
-  C* grad_prior;
+  Compute* grad_prior;
 
   explicit LocalRelationArgs(const LocalRelation& r)
       : N(r.N),
-        channels(r.C),
+        C(r.C),
         G(r.G),
         H(r.H),
         W(r.W),
@@ -164,11 +164,11 @@ struct LocalRelationArgs {
         query(map_of<const T>(r.query)),
         key(map_of<const T>(r.key)),
         value(map_of<const T>(r.value)),
-        prior(r.prior ? static_cast<const C*>(r.prior->const_data_ptr()) : nullptr),
+        prior(r.prior ? static_cast<const Compute*>(r.prior->const_data_ptr()) : nullptr),
         grad_prior(nullptr) {}
 
   // Of group g; the number of channels where no channel is left for it.
-  RELOPS_HOST_DEVICE int64_t first_channel(int64_t g) const { return g * m < channels ? g * m : channels; }
+  RELOPS_HOST_DEVICE int64_t first_channel(int64_t g) const { return g * m < C ? g * m : C; }
 };
 
 template <class F>

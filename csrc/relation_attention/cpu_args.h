@@ -53,11 +53,12 @@ class KeyIndex {
 };
 
 // What backward sums over the images of a batch, or over parts of the heads: shares of it, added up at the end.
-template <class C>
+template <class Compute>
 struct RelationAttentionShares {
-  int64_t parts;               // of the heads
-  double *weight, *bias;       // [N,M,64], [N,M]
-  C *query_boxes, *key_boxes;  // [parts,N,Q,4], [parts,N,K,4]: of center x and y, and of the logarithms of the sizes
+  int64_t parts;          // of the heads
+  double *weight, *bias;  // [N,M,64], [N,M]
+  Compute *query_boxes,
+      *key_boxes;  // [parts,N,Q,4], [parts,N,K,4]: of center x and y, and of the logarithms of the sizes
 };
 
 }  // namespace relops

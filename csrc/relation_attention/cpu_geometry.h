@@ -7,7 +7,7 @@ namespace {
 // Vectors that are put through a chain of operations side by side.
 constexpr int kAtOnce = 4;
 
-template <class C>
+template <class Compute>
 struct Bits;
 template <>
 struct Bits<float> {
@@ -22,71 +22,72 @@ struct Bits<double> {
   static constexpr double kRounder = 6755399441055744.0;
 };
 
-template <class C>
-inline Vec<C> absolute(Vec<C> x) {
-  return (Vec<C>)((VecInt<C>)x & ~Bits<C>::kSign);
+template <class Compute>
+inline Vec<Compute> absolute(Vec<Compute> x) {
+  return (Vec<Compute>)((VecInt<Compute>)x & ~Bits<Compute>::kSign);
 }
 
 // Of x > 0; of 0 an exponent below that of every number.
-template <class C>
-inline Log2<Vec<C>> log2_of(Vec<C> x) {
-  const VecInt<C> n = ((VecInt<C>)x - Bits<C>::kRootHalf) >> Bits<C>::kMantissa;
-  const Vec<C> mantissa = (Vec<C>)((VecInt<C>)x - (n << Bits<C>::kMantissa));
-  const Vec<C> r = (mantissa - 1) / (mantissa + 1);
-  return {__builtin_convertvector(n, Vec<C>), r * Series<C>::log2(r * r)};
+template <class Compute>
+inline Log2<Vec<Compute>> log2_of(Vec<Compute> x) {
+  const VecInt<Compute> n = ((VecInt<Compute>)x - Bits<Compute>::kRootHalf) >> Bits<Compute>::kMantissa;
+  const Vec<Compute> mantissa = (Vec<Compute>)((VecInt<Compute>)x - (n << Bits<Compute>::kMantissa));
+  const Vec<Compute> r = (mantissa - 1) / (mantissa + 1);
+  return {__builtin_convertvector(n, Vec<Compute>), r * Series<Compute>::log2(r * r)};
 }
 
 // The sines and cosines of one coordinate, to rows `row` apart.
-template <class C>
-inline void store_terms(const Waves<C>& waves, Log2<Vec<C>> log2, C* terms, int64_t row) {
-  using F = Batch<C, kAtOnce>;
+template <class Compute>
+inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Compute* terms, int64_t row) {
+  using F = Batch<Compute, kAtOnce>;
 #pragma GCC unroll 2
   for (int j = 0; j < kWaves; j += kAtOnce) {
-    const Wave<C>* const wave = waves.of + j;
-    const F exact = batch<C, kAtOnce>([&](int i) { return log2.n * wave[i].high; });
-    const F rest = batch<C, kAtOnce>([&](int i) { return log2.n * wave[i].low + log2.l * wave[i].per_octave; });
-    const F shifted = exact + rest + Bits<C>::kRounder;
-    const F r = (exact - (shifted - Bits<C>::kRounder)) + rest, u = r * r;
-    const F sine = r * Series<C>::sine(u), cosine = Series<C>::cosine(u);
+    const Wave<Compute>* const wave = waves.of + j;
+    const F exact = batch<Compute, kAtOnce>([&](int i) { return log2.n * wave[i].high; });
+    const F rest = batch<Compute, kAtOnce>([&](int i) { return log2.n * wave[i].low + log2.l * wave[i].per_octave; });
+    const F shifted = exact + rest + Bits<Compute>::kRounder;
+    const F r = (exact - (shifted - Bits<Compute>::kRounder)) + rest, u = r * r;
+    const F sine = r * Series<Compute>::sine(u), cosine = Series<Compute>::cosine(u);
 #pragma GCC unroll 4
     for (int i = 0; i < kAtOnce; ++i) {
       // An odd number of half turns changes both signs.
-      const VecInt<C> sign = (VecInt<C>)shifted.v[i] << (8 * sizeof(C) - 1);
-      store(terms + (j + i) * row, (Vec<C>)((VecInt<C>)sine.v[i] ^ sign));
-      store(terms + (kWaves + j + i) * row, (Vec<C>)((VecInt<C>)cosine.v[i] ^ sign));
+      const VecInt<Compute> sign = (VecInt<Compute>)shifted.v[i] << (8 * sizeof(Compute) - 1);
+      store(terms + (j + i) * row, (Vec<Compute>)((VecInt<Compute>)sine.v[i] ^ sign));
+      store(terms + (kWaves + j + i) * row, (Vec<Compute>)((VecInt<Compute>)cosine.v[i] ^ sign));
     }
   }
 }
 
 // Boxes coordinate by coordinate, padded to whole vectors.
-template <class C>
+template <class Compute>
 struct BoxTable {
   int64_t padded;
-  C *x_high, *x_low, *y_high, *y_low;  // centers
-  C *width, *height;
-  C *width_n, *width_l, *height_n, *height_l;  // log2
-  C *terms, *term_rows;                        // [32,padded], [padded,32], of width and height; NaN for no box
+  Compute *x_high, *x_low, *y_high, *y_low;  // centers
+  Compute *width, *height;
+  Compute *width_n, *width_l, *height_n, *height_l;  // log2
+  Compute *terms, *term_rows;                        // [32,padded], [padded,32], of width and height; NaN for no box
 
-  BoxTable(int64_t count, Scratch& scratch) : padded(round_up(count, kLanes<C>)) {
-    for (C** array : {&x_high, &x_low, &y_high, &y_low, &width, &height, &width_n, &width_l, &height_n, &height_l})
-      *array = scratch.take<C>(padded);
-    terms = scratch.take<C>(kHalf * padded);
-    term_rows = scratch.take<C>(kHalf * padded);
+  BoxTable(int64_t count, Scratch& scratch) : padded(round_up(count, kLanes<Compute>)) {
+    for (Compute** array :
+         {&x_high, &x_low, &y_high, &y_low, &width, &height, &width_n, &width_l, &height_n, &height_l})
+      *array = scratch.take<Compute>(padded);
+    terms = scratch.take<Compute>(kHalf * padded);
+    term_rows = scratch.take<Compute>(kHalf * padded);
   }
 
   // Box i is boxes[index[i]], for i < count. The last vector is padded with boxes of one pixel.
-  void fill(const Waves<C>& waves, const C* boxes, const int32_t* index, int64_t count) {
-    constexpr int64_t W = kLanes<C>;
-    for (int64_t first = 0; first < count; first += W) {
-      alignas(64) C of[4][W] = {};
-      for (int64_t i = 0; i < std::min(W, count - first); ++i)
+  void fill(const Waves<Compute>& waves, const Compute* boxes, const int32_t* index, int64_t count) {
+    constexpr int64_t V = kLanes<Compute>;
+    for (int64_t first = 0; first < count; first += V) {
+      alignas(64) Compute of[4][V] = {};
+      for (int64_t i = 0; i < std::min(V, count - first); ++i)
         for (int c = 0; c < 4; ++c) of[c][i] = boxes[4 * index[first + i] + c];
-      const Vec<C> x1 = load(of[0]), y1 = load(of[1]), x2 = load(of[2]), y2 = load(of[3]);
-      const TwoPart<Vec<C>> x = middle(x1, x2), y = middle(y1, y2);
-      const Vec<C> w = x2 - x1 + 1, h = y2 - y1 + 1, none = {};
+      const Vec<Compute> x1 = load(of[0]), y1 = load(of[1]), x2 = load(of[2]), y2 = load(of[3]);
+      const TwoPart<Vec<Compute>> x = middle(x1, x2), y = middle(y1, y2);
+      const Vec<Compute> w = x2 - x1 + 1, h = y2 - y1 + 1, none = {};
       // What is not finite is not 0 when multiplied by it.
-      const VecInt<C> valid = (w > 0) & (h > 0) & ((x1 + y1 + x2 + y2 + w + h) * none == none);
-      const Log2<Vec<C>> log2_w = log2_of<C>(w), log2_h = log2_of<C>(h);
+      const VecInt<Compute> valid = (w > 0) & (h > 0) & ((x1 + y1 + x2 + y2 + w + h) * none == none);
+      const Log2<Vec<Compute>> log2_w = log2_of<Compute>(w), log2_h = log2_of<Compute>(h);
       store(x_high + first, x.high);
       store(x_low + first, x.low);
       store(y_high + first, y.high);
@@ -99,16 +100,16 @@ struct BoxTable {
       store(height_l + first, log2_h.l);
       store_terms(waves, log2_w, terms + first, padded);
       store_terms(waves, log2_h, terms + kTerms * padded + first, padded);
-      const Vec<C> nan = broadcast(std::numeric_limits<C>::quiet_NaN());
+      const Vec<Compute> nan = broadcast(std::numeric_limits<Compute>::quiet_NaN());
       for (int i = 0; i < kHalf; ++i) {
-        C* at = terms + i * padded + first;
+        Compute* at = terms + i * padded + first;
         store(at, valid ? load(at) : nan);
       }
-      for (int i = 0; i < kHalf; i += W) {
-        Vec<C> block[W];
-        for (int j = 0; j < W; ++j) block[j] = load(terms + (i + j) * padded + first);
-        transpose<C>(block);
-        for (int j = 0; j < W; ++j) store(term_rows + (first + j) * kHalf + i, block[j]);
+      for (int i = 0; i < kHalf; i += V) {
+        Vec<Compute> block[V];
+        for (int j = 0; j < V; ++j) block[j] = load(terms + (i + j) * padded + first);
+        transpose<Compute>(block);
+        for (int j = 0; j < V; ++j) store(term_rows + (first + j) * kHalf + i, block[j]);
       }
     }
   }
@@ -116,19 +117,21 @@ struct BoxTable {
 
 // A query beside a vector of keys that begins at `first`: the differences of their centers, and the sizes that they are
 // divided by.
-template <class C>
+template <class Compute>
 struct Pairs {
-  Vec<C> dx, dy, w, h;
-  Log2<Vec<C>> log2_w, log2_h;
+  Vec<Compute> dx, dy, w, h;
+  Log2<Vec<Compute>> log2_w, log2_h;
 
-  Pairs(bool by_query, const BoxTable<C>& queries, int64_t q, const BoxTable<C>& keys, int64_t first) {
-    const auto center = [&](const C* high, const C* low, const C* key_high, const C* key_low) {
-      return difference<Vec<C>>({broadcast(high[q]), broadcast(low[q])},
-                                {load(key_high + first), load(key_low + first)});
+  Pairs(bool by_query, const BoxTable<Compute>& queries, int64_t q, const BoxTable<Compute>& keys, int64_t first) {
+    const auto center = [&](const Compute* high, const Compute* low, const Compute* key_high, const Compute* key_low) {
+      return difference<Vec<Compute>>({broadcast(high[q]), broadcast(low[q])},
+                                      {load(key_high + first), load(key_low + first)});
     };
     dx = center(queries.x_high, queries.x_low, keys.x_high, keys.x_low);
     dy = center(queries.y_high, queries.y_low, keys.y_high, keys.y_low);
-    const auto size = [&](const C* query, const C* key) { return by_query ? broadcast(query[q]) : load(key + first); };
+    const auto size = [&](const Compute* query, const Compute* key) {
+      return by_query ? broadcast(query[q]) : load(key + first);
+    };
     w = size(queries.width, keys.width);
     h = size(queries.height, keys.height);
     log2_w = {size(queries.width_n, keys.width_n), size(queries.width_l, keys.width_l)};
@@ -137,29 +140,30 @@ struct Pairs {
 };
 
 // log2 max(|d| / size, 1e-3)
-template <class C>
-inline Log2<Vec<C>> log2_ratio(Vec<C> d, Log2<Vec<C>> size) {
-  const Log2<Vec<C>> ratio = log2_of<C>(absolute<C>(d)) - size;
-  const C n = kRatioFloorExponent, l = kRatioFloorMantissa;
-  const VecInt<C> above = ratio.n + ratio.l > n + l;
+template <class Compute>
+inline Log2<Vec<Compute>> log2_ratio(Vec<Compute> d, Log2<Vec<Compute>> size) {
+  const Log2<Vec<Compute>> ratio = log2_of<Compute>(absolute<Compute>(d)) - size;
+  const Compute n = kRatioFloorExponent, l = kRatioFloorMantissa;
+  const VecInt<Compute> above = ratio.n + ratio.l > n + l;
   return {above ? ratio.n : broadcast(n), above ? ratio.l : broadcast(l)};
 }
 
 // terms [32,kTile]: of dx and dy between query q and a tile of keys.
-template <class C>
-inline void pair_terms(const Waves<C>& waves, bool by_query, const BoxTable<C>& queries, int64_t q,
-                       const BoxTable<C>& keys, int64_t vectors, C* terms) {
-  for (int64_t k = 0; k < vectors * kLanes<C>; k += kLanes<C>) {
-    const Pairs<C> pairs(by_query, queries, q, keys, k);
-    store_terms(waves, log2_ratio<C>(pairs.dx, pairs.log2_w), terms + k, kTile<C>);
-    store_terms(waves, log2_ratio<C>(pairs.dy, pairs.log2_h), terms + kTerms * kTile<C> + k, kTile<C>);
+template <class Compute>
+inline void pair_terms(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
+                       const BoxTable<Compute>& keys, int64_t vectors, Compute* terms) {
+  for (int64_t k = 0; k < vectors * kLanes<Compute>; k += kLanes<Compute>) {
+    const Pairs<Compute> pairs(by_query, queries, q, keys, k);
+    store_terms(waves, log2_ratio<Compute>(pairs.dx, pairs.log2_w), terms + k, kTile<Compute>);
+    store_terms(waves, log2_ratio<Compute>(pairs.dy, pairs.log2_h), terms + kTerms * kTile<Compute> + k,
+                kTile<Compute>);
   }
 }
 
 // For each term of the separable half, of which weight [64] is a head's and terms [32] are a query's:
 // f(place, W_s, W_c, sine, cosine), where place is that of the sine in 32.
-template <class C, class F>
-inline void for_separable(const C* weight, const C* terms, F f) {
+template <class Compute, class F>
+inline void for_separable(const Compute* weight, const Compute* terms, F f) {
   for (int c = 0; c < 2; ++c)
 #pragma GCC ivdep
     for (int j = 0; j < kWaves; ++j) {
@@ -169,9 +173,9 @@ inline void for_separable(const C* weight, const C* terms, F f) {
 }
 
 // out [32]: the weights that the terms of a key's width and height have for a query and head.
-template <class C>
-inline void rotate(const C* weight, const C* terms, C* out) {
-  for_separable(weight, terms, [out](int at, C of_sine, C of_cosine, C sine, C cosine) {
+template <class Compute>
+inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
+  for_separable(weight, terms, [out](int at, Compute of_sine, Compute of_cosine, Compute sine, Compute cosine) {
     out[at] = of_cosine * sine - of_sine * cosine;
     out[at + kWaves] = of_sine * sine + of_cosine * cosine;
   });
@@ -179,13 +183,14 @@ inline void rotate(const C* weight, const C* terms, C* out) {
 
 // b [heads,kTile], without biases, of query q and a tile of keys; terms [32,kTile] as pair_terms leaves them. weight
 // and rotated are those of the first head.
-template <class C>
-inline void geometry_of(const Waves<C>& waves, bool by_query, const BoxTable<C>& queries, int64_t q,
-                        const BoxTable<C>& keys, int64_t vectors, int64_t heads, const C* weight, const C* rotated,
-                        C* terms, C* b) {
+template <class Compute>
+inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
+                        const BoxTable<Compute>& keys, int64_t vectors, int64_t heads, const Compute* weight,
+                        const Compute* rotated, Compute* terms, Compute* b) {
   pair_terms(waves, by_query, queries, q, keys, vectors, terms);
-  const Factors<C> separable{{rotated, kHalf, 1}, keys.terms, keys.padded, kHalf};
-  multiply<C>({{weight, kEmbedding, 1}, terms, kTile<C>, kHalf}, heads, vectors, b, kTile<C>, false, &separable);
+  const Factors<Compute> separable{{rotated, kHalf, 1}, keys.terms, keys.padded, kHalf};
+  multiply<Compute>({{weight, kEmbedding, 1}, terms, kTile<Compute>, kHalf}, heads, vectors, b, kTile<Compute>, false,
+                    &separable);
 }
 
 }  // namespace

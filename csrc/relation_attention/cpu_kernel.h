@@ -5,10 +5,10 @@
 // Beside them stand 16 sines and cosines per pair (not per head) and an exponential per pair and head. All products run
 // in one register-tiled kernel, `multiply`, which is what bounds both directions.
 //
-// A tile of keys, kTile<C> of them in lanes, is packed head by head, transposed where keys are the lanes of a product,
-// and without the masked ones; then blocks of queries visit it. Forward, an item is some of the queries of an image
-// with all heads, so that they share the sines. Backward, an item is some of the heads: it owns the gradients of their
-// queries, keys and weights, so that nothing is summed in an order that depends on threads.
+// A tile of keys, kTile<Compute> of them in lanes, is packed head by head, transposed where keys are the lanes of a
+// product, and without the masked ones; then blocks of queries visit it. Forward, an item is some of the queries of an
+// image with all heads, so that they share the sines. Backward, an item is some of the heads: it owns the gradients of
+// their queries, keys and weights, so that nothing is summed in an order that depends on threads.
 
 #include "common/cpu/simd.h"
 #include "relation_attention/cpu_args.h"

@@ -19,7 +19,7 @@ constexpr int kOwnRows = 16;
 constexpr int kHeads = 8;  // of a block
 constexpr int kHeadThreads = 32 * kHeads;
 
-// Pairs and heads: C tile[kHeads][kOwnRows][others], padded against bank conflicts.
+// Pairs and heads: Compute tile[kHeads][kOwnRows][others], padded against bank conflicts.
 template <int kOthers>
 struct TileLayout {
   static constexpr int kRow = kOthers + 1, kHead = kOwnRows * kRow + 4, kSize = kHeads * kHead;
@@ -28,16 +28,16 @@ struct TileLayout {
 
 template <class T>
 struct RelationParams {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   RelationAttentionArgs<T> a;
   bool vector;                          // rows of features can be loaded 16 bytes at a time
   int row_tiles;                        // of kOwnRows, of a block
   unsigned row_blocks, groups, chunks;  // of own rows, of heads, of channels
   // Backward:
-  const C* delta;  // [N,Q,M], sum over channels of grad_output * output
-  C* of_weight;    // [N,row_blocks,65 M], shares of the gradients of weights, then biases; null: not wanted
-  C* of_boxes;     // [groups,N,own rows,4], shares of the gradients of the own boxes; null: not wanted
+  const Compute* delta;  // [N,Q,M], sum over channels of grad_output * output
+  Compute* of_weight;    // [N,row_blocks,65 M], shares of the gradients of weights, then biases; null: not wanted
+  Compute* of_boxes;     // [groups,N,own rows,4], shares of the gradients of the own boxes; null: not wanted
 };
 
 // What a block works on. Row blocks are numbered fastest, as those of a head read the same rows of the other side.
@@ -66,16 +66,16 @@ struct RelationBlock {
 
 // ---- Boxes and weights ----
 
-template <class C>
+template <class Compute>
 struct BoxTerms {
-  TwoPart<C> center[2];
-  Log2<C> size[2];
-  C sine[2][kWaves], cosine[2][kWaves];  // of the angles of the size
+  TwoPart<Compute> center[2];
+  Log2<Compute> size[2];
+  Compute sine[2][kWaves], cosine[2][kWaves];  // of the angles of the size
 };
 
-template <class C>
-__device__ __forceinline__ Log2<C> log2_parts(C x) {
-  if constexpr (sizeof(C) == 4) {
+template <class Compute>
+__device__ __forceinline__ Log2<Compute> log2_parts(Compute x) {
+  if constexpr (sizeof(Compute) == 4) {
     const int32_t bits = std::bit_cast<int32_t>(x), n = (bits - 0x3f3504f3) >> 23;
     const float m = std::bit_cast<float>(bits - (n << 23)), r = __fdividef(m - 1, m + 1);
     return {static_cast<float>(n), r * Series<float>::log2(r * r)};
@@ -106,20 +106,20 @@ __device__ __forceinline__ void sine_cosine(Log2<double> x, const Wave<double>& 
 // The terms of a wave of a coordinate of the size, and with the first wave those without waves. box: null for what is
 // to have no influence, whatever it is. A box that is not finite, or whose size is not positive, has the size NaN,
 // which goes to all its pairs.
-template <class C>
-__device__ __forceinline__ void set_box_terms(BoxTerms<C>& terms, const C* box, int coordinate, int j,
-                                              const Wave<C>& wave) {
-  C from = 0, to = 0;
+template <class Compute>
+__device__ __forceinline__ void set_box_terms(BoxTerms<Compute>& terms, const Compute* box, int coordinate, int j,
+                                              const Wave<Compute>& wave) {
+  Compute from = 0, to = 0;
   bool valid = true;
   if (box != nullptr) {
     from = box[coordinate];
     to = box[coordinate + 2];
-    const C width = box[2] - box[0] + 1, height = box[3] - box[1] + 1;
-    constexpr C kInfinity = std::numeric_limits<C>::infinity();
+    const Compute width = box[2] - box[0] + 1, height = box[3] - box[1] + 1;
+    constexpr Compute kInfinity = std::numeric_limits<Compute>::infinity();
     valid = width > 0 && width < kInfinity && height > 0 && height < kInfinity;  // thus finite
   }
-  Log2<C> size = log2_parts(to - from + 1);
-  if (!valid) size.l = std::numeric_limits<C>::quiet_NaN();
+  Log2<Compute> size = log2_parts(to - from + 1);
+  if (!valid) size.l = std::numeric_limits<Compute>::quiet_NaN();
   sine_cosine(size, wave, terms.sine[coordinate][j], terms.cosine[coordinate][j]);
   if (j == 0) {
     terms.center[coordinate] = middle(from, to);
@@ -127,12 +127,12 @@ __device__ __forceinline__ void set_box_terms(BoxTerms<C>& terms, const C* box, 
   }
 }
 
-template <class C>
+template <class Compute>
 struct HeadWeights {
   // W with the features of a pair as its columns; those of sizes for log own/other, whichever of them is the query.
-  C of[kHeads][kEmbedding + 4];
-  C bias[kHeads];
-  Wave<C> waves[kWaves];
+  Compute of[kHeads][kEmbedding + 4];
+  Compute bias[kHeads];
+  Wave<Compute> waves[kWaves];
 
   static __device__ __forceinline__ int feature(int coordinate, bool cosine, int j) {
     return coordinate * kTerms + cosine * kWaves + j;
@@ -155,9 +155,10 @@ __device__ void load_head_weights(HeadWeights<ComputeType<T>>& w, const Relation
 }
 
 // Terms of `count` boxes from `first` of [total,4] on, by `threads` threads. masked: of the boxes; null: none.
-template <class C>
-__device__ __forceinline__ void load_boxes(BoxTerms<C>* terms, int count, const C* boxes, int64_t first, int64_t total,
-                                           const bool* masked, const Wave<C>* waves, int thread, int threads) {
+template <class Compute>
+__device__ __forceinline__ void load_boxes(BoxTerms<Compute>* terms, int count, const Compute* boxes, int64_t first,
+                                           int64_t total, const bool* masked, const Wave<Compute>* waves, int thread,
+                                           int threads) {
   for (int i = thread; i < count * 2 * kWaves; i += threads) {
     const int64_t box = first + i / (2 * kWaves);
     const bool there = box < total && (masked == nullptr || !masked[box]);
@@ -167,31 +168,31 @@ __device__ __forceinline__ void load_boxes(BoxTerms<C>* terms, int count, const 
 }
 
 // log2 of the ratio of a distance of centers and the size it is divided by; whether it is at its floor.
-template <class C>
-__device__ __forceinline__ Log2<C> log2_ratio(C distance, Log2<C> size, bool& at_floor) {
-  constexpr C kExponent = kRatioFloorExponent, kMantissa = kRatioFloorMantissa;
-  const Log2<C> ratio = log2_parts(distance < 0 ? -distance : distance) - size;
+template <class Compute>
+__device__ __forceinline__ Log2<Compute> log2_ratio(Compute distance, Log2<Compute> size, bool& at_floor) {
+  constexpr Compute kExponent = kRatioFloorExponent, kMantissa = kRatioFloorMantissa;
+  const Log2<Compute> ratio = log2_parts(distance < 0 ? -distance : distance) - size;
   at_floor = ratio.n + ratio.l <= kExponent + kMantissa;
-  return at_floor ? Log2<C>{kExponent, kMantissa} : ratio;
+  return at_floor ? Log2<Compute>{kExponent, kMantissa} : ratio;
 }
 
-template <class C>
-__device__ __forceinline__ Log2<C> shuffle(Log2<C> x, int lane) {
+template <class Compute>
+__device__ __forceinline__ Log2<Compute> shuffle(Log2<Compute> x, int lane) {
   return {__shfl_sync(kAll, x.n, lane), __shfl_sync(kAll, x.l, lane)};
 }
 
 // b of all pairs and heads of a tile, by eight warps. by_own: distances are divided by the own size. First widths, then
 // heights, then distances, so that registers have to hold the operands of one of them only.
-template <int kOthers, class C>
-__device__ __forceinline__ void compute_logits(const HeadWeights<C>& w, const BoxTerms<C>* own,
-                                               const BoxTerms<C>* others, bool by_own, C* tile) {
+template <int kOthers, class Compute>
+__device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, const BoxTerms<Compute>* own,
+                                               const BoxTerms<Compute>* others, bool by_own, Compute* tile) {
   using Layout = TileLayout<kOthers>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kHeads, g = lane / 4, t = lane % 4;
   // In a, rows are own boxes and the depth waves t and t + 4; in b, rows are heads.
 #pragma unroll 1
   for (int c = 0; c < 2; ++c) {
-    OperandA<C, true> sines, cosines;
-    C of_sine[2], of_cosine[2];
+    OperandA<Compute, true> sines, cosines;
+    Compute of_sine[2], of_cosine[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       of_sine[e] = w.of[g][w.feature(2 + c, false, t + 4 * e)];
@@ -204,14 +205,14 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<C>& w, const Bo
     }
 #pragma unroll 1
     for (int o = warp; o < kOthers; o += kHeads) {
-      C b[4];
+      Compute b[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         b[i] = c == 0 ? w.bias[2 * t + i % 2] : tile[Layout::at(2 * t + i % 2, g + i / 2 * 8, o)];
-      OperandB<C, true> with_sines, with_cosines;
+      OperandB<Compute, true> with_sines, with_cosines;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const C s = others[o].sine[c][t + 4 * e], k = others[o].cosine[c][t + 4 * e];
+        const Compute s = others[o].sine[c][t + 4 * e], k = others[o].cosine[c][t + 4 * e];
         with_sines.set_stored(e, of_sine[e] * k + of_cosine[e] * s);
         with_cosines.set_stored(e, of_cosine[e] * k - of_sine[e] * s);
       }
@@ -222,8 +223,8 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<C>& w, const Bo
     }
   }
 
-  OperandB<C, true> of_sine[2], of_cosine[2];
-  Wave<C> waves[2];
+  OperandB<Compute, true> of_sine[2], of_cosine[2];
+  Wave<Compute> waves[2];
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     waves[e] = w.waves[t + 4 * e];
@@ -235,25 +236,25 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<C>& w, const Bo
   }
   // The four lanes of two rows share their four logarithms: lane t has row t % 2, coordinate t / 2.
   const int coordinate = t / 2;
-  const BoxTerms<C>& mine = own[g + t % 2 * 8];
+  const BoxTerms<Compute>& mine = own[g + t % 2 * 8];
 #pragma unroll 1
   for (int o = warp; o < kOthers; o += kHeads) {
-    const BoxTerms<C>& other = others[o];
+    const BoxTerms<Compute>& other = others[o];
     bool at_floor;
-    const Log2<C> shared = log2_ratio(difference(mine.center[coordinate], other.center[coordinate]),
-                                      by_own ? mine.size[coordinate] : other.size[coordinate], at_floor);
-    C b[4];
+    const Log2<Compute> shared = log2_ratio(difference(mine.center[coordinate], other.center[coordinate]),
+                                            by_own ? mine.size[coordinate] : other.size[coordinate], at_floor);
+    Compute b[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i] = tile[Layout::at(2 * t + i % 2, g + i / 2 * 8, o)];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      OperandA<C, true> sines, cosines;
+      OperandA<Compute, true> sines, cosines;
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const Log2<C> ratio = shuffle(shared, g * 4 + 2 * c + row);
+        const Log2<Compute> ratio = shuffle(shared, g * 4 + 2 * c + row);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          C sine, cosine;
+          Compute sine, cosine;
           sine_cosine(ratio, waves[e], sine, cosine);
           sines.set_stored(row, e, sine);
           cosines.set_stored(row, e, cosine);
@@ -268,9 +269,9 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<C>& w, const Bo
 }
 
 // max(b, 1e-6), where NaN stays.
-template <class C>
-__device__ __forceinline__ C floored(C b) {
-  return b <= static_cast<C>(kWeightFloor) ? static_cast<C>(kWeightFloor) : b;
+template <class Compute>
+__device__ __forceinline__ Compute floored(Compute b) {
+  return b <= static_cast<Compute>(kWeightFloor) ? static_cast<Compute>(kWeightFloor) : b;
 }
 
 // ---- Rows of features ----
@@ -423,19 +424,19 @@ template <class T>
 __device__ __forceinline__ void dot_sums(const ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                          const ComputeType<T> (&factor)[2], const T* others, int64_t stride, int rows,
                                          int first, int width, ComputeType<T> (&dots)[2]) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   constexpr int V = kPack<T>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    C dot = 0;
+    Compute dot = 0;
 #pragma unroll
     for (int i = 0; i < kColumns<T> / 8; ++i)
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const int channel = first + (8 * (i / V) + 2 * t + column) * V + i % V;
         if (g + 8 * row < rows && channel < width)
-          dot += sums[i][2 * row + column] * static_cast<C>(others[(g + 8 * row) * stride + channel]);
+          dot += sums[i][2 * row + column] * static_cast<Compute>(others[(g + 8 * row) * stride + channel]);
       }
     dots[row] = group_sum(dot, 4) * factor[row];
   }

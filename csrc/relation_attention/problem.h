@@ -45,29 +45,29 @@ constexpr double kWeightFloor = 1e-6;
 constexpr double kRatioFloorExponent = -10, kRatioFloorMantissa = 0.034215715337912984;
 
 // One wavelength. Angles are in half turns, logarithms to base 2.
-template <class C>
+template <class Compute>
 struct Wave {
-  C per_octave;  // half turns
-  C high, low;   // the same in two parts: high times an exponent is exact
-  C radians;     // per unit of the natural logarithm
+  Compute per_octave;  // half turns
+  Compute high, low;   // the same in two parts: high times an exponent is exact
+  Compute radians;     // per unit of the natural logarithm
 };
 
-template <class C>
+template <class Compute>
 struct Waves {
-  Wave<C> of[kWaves];
+  Wave<Compute> of[kWaves];
 };
 
-template <class C>
-Waves<C> make_waves(double wavelength) {
-  Waves<C> waves;
+template <class Compute>
+Waves<Compute> make_waves(double wavelength) {
+  Waves<Compute> waves;
   for (int j = 0; j < kWaves; ++j) {
     const double radians = 100 / std::pow(wavelength, j / double{kWaves});
     const double per_octave = radians * 0.69314718055994530942 / 3.14159265358979323846;
     // Exponents and their differences have 9 bits (12 for double); what is kept has the rest of the significand.
-    const double unit = std::ldexp(1.0, std::ilogb(per_octave) - (sizeof(C) == 4 ? 13 : 39));
+    const double unit = std::ldexp(1.0, std::ilogb(per_octave) - (sizeof(Compute) == 4 ? 13 : 39));
     const double high = std::round(per_octave / unit) * unit;
-    waves.of[j] = {static_cast<C>(per_octave), static_cast<C>(high), static_cast<C>(per_octave - high),
-                   static_cast<C>(radians)};
+    waves.of[j] = {static_cast<Compute>(per_octave), static_cast<Compute>(high),
+                   static_cast<Compute>(per_octave - high), static_cast<Compute>(radians)};
   }
   return waves;
 }
@@ -180,27 +180,27 @@ struct RelationAttention {
 // What kernels are given. Outputs and gradients are dense; a gradient that is not wanted is null.
 template <class T>
 struct RelationAttentionArgs {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   int64_t N, Q, K, M, D, Dv;
   FeatureRows<const T> query, key, value;
-  const C *query_boxes, *key_boxes;  // [N,Q,4], [N,K,4]
-  const C* weight;                   // [M,64]
-  const C* bias;                     // [M], null: zeros
-  const bool* mask;                  // [N,K], null: no key is ignored
+  const Compute *query_boxes, *key_boxes;  // [N,Q,4], [N,K,4]
+  const Compute* weight;                   // [M,64]
+  const Compute* bias;                     // [M], null: zeros
+  const bool* mask;                        // [N,K], null: no key is ignored
   bool by_query;
-  C scale;
-  Waves<C> waves;
+  Compute scale;
+  Waves<Compute> waves;
 
-  T* output;     // [N,Q,M,Dv]
-  C* logsumexp;  // [N,Q,M]; infinite for a query without keys
+  T* output;           // [N,Q,M,Dv]
+  Compute* logsumexp;  // [N,Q,M]; infinite for a query without keys
 
   FeatureRows<const T> grad_output;  // backward only, from here on
   // [N,Q,M]: grad_output . output. Gradients of the geometry are sums that cancel, so that the rounding of a 16-bit
   // output would show in them: for these types it is taken from an output computed once more.
-  C* delta;
+  Compute* delta;
   T *grad_query, *grad_key, *grad_value;
-  C *grad_query_boxes, *grad_key_boxes, *grad_weight, *grad_bias;
+  Compute *grad_query_boxes, *grad_key_boxes, *grad_weight, *grad_bias;
 
   explicit RelationAttentionArgs(const RelationAttention& r)
       : N(r.N),
@@ -212,14 +212,14 @@ struct RelationAttentionArgs {
         query(rows_of<const T>(r.query)),
         key(rows_of<const T>(r.key)),
         value(rows_of<const T>(r.value)),
-        query_boxes(static_cast<const C*>(r.query_boxes.const_data_ptr())),
-        key_boxes(static_cast<const C*>(r.key_boxes.const_data_ptr())),
-        weight(static_cast<const C*>(r.geometry_weight.const_data_ptr())),
-        bias(r.geometry_bias ? static_cast<const C*>(r.geometry_bias->const_data_ptr()) : nullptr),
+        query_boxes(static_cast<const Compute*>(r.query_boxes.const_data_ptr())),
+        key_boxes(static_cast<const Compute*>(r.key_boxes.const_data_ptr())),
+        weight(static_cast<const Compute*>(r.geometry_weight.const_data_ptr())),
+        bias(r.geometry_bias ? static_cast<const Compute*>(r.geometry_bias->const_data_ptr()) : nullptr),
         mask(r.key_mask ? static_cast<const bool*>(r.key_mask->const_data_ptr()) : nullptr),
         by_query(r.by_query),
-        scale(static_cast<C>(r.scale)),
-        waves(make_waves<C>(r.wavelength)),
+        scale(static_cast<Compute>(r.scale)),
+        waves(make_waves<Compute>(r.wavelength)),
         output(nullptr),
         logsumexp(nullptr),
         grad_output{},
@@ -300,11 +300,11 @@ struct RelationAttentionOps {
     } else {
       dispatch_features(r.op, r.query.scalar_type(), [&](auto t) {
         using T = typename decltype(t)::type;
-        using C = ComputeType<T>;
+        using Compute = ComputeType<T>;
         RelationAttentionArgs<T> a(r);
         a.grad_output = rows_of<const T>(grad_output);
         a.output = static_cast<T*>(output.mutable_data_ptr());
-        a.logsumexp = static_cast<C*>(logsumexp.mutable_data_ptr());
+        a.logsumexp = static_cast<Compute*>(logsumexp.mutable_data_ptr());
         const auto place = [&](auto*& pointer, int i) {
           if (wanted[i]) pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(grads[i].mutable_data_ptr());
         };
