@@ -1,4 +1,5 @@
-// local_relation on the CPU: args.
+// local_relation on the CPU: where windows lie in lines of memory, and how the work is divided; what the kernels are
+// called with besides LocalRelationArgs (problem.h).
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,7 @@ struct WindowColumns {
 
   WindowColumns(int64_t W, int64_t Wo, int64_t k, int64_t stride, int64_t dilation, int64_t lanes)
       : width(round_up(Wo, lanes)) {
-    int64_t least = 0, most = 0;
+    int64_t min_shift = 0, max_shift = 0;
     for (int64_t i = 0; i < k; ++i) {
       const int64_t offset = dilation * (i - k / 2);
       const int64_t phase = (offset % stride + stride) % stride, shift = (offset - phase) / stride;
@@ -37,14 +38,14 @@ struct WindowColumns {
       while (part < static_cast<int64_t>(parts.size()) && parts[part].phase != phase) ++part;
       if (part == static_cast<int64_t>(parts.size())) parts.push_back({phase, (W - 1 - phase) / stride + 1});
       taps.push_back({phase, part, shift});
-      least = std::min(least, shift);
-      most = std::max(most, shift);
+      min_shift = std::min(min_shift, shift);
+      max_shift = std::max(max_shift, shift);
     }
-    left = -least;
-    part_size = round_up(left + most + width, lanes);
+    left = -min_shift;
+    part_size = round_up(left + max_shift + width, lanes);
     line = part_size * parts.size();
-    output_left = round_up(most, lanes);
-    output_line = round_up(output_left + width - least, lanes);
+    output_left = round_up(max_shift, lanes);
+    output_line = round_up(output_left + width - min_shift, lanes);
     for (int64_t w = 0; w < width; w += lanes) {
       bool inside = true;
       for (const Tap& tap : taps)
@@ -53,38 +54,38 @@ struct WindowColumns {
     }
   }
 
-  // Of the tap of output 0 in a line of inputs.
+  // The place in a line of inputs that output 0 reads by this tap.
   int64_t input_at(const Tap& tap) const { return tap.part * part_size + left + tap.shift; }
-  // Of the output that reads column 0 of its phase by this tap, in a line of outputs.
+  // The place in a line of outputs of the output that reads column 0 of its phase by this tap.
   int64_t output_at(const Tap& tap) const { return output_left - tap.shift; }
 
-  int64_t width;  // of the outputs, in whole vectors
+  int64_t width;  // of a row of outputs, rounded up to whole vectors
   std::vector<Tap> taps;
   std::vector<Part> parts;
   std::vector<bool> inside_map;  // per vector of outputs: no tap leaves the map
   int64_t left, part_size, line, output_left, output_line;
 };
 
-// Rows that the windows of output ho, or that outputs, reach.
+// Which rows of the map the windows of the outputs ho read, and which outputs read a row.
 struct WindowRows {
   int64_t H, Ho, k, stride, dilation;
 
   int64_t tap(int64_t ho, int64_t i) const { return stride * ho + dilation * (i - k / 2); }
   int64_t begin(int64_t ho) const { return std::max<int64_t>(tap(ho, 0), 0); }
   int64_t end(int64_t ho) const { return std::min(tap(ho, k - 1) + 1, H); }
-  int64_t most_inputs() const { return std::min(dilation * (k - 1) + 1, H); }
+  int64_t max_inputs() const { return std::min(dilation * (k - 1) + 1, H); }
 
-  // The output that reads row y by tap i, or -1.
+  // Returns the output that reads row y by tap i, or -1.
   int64_t output(int64_t y, int64_t i) const {
     const int64_t at = y - dilation * (i - k / 2);
     return at >= 0 && at % stride == 0 && at / stride < Ho ? at / stride : -1;
   }
-  // Of the outputs that read row y. Other than taps they need not be there.
+  // The outputs that read row y are among these. With a stride there may be none.
   int64_t first_output(int64_t y) const {
     return ceil_div(std::max<int64_t>(y - dilation * (k - 1 - k / 2), 0), stride);
   }
   int64_t last_output(int64_t y) const { return std::min((y + dilation * (k / 2)) / stride, Ho - 1); }
-  int64_t most_outputs() const { return std::min(dilation * (k - 1) / stride + 1, Ho); }
+  int64_t max_outputs() const { return std::min(dilation * (k - 1) / stride + 1, Ho); }
 };
 
 // The work is divided into strips of output rows, each with the input rows from `stride` times its first on, and
@@ -93,15 +94,15 @@ struct LocalRelationItems {
   template <class T>
   explicit LocalRelationItems(const LocalRelationArgs<T>& a, const WindowRows& rows)
       : Ho(a.Ho), H(a.H), stride(a.stride), G(a.G) {
-    // Where a pixel's channels lie side by side, those of a cache line are done together.
+    // Where a pixel's channels lie side by side, the groups of a cache line are done together.
     constexpr int64_t kCacheLine = 64;
     const bool side_by_side = a.value.w_stride != 1;
     bundle = side_by_side ? std::clamp<int64_t>(kCacheLine / (a.m * static_cast<int64_t>(sizeof(T))), 1, G) : 1;
     bundles = ceil_div(G, bundle);
-    // Strips compute what they share with their neighbors anew, so they must not be low.
-    constexpr int64_t kWanted = 32, kLowest = 8;
-    const int64_t highest = std::max<int64_t>(Ho / std::max(kLowest, 2 * rows.most_outputs()), 1);
-    strips = std::clamp<int64_t>(ceil_div(kWanted, a.N * bundles), 1, highest);
+    // Strips must not be too low, because each computes anew what it shares with its neighbors.
+    constexpr int64_t kEnoughItems = 32, kLowest = 8;
+    const int64_t highest = std::max<int64_t>(Ho / std::max(kLowest, 2 * rows.max_outputs()), 1);
+    strips = std::clamp<int64_t>(ceil_div(kEnoughItems, a.N * bundles), 1, highest);
     strip_rows = ceil_div(Ho, strips);
     strips = ceil_div(Ho, strip_rows);
     count = a.N * strips * bundles;

@@ -1,4 +1,5 @@
-// local_relation on the CPU: backward.
+// local_relation on the CPU: the backward. Rows of outputs go down a strip; the gradients of a row of inputs follow as
+// soon as the last output that reads it is done.
 
 namespace relops::RELOPS_ISA {
 
@@ -11,20 +12,20 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 
  public:
   LocalRelationBackward(const LocalRelationArgs<T>& a, const WindowRows& rows, const WindowColumns& columns,
-                        const LocalRelationItems& items, double* prior_shares)
-      : Base(a, rows, columns), items_(items), prior_shares_(prior_shares) {
-    want_key_ = a.grad_key.data != nullptr;
-    want_value_ = a.grad_value.data != nullptr;
-    want_logits_ = want_key_ || a.grad_query.data != nullptr || a.grad_prior != nullptr;
-    want_inputs_ = want_key_ || want_value_;
-    constexpr int64_t kMostWeights = 1 << 20;
+                        const LocalRelationItems& items, double* prior_partials)
+      : Base(a, rows, columns), items_(items), prior_partials_(prior_partials) {
+    needs_key_ = a.grad_key.data != nullptr;
+    needs_value_ = a.grad_value.data != nullptr;
+    needs_logits_ = needs_key_ || a.grad_query.data != nullptr || a.grad_prior != nullptr;
+    needs_inputs_ = needs_key_ || needs_value_;
+    constexpr int64_t kMaxWeights = 1 << 20;
     const int64_t line = columns.output_line;
-    keeps_sums_ = want_inputs_ && rows.most_outputs() * taps_ * line > kMostWeights;
-    output_ring_ = want_inputs_ && !keeps_sums_ ? rows.most_outputs() : 1;
+    keeps_sums_ = needs_inputs_ && rows.max_outputs() * taps_ * line > kMaxWeights;
+    output_ring_ = needs_inputs_ && !keeps_sums_ ? rows.max_outputs() : 1;
     query_ring_ = this->zeros(output_ring_ * line);
     grad_ring_ = this->zeros(output_ring_ * a.m * line);
-    if (want_value_) weight_ring_ = this->zeros(output_ring_ * taps_ * line);
-    if (want_key_) logit_ring_ = this->zeros(output_ring_ * taps_ * line);
+    if (needs_value_) weight_ring_ = this->zeros(output_ring_ * taps_ * line);
+    if (needs_key_) logit_ring_ = this->zeros(output_ring_ * taps_ * line);
     grads_ = this->scratch_.template take<Compute>(taps_ * V);
     query_sums_ = this->scratch_.template take<Compute>(columns.width);
     sums_ = this->zeros((keeps_sums_ ? this->ring_ * columns.parts.size() : 1) * sums_size());
@@ -41,15 +42,15 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
       else
         strip(item);
       if (a_.grad_prior != nullptr) {
-        double* const share = prior_shares_ + ((item.n * items_.strips + item.strip) * a_.G + g) * taps_;
-        for (int64_t tap = 0; tap < taps_; ++tap) share[tap] = sum<Compute>(load(prior_ + tap * V));
+        double* const partial = prior_partials_ + ((item.n * items_.strips + item.strip) * a_.G + g) * taps_;
+        for (int64_t tap = 0; tap < taps_; ++tap) partial[tap] = sum<Compute>(load(prior_ + tap * V));
       }
     }
   }
 
  private:
-  // An output that reads the row of inputs at hand: its weight and gradient of the logit in the rings, of the output
-  // that reads column 0 of the phase, and that output's query and gradient.
+  // A tap by which outputs read the row of inputs at hand. All pointers belong to the output that reads column 0 of the
+  // phase: its weight and the gradient of its logit in the rings, its query and its gradient.
   struct Read {
     const Compute *weight, *logit, *query, *grad;
   };
@@ -57,13 +58,13 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   void strip(const Item& item) {
     int64_t y = items_.input_begin(item), end = items_.input_end(item);
     int64_t first = item.begin, last = item.end - 1;
-    if (want_inputs_ && y < end) {
+    if (needs_inputs_ && y < end) {
       first = std::min(first, rows_.first_output(y));
       last = std::max(last, rows_.last_output(end - 1));
     }
     for (int64_t ho = first; ho <= last; ++ho) {
       row(ho, ho >= item.begin && ho < item.end);
-      if (!want_inputs_) continue;
+      if (!needs_inputs_) continue;
       for (int64_t i = 0; i < a_.k && keeps_sums_; ++i)
         if (const int64_t row = rows_.tap(ho, i); row >= items_.input_begin(item) && row < end) add_inputs(row, i);
       for (; y < end && rows_.last_output(y) <= ho; ++y) inputs(y);
@@ -72,24 +73,24 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 
   int64_t sums_size() const { return (1 + a_.m) * columns_.width; }
 
-  // Of the gradients of a row of inputs, where they are kept: they are 0 between strips.
+  // Returns the sums of the gradients of a row of inputs, where they are kept: they are 0 between strips.
   Compute* sums_of(int64_t y, int64_t part) const {
     return sums_ + (y % this->ring_ * static_cast<int64_t>(columns_.parts.size()) + part) * sums_size();
   }
 
-  // What row i of the taps of the output at hand gives to a row of inputs.
+  // Adds what row i of the taps of the output at hand gives to a row of inputs.
   void add_inputs(int64_t y, int64_t i) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part)
       sum_reads(find_reads(y, part, i, i + 1), y, part, sums_of(y, part), true);
   }
 
-  // Everything that depends on a row of outputs; `own`: it is this strip's, not a neighbor's.
+  // Does everything that depends on a row of outputs. own: the row is this strip's, not a neighbor's.
   void row(int64_t ho, bool own) {
     const int64_t output_line = columns_.output_line, slot = ho % output_ring_;
     Compute* const query = query_ring_ + slot * output_line + columns_.output_left;
     Compute* const grad = grad_ring_ + slot * a_.m * output_line + columns_.output_left;
-    Compute* const weight = want_value_ ? weight_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
-    Compute* const logit = want_key_ ? logit_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
+    Compute* const weight = needs_value_ ? weight_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
+    Compute* const logit = needs_key_ ? logit_ring_ + slot * taps_ * output_line + columns_.output_left : nullptr;
     this->unpack_inputs(ho);
     unpack_line(a_.query.at(n_, g_, ho), a_.query.c_stride, a_.query.w_stride, 1, a_.Wo, query, output_line);
     unpack_line(a_.grad_output.at(n_, first_channel_, ho), a_.grad_output.c_stride, a_.grad_output.w_stride, channels_,
@@ -99,29 +100,30 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
       const Vec<Compute> q = load(query + w);
       const Vec<Compute> scale = 1 / this->weigh(w, q);
       const Vec<Compute> delta = grads_of_weights(w, scale, grad, weight);
-      if (want_logits_) grads_of_logits(w, q, delta, logit, own);
+      if (needs_logits_) grads_of_logits(w, q, delta, logit, own);
     }
     if (own && a_.grad_query.data != nullptr)
       pack_line(query_sums_, columns_.width, 1, a_.Wo, a_.grad_query.at(n_, g_, ho), a_.grad_query.c_stride,
                 a_.grad_query.w_stride);
   }
 
-  // Divides weights_ by their sum, keeps them in the ring, and leaves the gradients of weights in grads_. Gives delta.
+  // Divides weights_ by their sum, keeps them in the ring, and leaves the gradients of weights in grads_. Returns
+  // delta.
   Vec<Compute> grads_of_weights(int64_t w, Vec<Compute> scale, const Compute* grad, Compute* ring) {
     const int64_t count = this->count_, reaching = this->reaching_, line = columns_.output_line;
     Compute *const weights = weights_, *const grads = grads_;
-    if (w + V > a_.Wo) {  // past the end of the row there is no output, and what was computed there may be anything
-      const VecInt<Compute> there = lanes<Compute>([](Int<Compute> j) { return j; }) <
+    if (w + V > a_.Wo) {  // past the end of the row is no output: what was computed for these lanes is discarded
+      const VecInt<Compute> valid = lanes<Compute>([](Int<Compute> j) { return j; }) <
                                     broadcast_int<Compute>(static_cast<Int<Compute>>(a_.Wo - w));
-      for (int64_t i = 0; i < count; ++i) store(weights + i * V, there ? load(weights + i * V) : Vec<Compute>{});
-      scale = there ? scale : Vec<Compute>{};
+      for (int64_t i = 0; i < count; ++i) store(weights + i * V, valid ? load(weights + i * V) : Vec<Compute>{});
+      scale = valid ? scale : Vec<Compute>{};
     }
     for (int64_t i = 0; i < count; ++i) {
       const Vec<Compute> p = load(weights + i * V) * scale;
       store(weights + i * V, p);
       if (ring != nullptr && i < reaching) store(ring + tap_[i] * line + w, p);
     }
-    if (!want_logits_) return scale;
+    if (!needs_logits_) return scale;
     for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
       constexpr int R = n;
       const auto g =
@@ -146,7 +148,8 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     });
   }
 
-  // The gradients of logits into the ring, and what is the sum of them over taps, or over outputs.
+  // Puts the gradients of logits into the ring, and sums them over taps (gradients of queries) and over outputs (of the
+  // prior).
   void grads_of_logits(int64_t w, Vec<Compute> q, Vec<Compute> delta, Compute* ring, bool own) {
     const int64_t line = columns_.output_line, reaching = this->reaching_;
     const Compute *const weights = weights_, *const grads = grads_;
@@ -171,7 +174,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     if (own) store(query_sums_ + w, grad * Compute(kSlopeScale<kSimilarity>));
   }
 
-  // The gradients of a row of inputs. Where no output reads a row or a phase of it, they are zero already.
+  // Writes the gradients of a row of inputs. Where no output reads the row, or a phase of it, they are zero already.
   void inputs(int64_t y) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part) {
       Compute* const sums = keeps_sums_ ? sums_of(y, part) : sums_;
@@ -181,10 +184,10 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
         sum_reads(count, y, part, sums, false);
       }
       const WindowColumns::Part& columns = columns_.parts[part];
-      if (want_key_)
+      if (needs_key_)
         pack_line(sums, columns_.width, 1, columns.columns, a_.grad_key.at(n_, g_, y, columns.phase),
                   a_.grad_key.c_stride, a_.grad_key.w_stride * a_.stride);
-      if (want_value_)
+      if (needs_value_)
         pack_line(sums + columns_.width, columns_.width, channels_, columns.columns,
                   a_.grad_value.at(n_, first_channel_, y, columns.phase), a_.grad_value.c_stride,
                   a_.grad_value.w_stride * a_.stride);
@@ -192,19 +195,20 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     }
   }
 
-  // sums [1+m,width]: of the key and of the values of a row of inputs, over the reads at hand; `more`: added to them.
+  // Sets sums [1+m,width] to the gradients of the key and of the values of a row of inputs, summed over the reads at
+  // hand. With `more` they are added to sums.
   void sum_reads(int64_t count, int64_t y, int64_t part, Compute* sums, bool more) {
     const int64_t columns = columns_.parts[part].columns;
     const Compute* const key =
         this->key_ring_ + y % this->ring_ * columns_.line + part * columns_.part_size + columns_.left;
-    for (int64_t j = 0; want_key_ && j < columns; j += V) {
+    for (int64_t j = 0; needs_key_ && j < columns; j += V) {
       const Vec<Compute> grad = grad_of_keys(count, j, key);
       store(sums + j, more ? load(sums + j) + grad : grad);
     }
-    for (int64_t j = 0; want_value_ && j < columns; j += V) grad_of_values(count, j, sums + columns_.width + j, more);
+    for (int64_t j = 0; needs_value_ && j < columns; j += V) grad_of_values(count, j, sums + columns_.width + j, more);
   }
 
-  // Outputs that read a row of inputs by rows [begin, end) of taps.
+  // Finds the outputs that read a row of inputs by rows [begin, end) of taps, and returns their number.
   int64_t find_reads(int64_t y, int64_t part, int64_t begin, int64_t end) {
     const int64_t line = columns_.output_line;
     int64_t count = 0;
@@ -216,7 +220,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
         const WindowColumns::Tap& tap = columns_.taps[j];
         if (tap.phase < 0 || tap.part != part) continue;
         const int64_t at = columns_.output_at(tap), of_tap = (slot * taps_ + i * a_.k + j) * line + at;
-        reads_[count++] = {want_value_ ? weight_ring_ + of_tap : nullptr, want_key_ ? logit_ring_ + of_tap : nullptr,
+        reads_[count++] = {needs_value_ ? weight_ring_ + of_tap : nullptr, needs_key_ ? logit_ring_ + of_tap : nullptr,
                            query_ring_ + slot * line + at, grad_ring_ + slot * a_.m * line + at};
       }
     }
@@ -251,7 +255,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     });
   }
 
-  // A group without channels has no influence.
+  // Zeroes the gradients of a group without channels, which has no influence.
   void clear(const Item& item) {
     const auto rows = [&](const Map<T>& grad, int64_t begin, int64_t end, int64_t columns) {
       if (grad.data == nullptr) return;
@@ -263,8 +267,8 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   }
 
   const LocalRelationItems& items_;
-  double* const prior_shares_;  // [N,strips,G,k,k]
-  bool want_key_, want_value_, want_logits_, want_inputs_;
+  double* const prior_partials_;  // [N,strips,G,k,k]
+  bool needs_key_, needs_value_, needs_logits_, needs_inputs_;
   bool keeps_sums_;                   // of the gradients of inputs, instead of the weights of outputs
   int64_t output_ring_;               // row ho of outputs is in slot ho % output_ring
   Compute *query_ring_, *grad_ring_;  // [ring,line], [ring,m,line]

@@ -1,4 +1,5 @@
-// local_relation on the CPU: forward.
+// local_relation on the CPU: the forward. Per row of outputs and vector of it: weights, then the sums of up to eight
+// channels of values at a time.
 
 namespace relops::RELOPS_ISA {
 

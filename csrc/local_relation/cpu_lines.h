@@ -1,8 +1,9 @@
-// local_relation on the CPU: lines.
+// local_relation on the CPU: lines of memory, into which rows of the map are unpacked and from which rows are packed,
+// and sums over vectors of them.
 
 namespace relops::RELOPS_ISA {
 
-// Calls f(first, count) for vectors' worth of numbers: count is a constant, of 8, or of 4, 2 and 1 for what is left.
+// Calls f(first, count) for the numbers [0, n), `count` at a time: count is a constant, 8, or 4, 2 and 1 for the rest.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE void for_each_eight(int64_t n, F f) {
   int64_t i = 0;
@@ -12,15 +13,15 @@ RELOPS_HOST_DEVICE_INLINE void for_each_eight(int64_t n, F f) {
   if (n - i >= 1) f(i, std::integral_constant<int, 1>{});
 }
 
-// Vector r of the result is the sum over i of weight(i) * the vector at place(i) + r * line. Few sums are each kept in
-// several parts, as a chain of additions waits for itself.
-template <class Compute, int R, class Weight, class Place>
-RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t line, Weight weight, Place place) {
+// Returns R sums: sum r is that over i < count of weight(i) times the vector at row(i) + r * line. If R is small, each
+// sum is kept in several parts, because every addition of a chain waits for the one before it.
+template <class Compute, int R, class Weight, class Row>
+RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t line, Weight weight, Row row) {
   constexpr int U = 8 / R;
   Batch<Compute, R> parts[U] = {};
   const auto add = [&](Batch<Compute, R>& to, int64_t i) __attribute__((always_inline)) {
     const Vec<Compute> w = weight(i);
-    const Compute* const p = place(i);
+    const Compute* const p = row(i);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) to.v[r] += w * load(p + r * line);
   };
@@ -34,7 +35,7 @@ RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t
   return parts[0];
 }
 
-// The sum of f(i), likewise in several parts.
+// Returns the sum of f(i) over i < count, likewise in several parts.
 template <class Compute, class F>
 RELOPS_HOST_DEVICE_INLINE Vec<Compute> sum_over(int64_t count, F f) {
   constexpr int U = 4;
@@ -47,7 +48,7 @@ RELOPS_HOST_DEVICE_INLINE Vec<Compute> sum_over(int64_t count, F f) {
   return (parts.v[0] + parts.v[1]) + (parts.v[2] + parts.v[3]);
 }
 
-// dst[0..n) = src[0..n), converted. A row may be shorter than a vector.
+// Sets dst[0..n) to src[0..n), converted. A row may be shorter than a vector.
 template <class To, class From>
 inline void convert_row(const From* src, To* dst, int64_t n) {
   if constexpr (std::is_same_v<To, From>)
@@ -56,7 +57,7 @@ inline void convert_row(const From* src, To* dst, int64_t n) {
     convert(src, dst, n);
 }
 
-// to[c * line + j] = row[c * c_stride + j * w_stride], converted.
+// Sets to[c * line + j] to row[c * c_stride + j * w_stride], converted.
 template <class T, class Compute>
 inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_t channels, int64_t count, Compute* to,
                         int64_t line) {
@@ -87,7 +88,7 @@ inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_
     for (int64_t j = 0; j < count; ++j) to[c * line + j] = static_cast<Compute>(row[c * c_stride + j * w_stride]);
 }
 
-// row[c * c_stride + j * w_stride] = from[c * line + j], converted. Lines are readable up to whole vectors.
+// Sets row[c * c_stride + j * w_stride] to from[c * line + j], converted. Lines are readable up to whole vectors.
 template <class T, class Compute>
 inline void pack_line(const Compute* from, int64_t line, int64_t channels, int64_t count, T* row, int64_t c_stride,
                       int64_t w_stride) {

@@ -1,8 +1,9 @@
-// local_relation on the CPU: window.
+// local_relation on the CPU: the softmax over windows, which the forward and the backward compute alike.
 
 namespace relops::RELOPS_ISA {
 
-// What both directions do: the rows that windows reach, the taps of a row of outputs, the weights of a vector of them.
+// A thread's memory and the steps that both directions take: unpacking the rows that windows reach, finding the taps of
+// a row of outputs, and computing the weights of a vector of outputs.
 template <Similarity kSimilarity, class T>
 class LocalRelationWorker {
  public:
@@ -12,7 +13,7 @@ class LocalRelationWorker {
   using Item = LocalRelationItems::Item;
 
   LocalRelationWorker(const LocalRelationArgs<T>& a, const WindowRows& rows, const WindowColumns& columns)
-      : a_(a), rows_(rows), columns_(columns), taps_(a.k * a.k), ring_(rows.most_inputs()) {
+      : a_(a), rows_(rows), columns_(columns), taps_(a.k * a.k), ring_(rows.max_inputs()) {
     key_ring_ = zeros(ring_ * columns.line);
     value_ring_ = zeros(ring_ * a.m * columns.line);
     zero_line_ = zeros(columns.width);
@@ -34,7 +35,7 @@ class LocalRelationWorker {
     return p;
   }
 
-  // Begins with another group or strip.
+  // Begins another group or strip.
   void start(int64_t n, int64_t g) {
     n_ = n;
     g_ = g;
@@ -52,7 +53,8 @@ class LocalRelationWorker {
     loaded_ = std::max(loaded_, rows_.end(ho));
   }
 
-  // The taps of a row of outputs: first those that some output has on the map, then, where they count, the others.
+  // Finds the taps of a row of outputs: first those that some output has on the map, then, where they count, the
+  // others.
   void find_taps(int64_t ho) {
     const int64_t k = a_.k, line = columns_.line;
     const Compute* const prior = a_.prior == nullptr ? nullptr : a_.prior + g_ * taps_;
@@ -87,20 +89,20 @@ class LocalRelationWorker {
 
   // Fills weights_ for the outputs [w, w + V) with queries q, not yet divided by their sum, which it returns.
   Vec<Compute> weigh(int64_t w, Vec<Compute> q) {
-    // In locals: the compiler cannot tell that what is stored below is none of them.
+    // These are copied to locals, because the compiler cannot tell that the stores below do not change them.
     const int64_t count = count_;
     const Compute* const* const key_at = key_at_;
     const Compute* const* const inside_at = inside_at_;
     const Compute* const prior_at = prior_at_;
     Compute* const weights = weights_;
     const Vec<Compute> none = broadcast(-std::numeric_limits<Compute>::infinity());
-    Vec<Compute> most = none;
+    Vec<Compute> largest = none;
     const auto logit = [&](int64_t i) __attribute__((always_inline)) {
       return similarity<kSimilarity, Vec<Compute>>(q, load(key_at[i] + w)) + prior_at[i];
     };
     const auto keep = [&](int64_t i, Vec<Compute> x) __attribute__((always_inline)) {
       store(weights + i * V, x);
-      most = maximum(x, most);
+      largest = maximum(x, largest);
     };
     if (a_.zero_border || columns_.inside_map[w / V])
       for (int64_t i = 0; i < count; ++i) keep(i, logit(i));
@@ -111,7 +113,7 @@ class LocalRelationWorker {
     for (int64_t i = 0; i < count; i += kBatch) {
       Compute* const p = weights + i * V;
       const auto e = exponential_of_softmax(
-          batch<Compute, kBatch>([&](int j) __attribute__((always_inline)) { return load(p + j * V) - most; }));
+          batch<Compute, kBatch>([&](int j) __attribute__((always_inline)) { return load(p + j * V) - largest; }));
 #pragma GCC unroll 4
       for (int j = 0; j < kBatch; ++j) store(p + j * V, e.v[j]);
       total = total + e;
@@ -119,7 +121,7 @@ class LocalRelationWorker {
     return (total.v[0] + total.v[1]) + (total.v[2] + total.v[3]);
   }
 
-  // to[c * line + part * part_size + left ...]: a row of the map, by phases.
+  // Unpacks a row of the map, dealt out by phases, to to[c * line + part * part_size + left ...].
   void unpack_row(const Map<const T>& map, int64_t c, int64_t y, int64_t channels, Compute* to) const {
     for (const WindowColumns::Part& part : columns_.parts) {
       unpack_line(map.at(n_, c, y, part.phase), map.c_stride, map.w_stride * a_.stride, channels, part.columns,

@@ -1,4 +1,4 @@
-// Local relation on CUDA: what the kernels share.
+// local_relation on CUDA: who does what in the forward and the backward, and what the kernels share.
 //
 // A thread has some neighboring outputs (backward: also inputs) of a column and one group; a block has a tile of them.
 // With stride and dilation 1 what the windows of a tile reach is in shared memory, values eight channels at a time, and
@@ -37,7 +37,7 @@ struct LocalRelationParams {
   int chunks;                        // forward only: of kChannels channels, each with blocks of its own
   bool packs;                        // what is staged has its channels side by side, and whole packs of them
   ComputeType<T>*logsumexp, *delta;  // [N,G,Ho,Wo], backward only; logarithms to base 2
-  ComputeType<T>* shares;            // [N,tiles,G,k,k] of the gradient of the prior, null: not wanted
+  ComputeType<T>* partials;          // [N,tiles,G,k,k] of the gradient of the prior, or null
 };
 
 // Which tile of which map and group a block has.
@@ -88,7 +88,7 @@ __device__ void stage(Compute* to, const Map<T>& map, int64_t n, int64_t c, cons
   }
 }
 
-// The channels [c, c + channels), at most kChannels, and zeros.
+// Stages the channels [c, c + channels), at most kChannels, followed by zeros.
 template <class T>
 __device__ void stage_packs(Pack<T, kPack<T>>* to, const Map<const T>& map, int64_t n, int64_t c, int channels,
                             bool packs, const TileArea& area) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void read_packs(ComputeType<T> (&to)[kChannels], cons
   }
 }
 
-// The same from global memory, of one pixel.
+// Reads the same of one pixel from global memory.
 template <class T>
 __device__ __forceinline__ void read_channels(ComputeType<T> (&to)[kChannels], const Map<const T>& map, int64_t n,
                                               int64_t c, int64_t y, int64_t x, int channels) {
@@ -140,7 +140,7 @@ __device__ __forceinline__ void write_channels(const ComputeType<T> (&from)[kCha
     if (j < channels) to[j * map.c_stride] = static_cast<T>(from[j]);
 }
 
-// The prior of a group, to base 2.
+// Stages the prior of a group, to base 2.
 template <class T, class Compute>
 __device__ void stage_prior(Compute* to, const LocalRelationArgs<T>& a, int64_t g) {
   const int taps = static_cast<int>(a.k * a.k);
@@ -180,16 +180,16 @@ __device__ __forceinline__ void add_to_tap(Compute* sums, int tap, Compute x) {
   if (threadIdx.x % 32 == 0) sums[tap] += x;
 }
 
-// What the warps of a block have added, to its share.
+// Adds up what the warps of a block have added, and writes it to the partial sums of the block.
 template <class T, class Compute>
-__device__ void write_share(const LocalRelationParams<T>& p, const LocalBlock& block, const Compute* sums) {
+__device__ void write_partial(const LocalRelationParams<T>& p, const LocalBlock& block, const Compute* sums) {
   const int taps = static_cast<int>(p.a.k * p.a.k), warps = blockDim.x / 32;
-  Compute* const share = p.shares + ((block.n * p.tiles_x * p.tiles_y + block.tile) * p.a.G + block.g) * taps;
+  Compute* const partial = p.partials + ((block.n * p.tiles_x * p.tiles_y + block.tile) * p.a.G + block.g) * taps;
   __syncthreads();
   for (int i = threadIdx.x; i < taps; i += blockDim.x) {
     Compute total = 0;
     for (int warp = 0; warp < warps; ++warp) total += sums[warp * taps + i];
-    share[i] = total;
+    partial[i] = total;
   }
 }
 
@@ -259,7 +259,7 @@ struct LocalLaunch {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  int64_t shares() const { return p.a.N * p.tiles_x * p.tiles_y; }
+  int64_t partials() const { return p.a.N * p.tiles_x * p.tiles_y; }
 };
 
 template <class T>
@@ -268,7 +268,8 @@ bool has_packs(const Map<const T>& map, int64_t m) {
          map.n_stride % kPack<T> == 0 && map.h_stride % kPack<T> == 0 && map.w_stride % kPack<T> == 0;
 }
 
-template <Similarity kSimilarity, class T>
+// In cuda_backward.cu.
+template <class T>
 void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>& a);
 
 }  // namespace relops

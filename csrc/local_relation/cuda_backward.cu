@@ -34,7 +34,7 @@ __global__ __launch_bounds__(kLocalThreads,
   const TileArea area{block.y - before, block.x - before, p.groups * R + k - 1, p.width + k - 1, H, W};
   const int pixels = area.rows * area.columns;
   const LocalMemory<Compute> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 1,
-                                    p.shares != nullptr};
+                                    p.partials != nullptr};
   Compute* const prior = reinterpret_cast<Compute*>(memory);
   Compute* const keys = prior + k * k;
   Compute* const sums = keys + (kTiled ? pixels : 0);  // [warps,k,k]
@@ -45,11 +45,11 @@ __global__ __launch_bounds__(kLocalThreads,
 
   const int ho = block.y + thread.row, wo = block.x + thread.column;
   const bool active = thread.active && wo < a.Wo;
-  Compute q[R], most[R], total[R], of_weights[R], of_query[R], slopes[R];
+  Compute q[R], largest[R], total[R], of_weights[R], of_query[R], slopes[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     q[r] = active && ho + r < a.Ho ? static_cast<Compute>(*a.query.at(block.n, block.g, ho + r, wo)) : Compute(0);
-    most[r] = -kInfinity;
+    largest[r] = -kInfinity;
     total[r] = of_weights[r] = of_query[r] = slopes[r] = 0;
   }
 
@@ -61,7 +61,7 @@ __global__ __launch_bounds__(kLocalThreads,
   if (active)
     visit_taps<kTiled, R>(
         a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
-        [&](int r, Compute key, int tap) { most[r] = max(most[r], logit_of(r, key, tap)); });
+        [&](int r, Compute key, int tap) { largest[r] = max(largest[r], logit_of(r, key, tap)); });
   for (int64_t c = 0; c < of_group; c += kChannels) {
     const int channels = static_cast<int>(min(of_group - c, int64_t{kChannels}));
     if constexpr (kTiled) {
@@ -73,8 +73,8 @@ __global__ __launch_bounds__(kLocalThreads,
     Compute grad[R][kChannels], value[kChannels];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const bool there = ho + r < a.Ho;
-      read_channels<T>(grad[r], a.grad_output, block.n, first + c, there ? ho + r : 0, wo, there ? channels : 0);
+      const bool valid = ho + r < a.Ho;
+      read_channels<T>(grad[r], a.grad_output, block.n, first + c, valid ? ho + r : 0, wo, valid ? channels : 0);
     }
     visit_taps<kTiled, R>(
         a, block, keys, area.columns, at, ho, wo,
@@ -85,7 +85,7 @@ __global__ __launch_bounds__(kLocalThreads,
             read_channels<T>(value, a.value, block.n, first + c, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
         },
         [&](int r, Compute key, int tap) {
-          const Compute weight = exp2(logit_of(r, key, tap) - most[r]);
+          const Compute weight = exp2(logit_of(r, key, tap) - largest[r]);
           Compute of_weight = 0;
 #pragma unroll
           for (int i = 0; i < kChannels; ++i) of_weight += grad[r][i] * value[i];
@@ -104,7 +104,7 @@ __global__ __launch_bounds__(kLocalThreads,
   Compute logsumexp[R], delta[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    logsumexp[r] = most[r] + log2(total[r]);
+    logsumexp[r] = largest[r] + log2(total[r]);
     delta[r] = of_weights[r] / total[r];
     if (!active || ho + r >= a.Ho) continue;
     if (of_group > 0) {
@@ -116,7 +116,7 @@ __global__ __launch_bounds__(kLocalThreads,
     *a.grad_query.at(block.n, block.g, ho + r, wo) = static_cast<T>(of_group > 0 ? grad : Compute(0));
   }
 
-  if (p.shares == nullptr) return;
+  if (p.partials == nullptr) return;
   for (int i = threadIdx.x; i < static_cast<int>(blockDim.x / 32) * k * k; i += blockDim.x) sums[i] = 0;
   __syncthreads();
   for (int j = 0; j < k && of_group > 0; ++j)
@@ -132,7 +132,7 @@ __global__ __launch_bounds__(kLocalThreads,
       }
       if (__ballot_sync(kAll, grad != 0) != 0) add_to_tap(sums + threadIdx.x / 32 * k * k, i * k + j, grad);
     }
-  write_share(p, block, sums);
+  write_partial(p, block, sums);
 }
 
 template <class T, Similarity kSimilarity, bool kTiled>
@@ -152,7 +152,7 @@ __global__ __launch_bounds__(kLocalThreads,
   const TileArea area{block.y - after, block.x - after, p.groups * R + k - 1, p.width + k - 1, Ho, Wo};
   const int pixels = area.rows * area.columns;
   const LocalMemory<Compute> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 3,
-                                    p.shares != nullptr};
+                                    p.partials != nullptr};
   Compute* const prior = reinterpret_cast<Compute*>(memory);
   Compute* const queries = prior + k * k;
   Compute *const logsumexps = queries + pixels, *const deltas = logsumexps + pixels;
@@ -167,14 +167,14 @@ __global__ __launch_bounds__(kLocalThreads,
     stage(deltas, of_delta, block.n, block.g, area);
   }
   Compute* const of_warp = sums + threadIdx.x / 32 * k * k;
-  if (p.shares != nullptr)
+  if (p.partials != nullptr)
     for (int i = threadIdx.x % 32; i < k * k; i += 32) of_warp[i] = 0;
   __syncthreads();
 
   // Direct, the columns of a map are dealt out by their remainder modulo the stride: neighbors then meet the same taps.
-  const int y = block.y + thread.row, place = block.x + thread.column;
-  const int x = kTiled ? place : static_cast<int>(place % Wo * a.stride + place / Wo);
-  const bool active = thread.active && place < p.columns && x < a.W;
+  const int y = block.y + thread.row, column = block.x + thread.column;
+  const int x = kTiled ? column : static_cast<int>(column % Wo * a.stride + column / Wo);
+  const bool active = thread.active && column < p.columns && x < a.W;
   Compute key[R], grad_key[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -191,8 +191,8 @@ __global__ __launch_bounds__(kLocalThreads,
     Compute value[R][kChannels], grad_value[R][kChannels];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const bool there = active && y + r < a.H;
-      read_channels<T>(value[r], a.value, block.n, first + c, there ? y + r : 0, there ? x : 0, there ? channels : 0);
+      const bool valid = active && y + r < a.H;
+      read_channels<T>(value[r], a.value, block.n, first + c, valid ? y + r : 0, valid ? x : 0, valid ? channels : 0);
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) grad_value[r][i] = 0;
     }
@@ -241,7 +241,7 @@ __global__ __launch_bounds__(kLocalThreads,
             of_taps[r] += of_logit;
           }
         }
-        if (p.shares != nullptr && i >= R - 1)
+        if (p.partials != nullptr && i >= R - 1)
           add_to_tap(of_warp, (k - 1 - (i - R + 1)) * k + k - 1 - j, of_taps[R - 1]);
       }
     }
@@ -256,12 +256,12 @@ __global__ __launch_bounds__(kLocalThreads,
     for (int r = 0; r < R; ++r)
       if (active && y + r < a.H)
         *a.grad_key.at(block.n, block.g, y + r, x) = static_cast<T>(grad_key[r] * Compute(kSlopeScale<kSimilarity>));
-  if (p.shares != nullptr) write_share(p, block, sums);
+  if (p.partials != nullptr) write_partial(p, block, sums);
 }
 
 }  // namespace
 
-template <Similarity kSimilarity, class T>
+template <class T>
 void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
   using Compute = ComputeType<T>;
   const torch::stable::accelerator::DeviceGuard guard(r.value.get_device_index());
@@ -271,11 +271,11 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
   const auto new_empty = [&](int64_t size) {
     return torch::stable::empty({size}, compute_dtype(r.value.scalar_type()), std::nullopt, r.value.device());
   };
-  const bool prior = a.grad_prior != nullptr;
+  const bool prior = a.grad_prior != nullptr, prior_outside = prior && a.zero_border;
   LocalRelationParams<T> params{a};
   params.chunks = 1;
   params.packs = has_packs(a.value, a.m);
-  LocalLaunch<T> outputs(params, Ho, Wo, Wo, 1, prior && a.zero_border);
+  LocalLaunch<T> outputs(params, Ho, Wo, Wo, 1, prior_outside);
   params.packs = has_packs(a.grad_output, a.m);
   const int dealt = static_cast<int>(std::min<int64_t>(a.stride, W)) * Wo;
   LocalLaunch<T> inputs(params, H, W, dealt, 3, prior);
@@ -284,31 +284,26 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
   const Tensor memory = new_empty(2 * size);
   outputs.p.logsumexp = inputs.p.logsumexp = static_cast<Compute*>(memory.mutable_data_ptr());
   outputs.p.delta = inputs.p.delta = outputs.p.logsumexp + size;
-  const int64_t of_inputs = prior ? inputs.shares() : 0;
-  const int64_t of_outputs = prior && a.zero_border ? outputs.shares() : 0;
-  const Tensor shares = new_empty((of_inputs + of_outputs) * taps);
-  if (of_inputs > 0) inputs.p.shares = static_cast<Compute*>(shares.mutable_data_ptr());
-  if (of_outputs > 0) outputs.p.shares = inputs.p.shares + of_inputs * taps;
+  const int64_t of_inputs = prior ? inputs.partials() : 0;
+  const int64_t of_outputs = prior_outside ? outputs.partials() : 0;
+  const Tensor partials = new_empty((of_inputs + of_outputs) * taps);
+  if (of_inputs > 0) inputs.p.partials = static_cast<Compute*>(partials.mutable_data_ptr());
+  if (of_outputs > 0) outputs.p.partials = inputs.p.partials + of_inputs * taps;
 
-  outputs.run(local_relation_outputs_kernel<T, kSimilarity, true>, local_relation_outputs_kernel<T, kSimilarity, false>,
-              stream);
-  if (a.grad_key.data != nullptr || a.grad_value.data != nullptr || prior)
-    inputs.run(local_relation_inputs_kernel<T, kSimilarity, true>, local_relation_inputs_kernel<T, kSimilarity, false>,
-               stream);
+  dispatch_similarity(r.similarity, [&](auto similarity) {
+    outputs.run(local_relation_outputs_kernel<T, similarity(), true>,
+                local_relation_outputs_kernel<T, similarity(), false>, stream);
+    if (a.grad_key.data != nullptr || a.grad_value.data != nullptr || prior)
+      inputs.run(local_relation_inputs_kernel<T, similarity(), true>,
+                 local_relation_inputs_kernel<T, similarity(), false>, stream);
+  });
   if (prior)
-    launch_sum_of_partials<Compute>(r.op, inputs.p.shares, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
+    launch_sum_of_partials<Compute>(r.op, inputs.p.partials, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
 }
 
-#define RELOPS_INSTANTIATE(T)                                                                          \
-  template void local_relation_backward<Similarity::kSquaredDifference>(const LocalRelation&,          \
-                                                                        const LocalRelationArgs<T>&);  \
-  template void local_relation_backward<Similarity::kAbsoluteDifference>(const LocalRelation&,         \
-                                                                         const LocalRelationArgs<T>&); \
-  template void local_relation_backward<Similarity::kProduct>(const LocalRelation&, const LocalRelationArgs<T>&)
-RELOPS_INSTANTIATE(double);
-RELOPS_INSTANTIATE(float);
-RELOPS_INSTANTIATE(Half);
-RELOPS_INSTANTIATE(BFloat16);
-#undef RELOPS_INSTANTIATE
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<double>&);
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<float>&);
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<Half>&);
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<BFloat16>&);
 
 }  // namespace relops

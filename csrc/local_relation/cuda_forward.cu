@@ -41,11 +41,11 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
 
   const int ho = block.y + thread.row, wo = block.x + thread.column;
   if (!thread.active || wo >= a.Wo) return;
-  Compute q[R], most[R], total[R], sums[R][kChannels];
+  Compute q[R], largest[R], total[R], sums[R][kChannels];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     q[r] = ho + r < a.Ho ? static_cast<Compute>(*a.query.at(block.n, block.g, ho + r, wo)) : Compute(0);
-    most[r] = -kInfinity;
+    largest[r] = -kInfinity;
     total[r] = 0;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) sums[r][c] = 0;
@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
   };
   visit_taps<kTiled, R>(
       a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
-      [&](int r, Compute key, int tap) { most[r] = max(most[r], logit_of(r, key, tap)); });
+      [&](int r, Compute key, int tap) { largest[r] = max(largest[r], logit_of(r, key, tap)); });
   Compute value[kChannels];
   visit_taps<kTiled, R>(
       a, block, keys, area.columns, at, ho, wo,
@@ -68,7 +68,7 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
           read_channels<T>(value, a.value, block.n, first, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
       },
       [&](int r, Compute key, int tap) {
-        const Compute weight = exp2(logit_of(r, key, tap) - most[r]);
+        const Compute weight = exp2(logit_of(r, key, tap) - largest[r]);
         total[r] += weight;
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) sums[r][c] += weight * value[c];
@@ -84,7 +84,7 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
 }
 
 struct Kernels {
-  template <Similarity kSimilarity, class T>
+  template <class T>
   static void forward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
     const torch::stable::accelerator::DeviceGuard guard(r.value.get_device_index());
     LocalRelationParams<T> params{a};
@@ -92,18 +92,20 @@ struct Kernels {
     params.packs = has_packs(a.value, a.m);
     const int Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
     const LocalLaunch<T> launch(params, Ho, Wo, Wo, 1, false);
-    launch.run(local_relation_kernel<T, kSimilarity, true>, local_relation_kernel<T, kSimilarity, false>,
-               current_stream(r.value.get_device_index()));
+    const cudaStream_t stream = current_stream(r.value.get_device_index());
+    dispatch_similarity(r.similarity, [&](auto similarity) {
+      launch.run(local_relation_kernel<T, similarity(), true>, local_relation_kernel<T, similarity(), false>, stream);
+    });
   }
 
-  template <Similarity kSimilarity, class T>
+  template <class T>
   static void backward(const LocalRelation& r, const LocalRelationArgs<T>& a, const LocalRelationGrads&) {
-    local_relation_backward<kSimilarity>(r, a);
+    local_relation_backward(r, a);
   }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_LOCAL_RELATION_IMPL(m, LocalRelationOps<Kernels>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_local_relation<Kernels>(m); }
 
 }  // namespace relops

@@ -1,4 +1,10 @@
-// relation_attention on the CPU.
+// relation_attention on the CPU: the two directions, their work divided among threads, and the registration.
+//
+// Forward: threads first pack the keys of some images tile by tile, then take blocks of up to 36 queries with all heads
+// (PackedKeys and ForwardWorker in cpu_forward.h). Backward: threads take some heads of an image (BackwardWorker in
+// cpu_backward.h) and leave partial sums for weights and boxes, which are added up here in a fixed order, so that
+// results do not depend on the number of threads. Both are bound by the multiply-adds of cpu_products.h; cpu_kernel.h
+// counts them. The sines and cosines of cpu_geometry.h come second.
 
 #include <algorithm>
 #include <cstdint>
@@ -28,47 +34,47 @@ struct Kernels {
     const int64_t threads = threads_for(relation_nanoseconds(a, of_boxes ? 4 : 2.3));
     std::vector<Compute> delta(a.N * a.Q * a.M);
     a.delta = delta.data();
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2) {  // delta by a forward: see RelationAttentionArgs
       RELOPS_CALL_ISA(relation_attention_forward, a, kept);
     } else {
       const double work = static_cast<double>(a.N) * a.Q * a.M * (5 + 2 * vectors_of<Compute>(a.Dv));
       for_each_range(a.N * a.Q, threads_for(work),
                      [&](int64_t begin, int64_t end) { RELOPS_CALL_ISA(relation_attention_delta, a, begin, end); });
     }
-    // Every part computes the sines anew.
+    // No more parts than the threads need, because every part computes the sines anew.
     const int64_t parts = parts_for(a.N, 1, a.M, threads);
     std::vector<double> weight(a.grad_weight == nullptr ? 0 : a.N * a.M * kEmbedding);
     std::vector<double> bias(a.grad_bias == nullptr ? 0 : a.N * a.M);
     std::vector<Compute> query_boxes(a.grad_query_boxes == nullptr ? 0 : parts * a.N * a.Q * 4);
     std::vector<Compute> key_boxes(a.grad_key_boxes == nullptr ? 0 : parts * a.N * a.K * 4);
-    const RelationAttentionShares<Compute> shares{parts, weight.data(), bias.data(), query_boxes.data(),
-                                                  key_boxes.data()};
-    RELOPS_CALL_ISA(relation_attention_backward, a, kept, shares, threads);
-    if (a.grad_weight != nullptr) add_shares(shares.weight, a.N, a.M * kEmbedding, a.grad_weight);
-    if (a.grad_bias != nullptr) add_shares(shares.bias, a.N, a.M, a.grad_bias);
+    const RelationAttentionPartials<Compute> partials{parts, weight.data(), bias.data(), query_boxes.data(),
+                                                      key_boxes.data()};
+    RELOPS_CALL_ISA(relation_attention_backward, a, kept, partials, threads);
+    if (a.grad_weight != nullptr) sum_partials(partials.weight, a.N, a.M * kEmbedding, a.grad_weight);
+    if (a.grad_bias != nullptr) sum_partials(partials.bias, a.N, a.M, a.grad_bias);
     if (a.grad_query_boxes != nullptr)
-      grad_of_boxes(shares.query_boxes, parts, a.N * a.Q, a.query_boxes, a.grad_query_boxes);
-    if (a.grad_key_boxes != nullptr) grad_of_boxes(shares.key_boxes, parts, a.N * a.K, a.key_boxes, a.grad_key_boxes);
+      grad_of_boxes(partials.query_boxes, parts, a.N * a.Q, a.query_boxes, a.grad_query_boxes);
+    if (a.grad_key_boxes != nullptr) grad_of_boxes(partials.key_boxes, parts, a.N * a.K, a.key_boxes, a.grad_key_boxes);
   }
 
  private:
-  // sum[i] of the shares [count,size], in their order.
+  // Sets sum[i] to the sum of partials [count,size] over count, in order.
   template <class S, class Compute>
-  static void add_shares(const S* shares, int64_t count, int64_t size, Compute* sum) {
+  static void sum_partials(const S* partials, int64_t count, int64_t size, Compute* sum) {
     for (int64_t i = 0; i < size; ++i) {
-      S total = shares[i];
-      for (int64_t share = 1; share < count; ++share) total += shares[share * size + i];
+      S total = partials[i];
+      for (int64_t part = 1; part < count; ++part) total += partials[part * size + i];
       sum[i] = static_cast<Compute>(total);
     }
   }
 
-  // From shares [parts,boxes,4] of the gradients of centers and logarithms of sizes.
+  // Writes the gradients of boxes, from partials [parts,boxes,4] of those of centers and logarithms of sizes.
   template <class Compute>
-  static void grad_of_boxes(Compute* shares, int64_t parts, int64_t count, const Compute* boxes, Compute* grad) {
-    add_shares(shares, parts, count * 4, grad);
+  static void grad_of_boxes(Compute* partials, int64_t parts, int64_t count, const Compute* boxes, Compute* grad) {
+    sum_partials(partials, parts, count * 4, grad);
     for (int64_t i = 0; i < count; ++i, boxes += 4, grad += 4) {
       const Compute x = grad[0] / 2, y = grad[1] / 2;
-      // 0 of a masked key stays 0, whatever its box.
+      // The 0 of a masked key stays 0, whatever its box.
       const Compute w = grad[2] == 0 ? 0 : grad[2] / (boxes[2] - boxes[0] + 1);
       const Compute h = grad[3] == 0 ? 0 : grad[3] / (boxes[3] - boxes[1] + 1);
       grad[0] = x - w;
@@ -81,6 +87,6 @@ struct Kernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { RELOPS_RELATION_ATTENTION_IMPL(m, RelationAttentionOps<Kernels>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { register_relation_attention<Kernels>(m); }
 
 }  // namespace relops

@@ -1,8 +1,10 @@
-// relation_attention on the CPU: backward.
+// relation_attention on the CPU: the backward. BackwardWorker takes some heads of an image: it goes over the tiles of
+// keys and, for each, over blocks of queries, so that gradients of keys are complete when a tile is done and those of
+// queries when the image is.
 
 namespace relops::RELOPS_ISA {
 
-// What a thread needs for some heads of an image. Letters of arrays: H heads of the part.
+// A thread's work and memory for some heads of an image. In the shapes of arrays, heads are those of the item.
 template <class T>
 struct BackwardWorker {
   using Compute = ComputeType<T>;
@@ -10,9 +12,9 @@ struct BackwardWorker {
 
   const RelationAttentionArgs<T>& a;
   const KeyIndex& kept;
-  const RelationAttentionShares<Compute>& shares;
-  const bool of_boxes;                    // whether their gradients are wanted
-  int64_t max_heads, width, value_width;  // the most heads of a part; padded D and Dv
+  const RelationAttentionPartials<Compute>& partials;
+  const bool of_boxes;                    // whether gradients of boxes are asked for
+  int64_t max_heads, width, value_width;  // the largest number of heads of an item; padded D and Dv
   int64_t b_stride;
   Scratch scratch;
   BoxTable<Compute> queries, keys;
@@ -37,12 +39,12 @@ struct BackwardWorker {
   Compute *grad_queries, *grad_keys;  // [Q,4,lanes], [4,kTile]
 
   BackwardWorker(const RelationAttentionArgs<T>& a, const KeyIndex& kept,
-                 const RelationAttentionShares<Compute>& shares)
+                 const RelationAttentionPartials<Compute>& partials)
       : a(a),
         kept(kept),
-        shares(shares),
+        partials(partials),
         of_boxes(a.grad_query_boxes != nullptr || a.grad_key_boxes != nullptr),
-        max_heads(ceil_div(a.M, shares.parts)),
+        max_heads(ceil_div(a.M, partials.parts)),
         width(round_up(a.D, V)),
         value_width(round_up(a.Dv, V)),
         b_stride(max_heads * kKeys + V),
@@ -73,15 +75,15 @@ struct BackwardWorker {
     take(grad_keys, 4 * kKeys);
   }
 
-  // Heads of item: `part` of image n.
+  // The item is `part` of the heads of image n.
   void operator()(int64_t item) {
-    const int64_t n = item / shares.parts, part = item % shares.parts;
-    const int64_t m0 = part * a.M / shares.parts, heads = (part + 1) * a.M / shares.parts - m0;
+    const int64_t n = item / partials.parts, part = item % partials.parts;
+    const int64_t m0 = part * a.M / partials.parts, heads = (part + 1) * a.M / partials.parts - m0;
     const int32_t* const index = kept.index(n);
     const int64_t count = kept.count(n);
     for (int64_t k = 0; k < a.K && count < a.K; ++k)
       if (a.mask[n * a.K + k]) clear(n, k, a.K, m0, heads, a.grad_key, a.grad_value);
-    if (count == 0) {  // not even NaN of a query may pass
+    if (count == 0) {  // queries without keys have zero gradients, even if their features are NaN
       for (int64_t q = 0; q < a.Q; ++q) clear(n, q, a.Q, m0, heads, a.grad_query, nullptr);
       return;
     }
@@ -133,7 +135,7 @@ struct BackwardWorker {
     std::fill_n(grad_bias, heads * V, Compute(0));
   }
 
-  // A block of queries, from q0 on, and the tile of keys.
+  // Adds the gradients of a block of queries, from q0 on, with the tile of keys.
   void visit(int64_t n, int64_t m0, int64_t heads, int64_t q0, int64_t block, int64_t count) {
     const int64_t vectors = ceil_div(count, V);
     for (int64_t q = 0; q < block; ++q)
@@ -168,8 +170,8 @@ struct BackwardWorker {
       for (int64_t q = 0; q < block; ++q) differentiate_boxes(m0, heads, q0 + q, q, vectors);
   }
 
-  // Of one query, head and tile: p from logits to probabilities, dp from their gradients to those of the logits, b to
-  // its gradient.
+  // For one query, head and tile: turns p from logits into probabilities, dp from the gradients of these into those of
+  // the logits, and b into its gradient.
   void differentiate(int64_t n, int64_t m, int64_t h, int64_t query, int64_t q, int64_t count, int64_t vectors) {
     Compute *const b = this->b + q * b_stride + h * kKeys, *const p = this->p + q * kKeys,
                    *const dp = this->dp + q * kKeys;
@@ -198,6 +200,7 @@ struct BackwardWorker {
     store(grad_bias + h * V, of_bias);
   }
 
+  // Adds the gradients of the boxes of one query and of the tile, from those of b of all heads.
   void differentiate_boxes(int64_t m0, int64_t heads, int64_t query, int64_t q, int64_t vectors) {
     const Compute* const grad_b = b + q * b_stride;
     for (int64_t h = 0; h < heads; ++h)
@@ -214,7 +217,7 @@ struct BackwardWorker {
     const Compute* const terms = this->terms + q * kHalf * kKeys;
     Compute* const of_query = grad_queries + query * 4 * V;
     for (int64_t k = 0; k < vectors * V; k += V) {
-      // By the logarithms of |dx|/w, |dy|/h, and the ratios of widths and of heights.
+      // Derivatives by the logarithms of |dx|/w, |dy|/h, and of the ratios of widths and of heights.
       Vec<Compute> by[4] = {};
       for (int c = 0; c < 4; ++c)
         for (int i = c * kTerms; i < (c + 1) * kTerms; ++i)
@@ -235,7 +238,7 @@ struct BackwardWorker {
     }
   }
 
-  // The rows of a head's gradient [count,padded width], scaled, to out [N,I,M,D] at (n, index, m).
+  // Writes the rows of a head's gradient [count,padded], scaled, to out [N,I,M,D] at (n, index, m).
   void store_rows(Compute* rows, int64_t padded, int64_t D, Compute scale, T* out, int64_t I, int64_t n, int64_t m,
                   const int32_t* index, int64_t count) {
     for (int64_t i = 0; i < count; ++i, rows += padded) {
@@ -252,21 +255,21 @@ struct BackwardWorker {
         store_rows(grad_value + h * kKeys * value_width, value_width, a.Dv, 1, a.grad_value, a.K, n, m0 + h, index,
                    count);
     }
-    // All pairs of an image are too many terms for one sum in float32.
+    // All pairs of an image would be too many terms for one sum in float32, hence sums per tile, added in float64.
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t head = n * a.M + m0 + h;
-      if (a.grad_bias != nullptr) shares.bias[head] += sum<Compute>(load(grad_bias + h * V));
+      if (a.grad_bias != nullptr) partials.bias[head] += sum<Compute>(load(grad_bias + h * V));
       if (a.grad_weight == nullptr) continue;
       for (int i = 0; i < kHalf; ++i)
-        shares.weight[head * kEmbedding + i] += sum<Compute>(load(grad_weight + (h * kHalf + i) * V));
+        partials.weight[head * kEmbedding + i] += sum<Compute>(load(grad_weight + (h * kHalf + i) * V));
     }
     if (a.grad_key_boxes == nullptr) return;
     for (int64_t k = 0; k < count; ++k)
       for (int c = 0; c < 4; ++c)
-        shares.key_boxes[((part * a.N + n) * a.K + index[k]) * 4 + c] = grad_keys[c * kKeys + k];
+        partials.key_boxes[((part * a.N + n) * a.K + index[k]) * 4 + c] = grad_keys[c * kKeys + k];
   }
 
-  // The gradients of entry i of I, in some heads.
+  // Sets the gradients of entry i of I to zero, in some heads.
   void clear(int64_t n, int64_t i, int64_t I, int64_t m0, int64_t heads, T* of_width, T* of_value_width) {
     const int64_t row = (n * I + i) * a.M + m0;
     if (of_width != nullptr) std::fill_n(of_width + row * a.D, heads * a.D, T(0));
@@ -279,7 +282,7 @@ struct BackwardWorker {
       if (a.grad_query != nullptr)
         store_rows(grad_query + h * a.Q * width, width, a.D, a.scale, a.grad_query, a.Q, n, m, kept.every_query(), a.Q);
       if (a.grad_weight == nullptr) continue;
-      double* const grad = shares.weight + (n * a.M + m) * kEmbedding;
+      double* const grad = partials.weight + (n * a.M + m) * kEmbedding;
       for (int64_t q = 0; q < a.Q; ++q) {
         const Compute* const of = grad_rotated + (q * heads + h) * kHalf;
         for_separable(a.weight + m * kEmbedding, queries.term_rows + q * kHalf,
@@ -291,7 +294,7 @@ struct BackwardWorker {
     }
     if (a.grad_query_boxes == nullptr) return;
     for (int64_t i = 0; i < a.Q * 4; ++i)
-      shares.query_boxes[(part * a.N + n) * a.Q * 4 + i] = sum<Compute>(load(grad_queries + i * V));
+      partials.query_boxes[(part * a.N + n) * a.Q * 4 + i] = sum<Compute>(load(grad_queries + i * V));
   }
 };
 

@@ -1,7 +1,9 @@
-// relation_attention on the CPU: forward.
+// relation_attention on the CPU: the forward. PackedKeys packs the keys of some images tile by tile; ForwardWorker
+// takes a block of queries with all heads over the tiles of its image, with a running maximum as in flash attention.
 
 namespace relops::RELOPS_ISA {
 
+// Keys as products read them.
 template <class Compute>
 struct KeyTile {
   BoxTable<Compute> boxes;
@@ -9,14 +11,16 @@ struct KeyTile {
   Compute* values;   // [M,width,padded Dv]
 };
 
-// The keys of some images, from `first` on, tile by tile.
+// The packed keys of `images` images, from image `first` on, tile by tile.
 template <class T>
 struct PackedKeys {
   using Compute = ComputeType<T>;
 
   const RelationAttentionArgs<T>& a;
   const KeyIndex& kept;
-  int64_t of_image, width, value_width;  // tiles; keys of each, fewer than kTile where there are no more; padded Dv
+  int64_t of_image;     // tiles of an image
+  int64_t width;        // keys of a tile: kTile, or K rounded up to whole vectors if that is less
+  int64_t value_width;  // padded Dv
   int64_t images, first = 0;
   Scratch scratch;
   std::vector<KeyTile<Compute>> tiles;
@@ -49,7 +53,7 @@ struct PackedKeys {
   }
 };
 
-// What a thread needs for a block of queries with all heads.
+// A thread's work and memory for a block of queries with all heads.
 template <class T>
 struct ForwardWorker {
   using Compute = ComputeType<T>;
@@ -57,9 +61,11 @@ struct ForwardWorker {
 
   const RelationAttentionArgs<T>& a;
   const PackedKeys<T>& keys;
-  int64_t blocks, max_queries;  // of an image; queries of a block
-  int64_t width, value_width;   // padded D and Dv
-  // Distance of queries in b: a vector more than it holds, or their rows would meet in the same sets of a cache.
+  int64_t blocks;              // into which the queries of an image are divided
+  int64_t max_queries;         // of a block
+  int64_t width, value_width;  // padded D and Dv
+  // The distance of queries in b. It is a vector more than their rows take, because these would otherwise compete for
+  // the same sets of the cache.
   int64_t b_stride;
   Scratch scratch;
   BoxTable<Compute> queries;
@@ -92,7 +98,7 @@ struct ForwardWorker {
 
   void operator()(int64_t item) {
     const int64_t image = item / blocks, n = keys.first + image;
-    // Whole panels of rows, of which a smaller one takes nearly as long.
+    // Blocks are whole panels of rows, because a smaller panel takes nearly as long as a whole one.
     const auto from = [&](int64_t block) { return block * ceil_div(a.Q, kPanelRows) / blocks * kPanelRows; };
     const int64_t first = from(item % blocks), count = std::min(from(item % blocks + 1), a.Q) - first;
     load_queries(n, first, count);
@@ -114,6 +120,7 @@ struct ForwardWorker {
     std::fill_n(total, a.M * max_queries * V, Compute(0));
   }
 
+  // Adds what a tile of `count` keys gives to a block of queries.
   void visit(int64_t block, const KeyTile<Compute>& tile, int64_t count) {
     const int64_t vectors = ceil_div(count, V);
     for (int64_t q = 0; q < block; ++q)
@@ -123,7 +130,7 @@ struct ForwardWorker {
       const int64_t row = m * max_queries;
       multiply<Compute>({{query + row * width, width, 1}, tile.columns + m * a.D * keys.width, keys.width, a.D}, block,
                         vectors, p, kKeys);
-      // Keys do not fit the second cache: those of the next head are fetched meanwhile, some lines a query.
+      // Keys do not fit into the second cache: those of the next head are fetched meanwhile, some lines per query.
       const int64_t columns = a.D * keys.width, values = keys.width * value_width;
       const int64_t lines =
           m + 1 < a.M ? ceil_div(std::max(columns, values) * int64_t{sizeof(Compute)}, 64 * block) : 0;
@@ -137,8 +144,8 @@ struct ForwardWorker {
     }
   }
 
-  // p: of one query and head, `row`, and a tile, from logits s to weights in the scale of the sums so far. That is
-  // changed only where s is much larger than before: a weight may be as large as exp(kSlack) times b.
+  // Turns p, the logits s of one query and head (`row`) with a tile, into weights in the scale of the sums so far. The
+  // scale is changed only where s is much larger than before: a weight may be as large as exp(kSlack) times b.
   void normalize(int64_t row, Compute bias, int64_t count, const Compute* b, Compute* p) {
     constexpr Compute kSlack = 16;
     mask_last(p, count);
@@ -168,7 +175,7 @@ struct ForwardWorker {
     store(total + row * V, totals);
   }
 
-  // The output; or delta, where it is asked for.
+  // Writes output and logsumexp; or delta, where it is asked for.
   void store_queries(int64_t n, int64_t first, int64_t count) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t m = 0; m < a.M; ++m) {

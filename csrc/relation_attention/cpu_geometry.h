@@ -1,10 +1,11 @@
-// relation_attention on the CPU: geometry.
+// relation_attention on the CPU: the geometry of pairs. BoxTable has what depends on one box; geometry_of computes the
+// sines and cosines of pairs and, from these and the box tables, b of all heads. problem.h has the mathematics.
 
 namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Vectors that are put through a chain of operations side by side.
+// The number of vectors that go through a chain of operations side by side, so that none waits for the one before it.
 constexpr int kAtOnce = 4;
 
 template <class Compute>
@@ -27,7 +28,7 @@ inline Vec<Compute> absolute(Vec<Compute> x) {
   return (Vec<Compute>)((VecInt<Compute>)x & ~Bits<Compute>::kSign);
 }
 
-// Of x > 0; of 0 an exponent below that of every number.
+// log2 of x > 0. That of 0 has an exponent below that of every number.
 template <class Compute>
 inline Log2<Vec<Compute>> log2_of(Vec<Compute> x) {
   const VecInt<Compute> n = ((VecInt<Compute>)x - Bits<Compute>::kRootHalf) >> Bits<Compute>::kMantissa;
@@ -36,7 +37,7 @@ inline Log2<Vec<Compute>> log2_of(Vec<Compute> x) {
   return {__builtin_convertvector(n, Vec<Compute>), r * Series<Compute>::log2(r * r)};
 }
 
-// The sines and cosines of one coordinate, to rows `row` apart.
+// Writes the sines and cosines of one coordinate, whose log2 is given, to rows that lie `row` apart.
 template <class Compute>
 inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Compute* terms, int64_t row) {
   using F = Batch<Compute, kAtOnce>;
@@ -58,14 +59,14 @@ inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Co
   }
 }
 
-// Boxes coordinate by coordinate, padded to whole vectors.
+// What depends on one box, coordinate by coordinate, padded to whole vectors of boxes.
 template <class Compute>
 struct BoxTable {
   int64_t padded;
   Compute *x_high, *x_low, *y_high, *y_low;  // centers
   Compute *width, *height;
   Compute *width_n, *width_l, *height_n, *height_l;  // log2
-  Compute *terms, *term_rows;                        // [32,padded], [padded,32], of width and height; NaN for no box
+  Compute *terms, *term_rows;  // [32,padded], [padded,32], of width and height; NaN for an invalid box
 
   BoxTable(int64_t count, Scratch& scratch) : padded(round_up(count, kLanes<Compute>)) {
     for (Compute** array :
@@ -75,7 +76,7 @@ struct BoxTable {
     term_rows = scratch.take<Compute>(kHalf * padded);
   }
 
-  // Box i is boxes[index[i]], for i < count. The last vector is padded with boxes of one pixel.
+  // Fills the table: its box i is boxes[index[i]], for i < count. The last vector is padded with boxes of one pixel.
   void fill(const Waves<Compute>& waves, const Compute* boxes, const int32_t* index, int64_t count) {
     constexpr int64_t V = kLanes<Compute>;
     for (int64_t first = 0; first < count; first += V) {
@@ -85,7 +86,7 @@ struct BoxTable {
       const Vec<Compute> x1 = load(of[0]), y1 = load(of[1]), x2 = load(of[2]), y2 = load(of[3]);
       const TwoPart<Vec<Compute>> x = middle(x1, x2), y = middle(y1, y2);
       const Vec<Compute> w = x2 - x1 + 1, h = y2 - y1 + 1, none = {};
-      // What is not finite is not 0 when multiplied by it.
+      // A number that is not finite gives NaN, not 0, when multiplied by 0.
       const VecInt<Compute> valid = (w > 0) & (h > 0) & ((x1 + y1 + x2 + y2 + w + h) * none == none);
       const Log2<Vec<Compute>> log2_w = log2_of<Compute>(w), log2_h = log2_of<Compute>(h);
       store(x_high + first, x.high);
@@ -148,7 +149,7 @@ inline Log2<Vec<Compute>> log2_ratio(Vec<Compute> d, Log2<Vec<Compute>> size) {
   return {above ? ratio.n : broadcast(n), above ? ratio.l : broadcast(l)};
 }
 
-// terms [32,kTile]: of dx and dy between query q and a tile of keys.
+// Writes terms [32,kTile], the sines and cosines of dx and dy between query q and a tile of keys.
 template <class Compute>
 inline void pair_terms(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
                        const BoxTable<Compute>& keys, int64_t vectors, Compute* terms) {
@@ -160,8 +161,8 @@ inline void pair_terms(const Waves<Compute>& waves, bool by_query, const BoxTabl
   }
 }
 
-// For each term of the separable half, of which weight [64] is a head's and terms [32] are a query's:
-// f(place, W_s, W_c, sine, cosine), where place is that of the sine in 32.
+// Calls f(i, W_s, W_c, sine, cosine) for each wave of the separable half, where weight [64] is a head's, terms [32] are
+// a query's, and i is the index of the sine in terms.
 template <class Compute, class F>
 inline void for_separable(const Compute* weight, const Compute* terms, F f) {
   for (int c = 0; c < 2; ++c)
@@ -172,7 +173,7 @@ inline void for_separable(const Compute* weight, const Compute* terms, F f) {
     }
 }
 
-// out [32]: the weights that the terms of a key's width and height have for a query and head.
+// Writes out [32], the weights that the terms of a key's width and height have for a query and head.
 template <class Compute>
 inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   for_separable(weight, terms, [out](int at, Compute of_sine, Compute of_cosine, Compute sine, Compute cosine) {
@@ -181,8 +182,8 @@ inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   });
 }
 
-// b [heads,kTile], without biases, of query q and a tile of keys; terms [32,kTile] as pair_terms leaves them. weight
-// and rotated are those of the first head.
+// Writes b [heads,kTile], without biases, of query q and a tile of keys, and terms [32,kTile] as pair_terms does.
+// weight and rotated are those of the first head.
 template <class Compute>
 inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
                         const BoxTable<Compute>& keys, int64_t vectors, int64_t heads, const Compute* weight,
@@ -191,6 +192,12 @@ inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTab
   const Factors<Compute> separable{{rotated, kHalf, 1}, keys.terms, keys.padded, kHalf};
   multiply<Compute>({{weight, kEmbedding, 1}, terms, kTile<Compute>, kHalf}, heads, vectors, b, kTile<Compute>, false,
                     &separable);
+}
+
+// max(b, 1e-6), where NaN stays.
+template <class Compute>
+inline Vec<Compute> above_floor(Vec<Compute> b) {
+  return maximum(broadcast(static_cast<Compute>(kWeightFloor)), b);
 }
 
 }  // namespace

@@ -1,29 +1,31 @@
-// Relation attention on the CPU; compiled once per instruction set by foreach_isa.h.
+// relation_attention on the CPU: the entry points of its kernels, compiled once per instruction set by foreach_isa.h.
 //
-// Per pair and head, forward: 64 multiply-adds of the geometry, D of the logit, Dv of the output; backward: these
-// again, 64 for the weights of the geometry, Dv for the gradient of p and D + D + Dv for those of query, key and value.
-// Beside them stand 16 sines and cosines per pair (not per head) and an exponential per pair and head. All products run
-// in one register-tiled kernel, `multiply`, which is what bounds both directions.
+// Per pair and head, the forward takes 64 multiply-adds for the geometry, D for the logit and Dv for the output. The
+// backward takes these again, 64 for the weights of the geometry, Dv for the gradient of p, and D + D + Dv for the
+// gradients of query, key and value. In addition there are 16 sines and cosines per pair (not per head) and an
+// exponential per pair and head. All products run in one register-tiled kernel, `multiply`, which is what bounds both
+// directions.
 //
-// A tile of keys, kTile<Compute> of them in lanes, is packed head by head, transposed where keys are the lanes of a
-// product, and without the masked ones; then blocks of queries visit it. Forward, an item is some of the queries of an
-// image with all heads, so that they share the sines. Backward, an item is some of the heads: it owns the gradients of
-// their queries, keys and weights, so that nothing is summed in an order that depends on threads.
+// A tile of keys, with kTile<Compute> keys in lanes, is packed head by head, without the masked keys, and transposed
+// where keys are the lanes of a product; then blocks of queries visit it. In the forward an item is some of the queries
+// of an image with all heads, so that the heads share the sines. In the backward an item is some of the heads: it owns
+// the gradients of their queries, keys and weights, so that no sum depends on which thread came first.
 
 #include "common/cpu/simd.h"
 #include "relation_attention/cpu_args.h"
 
-// Products of rows of features.
+// The pieces, each of which uses those before it. Rows of features: how they are packed and multiplied.
 #include "relation_attention/cpu_products.h"
-// b of pairs.
+// Boxes and pairs of boxes: their terms, and b of all heads.
 #include "relation_attention/cpu_geometry.h"
-// Forward.
+// ForwardWorker: a block of queries against all keys.
 #include "relation_attention/cpu_forward.h"
-// Backward.
+// BackwardWorker: some heads of an image.
 #include "relation_attention/cpu_backward.h"
 
 namespace relops::RELOPS_ISA {
 
+// Writes output and logsumexp; or delta, where it is asked for.
 template <class T>
 void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyIndex& kept) {
   const int64_t threads = threads_for(relation_nanoseconds(a, 1));
@@ -36,7 +38,7 @@ void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyInde
   }
 }
 
-// delta of queries [begin,end) of all images.
+// Writes delta of the queries [begin,end), counted over all images.
 template <class T>
 void relation_attention_delta(const RelationAttentionArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin * a.M; row < end * a.M; ++row) {
@@ -45,10 +47,11 @@ void relation_attention_delta(const RelationAttentionArgs<T>& a, int64_t begin, 
   }
 }
 
+// Writes the gradients of query, key and value that are asked for, and adds those of weights and boxes to `partials`.
 template <class T>
 void relation_attention_backward(const RelationAttentionArgs<T>& a, const KeyIndex& kept,
-                                 const RelationAttentionShares<ComputeType<T>>& shares, int64_t threads) {
-  for_each_item(a.N * shares.parts, threads, [&] { return BackwardWorker<T>(a, kept, shares); });
+                                 const RelationAttentionPartials<ComputeType<T>>& partials, int64_t threads) {
+  for_each_item(a.N * partials.parts, threads, [&] { return BackwardWorker<T>(a, kept, partials); });
 }
 
 }  // namespace relops::RELOPS_ISA

@@ -1,13 +1,15 @@
-// relation_attention on the CPU: products.
+// relation_attention on the CPU: rows of features. Rows are packed, converted to the compute type, into arrays in which
+// a product reads whole vectors; `multiply` and `multiply_lanes` are the register-tiled products of both directions.
 
 namespace relops::RELOPS_ISA {
 
 namespace {
 
+// The number of keys in a tile.
 template <class Compute>
-constexpr int64_t kTile = 256 / sizeof(Compute);  // keys
+constexpr int64_t kTile = 256 / sizeof(Compute);
 
-// What of a product is kept in registers: 24 of AVX-512's 32, 12 of the 16 elsewhere.
+// The panel of a product that is kept in registers: it takes 24 of AVX-512's 32 registers, 12 of the 16 elsewhere.
 constexpr int kPanelRows = 6, kPanelVectors = RELOPS_VECTOR_BYTES == 64 ? 4 : 2;
 
 // Element (i, j) of a matrix is at data[i * row + j * step].
@@ -17,7 +19,7 @@ struct Matrix {
   int64_t row, step;
 };
 
-// Of a times b: b [depth, lanes] has its rows b_row apart.
+// The factors of a product a times b. The rows of b [depth, lanes] lie b_row apart.
 template <class Compute>
 struct Factors {
   Matrix<Compute> a;
@@ -57,7 +59,7 @@ void multiply_panel(const Factors<Compute>& f, const Factors<Compute>* more, boo
     for (int v = 0; v < kVectors; ++v) store(out + r * out_row + v * kLanes<Compute>, sums[r][v]);
 }
 
-// The panels of every size, by their vectors - 1 and their rows - 1.
+// multiply_panel for panels of every size: of[vectors - 1][rows - 1].
 template <class Compute, class Rows = std::make_integer_sequence<int, kPanelRows>,
           class Vectors = std::make_integer_sequence<int, kPanelVectors>>
 struct Panels;
@@ -71,7 +73,7 @@ struct Panels<Compute, std::integer_sequence<int, kRows...>, std::integer_sequen
   static constexpr const Panel* of[] = {Row<kVectors + 1>::of...};
 };
 
-// Calls f(first, height) for panels of equal height, as far as that goes, that make up `rows`.
+// Calls f(first, height) for panels that make up `rows` and whose heights differ by at most 1.
 template <class F>
 inline void for_panels(int64_t rows, F f) {
   int64_t first = 0;
@@ -82,7 +84,8 @@ inline void for_panels(int64_t rows, F f) {
   }
 }
 
-// out [rows, vectors of lanes] = (add: +=) the product of the factors, and of `more` where there is it.
+// Sets out [rows, vectors of lanes] to the product of the factors, plus that of `more` unless it is null. With `add`
+// the products are added to out.
 template <class Compute>
 inline void multiply(const Factors<Compute>& f, int64_t rows, int64_t vectors, Compute* out, int64_t out_row,
                      bool add = false, const Factors<Compute>* more = nullptr) {
@@ -133,8 +136,8 @@ constexpr auto lanes_panels(std::integer_sequence<int, kRows...>) {
   return std::array{multiply_lanes_panel<Compute, kRows + 1>...};
 }
 
-// sums [rows, columns, lanes] += a [count, rows, kTile] times b [count, columns, kTile], lane by lane, over the first
-// vectors of each tile. Entries of a and b lie a_stride and b_stride apart.
+// Adds to sums [rows, columns, lanes] the product of a [count, rows, kTile] and b [count, columns, kTile], lane by
+// lane, over the first `vectors` vectors of each tile. Entries of a and b lie a_stride and b_stride apart.
 template <class Compute>
 inline void multiply_lanes(int64_t rows, int64_t columns, int64_t count, int64_t vectors, const Compute* a,
                            int64_t a_stride, const Compute* b, int64_t b_stride, Compute* sums) {
@@ -147,7 +150,7 @@ inline void multiply_lanes(int64_t rows, int64_t columns, int64_t count, int64_t
   });
 }
 
-// out[i][0..padded) = scale * (the row of entry index[i]), with zeros after its D elements.
+// Sets out[i][0..padded) to scale times the row of entry index[i], with zeros after its D elements.
 template <class Compute, class T>
 inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count, int64_t D,
                       Compute scale, Compute* out, int64_t padded) {
@@ -159,7 +162,8 @@ inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int
   }
 }
 
-// out[d][i] = element d of entry index[i], zero for i from count to the end of its vector. Rows of out lie `row` apart.
+// Sets out[d][i] to element d of entry index[i], and to zero for i from count to the end of its vector. Rows of out lie
+// `row` apart.
 template <class Compute, class T>
 inline void pack_columns(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count,
                          int64_t D, Compute* out, int64_t row) {
@@ -181,7 +185,7 @@ inline Compute dot(const A* a, const B* b, int64_t n) {
   return sum<Compute>(products);
 }
 
-// Into the second cache: `lines` cache lines of p[0..size), from line `first` on.
+// Fetches `lines` cache lines of p[0..size), from line `first` on, into the second cache.
 template <class Compute>
 inline void prefetch_lines(const Compute* p, int64_t size, int64_t first, int64_t lines) {
   constexpr int64_t kLine = 64 / sizeof(Compute);
@@ -189,7 +193,7 @@ inline void prefetch_lines(const Compute* p, int64_t size, int64_t first, int64_
     __builtin_prefetch(p + i, 0, 2);
 }
 
-// Minus infinity in the lanes of the last vector of logits p[0..count) that are of no key.
+// Writes minus infinity to the lanes of the last vector of the logits p[0..count) that belong to no key.
 template <class Compute>
 inline void mask_last(Compute* p, int64_t count) {
   constexpr int64_t V = kLanes<Compute>;
@@ -198,11 +202,6 @@ inline void mask_last(Compute* p, int64_t count) {
   Compute* const last = p + count - left;
   const VecInt<Compute> key = lanes<Compute>([](Int<Compute> j) { return j; }) < left;
   store(last, key ? load(last) : broadcast(-std::numeric_limits<Compute>::infinity()));
-}
-
-template <class Compute>
-inline Vec<Compute> above_floor(Vec<Compute> b) {
-  return maximum(broadcast(static_cast<Compute>(kWeightFloor)), b);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // relation_attention on CUDA: the backward, without atomic additions, so that it is bit-identical from run to run.
 //
-// Twice the same kernel: with queries as own rows, for the gradients of queries, weights, biases and query boxes, and
-// with keys as own rows, for those of keys, values and key boxes. With e = exp(s - logsumexp), p = e max(b, 1e-6) and
-// delta the sum over channels of output times its gradient,
+// The same kernel runs twice: with queries as own rows, for the gradients of queries, weights, biases and query boxes,
+// and with keys as own rows, for those of keys, values and key boxes. With e = exp(s - logsumexp), p = e max(b, 1e-6)
+// and delta the sum over channels of output times its gradient,
 //   ds = p (grad_output . value - delta),  db = b > 1e-6 ? e (grad_output . value - delta) : 0,
 // own rows' gradients are products of ds (for values, p) with the other rows, and db takes the place of b in shared
 // memory, from where warps that have an other box each compute what goes through the features:
@@ -11,13 +11,15 @@
 //   afterwards.
 // - boxes: db times weights, summed over heads, is a feature's gradient.
 //
-// A lane has a wave there, so gradients of a logarithm are summed over lanes, and over warps, once at the end. Shares
-// of blocks are added up in their order by a second launch.
+// A lane has a wave there, so gradients of a logarithm are summed over lanes, and over warps, once at the end. The
+// partial sums of blocks are added up in their order by a second launch.
 
 #include <algorithm>
 
 #include "common/cuda/partial_sums.cuh"
 #include "relation_attention/cuda.cuh"
+#include "relation_attention/cuda_geometry.cuh"
+#include "relation_attention/cuda_products.cuh"
 
 namespace relops {
 
@@ -151,11 +153,11 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
   }
 }
 
-// What does not fit in 255 registers: weights and boxes in one launch.
+// Weights and boxes in one launch do not always fit in 255 registers.
 template <class T, bool kOfKeys, bool kOfBoxes>
 constexpr bool kOfWeights = !kOfKeys && !(kOfBoxes && sizeof(T) == 8);
 
-// Whether 128 registers suffice.
+// Whether 128 registers per thread suffice, so that a multiprocessor has two blocks.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 template <class T, bool kOfKeys, bool kOfBoxes>
 constexpr bool kTwoBlocks = !kOfBoxes && (sizeof(T) == 4 || (sizeof(T) == 2 && !kOfKeys));
@@ -179,7 +181,7 @@ __global__ __launch_bounds__(
   const RelationBlock block(p, own_rows);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t m = block.head + warp;
-  const bool there = warp < block.heads;
+  const bool has_head = warp < block.heads;
   const bool* mask = a.mask == nullptr ? nullptr : a.mask + block.n * a.K;
   const bool *own_mask = kOfKeys ? mask : nullptr, *other_mask = kOfKeys ? nullptr : mask;
   const Compute* own_boxes = (kOfKeys ? a.key_boxes : a.query_boxes) + 4 * block.n * own_rows;
@@ -227,7 +229,7 @@ __global__ __launch_bounds__(
       compute_logits<kOthers>(shared.weights, shared.own, shared.others[(slot + 3) % kBackwardRing], by_own,
                               shared.tile[(step - 1) % 3]);
     unsigned active = step < 2 || step >= tiles + 2 ? 0 : shared.active[(slot + 2) % kBackwardRing];
-    if (active != 0 && there) {
+    if (active != 0 && has_head) {
       const int64_t first = (int64_t{step} - 2) * kOthers;
       Compute* tile = shared.tile[(step - 2) % 3];
       Compute scores[kOthers / 8][4], products[kOthers / 8][4];
@@ -271,7 +273,7 @@ __global__ __launch_bounds__(
     __syncthreads();
   }
 
-  if (there) {
+  if (has_head) {
     const int64_t row = (block.n * own_rows + block.first) * a.M + m;
     const Compute by_scale[2] = {a.scale, a.scale}, by_one[2] = {1, 1};
     if (grad_a != nullptr)
@@ -291,7 +293,7 @@ __global__ __launch_bounds__(
     const Compute bias = group_sum(grads.bias, 4);
     if (t == 0) shared.biases_of_warps[warp][g] = bias;
     __syncthreads();
-    Compute* share = p.of_weight + (block.n * p.row_blocks + block.row_block) * a.M * (kEmbedding + 1);
+    Compute* partial = p.of_weight + (block.n * p.row_blocks + block.row_block) * a.M * (kEmbedding + 1);
     for (int i = threadIdx.x; i < kHeads * (kEmbedding + 1); i += kHeadThreads) {
       const int h = i % kHeads, feature = i / kHeads;
       if (h >= block.heads) continue;
@@ -301,7 +303,8 @@ __global__ __launch_bounds__(
                    ? shared.biases_of_warps[of][h]
                    : shared.weights_of_warps[of][feature / kTerms][feature % kTerms / kWaves * 2 + h % 2]
                                             [feature % kWaves * 4 + h / 2];
-      share[feature == kEmbedding ? kEmbedding * a.M + block.head + h : (block.head + h) * kEmbedding + feature] = sum;
+      partial[feature == kEmbedding ? kEmbedding * a.M + block.head + h : (block.head + h) * kEmbedding + feature] =
+          sum;
     }
     __syncthreads();
   }
@@ -336,7 +339,7 @@ __global__ __launch_bounds__(
   }
 }
 
-// delta[row] of the rows [N,Q,M]. A warp each.
+// Writes delta[row] of the rows [N,Q,M], a warp per row.
 template <class T>
 __global__ __launch_bounds__(kDeltaThreads) void relation_delta_kernel(
     const __grid_constant__ RelationAttentionArgs<T> a, ComputeType<T>* delta) {
@@ -363,9 +366,9 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
   const int64_t width_a = (kOfKeys ? a.grad_key : a.grad_query) == nullptr ? 0 : a.D;
   const int64_t width_b = kOfKeys && a.grad_value != nullptr ? a.Dv : 0;
   p.chunks = static_cast<unsigned>(std::max<int64_t>(ceil_div(std::max(width_a, width_b), kColumns<T>), 1));
-  const int64_t shares = a.N * p.row_blocks, share = a.M * (kEmbedding + 1);
+  const int64_t count = a.N * p.row_blocks, size = a.M * (kEmbedding + 1);
   const bool of_weights = kOfWeights<T, kOfKeys, kOfBoxes> && (a.grad_weight != nullptr || a.grad_bias != nullptr);
-  const Tensor weights = torch::stable::new_empty(like, {of_weights ? shares * share : 0});
+  const Tensor weights = torch::stable::new_empty(like, {of_weights ? count * size : 0});
   p.of_weight = of_weights ? static_cast<Compute*>(weights.mutable_data_ptr()) : nullptr;
   const int64_t boxes = a.N * own_rows * 4;
   const bool split = grad_boxes != nullptr && p.groups > 1;
@@ -381,14 +384,14 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
   if (split)
     launch_sum_of_partials<Compute>(RelationAttention::op, p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
   if (of_weights && a.grad_weight != nullptr)
-    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight, shares, share, a.M * kEmbedding, a.grad_weight,
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight, count, size, a.M * kEmbedding, a.grad_weight,
                                     stream);
   if (of_weights && a.grad_bias != nullptr)
-    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight + a.M * kEmbedding, shares, share, a.M,
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight + a.M * kEmbedding, count, size, a.M,
                                     a.grad_bias, stream);
 }
 
-// The gradients of boxes, which few want, take registers that would halve the blocks of a multiprocessor.
+// Gradients of boxes, which are seldom asked for, take registers that would halve the blocks of a multiprocessor.
 template <class T, bool kOfKeys>
 void launch_side(const RelationAttention& r, RelationParams<T> p, ComputeType<T>* grad_boxes, cudaStream_t stream) {
   if (grad_boxes != nullptr) {
@@ -407,12 +410,12 @@ void relation_attention_backward(const RelationAttention& r, const RelationAtten
   using Compute = ComputeType<T>;
   const torch::stable::accelerator::DeviceGuard guard(r.query.get_device_index());
   const cudaStream_t stream = current_stream(r.query.get_device_index());
-  const int64_t rows = r.N * r.Q * r.M, shares = sizeof(T) == 2 ? ceil_div(r.Dv, kColumns<T>) : 1;
-  const Tensor memory = torch::stable::new_empty(r.query_boxes, {shares * rows});
+  const int64_t rows = r.N * r.Q * r.M, partials = sizeof(T) == 2 ? ceil_div(r.Dv, kColumns<T>) : 1;
+  const Tensor memory = torch::stable::new_empty(r.query_boxes, {partials * rows});
   Compute* const delta = static_cast<Compute*>(memory.mutable_data_ptr());
   if constexpr (sizeof(T) == 2) {
     launch_delta(a, delta, stream);
-    if (shares > 1) launch_sum_of_partials(r.op, delta, shares, rows, rows, delta, stream);
+    if (partials > 1) launch_sum_of_partials(r.op, delta, partials, rows, rows, delta, stream);
   } else {
     relation_delta_kernel<T><<<grid_size(r.op, ceil_div(rows, kDeltaWarps)), kDeltaThreads, 0, stream>>>(a, delta);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

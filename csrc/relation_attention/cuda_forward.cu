@@ -10,6 +10,8 @@
 #include <algorithm>
 
 #include "relation_attention/cuda.cuh"
+#include "relation_attention/cuda_geometry.cuh"
+#include "relation_attention/cuda_products.cuh"
 
 namespace relops {
 
@@ -101,9 +103,9 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int k = 8 * j + 2 * t + i % 2;
-          const bool there = active >> k & 1;
+          const bool is_active = active >> k & 1;
           const Compute weight = floored(tile[Layout::at(head, g + i / 2 * 8, k)]);
-          scores[j][i] = there ? scores[j][i] * scale : -kInfinity;
+          scores[j][i] = is_active ? scores[j][i] * scale : -kInfinity;
           highest[i / 2] = max(highest[i / 2], scores[j][i] + exponent(weight));
         }
       Compute shift[2];
@@ -187,8 +189,8 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
 }  // namespace
 
 template <class T>
-void launch_delta(RelationAttentionArgs<T> a, float* shares, cudaStream_t stream) {
-  a.delta = shares;
+void launch_delta(RelationAttentionArgs<T> a, float* partials, cudaStream_t stream) {
+  a.delta = partials;
   launch_forward<T, true>(a, stream);
 }
 
@@ -213,6 +215,6 @@ struct Kernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_RELATION_ATTENTION_IMPL(m, RelationAttentionOps<Kernels>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_relation_attention<Kernels>(m); }
 
 }  // namespace relops

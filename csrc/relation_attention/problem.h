@@ -1,10 +1,10 @@
-// Relation attention (the object relation module of Relation Networks): what both devices share.
+// relation_attention, the object relation module of Relation Networks: what the CPU and the CUDA half share.
 //
 //   output[q,m] = sum over keys of p * value,  p = softmax over keys of log(max(b, 1e-6)) + s
 //   s = scale * query . key,  b = W[m] . e + bias[m]
 //   e = sines and cosines of f_j times each of (log max(|dx|/w, 1e-3), log max(|dy|/h, 1e-3), log wq/wk, log hq/hk)
 //
-// As exp(log b + s) = b exp(s), no kernel takes that logarithm: p is max(b, 1e-6) exp(s), normalised.
+// Since exp(log b + s) = b exp(s), no kernel takes that logarithm: p is max(b, 1e-6) exp(s), normalized.
 //
 // Angles reach 1000 radians, so they are kept in two parts until whole turns are gone. A logarithm to base 2 is the
 // exponent n, an integer, and l, that of the mantissa; an angle in half turns is (n + l) times the wave's number of
@@ -25,6 +25,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -128,9 +130,9 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
 struct RelationAttention {
   RelationAttention(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& query_boxes_,
                     const Tensor& key_boxes_, const Tensor& geometry_weight_,
-                    const std::optional<Tensor>& geometry_bias_, const std::optional<Tensor>& key_mask_, bool by_query,
-                    double wavelength, std::optional<double> scale_, bool allow_tf32)
-      : by_query(by_query), wavelength(wavelength), allow_tf32(allow_tf32) {
+                    const std::optional<Tensor>& geometry_bias_, const std::optional<Tensor>& key_mask_,
+                    const std::string& geometry, double wavelength, std::optional<double> scale_, bool allow_tf32)
+      : by_query(is_by_query(geometry)), wavelength(wavelength), allow_tf32(allow_tf32) {
     STD_TORCH_CHECK(query_.dim() == 4 && key_.dim() == 4 && value_.dim() == 4, op,
                     ": query, key and value must have 4 dimensions");
     N = query_.size(0), Q = query_.size(1), M = query_.size(2), D = query_.size(3);
@@ -167,17 +169,23 @@ struct RelationAttention {
     key_mask = dense(key_mask_);
   }
 
+  static bool is_by_query(const std::string& geometry) {
+    STD_TORCH_CHECK(geometry == "paper" || geometry == "official", op, ": geometry must be paper or official, got ",
+                    geometry);
+    return geometry == "official";
+  }
+
   static constexpr const char* op = "relops.relation_attention";
   int64_t N, Q, K, M, D, Dv;
   Tensor query, key, value;  // rows dense
   Tensor query_boxes, key_boxes, geometry_weight;
   std::optional<Tensor> geometry_bias, key_mask;
-  bool by_query;  // dx and dy are divided by the size of the query's box, not of the key's
+  bool by_query;  // geometry "official": dx and dy are divided by the size of the query's box, not of the key's
   double wavelength, scale;
   bool allow_tf32;
 };
 
-// What kernels are given. Outputs and gradients are dense; a gradient that is not wanted is null.
+// What kernels are given. Outputs and gradients are dense; a gradient that was not asked for is null.
 template <class T>
 struct RelationAttentionArgs {
   using Compute = ComputeType<T>;
@@ -244,10 +252,10 @@ struct RelationAttentionOps {
   static std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                             const Tensor& query_boxes, const Tensor& key_boxes,
                                             const Tensor& geometry_weight, const std::optional<Tensor>& geometry_bias,
-                                            const std::optional<Tensor>& key_mask, bool by_query, double wavelength,
-                                            std::optional<double> scale, bool allow_tf32) {
+                                            const std::optional<Tensor>& key_mask, std::string geometry,
+                                            double wavelength, std::optional<double> scale, bool allow_tf32) {
     const RelationAttention r(query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask,
-                              by_query, wavelength, scale, allow_tf32);
+                              geometry, wavelength, scale, allow_tf32);
     const Tensor output = torch::stable::new_empty(r.query, {r.N, r.Q, r.M, r.Dv});
     const Tensor logsumexp = torch::stable::new_empty(r.query_boxes, {r.N, r.Q, r.M});
     if (r.K == 0 || output.numel() == 0) {
@@ -269,10 +277,10 @@ struct RelationAttentionOps {
                                          const Tensor& value, const Tensor& query_boxes, const Tensor& key_boxes,
                                          const Tensor& geometry_weight, const std::optional<Tensor>& geometry_bias,
                                          const std::optional<Tensor>& key_mask, const Tensor& output_,
-                                         const Tensor& logsumexp_, bool by_query, double wavelength,
-                                         std::optional<double> scale, bool allow_tf32, std::vector<bool> wanted) {
+                                         const Tensor& logsumexp_, std::string geometry, double wavelength,
+                                         std::optional<double> scale, bool allow_tf32, std::vector<bool> needs_grad) {
     const RelationAttention r(query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask,
-                              by_query, wavelength, scale, allow_tf32);
+                              geometry, wavelength, scale, allow_tf32);
     for (const Tensor* tensor : {&grad_output_, &output_}) {
       const char* name = tensor == &output_ ? "output" : "grad_output";
       check_shape(r.op, name, *tensor, {r.N, r.Q, r.M, r.Dv});
@@ -282,8 +290,8 @@ struct RelationAttentionOps {
     check_shape(r.op, "logsumexp", logsumexp_, {r.N, r.Q, r.M});
     STD_TORCH_CHECK(logsumexp_.scalar_type() == r.query_boxes.scalar_type() && logsumexp_.device() == r.query.device(),
                     r.op, ": logsumexp has the wrong dtype or device");
-    STD_TORCH_CHECK(wanted.size() == 7, r.op, ": wanted must have 7 flags");
-    wanted[6] = wanted[6] && r.geometry_bias;
+    STD_TORCH_CHECK(needs_grad.size() == 7, r.op, ": needs_grad must have 7 flags");
+    needs_grad[6] = needs_grad[6] && r.geometry_bias;
     const Tensor grad_output = with_dense_rows(grad_output_), output = dense(output_), logsumexp = dense(logsumexp_);
     const Tensor of[] = {r.query,
                          r.key,
@@ -291,10 +299,10 @@ struct RelationAttentionOps {
                          r.query_boxes,
                          r.key_boxes,
                          r.geometry_weight,
-                         wanted[6] ? *r.geometry_bias : r.geometry_weight};
+                         needs_grad[6] ? *r.geometry_bias : r.geometry_weight};
     std::vector<Tensor> grads;
     for (int i = 0; i < 7; ++i)
-      grads.push_back(wanted[i] ? torch::stable::new_empty(of[i], of[i].sizes()) : none_like(of[i]));
+      grads.push_back(needs_grad[i] ? torch::stable::new_empty(of[i], of[i].sizes()) : none_like(of[i]));
     if (r.K == 0 || output.numel() == 0) {
       for (const Tensor& grad : grads) torch::stable::fill_(grad, 0);
     } else {
@@ -305,16 +313,17 @@ struct RelationAttentionOps {
         a.grad_output = rows_of<const T>(grad_output);
         a.output = static_cast<T*>(output.mutable_data_ptr());
         a.logsumexp = static_cast<Compute*>(logsumexp.mutable_data_ptr());
-        const auto place = [&](auto*& pointer, int i) {
-          if (wanted[i]) pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(grads[i].mutable_data_ptr());
+        const auto set = [&](auto*& pointer, int i) {
+          if (needs_grad[i])
+            pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(grads[i].mutable_data_ptr());
         };
-        place(a.grad_query, 0);
-        place(a.grad_key, 1);
-        place(a.grad_value, 2);
-        place(a.grad_query_boxes, 3);
-        place(a.grad_key_boxes, 4);
-        place(a.grad_weight, 5);
-        place(a.grad_bias, 6);
+        set(a.grad_query, 0);
+        set(a.grad_key, 1);
+        set(a.grad_value, 2);
+        set(a.grad_query_boxes, 3);
+        set(a.grad_key_boxes, 4);
+        set(a.grad_weight, 5);
+        set(a.grad_bias, 6);
         Kernels::backward(r, a);
       });
     }
@@ -322,10 +331,11 @@ struct RelationAttentionOps {
   }
 };
 
-// Registers them: RELOPS_RELATION_ATTENTION_IMPL(m, RelationAttentionOps<Kernels>).
-#define RELOPS_RELATION_ATTENTION_IMPL(m, ...)                  \
-  using RelopsOps = __VA_ARGS__;                                \
-  m.impl("relation_attention", TORCH_BOX(&RelopsOps::forward)); \
-  m.impl("_relation_attention_backward", TORCH_BOX(&RelopsOps::backward))
+template <class Kernels>
+void register_relation_attention(auto& library) {
+  using Ops = RelationAttentionOps<Kernels>;
+  library.impl("relation_attention", TORCH_BOX(&Ops::forward));
+  library.impl("_relation_attention_backward", TORCH_BOX(&Ops::backward));
+}
 
 }  // namespace relops
