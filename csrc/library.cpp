@@ -60,23 +60,22 @@ STABLE_TORCH_LIBRARY(relops, m) {
 
   m.def(
       "relation_attention(Tensor query, Tensor key, Tensor value, Tensor query_boxes, Tensor key_boxes, "
-      "Tensor geometry_weight, Tensor? geometry_bias, Tensor? key_mask, bool by_query, float wavelength, float? scale, "
+      "Tensor geometry_weight, Tensor? geometry_bias, Tensor? key_mask, str geometry, float wavelength, float? scale, "
       "bool allow_tf32) -> (Tensor, Tensor)");
   m.def(
       "_relation_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor query_boxes, "
       "Tensor key_boxes, Tensor geometry_weight, Tensor? geometry_bias, Tensor? key_mask, Tensor output, "
-      "Tensor logsumexp, bool by_query, float wavelength, float? scale, bool allow_tf32, bool[] wanted) -> "
+      "Tensor logsumexp, str geometry, float wavelength, float? scale, bool allow_tf32, bool[] needs_grad) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("rank_embedding(Tensor ranks, SymInt dim, float wavelength) -> Tensor");
   m.def("_rank_embedding_backward(Tensor grad_output, Tensor ranks, float wavelength) -> Tensor");
 
   m.def(
-      "local_relation(Tensor query, Tensor key, Tensor value, Tensor? prior, int kernel_size, int stride, int "
-      "dilation, "
-      "str similarity, bool zero_border) -> Tensor");
+      "local_relation(Tensor query, Tensor key, Tensor value, Tensor? prior, int kernel_size, int stride, "
+      "int dilation, str similarity, str border) -> Tensor");
   m.def(
       "_local_relation_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? prior, "
-      "int kernel_size, int stride, int dilation, str similarity, bool zero_border, bool[] wanted) -> "
+      "int kernel_size, int stride, int dilation, str similarity, str border, bool[] needs_grad) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 
   m.def(

@@ -811,13 +811,7 @@ def relations_growing(k: int) -> Relations:
 
 
 def raw_relations(inputs: Inputs) -> Inputs:
-    tensors = {name: x for name, x in inputs.items() if name not in ("geometry", "wavelength", "scale")}
-    return tensors | {
-        "by_query": inputs["geometry"] == "official",
-        "wavelength": inputs["wavelength"],
-        "scale": inputs["scale"],
-        "allow_tf32": False,
-    }
+    return inputs | {"allow_tf32": False}
 
 
 def bad_relations() -> Iterator[Bad]:
@@ -935,10 +929,6 @@ WINDOWS_EMPTY = {
 def windows_growing(k: int) -> Windows:
     """At k = 0 no two sizes are equal."""
     return Windows(N=2 + k, C=23 + 3 * k, G=5 + k, H=7 + 2 * k, W=11 + 3 * k, k=3, stride=2)
-
-
-def raw_windows(inputs: Inputs) -> Inputs:
-    return {name: x for name, x in inputs.items() if name != "border"} | {"zero_border": inputs["border"] == "zero"}
 
 
 def bad_windows() -> Iterator[Bad]:
@@ -1091,7 +1081,6 @@ OPS = [
         differentiable=("query", "key", "value", "prior"),
         vmapped=("query", "key", "value"),
         bad=tuple(bad_windows()),
-        raw=raw_windows,
     ),
     Op(
         name="rank_embedding",

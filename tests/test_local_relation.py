@@ -323,13 +323,19 @@ def step(k):
 
 
 def test_fake_of_the_backward_is_like_it() -> None:
-    """With 16-bit maps and a prior of float32, whatever is wanted."""
+    """With 16-bit maps and a prior of float32, whatever gradients are asked for."""
     inputs = draw(Windows(), dtype=torch.bfloat16)
     arguments = (grad_like(OP.function(**inputs)), *OP.raw(inputs).values())
-    for wanted in itertools.product([False, True], repeat=4):
-        torch.library.opcheck(
-            torch.ops.relops._local_relation_backward.default, (*arguments, list(wanted)), test_utils="test_faketensor"
-        )
+    backward = torch.ops.relops._local_relation_backward.default
+    for needs_grad in itertools.product([False, True], repeat=4):
+        torch.library.opcheck(backward, (*arguments, list(needs_grad)), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("name", ["similarity", "border"])
+def test_raw_op_names_an_unknown_choice(name: str, device: str) -> None:
+    inputs = OP.raw(draw(Windows(), device)) | {name: "other"}
+    with pytest.raises(RuntimeError, match=rf"local_relation: {name} must be .* or .*, got other"):
+        OP.overload(*inputs.values())
 
 
 @pytest.mark.parametrize("isa", ISAS[:-1])

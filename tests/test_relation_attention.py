@@ -369,18 +369,24 @@ def test_one_key(device: str) -> None:
 @pytest.mark.parametrize("flags", [1 << i for i in range(7)] + [0, 0b1010101, 0b1111000, 0b1111111], ids=bin)
 def test_backward_op_gives_what_is_asked_for(flags: int, device: str) -> None:
     inputs = draw(Relations(mask="some"), device)
-    wanted = [bool(flags >> i & 1) for i in range(7)]
+    needs_grad = [bool(flags >> i & 1) for i in range(7)]
     raw = OP.raw(inputs)
     output, logsumexp = OP.overload(*raw.values())
     tensors, options = list(raw.values())[:8], list(raw.values())[8:]
     grads = torch.ops.relops._relation_attention_backward(
-        grad_like(output), *tensors, output, logsumexp, *options, wanted
+        grad_like(output), *tensors, output, logsumexp, *options, needs_grad
     )
     expected = OP.run(inputs)
-    for name, want, x in zip(OP.differentiable, wanted, grads):
-        assert x.shape == (inputs[name].shape if want else (0,)), name
-        if want:
+    for name, needed, x in zip(OP.differentiable, needs_grad, grads):
+        assert x.shape == (inputs[name].shape if needed else (0,)), name
+        if needed:
             assert torch.equal(x, expected[name]), name
+
+
+def test_raw_op_names_an_unknown_geometry(device: str) -> None:
+    inputs = OP.raw(draw(Relations(), device)) | {"geometry": "other"}
+    with pytest.raises(RuntimeError, match=r"relation_attention: geometry must be paper or official, got other"):
+        OP.overload(*inputs.values())
 
 
 def test_logsumexp(device: str) -> None:

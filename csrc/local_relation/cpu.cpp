@@ -1,134 +1,16 @@
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <type_traits>
-#include <utility>
+// local_relation on the CPU: the two directions, their work divided among threads, and the registration.
+//
+// An item is a strip of output rows of some groups of an image (LocalRelationItems in cpu_args.h); threads take items
+// one at a time. Both directions are bound by what a tap costs per vector of outputs: about 13 operations for its
+// exponential, 6 for its logit, and per channel a multiply-add that loads; the backward takes about three times the
+// work of the forward. cpu_kernel.h says how. Every item writes the gradients of its own queries, keys and values;
+// partial sums of the gradient of the prior are added up here, in the order of the strips, so that results do not
+// depend on the number of threads.
+
+#include <tuple>
 #include <vector>
 
-#include "common/cpu/work.h"
-#include "local_relation/problem.h"
-
-namespace relops {
-
-// Where the columns that taps read are, in lines of memory. The taps of neighboring outputs are `stride` pixels apart;
-// a line of inputs is a row of the map dealt out to one part per remainder of the column modulo the stride (its phase),
-// so that they are neighbors there. All lines have zeros on both sides, as far as whole vectors and taps reach.
-struct WindowColumns {
-  // phase -1: no output has this tap on the map. Else output w reads column w + shift of its phase.
-  struct Tap {
-    int64_t phase, part, shift;
-  };
-  struct Part {
-    int64_t phase, columns;
-  };
-
-  WindowColumns(int64_t W, int64_t Wo, int64_t k, int64_t stride, int64_t dilation, int64_t lanes)
-      : width(round_up(Wo, lanes)) {
-    int64_t least = 0, most = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      const int64_t offset = dilation * (i - k / 2);
-      const int64_t phase = (offset % stride + stride) % stride, shift = (offset - phase) / stride;
-      const int64_t first = std::max<int64_t>(-shift, 0), last = std::min(Wo - 1, (W - 1 - phase) / stride - shift);
-      if (phase >= W || first > last) {
-        taps.push_back({-1, 0, 0});
-        continue;
-      }
-      int64_t part = 0;
-      while (part < static_cast<int64_t>(parts.size()) && parts[part].phase != phase) ++part;
-      if (part == static_cast<int64_t>(parts.size())) parts.push_back({phase, (W - 1 - phase) / stride + 1});
-      taps.push_back({phase, part, shift});
-      least = std::min(least, shift);
-      most = std::max(most, shift);
-    }
-    left = -least;
-    part_size = round_up(left + most + width, lanes);
-    line = part_size * parts.size();
-    output_left = round_up(most, lanes);
-    output_line = round_up(output_left + width - least, lanes);
-    for (int64_t w = 0; w < width; w += lanes) {
-      bool inside = true;
-      for (const Tap& tap : taps)
-        if (tap.phase >= 0) inside = inside && w + tap.shift >= 0 && w + lanes + tap.shift <= parts[tap.part].columns;
-      inside_map.push_back(inside);
-    }
-  }
-
-  // Of the tap of output 0 in a line of inputs.
-  int64_t input_at(const Tap& tap) const { return tap.part * part_size + left + tap.shift; }
-  // Of the output that reads column 0 of its phase by this tap, in a line of outputs.
-  int64_t output_at(const Tap& tap) const { return output_left - tap.shift; }
-
-  int64_t width;  // of the outputs, in whole vectors
-  std::vector<Tap> taps;
-  std::vector<Part> parts;
-  std::vector<bool> inside_map;  // per vector of outputs: no tap leaves the map
-  int64_t left, part_size, line, output_left, output_line;
-};
-
-// Rows that the windows of output ho, or that outputs, reach.
-struct WindowRows {
-  int64_t H, Ho, k, stride, dilation;
-
-  int64_t tap(int64_t ho, int64_t i) const { return stride * ho + dilation * (i - k / 2); }
-  int64_t begin(int64_t ho) const { return std::max<int64_t>(tap(ho, 0), 0); }
-  int64_t end(int64_t ho) const { return std::min(tap(ho, k - 1) + 1, H); }
-  int64_t most_inputs() const { return std::min(dilation * (k - 1) + 1, H); }
-
-  // The output that reads row y by tap i, or -1.
-  int64_t output(int64_t y, int64_t i) const {
-    const int64_t at = y - dilation * (i - k / 2);
-    return at >= 0 && at % stride == 0 && at / stride < Ho ? at / stride : -1;
-  }
-  // Of the outputs that read row y. Other than taps they need not be there.
-  int64_t first_output(int64_t y) const {
-    return ceil_div(std::max<int64_t>(y - dilation * (k - 1 - k / 2), 0), stride);
-  }
-  int64_t last_output(int64_t y) const { return std::min((y + dilation * (k / 2)) / stride, Ho - 1); }
-  int64_t most_outputs() const { return std::min(dilation * (k - 1) / stride + 1, Ho); }
-};
-
-// The work is divided into strips of output rows, each with the input rows from `stride` times its first on, and
-// bundles of groups. It does not depend on the number of threads, so that sums over it do not.
-struct LocalRelationItems {
-  template <class T>
-  explicit LocalRelationItems(const LocalRelationArgs<T>& a, const WindowRows& rows)
-      : Ho(a.Ho), H(a.H), stride(a.stride), G(a.G) {
-    // Where a pixel's channels lie side by side, those of a cache line are done together.
-    constexpr int64_t kCacheLine = 64;
-    const bool side_by_side = a.value.w_stride != 1;
-    bundle = side_by_side ? std::clamp<int64_t>(kCacheLine / (a.m * static_cast<int64_t>(sizeof(T))), 1, G) : 1;
-    bundles = ceil_div(G, bundle);
-    // Strips compute what they share with their neighbors anew, so they must not be low.
-    constexpr int64_t kWanted = 32, kLowest = 8;
-    const int64_t highest = std::max<int64_t>(Ho / std::max(kLowest, 2 * rows.most_outputs()), 1);
-    strips = std::clamp<int64_t>(ceil_div(kWanted, a.N * bundles), 1, highest);
-    strip_rows = ceil_div(Ho, strips);
-    strips = ceil_div(Ho, strip_rows);
-    count = a.N * strips * bundles;
-  }
-
-  struct Item {
-    int64_t n, strip, g, g_end, begin, end;
-  };
-  // Neighboring groups come one after another: their channels may lie in the same rows of memory.
-  Item at(int64_t i) const {
-    Item item;
-    item.g = i % bundles * bundle;
-    item.g_end = std::min(item.g + bundle, G);
-    item.strip = i / bundles % strips;
-    item.n = i / bundles / strips;
-    item.begin = item.strip * strip_rows;
-    item.end = std::min(item.begin + strip_rows, Ho);
-    return item;
-  }
-  int64_t input_begin(const Item& item) const { return item.begin * stride; }
-  int64_t input_end(const Item& item) const { return item.end == Ho ? H : item.end * stride; }
-
-  int64_t Ho, H, stride, G, bundle, bundles, strips, strip_rows, count;
-};
-
-}  // namespace relops
+#include "local_relation/cpu_args.h"
 
 #define RELOPS_KERNEL "local_relation/cpu_kernel.h"
 #include "common/cpu/foreach_isa.h"
@@ -138,22 +20,24 @@ namespace relops {
 namespace {
 
 struct Kernels {
-  // The work of a forward, or of so many.
+  // Returns the time that `times` forwards take one thread.
   template <class T>
   static double nanoseconds(const LocalRelationArgs<T>& a, double times) {
     const double logits = static_cast<double>(a.N) * a.G * a.Ho * a.Wo * a.k * a.k;
     return times * vectors_of<ComputeType<T>>(logits) * (12 + a.m);
   }
 
-  template <Similarity kSimilarity, class T>
-  static void forward(const LocalRelation&, const LocalRelationArgs<T>& a) {
+  template <class T>
+  static void forward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
     const WindowRows rows{a.H, a.Ho, a.k, a.stride, a.dilation};
     const LocalRelationItems items(a, rows);
-    RELOPS_CALL_ISA(local_relation_forward<kSimilarity>, a, rows, items, threads_for(nanoseconds(a, 1)));
+    dispatch_similarity(r.similarity, [&](auto similarity) {
+      RELOPS_CALL_ISA(local_relation_forward<similarity()>, a, rows, items, threads_for(nanoseconds(a, 1)));
+    });
   }
 
-  template <Similarity kSimilarity, class T>
-  static void backward(const LocalRelation&, const LocalRelationArgs<T>& a, const LocalRelationGrads& grads) {
+  template <class T>
+  static void backward(const LocalRelation& r, const LocalRelationArgs<T>& a, const LocalRelationGrads& grads) {
     // Where windows may leave pixels out, the kernel does not write their gradients.
     const bool all_read = a.stride == 1 || (a.dilation == 1 && (a.k + 1) / 2 >= a.stride);
     if (!all_read) {
@@ -162,13 +46,16 @@ struct Kernels {
     }
     const WindowRows rows{a.H, a.Ho, a.k, a.stride, a.dilation};
     const LocalRelationItems items(a, rows);
-    const int64_t shares = a.N * items.strips, taps = a.G * a.k * a.k;
-    std::vector<double> prior(a.grad_prior == nullptr ? 0 : shares * taps);  // [N,strips,G,k,k]
-    RELOPS_CALL_ISA(local_relation_backward<kSimilarity>, a, rows, items, prior.data(), threads_for(nanoseconds(a, 3)));
+    const int64_t strips = a.N * items.strips, taps = a.G * a.k * a.k;
+    std::vector<double> prior(a.grad_prior == nullptr ? 0 : strips * taps);  // [N,strips,G,k,k]
+    dispatch_similarity(r.similarity, [&](auto similarity) {
+      RELOPS_CALL_ISA(local_relation_backward<similarity()>, a, rows, items, prior.data(),
+                      threads_for(nanoseconds(a, 3)));
+    });
     if (a.grad_prior == nullptr) return;
     for (int64_t i = 0; i < taps; ++i) {
       double total = 0;
-      for (int64_t share = 0; share < shares; ++share) total += prior[share * taps + i];
+      for (int64_t strip = 0; strip < strips; ++strip) total += prior[strip * taps + i];
       a.grad_prior[i] = static_cast<ComputeType<T>>(total);
     }
   }
@@ -176,6 +63,6 @@ struct Kernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { RELOPS_LOCAL_RELATION_IMPL(m, LocalRelationOps<Kernels>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { register_local_relation<Kernels>(m); }
 
 }  // namespace relops

@@ -1,4 +1,4 @@
-// Local relation on CUDA: what the kernels share.
+// local_relation on CUDA: who does what in the forward and the backward, and what the kernels share.
 //
 // A thread has some neighboring outputs (backward: also inputs) of a column and one group; a block has a tile of them.
 // With stride and dilation 1 what the windows of a tile reach is in shared memory, values eight channels at a time, and
@@ -15,7 +15,6 @@
 namespace relops {
 
 constexpr int kLocalThreads = 256;
-constexpr int kLocalWarps = kLocalThreads / 32;
 constexpr int kChannels = 8;  // of a group that are worked on together
 
 // Values in shared memory: packs of 16 bytes, [kPacks][pixels of the tile].
@@ -38,7 +37,7 @@ struct LocalRelationParams {
   int chunks;                        // forward only: of kChannels channels, each with blocks of its own
   bool packs;                        // what is staged has its channels side by side, and whole packs of them
   ComputeType<T>*logsumexp, *delta;  // [N,G,Ho,Wo], backward only; logarithms to base 2
-  ComputeType<T>* shares;            // [N,tiles,G,k,k] of the gradient of the prior, null: not wanted
+  ComputeType<T>* partials;          // [N,tiles,G,k,k] of the gradient of the prior, or null
 };
 
 // Which tile of which map and group a block has.
@@ -72,24 +71,24 @@ struct LocalThread {
   }
 };
 
-template <class C>
-constexpr C kLog2E = 1.44269504088896340736;
+template <class Compute>
+constexpr Compute kLog2E = 1.44269504088896340736;
 
 // Rows and columns around a tile, from (y, x) on, that lie in a map of height x width. Pixels outside are zeros.
 struct TileArea {
   int y, x, rows, columns, height, width;
 };
 
-template <class T, class C>
-__device__ void stage(C* to, const Map<T>& map, int64_t n, int64_t c, const TileArea& area) {
+template <class T, class Compute>
+__device__ void stage(Compute* to, const Map<T>& map, int64_t n, int64_t c, const TileArea& area) {
   for (int i = threadIdx.x; i < area.rows * area.columns; i += blockDim.x) {
     const int y = area.y + i / area.columns, x = area.x + i % area.columns;
     const bool inside = y >= 0 && y < area.height && x >= 0 && x < area.width;
-    to[i] = inside ? static_cast<C>(*map.at(n, c, y, x)) : C(0);
+    to[i] = inside ? static_cast<Compute>(*map.at(n, c, y, x)) : Compute(0);
   }
 }
 
-// The channels [c, c + channels), at most kChannels, and zeros.
+// Stages the channels [c, c + channels), at most kChannels, followed by zeros.
 template <class T>
 __device__ void stage_packs(Pack<T, kPack<T>>* to, const Map<const T>& map, int64_t n, int64_t c, int channels,
                             bool packs, const TileArea& area) {
@@ -122,7 +121,7 @@ __device__ __forceinline__ void read_packs(ComputeType<T> (&to)[kChannels], cons
   }
 }
 
-// The same from global memory, of one pixel.
+// Reads the same of one pixel from global memory.
 template <class T>
 __device__ __forceinline__ void read_channels(ComputeType<T> (&to)[kChannels], const Map<const T>& map, int64_t n,
                                               int64_t c, int64_t y, int64_t x, int channels) {
@@ -141,19 +140,19 @@ __device__ __forceinline__ void write_channels(const ComputeType<T> (&from)[kCha
     if (j < channels) to[j * map.c_stride] = static_cast<T>(from[j]);
 }
 
-// The prior of a group, to base 2.
-template <class T, class C>
-__device__ void stage_prior(C* to, const LocalRelationArgs<T>& a, int64_t g) {
+// Stages the prior of a group, to base 2.
+template <class T, class Compute>
+__device__ void stage_prior(Compute* to, const LocalRelationArgs<T>& a, int64_t g) {
   const int taps = static_cast<int>(a.k * a.k);
   for (int i = threadIdx.x; i < taps; i += blockDim.x)
-    to[i] = a.prior == nullptr ? C(0) : a.prior[g * taps + i] * kLog2E<C>;
+    to[i] = a.prior == nullptr ? Compute(0) : a.prior[g * taps + i] * kLog2E<Compute>;
 }
 
 // Calls, for each row of each column of the taps of outputs (ho, wo) to (ho + R - 1, wo): load(at, y, x, inside), with
 // the pixel's place in the tile and on the map, and then f(r, key, tap) for each output r that has it. at: of the pixel
 // that tap (0, 0) of output 0 reads.
-template <bool kTiled, int R, class T, class C, class Load, class F>
-__device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const LocalBlock& block, const C* keys,
+template <bool kTiled, int R, class T, class Compute, class Load, class F>
+__device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const LocalBlock& block, const Compute* keys,
                                            int columns, int at, int ho, int wo, Load load, F f) {
   const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
   for (int j = 0; j < k; ++j) {
@@ -163,7 +162,9 @@ __device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const 
       const bool inside = y >= 0 && y < H && x >= 0 && x < W;
       if (!inside && !a.zero_border) continue;
       const int pixel = at + i * columns + j;
-      const C key = kTiled ? keys[pixel] : inside ? static_cast<C>(*a.key.at(block.n, block.g, y, x)) : C(0);
+      const Compute key = kTiled   ? keys[pixel]
+                          : inside ? static_cast<Compute>(*a.key.at(block.n, block.g, y, x))
+                                   : Compute(0);
       load(pixel, y, x, inside);
 #pragma unroll
       for (int r = 0; r < R; ++r)
@@ -173,28 +174,28 @@ __device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const 
 }
 
 // Adds up `x` of the threads of a warp and leaves the sum in sums[tap], which is this warp's own.
-template <class C>
-__device__ __forceinline__ void add_to_tap(C* sums, int tap, C x) {
+template <class Compute>
+__device__ __forceinline__ void add_to_tap(Compute* sums, int tap, Compute x) {
   x = group_sum(x, 32);
   if (threadIdx.x % 32 == 0) sums[tap] += x;
 }
 
-// What the warps of a block have added, to its share.
-template <class T, class C>
-__device__ void write_share(const LocalRelationParams<T>& p, const LocalBlock& block, const C* sums) {
+// Adds up what the warps of a block have added, and writes it to the partial sums of the block.
+template <class T, class Compute>
+__device__ void write_partial(const LocalRelationParams<T>& p, const LocalBlock& block, const Compute* sums) {
   const int taps = static_cast<int>(p.a.k * p.a.k), warps = blockDim.x / 32;
-  C* const share = p.shares + ((block.n * p.tiles_x * p.tiles_y + block.tile) * p.a.G + block.g) * taps;
+  Compute* const partial = p.partials + ((block.n * p.tiles_x * p.tiles_y + block.tile) * p.a.G + block.g) * taps;
   __syncthreads();
   for (int i = threadIdx.x; i < taps; i += blockDim.x) {
-    C total = 0;
+    Compute total = 0;
     for (int warp = 0; warp < warps; ++warp) total += sums[warp * taps + i];
-    share[i] = total;
+    partial[i] = total;
   }
 }
 
 // What is in shared memory: numbers of the compute type, [k,k] of the prior, `per_pixel` for each pixel of a tile and,
 // where gradients of the prior are added up, [warps,k,k]; then the packs of the pixels.
-template <class C>
+template <class Compute>
 struct LocalMemory {
   int taps, warps;
   int pixels;  // 0: direct
@@ -219,13 +220,13 @@ struct LocalLaunch {
   // per_pixel, sums: of LocalMemory.
   LocalLaunch(const LocalRelationParams<T>& p_, int rows, int columns, int direct_columns, int per_pixel, bool sums)
       : p(p_) {
-    using C = ComputeType<T>;
+    using Compute = ComputeType<T>;
     constexpr size_t kMost = 96 << 10;  // leaves room for two blocks
     const LocalRelationArgs<T>& a = p.a;
     const int k = static_cast<int>(a.k);
     const auto fits = [&](int pixels, int threads) {
-      const LocalMemory<C> memory{k * k, threads / 32, pixels, per_pixel, sums};
-      bytes = memory.numbers() * sizeof(C) + size_t{16} * kPacks<T> * pixels;
+      const LocalMemory<Compute> memory{k * k, threads / 32, pixels, per_pixel, sums};
+      bytes = memory.numbers() * sizeof(Compute) + size_t{16} * kPacks<T> * pixels;
       return bytes <= kMost;
     };
     const auto choose = [&](int of_thread, int map_columns, int halo) {
@@ -258,7 +259,7 @@ struct LocalLaunch {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  int64_t shares() const { return p.a.N * p.tiles_x * p.tiles_y; }
+  int64_t partials() const { return p.a.N * p.tiles_x * p.tiles_y; }
 };
 
 template <class T>
@@ -267,7 +268,8 @@ bool has_packs(const Map<const T>& map, int64_t m) {
          map.n_stride % kPack<T> == 0 && map.h_stride % kPack<T> == 0 && map.w_stride % kPack<T> == 0;
 }
 
-template <Similarity kSimilarity, class T>
+// In cuda_backward.cu.
+template <class T>
 void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>& a);
 
 }  // namespace relops

@@ -20,23 +20,24 @@ namespace {
 template <class T, Similarity kSimilarity, bool kTiled>
 __global__ __launch_bounds__(kLocalThreads,
                              1) void local_relation_outputs_kernel(const __grid_constant__ LocalRelationParams<T> p) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   constexpr int R = kRows<T, kTiled>;
-  constexpr C kInfinity = std::numeric_limits<C>::infinity();
+  constexpr Compute kInfinity = std::numeric_limits<Compute>::infinity();
   extern __shared__ __align__(16) char memory[];
   const LocalRelationArgs<T>& a = p.a;
   const LocalBlock block(p, R);
   const LocalThread thread(p, R);
   const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
   const int64_t first = block.g * a.m;
-  const int64_t of_group = max(min(a.channels - first, a.m), int64_t{0});
+  const int64_t of_group = max(min(a.C - first, a.m), int64_t{0});
 
   const TileArea area{block.y - before, block.x - before, p.groups * R + k - 1, p.width + k - 1, H, W};
   const int pixels = area.rows * area.columns;
-  const LocalMemory<C> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 1, p.shares != nullptr};
-  C* const prior = reinterpret_cast<C*>(memory);
-  C* const keys = prior + k * k;
-  C* const sums = keys + (kTiled ? pixels : 0);  // [warps,k,k]
+  const LocalMemory<Compute> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 1,
+                                    p.partials != nullptr};
+  Compute* const prior = reinterpret_cast<Compute*>(memory);
+  Compute* const keys = prior + k * k;
+  Compute* const sums = keys + (kTiled ? pixels : 0);  // [warps,k,k]
   auto* const values = reinterpret_cast<Pack<T, kPack<T>>*>(prior + layout.numbers());
   stage_prior(prior, a, block.g);
   if constexpr (kTiled) stage(keys, a.key, block.n, block.g, area);
@@ -44,23 +45,23 @@ __global__ __launch_bounds__(kLocalThreads,
 
   const int ho = block.y + thread.row, wo = block.x + thread.column;
   const bool active = thread.active && wo < a.Wo;
-  C q[R], most[R], total[R], of_weights[R], of_query[R], slopes[R];
+  Compute q[R], largest[R], total[R], of_weights[R], of_query[R], slopes[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    q[r] = active && ho + r < a.Ho ? static_cast<C>(*a.query.at(block.n, block.g, ho + r, wo)) : C(0);
-    most[r] = -kInfinity;
+    q[r] = active && ho + r < a.Ho ? static_cast<Compute>(*a.query.at(block.n, block.g, ho + r, wo)) : Compute(0);
+    largest[r] = -kInfinity;
     total[r] = of_weights[r] = of_query[r] = slopes[r] = 0;
   }
 
   const int at = thread.row * area.columns + thread.column;
-  const auto logit_of = [&](int r, C key, int tap) {
-    return similarity<kSimilarity>(q[r], key) * kLog2E<C> + prior[tap];
+  const auto logit_of = [&](int r, Compute key, int tap) {
+    return similarity<kSimilarity>(q[r], key) * kLog2E<Compute> + prior[tap];
   };
 
   if (active)
     visit_taps<kTiled, R>(
         a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
-        [&](int r, C key, int tap) { most[r] = max(most[r], logit_of(r, key, tap)); });
+        [&](int r, Compute key, int tap) { largest[r] = max(largest[r], logit_of(r, key, tap)); });
   for (int64_t c = 0; c < of_group; c += kChannels) {
     const int channels = static_cast<int>(min(of_group - c, int64_t{kChannels}));
     if constexpr (kTiled) {
@@ -69,11 +70,11 @@ __global__ __launch_bounds__(kLocalThreads,
       __syncthreads();
     }
     if (!active) continue;
-    C grad[R][kChannels], value[kChannels];
+    Compute grad[R][kChannels], value[kChannels];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const bool there = ho + r < a.Ho;
-      read_channels<T>(grad[r], a.grad_output, block.n, first + c, there ? ho + r : 0, wo, there ? channels : 0);
+      const bool valid = ho + r < a.Ho;
+      read_channels<T>(grad[r], a.grad_output, block.n, first + c, valid ? ho + r : 0, wo, valid ? channels : 0);
     }
     visit_taps<kTiled, R>(
         a, block, keys, area.columns, at, ho, wo,
@@ -83,12 +84,12 @@ __global__ __launch_bounds__(kLocalThreads,
           else
             read_channels<T>(value, a.value, block.n, first + c, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
         },
-        [&](int r, C key, int tap) {
-          const C weight = exp2(logit_of(r, key, tap) - most[r]);
-          C of_weight = 0;
+        [&](int r, Compute key, int tap) {
+          const Compute weight = exp2(logit_of(r, key, tap) - largest[r]);
+          Compute of_weight = 0;
 #pragma unroll
           for (int i = 0; i < kChannels; ++i) of_weight += grad[r][i] * value[i];
-          C s = key;
+          Compute s = key;
           if constexpr (kSimilarity != Similarity::kProduct) s = -slope<kSimilarity>(q[r] - key);
           if (c == 0) {
             total[r] += weight;
@@ -100,10 +101,10 @@ __global__ __launch_bounds__(kLocalThreads,
   }
 
   const int64_t row = ((block.n * a.G + block.g) * a.Ho + ho) * a.Wo + wo;
-  C logsumexp[R], delta[R];
+  Compute logsumexp[R], delta[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    logsumexp[r] = most[r] + log2(total[r]);
+    logsumexp[r] = largest[r] + log2(total[r]);
     delta[r] = of_weights[r] / total[r];
     if (!active || ho + r >= a.Ho) continue;
     if (of_group > 0) {
@@ -111,32 +112,33 @@ __global__ __launch_bounds__(kLocalThreads,
       p.delta[row + r * a.Wo] = delta[r];
     }
     if (a.grad_query.data == nullptr) continue;
-    const C grad = (of_query[r] - delta[r] * slopes[r]) / total[r] * C(kSlopeScale<kSimilarity>);
-    *a.grad_query.at(block.n, block.g, ho + r, wo) = static_cast<T>(of_group > 0 ? grad : C(0));
+    const Compute grad = (of_query[r] - delta[r] * slopes[r]) / total[r] * Compute(kSlopeScale<kSimilarity>);
+    *a.grad_query.at(block.n, block.g, ho + r, wo) = static_cast<T>(of_group > 0 ? grad : Compute(0));
   }
 
-  if (p.shares == nullptr) return;
+  if (p.partials == nullptr) return;
   for (int i = threadIdx.x; i < static_cast<int>(blockDim.x / 32) * k * k; i += blockDim.x) sums[i] = 0;
   __syncthreads();
   for (int j = 0; j < k && of_group > 0; ++j)
     for (int i = 0; i < k; ++i) {
       const int64_t x = a.stride * wo + a.dilation * (j - before);
-      C grad = 0;
+      Compute grad = 0;
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const int64_t y = a.stride * (ho + r) + a.dilation * (i - before);
         const bool outside = y < 0 || y >= H || x < 0 || x >= W;
-        if (active && ho + r < a.Ho && outside) grad -= delta[r] * exp2(logit_of(r, C(0), i * k + j) - logsumexp[r]);
+        if (active && ho + r < a.Ho && outside)
+          grad -= delta[r] * exp2(logit_of(r, Compute(0), i * k + j) - logsumexp[r]);
       }
       if (__ballot_sync(kAll, grad != 0) != 0) add_to_tap(sums + threadIdx.x / 32 * k * k, i * k + j, grad);
     }
-  write_share(p, block, sums);
+  write_partial(p, block, sums);
 }
 
 template <class T, Similarity kSimilarity, bool kTiled>
 __global__ __launch_bounds__(kLocalThreads,
                              1) void local_relation_inputs_kernel(const __grid_constant__ LocalRelationParams<T> p) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   constexpr int R = kRows<T, kTiled>;
   extern __shared__ __align__(16) char memory[];
   const LocalRelationArgs<T>& a = p.a;
@@ -145,37 +147,38 @@ __global__ __launch_bounds__(kLocalThreads,
   const int k = static_cast<int>(a.k), Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
   const int after = k - 1 - k / 2;  // where i and j count outputs, taps are k - 1 - i and k - 1 - j
   const int64_t first = block.g * a.m;
-  const int64_t of_group = max(min(a.channels - first, a.m), int64_t{0});
+  const int64_t of_group = max(min(a.C - first, a.m), int64_t{0});
 
   const TileArea area{block.y - after, block.x - after, p.groups * R + k - 1, p.width + k - 1, Ho, Wo};
   const int pixels = area.rows * area.columns;
-  const LocalMemory<C> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 3, p.shares != nullptr};
-  C* const prior = reinterpret_cast<C*>(memory);
-  C* const queries = prior + k * k;
-  C *const logsumexps = queries + pixels, *const deltas = logsumexps + pixels;
-  C* const sums = queries + (kTiled ? 3 * pixels : 0);  // [warps,k,k]
+  const LocalMemory<Compute> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 3,
+                                    p.partials != nullptr};
+  Compute* const prior = reinterpret_cast<Compute*>(memory);
+  Compute* const queries = prior + k * k;
+  Compute *const logsumexps = queries + pixels, *const deltas = logsumexps + pixels;
+  Compute* const sums = queries + (kTiled ? 3 * pixels : 0);  // [warps,k,k]
   auto* const grads = reinterpret_cast<Pack<T, kPack<T>>*>(prior + layout.numbers());
-  const Map<const C> of_logsumexp{p.logsumexp, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
-  const Map<const C> of_delta{p.delta, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
+  const Map<const Compute> of_logsumexp{p.logsumexp, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
+  const Map<const Compute> of_delta{p.delta, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
   stage_prior(prior, a, block.g);
   if constexpr (kTiled) {
     stage(queries, a.query, block.n, block.g, area);
     stage(logsumexps, of_logsumexp, block.n, block.g, area);
     stage(deltas, of_delta, block.n, block.g, area);
   }
-  C* const of_warp = sums + threadIdx.x / 32 * k * k;
-  if (p.shares != nullptr)
+  Compute* const of_warp = sums + threadIdx.x / 32 * k * k;
+  if (p.partials != nullptr)
     for (int i = threadIdx.x % 32; i < k * k; i += 32) of_warp[i] = 0;
   __syncthreads();
 
   // Direct, the columns of a map are dealt out by their remainder modulo the stride: neighbors then meet the same taps.
-  const int y = block.y + thread.row, place = block.x + thread.column;
-  const int x = kTiled ? place : static_cast<int>(place % Wo * a.stride + place / Wo);
-  const bool active = thread.active && place < p.columns && x < a.W;
-  C key[R], grad_key[R];
+  const int y = block.y + thread.row, column = block.x + thread.column;
+  const int x = kTiled ? column : static_cast<int>(column % Wo * a.stride + column / Wo);
+  const bool active = thread.active && column < p.columns && x < a.W;
+  Compute key[R], grad_key[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    key[r] = active && y + r < a.H ? static_cast<C>(*a.key.at(block.n, block.g, y + r, x)) : C(0);
+    key[r] = active && y + r < a.H ? static_cast<Compute>(*a.key.at(block.n, block.g, y + r, x)) : Compute(0);
     grad_key[r] = 0;
   }
   for (int64_t c = 0; c < of_group; c += kChannels) {
@@ -185,17 +188,17 @@ __global__ __launch_bounds__(kLocalThreads,
       stage_packs(grads, a.grad_output, block.n, first + c, channels, p.packs, area);
       __syncthreads();
     }
-    C value[R][kChannels], grad_value[R][kChannels];
+    Compute value[R][kChannels], grad_value[R][kChannels];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const bool there = active && y + r < a.H;
-      read_channels<T>(value[r], a.value, block.n, first + c, there ? y + r : 0, there ? x : 0, there ? channels : 0);
+      const bool valid = active && y + r < a.H;
+      read_channels<T>(value[r], a.value, block.n, first + c, valid ? y + r : 0, valid ? x : 0, valid ? channels : 0);
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) grad_value[r][i] = 0;
     }
     for (int j = 0; j < k; ++j) {
       // of_taps[r]: of the tap i - r, over the pixels 0 to r.
-      C of_taps[R] = {};
+      Compute of_taps[R] = {};
       const int64_t from_x = kTiled ? x + j - after : x + a.dilation * (j - after);
       const int wo = static_cast<int>(kTiled ? from_x : from_x / a.stride);
       const bool inside_x = active && from_x >= 0 && wo < Wo && (kTiled || from_x % a.stride == 0);
@@ -208,12 +211,12 @@ __global__ __launch_bounds__(kLocalThreads,
         of_taps[0] = 0;
         if (inside) {
           const int at = (thread.row + i) * area.columns + thread.column + j;
-          C query, logsumexp, delta, grad[kChannels];
+          Compute query, logsumexp, delta, grad[kChannels];
           if constexpr (kTiled) {
             query = queries[at], logsumexp = logsumexps[at], delta = deltas[at];
             read_packs<T>(grad, grads + at, pixels);
           } else {
-            query = static_cast<C>(*a.query.at(block.n, block.g, ho, wo));
+            query = static_cast<Compute>(*a.query.at(block.n, block.g, ho, wo));
             logsumexp = *of_logsumexp.at(block.n, block.g, ho, wo);
             delta = *of_delta.at(block.n, block.g, ho, wo);
             read_channels<T>(grad, a.grad_output, block.n, first + c, ho, wo, channels);
@@ -223,11 +226,12 @@ __global__ __launch_bounds__(kLocalThreads,
           for (int r = 0; r < R; ++r) {
             if (static_cast<unsigned>(i - r) >= static_cast<unsigned>(k) || y + r >= a.H) continue;
             const int tap = (k - 1 - (i - r)) * k + k - 1 - j;
-            const C weight = exp2(similarity<kSimilarity>(query, key[r]) * kLog2E<C> + prior[tap] - logsumexp);
-            C of_weight = -delta;
+            const Compute weight =
+                exp2(similarity<kSimilarity>(query, key[r]) * kLog2E<Compute> + prior[tap] - logsumexp);
+            Compute of_weight = -delta;
 #pragma unroll
             for (int n = 0; n < kChannels; ++n) of_weight += value[r][n] * grad[n];
-            const C of_logit = weight * of_weight;
+            const Compute of_logit = weight * of_weight;
             if constexpr (kSimilarity == Similarity::kProduct)
               grad_key[r] += of_logit * query;
             else
@@ -237,7 +241,7 @@ __global__ __launch_bounds__(kLocalThreads,
             of_taps[r] += of_logit;
           }
         }
-        if (p.shares != nullptr && i >= R - 1)
+        if (p.partials != nullptr && i >= R - 1)
           add_to_tap(of_warp, (k - 1 - (i - R + 1)) * k + k - 1 - j, of_taps[R - 1]);
       }
     }
@@ -251,15 +255,15 @@ __global__ __launch_bounds__(kLocalThreads,
 #pragma unroll
     for (int r = 0; r < R; ++r)
       if (active && y + r < a.H)
-        *a.grad_key.at(block.n, block.g, y + r, x) = static_cast<T>(grad_key[r] * C(kSlopeScale<kSimilarity>));
-  if (p.shares != nullptr) write_share(p, block, sums);
+        *a.grad_key.at(block.n, block.g, y + r, x) = static_cast<T>(grad_key[r] * Compute(kSlopeScale<kSimilarity>));
+  if (p.partials != nullptr) write_partial(p, block, sums);
 }
 
 }  // namespace
 
-template <Similarity kSimilarity, class T>
+template <class T>
 void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const torch::stable::accelerator::DeviceGuard guard(r.value.get_device_index());
   const cudaStream_t stream = current_stream(r.value.get_device_index());
   const int H = static_cast<int>(a.H), W = static_cast<int>(a.W);
@@ -267,43 +271,39 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
   const auto new_empty = [&](int64_t size) {
     return torch::stable::empty({size}, compute_dtype(r.value.scalar_type()), std::nullopt, r.value.device());
   };
-  const bool prior = a.grad_prior != nullptr;
+  const bool prior = a.grad_prior != nullptr, prior_outside = prior && a.zero_border;
   LocalRelationParams<T> params{a};
   params.chunks = 1;
   params.packs = has_packs(a.value, a.m);
-  LocalLaunch<T> outputs(params, Ho, Wo, Wo, 1, prior && a.zero_border);
+  LocalLaunch<T> outputs(params, Ho, Wo, Wo, 1, prior_outside);
   params.packs = has_packs(a.grad_output, a.m);
   const int dealt = static_cast<int>(std::min<int64_t>(a.stride, W)) * Wo;
   LocalLaunch<T> inputs(params, H, W, dealt, 3, prior);
 
   const int64_t size = a.N * a.G * a.Ho * a.Wo, taps = a.G * a.k * a.k;
   const Tensor memory = new_empty(2 * size);
-  outputs.p.logsumexp = inputs.p.logsumexp = static_cast<C*>(memory.mutable_data_ptr());
+  outputs.p.logsumexp = inputs.p.logsumexp = static_cast<Compute*>(memory.mutable_data_ptr());
   outputs.p.delta = inputs.p.delta = outputs.p.logsumexp + size;
-  const int64_t of_inputs = prior ? inputs.shares() : 0;
-  const int64_t of_outputs = prior && a.zero_border ? outputs.shares() : 0;
-  const Tensor shares = new_empty((of_inputs + of_outputs) * taps);
-  if (of_inputs > 0) inputs.p.shares = static_cast<C*>(shares.mutable_data_ptr());
-  if (of_outputs > 0) outputs.p.shares = inputs.p.shares + of_inputs * taps;
+  const int64_t of_inputs = prior ? inputs.partials() : 0;
+  const int64_t of_outputs = prior_outside ? outputs.partials() : 0;
+  const Tensor partials = new_empty((of_inputs + of_outputs) * taps);
+  if (of_inputs > 0) inputs.p.partials = static_cast<Compute*>(partials.mutable_data_ptr());
+  if (of_outputs > 0) outputs.p.partials = inputs.p.partials + of_inputs * taps;
 
-  outputs.run(local_relation_outputs_kernel<T, kSimilarity, true>, local_relation_outputs_kernel<T, kSimilarity, false>,
-              stream);
-  if (a.grad_key.data != nullptr || a.grad_value.data != nullptr || prior)
-    inputs.run(local_relation_inputs_kernel<T, kSimilarity, true>, local_relation_inputs_kernel<T, kSimilarity, false>,
-               stream);
-  if (prior) launch_sum_of_partials<C>(r.op, inputs.p.shares, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
+  dispatch_similarity(r.similarity, [&](auto similarity) {
+    outputs.run(local_relation_outputs_kernel<T, similarity(), true>,
+                local_relation_outputs_kernel<T, similarity(), false>, stream);
+    if (a.grad_key.data != nullptr || a.grad_value.data != nullptr || prior)
+      inputs.run(local_relation_inputs_kernel<T, similarity(), true>,
+                 local_relation_inputs_kernel<T, similarity(), false>, stream);
+  });
+  if (prior)
+    launch_sum_of_partials<Compute>(r.op, inputs.p.partials, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
 }
 
-#define RELOPS_INSTANTIATE(T)                                                                          \
-  template void local_relation_backward<Similarity::kSquaredDifference>(const LocalRelation&,          \
-                                                                        const LocalRelationArgs<T>&);  \
-  template void local_relation_backward<Similarity::kAbsoluteDifference>(const LocalRelation&,         \
-                                                                         const LocalRelationArgs<T>&); \
-  template void local_relation_backward<Similarity::kProduct>(const LocalRelation&, const LocalRelationArgs<T>&)
-RELOPS_INSTANTIATE(double);
-RELOPS_INSTANTIATE(float);
-RELOPS_INSTANTIATE(Half);
-RELOPS_INSTANTIATE(BFloat16);
-#undef RELOPS_INSTANTIATE
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<double>&);
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<float>&);
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<Half>&);
+template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<BFloat16>&);
 
 }  // namespace relops

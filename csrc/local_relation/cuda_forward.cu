@@ -13,9 +13,9 @@ namespace {
 template <class T, Similarity kSimilarity, bool kTiled>
 __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
     const __grid_constant__ LocalRelationParams<T> p) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   constexpr int R = kRows<T, kTiled>;
-  constexpr C kInfinity = std::numeric_limits<C>::infinity();
+  constexpr Compute kInfinity = std::numeric_limits<Compute>::infinity();
   extern __shared__ __align__(16) char memory[];
   const LocalRelationArgs<T>& a = p.a;
   const LocalBlock block(p, R);
@@ -23,14 +23,14 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
   const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
   const int channel = block.chunk * kChannels;
   const int64_t first = block.g * a.m + channel;
-  const int channels = static_cast<int>(min(min(a.channels - first, a.m - channel), int64_t{kChannels}));
+  const int channels = static_cast<int>(min(min(a.C - first, a.m - channel), int64_t{kChannels}));
   if (channels <= 0) return;
 
   const TileArea area{block.y - before, block.x - before, p.groups * R + k - 1, p.width + k - 1, H, W};
   const int pixels = area.rows * area.columns;
-  const LocalMemory<C> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 1, false};
-  C* const prior = reinterpret_cast<C*>(memory);
-  C* const keys = prior + k * k;
+  const LocalMemory<Compute> layout{k * k, static_cast<int>(blockDim.x / 32), kTiled ? pixels : 0, 1, false};
+  Compute* const prior = reinterpret_cast<Compute*>(memory);
+  Compute* const keys = prior + k * k;
   auto* const values = reinterpret_cast<Pack<T, kPack<T>>*>(prior + layout.numbers());
   stage_prior(prior, a, block.g);
   if constexpr (kTiled) {
@@ -41,24 +41,24 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
 
   const int ho = block.y + thread.row, wo = block.x + thread.column;
   if (!thread.active || wo >= a.Wo) return;
-  C q[R], most[R], total[R], sums[R][kChannels];
+  Compute q[R], largest[R], total[R], sums[R][kChannels];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    q[r] = ho + r < a.Ho ? static_cast<C>(*a.query.at(block.n, block.g, ho + r, wo)) : C(0);
-    most[r] = -kInfinity;
+    q[r] = ho + r < a.Ho ? static_cast<Compute>(*a.query.at(block.n, block.g, ho + r, wo)) : Compute(0);
+    largest[r] = -kInfinity;
     total[r] = 0;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) sums[r][c] = 0;
   }
 
   const int at = thread.row * area.columns + thread.column;
-  const auto logit_of = [&](int r, C key, int tap) {
-    return similarity<kSimilarity>(q[r], key) * kLog2E<C> + prior[tap];
+  const auto logit_of = [&](int r, Compute key, int tap) {
+    return similarity<kSimilarity>(q[r], key) * kLog2E<Compute> + prior[tap];
   };
   visit_taps<kTiled, R>(
       a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
-      [&](int r, C key, int tap) { most[r] = max(most[r], logit_of(r, key, tap)); });
-  C value[kChannels];
+      [&](int r, Compute key, int tap) { largest[r] = max(largest[r], logit_of(r, key, tap)); });
+  Compute value[kChannels];
   visit_taps<kTiled, R>(
       a, block, keys, area.columns, at, ho, wo,
       [&](int pixel, int y, int x, bool inside) {
@@ -67,8 +67,8 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
         else
           read_channels<T>(value, a.value, block.n, first, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
       },
-      [&](int r, C key, int tap) {
-        const C weight = exp2(logit_of(r, key, tap) - most[r]);
+      [&](int r, Compute key, int tap) {
+        const Compute weight = exp2(logit_of(r, key, tap) - largest[r]);
         total[r] += weight;
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) sums[r][c] += weight * value[c];
@@ -76,7 +76,7 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (ho + r >= a.Ho) break;
-    const C scale = 1 / total[r];
+    const Compute scale = 1 / total[r];
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) sums[r][c] *= scale;
     write_channels<T>(sums[r], a.output, block.n, first, ho + r, wo, channels);
@@ -84,7 +84,7 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
 }
 
 struct Kernels {
-  template <Similarity kSimilarity, class T>
+  template <class T>
   static void forward(const LocalRelation& r, const LocalRelationArgs<T>& a) {
     const torch::stable::accelerator::DeviceGuard guard(r.value.get_device_index());
     LocalRelationParams<T> params{a};
@@ -92,18 +92,20 @@ struct Kernels {
     params.packs = has_packs(a.value, a.m);
     const int Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
     const LocalLaunch<T> launch(params, Ho, Wo, Wo, 1, false);
-    launch.run(local_relation_kernel<T, kSimilarity, true>, local_relation_kernel<T, kSimilarity, false>,
-               current_stream(r.value.get_device_index()));
+    const cudaStream_t stream = current_stream(r.value.get_device_index());
+    dispatch_similarity(r.similarity, [&](auto similarity) {
+      launch.run(local_relation_kernel<T, similarity(), true>, local_relation_kernel<T, similarity(), false>, stream);
+    });
   }
 
-  template <Similarity kSimilarity, class T>
+  template <class T>
   static void backward(const LocalRelation& r, const LocalRelationArgs<T>& a, const LocalRelationGrads&) {
-    local_relation_backward<kSimilarity>(r, a);
+    local_relation_backward(r, a);
   }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_LOCAL_RELATION_IMPL(m, LocalRelationOps<Kernels>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_local_relation<Kernels>(m); }
 
 }  // namespace relops

@@ -1,13 +1,13 @@
-// Local relation (LR-Net): what both devices share.
+// local_relation, the aggregation layer of LR-Net: what the CPU and the CUDA half share.
 //
 //   output[c, o] = sum over taps t of p_t value[c, x_t],  p = softmax over taps of similarity(query[g,o], key[g,x_t]) +
 //   prior[g,t]
 //
 // for the channels c of group g. Output o = (ho, wo) sees k x k taps: tap i of an axis is the pixel
-// stride * o + dilation * (i - k / 2). Of taps outside the map, those leave the softmax (border "mask"), or have key 0
-// and value 0 ("zero").
+// stride * o + dilation * (i - k / 2). Taps outside the map leave the softmax (border "mask"), or have key 0 and value
+// 0 (border "zero").
 //
-// With p~ the gradient of p, of which sum over c of grad_output[c] value[c, x_t] is tap t, that of the logit is
+// Let p~ be the gradient of p: p~_t is the sum over c of grad_output[c] value[c, x_t]. Then that of the logit is
 //   l_t = p_t (p~_t - delta),  delta = sum over t of p_t p~_t
 // and what follows is linear in p and l. A pixel meets an output at most once per tap, so that gradients of keys and
 // values are sums over taps, as those of queries are: no two threads add to the same number.
@@ -79,27 +79,23 @@ inline Tensor as_map(const Tensor& x) { return x.stride(3) == 1 || x.stride(1) =
 // The checked arguments of the forward. Letters as in relops/ops/local_relation.py.
 struct LocalRelation {
   LocalRelation(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& prior_,
-                int64_t k, int64_t stride, int64_t dilation, const std::string& similarity, bool zero_border)
-      : k(k), stride(stride), dilation(dilation), zero_border(zero_border) {
+                int64_t k, int64_t stride, int64_t dilation, const std::string& similarity_, const std::string& border)
+      : k(k),
+        stride(stride),
+        dilation(dilation),
+        similarity(checked_similarity(similarity_)),
+        zero_border(is_zero_border(border)) {
     STD_TORCH_CHECK(query_.dim() == 4 && key_.dim() == 4 && value_.dim() == 4, op,
                     ": query, key and value must have 4 dimensions");
     N = value_.size(0), C = value_.size(1), H = value_.size(2), W = value_.size(3), G = key_.size(1);
     constexpr int64_t kMaxStep = 1 << 24;
-    const auto in = [](int64_t x, int64_t most) { return x >= 1 && x <= most; };
+    const auto in = [](int64_t x, int64_t largest) { return x >= 1 && x <= largest; };
     STD_TORCH_CHECK(in(k, kMaxKernelSize) && in(stride, kMaxStep) && in(dilation, kMaxStep), op,
                     ": kernel_size, stride or dilation is out of range");
     STD_TORCH_CHECK(H <= kMaxStep && W <= kMaxStep, op, ": a map of more than ", kMaxStep, " rows or columns");
     STD_TORCH_CHECK(G > 0 || C == 0, op, ": channels need a group");
     Ho = ceil_div(H, stride), Wo = ceil_div(W, stride);
     m = G > 0 ? ceil_div(C, G) : 0;
-    if (similarity == "squared_difference")
-      kind = Similarity::kSquaredDifference;
-    else if (similarity == "absolute_difference")
-      kind = Similarity::kAbsoluteDifference;
-    else if (similarity == "product")
-      kind = Similarity::kProduct;
-    else
-      STD_TORCH_CHECK(false, op, ": unknown similarity");
     check_shape(op, "query", query_, {N, G, Ho, Wo});
     check_shape(op, "key", key_, {N, G, H, W});
     if (prior_) check_shape(op, "prior", *prior_, {G, k, k});
@@ -122,35 +118,49 @@ struct LocalRelation {
                                 memory_format(channels_last));
   }
 
+  static Similarity checked_similarity(const std::string& name) {
+    if (name == "squared_difference") return Similarity::kSquaredDifference;
+    if (name == "absolute_difference") return Similarity::kAbsoluteDifference;
+    STD_TORCH_CHECK(name == "product", op,
+                    ": similarity must be squared_difference, absolute_difference or product, got ", name);
+    return Similarity::kProduct;
+  }
+
+  static bool is_zero_border(const std::string& border) {
+    STD_TORCH_CHECK(border == "mask" || border == "zero", op, ": border must be mask or zero, got ", border);
+    return border == "zero";
+  }
+
   static constexpr const char* op = "relops.local_relation";
   int64_t N, C, G, H, W, Ho, Wo;
   int64_t m;  // channels of a group; the last groups may have fewer, or none
   int64_t k, stride, dilation;
-  Similarity kind;
-  bool zero_border, channels_last;
+  Similarity similarity;
+  bool zero_border;  // border "zero": taps outside the map have key 0 and value 0, and do not leave the softmax
+  bool channels_last;
   Tensor query, key, value;
   std::optional<Tensor> prior;
 };
 
-// What kernels are given. A gradient that is not wanted has no data.
+// What kernels are given. A gradient that was not asked for has no data.
 template <class T>
 struct LocalRelationArgs {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
-  int64_t N, channels, G, H, W, Ho, Wo, m;
+  int64_t N, C, G, H, W, Ho, Wo, m;
   int64_t k, stride, dilation;
   bool zero_border;
-  Map<const T> query, key, value;  // [N,G,Ho,Wo], [N,G,H,W], [N,channels,H,W]
-  const C* prior;                  // [G,k,k], null: zeros
-  Map<T> output;                   // [N,channels,Ho,Wo]; forward only
+  Map<const T> query, key, value;  // [N,G,Ho,Wo], [N,G,H,W], [N,C,H,W]
+  const Compute* prior;            // [G,k,k], null: zeros
+  Map<T> output;                   // [N,C,Ho,Wo]; forward only
 
   Map<const T> grad_output;  // backward only, from here on
   Map<T> grad_query, grad_key, grad_value;
-  C* grad_prior;
+  Compute* grad_prior;
 
   explicit LocalRelationArgs(const LocalRelation& r)
       : N(r.N),
-        channels(r.C),
+        C(r.C),
         G(r.G),
         H(r.H),
         W(r.W),
@@ -164,16 +174,16 @@ struct LocalRelationArgs {
         query(map_of<const T>(r.query)),
         key(map_of<const T>(r.key)),
         value(map_of<const T>(r.value)),
-        prior(r.prior ? static_cast<const C*>(r.prior->const_data_ptr()) : nullptr),
+        prior(r.prior ? static_cast<const Compute*>(r.prior->const_data_ptr()) : nullptr),
         grad_prior(nullptr) {}
 
-  // Of group g; the number of channels where no channel is left for it.
-  RELOPS_HOST_DEVICE int64_t first_channel(int64_t g) const { return g * m < channels ? g * m : channels; }
+  // The first channel of group g, or C if no channel is left for it.
+  RELOPS_HOST_DEVICE int64_t first_channel(int64_t g) const { return g * m < C ? g * m : C; }
 };
 
 template <class F>
-void dispatch_similarity(Similarity kind, F f) {
-  switch (kind) {
+void dispatch_similarity(Similarity similarity, F f) {
+  switch (similarity) {
     case Similarity::kSquaredDifference:
       return f(std::integral_constant<Similarity, Similarity::kSquaredDifference>{});
     case Similarity::kAbsoluteDifference:
@@ -187,46 +197,45 @@ using LocalRelationGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // The ops with the signatures of library.cpp, from the static functions of a device's Kernels, which are not called
 // where there is no channel or no pixel:
-//   template <Similarity, class T> void forward(const LocalRelation&, const LocalRelationArgs<T>&)
-//   template <Similarity, class T> void backward(const LocalRelation&, const LocalRelationArgs<T>&, const
-//   LocalRelationGrads&)
+//   template <class T> void forward(const LocalRelation&, const LocalRelationArgs<T>&)
+//   template <class T> void backward(const LocalRelation&, const LocalRelationArgs<T>&, const LocalRelationGrads&)
 template <class Kernels>
 struct LocalRelationOps {
   static Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& prior,
-                        int64_t k, int64_t stride, int64_t dilation, std::string similarity, bool zero_border) {
-    const LocalRelation r(query, key, value, prior, k, stride, dilation, similarity, zero_border);
+                        int64_t k, int64_t stride, int64_t dilation, std::string similarity, std::string border) {
+    const LocalRelation r(query, key, value, prior, k, stride, dilation, similarity, border);
     const Tensor output = r.new_output();
     if (output.numel() == 0) return output;
     dispatch_features(r.op, r.value.scalar_type(), [&](auto t) {
       using T = typename decltype(t)::type;
       LocalRelationArgs<T> a(r);
       a.output = map_of<T>(output);
-      dispatch_similarity(r.kind, [&](auto kind) { Kernels::template forward<kind()>(r, a); });
+      Kernels::forward(r, a);
     });
     return output;
   }
 
   static LocalRelationGrads backward(const Tensor& grad_output_, const Tensor& query, const Tensor& key,
                                      const Tensor& value, const std::optional<Tensor>& prior, int64_t k, int64_t stride,
-                                     int64_t dilation, std::string similarity, bool zero_border,
-                                     std::vector<bool> wanted) {
-    const LocalRelation r(query, key, value, prior, k, stride, dilation, similarity, zero_border);
+                                     int64_t dilation, std::string similarity, std::string border,
+                                     std::vector<bool> needs_grad) {
+    const LocalRelation r(query, key, value, prior, k, stride, dilation, similarity, border);
     check_shape(r.op, "grad_output", grad_output_, {r.N, r.C, r.Ho, r.Wo});
     STD_TORCH_CHECK(grad_output_.scalar_type() == r.value.scalar_type() && grad_output_.device() == r.value.device(),
                     r.op, ": grad_output has the wrong dtype or device");
-    STD_TORCH_CHECK(wanted.size() == 4, r.op, ": wanted must have 4 flags");
-    wanted[3] = wanted[3] && r.prior;
+    STD_TORCH_CHECK(needs_grad.size() == 4, r.op, ": needs_grad must have 4 flags");
+    needs_grad[3] = needs_grad[3] && r.prior;
     const Tensor grad_output = as_map(grad_output_);
     const Tensor* const of[] = {&query, &key, &value};
     const auto new_grad = [&](int i) {
       const Tensor& x = *of[i];
-      return !wanted[i] ? none_like(x)
-                        : torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                               memory_format(is_channels_last(x)));
+      return !needs_grad[i] ? none_like(x)
+                            : torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                                   memory_format(is_channels_last(x)));
     };
     const LocalRelationGrads grads{
         new_grad(0), new_grad(1), new_grad(2),
-        wanted[3] ? torch::stable::new_empty(*r.prior, r.prior->sizes()) : none_like(r.value)};
+        needs_grad[3] ? torch::stable::new_empty(*r.prior, r.prior->sizes()) : none_like(r.value)};
     const auto& [grad_query, grad_key, grad_value, grad_prior] = grads;
     if (grad_output.numel() == 0) {
       for (const Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_prior}) torch::stable::fill_(*grad, 0);
@@ -235,21 +244,22 @@ struct LocalRelationOps {
         using T = typename decltype(t)::type;
         LocalRelationArgs<T> a(r);
         a.grad_output = map_of<const T>(grad_output);
-        if (wanted[0]) a.grad_query = map_of<T>(std::get<0>(grads));
-        if (wanted[1]) a.grad_key = map_of<T>(std::get<1>(grads));
-        if (wanted[2]) a.grad_value = map_of<T>(std::get<2>(grads));
-        if (wanted[3]) a.grad_prior = static_cast<ComputeType<T>*>(std::get<3>(grads).mutable_data_ptr());
-        dispatch_similarity(r.kind, [&](auto kind) { Kernels::template backward<kind()>(r, a, grads); });
+        if (needs_grad[0]) a.grad_query = map_of<T>(std::get<0>(grads));
+        if (needs_grad[1]) a.grad_key = map_of<T>(std::get<1>(grads));
+        if (needs_grad[2]) a.grad_value = map_of<T>(std::get<2>(grads));
+        if (needs_grad[3]) a.grad_prior = static_cast<ComputeType<T>*>(std::get<3>(grads).mutable_data_ptr());
+        Kernels::backward(r, a, grads);
       });
     }
     return grads;
   }
 };
 
-// Registers them: RELOPS_LOCAL_RELATION_IMPL(m, LocalRelationOps<Kernels>).
-#define RELOPS_LOCAL_RELATION_IMPL(m, ...)                  \
-  using RelopsOps = __VA_ARGS__;                            \
-  m.impl("local_relation", TORCH_BOX(&RelopsOps::forward)); \
-  m.impl("_local_relation_backward", TORCH_BOX(&RelopsOps::backward))
+template <class Kernels>
+void register_local_relation(auto& library) {
+  using Ops = LocalRelationOps<Kernels>;
+  library.impl("local_relation", TORCH_BOX(&Ops::forward));
+  library.impl("_local_relation_backward", TORCH_BOX(&Ops::backward));
+}
 
 }  // namespace relops

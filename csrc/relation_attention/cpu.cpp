@@ -1,68 +1,16 @@
+// relation_attention on the CPU: the two directions, their work divided among threads, and the registration.
+//
+// Forward: threads first pack the keys of some images tile by tile, then take blocks of up to 36 queries with all heads
+// (PackedKeys and ForwardWorker in cpu_forward.h). Backward: threads take some heads of an image (BackwardWorker in
+// cpu_backward.h) and leave partial sums for weights and boxes, which are added up here in a fixed order, so that
+// results do not depend on the number of threads. Both are bound by the multiply-adds of cpu_products.h; cpu_kernel.h
+// counts them. The sines and cosines of cpu_geometry.h come second.
+
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstdint>
-#include <limits>
-#include <numeric>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
-#include "common/cpu/work.h"
-#include "relation_attention/problem.h"
-
-namespace relops {
-
-// Queries that are worked on together, at most: panels of six rows.
-constexpr int64_t kForwardBlock = 36, kBackwardBlock = 24;
-
-// What a thread's share of packed keys may take. Without a limit all images of a large batch would lie in new memory,
-// whose pages cost more than the packing.
-constexpr int64_t kPackedBytes = 2 << 20;
-
-// The least number of parts of each of N images, from `least` on, that keeps the threads evenly busy.
-inline int64_t parts_for(int64_t N, int64_t least, int64_t most, int64_t threads) {
-  int64_t count = least;
-  while (count < most && N * count < 4 * threads && N * count % threads != 0) ++count;
-  return count;
-}
-
-// The work of a forward, or of so many.
-template <class T>
-double relation_nanoseconds(const RelationAttentionArgs<T>& a, double times) {
-  const double pairs = static_cast<double>(a.N) * a.Q * a.K;
-  return times * vectors_of<ComputeType<T>>(pairs) * (60 + a.M * (35 + 0.5 * (a.D + a.Dv)));
-}
-
-// Which keys of each image count, and the indices of all queries.
-class KeyIndex {
- public:
-  KeyIndex(int64_t N, int64_t Q, int64_t K, const bool* mask) : K_(K), index_(N * K), counts_(N), queries_(Q) {
-    for (int64_t n = 0; n < N; ++n)
-      for (int64_t k = 0; k < K; ++k)
-        if (mask == nullptr || !mask[n * K + k]) index_[n * K + counts_[n]++] = static_cast<int32_t>(k);
-    std::iota(queries_.begin(), queries_.end(), 0);
-  }
-  const int32_t* index(int64_t n) const { return index_.data() + n * K_; }
-  int64_t count(int64_t n) const { return counts_[n]; }
-  const int32_t* every_query() const { return queries_.data(); }
-
- private:
-  int64_t K_;
-  std::vector<int32_t> index_;
-  std::vector<int64_t> counts_;
-  std::vector<int32_t> queries_;
-};
-
-// What backward sums over the images of a batch, or over parts of the heads: shares of it, added up at the end.
-template <class C>
-struct RelationAttentionShares {
-  int64_t parts;               // of the heads
-  double *weight, *bias;       // [N,M,64], [N,M]
-  C *query_boxes, *key_boxes;  // [parts,N,Q,4], [parts,N,K,4]: of center x and y, and of the logarithms of the sizes
-};
-
-}  // namespace relops
+#include "relation_attention/cpu_args.h"
 
 #define RELOPS_KERNEL "relation_attention/cpu_kernel.h"
 #include "common/cpu/foreach_isa.h"
@@ -80,54 +28,55 @@ struct Kernels {
 
   template <class T>
   static void backward(const RelationAttention&, RelationAttentionArgs<T> a) {
-    using C = ComputeType<T>;
+    using Compute = ComputeType<T>;
     const KeyIndex kept(a.N, a.Q, a.K, a.mask);
     const bool of_boxes = a.grad_query_boxes != nullptr || a.grad_key_boxes != nullptr;
     const int64_t threads = threads_for(relation_nanoseconds(a, of_boxes ? 4 : 2.3));
-    std::vector<C> delta(a.N * a.Q * a.M);
+    std::vector<Compute> delta(a.N * a.Q * a.M);
     a.delta = delta.data();
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2) {  // delta by a forward: see RelationAttentionArgs
       RELOPS_CALL_ISA(relation_attention_forward, a, kept);
     } else {
-      const double work = static_cast<double>(a.N) * a.Q * a.M * (5 + 2 * vectors_of<C>(a.Dv));
+      const double work = static_cast<double>(a.N) * a.Q * a.M * (5 + 2 * vectors_of<Compute>(a.Dv));
       for_each_range(a.N * a.Q, threads_for(work),
                      [&](int64_t begin, int64_t end) { RELOPS_CALL_ISA(relation_attention_delta, a, begin, end); });
     }
-    // Every part computes the sines anew.
+    // No more parts than the threads need, because every part computes the sines anew.
     const int64_t parts = parts_for(a.N, 1, a.M, threads);
     std::vector<double> weight(a.grad_weight == nullptr ? 0 : a.N * a.M * kEmbedding);
     std::vector<double> bias(a.grad_bias == nullptr ? 0 : a.N * a.M);
-    std::vector<C> query_boxes(a.grad_query_boxes == nullptr ? 0 : parts * a.N * a.Q * 4);
-    std::vector<C> key_boxes(a.grad_key_boxes == nullptr ? 0 : parts * a.N * a.K * 4);
-    const RelationAttentionShares<C> shares{parts, weight.data(), bias.data(), query_boxes.data(), key_boxes.data()};
-    RELOPS_CALL_ISA(relation_attention_backward, a, kept, shares, threads);
-    if (a.grad_weight != nullptr) add_shares(shares.weight, a.N, a.M * kEmbedding, a.grad_weight);
-    if (a.grad_bias != nullptr) add_shares(shares.bias, a.N, a.M, a.grad_bias);
+    std::vector<Compute> query_boxes(a.grad_query_boxes == nullptr ? 0 : parts * a.N * a.Q * 4);
+    std::vector<Compute> key_boxes(a.grad_key_boxes == nullptr ? 0 : parts * a.N * a.K * 4);
+    const RelationAttentionPartials<Compute> partials{parts, weight.data(), bias.data(), query_boxes.data(),
+                                                      key_boxes.data()};
+    RELOPS_CALL_ISA(relation_attention_backward, a, kept, partials, threads);
+    if (a.grad_weight != nullptr) sum_partials(partials.weight, a.N, a.M * kEmbedding, a.grad_weight);
+    if (a.grad_bias != nullptr) sum_partials(partials.bias, a.N, a.M, a.grad_bias);
     if (a.grad_query_boxes != nullptr)
-      grad_of_boxes(shares.query_boxes, parts, a.N * a.Q, a.query_boxes, a.grad_query_boxes);
-    if (a.grad_key_boxes != nullptr) grad_of_boxes(shares.key_boxes, parts, a.N * a.K, a.key_boxes, a.grad_key_boxes);
+      grad_of_boxes(partials.query_boxes, parts, a.N * a.Q, a.query_boxes, a.grad_query_boxes);
+    if (a.grad_key_boxes != nullptr) grad_of_boxes(partials.key_boxes, parts, a.N * a.K, a.key_boxes, a.grad_key_boxes);
   }
 
  private:
-  // sum[i] of the shares [count,size], in their order.
-  template <class S, class C>
-  static void add_shares(const S* shares, int64_t count, int64_t size, C* sum) {
+  // Sets sum[i] to the sum of partials [count,size] over count, in order.
+  template <class S, class Compute>
+  static void sum_partials(const S* partials, int64_t count, int64_t size, Compute* sum) {
     for (int64_t i = 0; i < size; ++i) {
-      S total = shares[i];
-      for (int64_t share = 1; share < count; ++share) total += shares[share * size + i];
-      sum[i] = static_cast<C>(total);
+      S total = partials[i];
+      for (int64_t part = 1; part < count; ++part) total += partials[part * size + i];
+      sum[i] = static_cast<Compute>(total);
     }
   }
 
-  // From shares [parts,boxes,4] of the gradients of centers and logarithms of sizes.
-  template <class C>
-  static void grad_of_boxes(C* shares, int64_t parts, int64_t count, const C* boxes, C* grad) {
-    add_shares(shares, parts, count * 4, grad);
+  // Writes the gradients of boxes, from partials [parts,boxes,4] of those of centers and logarithms of sizes.
+  template <class Compute>
+  static void grad_of_boxes(Compute* partials, int64_t parts, int64_t count, const Compute* boxes, Compute* grad) {
+    sum_partials(partials, parts, count * 4, grad);
     for (int64_t i = 0; i < count; ++i, boxes += 4, grad += 4) {
-      const C x = grad[0] / 2, y = grad[1] / 2;
-      // 0 of a masked key stays 0, whatever its box.
-      const C w = grad[2] == 0 ? 0 : grad[2] / (boxes[2] - boxes[0] + 1);
-      const C h = grad[3] == 0 ? 0 : grad[3] / (boxes[3] - boxes[1] + 1);
+      const Compute x = grad[0] / 2, y = grad[1] / 2;
+      // The 0 of a masked key stays 0, whatever its box.
+      const Compute w = grad[2] == 0 ? 0 : grad[2] / (boxes[2] - boxes[0] + 1);
+      const Compute h = grad[3] == 0 ? 0 : grad[3] / (boxes[3] - boxes[1] + 1);
       grad[0] = x - w;
       grad[1] = y - h;
       grad[2] = x + w;
@@ -138,6 +87,6 @@ struct Kernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { RELOPS_RELATION_ATTENTION_IMPL(m, RelationAttentionOps<Kernels>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CPU, m) { register_relation_attention<Kernels>(m); }
 
 }  // namespace relops

@@ -1,8 +1,8 @@
 // relation_attention on CUDA: the backward, without atomic additions, so that it is bit-identical from run to run.
 //
-// Twice the same kernel: with queries as own rows, for the gradients of queries, weights, biases and query boxes, and
-// with keys as own rows, for those of keys, values and key boxes. With e = exp(s - logsumexp), p = e max(b, 1e-6) and
-// delta the sum over channels of output times its gradient,
+// The same kernel runs twice: with queries as own rows, for the gradients of queries, weights, biases and query boxes,
+// and with keys as own rows, for those of keys, values and key boxes. With e = exp(s - logsumexp), p = e max(b, 1e-6)
+// and delta the sum over channels of output times its gradient,
 //   ds = p (grad_output . value - delta),  db = b > 1e-6 ? e (grad_output . value - delta) : 0,
 // own rows' gradients are products of ds (for values, p) with the other rows, and db takes the place of b in shared
 // memory, from where warps that have an other box each compute what goes through the features:
@@ -11,13 +11,15 @@
 //   afterwards.
 // - boxes: db times weights, summed over heads, is a feature's gradient.
 //
-// A lane has a wave there, so gradients of a logarithm are summed over lanes, and over warps, once at the end. Shares
-// of blocks are added up in their order by a second launch.
+// A lane has a wave there, so gradients of a logarithm are summed over lanes, and over warps, once at the end. The
+// partial sums of blocks are added up in their order by a second launch.
 
 #include <algorithm>
 
 #include "common/cuda/partial_sums.cuh"
 #include "relation_attention/cuda.cuh"
+#include "relation_attention/cuda_geometry.cuh"
+#include "relation_attention/cuda_products.cuh"
 
 namespace relops {
 
@@ -28,66 +30,67 @@ constexpr int kBackwardRing = 4;
 constexpr int kDeltaThreads = 256;
 constexpr int kDeltaWarps = kDeltaThreads / 32;
 
-template <class C>
+template <class Compute>
 struct BackwardShared {
-  HeadWeights<C> weights;
-  BoxTerms<C> own[kOwnRows];
-  BoxTerms<C> others[kBackwardRing][kOthers];
+  HeadWeights<Compute> weights;
+  BoxTerms<Compute> own[kOwnRows];
+  BoxTerms<Compute> others[kBackwardRing][kOthers];
   unsigned active[kBackwardRing];
   union {
-    C tile[kBackwardRing - 1][TileLayout<kOthers>::kSize];
+    Compute tile[kBackwardRing - 1][TileLayout<kOthers>::kSize];
     struct {  // at the end
-      C weights_of_warps[kHeads][4][4][32], biases_of_warps[kHeads][kHeads];
+      Compute weights_of_warps[kHeads][4][4][32], biases_of_warps[kHeads][kHeads];
     };
-    C boxes_of_warps[kHeads][kOwnRows][4];
+    Compute boxes_of_warps[kHeads][kOwnRows][4];
   };
 };
 
 // What a lane, with g = lane / 4 and t = lane % 4, has of the sums of its warp.
-template <class C>
+template <class Compute>
 struct GeometryGrads {
-  C weights[4][4];   // coordinate; sine of wave g, heads 2t and 2t + 1, then its cosine
-  C bias;            // head g
-  C boxes[2][2][4];  // own row 8 i + 2t + j; by x, y, log w, log h; from wave g
+  Compute weights[4][4];   // coordinate; sine of wave g, heads 2t and 2t + 1, then its cosine
+  Compute bias;            // head g
+  Compute boxes[2][2][4];  // own row 8 i + 2t + j; by x, y, log w, log h; from wave g
 };
 
-template <int kSize, class C>
-__device__ __forceinline__ void set_zero(C (&x)[kSize]) {
+template <int kSize, class Compute>
+__device__ __forceinline__ void set_zero(Compute (&x)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) x[i] = 0;
 }
-template <int kRows, int kSize, class C>
-__device__ __forceinline__ void set_zero(C (&x)[kRows][kSize]) {
+template <int kRows, int kSize, class Compute>
+__device__ __forceinline__ void set_zero(Compute (&x)[kRows][kSize]) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i) set_zero(x[i]);
 }
 
-template <bool kWeights, bool kBoxes, class C>
-__device__ __forceinline__ void add_geometry_grads(const HeadWeights<C>& w, const BoxTerms<C>* own,
-                                                   const BoxTerms<C>* others, bool by_own, const C* tile,
-                                                   GeometryGrads<C>& grads) {
+template <bool kWeights, bool kBoxes, class Compute>
+__device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w, const BoxTerms<Compute>* own,
+                                                   const BoxTerms<Compute>* others, bool by_own, const Compute* tile,
+                                                   GeometryGrads<Compute>& grads) {
   using Layout = TileLayout<kOthers>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const Wave<C> wave = w.waves[g];
+  const Wave<Compute> wave = w.waves[g];
 #pragma unroll 1
   for (int o = warp; o < kOthers; o += kHeads) {
-    const BoxTerms<C>& other = others[o];
+    const BoxTerms<Compute>& other = others[o];
     // Lanes share the logarithms: lane i has own row i % 16, coordinate i / 16.
-    const BoxTerms<C>& mine = own[lane % kOwnRows];
+    const BoxTerms<Compute>& mine = own[lane % kOwnRows];
     const int coordinate = lane / kOwnRows;
-    const C distance = difference(mine.center[coordinate], other.center[coordinate]);
+    const Compute distance = difference(mine.center[coordinate], other.center[coordinate]);
     bool at_floor;
-    const Log2<C> shared = log2_ratio(distance, by_own ? mine.size[coordinate] : other.size[coordinate], at_floor);
-    const C inverse = at_floor ? 0 : 1 / distance;
-    C turned[2][4];
+    const Log2<Compute> shared =
+        log2_ratio(distance, by_own ? mine.size[coordinate] : other.size[coordinate], at_floor);
+    const Compute inverse = at_floor ? 0 : 1 / distance;
+    Compute turned[2][4];
     set_zero(turned);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int first = 8 * half;
-      OperandB<C, true> by_row, by_head;  // db: rows heads, depth own rows; rows own rows, depth heads
+      OperandB<Compute, true> by_row, by_head;  // db: rows heads, depth own rows; rows own rows, depth heads
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const C db = tile[Layout::at(g, first + 2 * t + e, o)];
+        const Compute db = tile[Layout::at(g, first + 2 * t + e, o)];
         by_row.set_stored(e, db);
         by_head.set_stored(e, tile[Layout::at(t + 4 * e, first + g, o)]);
         grads.bias += db;
@@ -95,8 +98,8 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<C>& w, cons
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         __syncwarp();  // keeps the compiler from loading everything first, for which registers do not suffice
-        C sine[2], cosine[2];
-        OperandA<C, true> features;  // rows: sine and cosine of wave g; depth own rows
+        Compute sine[2], cosine[2];
+        OperandA<Compute, true> features;  // rows: sine and cosine of wave g; depth own rows
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int row = first + 2 * t + e;
@@ -112,23 +115,24 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<C>& w, cons
         if constexpr (kWeights) multiply<false>(c < 2 ? grads.weights[c] : turned[c - 2], features, by_row);
         if constexpr (!kBoxes) continue;
         __syncwarp();
-        OperandA<C, true> weights;  // rows: of the sine and cosine of wave g; depth heads
-        const C s = c < 2 ? 0 : other.sine[c - 2][g], k = c < 2 ? 1 : other.cosine[c - 2][g];
+        OperandA<Compute, true> weights;  // rows: of the sine and cosine of wave g; depth heads
+        const Compute s = c < 2 ? 0 : other.sine[c - 2][g], k = c < 2 ? 1 : other.cosine[c - 2][g];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const C of_sine = w.of[t + 4 * e][w.feature(c, false, g)], of_cosine = w.of[t + 4 * e][w.feature(c, true, g)];
+          const Compute of_sine = w.of[t + 4 * e][w.feature(c, false, g)],
+                        of_cosine = w.of[t + 4 * e][w.feature(c, true, g)];
           weights.set_stored(0, e, c < 2 ? of_sine : of_sine * k + of_cosine * s);
           weights.set_stored(1, e, c < 2 ? of_cosine : of_cosine * k - of_sine * s);
         }
-        C of_features[4];
+        Compute of_features[4];
         set_zero(of_features);
         multiply<false>(of_features, weights, by_head);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const C of_log = wave.radians * (cosine[e] * of_features[e] - sine[e] * of_features[2 + e]);
-          C(&sums)[4] = grads.boxes[half][e];
+          const Compute of_log = wave.radians * (cosine[e] * of_features[e] - sine[e] * of_features[2 + e]);
+          Compute(&sums)[4] = grads.boxes[half][e];
           if (c < 2) {
-            const C slope = __shfl_sync(kAll, inverse, c * kOwnRows + first + 2 * t + e);
+            const Compute slope = __shfl_sync(kAll, inverse, c * kOwnRows + first + 2 * t + e);
             sums[c] += of_log * slope;
             if (by_own && slope != 0) sums[2 + c] -= of_log;
           } else {
@@ -142,18 +146,18 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<C>& w, cons
       for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const C s = other.sine[c][g], k = other.cosine[c][g];
+          const Compute s = other.sine[c][g], k = other.cosine[c][g];
           grads.weights[2 + c][i] += turned[c][i] * k - turned[c][2 + i] * s;
           grads.weights[2 + c][2 + i] += turned[c][2 + i] * k + turned[c][i] * s;
         }
   }
 }
 
-// What does not fit in 255 registers: weights and boxes in one launch.
+// Weights and boxes in one launch do not always fit in 255 registers.
 template <class T, bool kOfKeys, bool kOfBoxes>
 constexpr bool kOfWeights = !kOfKeys && !(kOfBoxes && sizeof(T) == 8);
 
-// Whether 128 registers suffice.
+// Whether 128 registers per thread suffice, so that a multiprocessor has two blocks.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 template <class T, bool kOfKeys, bool kOfBoxes>
 constexpr bool kTwoBlocks = !kOfBoxes && (sizeof(T) == 4 || (sizeof(T) == 2 && !kOfKeys));
@@ -167,21 +171,21 @@ __global__ __launch_bounds__(
     kHeadThreads, kTwoBlocks<T, kOfKeys, kOfBoxes>
                       ? 2
                       : 1) void relation_attention_backward_kernel(const __grid_constant__ RelationParams<T> p) {
-  using C = ComputeType<T>;
-  constexpr C kLog2E = 1.44269504088896340736;
+  using Compute = ComputeType<T>;
+  constexpr Compute kLog2E = 1.44269504088896340736;
   using Layout = TileLayout<kOthers>;
   extern __shared__ __align__(16) char memory[];
-  BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
+  BackwardShared<Compute>& shared = *reinterpret_cast<BackwardShared<Compute>*>(memory);
   const RelationAttentionArgs<T>& a = p.a;
   const int64_t own_rows = kOfKeys ? a.K : a.Q, other_rows = kOfKeys ? a.Q : a.K;
   const RelationBlock block(p, own_rows);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t m = block.head + warp;
-  const bool there = warp < block.heads;
+  const bool has_head = warp < block.heads;
   const bool* mask = a.mask == nullptr ? nullptr : a.mask + block.n * a.K;
   const bool *own_mask = kOfKeys ? mask : nullptr, *other_mask = kOfKeys ? nullptr : mask;
-  const C* own_boxes = (kOfKeys ? a.key_boxes : a.query_boxes) + 4 * block.n * own_rows;
-  const C* other_boxes = (kOfKeys ? a.query_boxes : a.key_boxes) + 4 * block.n * other_rows;
+  const Compute* own_boxes = (kOfKeys ? a.key_boxes : a.query_boxes) + 4 * block.n * own_rows;
+  const Compute* other_boxes = (kOfKeys ? a.query_boxes : a.key_boxes) + 4 * block.n * other_rows;
   const bool by_own = kOfKeys ? !a.by_query : a.by_query;
   const bool of_weights = kOfWeights<T, kOfKeys, kOfBoxes> && p.of_weight != nullptr && block.chunk == 0;
   const bool of_boxes = kOfBoxes && block.chunk == 0;
@@ -198,12 +202,12 @@ __global__ __launch_bounds__(
   T* grad_b = kOfKeys ? a.grad_value : nullptr;
   const unsigned own_active = active_bits(kOwnRows, block.first, own_rows, own_mask);
   const int channel = block.chunk * kColumns<T>;
-  const C scale = a.scale * kLog2E;
+  const Compute scale = a.scale * kLog2E;
   const int64_t statistics = block.n * a.Q * a.M + m;  // [N,Q,M]
-  C sums_a[kColumns<T> / 8][4], sums_b[kOfKeys ? kColumns<T> / 8 : 1][4];
+  Compute sums_a[kColumns<T> / 8][4], sums_b[kOfKeys ? kColumns<T> / 8 : 1][4];
   set_zero(sums_a);
   set_zero(sums_b);
-  GeometryGrads<C> grads;
+  GeometryGrads<Compute> grads;
   set_zero(grads.weights);
   set_zero(grads.boxes[0]);
   set_zero(grads.boxes[1]);
@@ -225,10 +229,10 @@ __global__ __launch_bounds__(
       compute_logits<kOthers>(shared.weights, shared.own, shared.others[(slot + 3) % kBackwardRing], by_own,
                               shared.tile[(step - 1) % 3]);
     unsigned active = step < 2 || step >= tiles + 2 ? 0 : shared.active[(slot + 2) % kBackwardRing];
-    if (active != 0 && there) {
+    if (active != 0 && has_head) {
       const int64_t first = (int64_t{step} - 2) * kOthers;
-      C* tile = shared.tile[(step - 2) % 3];
-      C scores[kOthers / 8][4], products[kOthers / 8][4];
+      Compute* tile = shared.tile[(step - 2) % 3];
+      Compute scores[kOthers / 8][4], products[kOthers / 8][4];
       set_zero(scores);
       set_zero(products);
       const auto others = [&](const FeatureRows<const T>& rows, int64_t width) {
@@ -248,14 +252,14 @@ __global__ __launch_bounds__(
           const int row = g + i / 2 * 8, o = 8 * j + 2 * t + i % 2;
           const bool counts = own_active >> row & active >> o & 1;
           const int64_t q = kOfKeys ? first + o : block.first + row;
-          const C logsumexp = counts ? a.logsumexp[statistics + q * a.M] : 0;
-          const C delta = counts ? p.delta[statistics + q * a.M] : 0;
-          C& b = tile[Layout::at(warp, row, o)];
-          const C e = exp2(scores[j][i] * scale - logsumexp * kLog2E), weight = e * floored(b);
-          const C of_p = products[j][i] - delta;
+          const Compute logsumexp = counts ? a.logsumexp[statistics + q * a.M] : 0;
+          const Compute delta = counts ? p.delta[statistics + q * a.M] : 0;
+          Compute& b = tile[Layout::at(warp, row, o)];
+          const Compute e = exp2(scores[j][i] * scale - logsumexp * kLog2E), weight = e * floored(b);
+          const Compute of_p = products[j][i] - delta;
           scores[j][i] = counts ? weight * of_p : 0;
           products[j][i] = counts ? weight : 0;
-          b = counts && !(b <= static_cast<C>(kWeightFloor)) ? e * of_p : 0;
+          b = counts && !(b <= static_cast<Compute>(kWeightFloor)) ? e * of_p : 0;
         }
       if (grad_a != nullptr) add_rows<kOthers, kExact>(sums_a, scores, others(other_a, a.D), channel);
       __syncwarp();
@@ -269,9 +273,9 @@ __global__ __launch_bounds__(
     __syncthreads();
   }
 
-  if (there) {
+  if (has_head) {
     const int64_t row = (block.n * own_rows + block.first) * a.M + m;
-    const C by_scale[2] = {a.scale, a.scale}, by_one[2] = {1, 1};
+    const Compute by_scale[2] = {a.scale, a.scale}, by_one[2] = {1, 1};
     if (grad_a != nullptr)
       store_rows<T>(sums_a, by_scale, grad_a + row * a.D, a.M * a.D, block.rows, own_active, channel,
                     static_cast<int>(a.D), p.vector);
@@ -286,20 +290,21 @@ __global__ __launch_bounds__(
     for (int c = 0; c < 4; ++c)
 #pragma unroll
       for (int i = 0; i < 4; ++i) shared.weights_of_warps[warp][c][i][lane] = grads.weights[c][i];
-    const C bias = group_sum(grads.bias, 4);
+    const Compute bias = group_sum(grads.bias, 4);
     if (t == 0) shared.biases_of_warps[warp][g] = bias;
     __syncthreads();
-    C* share = p.of_weight + (block.n * p.row_blocks + block.row_block) * a.M * (kEmbedding + 1);
+    Compute* partial = p.of_weight + (block.n * p.row_blocks + block.row_block) * a.M * (kEmbedding + 1);
     for (int i = threadIdx.x; i < kHeads * (kEmbedding + 1); i += kHeadThreads) {
       const int h = i % kHeads, feature = i / kHeads;
       if (h >= block.heads) continue;
-      C sum = 0;
+      Compute sum = 0;
       for (int of = 0; of < kHeads; ++of)
         sum += feature == kEmbedding
                    ? shared.biases_of_warps[of][h]
                    : shared.weights_of_warps[of][feature / kTerms][feature % kTerms / kWaves * 2 + h % 2]
                                             [feature % kWaves * 4 + h / 2];
-      share[feature == kEmbedding ? kEmbedding * a.M + block.head + h : (block.head + h) * kEmbedding + feature] = sum;
+      partial[feature == kEmbedding ? kEmbedding * a.M + block.head + h : (block.head + h) * kEmbedding + feature] =
+          sum;
     }
     __syncthreads();
   }
@@ -311,7 +316,7 @@ __global__ __launch_bounds__(
       for (int e = 0; e < 2; ++e)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          C sum = grads.boxes[half][e][i];
+          Compute sum = grads.boxes[half][e][i];
 #pragma unroll
           for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(kAll, sum, distance);
           if (g == 0) shared.boxes_of_warps[warp][8 * half + 2 * t + e][i] = sum;
@@ -319,39 +324,40 @@ __global__ __launch_bounds__(
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < 2 * block.rows) {
       const int row = threadIdx.x / 2, c = threadIdx.x % 2;
-      C center = 0, size = 0;
+      Compute center = 0, size = 0;
       for (int of = 0; of < kHeads; ++of) {
         center += shared.boxes_of_warps[of][row][c];
         size += shared.boxes_of_warps[of][row][2 + c];
       }
-      const C* box = own_boxes + 4 * (block.first + row);
+      const Compute* box = own_boxes + 4 * (block.first + row);
       if (size != 0) size /= box[2 + c] - box[c] + 1;  // the box of a query without keys may be anything
       const bool counts = own_active >> row & 1;
-      C* grad = p.of_boxes + 4 * ((block.group * a.N + block.n) * own_rows + block.first + row);
+      Compute* grad = p.of_boxes + 4 * ((block.group * a.N + block.n) * own_rows + block.first + row);
       grad[c] = counts ? center / 2 - size : 0;
       grad[2 + c] = counts ? center / 2 + size : 0;
     }
   }
 }
 
-// delta[row] of the rows [N,Q,M]. A warp each.
+// Writes delta[row] of the rows [N,Q,M], a warp per row.
 template <class T>
 __global__ __launch_bounds__(kDeltaThreads) void relation_delta_kernel(
     const __grid_constant__ RelationAttentionArgs<T> a, ComputeType<T>* delta) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const int64_t row = int64_t{blockIdx.x} * kDeltaWarps + threadIdx.x / 32;
   if (row >= a.N * a.Q * a.M) return;
   const int64_t m = row % a.M, q = row / a.M % a.Q, n = row / a.M / a.Q;
   const T *grad = a.grad_output.at(n, q, m), *output = a.output + row * a.Dv;
-  C sum = 0;
-  for (int64_t i = threadIdx.x % 32; i < a.Dv; i += 32) sum += static_cast<C>(grad[i]) * static_cast<C>(output[i]);
+  Compute sum = 0;
+  for (int64_t i = threadIdx.x % 32; i < a.Dv; i += 32)
+    sum += static_cast<Compute>(grad[i]) * static_cast<Compute>(output[i]);
   sum = group_sum(sum, 32);
   if (threadIdx.x % 32 == 0) delta[row] = sum;
 }
 
 template <class T, bool kExact, bool kOfKeys, bool kOfBoxes>
 void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_boxes, cudaStream_t stream) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const RelationAttentionArgs<T>& a = p.a;
   const int64_t own_rows = kOfKeys ? a.K : a.Q;
   p.row_tiles = 1;
@@ -360,31 +366,32 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
   const int64_t width_a = (kOfKeys ? a.grad_key : a.grad_query) == nullptr ? 0 : a.D;
   const int64_t width_b = kOfKeys && a.grad_value != nullptr ? a.Dv : 0;
   p.chunks = static_cast<unsigned>(std::max<int64_t>(ceil_div(std::max(width_a, width_b), kColumns<T>), 1));
-  const int64_t shares = a.N * p.row_blocks, share = a.M * (kEmbedding + 1);
+  const int64_t count = a.N * p.row_blocks, size = a.M * (kEmbedding + 1);
   const bool of_weights = kOfWeights<T, kOfKeys, kOfBoxes> && (a.grad_weight != nullptr || a.grad_bias != nullptr);
-  const Tensor weights = torch::stable::new_empty(like, {of_weights ? shares * share : 0});
-  p.of_weight = of_weights ? static_cast<C*>(weights.mutable_data_ptr()) : nullptr;
+  const Tensor weights = torch::stable::new_empty(like, {of_weights ? count * size : 0});
+  p.of_weight = of_weights ? static_cast<Compute*>(weights.mutable_data_ptr()) : nullptr;
   const int64_t boxes = a.N * own_rows * 4;
   const bool split = grad_boxes != nullptr && p.groups > 1;
   const Tensor of_groups = torch::stable::new_empty(like, {split ? p.groups * boxes : 0});
-  p.of_boxes = split ? static_cast<C*>(of_groups.mutable_data_ptr()) : grad_boxes;
+  p.of_boxes = split ? static_cast<Compute*>(of_groups.mutable_data_ptr()) : grad_boxes;
 
   const unsigned blocks = grid_size("relops.relation_attention", a.N * p.row_blocks * p.groups * p.chunks);
-  constexpr size_t kBytes = sizeof(BackwardShared<C>);
+  constexpr size_t kBytes = sizeof(BackwardShared<Compute>);
   STD_CUDA_CHECK(cudaFuncSetAttribute(relation_attention_backward_kernel<T, kExact, kOfKeys, kOfBoxes>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
   relation_attention_backward_kernel<T, kExact, kOfKeys, kOfBoxes><<<blocks, kHeadThreads, kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (split) launch_sum_of_partials<C>(RelationAttention::op, p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
+  if (split)
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
   if (of_weights && a.grad_weight != nullptr)
-    launch_sum_of_partials<C>(RelationAttention::op, p.of_weight, shares, share, a.M * kEmbedding, a.grad_weight,
-                              stream);
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight, count, size, a.M * kEmbedding, a.grad_weight,
+                                    stream);
   if (of_weights && a.grad_bias != nullptr)
-    launch_sum_of_partials<C>(RelationAttention::op, p.of_weight + a.M * kEmbedding, shares, share, a.M, a.grad_bias,
-                              stream);
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight + a.M * kEmbedding, count, size, a.M,
+                                    a.grad_bias, stream);
 }
 
-// The gradients of boxes, which few want, take registers that would halve the blocks of a multiprocessor.
+// Gradients of boxes, which are seldom asked for, take registers that would halve the blocks of a multiprocessor.
 template <class T, bool kOfKeys>
 void launch_side(const RelationAttention& r, RelationParams<T> p, ComputeType<T>* grad_boxes, cudaStream_t stream) {
   if (grad_boxes != nullptr) {
@@ -400,15 +407,15 @@ void launch_side(const RelationAttention& r, RelationParams<T> p, ComputeType<T>
 
 template <class T>
 void relation_attention_backward(const RelationAttention& r, const RelationAttentionArgs<T>& a) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const torch::stable::accelerator::DeviceGuard guard(r.query.get_device_index());
   const cudaStream_t stream = current_stream(r.query.get_device_index());
-  const int64_t rows = r.N * r.Q * r.M, shares = sizeof(T) == 2 ? ceil_div(r.Dv, kColumns<T>) : 1;
-  const Tensor memory = torch::stable::new_empty(r.query_boxes, {shares * rows});
-  C* const delta = static_cast<C*>(memory.mutable_data_ptr());
+  const int64_t rows = r.N * r.Q * r.M, partials = sizeof(T) == 2 ? ceil_div(r.Dv, kColumns<T>) : 1;
+  const Tensor memory = torch::stable::new_empty(r.query_boxes, {partials * rows});
+  Compute* const delta = static_cast<Compute*>(memory.mutable_data_ptr());
   if constexpr (sizeof(T) == 2) {
     launch_delta(a, delta, stream);
-    if (shares > 1) launch_sum_of_partials(r.op, delta, shares, rows, rows, delta, stream);
+    if (partials > 1) launch_sum_of_partials(r.op, delta, partials, rows, rows, delta, stream);
   } else {
     relation_delta_kernel<T><<<grid_size(r.op, ceil_div(rows, kDeltaWarps)), kDeltaThreads, 0, stream>>>(a, delta);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -10,26 +10,28 @@
 #include <algorithm>
 
 #include "relation_attention/cuda.cuh"
+#include "relation_attention/cuda_geometry.cuh"
+#include "relation_attention/cuda_products.cuh"
 
 namespace relops {
 
 namespace {
 
 // Of a tile; b of two tiles is in shared memory.
-template <class C>
-constexpr int kForwardKeys = sizeof(C) == 8 ? 16 : 32;
+template <class Compute>
+constexpr int kForwardKeys = sizeof(Compute) == 8 ? 16 : 32;
 constexpr int kForwardRing = 3;
 
-template <class C>
+template <class Compute>
 struct ForwardShared {
-  static constexpr int kKeys = kForwardKeys<C>;
-  HeadWeights<C> weights;
-  BoxTerms<C> keys[kForwardRing][kKeys];
+  static constexpr int kKeys = kForwardKeys<Compute>;
+  HeadWeights<Compute> weights;
+  BoxTerms<Compute> keys[kForwardRing][kKeys];
   unsigned active[kForwardRing];
   // For every 16 queries; the last of these may be more than one.
   struct Rows {
-    BoxTerms<C> queries[kOwnRows];
-    C tile[kForwardRing - 1][TileLayout<kKeys>::kSize];
+    BoxTerms<Compute> queries[kOwnRows];
+    Compute tile[kForwardRing - 1][TileLayout<kKeys>::kSize];
   };
   alignas(16) Rows rows[1];
 };
@@ -45,12 +47,12 @@ __device__ __forceinline__ double exponent(double x) {
 template <class T, bool kExact>
 __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) void relation_attention_kernel(
     const __grid_constant__ RelationParams<T> p) {
-  using C = ComputeType<T>;
-  constexpr int kKeys = kForwardKeys<C>;
-  constexpr C kInfinity = std::numeric_limits<C>::infinity(), kLog2E = 1.44269504088896340736;
+  using Compute = ComputeType<T>;
+  constexpr int kKeys = kForwardKeys<Compute>;
+  constexpr Compute kInfinity = std::numeric_limits<Compute>::infinity(), kLog2E = 1.44269504088896340736;
   using Layout = TileLayout<kKeys>;
   extern __shared__ __align__(16) char memory[];
-  ForwardShared<C>& shared = *reinterpret_cast<ForwardShared<C>*>(memory);
+  ForwardShared<Compute>& shared = *reinterpret_cast<ForwardShared<Compute>*>(memory);
   const RelationAttentionArgs<T>& a = p.a;
   const RelationBlock block(p, a.Q);
   auto& rows = shared.rows[threadIdx.x / kHeadThreads];
@@ -65,9 +67,9 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
              threadIdx.x % kHeadThreads, kHeadThreads);
 
   const unsigned own_active = (1u << block.rows) - 1;
-  const C scale = a.scale * kLog2E;
+  const Compute scale = a.scale * kLog2E;
   const int channel = block.chunk * kColumns<T>;
-  C sums[kColumns<T> / 8][4], maximum[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
+  Compute sums[kColumns<T> / 8][4], maximum[2] = {-kInfinity, -kInfinity}, total[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < kColumns<T> / 8; ++i)
 #pragma unroll
@@ -91,27 +93,27 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
     const int64_t key = (int64_t{step} - 2) * kKeys;
     const unsigned active = step < 2 ? 0 : shared.active[(slot + 1) % kForwardRing];
     if (active != 0 && head < block.heads) {
-      const C* tile = rows.tile[step % 2];
-      C scores[kKeys / 8][4] = {};
+      const Compute* tile = rows.tile[step % 2];
+      Compute scores[kKeys / 8][4] = {};
       dot_rows<kKeys, kExact>(scores, TileRows<T>(a.query, block.n, block.first, m, own_active, a.D, p.vector),
                               TileRows<T>(a.key, block.n, key, m, active, a.D, p.vector));
-      C highest[2] = {maximum[0], maximum[1]};
+      Compute highest[2] = {maximum[0], maximum[1]};
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int k = 8 * j + 2 * t + i % 2;
-          const bool there = active >> k & 1;
-          const C weight = floored(tile[Layout::at(head, g + i / 2 * 8, k)]);
-          scores[j][i] = there ? scores[j][i] * scale : -kInfinity;
+          const bool is_active = active >> k & 1;
+          const Compute weight = floored(tile[Layout::at(head, g + i / 2 * 8, k)]);
+          scores[j][i] = is_active ? scores[j][i] * scale : -kInfinity;
           highest[i / 2] = max(highest[i / 2], scores[j][i] + exponent(weight));
         }
-      C shift[2];
+      Compute shift[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const C high = group_max(highest[row], 4);
+        const Compute high = group_max(highest[row], 4);
         shift[row] = high == -kInfinity ? 0 : high;
-        const C factor = exp2(maximum[row] - shift[row]);
+        const Compute factor = exp2(maximum[row] - shift[row]);
         maximum[row] = high;
         total[row] *= factor;
 #pragma unroll
@@ -125,7 +127,7 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int k = 8 * j + 2 * t + i % 2;
-          const C weight = floored(tile[Layout::at(head, g + i / 2 * 8, k)]);
+          const Compute weight = floored(tile[Layout::at(head, g + i / 2 * 8, k)]);
           scores[j][i] = active >> k & 1 ? weight * exp2(scores[j][i] - shift[i / 2]) : 0;
           total[i / 2] += scores[j][i];
         }
@@ -136,7 +138,7 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
 
   if (head >= block.heads) return;
   const int64_t row = (block.n * a.Q + block.first) * a.M + m;
-  C factor[2];
+  Compute factor[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     total[i] = group_sum(total[i], 4);
@@ -144,7 +146,7 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
   }
   if constexpr (sizeof(T) == 2) {
     if (a.delta != nullptr) {
-      C dots[2];
+      Compute dots[2];
       dot_sums<T>(sums, factor, a.grad_output.at(block.n, block.first, m), a.grad_output.i_stride, block.rows, channel,
                   static_cast<int>(a.Dv), dots);
 #pragma unroll
@@ -187,8 +189,8 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
 }  // namespace
 
 template <class T>
-void launch_delta(RelationAttentionArgs<T> a, float* shares, cudaStream_t stream) {
-  a.delta = shares;
+void launch_delta(RelationAttentionArgs<T> a, float* partials, cudaStream_t stream) {
+  a.delta = partials;
   launch_forward<T, true>(a, stream);
 }
 
@@ -213,6 +215,6 @@ struct Kernels {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_RELATION_ATTENTION_IMPL(m, RelationAttentionOps<Kernels>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_relation_attention<Kernels>(m); }
 
 }  // namespace relops

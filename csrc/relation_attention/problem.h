@@ -1,10 +1,10 @@
-// Relation attention (the object relation module of Relation Networks): what both devices share.
+// relation_attention, the object relation module of Relation Networks: what the CPU and the CUDA half share.
 //
 //   output[q,m] = sum over keys of p * value,  p = softmax over keys of log(max(b, 1e-6)) + s
 //   s = scale * query . key,  b = W[m] . e + bias[m]
 //   e = sines and cosines of f_j times each of (log max(|dx|/w, 1e-3), log max(|dy|/h, 1e-3), log wq/wk, log hq/hk)
 //
-// As exp(log b + s) = b exp(s), no kernel takes that logarithm: p is max(b, 1e-6) exp(s), normalised.
+// Since exp(log b + s) = b exp(s), no kernel takes that logarithm: p is max(b, 1e-6) exp(s), normalized.
 //
 // Angles reach 1000 radians, so they are kept in two parts until whole turns are gone. A logarithm to base 2 is the
 // exponent n, an integer, and l, that of the mantissa; an angle in half turns is (n + l) times the wave's number of
@@ -25,6 +25,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -45,29 +47,29 @@ constexpr double kWeightFloor = 1e-6;
 constexpr double kRatioFloorExponent = -10, kRatioFloorMantissa = 0.034215715337912984;
 
 // One wavelength. Angles are in half turns, logarithms to base 2.
-template <class C>
+template <class Compute>
 struct Wave {
-  C per_octave;  // half turns
-  C high, low;   // the same in two parts: high times an exponent is exact
-  C radians;     // per unit of the natural logarithm
+  Compute per_octave;  // half turns
+  Compute high, low;   // the same in two parts: high times an exponent is exact
+  Compute radians;     // per unit of the natural logarithm
 };
 
-template <class C>
+template <class Compute>
 struct Waves {
-  Wave<C> of[kWaves];
+  Wave<Compute> of[kWaves];
 };
 
-template <class C>
-Waves<C> make_waves(double wavelength) {
-  Waves<C> waves;
+template <class Compute>
+Waves<Compute> make_waves(double wavelength) {
+  Waves<Compute> waves;
   for (int j = 0; j < kWaves; ++j) {
     const double radians = 100 / std::pow(wavelength, j / double{kWaves});
     const double per_octave = radians * 0.69314718055994530942 / 3.14159265358979323846;
     // Exponents and their differences have 9 bits (12 for double); what is kept has the rest of the significand.
-    const double unit = std::ldexp(1.0, std::ilogb(per_octave) - (sizeof(C) == 4 ? 13 : 39));
+    const double unit = std::ldexp(1.0, std::ilogb(per_octave) - (sizeof(Compute) == 4 ? 13 : 39));
     const double high = std::round(per_octave / unit) * unit;
-    waves.of[j] = {static_cast<C>(per_octave), static_cast<C>(high), static_cast<C>(per_octave - high),
-                   static_cast<C>(radians)};
+    waves.of[j] = {static_cast<Compute>(per_octave), static_cast<Compute>(high),
+                   static_cast<Compute>(per_octave - high), static_cast<Compute>(radians)};
   }
   return waves;
 }
@@ -128,9 +130,9 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
 struct RelationAttention {
   RelationAttention(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& query_boxes_,
                     const Tensor& key_boxes_, const Tensor& geometry_weight_,
-                    const std::optional<Tensor>& geometry_bias_, const std::optional<Tensor>& key_mask_, bool by_query,
-                    double wavelength, std::optional<double> scale_, bool allow_tf32)
-      : by_query(by_query), wavelength(wavelength), allow_tf32(allow_tf32) {
+                    const std::optional<Tensor>& geometry_bias_, const std::optional<Tensor>& key_mask_,
+                    const std::string& geometry, double wavelength, std::optional<double> scale_, bool allow_tf32)
+      : by_query(is_by_query(geometry)), wavelength(wavelength), allow_tf32(allow_tf32) {
     STD_TORCH_CHECK(query_.dim() == 4 && key_.dim() == 4 && value_.dim() == 4, op,
                     ": query, key and value must have 4 dimensions");
     N = query_.size(0), Q = query_.size(1), M = query_.size(2), D = query_.size(3);
@@ -167,40 +169,46 @@ struct RelationAttention {
     key_mask = dense(key_mask_);
   }
 
+  static bool is_by_query(const std::string& geometry) {
+    STD_TORCH_CHECK(geometry == "paper" || geometry == "official", op, ": geometry must be paper or official, got ",
+                    geometry);
+    return geometry == "official";
+  }
+
   static constexpr const char* op = "relops.relation_attention";
   int64_t N, Q, K, M, D, Dv;
   Tensor query, key, value;  // rows dense
   Tensor query_boxes, key_boxes, geometry_weight;
   std::optional<Tensor> geometry_bias, key_mask;
-  bool by_query;  // dx and dy are divided by the size of the query's box, not of the key's
+  bool by_query;  // geometry "official": dx and dy are divided by the size of the query's box, not of the key's
   double wavelength, scale;
   bool allow_tf32;
 };
 
-// What kernels are given. Outputs and gradients are dense; a gradient that is not wanted is null.
+// What kernels are given. Outputs and gradients are dense; a gradient that was not asked for is null.
 template <class T>
 struct RelationAttentionArgs {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   int64_t N, Q, K, M, D, Dv;
   FeatureRows<const T> query, key, value;
-  const C *query_boxes, *key_boxes;  // [N,Q,4], [N,K,4]
-  const C* weight;                   // [M,64]
-  const C* bias;                     // [M], null: zeros
-  const bool* mask;                  // [N,K], null: no key is ignored
+  const Compute *query_boxes, *key_boxes;  // [N,Q,4], [N,K,4]
+  const Compute* weight;                   // [M,64]
+  const Compute* bias;                     // [M], null: zeros
+  const bool* mask;                        // [N,K], null: no key is ignored
   bool by_query;
-  C scale;
-  Waves<C> waves;
+  Compute scale;
+  Waves<Compute> waves;
 
-  T* output;     // [N,Q,M,Dv]
-  C* logsumexp;  // [N,Q,M]; infinite for a query without keys
+  T* output;           // [N,Q,M,Dv]
+  Compute* logsumexp;  // [N,Q,M]; infinite for a query without keys
 
   FeatureRows<const T> grad_output;  // backward only, from here on
   // [N,Q,M]: grad_output . output. Gradients of the geometry are sums that cancel, so that the rounding of a 16-bit
   // output would show in them: for these types it is taken from an output computed once more.
-  C* delta;
+  Compute* delta;
   T *grad_query, *grad_key, *grad_value;
-  C *grad_query_boxes, *grad_key_boxes, *grad_weight, *grad_bias;
+  Compute *grad_query_boxes, *grad_key_boxes, *grad_weight, *grad_bias;
 
   explicit RelationAttentionArgs(const RelationAttention& r)
       : N(r.N),
@@ -212,14 +220,14 @@ struct RelationAttentionArgs {
         query(rows_of<const T>(r.query)),
         key(rows_of<const T>(r.key)),
         value(rows_of<const T>(r.value)),
-        query_boxes(static_cast<const C*>(r.query_boxes.const_data_ptr())),
-        key_boxes(static_cast<const C*>(r.key_boxes.const_data_ptr())),
-        weight(static_cast<const C*>(r.geometry_weight.const_data_ptr())),
-        bias(r.geometry_bias ? static_cast<const C*>(r.geometry_bias->const_data_ptr()) : nullptr),
+        query_boxes(static_cast<const Compute*>(r.query_boxes.const_data_ptr())),
+        key_boxes(static_cast<const Compute*>(r.key_boxes.const_data_ptr())),
+        weight(static_cast<const Compute*>(r.geometry_weight.const_data_ptr())),
+        bias(r.geometry_bias ? static_cast<const Compute*>(r.geometry_bias->const_data_ptr()) : nullptr),
         mask(r.key_mask ? static_cast<const bool*>(r.key_mask->const_data_ptr()) : nullptr),
         by_query(r.by_query),
-        scale(static_cast<C>(r.scale)),
-        waves(make_waves<C>(r.wavelength)),
+        scale(static_cast<Compute>(r.scale)),
+        waves(make_waves<Compute>(r.wavelength)),
         output(nullptr),
         logsumexp(nullptr),
         grad_output{},
@@ -244,10 +252,10 @@ struct RelationAttentionOps {
   static std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                             const Tensor& query_boxes, const Tensor& key_boxes,
                                             const Tensor& geometry_weight, const std::optional<Tensor>& geometry_bias,
-                                            const std::optional<Tensor>& key_mask, bool by_query, double wavelength,
-                                            std::optional<double> scale, bool allow_tf32) {
+                                            const std::optional<Tensor>& key_mask, std::string geometry,
+                                            double wavelength, std::optional<double> scale, bool allow_tf32) {
     const RelationAttention r(query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask,
-                              by_query, wavelength, scale, allow_tf32);
+                              geometry, wavelength, scale, allow_tf32);
     const Tensor output = torch::stable::new_empty(r.query, {r.N, r.Q, r.M, r.Dv});
     const Tensor logsumexp = torch::stable::new_empty(r.query_boxes, {r.N, r.Q, r.M});
     if (r.K == 0 || output.numel() == 0) {
@@ -269,10 +277,10 @@ struct RelationAttentionOps {
                                          const Tensor& value, const Tensor& query_boxes, const Tensor& key_boxes,
                                          const Tensor& geometry_weight, const std::optional<Tensor>& geometry_bias,
                                          const std::optional<Tensor>& key_mask, const Tensor& output_,
-                                         const Tensor& logsumexp_, bool by_query, double wavelength,
-                                         std::optional<double> scale, bool allow_tf32, std::vector<bool> wanted) {
+                                         const Tensor& logsumexp_, std::string geometry, double wavelength,
+                                         std::optional<double> scale, bool allow_tf32, std::vector<bool> needs_grad) {
     const RelationAttention r(query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask,
-                              by_query, wavelength, scale, allow_tf32);
+                              geometry, wavelength, scale, allow_tf32);
     for (const Tensor* tensor : {&grad_output_, &output_}) {
       const char* name = tensor == &output_ ? "output" : "grad_output";
       check_shape(r.op, name, *tensor, {r.N, r.Q, r.M, r.Dv});
@@ -282,8 +290,8 @@ struct RelationAttentionOps {
     check_shape(r.op, "logsumexp", logsumexp_, {r.N, r.Q, r.M});
     STD_TORCH_CHECK(logsumexp_.scalar_type() == r.query_boxes.scalar_type() && logsumexp_.device() == r.query.device(),
                     r.op, ": logsumexp has the wrong dtype or device");
-    STD_TORCH_CHECK(wanted.size() == 7, r.op, ": wanted must have 7 flags");
-    wanted[6] = wanted[6] && r.geometry_bias;
+    STD_TORCH_CHECK(needs_grad.size() == 7, r.op, ": needs_grad must have 7 flags");
+    needs_grad[6] = needs_grad[6] && r.geometry_bias;
     const Tensor grad_output = with_dense_rows(grad_output_), output = dense(output_), logsumexp = dense(logsumexp_);
     const Tensor of[] = {r.query,
                          r.key,
@@ -291,30 +299,31 @@ struct RelationAttentionOps {
                          r.query_boxes,
                          r.key_boxes,
                          r.geometry_weight,
-                         wanted[6] ? *r.geometry_bias : r.geometry_weight};
+                         needs_grad[6] ? *r.geometry_bias : r.geometry_weight};
     std::vector<Tensor> grads;
     for (int i = 0; i < 7; ++i)
-      grads.push_back(wanted[i] ? torch::stable::new_empty(of[i], of[i].sizes()) : none_like(of[i]));
+      grads.push_back(needs_grad[i] ? torch::stable::new_empty(of[i], of[i].sizes()) : none_like(of[i]));
     if (r.K == 0 || output.numel() == 0) {
       for (const Tensor& grad : grads) torch::stable::fill_(grad, 0);
     } else {
       dispatch_features(r.op, r.query.scalar_type(), [&](auto t) {
         using T = typename decltype(t)::type;
-        using C = ComputeType<T>;
+        using Compute = ComputeType<T>;
         RelationAttentionArgs<T> a(r);
         a.grad_output = rows_of<const T>(grad_output);
         a.output = static_cast<T*>(output.mutable_data_ptr());
-        a.logsumexp = static_cast<C*>(logsumexp.mutable_data_ptr());
-        const auto place = [&](auto*& pointer, int i) {
-          if (wanted[i]) pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(grads[i].mutable_data_ptr());
+        a.logsumexp = static_cast<Compute*>(logsumexp.mutable_data_ptr());
+        const auto set = [&](auto*& pointer, int i) {
+          if (needs_grad[i])
+            pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(grads[i].mutable_data_ptr());
         };
-        place(a.grad_query, 0);
-        place(a.grad_key, 1);
-        place(a.grad_value, 2);
-        place(a.grad_query_boxes, 3);
-        place(a.grad_key_boxes, 4);
-        place(a.grad_weight, 5);
-        place(a.grad_bias, 6);
+        set(a.grad_query, 0);
+        set(a.grad_key, 1);
+        set(a.grad_value, 2);
+        set(a.grad_query_boxes, 3);
+        set(a.grad_key_boxes, 4);
+        set(a.grad_weight, 5);
+        set(a.grad_bias, 6);
         Kernels::backward(r, a);
       });
     }
@@ -322,10 +331,11 @@ struct RelationAttentionOps {
   }
 };
 
-// Registers them: RELOPS_RELATION_ATTENTION_IMPL(m, RelationAttentionOps<Kernels>).
-#define RELOPS_RELATION_ATTENTION_IMPL(m, ...)                  \
-  using RelopsOps = __VA_ARGS__;                                \
-  m.impl("relation_attention", TORCH_BOX(&RelopsOps::forward)); \
-  m.impl("_relation_attention_backward", TORCH_BOX(&RelopsOps::backward))
+template <class Kernels>
+void register_relation_attention(auto& library) {
+  using Ops = RelationAttentionOps<Kernels>;
+  library.impl("relation_attention", TORCH_BOX(&Ops::forward));
+  library.impl("_relation_attention_backward", TORCH_BOX(&Ops::backward));
+}
 
 }  // namespace relops

@@ -94,23 +94,21 @@ def local_relation(
     check_choice(op, "similarity", similarity, SIMILARITIES)
     check_choice(op, "border", border, BORDERS)
     check_device_has_kernels(op, value.device)
-    return torch.ops.relops.local_relation(
-        query, key, value, prior, kernel_size, stride, dilation, similarity, border == "zero"
-    )
+    return torch.ops.relops.local_relation(query, key, value, prior, kernel_size, stride, dilation, similarity, border)
 
 
-def _fake(query, key, value, prior, kernel_size, stride, dilation, similarity, zero_border):
+def _fake(query, key, value, prior, kernel_size, stride, dilation, similarity, border):
     return empty(value, (*value.shape[:2], *query.shape[2:]), is_channels_last(value))
 
 
 def _fake_backward(
-    grad_output, query, key, value, prior, kernel_size, stride, dilation, similarity, zero_border, wanted
+    grad_output, query, key, value, prior, kernel_size, stride, dilation, similarity, border, needs_grad
 ):
     maps = [
-        empty(x, x.shape, is_channels_last(x)) if want else x.new_empty(0)
-        for x, want in zip((query, key, value), wanted)
+        empty(x, x.shape, is_channels_last(x)) if needed else x.new_empty(0)
+        for x, needed in zip((query, key, value), needs_grad)
     ]
-    return *maps, value.new_empty(0) if prior is None or not wanted[3] else prior.new_empty(prior.shape)
+    return *maps, value.new_empty(0) if prior is None or not needs_grad[3] else prior.new_empty(prior.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -119,9 +117,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx, grad_output):
-    wanted = ctx.needs_input_grad[:4]
-    grads = torch.ops.relops._local_relation_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(wanted))
-    return *(grad if want else None for grad, want in zip(grads, wanted)), *(None,) * 5
+    needs_grad = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.relops._local_relation_backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad)
+    return *(grad if needed else None for grad, needed in zip(grads, needs_grad)), *(None,) * 5
 
 
 def _vmap(

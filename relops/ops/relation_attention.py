@@ -124,7 +124,7 @@ def relation_attention(
     wide = compute_dtype(query.dtype)
     output, _ = torch.ops.relops.relation_attention(
         query, key, value, query_boxes.to(wide), key_boxes.to(wide), geometry_weight.to(wide),
-        None if geometry_bias is None else geometry_bias.to(wide), key_mask, geometry == "official", wavelength, scale,
+        None if geometry_bias is None else geometry_bias.to(wide), key_mask, geometry, wavelength, scale,
         query.is_cuda and _tf32_allowed(),
     )  # fmt: skip
     return output
@@ -138,7 +138,7 @@ def _tf32_allowed() -> bool:
 
 
 def _fake(
-    query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask, by_query, wavelength, scale,
+    query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask, geometry, wavelength, scale,
     allow_tf32,
 ):  # fmt: skip
     output = query.new_empty(*query.shape[:3], value.shape[3])
@@ -147,11 +147,11 @@ def _fake(
 
 def _fake_backward(
     grad_output, query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask, output, logsumexp,
-    by_query, wavelength, scale, allow_tf32, wanted,
+    geometry, wavelength, scale, allow_tf32, needs_grad,
 ):  # fmt: skip
     bias = geometry_weight.new_empty(geometry_weight.shape[:1])
     inputs = (query, key, value, query_boxes, key_boxes, geometry_weight, bias)
-    return tuple(x.new_empty(x.shape if want else 0) for x, want in zip(inputs, wanted))
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs_grad))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -162,11 +162,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx, grad_output, _):
-    wanted = ctx.needs_input_grad[:7]
     if grad_output is None:
         return (None,) * 12
-    grads = torch.ops.relops._relation_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(wanted))
-    return *(grad if want else None for grad, want in zip(grads, wanted)), *(None,) * 5
+    needs_grad = list(ctx.needs_input_grad[:7])
+    grads = torch.ops.relops._relation_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad)
+    return *(grad if needed else None for grad, needed in zip(grads, needs_grad)), *(None,) * 5
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:

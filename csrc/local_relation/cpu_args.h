@@ -1,0 +1,131 @@
+// local_relation on the CPU: where windows lie in lines of memory, and how the work is divided; what the kernels are
+// called with besides LocalRelationArgs (problem.h).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "common/cpu/work.h"
+#include "local_relation/problem.h"
+
+namespace relops {
+
+// Where the columns that taps read are, in lines of memory. The taps of neighboring outputs are `stride` pixels apart;
+// a line of inputs is a row of the map dealt out to one part per remainder of the column modulo the stride (its phase),
+// so that they are neighbors there. All lines have zeros on both sides, as far as whole vectors and taps reach.
+struct WindowColumns {
+  // phase -1: no output has this tap on the map. Else output w reads column w + shift of its phase.
+  struct Tap {
+    int64_t phase, part, shift;
+  };
+  struct Part {
+    int64_t phase, columns;
+  };
+
+  WindowColumns(int64_t W, int64_t Wo, int64_t k, int64_t stride, int64_t dilation, int64_t lanes)
+      : width(round_up(Wo, lanes)) {
+    int64_t min_shift = 0, max_shift = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t offset = dilation * (i - k / 2);
+      const int64_t phase = (offset % stride + stride) % stride, shift = (offset - phase) / stride;
+      const int64_t first = std::max<int64_t>(-shift, 0), last = std::min(Wo - 1, (W - 1 - phase) / stride - shift);
+      if (phase >= W || first > last) {
+        taps.push_back({-1, 0, 0});
+        continue;
+      }
+      int64_t part = 0;
+      while (part < static_cast<int64_t>(parts.size()) && parts[part].phase != phase) ++part;
+      if (part == static_cast<int64_t>(parts.size())) parts.push_back({phase, (W - 1 - phase) / stride + 1});
+      taps.push_back({phase, part, shift});
+      min_shift = std::min(min_shift, shift);
+      max_shift = std::max(max_shift, shift);
+    }
+    left = -min_shift;
+    part_size = round_up(left + max_shift + width, lanes);
+    line = part_size * parts.size();
+    output_left = round_up(max_shift, lanes);
+    output_line = round_up(output_left + width - min_shift, lanes);
+    for (int64_t w = 0; w < width; w += lanes) {
+      bool inside = true;
+      for (const Tap& tap : taps)
+        if (tap.phase >= 0) inside = inside && w + tap.shift >= 0 && w + lanes + tap.shift <= parts[tap.part].columns;
+      inside_map.push_back(inside);
+    }
+  }
+
+  // The place in a line of inputs that output 0 reads by this tap.
+  int64_t input_at(const Tap& tap) const { return tap.part * part_size + left + tap.shift; }
+  // The place in a line of outputs of the output that reads column 0 of its phase by this tap.
+  int64_t output_at(const Tap& tap) const { return output_left - tap.shift; }
+
+  int64_t width;  // of a row of outputs, rounded up to whole vectors
+  std::vector<Tap> taps;
+  std::vector<Part> parts;
+  std::vector<bool> inside_map;  // per vector of outputs: no tap leaves the map
+  int64_t left, part_size, line, output_left, output_line;
+};
+
+// Which rows of the map the windows of the outputs ho read, and which outputs read a row.
+struct WindowRows {
+  int64_t H, Ho, k, stride, dilation;
+
+  int64_t tap(int64_t ho, int64_t i) const { return stride * ho + dilation * (i - k / 2); }
+  int64_t begin(int64_t ho) const { return std::max<int64_t>(tap(ho, 0), 0); }
+  int64_t end(int64_t ho) const { return std::min(tap(ho, k - 1) + 1, H); }
+  int64_t max_inputs() const { return std::min(dilation * (k - 1) + 1, H); }
+
+  // Returns the output that reads row y by tap i, or -1.
+  int64_t output(int64_t y, int64_t i) const {
+    const int64_t at = y - dilation * (i - k / 2);
+    return at >= 0 && at % stride == 0 && at / stride < Ho ? at / stride : -1;
+  }
+  // The outputs that read row y are among these. With a stride there may be none.
+  int64_t first_output(int64_t y) const {
+    return ceil_div(std::max<int64_t>(y - dilation * (k - 1 - k / 2), 0), stride);
+  }
+  int64_t last_output(int64_t y) const { return std::min((y + dilation * (k / 2)) / stride, Ho - 1); }
+  int64_t max_outputs() const { return std::min(dilation * (k - 1) / stride + 1, Ho); }
+};
+
+// The work is divided into strips of output rows, each with the input rows from `stride` times its first on, and
+// bundles of groups. It does not depend on the number of threads, so that sums over it do not.
+struct LocalRelationItems {
+  template <class T>
+  explicit LocalRelationItems(const LocalRelationArgs<T>& a, const WindowRows& rows)
+      : Ho(a.Ho), H(a.H), stride(a.stride), G(a.G) {
+    // Where a pixel's channels lie side by side, the groups of a cache line are done together.
+    constexpr int64_t kCacheLine = 64;
+    const bool side_by_side = a.value.w_stride != 1;
+    bundle = side_by_side ? std::clamp<int64_t>(kCacheLine / (a.m * static_cast<int64_t>(sizeof(T))), 1, G) : 1;
+    bundles = ceil_div(G, bundle);
+    // Strips must not be too low, because each computes anew what it shares with its neighbors.
+    constexpr int64_t kEnoughItems = 32, kLowest = 8;
+    const int64_t highest = std::max<int64_t>(Ho / std::max(kLowest, 2 * rows.max_outputs()), 1);
+    strips = std::clamp<int64_t>(ceil_div(kEnoughItems, a.N * bundles), 1, highest);
+    strip_rows = ceil_div(Ho, strips);
+    strips = ceil_div(Ho, strip_rows);
+    count = a.N * strips * bundles;
+  }
+
+  struct Item {
+    int64_t n, strip, g, g_end, begin, end;
+  };
+  // Neighboring groups come one after another: their channels may lie in the same rows of memory.
+  Item at(int64_t i) const {
+    Item item;
+    item.g = i % bundles * bundle;
+    item.g_end = std::min(item.g + bundle, G);
+    item.strip = i / bundles % strips;
+    item.n = i / bundles / strips;
+    item.begin = item.strip * strip_rows;
+    item.end = std::min(item.begin + strip_rows, Ho);
+    return item;
+  }
+  int64_t input_begin(const Item& item) const { return item.begin * stride; }
+  int64_t input_end(const Item& item) const { return item.end == Ho ? H : item.end * stride; }
+
+  int64_t Ho, H, stride, G, bundle, bundles, strips, strip_rows, count;
+};
+
+}  // namespace relops

@@ -1,0 +1,209 @@
+// relation_attention on the CPU: rows of features. Rows are packed, converted to the compute type, into arrays in which
+// a product reads whole vectors; `multiply` and `multiply_lanes` are the register-tiled products of both directions.
+
+namespace relops::RELOPS_ISA {
+
+namespace {
+
+// The number of keys in a tile.
+template <class Compute>
+constexpr int64_t kTile = 256 / sizeof(Compute);
+
+// The panel of a product that is kept in registers: it takes 24 of AVX-512's 32 registers, 12 of the 16 elsewhere.
+constexpr int kPanelRows = 6, kPanelVectors = RELOPS_VECTOR_BYTES == 64 ? 4 : 2;
+
+// Element (i, j) of a matrix is at data[i * row + j * step].
+template <class Compute>
+struct Matrix {
+  const Compute* data;
+  int64_t row, step;
+};
+
+// The factors of a product a times b. The rows of b [depth, lanes] lie b_row apart.
+template <class Compute>
+struct Factors {
+  Matrix<Compute> a;
+  const Compute* b;
+  int64_t b_row, depth;
+};
+
+template <class Compute, int kRows, int kVectors>
+inline void add_products(const Factors<Compute>& f, Vec<Compute> (&sums)[kRows][kVectors]) {
+  const Compute *a = f.a.data, *b = f.b;
+  for (int64_t i = 0; i < f.depth; ++i, a += f.a.step, b += f.b_row) {
+    Vec<Compute> row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kLanes<Compute>);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const Compute x = a[r * f.a.row];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += x * row[v];
+    }
+  }
+}
+
+template <class Compute, int kRows, int kVectors>
+void multiply_panel(const Factors<Compute>& f, const Factors<Compute>* more, bool add, Compute* out, int64_t out_row) {
+  Vec<Compute> sums[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      sums[r][v] = add ? load(out + r * out_row + v * kLanes<Compute>) : Vec<Compute>{};
+  add_products(f, sums);
+  if (more != nullptr) add_products(*more, sums);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + r * out_row + v * kLanes<Compute>, sums[r][v]);
+}
+
+// multiply_panel for panels of every size: of[vectors - 1][rows - 1].
+template <class Compute, class Rows = std::make_integer_sequence<int, kPanelRows>,
+          class Vectors = std::make_integer_sequence<int, kPanelVectors>>
+struct Panels;
+template <class Compute, int... kRows, int... kVectors>
+struct Panels<Compute, std::integer_sequence<int, kRows...>, std::integer_sequence<int, kVectors...>> {
+  using Panel = void (*)(const Factors<Compute>&, const Factors<Compute>*, bool, Compute*, int64_t);
+  template <int kWidth>
+  struct Row {
+    static constexpr Panel of[] = {multiply_panel<Compute, kRows + 1, kWidth>...};
+  };
+  static constexpr const Panel* of[] = {Row<kVectors + 1>::of...};
+};
+
+// Calls f(first, height) for panels that make up `rows` and whose heights differ by at most 1.
+template <class F>
+inline void for_panels(int64_t rows, F f) {
+  int64_t first = 0;
+  for (int64_t left = ceil_div(rows, kPanelRows); left > 0; --left) {
+    const int64_t height = ceil_div(rows - first, left);
+    f(first, height);
+    first += height;
+  }
+}
+
+// Sets out [rows, vectors of lanes] to the product of the factors, plus that of `more` unless it is null. With `add`
+// the products are added to out.
+template <class Compute>
+inline void multiply(const Factors<Compute>& f, int64_t rows, int64_t vectors, Compute* out, int64_t out_row,
+                     bool add = false, const Factors<Compute>* more = nullptr) {
+  for (int64_t v = 0; v < vectors; v += kPanelVectors) {
+    const auto* const panels = Panels<Compute>::of[std::min<int64_t>(vectors - v, kPanelVectors) - 1];
+    const auto at = [&](Factors<Compute> of, int64_t r) {
+      of.a.data += r * of.a.row;
+      of.b += v * kLanes<Compute>;
+      return of;
+    };
+    for_panels(rows, [&](int64_t r, int64_t height) {
+      const Factors<Compute> second = more == nullptr ? Factors<Compute>{} : at(*more, r);
+      panels[height - 1](at(f, r), more == nullptr ? nullptr : &second, add, out + r * out_row + v * kLanes<Compute>,
+                         out_row);
+    });
+  }
+}
+
+template <class Compute, int kRows>
+void multiply_lanes_panel(int64_t count, int64_t vectors, const Compute* a, int64_t a_stride, const Compute* b,
+                          int64_t b_stride, Compute* sums, int64_t sums_row) {
+  constexpr int64_t V = kLanes<Compute>;
+  Vec<Compute> panel[kRows][kPanelVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) panel[r][v] = load(sums + r * sums_row + v * V);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = 0; k < vectors * V; k += V) {
+      Vec<Compute> column[kPanelVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) column[v] = load(b + i * b_stride + v * kTile<Compute> + k);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<Compute> x = load(a + i * a_stride + r * kTile<Compute> + k);
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) panel[r][v] += x * column[v];
+      }
+    }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) store(sums + r * sums_row + v * V, panel[r][v]);
+}
+
+template <class Compute, int... kRows>
+constexpr auto lanes_panels(std::integer_sequence<int, kRows...>) {
+  return std::array{multiply_lanes_panel<Compute, kRows + 1>...};
+}
+
+// Adds to sums [rows, columns, lanes] the product of a [count, rows, kTile] and b [count, columns, kTile], lane by
+// lane, over the first `vectors` vectors of each tile. Entries of a and b lie a_stride and b_stride apart.
+template <class Compute>
+inline void multiply_lanes(int64_t rows, int64_t columns, int64_t count, int64_t vectors, const Compute* a,
+                           int64_t a_stride, const Compute* b, int64_t b_stride, Compute* sums) {
+  static constexpr auto kPanels = lanes_panels<Compute>(std::make_integer_sequence<int, kPanelRows>());
+  const int64_t row = columns * kLanes<Compute>;
+  for_panels(rows, [&](int64_t r, int64_t height) {
+    for (int64_t c = 0; c < columns; c += kPanelVectors)
+      kPanels[height - 1](count, vectors, a + r * kTile<Compute>, a_stride, b + c * kTile<Compute>, b_stride,
+                          sums + r * row + c * kLanes<Compute>, row);
+  });
+}
+
+// Sets out[i][0..padded) to scale times the row of entry index[i], with zeros after its D elements.
+template <class Compute, class T>
+inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count, int64_t D,
+                      Compute scale, Compute* out, int64_t padded) {
+  constexpr int64_t V = kLanes<Compute>;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = rows.at(n, index[i], m);
+    for (int64_t d = 0; d < padded; d += V)
+      store(out + i * padded + d, load_first(row + d, std::max<int64_t>(D - d, 0)) * scale);
+  }
+}
+
+// Sets out[d][i] to element d of entry index[i], and to zero for i from count to the end of its vector. Rows of out lie
+// `row` apart.
+template <class Compute, class T>
+inline void pack_columns(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count,
+                         int64_t D, Compute* out, int64_t row) {
+  constexpr int64_t V = kLanes<Compute>;
+  for (int64_t first = 0; first < count; first += V)
+    for (int64_t d = 0; d < D; d += V) {
+      Vec<Compute> block[V];
+      for (int64_t i = 0; i < V; ++i)
+        block[i] = first + i < count ? load_first(rows.at(n, index[first + i], m) + d, D - d) : Vec<Compute>{};
+      transpose<Compute>(block);
+      for (int64_t i = 0; i < std::min(V, D - d); ++i) store(out + (d + i) * row + first, block[i]);
+    }
+}
+
+template <class Compute, class A, class B>
+inline Compute dot(const A* a, const B* b, int64_t n) {
+  Vec<Compute> products = {};
+  for (int64_t d = 0; d < n; d += kLanes<Compute>) products += load_first(a + d, n - d) * load_first(b + d, n - d);
+  return sum<Compute>(products);
+}
+
+// Fetches `lines` cache lines of p[0..size), from line `first` on, into the second cache.
+template <class Compute>
+inline void prefetch_lines(const Compute* p, int64_t size, int64_t first, int64_t lines) {
+  constexpr int64_t kLine = 64 / sizeof(Compute);
+  for (int64_t i = first * kLine; i < std::min((first + lines) * kLine, size); i += kLine)
+    __builtin_prefetch(p + i, 0, 2);
+}
+
+// Writes minus infinity to the lanes of the last vector of the logits p[0..count) that belong to no key.
+template <class Compute>
+inline void mask_last(Compute* p, int64_t count) {
+  constexpr int64_t V = kLanes<Compute>;
+  const Int<Compute> left = static_cast<Int<Compute>>(count % V);
+  if (left == 0) return;
+  Compute* const last = p + count - left;
+  const VecInt<Compute> key = lanes<Compute>([](Int<Compute> j) { return j; }) < left;
+  store(last, key ? load(last) : broadcast(-std::numeric_limits<Compute>::infinity()));
+}
+
+}  // namespace
+
+}  // namespace relops::RELOPS_ISA
