@@ -16,21 +16,21 @@
 namespace relops {
 
 // The taps of the bins of one region on one axis: those of bin b are [begin[b], begin[b + 1]), their pixels ascending.
-template <class C>
+template <class Compute>
 struct AxisTaps {
   const int32_t* begin;
   const int32_t* pixel;
-  const C* weight;
-  const C *slope_first, *slope_last;  // derivatives of the weight by the box's coordinates; null where not wanted
-  int32_t low, high;                  // every pixel is in [low, high)
-  int32_t most;                       // taps of the bin that has most
+  const Compute* weight;
+  const Compute *slope_first, *slope_last;  // derivatives of the weight by the box's coordinates; null where not wanted
+  int32_t low, high;                        // every pixel is in [low, high)
+  int32_t most;                             // taps of the bin that has most
 };
 
-template <class C>
+template <class Compute>
 struct Region {
   int64_t k;    // which box
   int64_t map;  // which map it reads
-  AxisTaps<C> y, x;
+  AxisTaps<Compute> y, x;
 };
 
 template <class T>
@@ -43,20 +43,20 @@ struct RegionMaps {  // of one level
 // What the kernels are called with. A map is an image on one level, number level * N + image.
 template <class T>
 struct RegionArgs {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   int64_t N, channels, out_channels, K, PH, PW, L;
   bool position_sensitive;
-  const RegionMaps<T>* levels;  // [L]
-  const Region<C>* regions;     // [K], ordered by map
-  const int64_t* map_begin;     // [L*N + 1]
+  const RegionMaps<T>* levels;     // [L]
+  const Region<Compute>* regions;  // [K], ordered by map
+  const int64_t* map_begin;        // [L*N + 1]
   // The largest of the regions: columns read, taps of a bin.
   int64_t most_columns, most_taps_y, most_taps_x;
 
   T* output;             // [K,out_channels,PH,PW] in the layout of the input; forward only
   const T* grad_output;  // likewise
   const T* pooled;       // backward of the maximum: the output
-  C* box_shares;         // [channel blocks,K,4]: each block's share of the gradient of the boxes
+  Compute* box_shares;   // [channel blocks,K,4]: each block's share of the gradient of the boxes
 };
 
 // Channels of one work item on NCHW maps. Fixed, because gradients of boxes are summed block by block.
@@ -72,17 +72,17 @@ namespace relops {
 namespace {
 
 // The taps of one axis while they are found.
-template <class C>
+template <class Compute>
 struct TapList {
   std::vector<int32_t> begin, pixel;
-  std::vector<C> weight, slope_first, slope_last;
+  std::vector<Compute> weight, slope_first, slope_last;
 
   void find(const RegionAxis& axis) {
     begin.assign(1, 0);
     for (auto* list : {&weight, &slope_first, &slope_last}) list->clear();
     pixel.clear();
     for (int bin = 0; bin < axis.bins; ++bin) {
-      for_each_tap<C>(axis, bin, 0, axis.size - 1, [&](int at, double w, double first, double last) {
+      for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int at, double w, double first, double last) {
         // Positions ascend, so a pixel that the bin has read already is one of its last two.
         const int32_t size = static_cast<int32_t>(pixel.size());
         for (int32_t i = size - 1; i >= begin.back() && i >= size - 2; --i)
@@ -109,11 +109,11 @@ struct TapList {
 
   size_t bytes(bool slopes) const {
     const size_t n = pixel.size();
-    return n * sizeof(C) * (slopes ? 3 : 1) + (n + begin.size()) * sizeof(int32_t);
+    return n * sizeof(Compute) * (slopes ? 3 : 1) + (n + begin.size()) * sizeof(int32_t);
   }
 
   // Copies the lists to memory at `to` and moves it past them.
-  AxisTaps<C> place(std::byte*& to, bool slopes) const {
+  AxisTaps<Compute> place(std::byte*& to, bool slopes) const {
     const auto copy = [&to](const auto& list) {
       using X = typename std::decay_t<decltype(list)>::value_type;
       X* at = reinterpret_cast<X*>(to);
@@ -121,7 +121,7 @@ struct TapList {
       to += list.size() * sizeof(X);
       return at;
     };
-    AxisTaps<C> taps{};
+    AxisTaps<Compute> taps{};
     taps.weight = copy(weight);
     if (slopes) taps.slope_first = copy(slope_first);
     if (slopes) taps.slope_last = copy(slope_last);
@@ -137,22 +137,22 @@ struct TapList {
 };
 
 // All regions of a problem, ordered by the map they read.
-template <class C>
+template <class Compute>
 struct Regions {
   Regions(const RegionProblem& p, bool slopes) : list(p.K), map_begin(p.levels.size() * p.N + 1), memory(p.K) {
-    const C* boxes = static_cast<const C*>(p.boxes.const_data_ptr());
+    const Compute* boxes = static_cast<const Compute*>(p.boxes.const_data_ptr());
     const int64_t L = p.levels.size();
     double steps = 0;
     std::vector<int32_t> levels(p.K);
     for (int64_t k = 0; k < p.K; ++k) {
-      const C* box = boxes + 5 * k;
-      const C image = region_image(box[0]);
+      const Compute* box = boxes + 5 * k;
+      const Compute image = region_image(box[0]);
       if (!(image >= 0 && image < p.N))
         throw std::out_of_range(std::string(p.spec.op) + ": boxes must have a batch index in [0,N) = [0," +
                                 std::to_string(p.N) + "), got " + std::to_string(box[0]) + " in row " +
                                 std::to_string(k));
       if (L > 1 && is_finite(box))
-        levels[k] = region_level(box[1], box[2], box[3], box[4], static_cast<C>(p.spec.canonical_box_size),
+        levels[k] = region_level(box[1], box[2], box[3], box[4], static_cast<Compute>(p.spec.canonical_box_size),
                                  static_cast<int>(p.spec.canonical_level), p.finest(), static_cast<int>(L));
       ++map_begin[map_of(p, levels[k], box) + 1];
       steps += steps_of(p, p.levels[levels[k]], box);
@@ -160,16 +160,16 @@ struct Regions {
     for (size_t m = 1; m < map_begin.size(); ++m) map_begin[m] += map_begin[m - 1];
     std::vector<int64_t> next(map_begin.begin(), map_begin.end() - 1), place(p.K);
     // From top to bottom, so that regions that read the same rows follow one another.
-    const auto top = [&](int64_t k) { return is_finite(boxes + 5 * k) ? boxes[5 * k + 2] : C(0); };
+    const auto top = [&](int64_t k) { return is_finite(boxes + 5 * k) ? boxes[5 * k + 2] : Compute(0); };
     std::vector<int64_t> order(p.K);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return top(i) < top(j); });
     for (int64_t k : order) place[k] = next[map_of(p, levels[k], boxes + 5 * k)]++;
 
     for_each_range(p.K, threads_for(10 * steps), [&](int64_t begin, int64_t end) {
-      TapList<C> y, x;
+      TapList<Compute> y, x;
       for (int64_t k = begin; k < end; ++k) {
-        const C* box = boxes + 5 * k;
+        const Compute* box = boxes + 5 * k;
         const RegionLevel& level = p.levels[levels[k]];
         if (is_finite(box)) {
           y.find(
@@ -181,40 +181,40 @@ struct Regions {
           x.find_none(p.PW);
         }
         const int64_t at = place[k];
-        memory[at].reset(new std::byte[y.bytes(slopes) + x.bytes(slopes) + sizeof(C)]);
+        memory[at].reset(new std::byte[y.bytes(slopes) + x.bytes(slopes) + sizeof(Compute)]);
         std::byte* to = memory[at].get();
         list[at].k = k;
         list[at].map = map_of(p, levels[k], box);
         list[at].y = y.place(to, slopes);
-        to = memory[at].get() + (to - memory[at].get() + sizeof(C) - 1) / sizeof(C) * sizeof(C);
+        to = memory[at].get() + (to - memory[at].get() + sizeof(Compute) - 1) / sizeof(Compute) * sizeof(Compute);
         list[at].x = x.place(to, slopes);
       }
     });
   }
 
-  static bool is_finite(const C* box) {
+  static bool is_finite(const Compute* box) {
     return std::isfinite(box[1]) && std::isfinite(box[2]) && std::isfinite(box[3]) && std::isfinite(box[4]);
   }
   // Samples, or pixels, on both axes of a box, at most.
-  static double steps_of(const RegionProblem& p, const RegionLevel& level, const C* box) {
+  static double steps_of(const RegionProblem& p, const RegionLevel& level, const Compute* box) {
     if (p.spec.rule.sampling_ratio > 0) return static_cast<double>(p.spec.rule.sampling_ratio) * (p.PH + p.PW);
     // NaN becomes the size of the map.
     const double width = std::min<double>(level.W, std::abs(box[3] - box[1]) * level.scale);
     const double height = std::min<double>(level.H, std::abs(box[4] - box[2]) * level.scale);
     return p.PH + p.PW + width + height;
   }
-  static int64_t map_of(const RegionProblem& p, int64_t level, const C* box) {
+  static int64_t map_of(const RegionProblem& p, int64_t level, const Compute* box) {
     return level * p.N + static_cast<int64_t>(region_image(box[0]));
   }
 
-  std::vector<Region<C>> list;
+  std::vector<Region<Compute>> list;
   std::vector<int64_t> map_begin;
   std::vector<std::unique_ptr<std::byte[]>> memory;
 };
 
 template <class T>
 struct RegionWork {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   RegionWork(const RegionProblem& p, bool slopes) : regions(p, slopes) {
     for (size_t l = 0; l < p.levels.size(); ++l)
@@ -231,7 +231,7 @@ struct RegionWork {
     args.levels = maps.data();
     args.regions = regions.list.data();
     args.map_begin = regions.map_begin.data();
-    for (const Region<C>& region : regions.list) {
+    for (const Region<Compute>& region : regions.list) {
       args.most_columns = std::max<int64_t>(args.most_columns, region.x.high - region.x.low);
       args.most_taps_x = std::max<int64_t>(args.most_taps_x, region.x.most);
       args.most_taps_y = std::max<int64_t>(args.most_taps_y, region.y.most);
@@ -243,12 +243,12 @@ struct RegionWork {
   // position-sensitive, to a single number.
   double nanoseconds(const RegionProblem& p, double of_plane, double of_pixel, double of_number) const {
     if (args.position_sensitive) return of_number * pixels * args.out_channels;
-    if (!p.channels_last) return of_plane * vectors_of<C>(pixels * p.C) + 0.5 * p.K * p.PH * p.PW * p.C;
-    const double vectors = vectors_of<C>(p.C);
+    if (!p.channels_last) return of_plane * vectors_of<Compute>(pixels * p.C) + 0.5 * p.K * p.PH * p.PW * p.C;
+    const double vectors = vectors_of<Compute>(p.C);
     return pixels * (1 + of_pixel * (vectors < 1 ? p.C : vectors));
   }
 
-  Regions<C> regions;
+  Regions<Compute> regions;
   std::vector<RegionMaps<T>> maps;
   RegionArgs<T> args{};
   double pixels = 0;  // that bins read of a channel
@@ -275,7 +275,7 @@ Tensor forward(const RegionProblem& p) {
 void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* output, const RegionGrads& grads) {
   dispatch_features(p.spec.op, p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    using C = ComputeType<T>;
+    using Compute = ComputeType<T>;
     RegionWork<T> work(p, grads.wanted_boxes());
     auto& args = work.args;
     args.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
@@ -284,7 +284,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
       if (grads.wanted(l)) {
         work.maps[l].grad_input = static_cast<T*>(grads.inputs[l].mutable_data_ptr());
         use_huge_pages(work.maps[l].grad_input, grads.inputs[l].numel() * sizeof(T));
-        filled += grads.inputs[l].numel() * sizeof(C) / 64.0;
+        filled += grads.inputs[l].numel() * sizeof(Compute) / 64.0;
       }
     if (p.spec.rule.kind == RegionKind::kMaximum) {
       check_pixels_fit_int(p);
@@ -299,13 +299,13 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
       RELOPS_CALL_ISA(region_mean_backward, args, p.channels_last, threads_for(nanoseconds));
     }
     if (!grads.wanted_boxes()) return;
-    C* grad_boxes = static_cast<C*>(grads.boxes.mutable_data_ptr());
-    std::fill_n(grad_boxes, 5 * p.K, C(0));
+    Compute* grad_boxes = static_cast<Compute*>(grads.boxes.mutable_data_ptr());
+    std::fill_n(grad_boxes, 5 * p.K, Compute(0));
     if (grad_output.numel() == 0) return;
     // channels_last: a thread sums all channels of a region.
     const int64_t blocks = p.channels_last ? 1 : ceil_div(p.C, kChannelBlock);
     const Tensor shares = torch::stable::new_empty(p.boxes, {blocks, p.K, 4});
-    args.box_shares = static_cast<C*>(shares.mutable_data_ptr());
+    args.box_shares = static_cast<Compute*>(shares.mutable_data_ptr());
     RELOPS_CALL_ISA(region_mean_backward_boxes, args, p.channels_last, threads_for(work.nanoseconds(p, 14, 3, 4)));
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t k = 0; k < p.K; ++k)

@@ -26,15 +26,16 @@ namespace {
 // The vector at p of an array that ends at `end`: lanes past it are zero.
 template <class T>
 inline Vec<ComputeType<T>> load_before(const T* p, const T* end) {
-  constexpr int64_t W = kLanes<ComputeType<T>>;
-  if (p + W <= end) [[likely]]
+  constexpr int64_t V = kLanes<ComputeType<T>>;
+  if (p + V <= end) [[likely]]
     return load(p);
   return load_first(p, std::max<int64_t>(end - p, 0));
 }
 
-// What becomes of a pixel: a weighted sum, or a maximum, which passes NaN over as torchvision does. V: one or a vector.
-template <bool kMaximum, class V, class C>
-inline void take(V& result, V pixel, C weight) {
+// What becomes of a pixel: a weighted sum, or a maximum, which passes NaN over as torchvision does. Vector: one or a
+// vector.
+template <bool kMaximum, class Vector, class Compute>
+inline void take(Vector& result, Vector pixel, Compute weight) {
   if constexpr (kMaximum)
     result = pixel > result ? pixel : result;
   else
@@ -62,9 +63,9 @@ struct Map {
 
 // What is kept of a region's bins is kept of a tile of them, so that it does not grow with the output. A tile is some
 // whole rows of bins, or a part of one row: it lies together in a plane of the output.
-template <class C>
+template <class Compute>
 struct BinTile {
-  AxisTaps<C> y, x;
+  AxisTaps<Compute> y, x;
   int64_t PH, PW;
   int64_t first;  // bin
 };
@@ -83,8 +84,8 @@ struct TileSize {
 };
 
 // Those of `count` of the bins, from `first` on.
-template <class C>
-inline AxisTaps<C> taps_of_bins(AxisTaps<C> taps, int64_t bins, int64_t first, int64_t count) {
+template <class Compute>
+inline AxisTaps<Compute> taps_of_bins(AxisTaps<Compute> taps, int64_t bins, int64_t first, int64_t count) {
   if (count == bins) return taps;
   taps.begin += first;
   taps.low = taps.high = taps.most = 0;
@@ -97,14 +98,14 @@ inline AxisTaps<C> taps_of_bins(AxisTaps<C> taps, int64_t bins, int64_t first, i
 }
 
 // Calls f(tile) for the tiles of a region.
-template <class C, class F>
-inline void for_each_tile(const Region<C>& r, int64_t PH, int64_t PW, const TileSize& size, F f) {
+template <class Compute, class F>
+inline void for_each_tile(const Region<Compute>& r, int64_t PH, int64_t PW, const TileSize& size, F f) {
   for (int64_t pw = 0; pw < PW; pw += size.PW) {
     const int64_t columns = std::min(size.PW, PW - pw);
-    const AxisTaps<C> x = taps_of_bins(r.x, PW, pw, columns);
+    const AxisTaps<Compute> x = taps_of_bins(r.x, PW, pw, columns);
     for (int64_t ph = 0; ph < PH; ph += size.PH) {
       const int64_t rows = std::min(size.PH, PH - ph);
-      f(BinTile<C>{taps_of_bins(r.y, PH, ph, rows), x, rows, columns, ph * PW + pw});
+      f(BinTile<Compute>{taps_of_bins(r.y, PH, ph, rows), x, rows, columns, ph * PW + pw});
     }
   }
 }
@@ -115,28 +116,28 @@ inline void for_each_tile(const Region<C>& r, int64_t PH, int64_t PW, const Tile
 // enough; else they run on into the next.
 struct Columns {
   int64_t left, width;
-  Columns(int64_t low, int64_t high, int64_t W, int64_t lanes)
+  Columns(int64_t low, int64_t high, int64_t map_width, int64_t lanes)
       : left(low), width(round_up(std::max<int64_t>(high - low, 1), lanes)) {
-    left = std::max<int64_t>(0, std::min(left, W - width));
+    left = std::max<int64_t>(0, std::min(left, map_width - width));
     width = round_up(std::max<int64_t>(high - left, 1), lanes);
   }
 };
 
 // For each bin of a tile the columns it gathers, and their weights: entry j of bin o is at [j * padded + o].
-template <class C>
+template <class Compute>
 struct ColumnTable {
   int64_t padded = 0, depth = 0;
-  Int<C>* at;
-  C* weight;
+  Int<Compute>* at;
+  Compute* weight;
 
   ColumnTable(int64_t bins, int64_t most, Scratch& scratch)
-      : at(scratch.take<Int<C>>(round_up(bins, kLanes<C>) * most)),
-        weight(scratch.take<C>(round_up(bins, kLanes<C>) * most)) {}
+      : at(scratch.take<Int<Compute>>(round_up(bins, kLanes<Compute>) * most)),
+        weight(scratch.take<Compute>(round_up(bins, kLanes<Compute>) * most)) {}
 
   // Rows of bins are `stride` apart in what is gathered from; what has no weight reads the zero at `zero`.
-  void fill(const AxisTaps<C>& x, int64_t PH, int64_t PW, int64_t left, int64_t stride, int64_t zero) {
+  void fill(const AxisTaps<Compute>& x, int64_t PH, int64_t PW, int64_t left, int64_t stride, int64_t zero) {
     const int64_t bins = PH * PW;
-    padded = round_up(bins, kLanes<C>);
+    padded = round_up(bins, kLanes<Compute>);
     depth = x.most;
     for (int64_t j = 0; j < depth; ++j)
       for (int64_t pw = 0; pw < PW; ++pw) {
@@ -166,21 +167,22 @@ struct PlaneItems {
 };
 
 // Where the rows of a tile's taps begin, in elements from the first column read.
-template <class C>
-inline void row_offsets(const AxisTaps<C>& y, int64_t PH, int64_t map_width, int64_t* offset) {
+template <class Compute>
+inline void row_offsets(const AxisTaps<Compute>& y, int64_t PH, int64_t map_width, int64_t* offset) {
   for (int32_t tap = y.begin[0]; tap < y.begin[PH]; ++tap) *offset++ = y.pixel[tap] * map_width;
 }
 
 // Of kRows rows the weighted sum or the maximum, together with what is in `out` where there is `more`.
-template <bool kMaximum, int kRows, class T, class C>
-inline void combine_some_rows(const T* first, const int64_t* offset, const C* weight, int64_t width, bool more,
-                              C* out) {
+template <bool kMaximum, int kRows, class T, class Compute>
+inline void combine_some_rows(const T* first, const int64_t* offset, const Compute* weight, int64_t width, bool more,
+                              Compute* out) {
   const T* row[kRows];
   for (int t = 0; t < kRows; ++t) row[t] = first + offset[t];
-  for (int64_t i = 0; i < width; i += kLanes<C>) {
-    Vec<C> result = more ? load(out + i) : broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
+  for (int64_t i = 0; i < width; i += kLanes<Compute>) {
+    Vec<Compute> result =
+        more ? load(out + i) : broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
     for (int t = 0; t < kRows; ++t) {
-      const Vec<C> read = load(row[t] + i);
+      const Vec<Compute> read = load(row[t] + i);
       take<kMaximum>(result, read, weight[t]);
     }
     store(out + i, result);
@@ -188,9 +190,9 @@ inline void combine_some_rows(const T* first, const int64_t* offset, const C* we
 }
 
 // out[0..width), whole vectors, from the rows of a bin's taps.
-template <bool kMaximum, class T, class C>
-inline void combine_rows(const T* first, const T* end, const int64_t* offset, const C* weight, int64_t count,
-                         int64_t width, C* out) {
+template <bool kMaximum, class T, class Compute>
+inline void combine_rows(const T* first, const T* end, const int64_t* offset, const Compute* weight, int64_t count,
+                         int64_t width, Compute* out) {
   bool more = false;
   int64_t t = 0;
   if (count == 0 || first + offset[count - 1] + width <= end) [[likely]] {
@@ -207,10 +209,10 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
     return;
   }
   // At the end of the tensor, past which nothing may be read.
-  for (int64_t i = 0; i < width; i += kLanes<C>) {
-    Vec<C> result = broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
+  for (int64_t i = 0; i < width; i += kLanes<Compute>) {
+    Vec<Compute> result = broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
     for (t = 0; t < count; ++t) {
-      const Vec<C> read = load_before(first + offset[t] + i, end);
+      const Vec<Compute> read = load_before(first + offset[t] + i, end);
       take<kMaximum>(result, read, weight[t]);
     }
     store(out + i, result);
@@ -219,8 +221,9 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
 
 // Asks for the rows of a plane that a region reads. always_inline, because GCC drops calls of a function that does
 // nothing but prefetch: it sees no effect in them.
-template <class T, class C>
-[[gnu::always_inline]] inline void prefetch_rows(const Region<C>& r, const T* plane, int64_t map_width, int64_t PH) {
+template <class T, class Compute>
+[[gnu::always_inline]] inline void prefetch_rows(const Region<Compute>& r, const T* plane, int64_t map_width,
+                                                 int64_t PH) {
   const int64_t bytes = (r.x.high - r.x.low) * sizeof(T);
   for (int32_t tap = 0; tap < r.y.begin[PH]; ++tap) {
     const auto* row = reinterpret_cast<const char*>(plane + r.y.pixel[tap] * map_width + r.x.low);
@@ -230,15 +233,15 @@ template <class T, class C>
 
 template <class T>
 void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
-  const int64_t most_width = round_up(a.most_columns, W) + W;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
+  const int64_t most_width = round_up(a.most_columns, V) + V;
   const TileSize size(a.PH, a.PW, most_width, 0);
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    ColumnTable<C> table(size.bins(), a.most_taps_x, *scratch);
-    C* rows = scratch->template take<C>(size.PH * most_width + W);
+    ColumnTable<Compute> table(size.bins(), a.most_taps_x, *scratch);
+    Compute* rows = scratch->template take<Compute>(size.PH * most_width + V);
     int64_t* offsets = scratch->template take<int64_t>(size.PH * a.most_taps_y);
     return [&, scratch, table, rows, offsets](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
@@ -249,10 +252,10 @@ void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
       const int64_t regions = map.end - map.begin;
       const auto* end = map.begin + regions * (part + 1) / items.parts;
       for (auto* r = map.begin + regions * part / items.parts; r < end; ++r)
-        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
-          const Columns columns(tile.x.low, tile.x.high, map.W, W);
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
+          const Columns columns(tile.x.low, tile.x.high, map.W, V);
           const int64_t bins = tile.PH * tile.PW, zero = tile.PH * columns.width;
-          store(rows + zero, Vec<C>{});
+          store(rows + zero, Vec<Compute>{});
           table.fill(tile.x, tile.PH, tile.PW, columns.left, columns.width, zero);
           row_offsets(tile.y, tile.PH, map.W, offsets);
           for (int64_t c = channel; c < channel_end; ++c) {
@@ -265,11 +268,11 @@ void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
                                   tile.y.begin[ph + 1] - tap, columns.width, rows + ph * columns.width);
             }
             T* out = a.output + (r->k * a.channels + c) * a.PH * a.PW + tile.first;
-            for (int64_t o = 0; o < bins; o += W) {
-              Vec<C> sum = {};
+            for (int64_t o = 0; o < bins; o += V) {
+              Vec<Compute> sum = {};
               for (int64_t j = o; j < table.depth * table.padded; j += table.padded)
-                sum += gather(rows, load_int<C>(table.at + j)) * load(table.weight + j);
-              if (o + W <= bins)
+                sum += gather(rows, load_int<Compute>(table.at + j)) * load(table.weight + j);
+              if (o + V <= bins)
                 store(out + o, sum);
               else
                 store_first(out + o, sum, bins - o);
@@ -300,17 +303,17 @@ std::pair<int64_t, int64_t> rows_read(const Map<T>& map) {
 }
 
 // pixels[n,width] to planes[c][n], c < count: planes lie `plane` apart.
-template <class T, class C>
-inline void transpose_pixels(const C* pixels, int64_t n, int64_t width, int64_t count, int64_t plane, T* planes) {
-  constexpr int64_t W = kLanes<C>;
-  for (int64_t c = 0; c < count; c += W)
-    for (int64_t pixel = 0; pixel < n; pixel += W) {
-      Vec<C> v[W];
-      for (int64_t i = 0; i < W; ++i) v[i] = pixel + i < n ? load(pixels + (pixel + i) * width + c) : Vec<C>{};
-      transpose<C>(v);
-      for (int64_t i = 0; i < std::min(W, count - c); ++i) {
+template <class T, class Compute>
+inline void transpose_pixels(const Compute* pixels, int64_t n, int64_t width, int64_t count, int64_t plane, T* planes) {
+  constexpr int64_t V = kLanes<Compute>;
+  for (int64_t c = 0; c < count; c += V)
+    for (int64_t pixel = 0; pixel < n; pixel += V) {
+      Vec<Compute> v[V];
+      for (int64_t i = 0; i < V; ++i) v[i] = pixel + i < n ? load(pixels + (pixel + i) * width + c) : Vec<Compute>{};
+      transpose<Compute>(v);
+      for (int64_t i = 0; i < std::min(V, count - c); ++i) {
         T* to = planes + (c + i) * plane + pixel;
-        if (pixel + W <= n)
+        if (pixel + V <= n)
           store(to, v[i]);
         else
           store_first(to, v[i], n - pixel);
@@ -335,69 +338,71 @@ bool by_slices(const RegionArgs<T>& a, int64_t threads) {
   return read > pixels;
 }
 
-// planes[c][n], c < count, to pixels[n,W]: planes lie `plane` apart. Missing channels are zero.
-template <class T, class C>
-inline void transpose_planes(const T* planes, int64_t n, int64_t count, int64_t plane, C* pixels) {
-  constexpr int64_t W = kLanes<C>;
-  for (int64_t pixel = 0; pixel < n; pixel += W) {
-    Vec<C> v[W];
-    for (int64_t i = 0; i < W; ++i) v[i] = i < count ? load_first(planes + i * plane + pixel, n - pixel) : Vec<C>{};
-    transpose<C>(v);
-    for (int64_t i = 0; i < std::min(W, n - pixel); ++i) store(pixels + (pixel + i) * W, v[i]);
+// planes[c][n], c < count, to pixels[n,V]: planes lie `plane` apart. Missing channels are zero.
+template <class T, class Compute>
+inline void transpose_planes(const T* planes, int64_t n, int64_t count, int64_t plane, Compute* pixels) {
+  constexpr int64_t V = kLanes<Compute>;
+  for (int64_t pixel = 0; pixel < n; pixel += V) {
+    Vec<Compute> v[V];
+    for (int64_t i = 0; i < V; ++i)
+      v[i] = i < count ? load_first(planes + i * plane + pixel, n - pixel) : Vec<Compute>{};
+    transpose<Compute>(v);
+    for (int64_t i = 0; i < std::min(V, n - pixel); ++i) store(pixels + (pixel + i) * V, v[i]);
   }
 }
 
 // For each tap of the columns the weighted sum, or the maximum, of the pixels of kRows rows; together with what is in
 // `out` where there is `more`. A pixel is a vector.
-template <bool kMaximum, int kRows, class C>
-inline void combine_some_pixel_rows(const C* pixels, const int64_t* offset, const C* weight, const int64_t* column,
-                                    int64_t columns, bool more, C* out) {
-  constexpr int64_t W = kLanes<C>;
-  const C* row[kRows];
+template <bool kMaximum, int kRows, class Compute>
+inline void combine_some_pixel_rows(const Compute* pixels, const int64_t* offset, const Compute* weight,
+                                    const int64_t* column, int64_t columns, bool more, Compute* out) {
+  constexpr int64_t V = kLanes<Compute>;
+  const Compute* row[kRows];
   for (int t = 0; t < kRows; ++t) row[t] = pixels + offset[t];
   for (int64_t i = 0; i < columns; ++i) {
-    Vec<C> result = more ? load(out + i * W) : broadcast(kMaximum ? -std::numeric_limits<C>::infinity() : C(0));
+    Vec<Compute> result =
+        more ? load(out + i * V) : broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
     for (int t = 0; t < kRows; ++t) {
-      const Vec<C> read = load(row[t] + column[i]);
+      const Vec<Compute> read = load(row[t] + column[i]);
       take<kMaximum>(result, read, weight[t]);
     }
-    store(out + i * W, result);
+    store(out + i * V, result);
   }
 }
 
 // An item is a vector of channels of a map, transposed to rows of channels once for all regions.
 template <class T, bool kMaximum>
 void forward_slices(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
   const int64_t most_plane = largest_plane(a);
   const TileSize size(a.PH, a.PW, 0, 0);
-  const PlaneItems items(a.L * a.N, a.channels, W, threads, false);
+  const PlaneItems items(a.L * a.N, a.channels, V, threads, false);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    C* slice = scratch->template take<C>(most_plane * W);
-    use_huge_pages(slice, most_plane * W * sizeof(C));
-    C* combined = scratch->template take<C>(size.PW * a.most_taps_x * W);
-    C* results = scratch->template take<C>(size.bins() * W);
+    Compute* slice = scratch->template take<Compute>(most_plane * V);
+    use_huge_pages(slice, most_plane * V * sizeof(Compute));
+    Compute* combined = scratch->template take<Compute>(size.PW * a.most_taps_x * V);
+    Compute* results = scratch->template take<Compute>(size.bins() * V);
     int64_t* rows = scratch->template take<int64_t>(size.PH * a.most_taps_y);
     int64_t* columns = scratch->template take<int64_t>(size.PW * a.most_taps_x);
     return [&, scratch, slice, combined, results, rows, columns](int64_t item) {
       const Map<T> map(a, item / items.blocks);
-      const int64_t channel = item % items.blocks * W, count = std::min(W, a.channels - channel);
+      const int64_t channel = item % items.blocks * V, count = std::min(V, a.channels - channel);
       const int64_t plane = map.H * map.W;
       const auto [low, high] = rows_read(map);
       transpose_planes(map.input + (map.image * a.channels + channel) * plane + low * map.W, (high - low) * map.W,
                        count, plane, slice);
-      const C* top = slice - low * map.W * W;  // where the first row of the map would be
+      const Compute* top = slice - low * map.W * V;  // where the first row of the map would be
       for (auto* r = map.begin; r < map.end; ++r)
-        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
           const int32_t first_y = tile.y.begin[0], first_x = tile.x.begin[0];
-          row_offsets(tile.y, tile.PH, map.W * W, rows);
+          row_offsets(tile.y, tile.PH, map.W * V, rows);
           const int64_t taps = tile.x.begin[tile.PW] - first_x;
-          for (int64_t tap = 0; tap < taps; ++tap) columns[tap] = tile.x.pixel[first_x + tap] * W;
+          for (int64_t tap = 0; tap < taps; ++tap) columns[tap] = tile.x.pixel[first_x + tap] * V;
           for (int64_t ph = 0; ph < tile.PH; ++ph) {
             const int64_t end = tile.y.begin[ph + 1] - first_y;
-            const C* weight = tile.y.weight + first_y;
+            const Compute* weight = tile.y.weight + first_y;
             int64_t y = tile.y.begin[ph] - first_y;
             const bool none = y == end;
             bool more = false;
@@ -407,16 +412,17 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
               combine_some_pixel_rows<kMaximum, 1>(top, rows + y, weight + y, columns, taps, more, combined);
             for (int64_t pw = 0; pw < tile.PW; ++pw) {
               const int32_t begin = tile.x.begin[pw], last = none ? begin : tile.x.begin[pw + 1];
-              Vec<C> result = broadcast(kMaximum && begin < last ? -std::numeric_limits<C>::infinity() : C(0));
+              Vec<Compute> result =
+                  broadcast(kMaximum && begin < last ? -std::numeric_limits<Compute>::infinity() : Compute(0));
               for (int32_t x = begin; x < last; ++x) {
-                const Vec<C> read = load(combined + (x - first_x) * W);
+                const Vec<Compute> read = load(combined + (x - first_x) * V);
                 take<kMaximum>(result, read, tile.x.weight[x]);
               }
-              store(results + (ph * tile.PW + pw) * W, result);
+              store(results + (ph * tile.PW + pw) * V, result);
             }
           }
           const int64_t bins = a.PH * a.PW;
-          transpose_pixels(results, tile.PH * tile.PW, W, count, bins,
+          transpose_pixels(results, tile.PH * tile.PW, V, count, bins,
                            a.output + (r->k * a.channels + channel) * bins + tile.first);
         });
     };
@@ -427,22 +433,22 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
 
 // The transpose of a ColumnTable: for each column the bins of a row of a tile that read it. Entry j of column i is at
 // [j * width + i]; where there is none, `used` is 0.
-template <class C>
+template <class Compute>
 struct BinTable {
   int64_t width = 0, depth = 0;
-  Int<C>*at, *used;
-  C *weight, *slope_first, *slope_last;
+  Int<Compute>*at, *used;
+  Compute *weight, *slope_first, *slope_last;
   int32_t* count;
 
   BinTable(int64_t most_width, int64_t PW, Scratch& scratch)
-      : at(scratch.take<Int<C>>(most_width * PW)),
-        used(scratch.take<Int<C>>(most_width * PW)),
-        weight(scratch.take<C>(most_width * PW)),
-        slope_first(scratch.take<C>(most_width * PW)),
-        slope_last(scratch.take<C>(most_width * PW)),
+      : at(scratch.take<Int<Compute>>(most_width * PW)),
+        used(scratch.take<Int<Compute>>(most_width * PW)),
+        weight(scratch.take<Compute>(most_width * PW)),
+        slope_first(scratch.take<Compute>(most_width * PW)),
+        slope_last(scratch.take<Compute>(most_width * PW)),
         count(scratch.take<int32_t>(most_width)) {}
 
-  void fill(const AxisTaps<C>& x, int64_t PW, int64_t left, int64_t width_) {
+  void fill(const AxisTaps<Compute>& x, int64_t PW, int64_t left, int64_t width_) {
     width = width_;
     depth = 0;
     std::fill_n(count, width, 0);
@@ -450,9 +456,9 @@ struct BinTable {
       depth = std::max<int64_t>(depth, ++count[x.pixel[tap] - left]);
     std::fill_n(at, depth * width, 0);
     std::fill_n(used, depth * width, 0);
-    std::fill_n(weight, depth * width, C(0));
-    std::fill_n(slope_first, depth * width, C(0));
-    std::fill_n(slope_last, depth * width, C(0));
+    std::fill_n(weight, depth * width, Compute(0));
+    std::fill_n(slope_first, depth * width, Compute(0));
+    std::fill_n(slope_last, depth * width, Compute(0));
     std::fill_n(count, width, 0);
     for (int64_t pw = 0; pw < PW; ++pw)
       for (int32_t tap = x.begin[pw]; tap < x.begin[pw + 1]; ++tap) {
@@ -467,22 +473,22 @@ struct BinTable {
 };
 
 // The gradients of the bins of one row, looked up by number. kInRegister: there are no more than a vector holds.
-template <class C, bool kInRegister>
+template <class Compute, bool kInRegister>
 struct BinRow {
-  const C* p;
-  Vec<C> all;
-  explicit BinRow(const C* p) : p(p), all{} {
+  const Compute* p;
+  Vec<Compute> all;
+  explicit BinRow(const Compute* p) : p(p), all{} {
     if constexpr (kInRegister) all = load(p);
   }
   // Zero where not used, also where gradients are not finite.
-  Vec<C> get(const BinTable<C>& table, int64_t entry) const {
-    const VecInt<C> at = load_int<C>(table.at + entry);
-    Vec<C> v;
+  Vec<Compute> get(const BinTable<Compute>& table, int64_t entry) const {
+    const VecInt<Compute> at = load_int<Compute>(table.at + entry);
+    Vec<Compute> v;
     if constexpr (kInRegister)
       v = __builtin_shuffle(all, at);
     else
       v = gather(p, at);
-    return load_int<C>(table.used + entry) ? v : Vec<C>{};
+    return load_int<Compute>(table.used + entry) ? v : Vec<Compute>{};
   }
 };
 
@@ -490,58 +496,59 @@ struct BinRow {
 template <class T>
 class GradPlane {
  public:
-  using C = ComputeType<T>;
-  GradPlane(int64_t most, Scratch& scratch) : own_(std::is_same_v<T, C> ? nullptr : scratch.take<C>(most)) {}
+  using Compute = ComputeType<T>;
+  GradPlane(int64_t most, Scratch& scratch)
+      : own_(std::is_same_v<T, Compute> ? nullptr : scratch.take<Compute>(most)) {}
 
-  C* begin(T* target, int64_t size) {
+  Compute* begin(T* target, int64_t size) {
     target_ = target;
     size_ = size;
-    if constexpr (std::is_same_v<T, C>)
+    if constexpr (std::is_same_v<T, Compute>)
       sums_ = target;
     else
       sums_ = own_;
-    std::fill_n(sums_, size, C(0));
+    std::fill_n(sums_, size, Compute(0));
     return sums_;
   }
   void finish() {
-    if constexpr (!std::is_same_v<T, C>) convert(sums_, target_, size_);
+    if constexpr (!std::is_same_v<T, Compute>) convert(sums_, target_, size_);
   }
 
  private:
-  C *own_, *sums_ = nullptr;
+  Compute *own_, *sums_ = nullptr;
   T* target_ = nullptr;
   int64_t size_ = 0;
 };
 
 // Adds what some channels of a tile give to the gradient of its box. grads: room for a tile's bins and a vector more.
 // noinline, because within the loops of its caller GCC keeps the pointers of the innermost one in memory.
-template <class T, bool kInRegister, class C>
-[[gnu::noinline]] void add_shares_of_tile(const RegionArgs<T>& a, int64_t k, const Map<T>& map, const BinTile<C>& tile,
-                                          const BinTable<C>& table, int64_t left, int64_t channel, int64_t channel_end,
-                                          C* grads, C* share) {
-  constexpr int64_t W = kLanes<C>;
+template <class T, bool kInRegister, class Compute>
+[[gnu::noinline]] void add_shares_of_tile(const RegionArgs<T>& a, int64_t k, const Map<T>& map,
+                                          const BinTile<Compute>& tile, const BinTable<Compute>& table, int64_t left,
+                                          int64_t channel, int64_t channel_end, Compute* grads, Compute* share) {
+  constexpr int64_t V = kLanes<Compute>;
   const int64_t plane = map.H * map.W, bins = a.PH * a.PW;
   const T* tensor_end = map.input + a.N * a.channels * plane;
-  const AxisTaps<C>& y = tile.y;
-  Vec<C> x_first = {}, y_first = {}, x_last = {}, y_last = {};
+  const AxisTaps<Compute>& y = tile.y;
+  Vec<Compute> x_first = {}, y_first = {}, x_last = {}, y_last = {};
   for (int64_t c = channel; c < channel_end; ++c) {
     convert(a.grad_output + (k * a.channels + c) * bins + tile.first, grads, tile.PH * tile.PW);
     const T* first = map.input + (map.image * a.channels + c) * plane + left;
     for (int64_t ph = 0; ph < tile.PH; ++ph) {
-      const BinRow<C, kInRegister> row(grads + ph * tile.PW);
-      for (int64_t i = 0; i < table.width && table.depth > 0; i += W) {
+      const BinRow<Compute, kInRegister> row(grads + ph * tile.PW);
+      for (int64_t i = 0; i < table.width && table.depth > 0; i += V) {
         // The gradient spread to columns, by weight and by its slopes; the rows combined, likewise.
-        Vec<C> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
+        Vec<Compute> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
         for (int64_t j = i; j < table.depth * table.width; j += table.width) {
-          const Vec<C> bin = row.get(table, j);
+          const Vec<Compute> bin = row.get(table, j);
           g += bin * load(table.weight + j);
           g_first += bin * load(table.slope_first + j);
           g_last += bin * load(table.slope_last + j);
         }
-        const VecInt<C> used = load_int<C>(table.used + i);
+        const VecInt<Compute> used = load_int<Compute>(table.used + i);
         for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
-          const Vec<C> read = load_before(first + y.pixel[tap] * map.W + i, tensor_end);
-          const Vec<C> pixels = used ? read : Vec<C>{};
+          const Vec<Compute> read = load_before(first + y.pixel[tap] * map.W + i, tensor_end);
+          const Vec<Compute> pixels = used ? read : Vec<Compute>{};
           f += pixels * y.weight[tap];
           f_first += pixels * y.slope_first[tap];
           f_last += pixels * y.slope_last[tap];
@@ -553,23 +560,23 @@ template <class T, bool kInRegister, class C>
       }
     }
   }
-  share[0] += sum<C>(x_first);
-  share[1] += sum<C>(y_first);
-  share[2] += sum<C>(x_last);
-  share[3] += sum<C>(y_last);
+  share[0] += sum<Compute>(x_first);
+  share[1] += sum<Compute>(y_first);
+  share[2] += sum<Compute>(x_last);
+  share[3] += sum<Compute>(y_last);
 }
 
 template <class T, bool kInRegister>
 void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
-  const int64_t most_width = round_up(a.most_columns, W) + W;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
+  const int64_t most_width = round_up(a.most_columns, V) + V;
   const TileSize size(a.PH, a.PW, 0, most_width);
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    BinTable<C> table(most_width, size.PW, *scratch);
-    C* grads = scratch->template take<C>(size.bins() + W);
+    BinTable<Compute> table(most_width, size.PW, *scratch);
+    Compute* grads = scratch->template take<Compute>(size.bins() + V);
     return [&, scratch, table, grads](int64_t item) mutable {
       const int64_t part = item % items.parts, block = item / items.parts % items.blocks;
       const Map<T> map(a, item / items.parts / items.blocks);
@@ -577,10 +584,10 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
       const int64_t regions = map.end - map.begin;
       for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
            ++r) {
-        C* share = a.box_shares + (block * a.K + r->k) * 4;
-        std::fill_n(share, 4, C(0));
-        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
-          const Columns columns(tile.x.low, tile.x.high, map.W, W);
+        Compute* share = a.box_shares + (block * a.K + r->k) * 4;
+        std::fill_n(share, 4, Compute(0));
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
+          const Columns columns(tile.x.low, tile.x.high, map.W, V);
           table.fill(tile.x, tile.PW, columns.left, columns.width);
           add_shares_of_tile<T, kInRegister>(a, r->k, map, tile, table, columns.left, channel, channel_end, grads,
                                              share);
@@ -591,15 +598,15 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
 }
 
 // The taps of bin (ph, pw) of a region: f(pixel, y tap, x tap).
-template <class C, class F>
-inline void for_each_pixel(const Region<C>& r, int64_t ph, int64_t pw, int64_t map_width, F f) {
+template <class Compute, class F>
+inline void for_each_pixel(const Region<Compute>& r, int64_t ph, int64_t pw, int64_t map_width, F f) {
   for (int32_t y = r.y.begin[ph]; y < r.y.begin[ph + 1]; ++y)
     for (int32_t x = r.x.begin[pw]; x < r.x.begin[pw + 1]; ++x) f(r.y.pixel[y] * map_width + r.x.pixel[x], y, x);
 }
 
 // What a pixel, times the gradient of its bin, gives to the gradient of its box.
-template <class C>
-inline void add_share(const Region<C>& r, int32_t y, int32_t x, C value, C* share) {
+template <class Compute>
+inline void add_share(const Region<Compute>& r, int32_t y, int32_t x, Compute value, Compute* share) {
   share[0] += value * (r.y.weight[y] * r.x.slope_first[x]);
   share[1] += value * (r.y.slope_first[y] * r.x.weight[x]);
   share[2] += value * (r.y.weight[y] * r.x.slope_last[x]);
@@ -610,7 +617,7 @@ inline void add_share(const Region<C>& r, int32_t y, int32_t x, C value, C* shar
 // result.
 template <class T>
 void mean_forward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const int64_t bins = a.PH * a.PW;
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
@@ -623,9 +630,9 @@ void mean_forward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
         const T* plane = map.input + (map.image * a.channels + c) * map.H * map.W;
         for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
              ++r) {
-          C sum = 0;
+          Compute sum = 0;
           for_each_pixel(*r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
-            sum += static_cast<C>(plane[pixel]) * (r->y.weight[y] * r->x.weight[x]);
+            sum += static_cast<Compute>(plane[pixel]) * (r->y.weight[y] * r->x.weight[x]);
           });
           a.output[r->k * a.channels + c] = static_cast<T>(sum);
         }
@@ -636,7 +643,7 @@ void mean_forward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
 
 template <class T>
 void mean_backward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const int64_t bins = a.PH * a.PW;
   const PlaneItems items(a.L * a.N, a.channels, 1, threads, false);
   const int64_t most_plane = largest_plane(a);
@@ -648,9 +655,9 @@ void mean_backward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
       const Map<T> map(a, item / items.blocks);
       if (map.grad_input == nullptr) return;
       const int64_t size = map.H * map.W;
-      C* sum = plane.begin(map.grad_input + (map.image * a.channels + c) * size, size);
+      Compute* sum = plane.begin(map.grad_input + (map.image * a.channels + c) * size, size);
       for (auto* r = map.begin; r < map.end; ++r) {
-        const C grad = static_cast<C>(a.grad_output[r->k * a.channels + c]);
+        const Compute grad = static_cast<Compute>(a.grad_output[r->k * a.channels + c]);
         for_each_pixel(*r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
           sum[pixel] += grad * (r->y.weight[y] * r->x.weight[x]);
         });
@@ -662,7 +669,7 @@ void mean_backward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
 
 template <class T>
 void mean_backward_boxes_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const int64_t bins = a.PH * a.PW;
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   for_each_item(items.count, threads, [&] {
@@ -672,14 +679,14 @@ void mean_backward_boxes_planes_sensitive(const RegionArgs<T>& a, int64_t thread
       const int64_t regions = map.end - map.begin;
       for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts;
            ++r) {
-        C* share = a.box_shares + (block * a.K + r->k) * 4;
-        std::fill_n(share, 4, C(0));
+        Compute* share = a.box_shares + (block * a.K + r->k) * 4;
+        std::fill_n(share, 4, Compute(0));
         for (int64_t c = block * kChannelBlock; c < std::min((block + 1) * kChannelBlock, a.channels); ++c) {
           const int64_t ph = c % bins / a.PW, pw = c % a.PW;
           const T* plane = map.input + (map.image * a.channels + c) * map.H * map.W;
-          const C grad = static_cast<C>(a.grad_output[r->k * a.channels + c]);
+          const Compute grad = static_cast<Compute>(a.grad_output[r->k * a.channels + c]);
           for_each_pixel(*r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
-            const C value = grad * static_cast<C>(plane[pixel]);
+            const Compute value = grad * static_cast<Compute>(plane[pixel]);
             add_share(*r, y, x, value, share);
           });
         }
@@ -695,17 +702,17 @@ inline int64_t floor_log2(int64_t n) { return 63 - __builtin_clzll(static_cast<u
 // length are computed for all columns at once, by doubling, and a bin gathers two.
 template <class T>
 void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
   const PlaneItems items(a.L * a.N, a.channels, kChannelBlock, threads, true);
   const int64_t doublings = a.most_taps_x > 0 ? floor_log2(a.most_taps_x) : 0;
-  const int64_t row_values = (doublings + 1) * (round_up(a.most_columns, W) + W);
+  const int64_t row_values = (doublings + 1) * (round_up(a.most_columns, V) + V);
   const TileSize size(a.PH, a.PW, row_values, 0);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    C* runs = scratch->template take<C>(size.PH * row_values + round_up<int64_t>(1 << doublings, W) + W);
-    auto* first_at = scratch->template take<Int<C>>(round_up(size.bins(), W));
-    auto* second_at = scratch->template take<Int<C>>(round_up(size.bins(), W));
+    Compute* runs = scratch->template take<Compute>(size.PH * row_values + round_up<int64_t>(1 << doublings, V) + V);
+    auto* first_at = scratch->template take<Int<Compute>>(round_up(size.bins(), V));
+    auto* second_at = scratch->template take<Int<Compute>>(round_up(size.bins(), V));
     int64_t* offsets = scratch->template take<int64_t>(size.PH * a.most_taps_y);
     return [&, scratch, runs, first_at, second_at, offsets](int64_t item) {
       const int64_t part = item % items.parts, channel = item / items.parts % items.blocks * kChannelBlock;
@@ -714,13 +721,13 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
       const T* tensor_end = map.input + a.N * a.channels * plane;
       const int64_t regions = map.end - map.begin;
       for (auto* r = map.begin + regions * part / items.parts; r < map.begin + regions * (part + 1) / items.parts; ++r)
-        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
           const auto& [y, x, PH, PW, first_bin] = tile;
-          const Columns columns(x.low, x.high, map.W, W);
+          const Columns columns(x.low, x.high, map.W, V);
           const int64_t levels = x.most > 0 ? floor_log2(x.most) : 0, run = PH * columns.width;
           const int64_t bins = PH * PW, zero = (levels + 1) * run;
           row_offsets(y, PH, map.W, offsets);
-          for (int64_t o = 0; o < round_up(bins, W); ++o) {
+          for (int64_t o = 0; o < round_up(bins, V); ++o) {
             const int64_t ph = o / PW, pw = o % PW;
             first_at[o] = second_at[o] = zero;
             if (o >= bins || y.begin[ph] == y.begin[ph + 1] || x.begin[pw] == x.begin[pw + 1]) continue;
@@ -738,18 +745,19 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
             }
             for (int64_t level = 0; level < levels; ++level) {
               // Past the end a run is of no use, and nobody gathers it; but it must not be another thread's memory.
-              for (int64_t i = 0; i < run; i += W) {
-                const Vec<C> here = load(runs + level * run + i), there = load(runs + level * run + i + (1 << level));
+              for (int64_t i = 0; i < run; i += V) {
+                const Vec<Compute> here = load(runs + level * run + i),
+                                   there = load(runs + level * run + i + (1 << level));
                 store(runs + (level + 1) * run + i, here > there ? here : there);
               }
             }
-            store(runs + zero, Vec<C>{});
+            store(runs + zero, Vec<Compute>{});
             T* out = a.output + (r->k * a.channels + c) * a.PH * a.PW + first_bin;
-            for (int64_t o = 0; o < bins; o += W) {
-              const Vec<C> one = gather(runs, load_int<C>(first_at + o));
-              const Vec<C> two = gather(runs, load_int<C>(second_at + o));
-              const Vec<C> most = one > two ? one : two;
-              if (o + W <= bins)
+            for (int64_t o = 0; o < bins; o += V) {
+              const Vec<Compute> one = gather(runs, load_int<Compute>(first_at + o));
+              const Vec<Compute> two = gather(runs, load_int<Compute>(second_at + o));
+              const Vec<Compute> most = one > two ? one : two;
+              if (o + V <= bins)
                 store(out + o, most);
               else
                 store_first(out + o, most, bins - o);
@@ -761,22 +769,22 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
 }
 
 // Per column the maximum of rows and which of them has it first: -1 where none is more than -infinity, which no NaN is.
-template <class T, class C>
-inline void first_maxima(const T* first, const T* end, const int64_t* offset, int64_t count, int64_t width, C* most,
-                         Int<C>* which) {
+template <class T, class Compute>
+inline void first_maxima(const T* first, const T* end, const int64_t* offset, int64_t count, int64_t width,
+                         Compute* most, Int<Compute>* which) {
   const bool safe = count == 0 || first + offset[count - 1] + width <= end;
-  for (int64_t i = 0; i < width; i += kLanes<C>) {
-    Vec<C> best = broadcast(-std::numeric_limits<C>::infinity());
-    VecInt<C> at = broadcast_int<C>(-1);
+  for (int64_t i = 0; i < width; i += kLanes<Compute>) {
+    Vec<Compute> best = broadcast(-std::numeric_limits<Compute>::infinity());
+    VecInt<Compute> at = broadcast_int<Compute>(-1);
     for (int64_t t = 0; t < count; ++t) {
       const T* p = first + offset[t] + i;
-      const Vec<C> read = safe ? load(p) : load_before(p, end);
-      const VecInt<C> better = read > best;
+      const Vec<Compute> read = safe ? load(p) : load_before(p, end);
+      const VecInt<Compute> better = read > best;
       best = better ? read : best;
-      at = better ? broadcast_int<C>(t) : at;
+      at = better ? broadcast_int<Compute>(t) : at;
     }
     store(most + i, best);
-    store_int<C>(which + i, at);
+    store_int<Compute>(which + i, at);
   }
 }
 
@@ -784,19 +792,19 @@ inline void first_maxima(const T* first, const T* end, const int64_t* offset, in
 // have it, the one that has it first.
 template <class T>
 void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
   const int64_t bins = a.PH * a.PW, most_plane = largest_plane(a);
   const TileSize size(a.PH, a.PW, 0, 0);
   const PlaneItems items(a.L * a.N, a.channels, 1, threads, false);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     GradPlane<T> grad_plane(most_plane, *scratch);
-    const int64_t most_width = round_up(a.most_columns, W) + W;
-    C* most = scratch->template take<C>(most_width + W);
-    auto* which = scratch->template take<Int<C>>(most_width + W);
-    C* pooled = scratch->template take<C>(size.bins());
-    C* grads = scratch->template take<C>(size.bins());
+    const int64_t most_width = round_up(a.most_columns, V) + V;
+    Compute* most = scratch->template take<Compute>(most_width + V);
+    auto* which = scratch->template take<Int<Compute>>(most_width + V);
+    Compute* pooled = scratch->template take<Compute>(size.bins());
+    Compute* grads = scratch->template take<Compute>(size.bins());
     int64_t* offsets = scratch->template take<int64_t>(size.PH * a.most_taps_y);
     return [&, scratch, grad_plane, most, which, pooled, grads, offsets](int64_t item) mutable {
       const int64_t c = item % items.blocks;
@@ -804,11 +812,11 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
       if (map.grad_input == nullptr) return;
       const int64_t plane = map.H * map.W;
       const T *origin = map.input + (map.image * a.channels + c) * plane, *end = origin + plane;
-      C* sum = grad_plane.begin(map.grad_input + (map.image * a.channels + c) * plane, plane);
+      Compute* sum = grad_plane.begin(map.grad_input + (map.image * a.channels + c) * plane, plane);
       for (auto* r = map.begin; r < map.end; ++r)
-        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<C>& tile) {
+        for_each_tile(*r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
           const auto& [y, x, PH, PW, first_bin] = tile;
-          const Columns columns(x.low, x.high, map.W, W);
+          const Columns columns(x.low, x.high, map.W, V);
           row_offsets(y, PH, map.W, offsets);
           convert(a.pooled + (r->k * a.channels + c) * bins + first_bin, pooled, PH * PW);
           convert(a.grad_output + (r->k * a.channels + c) * bins + first_bin, grads, PH * PW);
@@ -820,10 +828,10 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
               if (count == 0) continue;
               const int64_t left = x.pixel[x.begin[pw]] - columns.left;
               int64_t row = -1, column = 0;
-              for (int64_t i = left; i < left + count; i += W) {
+              for (int64_t i = left; i < left + count; i += V) {
                 // Of the lanes that are of the bin.
-                unsigned equal = mask_bits<C>(load(most + i) == pooled[o]);
-                if (left + count - i < W) equal &= (1u << (left + count - i)) - 1;
+                unsigned equal = mask_bits<Compute>(load(most + i) == pooled[o]);
+                if (left + count - i < V) equal &= (1u << (left + count - i)) - 1;
                 for (; equal != 0; equal &= equal - 1) {
                   const int64_t at = i + __builtin_ctz(equal);
                   if (which[at] >= 0 && (row < 0 || which[at] < row)) {
@@ -844,23 +852,23 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
 // ---- channels_last ----
 
 // Where pixels of a bin lie in a map, and their weights: all of them, or those of some rows where they are many.
-template <class C>
+template <class Compute>
 struct PixelList {
   int64_t most;
   int64_t* offset;  // in elements
-  C* weight;
+  Compute* weight;
   int64_t count = 0;
 
   PixelList(int64_t most_taps_y, int64_t most_taps_x, Scratch& scratch)
       : most(std::min(most_taps_y * most_taps_x, std::max<int64_t>(kMany, most_taps_x))),
         offset(scratch.take<int64_t>(most)),
-        weight(scratch.take<C>(most)) {}
+        weight(scratch.take<Compute>(most)) {}
 
   // Calls f(first, last) with each list of the rows of taps [begin, end) of column pw of bins, of which there is one at
   // least; where it is the only one, these are constants. Pixel 0 of the map is at `origin`, a pixel takes `stride`
   // elements.
   template <class F>
-  void visit(const Region<C>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
+  void visit(const Region<Compute>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
              int64_t stride, F f) {
     const int32_t x_begin = r.x.begin[pw], x_end = r.x.begin[pw + 1];
     const auto fill = [&](int32_t y, int32_t last) {
@@ -890,30 +898,30 @@ struct PixelList {
 
 // Calls f(c, n) for the channels in blocks: n vectors at c, the last of them moved back to end with the channels.
 // Fewer channels than one vector are left to the caller: returns false.
-template <class C, int kVectors, class F>
+template <class Compute, int kVectors, class F>
 inline bool for_each_channel_block(int64_t channels, F f) {
-  constexpr int64_t W = kLanes<C>;
-  if (channels < W) return false;
+  constexpr int64_t V = kLanes<Compute>;
+  if (channels < V) return false;
   int64_t c = 0;
-  for (; c + kVectors * W <= channels; c += kVectors * W) f(c, std::integral_constant<int, kVectors>{});
-  for (; c + W <= channels; c += W) f(c, std::integral_constant<int, 1>{});
-  if (c < channels) f(channels - W, std::integral_constant<int, 1>{});
+  for (; c + kVectors * V <= channels; c += kVectors * V) f(c, std::integral_constant<int, kVectors>{});
+  for (; c + V <= channels; c += V) f(c, std::integral_constant<int, 1>{});
+  if (c < channels) f(channels - V, std::integral_constant<int, 1>{});
   return true;
 }
 
 template <class T, bool kMaximum>
 void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
   const int64_t bins = a.PH * a.PW;
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    PixelList<C> pixels(a.most_taps_y, a.most_taps_x, *scratch);
+    PixelList<Compute> pixels(a.most_taps_y, a.most_taps_x, *scratch);
     // Results of a bin so far, where its pixels are more than one list: those of the list before, and of this one.
     const int64_t kept = pixels.most < a.most_taps_y * a.most_taps_x ? a.out_channels : 0;
-    C *before = scratch->template take<C>(kept), *after = scratch->template take<C>(kept);
+    Compute *before = scratch->template take<Compute>(kept), *after = scratch->template take<Compute>(kept);
     return [&, scratch, pixels, before, after](int64_t item) mutable {
-      const Region<C>& r = a.regions[item];
+      const Region<Compute>& r = a.regions[item];
       const Map<T> map(a, r.map);
       const T* image = map.input + map.image * map.H * map.W * a.channels;
       for (int64_t o = 0; o < bins; ++o) {
@@ -922,12 +930,12 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
         pixels.visit(r, r.y.begin[ph], r.y.begin[ph + 1], o % a.PW, map.W, 0, a.channels, [&](auto first, auto last) {
           const int64_t count = pixels.count;
           const int64_t* const offset = pixels.offset;
-          const C* const weight = pixels.weight;
-          const C start = kMaximum && count > 0 ? -std::numeric_limits<C>::infinity() : C(0);
+          const Compute* const weight = pixels.weight;
+          const Compute start = kMaximum && count > 0 ? -std::numeric_limits<Compute>::infinity() : Compute(0);
           const auto one_channel = [&](int64_t c, int64_t of_pixel) {
-            C result = first ? start : before[c];
+            Compute result = first ? start : before[c];
             for (int64_t i = 0; i < count; ++i) {
-              const C read = static_cast<C>(image[offset[i] + of_pixel]);
+              const Compute read = static_cast<Compute>(image[offset[i] + of_pixel]);
               take<kMaximum>(result, read, weight[i]);
             }
             if (last)
@@ -936,18 +944,18 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
               after[c] = result;
           };
           const bool done =
-              !a.position_sensitive && for_each_channel_block<C, 4>(a.channels, [&](int64_t c, auto vectors) {
-                Vec<C> result[vectors.value];
-                for (int v = 0; v < vectors.value; ++v) result[v] = first ? broadcast(start) : load(before + c + v * W);
+              !a.position_sensitive && for_each_channel_block<Compute, 4>(a.channels, [&](int64_t c, auto vectors) {
+                Vec<Compute> result[vectors.value];
+                for (int v = 0; v < vectors.value; ++v) result[v] = first ? broadcast(start) : load(before + c + v * V);
                 for (int64_t i = 0; i < count; ++i) {
                   const T* p = image + offset[i] + c;
                   for (int v = 0; v < vectors.value; ++v) {
-                    const Vec<C> read = load(p + v * W);
+                    const Vec<Compute> read = load(p + v * V);
                     take<kMaximum>(result[v], read, weight[i]);
                   }
                 }
                 for (int v = 0; v < vectors.value; ++v)
-                  last ? store(out + c + v * W, result[v]) : store(after + c + v * W, result[v]);
+                  last ? store(out + c + v * V, result[v]) : store(after + c + v * V, result[v]);
               });
           for (int64_t c = 0; c < a.out_channels && !done; ++c) one_channel(c, a.position_sensitive ? c * bins + o : c);
           if (!last) std::swap(before, after);
@@ -984,8 +992,8 @@ int64_t most_pixels(const RegionArgs<T>& a, const std::vector<Band>& bands) {
 }
 
 // The taps [begin, end) of a bin that lie in the rows [low, high).
-template <class C>
-inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<C>& y, int64_t ph, int64_t low, int64_t high) {
+template <class Compute>
+inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<Compute>& y, int64_t ph, int64_t low, int64_t high) {
   int32_t begin = y.begin[ph], end = y.begin[ph + 1];
   while (begin < end && y.pixel[begin] < low) ++begin;
   while (begin < end && y.pixel[end - 1] >= high) --end;
@@ -995,19 +1003,19 @@ inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<C>& y, int64_t ph,
 // Position-sensitive, channels_last: an output channel goes to one of the channels of a pixel for each bin.
 template <class T>
 void mean_backward_pixels_sensitive(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const int64_t bins = a.PH * a.PW;
-  const std::vector<Band> bands = bands_of(a, a.channels * sizeof(C));
+  const std::vector<Band> bands = bands_of(a, a.channels * sizeof(Compute));
   const int64_t most = most_pixels(a, bands) * a.channels;
   for_each_item(bands.size(), threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     GradPlane<T> plane(most, *scratch);
-    C* grads = scratch->template take<C>(a.out_channels);
+    Compute* grads = scratch->template take<Compute>(a.out_channels);
     return [&, scratch, plane, grads](int64_t item) mutable {
       const auto [m, low, high] = bands[item];
       const Map<T> map(a, m);
       const int64_t row = map.W * a.channels;
-      C* sum = plane.begin(map.grad_input + (map.image * map.H + low) * row, (high - low) * row) - low * row;
+      Compute* sum = plane.begin(map.grad_input + (map.image * map.H + low) * row, (high - low) * row) - low * row;
       for (auto* r = map.begin; r < map.end; ++r)
         for (int64_t o = 0; o < bins; ++o) {
           const int64_t ph = o / a.PW, pw = o % a.PW;
@@ -1016,7 +1024,7 @@ void mean_backward_pixels_sensitive(const RegionArgs<T>& a, int64_t threads) {
           convert(a.grad_output + (r->k * bins + o) * a.out_channels, grads, a.out_channels);
           for (int32_t y = begin; y < end; ++y)
             for (int32_t x = r->x.begin[pw]; x < r->x.begin[pw + 1]; ++x) {
-              C* p = sum + (r->y.pixel[y] * map.W + r->x.pixel[x]) * a.channels + o;
+              Compute* p = sum + (r->y.pixel[y] * map.W + r->x.pixel[x]) * a.channels + o;
               for (int64_t c = 0; c < a.out_channels; ++c) p[c * bins] += r->y.weight[y] * r->x.weight[x] * grads[c];
             }
         }
@@ -1027,42 +1035,43 @@ void mean_backward_pixels_sensitive(const RegionArgs<T>& a, int64_t threads) {
 
 // The gradients of n bins, from `first` on, for some channels, as rows of channels: transposed from the planes of
 // grad_output. grads: [n,width].
-template <class T, class C>
+template <class T, class Compute>
 inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t first, int64_t n, int64_t channel, int64_t count,
-                           int64_t width, C* grads) {
-  constexpr int64_t W = kLanes<C>;
+                           int64_t width, Compute* grads) {
+  constexpr int64_t V = kLanes<Compute>;
   const int64_t bins = a.PH * a.PW;
   const T* end = a.grad_output + a.K * a.channels * bins;
-  for (int64_t c = 0; c < width; c += W)
-    for (int64_t bin = 0; bin < n; bin += W) {
+  for (int64_t c = 0; c < width; c += V)
+    for (int64_t bin = 0; bin < n; bin += V) {
       const T* from = a.grad_output + (k * a.channels + channel + c) * bins + first + bin;
-      Vec<C> v[W];
-      for (int64_t i = 0; i < W; ++i) v[i] = c + i < count ? load_before(from + i * bins, end) : Vec<C>{};
-      transpose<C>(v);
-      for (int64_t i = 0; i < std::min(W, n - bin); ++i) store(grads + (bin + i) * width + c, v[i]);
+      Vec<Compute> v[V];
+      for (int64_t i = 0; i < V; ++i) v[i] = c + i < count ? load_before(from + i * bins, end) : Vec<Compute>{};
+      transpose<Compute>(v);
+      for (int64_t i = 0; i < std::min(V, n - bin); ++i) store(grads + (bin + i) * width + c, v[i]);
     }
 }
 
 // p[0..width) += grad[0..width) * weight for each pixel of a list, whole vectors.
-template <class C>
-inline void add_to_pixels(const PixelList<C>& pixels, const C* grad, int64_t width, C* sums) {
-  constexpr int64_t W = kLanes<C>;
+template <class Compute>
+inline void add_to_pixels(const PixelList<Compute>& pixels, const Compute* grad, int64_t width, Compute* sums) {
+  constexpr int64_t V = kLanes<Compute>;
   int64_t c = 0;
-  for (; c + 4 * W <= width; c += 4 * W) {
-    const Vec<C> g0 = load(grad + c), g1 = load(grad + c + W), g2 = load(grad + c + 2 * W), g3 = load(grad + c + 3 * W);
+  for (; c + 4 * V <= width; c += 4 * V) {
+    const Vec<Compute> g0 = load(grad + c), g1 = load(grad + c + V), g2 = load(grad + c + 2 * V),
+                       g3 = load(grad + c + 3 * V);
     for (int64_t i = 0; i < pixels.count; ++i) {
-      C* p = sums + pixels.offset[i] + c;
-      const C weight = pixels.weight[i];
+      Compute* p = sums + pixels.offset[i] + c;
+      const Compute weight = pixels.weight[i];
       store(p, load(p) + g0 * weight);
-      store(p + W, load(p + W) + g1 * weight);
-      store(p + 2 * W, load(p + 2 * W) + g2 * weight);
-      store(p + 3 * W, load(p + 3 * W) + g3 * weight);
+      store(p + V, load(p + V) + g1 * weight);
+      store(p + 2 * V, load(p + 2 * V) + g2 * weight);
+      store(p + 3 * V, load(p + 3 * V) + g3 * weight);
     }
   }
-  for (; c < width; c += W) {
-    const Vec<C> g = load(grad + c);
+  for (; c < width; c += V) {
+    const Vec<Compute> g = load(grad + c);
     for (int64_t i = 0; i < pixels.count; ++i) {
-      C* p = sums + pixels.offset[i] + c;
+      Compute* p = sums + pixels.offset[i] + c;
       store(p, load(p) + g * pixels.weight[i]);
     }
   }
@@ -1071,23 +1080,23 @@ inline void add_to_pixels(const PixelList<C>& pixels, const C* grad, int64_t wid
 // Either layout: an item is a band of rows of a map and some channels, summed as rows of channels in memory of its own.
 template <class T, bool kChannelsLast>
 void mean_backward(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>, kChannels = 64, kBins = 64;
-  const int64_t bins = a.PH * a.PW, width = std::min(kChannels, round_up(a.channels, W));
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>, kChannels = 64, kBins = 64;
+  const int64_t bins = a.PH * a.PW, width = std::min(kChannels, round_up(a.channels, V));
   const int64_t blocks = ceil_div(a.channels, width);
-  const std::vector<Band> bands = bands_of(a, width * sizeof(C));
+  const std::vector<Band> bands = bands_of(a, width * sizeof(Compute));
   const int64_t most = most_pixels(a, bands);
   for_each_item(bands.size() * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    C* sums = scratch->template take<C>(most * width);
-    C* grads = scratch->template take<C>(std::min(a.PW, kBins) * width);
-    PixelList<C> pixels(a.most_taps_y, a.most_taps_x, *scratch);
+    Compute* sums = scratch->template take<Compute>(most * width);
+    Compute* grads = scratch->template take<Compute>(std::min(a.PW, kBins) * width);
+    PixelList<Compute> pixels(a.most_taps_y, a.most_taps_x, *scratch);
     return [&, scratch, sums, grads, pixels](int64_t item) mutable {
       const auto [m, low, high] = bands[item / blocks];
       const Map<T> map(a, m);
       const int64_t channel = item % blocks * width, count = std::min(width, a.channels - channel);
       const int64_t first = low * map.W, n = (high - low) * map.W;
-      std::fill_n(sums, n * width, C(0));
+      std::fill_n(sums, n * width, Compute(0));
       for (auto* r = map.begin; r < map.end; ++r) {
         if (r->y.low >= high || r->y.high <= low) continue;
         for (int64_t ph = 0; ph < a.PH; ++ph) {
@@ -1099,7 +1108,7 @@ void mean_backward(const RegionArgs<T>& a, int64_t threads) {
               for (int64_t bin = 0; bin < some; ++bin) {
                 convert(a.grad_output + (r->k * bins + first_bin + bin) * a.channels + channel, grads + bin * width,
                         count);
-                std::fill_n(grads + bin * width + count, width - count, C(0));
+                std::fill_n(grads + bin * width + count, width - count, Compute(0));
               }
             } else {
               transpose_bins(a, r->k, first_bin, some, channel, count, width, grads);
@@ -1126,13 +1135,13 @@ void mean_backward(const RegionArgs<T>& a, int64_t threads) {
 // cost too much.
 template <class T>
 void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>, kVectors = 4, kBlock = kVectors * W;
-  constexpr bool kInPlace = std::is_same_v<T, C>;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>, kVectors = 4, kBlock = kVectors * V;
+  constexpr bool kInPlace = std::is_same_v<T, Compute>;
   const int64_t bins = a.PH * a.PW, blocks = ceil_div(a.channels, kBlock), most_plane = largest_plane(a);
   for_each_item(a.L * a.N * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    C* own = scratch->template take<C>(kInPlace ? 0 : most_plane * std::min(kBlock, a.channels));
+    Compute* own = scratch->template take<Compute>(kInPlace ? 0 : most_plane * std::min(kBlock, a.channels));
     return [&, scratch, own](int64_t item) {
       const Map<T> map(a, item / blocks);
       if (map.grad_input == nullptr) return;
@@ -1140,26 +1149,27 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
       const int64_t n = std::min(kBlock, a.channels - channel), image = map.image * plane * a.channels + channel;
       const T *pixels = map.input + image, *end = map.input + a.N * plane * a.channels;
       T* target = map.grad_input + image;
-      C* sums = own;
+      Compute* sums = own;
       if constexpr (kInPlace) sums = target;
       const int64_t stride = kInPlace ? a.channels : std::min(kBlock, a.channels);
-      for (int64_t pixel = 0; pixel < plane; ++pixel) std::fill_n(sums + pixel * stride, n, C(0));
+      for (int64_t pixel = 0; pixel < plane; ++pixel) std::fill_n(sums + pixel * stride, n, Compute(0));
       for (auto* r = map.begin; r < map.end; ++r)
         for (int64_t o = 0; o < bins; ++o) {
           const int64_t output = (r->k * bins + o) * a.channels + channel, ph = o / a.PW, pw = o % a.PW;
-          for (int64_t c = 0; c < n; c += W) {
-            const int64_t some = std::min(W, n - c);
-            const Vec<C> pooled = load_first(a.pooled + output + c, some);
+          for (int64_t c = 0; c < n; c += V) {
+            const int64_t some = std::min(V, n - c);
+            const Vec<Compute> pooled = load_first(a.pooled + output + c, some);
             // Backwards, so that the first pixel is the last word.
-            VecInt<C> found = broadcast_int<C>(-1);
+            VecInt<Compute> found = broadcast_int<Compute>(-1);
             for (int32_t y = r->y.begin[ph + 1] - 1; y >= r->y.begin[ph]; --y)
               for (int32_t x = r->x.begin[pw + 1] - 1; x >= r->x.begin[pw]; --x) {
                 const int64_t pixel = r->y.pixel[y] * map.W + r->x.pixel[x];
-                found = load_before(pixels + pixel * a.channels + c, end) == pooled ? broadcast_int<C>(pixel) : found;
+                found =
+                    load_before(pixels + pixel * a.channels + c, end) == pooled ? broadcast_int<Compute>(pixel) : found;
               }
-            found = pooled > -std::numeric_limits<C>::infinity() ? found : broadcast_int<C>(-1);
+            found = pooled > -std::numeric_limits<Compute>::infinity() ? found : broadcast_int<Compute>(-1);
             for (int64_t j = 0; j < some; ++j)
-              if (found[j] >= 0) sums[found[j] * stride + c + j] += static_cast<C>(a.grad_output[output + c + j]);
+              if (found[j] >= 0) sums[found[j] * stride + c + j] += static_cast<Compute>(a.grad_output[output + c + j]);
           }
         }
       if constexpr (!kInPlace)
@@ -1170,31 +1180,31 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
 
 template <class T>
 void mean_backward_boxes_pixels(const RegionArgs<T>& a, int64_t threads) {
-  using C = ComputeType<T>;
-  constexpr int64_t W = kLanes<C>;
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
   const int64_t bins = a.PH * a.PW;
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    C* grads = scratch->template take<C>(a.out_channels);
+    Compute* grads = scratch->template take<Compute>(a.out_channels);
     return [&, scratch, grads](int64_t item) {
-      const Region<C>& r = a.regions[item];
+      const Region<Compute>& r = a.regions[item];
       const Map<T> map(a, r.map);
       const T* image = map.input + map.image * map.H * map.W * a.channels;
-      C* share = a.box_shares + r.k * 4;
-      std::fill_n(share, 4, C(0));
+      Compute* share = a.box_shares + r.k * 4;
+      std::fill_n(share, 4, Compute(0));
       for (int64_t o = 0; o < bins; ++o) {
         convert(a.grad_output + (r.k * bins + o) * a.out_channels, grads, a.out_channels);
         for_each_pixel(r, o / a.PW, o % a.PW, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
           const T* p = image + pixel * a.channels;
-          C value = 0;
+          Compute value = 0;
           int64_t c = 0;
           if (a.position_sensitive) {
-            for (; c < a.out_channels; ++c) value += grads[c] * static_cast<C>(p[c * bins + o]);
+            for (; c < a.out_channels; ++c) value += grads[c] * static_cast<Compute>(p[c * bins + o]);
           } else {
-            Vec<C> total = {};
-            for (; c + W <= a.channels; c += W) total += load(grads + c) * load(p + c);
-            value = sum<C>(total);
-            for (; c < a.channels; ++c) value += grads[c] * static_cast<C>(p[c]);
+            Vec<Compute> total = {};
+            for (; c + V <= a.channels; c += V) total += load(grads + c) * load(p + c);
+            value = sum<Compute>(total);
+            for (; c < a.channels; ++c) value += grads[c] * static_cast<Compute>(p[c]);
           }
           add_share(r, y, x, value, share);
         });

@@ -23,16 +23,16 @@ struct RegionLevelParams {
 template <class T_>
 struct RegionParams {
   using T = T_;
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
 
   RegionRule rule;
   bool position_sensitive;
   int N, channels, out_channels, PH, PW, L;
   int64_t K;
-  C canonical_box_size;
+  Compute canonical_box_size;
   int canonical_level, finest;
-  int most_y, most_x;  // taps of a region at most, per axis
-  const C* boxes;      // [K,5]
+  int most_y, most_x;    // taps of a region at most, per axis
+  const Compute* boxes;  // [K,5]
   RegionLevelParams<T> levels[kRegionLevels];
 
   T* output;             // [K,out_channels,PH,PW], here and below in the layout of the input; forward only
@@ -50,7 +50,7 @@ inline int64_t most_taps(const RegionRule& rule, int64_t size, int64_t bins) {
 
 template <class T>
 RegionParams<T> make_region_params(const RegionProblem& p) {
-  using C = ComputeType<T>;
+  using Compute = ComputeType<T>;
   const int64_t L = p.levels.size(), limit = 2147483647;
   STD_TORCH_CHECK(L <= kRegionLevels, p.spec.op, ": at most ", kRegionLevels, " levels on CUDA, got ", L);
   STD_TORCH_CHECK(p.N <= limit && p.C <= limit, p.spec.op, ": too large");
@@ -64,10 +64,10 @@ RegionParams<T> make_region_params(const RegionProblem& p) {
   a.PW = static_cast<int>(p.PW);
   a.L = static_cast<int>(L);
   a.K = p.K;
-  a.canonical_box_size = static_cast<C>(p.spec.canonical_box_size);
+  a.canonical_box_size = static_cast<Compute>(p.spec.canonical_box_size);
   a.canonical_level = static_cast<int>(p.spec.canonical_level);
   a.finest = p.finest();
-  a.boxes = static_cast<const C*>(p.boxes.const_data_ptr());
+  a.boxes = static_cast<const Compute*>(p.boxes.const_data_ptr());
   int64_t most_y = 0, most_x = 0;
   for (int64_t l = 0; l < L; ++l) {
     const RegionLevel& level = p.levels[l];

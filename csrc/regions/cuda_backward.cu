@@ -46,14 +46,14 @@ __device__ inline bool may_reach(const RegionAxis& axis, int low, int high) {
 }
 
 template <class P, bool kChannelsLast, bool kMaximum, int V>
-__global__ __launch_bounds__(256, sizeof(typename P::C) == 8
+__global__ __launch_bounds__(256, sizeof(typename P::Compute) == 8
                                       ? 1
                                       : 2) void region_gather_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
-  using C = typename P::C;
+  using Compute = typename P::Compute;
   constexpr int kColumns = kTileColumns<kChannelsLast>;
-  __shared__ C weight_y[kTileRows][kTileBins];
-  __shared__ C weight_x[kTileBins][kColumns];
+  __shared__ Compute weight_y[kTileRows][kTileBins];
+  __shared__ Compute weight_x[kTileBins][kColumns];
   __shared__ unsigned mask_y[kTileRows], mask_x[kColumns];
   __shared__ int found[kRegionWarps];
   __shared__ int offsets[kRegionThreads];
@@ -79,7 +79,7 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
   // channels channel + v * kRegionWarps.
   const int row = warp / 2, column = warp % 2 * kThreadPixels;
   const int channel = kChannelsLast ? (blockIdx.y * 32 + lane) * V : blockIdx.y * kBlockChannels + warp;
-  C sums[kThreadPixels][V];
+  Compute sums[kThreadPixels][V];
 #pragma unroll
   for (int i = 0; i < kThreadPixels; ++i)
 #pragma unroll
@@ -119,12 +119,12 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
             double weight = 0;
             bool reads = false;
             if (pixel <= (is_x ? right : bottom))
-              for_each_tap<C>(region_axis(p, l, k, is_x), (is_x ? pw0 : ph0) + bin, pixel, pixel,
-                              [&](int, double part, double, double) {
-                                weight += part;
-                                reads = true;
-                              });
-            *(is_x ? &weight_x[bin][place] : &weight_y[place][bin]) = static_cast<C>(weight);
+              for_each_tap<Compute>(region_axis(p, l, k, is_x), (is_x ? pw0 : ph0) + bin, pixel, pixel,
+                                    [&](int, double part, double, double) {
+                                      weight += part;
+                                      reads = true;
+                                    });
+            *(is_x ? &weight_x[bin][place] : &weight_y[place][bin]) = static_cast<Compute>(weight);
             if (reads) atomicOr(is_x ? &mask_x[place] : &mask_y[place], 1u << bin);
           }
           __syncthreads();
@@ -137,7 +137,7 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
               const int bin = c % bins, ph = bin / p.PW - ph0, pw = bin % p.PW - pw0;
               if (c >= p.channels || ph < 0 || ph >= some_h || pw < 0 || pw >= some_w) continue;
               const int64_t from = kChannelsLast ? (k * bins + bin) * p.out_channels + c / bins : k * p.channels + c;
-              const C grad = static_cast<C>(p.grad_output[from]);
+              const Compute grad = static_cast<Compute>(p.grad_output[from]);
 #pragma unroll
               for (int i = 0; i < kThreadPixels; ++i) {
                 const int r = kChannelsLast ? row : i, x = kChannelsLast ? column + i : lane;
@@ -161,14 +161,14 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
 #pragma unroll
                     for (int v = 0; v < V; ++v)
                       if (place.x[v] == (top + row) * level.W + left + column + i)
-                        sums[i][v] += static_cast<C>(grad.x[v]);
+                        sums[i][v] += static_cast<Compute>(grad.x[v]);
                 } else {
 #pragma unroll
                   for (int i = 0; i < kThreadPixels; ++i) {
-                    const C weight = weight_y[row][ph] * weight_x[pw][column + i];
+                    const Compute weight = weight_y[row][ph] * weight_x[pw][column + i];
                     if (!(mask_x[column + i] >> pw & 1)) continue;
 #pragma unroll
-                    for (int v = 0; v < V; ++v) sums[i][v] += weight * static_cast<C>(grad.x[v]);
+                    for (int v = 0; v < V; ++v) sums[i][v] += weight * static_cast<Compute>(grad.x[v]);
                   }
                 }
               }
@@ -190,13 +190,13 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
 #pragma unroll
                     for (int i = 0; i < kThreadPixels; ++i)
                       if (place == (top + i) * level.W + left + lane)
-                        sums[i][v] += static_cast<C>(p.grad_output[from + pw]);
+                        sums[i][v] += static_cast<Compute>(p.grad_output[from + pw]);
                   }
                 } else {
-                  C sum = 0;
+                  Compute sum = 0;
                   for (unsigned w = mask_x[lane]; w != 0; w &= w - 1) {
                     const int pw = __ffs(w) - 1;
-                    sum += weight_x[pw][lane] * static_cast<C>(p.grad_output[from + pw]);
+                    sum += weight_x[pw][lane] * static_cast<Compute>(p.grad_output[from + pw]);
                   }
 #pragma unroll
                   for (int i = 0; i < kThreadPixels; ++i)
@@ -241,7 +241,7 @@ __global__ __launch_bounds__(256, sizeof(typename P::C) == 8
 template <class P>
 __global__ __launch_bounds__(256, 1) void region_place_kernel(const __grid_constant__ P p, bool channels_last,
                                                               const typename P::T* pooled, int* place) {
-  using C = typename P::C;
+  using Compute = typename P::Compute;
   const int64_t k = blockIdx.x;
   const RegionPlace at = region_place(p, k);
   const bool wanted = at.in_batch && at.finite;
@@ -253,14 +253,14 @@ __global__ __launch_bounds__(256, 1) void region_place_kernel(const __grid_const
     const int64_t bin = channels_last ? i / p.channels : i % bins, c = channels_last ? i % p.channels : i / bins;
     int pixel = -1;
     if (wanted) {
-      const PixelRange y = pixel_range<C>(y_axis, static_cast<int>(bin / p.PW));
-      const PixelRange x = pixel_range<C>(x_axis, static_cast<int>(bin % p.PW));
-      const C most = static_cast<C>(pooled[k * outputs + i]);
+      const PixelRange y = pixel_range<Compute>(y_axis, static_cast<int>(bin / p.PW));
+      const PixelRange x = pixel_range<Compute>(x_axis, static_cast<int>(bin % p.PW));
+      const Compute most = static_cast<Compute>(pooled[k * outputs + i]);
       const auto* origin = level.input + int64_t{at.image} * p.channels * plane + (channels_last ? c : c * plane);
-      for (int h = y.begin; h < y.end && pixel < 0 && most > -static_cast<C>(INFINITY); ++h)
+      for (int h = y.begin; h < y.end && pixel < 0 && most > -static_cast<Compute>(INFINITY); ++h)
         for (int w = x.begin; w < x.end && pixel < 0; ++w) {
           const int here = h * level.W + w;
-          if (static_cast<C>(origin[here * stride]) == most) pixel = here;
+          if (static_cast<Compute>(origin[here * stride]) == most) pixel = here;
         }
     }
     place[k * outputs + i] = pixel;

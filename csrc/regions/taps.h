@@ -7,8 +7,8 @@
 // takes the maximum over a rectangle, for which the taps say which pixels.
 //
 // Taps are computed in double whatever the features are: there are few of them, and a box may be huge. Only what
-// decides, the number of samples and the edges rounded to pixels, is computed in the type C of the boxes, step by step
-// as torchvision does, so that the decision is the same there, on the CPU and on CUDA.
+// decides, the number of samples and the edges rounded to pixels, is computed in the type Compute of the boxes, step by
+// step as torchvision does, so that the decision is the same there, on the CPU and on CUDA.
 #pragma once
 
 #include "common/host_device.h"
@@ -33,10 +33,10 @@ constexpr int kMaxSamplingRatio = 65536;
 
 // The image that a batch index names, still to be compared with [0,N): the integer within 2^-10, so that numerical
 // derivatives can move an index, or else what is left of its fraction, as torchvision has it. NaN and infinities stay.
-template <class C>
-RELOPS_HOST_DEVICE C region_image(C index) {
-  const C nearest = round(index), distance = index - nearest;
-  return distance >= C(-1.0 / 1024) && distance <= C(1.0 / 1024) ? nearest : trunc(index);
+template <class Compute>
+RELOPS_HOST_DEVICE Compute region_image(Compute index) {
+  const Compute nearest = round(index), distance = index - nearest;
+  return distance >= Compute(-1.0 / 1024) && distance <= Compute(1.0 / 1024) ? nearest : trunc(index);
 }
 
 // A box on one axis of a feature map of `size` pixels, divided into `bins`.
@@ -50,13 +50,14 @@ struct RegionAxis {
 };
 
 // first and last are coordinates of the box, finite.
-template <class C>
-RELOPS_HOST_DEVICE RegionAxis region_axis(RegionRule rule, C first, C last, double scale, int size, int bins) {
+template <class Compute>
+RELOPS_HOST_DEVICE RegionAxis region_axis(RegionRule rule, Compute first, Compute last, double scale, int size,
+                                          int bins) {
   RegionAxis axis{rule, size, bins, 0, 0, 0, scale};
-  const C begin = product(first, static_cast<C>(scale)), end = product(last, static_cast<C>(scale));
+  const Compute begin = product(first, static_cast<Compute>(scale)), end = product(last, static_cast<Compute>(scale));
   if (rule.kind == RegionKind::kSampled) {
     const double offset = rule.aligned ? 0.5 : 0.0;
-    C length = (end - static_cast<C>(offset)) - (begin - static_cast<C>(offset));
+    Compute length = (end - static_cast<Compute>(offset)) - (begin - static_cast<Compute>(offset));
     axis.start = static_cast<double>(first) * scale - offset;
     double exact_length = static_cast<double>(last) * scale - offset - axis.start;
     if (!rule.aligned && exact_length < 1) {
@@ -66,17 +67,17 @@ RELOPS_HOST_DEVICE RegionAxis region_axis(RegionRule rule, C first, C last, doub
     if (!rule.aligned && length < 1) length = 1;
     axis.bin = exact_length / bins;
     axis.grid =
-        rule.sampling_ratio > 0 ? rule.sampling_ratio : ceil(static_cast<double>(length / static_cast<C>(bins)));
-    if (!isfinite(axis.grid)) axis.grid = ceil(axis.bin);  // beyond the range of C
+        rule.sampling_ratio > 0 ? rule.sampling_ratio : ceil(static_cast<double>(length / static_cast<Compute>(bins)));
+    if (!isfinite(axis.grid)) axis.grid = ceil(axis.bin);  // beyond the range of Compute
   } else if (rule.kind == RegionKind::kPrecise) {
     axis.start = static_cast<double>(first) * scale;
     axis.bin = (static_cast<double>(last) * scale - axis.start) / bins;
   } else {
-    const C from = round(begin), to = round(end);
-    C length = to - from + (rule.kind == RegionKind::kMaximum ? 1 : 0);
+    const Compute from = round(begin), to = round(end);
+    Compute length = to - from + (rule.kind == RegionKind::kMaximum ? 1 : 0);
     if (!(length >= 1)) length = 1;
     axis.start = from;
-    axis.bin = length / static_cast<C>(bins);  // of type C, like the edges made from it
+    axis.bin = length / static_cast<Compute>(bins);  // of type Compute, like the edges made from it
   }
   return axis;
 }
@@ -90,13 +91,13 @@ struct PixelRange {
   int begin, end;
 };
 
-template <class C>
+template <class Compute>
 RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
-  const C length = static_cast<C>(axis.bin), start = static_cast<C>(axis.start);
+  const Compute length = static_cast<Compute>(axis.bin), start = static_cast<Compute>(axis.start);
   // The means leave out the last row and column, as torchvision's forward does.
   const double limit = axis.rule.kind == RegionKind::kMaximum ? axis.size : axis.size - 1;
-  const C begin = floor(product(static_cast<C>(bin), length)) + start;
-  const C end = ceil(product(static_cast<C>(bin + 1), length)) + start;
+  const Compute begin = floor(product(static_cast<Compute>(bin), length)) + start;
+  const Compute end = ceil(product(static_cast<Compute>(bin + 1), length)) + start;
   return {static_cast<int>(clamped(begin, 0, limit < 0 ? 0 : limit)),
           static_cast<int>(clamped(end, 0, limit < 0 ? 0 : limit))};
 }
@@ -104,7 +105,7 @@ RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
 // Calls tap(pixel, weight, slope_first, slope_last) for each pixel in [low, high] that the bin reads, in ascending
 // order, at most twice in a row for a sample or a cell; a pixel's weight is the sum over its calls. The slopes are the
 // derivatives of the weight by the box's first and last coordinate. 0 <= low, high < axis.size.
-template <class C, class Tap>
+template <class Compute, class Tap>
 RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, int high, Tap tap) {
   switch (axis.rule.kind) {
     case RegionKind::kSampled: {
@@ -165,7 +166,7 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
     }
     case RegionKind::kAveraged:
     case RegionKind::kMaximum: {
-      const PixelRange range = pixel_range<C>(axis, bin);
+      const PixelRange range = pixel_range<Compute>(axis, bin);
       const double weight = axis.rule.kind == RegionKind::kMaximum ? 1 : 1.0 / (range.end - range.begin);
       const int begin = range.begin > low ? range.begin : low, end = range.end <= high ? range.end : high + 1;
       for (int pixel = begin; pixel < end; ++pixel) tap(pixel, weight, 0.0, 0.0);
@@ -176,12 +177,13 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
 
 // Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), eq. 1, as torchvision computes it: the index of the
 // level of a box among `levels`, of which the first has scale 2^-finest.
-template <class C>
-RELOPS_HOST_DEVICE int region_level(C x1, C y1, C x2, C y2, C canonical_box_size, int canonical_level, int finest,
-                                    int levels) {
-  const C area = product(x2 - x1, y2 - y1);
-  const C side = sqrt(area > 0 ? area : 0);
-  const C level = floor(static_cast<C>(canonical_level) + log2(side / canonical_box_size) + static_cast<C>(1e-6));
+template <class Compute>
+RELOPS_HOST_DEVICE int region_level(Compute x1, Compute y1, Compute x2, Compute y2, Compute canonical_box_size,
+                                    int canonical_level, int finest, int levels) {
+  const Compute area = product(x2 - x1, y2 - y1);
+  const Compute side = sqrt(area > 0 ? area : 0);
+  const Compute level =
+      floor(static_cast<Compute>(canonical_level) + log2(side / canonical_box_size) + static_cast<Compute>(1e-6));
   return static_cast<int>(clamped(level - finest, 0, levels - 1));
 }
 
