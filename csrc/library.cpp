@@ -2,9 +2,9 @@
 // (<family>/cpu*.cpp, <family>/cuda*.cu); checks for users, fakes, autograd and autocast are in relops/ops/<op>.py.
 //
 // An op with a leading underscore is the backward of the op it is named after. Where it returns several gradients, its
-// needs_grad has a flag for each of them, in their order; one not asked for comes back as an empty tensor of one
-// dimension. input and inputs are given to the backward of a region op only where its gradients need them: those of the
-// boxes, and the place of a maximum.
+// needs_grad has a flag for each of them (of a list: for each element), in their order; a gradient that is not needed
+// comes back as an empty tensor of one dimension. input and inputs are given to the backward of a region op only where
+// its gradients need them: those of the boxes, and the pixel of a maximum.
 
 #include <torch/csrc/stable/library.h>
 
@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "bool aligned=False) -> Tensor");
   m.def(
       "_roi_align_backward(Tensor grad_output, Tensor? input, Tensor boxes, SymInt[] input_shape, "
-      "float spatial_scale, int sampling_ratio, bool aligned, bool channels_last, bool input_grad, "
-      "bool boxes_grad) -> (Tensor, Tensor)");
+      "float spatial_scale, int sampling_ratio, bool aligned, bool channels_last, bool[] needs_grad) -> "
+      "(Tensor, Tensor)");
   m.def("roi_pool(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0) -> Tensor");
   m.def(
       "_roi_pool_backward(Tensor grad_output, Tensor input, Tensor boxes, Tensor output, "
@@ -40,8 +40,7 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "int sampling_ratio=-1) -> Tensor");
   m.def(
       "_ps_roi_align_backward(Tensor grad_output, Tensor? input, Tensor boxes, SymInt[] input_shape, "
-      "float spatial_scale, int sampling_ratio, bool channels_last, bool input_grad, "
-      "bool boxes_grad) -> (Tensor, Tensor)");
+      "float spatial_scale, int sampling_ratio, bool channels_last, bool[] needs_grad) -> (Tensor, Tensor)");
   m.def("ps_roi_pool(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0) -> Tensor");
   m.def(
       "_ps_roi_pool_backward(Tensor grad_output, Tensor boxes, SymInt[] input_shape, float spatial_scale, "
@@ -49,14 +48,14 @@ STABLE_TORCH_LIBRARY(relops, m) {
   m.def("prroi_pool(Tensor input, Tensor boxes, int[2] output_size, float spatial_scale=1.0) -> Tensor");
   m.def(
       "_prroi_pool_backward(Tensor grad_output, Tensor? input, Tensor boxes, SymInt[] input_shape, "
-      "float spatial_scale, bool channels_last, bool input_grad, bool boxes_grad) -> (Tensor, Tensor)");
+      "float spatial_scale, bool channels_last, bool[] needs_grad) -> (Tensor, Tensor)");
   m.def(
       "multi_scale_roi_align(Tensor[] inputs, Tensor boxes, int[2] output_size, float[] spatial_scales, "
       "int sampling_ratio=2, bool aligned=False, float canonical_box_size=224.0, int canonical_level=4) -> Tensor");
   m.def(
       "_multi_scale_roi_align_backward(Tensor grad_output, Tensor[] inputs, Tensor boxes, SymInt[] input_shape, "
       "float[] spatial_scales, int sampling_ratio, bool aligned, float canonical_box_size, int canonical_level, "
-      "bool channels_last, bool[] input_grads, bool boxes_grad) -> (Tensor[], Tensor)");
+      "bool channels_last, bool[] needs_grad) -> (Tensor[], Tensor)");
 
   m.def(
       "relation_attention(Tensor query, Tensor key, Tensor value, Tensor query_boxes, Tensor key_boxes, "

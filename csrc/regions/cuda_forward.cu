@@ -1,4 +1,5 @@
-// Region pooling on CUDA: the forward pass, and the gradient of the boxes.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: the forward pass, and the
+// gradient of the boxes.
 //
 // A block works on one region. Its threads first turn the box into taps, one bin of one axis each, in shared memory:
 // once per region, not once per channel. Then:
@@ -6,46 +7,50 @@
 // - channels_last: a warp takes a bin, its lanes neighboring channels, 16 bytes each: every access is coalesced.
 // - NCHW: a warp takes a channel. Its lanes first combine rows of the plane, neighboring columns each, into a row of
 //   columns per row of bins in shared memory; then a lane takes a bin and adds up its few columns. A pixel is fetched
-//   about once per row of bins, in whole sectors, where one thread per output would fetch 16 scattered pixels.
+//   about once per row of bins, in whole sectors; one thread per output would fetch 16 scattered pixels instead.
 //
 // Both are bound by the traffic of L1 and L2: regions overlap, so the map is read from L2 many times over.
 
+#include "common/cuda/partial_sums.cuh"
 #include "regions/cuda.cuh"
+#include "regions/ops.h"
 
 namespace relops {
 
 namespace {
 
-// Taps in shared memory: of bin b [begin[b], begin[b + 1]).
-template <class C>
+// The taps of one axis in shared memory: those of bin b are [begin[b], begin[b + 1]).
+template <class Compute>
 struct SharedTaps {
   int* begin;
   int* pixel;
-  C *weight, *slope_first, *slope_last;
+  Compute *weight, *slope_first, *slope_last;
 
-  RELOPS_HOST_DEVICE static size_t bytes(int64_t bins, int64_t most, bool slopes) {
-    return most * sizeof(C) * (slopes ? 3 : 1) + (most + bins + 1) * sizeof(int) + sizeof(C);
+  RELOPS_HOST_DEVICE static size_t bytes(int64_t bins, int64_t max_taps, bool slopes) {
+    return max_taps * sizeof(Compute) * (slopes ? 3 : 1) + (max_taps + bins + 1) * sizeof(int) + sizeof(Compute);
   }
-  __device__ static SharedTaps place(char*& memory, int bins, int most, bool slopes) {
+  // Takes the memory of the taps from the beginning of `memory`.
+  __device__ static SharedTaps alloc(char*& memory, int bins, int max_taps, bool slopes) {
     SharedTaps taps{};
-    taps.weight = reinterpret_cast<C*>(memory);
-    taps.slope_first = slopes ? taps.weight + most : nullptr;
-    taps.slope_last = slopes ? taps.weight + 2 * most : nullptr;
-    taps.pixel = reinterpret_cast<int*>(taps.weight + (slopes ? 3 : 1) * most);
-    taps.begin = taps.pixel + most;
-    memory += (bytes(bins, most, slopes) / sizeof(C)) * sizeof(C);
+    taps.weight = reinterpret_cast<Compute*>(memory);
+    taps.slope_first = slopes ? taps.weight + max_taps : nullptr;
+    taps.slope_last = slopes ? taps.weight + 2 * max_taps : nullptr;
+    taps.pixel = reinterpret_cast<int*>(taps.weight + (slopes ? 3 : 1) * max_taps);
+    taps.begin = taps.pixel + max_taps;
+    memory += (bytes(bins, max_taps, slopes) / sizeof(Compute)) * sizeof(Compute);
     return taps;
   }
 };
 
-// Finds the taps of all bins of an axis. Bins are dealt to threads from `first` on; all threads of the block call it.
-template <class C>
-__device__ void find_taps(const RegionAxis& axis, bool wanted, int most, const SharedTaps<C>& taps) {
+// Finds the taps of all bins of an axis, one bin a thread; none if the box is not to be read. All threads of the block
+// call it.
+template <class Compute>
+__device__ void find_taps(const RegionAxis& axis, bool readable, int max_taps, const SharedTaps<Compute>& taps) {
   for (int bin = threadIdx.x; bin < axis.bins; bin += blockDim.x) {
-    // Positions ascend, so a pixel that the bin has read already is one of its last two.
+    // Positions ascend, so a pixel that the bin has already read is one of its last two.
     int count = 0, last = -1, before = -1;
-    if (wanted)
-      for_each_tap<C>(axis, bin, 0, axis.size - 1, [&](int pixel, double, double, double) {
+    if (readable)
+      for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int pixel, double, double, double) {
         if (pixel == last || pixel == before) return;
         before = last;
         last = pixel;
@@ -56,13 +61,14 @@ __device__ void find_taps(const RegionAxis& axis, bool wanted, int most, const S
   __syncthreads();
   if (threadIdx.x == 0) {
     taps.begin[0] = 0;
-    for (int bin = 0; bin < axis.bins; ++bin) taps.begin[bin + 1] = min(taps.begin[bin] + taps.begin[bin + 1], most);
+    for (int bin = 0; bin < axis.bins; ++bin)
+      taps.begin[bin + 1] = min(taps.begin[bin] + taps.begin[bin + 1], max_taps);
   }
   __syncthreads();
-  for (int bin = threadIdx.x; bin < axis.bins && wanted; bin += blockDim.x) {
+  for (int bin = threadIdx.x; bin < axis.bins && readable; bin += blockDim.x) {
     int next = taps.begin[bin];
     const int begin = next, end = taps.begin[bin + 1];
-    for_each_tap<C>(axis, bin, 0, axis.size - 1, [&](int pixel, double weight, double first, double last) {
+    for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int pixel, double weight, double first, double last) {
       int at = next;
       for (int i = next - 1; i >= begin && i >= next - 2; --i)
         if (taps.pixel[i] == pixel) at = i;
@@ -70,90 +76,90 @@ __device__ void find_taps(const RegionAxis& axis, bool wanted, int most, const S
       const bool fresh = at == next;
       next += fresh;
       taps.pixel[at] = pixel;
-      taps.weight[at] = static_cast<C>(weight) + (fresh ? 0 : taps.weight[at]);
+      taps.weight[at] = static_cast<Compute>(weight) + (fresh ? 0 : taps.weight[at]);
       if (taps.slope_first == nullptr) return;
-      taps.slope_first[at] = static_cast<C>(first) + (fresh ? 0 : taps.slope_first[at]);
-      taps.slope_last[at] = static_cast<C>(last) + (fresh ? 0 : taps.slope_last[at]);
+      taps.slope_first[at] = static_cast<Compute>(first) + (fresh ? 0 : taps.slope_first[at]);
+      taps.slope_last[at] = static_cast<Compute>(last) + (fresh ? 0 : taps.slope_last[at]);
     });
   }
   __syncthreads();
 }
 
-// What becomes of a pixel: a weighted sum, or a maximum, which passes NaN over as torchvision does.
-template <bool kMaximum, class C>
-__device__ __forceinline__ void take(C& result, C pixel, C weight) {
+// Adds a pixel to a weighted sum, or to a maximum, which ignores NaN as torchvision's does.
+template <bool kMaximum, class Compute>
+__device__ __forceinline__ void accumulate(Compute& result, Compute pixel, Compute weight) {
   if constexpr (kMaximum)
     result = pixel > result ? pixel : result;
   else
     result += pixel * weight;
 }
 
-template <bool kMaximum, class C>
-__device__ __forceinline__ C start_of(bool empty) {
-  return kMaximum && !empty ? -static_cast<C>(INFINITY) : C(0);
+template <bool kMaximum, class Compute>
+__device__ __forceinline__ Compute start_of(bool empty) {
+  return kMaximum && !empty ? -static_cast<Compute>(INFINITY) : Compute(0);
 }
 
 template <class P>
-__device__ void fill_region(const P& p, int64_t k, typename P::C value) {
+__device__ void fill_region(const P& p, int64_t k, typename P::Compute value) {
   const int64_t size = int64_t{p.out_channels} * p.PH * p.PW;
   for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < size; i += int64_t{gridDim.y} * blockDim.x)
     p.output[k * size + i] = static_cast<typename P::T>(value);
 }
 
-// A lane's own output, pixel by pixel. Offsets are in elements.
-template <bool kMaximum, class C, class T>
-__device__ C pool_pixels(const SharedTaps<C>& y, const SharedTaps<C>& x, int ph, int pw, const T* origin,
-                         int64_t row_stride, int64_t column_stride) {
+// Computes one output in one thread, pixel by pixel. Strides are in elements.
+template <bool kMaximum, class Compute, class T>
+__device__ Compute pool_pixels(const SharedTaps<Compute>& y, const SharedTaps<Compute>& x, int ph, int pw,
+                               const T* origin, int64_t row_stride, int64_t column_stride) {
   const int y_end = y.begin[ph + 1], x_begin = x.begin[pw], x_end = x.begin[pw + 1];
-  C result = start_of<kMaximum, C>(y.begin[ph] == y_end || x_begin == x_end);
+  Compute result = start_of<kMaximum, Compute>(y.begin[ph] == y_end || x_begin == x_end);
   for (int i = y.begin[ph]; i < y_end; ++i) {
     const T* row = origin + y.pixel[i] * row_stride;
     for (int j = x_begin; j < x_end; ++j)
-      take<kMaximum>(result, static_cast<C>(row[x.pixel[j] * column_stride]), y.weight[i] * x.weight[j]);
+      accumulate<kMaximum>(result, static_cast<Compute>(row[x.pixel[j] * column_stride]), y.weight[i] * x.weight[j]);
   }
   return result;
 }
 
-// channels_last; V: neighboring channels of a lane.
+// channels_last. V: neighboring channels of a lane.
 template <class P, bool kMaximum, int V>
-__global__ __launch_bounds__(256, 2) void region_pixels_kernel(const __grid_constant__ P p) {
+__global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
-  using C = typename P::C;
+  using Compute = typename P::Compute;
   extern __shared__ __align__(16) char memory[];
   char* free = memory;
   const int64_t k = blockIdx.x;
-  const RegionPlace at = region_place(p, k);
-  if (!at.in_batch) return fill_region(p, k, static_cast<C>(NAN));
-  const SharedTaps<C> y = SharedTaps<C>::place(free, p.PH, p.most_y, false);
-  const SharedTaps<C> x = SharedTaps<C>::place(free, p.PW, p.most_x, false);
-  find_taps(region_axis(p, at.level, k, false), at.finite, p.most_y, y);
-  find_taps(region_axis(p, at.level, k, true), at.finite, p.most_x, x);
-  const RegionLevelParams<T>& level = p.levels[at.level];
+  const RegionSource from = region_source(p, k);
+  if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
+  const SharedTaps<Compute> y = SharedTaps<Compute>::alloc(free, p.PH, p.max_taps_y, false);
+  const SharedTaps<Compute> x = SharedTaps<Compute>::alloc(free, p.PW, p.max_taps_x, false);
+  find_taps(region_axis(p, from.level, k, false), from.finite, p.max_taps_y, y);
+  find_taps(region_axis(p, from.level, k, true), from.finite, p.max_taps_x, x);
+  const RegionLevel<T>& level = p.levels[from.level];
   const int64_t column = p.channels, row = column * level.W;
-  const T* image = level.input + at.image * row * level.H;
+  const T* image = level.input + from.image * row * level.H;
   const int lane = threadIdx.x % 32, bins = p.PH * p.PW;
   for (int bin = blockIdx.y * kRegionWarps + threadIdx.x / 32; bin < bins; bin += gridDim.y * kRegionWarps) {
     const int ph = bin / p.PW, pw = bin - ph * p.PW;
     T* out = p.output + (k * bins + bin) * p.out_channels;
-    if (p.position_sensitive) {
+    if (p.spec.position_sensitive) {
       for (int c = lane; c < p.out_channels; c += 32)
         out[c] = static_cast<T>(pool_pixels<kMaximum>(y, x, ph, pw, image + int64_t{c} * bins + bin, row, column));
       continue;
     }
     const int y_begin = y.begin[ph], y_end = y.begin[ph + 1], x_begin = x.begin[pw], x_end = x.begin[pw + 1];
     for (int c = lane * V; c < p.channels; c += 32 * V) {
-      C result[V];
+      Compute result[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) result[v] = start_of<kMaximum, C>(y_begin == y_end || x_begin == x_end);
+      for (int v = 0; v < V; ++v) result[v] = start_of<kMaximum, Compute>(y_begin == y_end || x_begin == x_end);
       for (int i = y_begin; i < y_end; ++i) {
-        const T* from = image + y.pixel[i] * row + c;
-        const C weight = y.weight[i];
+        const T* pixels = image + y.pixel[i] * row + c;
+        const Compute weight = y.weight[i];
 #pragma unroll 2
         for (int j = x_begin; j < x_end; ++j) {
-          const Pack<T, V> pack = load_pack<T, V>(from + x.pixel[j] * column);
-          const C w = weight * x.weight[j];
+          const Pack<T, V> pack = load_pack<T, V>(pixels + x.pixel[j] * column);
+          const Compute w = weight * x.weight[j];
 #pragma unroll
-          for (int v = 0; v < V; ++v) take<kMaximum>(result[v], static_cast<C>(pack.x[v]), w);
+          for (int v = 0; v < V; ++v) accumulate<kMaximum>(result[v], static_cast<Compute>(pack.x[v]), w);
         }
       }
       Pack<T, V> pack;
@@ -164,30 +170,29 @@ __global__ __launch_bounds__(256, 2) void region_pixels_kernel(const __grid_cons
   }
 }
 
-// Of a warp's combined rows.
-constexpr int kRowBytes = 2048;
+constexpr int kRowBytes = 2048;  // of the combined rows of a warp
 
 // NCHW.
 template <class P, bool kMaximum>
-__global__ __launch_bounds__(256, 2) void region_planes_kernel(const __grid_constant__ P p) {
+__global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
-  using C = typename P::C;
-  constexpr int kCapacity = kRowBytes / sizeof(C);
+  using Compute = typename P::Compute;
+  constexpr int kCapacity = kRowBytes / sizeof(Compute);
   extern __shared__ __align__(16) char memory[];
   char* free = memory + kRegionWarps * kRowBytes;
   const int64_t k = blockIdx.x;
-  const RegionPlace at = region_place(p, k);
-  if (!at.in_batch) return fill_region(p, k, static_cast<C>(NAN));
-  const SharedTaps<C> y = SharedTaps<C>::place(free, p.PH, p.most_y, false);
-  const SharedTaps<C> x = SharedTaps<C>::place(free, p.PW, p.most_x, false);
-  find_taps(region_axis(p, at.level, k, false), at.finite, p.most_y, y);
-  find_taps(region_axis(p, at.level, k, true), at.finite, p.most_x, x);
-  const RegionLevelParams<T>& level = p.levels[at.level];
+  const RegionSource from = region_source(p, k);
+  if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
+  const SharedTaps<Compute> y = SharedTaps<Compute>::alloc(free, p.PH, p.max_taps_y, false);
+  const SharedTaps<Compute> x = SharedTaps<Compute>::alloc(free, p.PW, p.max_taps_x, false);
+  find_taps(region_axis(p, from.level, k, false), from.finite, p.max_taps_y, y);
+  find_taps(region_axis(p, from.level, k, true), from.finite, p.max_taps_x, x);
+  const RegionLevel<T>& level = p.levels[from.level];
   const int64_t plane = int64_t{level.H} * level.W;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bins = p.PH * p.PW;
-  C* rows = reinterpret_cast<C*>(memory + warp * kRowBytes);
+  Compute* rows = reinterpret_cast<Compute*>(memory + warp * kRowBytes);
 
-  // Pixels of a bin ascend, and bins ascend or descend: the outer columns are at the ends of the outer bins.
+  // The pixels of a bin ascend, and bins ascend or descend, so the outer columns are at the ends of bins.
   int low = level.W, high = 0;
   for (int pw = 0; pw < p.PW; ++pw)
     if (x.begin[pw] < x.begin[pw + 1]) {
@@ -195,32 +200,33 @@ __global__ __launch_bounds__(256, 2) void region_planes_kernel(const __grid_cons
       high = max(high, x.pixel[x.begin[pw + 1] - 1] + 1);
     }
   const int width = max(high - low, 0);
-  const bool lane_per_output = p.position_sensitive || width > kCapacity;
+  const bool lane_per_output = p.spec.position_sensitive || width > kCapacity;
 
   if (lane_per_output) {
     const int64_t outputs = int64_t{p.out_channels} * bins;
     for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs;
          i += int64_t{gridDim.y} * blockDim.x) {
       const int bin = static_cast<int>(i % bins), ph = bin / p.PW;
-      const int64_t c = p.position_sensitive ? i : i / bins;
-      const T* origin = level.input + (int64_t{at.image} * p.channels + c) * plane;
+      const int64_t c = p.spec.position_sensitive ? i : i / bins;
+      const T* origin = level.input + (int64_t{from.image} * p.channels + c) * plane;
       p.output[k * outputs + i] = static_cast<T>(pool_pixels<kMaximum>(y, x, ph, bin - ph * p.PW, origin, level.W, 1));
     }
     return;
   }
-  const int together = min(p.PH, kCapacity / max(width, 1));  // rows of bins
+  const int together = min(p.PH, kCapacity / max(width, 1));  // rows of bins at a time
   for (int c = blockIdx.y * kRegionWarps + warp; c < p.channels; c += gridDim.y * kRegionWarps) {
-    const T* origin = level.input + (int64_t{at.image} * p.channels + c) * plane + low;
+    const T* origin = level.input + (int64_t{from.image} * p.channels + c) * plane + low;
     T* out = p.output + (k * p.channels + c) * bins;
     for (int first = 0; first < p.PH; first += together) {
       const int some = min(together, p.PH - first);
       for (int ph = 0; ph < some; ++ph) {
         const int begin = y.begin[first + ph], end = y.begin[first + ph + 1];
         for (int column = lane; column < width; column += 32) {
-          C result = start_of<kMaximum, C>(begin == end);
+          Compute result = start_of<kMaximum, Compute>(begin == end);
 #pragma unroll 4
           for (int i = begin; i < end; ++i)
-            take<kMaximum>(result, static_cast<C>(origin[int64_t{y.pixel[i]} * level.W + column]), y.weight[i]);
+            accumulate<kMaximum>(result, static_cast<Compute>(origin[int64_t{y.pixel[i]} * level.W + column]),
+                                 y.weight[i]);
           rows[ph * width + column] = result;
         }
       }
@@ -229,9 +235,9 @@ __global__ __launch_bounds__(256, 2) void region_planes_kernel(const __grid_cons
         const int ph = o / p.PW, pw = o - ph * p.PW;
         const int begin = x.begin[pw], end = x.begin[pw + 1];
         const bool empty = begin == end || y.begin[first + ph] == y.begin[first + ph + 1];
-        C result = start_of<kMaximum, C>(empty);
+        Compute result = start_of<kMaximum, Compute>(empty);
         for (int j = begin; j < end && !empty; ++j)
-          take<kMaximum>(result, rows[ph * width + x.pixel[j] - low], x.weight[j]);
+          accumulate<kMaximum>(result, rows[ph * width + x.pixel[j] - low], x.weight[j]);
         out[first * p.PW + o] = static_cast<T>(result);
       }
       __syncwarp();
@@ -239,82 +245,87 @@ __global__ __launch_bounds__(256, 2) void region_planes_kernel(const __grid_cons
   }
 }
 
-// Where a region's taps do not fit in shared memory, for maps of thousands of rows or columns: a thread per output
-// finds its taps itself. Either layout.
+// Serves maps of thousands of rows or columns, in either layout, where the taps of a region do not fit in shared
+// memory: every thread finds the taps of its output itself.
 template <class P, bool kMaximum>
-__global__ __launch_bounds__(256, 1) void region_outputs_kernel(const __grid_constant__ P p, bool channels_last) {
+__global__ __launch_bounds__(kRegionThreads, 1) void region_outputs_kernel(const __grid_constant__ P p,
+                                                                           bool channels_last) {
   using T = typename P::T;
-  using C = typename P::C;
+  using Compute = typename P::Compute;
   const int64_t k = blockIdx.x;
-  const RegionPlace at = region_place(p, k);
-  if (!at.in_batch) return fill_region(p, k, static_cast<C>(NAN));
-  if (!at.finite) return fill_region(p, k, C(0));
-  const RegionAxis y_axis = region_axis(p, at.level, k, false), x_axis = region_axis(p, at.level, k, true);
-  const RegionLevelParams<T>& level = p.levels[at.level];
+  const RegionSource from = region_source(p, k);
+  if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
+  if (!from.finite) return fill_region(p, k, Compute(0));
+  const RegionAxis y_axis = region_axis(p, from.level, k, false), x_axis = region_axis(p, from.level, k, true);
+  const RegionLevel<T>& level = p.levels[from.level];
   const int64_t plane = int64_t{level.H} * level.W, bins = int64_t{p.PH} * p.PW, outputs = bins * p.out_channels;
   for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs; i += int64_t{gridDim.y} * blockDim.x) {
     const int64_t bin = channels_last ? i / p.out_channels : i % bins,
                   out = channels_last ? i % p.out_channels : i / bins;
-    const int64_t c = p.position_sensitive ? out * bins + bin : out;
-    const T* origin = level.input + int64_t{at.image} * p.channels * plane + (channels_last ? c : c * plane);
+    const int64_t c = p.spec.position_sensitive ? out * bins + bin : out;
+    const T* origin = level.input + int64_t{from.image} * p.channels * plane + (channels_last ? c : c * plane);
     const int64_t stride = channels_last ? p.channels : 1;
     const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
-    C result = start_of<kMaximum, C>(false);
-    for_each_tap<C>(y_axis, ph, 0, level.H - 1, [&](int y, double y_weight, double, double) {
-      for_each_tap<C>(x_axis, pw, 0, level.W - 1, [&](int x, double x_weight, double, double) {
-        take<kMaximum>(result, static_cast<C>(origin[(int64_t{y} * level.W + x) * stride]),
-                       static_cast<C>(y_weight * x_weight));
+    Compute result = start_of<kMaximum, Compute>(false);
+    for_each_tap<Compute>(y_axis, ph, 0, level.H - 1, [&](int y, double y_weight, double, double) {
+      for_each_tap<Compute>(x_axis, pw, 0, level.W - 1, [&](int x, double x_weight, double, double) {
+        accumulate<kMaximum>(result, static_cast<Compute>(origin[(int64_t{y} * level.W + x) * stride]),
+                             static_cast<Compute>(y_weight * x_weight));
       });
     });
     if (kMaximum) {
-      const PixelRange y = pixel_range<C>(y_axis, ph), x = pixel_range<C>(x_axis, pw);
+      const PixelRange y = pixel_range<Compute>(y_axis, ph), x = pixel_range<Compute>(x_axis, pw);
       if (y.begin >= y.end || x.begin >= x.end) result = 0;
     }
     p.output[k * outputs + i] = static_cast<T>(result);
   }
 }
 
-// The gradient of a box, in four sums: of what moves with x1, y1, x2, y2.
-template <class C>
+// The gradient of a box: by x1, y1, x2, y2.
+template <class Compute>
 struct BoxSums {
-  C x_first = 0, y_first = 0, x_last = 0, y_last = 0;
+  Compute x_first = 0, y_first = 0, x_last = 0, y_last = 0;
 };
 
-// A block's part of the gradient of a box. An output's gradient times its pixels, weighted by the slopes of the taps.
-// kStaged: taps in shared memory; else every thread finds them itself.
+// Computes a block's partial sums of the gradient of box k: the gradients of outputs times their pixels, weighted by
+// the slopes of the taps. partials: [blocks of a region,K,5], where the batch index has gradient 0. kStaged: taps are
+// in shared memory; otherwise every thread finds them itself.
 template <class P, bool kStaged>
-__global__ __launch_bounds__(256, 1) void region_boxes_kernel(const __grid_constant__ P p, bool channels_last,
-                                                              typename P::C* parts) {
+__global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const __grid_constant__ P p,
+                                                                         bool channels_last,
+                                                                         typename P::Compute* partials) {
   using T = typename P::T;
-  using C = typename P::C;
+  using Compute = typename P::Compute;
   extern __shared__ __align__(16) char memory[];
-  __shared__ C warp_sums[kRegionWarps][4];
+  __shared__ Compute warp_sums[kRegionWarps][4];
   char* free = memory;
   const int64_t k = blockIdx.x;
-  const RegionPlace at = region_place(p, k);
-  const bool wanted = at.in_batch && at.finite;
-  const RegionAxis y_axis = region_axis(p, at.level, k, false), x_axis = region_axis(p, at.level, k, true);
-  SharedTaps<C> y{}, x{};
+  const RegionSource from = region_source(p, k);
+  const bool readable = from.readable();
+  const RegionAxis y_axis = region_axis(p, from.level, k, false), x_axis = region_axis(p, from.level, k, true);
+  SharedTaps<Compute> y{}, x{};
   if constexpr (kStaged) {
-    y = SharedTaps<C>::place(free, p.PH, p.most_y, true);
-    x = SharedTaps<C>::place(free, p.PW, p.most_x, true);
-    find_taps(y_axis, wanted, p.most_y, y);
-    find_taps(x_axis, wanted, p.most_x, x);
+    y = SharedTaps<Compute>::alloc(free, p.PH, p.max_taps_y, true);
+    x = SharedTaps<Compute>::alloc(free, p.PW, p.max_taps_x, true);
+    find_taps(y_axis, readable, p.max_taps_y, y);
+    find_taps(x_axis, readable, p.max_taps_x, x);
   }
-  const RegionLevelParams<T>& level = p.levels[at.level];
+  const RegionLevel<T>& level = p.levels[from.level];
   const int64_t plane = int64_t{level.H} * level.W, bins = int64_t{p.PH} * p.PW, outputs = bins * p.out_channels;
-  BoxSums<C> sums;
-  for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs && wanted;
+  BoxSums<Compute> sums;
+  for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs && readable;
        i += int64_t{gridDim.y} * blockDim.x) {
     const int64_t bin = channels_last ? i / p.out_channels : i % bins,
                   out = channels_last ? i % p.out_channels : i / bins;
-    const int64_t c = p.position_sensitive ? out * bins + bin : out;
-    const T* origin = level.input + int64_t{at.image} * p.channels * plane + (channels_last ? c : c * plane);
+    const int64_t c = p.spec.position_sensitive ? out * bins + bin : out;
+    const T* origin = level.input + int64_t{from.image} * p.channels * plane + (channels_last ? c : c * plane);
     const int64_t stride = channels_last ? p.channels : 1;
     const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
-    const C grad = static_cast<C>(p.grad_output[k * outputs + i]);
-    // A row's pixels, by weight and by its slopes; then the rows.
-    const auto add_row = [&](C weight, C first, C last, C sum, C sum_first, C sum_last) {
+    const Compute grad = static_cast<Compute>(p.grad_output[k * outputs + i]);
+    // sum, sum_first, sum_last: the pixels of a row by the weights of their columns, and by the slopes of these
+    // weights.
+    const auto add_row = [&](Compute weight, Compute first, Compute last, Compute sum, Compute sum_first,
+                             Compute sum_last) {
       sums.x_first += grad * weight * sum_first;
       sums.x_last += grad * weight * sum_last;
       sums.y_first += grad * first * sum;
@@ -323,9 +334,9 @@ __global__ __launch_bounds__(256, 1) void region_boxes_kernel(const __grid_const
     if constexpr (kStaged) {
       for (int a = y.begin[ph]; a < y.begin[ph + 1]; ++a) {
         const T* row = origin + int64_t{y.pixel[a]} * level.W * stride;
-        C sum = 0, sum_first = 0, sum_last = 0;
+        Compute sum = 0, sum_first = 0, sum_last = 0;
         for (int b = x.begin[pw]; b < x.begin[pw + 1]; ++b) {
-          const C pixel = static_cast<C>(row[x.pixel[b] * stride]);
+          const Compute pixel = static_cast<Compute>(row[x.pixel[b] * stride]);
           sum += pixel * x.weight[b];
           sum_first += pixel * x.slope_first[b];
           sum_last += pixel * x.slope_last[b];
@@ -333,48 +344,38 @@ __global__ __launch_bounds__(256, 1) void region_boxes_kernel(const __grid_const
         add_row(y.weight[a], y.slope_first[a], y.slope_last[a], sum, sum_first, sum_last);
       }
     } else {
-      for_each_tap<C>(y_axis, ph, 0, level.H - 1, [&](int y, double weight, double first, double last) {
+      for_each_tap<Compute>(y_axis, ph, 0, level.H - 1, [&](int y, double weight, double first, double last) {
         const T* row = origin + int64_t{y} * level.W * stride;
-        C sum = 0, sum_first = 0, sum_last = 0;
-        for_each_tap<C>(x_axis, pw, 0, level.W - 1, [&](int x, double w, double by_first, double by_last) {
-          const C pixel = static_cast<C>(row[x * stride]);
-          sum += pixel * static_cast<C>(w);
-          sum_first += pixel * static_cast<C>(by_first);
-          sum_last += pixel * static_cast<C>(by_last);
+        Compute sum = 0, sum_first = 0, sum_last = 0;
+        for_each_tap<Compute>(x_axis, pw, 0, level.W - 1, [&](int x, double w, double by_first, double by_last) {
+          const Compute pixel = static_cast<Compute>(row[x * stride]);
+          sum += pixel * static_cast<Compute>(w);
+          sum_first += pixel * static_cast<Compute>(by_first);
+          sum_last += pixel * static_cast<Compute>(by_last);
         });
-        add_row(static_cast<C>(weight), static_cast<C>(first), static_cast<C>(last), sum, sum_first, sum_last);
+        add_row(static_cast<Compute>(weight), static_cast<Compute>(first), static_cast<Compute>(last), sum, sum_first,
+                sum_last);
       });
     }
   }
-  const C own[4] = {sums.x_first, sums.y_first, sums.x_last, sums.y_last};
+  const Compute own[4] = {sums.x_first, sums.y_first, sums.x_last, sums.y_last};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const C sum = group_sum(own[i], 32);
+    const Compute sum = group_sum(own[i], 32);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32][i] = sum;
   }
   __syncthreads();
-  if (threadIdx.x >= 4) return;
-  C sum = 0;
-  for (int warp = 0; warp < kRegionWarps; ++warp) sum += warp_sums[warp][threadIdx.x];
-  parts[(k * gridDim.y + blockIdx.y) * 4 + threadIdx.x] = sum;
+  if (threadIdx.x >= 5) return;
+  Compute sum = 0;
+  for (int warp = 0; warp < kRegionWarps && threadIdx.x > 0; ++warp) sum += warp_sums[warp][threadIdx.x - 1];
+  partials[(blockIdx.y * p.K + k) * 5 + threadIdx.x] = sum;
 }
 
-// Adds up the blocks' parts in their order. A thread per element of [K,5].
-template <class C>
-__global__ __launch_bounds__(256, 1) void region_boxes_sum_kernel(const C* parts, int count, int64_t K, C* grad_boxes) {
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= 5 * K) return;
-  const int64_t k = i / 5, coordinate = i % 5 - 1;
-  C sum = 0;
-  for (int part = 0; part < count && coordinate >= 0; ++part) sum += parts[(k * count + part) * 4 + coordinate];
-  grad_boxes[i] = sum;
-}
-
-// More dynamic shared memory would have to be asked for kernel by kernel.
+// More dynamic shared memory would have to be enabled kernel by kernel.
 constexpr size_t kSharedBytes = 46 << 10;
 
-// Blocks per region: enough for every multiprocessor to have some, but no more than there is work for.
-unsigned parts_of(int64_t K, int64_t work) {
+// Returns the blocks per region: enough to occupy every multiprocessor, but no more than there is work for.
+unsigned blocks_of(int64_t K, int64_t work) {
   constexpr int64_t kBlocks = 1024;
   return static_cast<unsigned>(std::clamp<int64_t>(std::min(ceil_div(kBlocks, K), work), 1, 65535));
 }
@@ -382,19 +383,20 @@ unsigned parts_of(int64_t K, int64_t work) {
 template <class P, bool kMaximum>
 void launch_forward(const RegionProblem& problem, const P& p, cudaStream_t stream) {
   using T = typename P::T;
-  using C = typename P::C;
+  using Compute = typename P::Compute;
   constexpr int V = 16 / sizeof(T);
   const int64_t bins = problem.PH * problem.PW;
-  const size_t taps = SharedTaps<C>::bytes(p.PH, p.most_y, false) + SharedTaps<C>::bytes(p.PW, p.most_x, false);
+  const size_t taps =
+      SharedTaps<Compute>::bytes(p.PH, p.max_taps_y, false) + SharedTaps<Compute>::bytes(p.PW, p.max_taps_x, false);
   const unsigned K = grid_size(problem.spec.op, problem.K);
   if (taps + kRegionWarps * kRowBytes > kSharedBytes) {
-    const dim3 grid(K, parts_of(problem.K, ceil_div(bins * p.out_channels, kRegionThreads)));
+    const dim3 grid(K, blocks_of(problem.K, ceil_div(bins * p.out_channels, kRegionThreads)));
     region_outputs_kernel<P, kMaximum><<<grid, kRegionThreads, 0, stream>>>(p, problem.channels_last);
   } else if (!problem.channels_last) {
-    const dim3 grid(K, parts_of(problem.K, ceil_div(p.channels, 2 * kRegionWarps)));
+    const dim3 grid(K, blocks_of(problem.K, ceil_div(p.channels, 2 * kRegionWarps)));
     region_planes_kernel<P, kMaximum><<<grid, kRegionThreads, taps + kRegionWarps * kRowBytes, stream>>>(p);
   } else {
-    const dim3 grid(K, parts_of(problem.K, ceil_div(bins, kRegionWarps)));
+    const dim3 grid(K, blocks_of(problem.K, ceil_div(bins, kRegionWarps)));
     bool aligned = p.channels % V == 0 && reinterpret_cast<uintptr_t>(p.output) % 16 == 0;
     for (int l = 0; l < p.L; ++l) aligned = aligned && reinterpret_cast<uintptr_t>(p.levels[l].input) % 16 == 0;
     if (aligned)
@@ -406,23 +408,23 @@ void launch_forward(const RegionProblem& problem, const P& p, cudaStream_t strea
 }
 
 template <class P>
-void launch_boxes(const RegionProblem& problem, const P& p, typename P::C* grad_boxes, cudaStream_t stream) {
-  using C = typename P::C;
+void launch_boxes(const RegionProblem& problem, const P& p, typename P::Compute* grad_boxes, cudaStream_t stream) {
+  using Compute = typename P::Compute;
+  const char* op = problem.spec.op;
   const int64_t outputs = problem.PH * problem.PW * p.out_channels;
-  const unsigned count = parts_of(problem.K, ceil_div(outputs, 4 * kRegionThreads));
-  const Tensor parts = torch::stable::new_empty(problem.boxes, {problem.K, count, 4});
-  C* sums = static_cast<C*>(parts.mutable_data_ptr());
-  const size_t taps = SharedTaps<C>::bytes(p.PH, p.most_y, true) + SharedTaps<C>::bytes(p.PW, p.most_x, true);
-  const dim3 grid(grid_size(problem.spec.op, problem.K), count);
+  const unsigned blocks = blocks_of(problem.K, ceil_div(outputs, 4 * kRegionThreads));
+  // The partial sum of the only block is the gradient.
+  const Tensor memory = torch::stable::new_empty(problem.boxes, {blocks > 1 ? blocks : 0, problem.K, 5});
+  Compute* partials = blocks > 1 ? static_cast<Compute*>(memory.mutable_data_ptr()) : grad_boxes;
+  const size_t taps =
+      SharedTaps<Compute>::bytes(p.PH, p.max_taps_y, true) + SharedTaps<Compute>::bytes(p.PW, p.max_taps_x, true);
+  const dim3 grid(grid_size(op, problem.K), blocks);
   if (taps <= kSharedBytes)
-    region_boxes_kernel<P, true><<<grid, kRegionThreads, taps, stream>>>(p, problem.channels_last, sums);
+    region_boxes_kernel<P, true><<<grid, kRegionThreads, taps, stream>>>(p, problem.channels_last, partials);
   else
-    region_boxes_kernel<P, false><<<grid, kRegionThreads, 0, stream>>>(p, problem.channels_last, sums);
+    region_boxes_kernel<P, false><<<grid, kRegionThreads, 0, stream>>>(p, problem.channels_last, partials);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  region_boxes_sum_kernel<C>
-      <<<grid_size(problem.spec.op, ceil_div(5 * problem.K, kRegionThreads)), kRegionThreads, 0, stream>>>(
-          sums, static_cast<int>(count), problem.K, grad_boxes);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (blocks > 1) launch_sum_of_partials(op, partials, blocks, 5 * problem.K, 5 * problem.K, grad_boxes, stream);
 }
 
 Tensor forward(const RegionProblem& p) {
@@ -434,7 +436,7 @@ Tensor forward(const RegionProblem& p) {
     using T = typename decltype(t)::type;
     RegionParams<T> a = make_region_params<T>(p);
     a.output = static_cast<T*>(output.mutable_data_ptr());
-    if (p.spec.rule.kind == RegionKind::kMaximum)
+    if (p.spec.kind == RegionKind::kMaximum)
       launch_forward<RegionParams<T>, true>(p, a, stream);
     else
       launch_forward<RegionParams<T>, false>(p, a, stream);
@@ -442,21 +444,21 @@ Tensor forward(const RegionProblem& p) {
   return output;
 }
 
-void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* output, const RegionGrads& grads) {
+void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes) {
   const torch::stable::accelerator::DeviceGuard guard(p.boxes.get_device_index());
   const cudaStream_t stream = current_stream(p.boxes.get_device_index());
-  region_backward_input(p, grad_output, output, grads, stream);
-  if (!grads.wanted_boxes() || p.K == 0) return;
+  region_backward_input(p, grad_output, output, stream);
+  if (grad_boxes == nullptr || p.K == 0) return;
   dispatch_features(p.spec.op, p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     RegionParams<T> a = make_region_params<T>(p);
     a.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
-    launch_boxes(p, a, static_cast<ComputeType<T>*>(grads.boxes.mutable_data_ptr()), stream);
+    launch_boxes(p, a, static_cast<ComputeType<T>*>(grad_boxes->mutable_data_ptr()), stream);
   });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { RELOPS_REGIONS_IMPL(m, RegionOps<&forward, &backward>); }
+STABLE_TORCH_LIBRARY_IMPL(relops, CUDA, m) { register_regions<&forward, &backward>(m); }
 
 }  // namespace relops

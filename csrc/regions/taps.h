@@ -1,14 +1,15 @@
-// From a box to weights of pixels: the arithmetic that the CPU and the CUDA half of the region ops share.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: from a box to weights of pixels,
+// the arithmetic that the CPU and the CUDA half share.
 //
 // Every region op but roi_pool is a weighted mean of the pixels of a bin, and its weights are a product of one factor
 // for the row and one for the column: a mean over a grid of bilinear samples (roi_align, ps_roi_align,
 // multi_scale_roi_align), an integral of the bilinear surface over a rectangle (prroi_pool), a mean over a rectangle of
-// pixels (ps_roi_pool). So a box is described axis by axis: per bin, a few pixels and their weights ("taps"). roi_pool
-// takes the maximum over a rectangle, for which the taps say which pixels.
+// pixels (ps_roi_pool). A box is therefore described axis by axis: each bin has a few pixels and their weights, its
+// "taps". roi_pool takes the maximum over a rectangle, and its taps only say which pixels the rectangle holds.
 //
-// Taps are computed in double whatever the features are: there are few of them, and a box may be huge. Only what
-// decides, the number of samples and the edges rounded to pixels, is computed in the type C of the boxes, step by step
-// as torchvision does, so that the decision is the same there, on the CPU and on CUDA.
+// Taps are computed in double whatever the type of the features is: there are few of them, and a box may be huge. Only
+// the decisions, which are the number of samples and the edges rounded to pixels, are computed in Compute, the type of
+// the boxes, step by step as torchvision does, so that they are the same there, on the CPU and on CUDA.
 #pragma once
 
 #include "common/host_device.h"
@@ -22,61 +23,68 @@ enum class RegionKind {
   kMaximum,   // maximum over a rectangle of pixels
 };
 
-struct RegionRule {
+// What tells the region ops apart: how a box becomes weights, and which channel and which level it reads.
+struct RegionSpec {
+  const char* op;  // in error messages
   RegionKind kind;
   bool aligned = false;    // kSampled: pixel centers lie at half integers, and boxes are not widened to one pixel
   int sampling_ratio = 0;  // kSampled: samples per bin and axis; <= 0: as many as the bin has pixels, rounded up
+  bool position_sensitive = false;  // output channel c of bin b reads input channel c * bins + b
+  double canonical_box_size = 1;    // pyramids: a square box of this side belongs to level canonical_level
+  int canonical_level = 0;
 };
 
-// The most samples per bin and axis that may be asked for: what bounds the loops.
+// The largest sampling_ratio that is accepted; it bounds the loops over samples.
 constexpr int kMaxSamplingRatio = 65536;
 
-// The image that a batch index names, still to be compared with [0,N): the integer within 2^-10, so that numerical
-// derivatives can move an index, or else what is left of its fraction, as torchvision has it. NaN and infinities stay.
-template <class C>
-RELOPS_HOST_DEVICE C region_image(C index) {
-  const C nearest = round(index), distance = index - nearest;
-  return distance >= C(-1.0 / 1024) && distance <= C(1.0 / 1024) ? nearest : trunc(index);
+// The image that a batch index names, which the caller still has to compare with [0,N). An index within 2^-10 of an
+// integer is that integer, so that numerical derivatives can move an index; any other is truncated toward zero, as in
+// torchvision. NaN and infinities are returned unchanged.
+template <class Compute>
+RELOPS_HOST_DEVICE Compute region_image(Compute index) {
+  const Compute nearest = round(index), distance = index - nearest;
+  return distance >= Compute(-1.0 / 1024) && distance <= Compute(1.0 / 1024) ? nearest : trunc(index);
 }
 
 // A box on one axis of a feature map of `size` pixels, divided into `bins`.
 struct RegionAxis {
-  RegionRule rule;
+  RegionKind kind;
   int size, bins;
   double start, bin;     // where bin 0 begins, and the length of a bin, in pixels
   double grid;           // kSampled: samples per bin
   double scale;          // pixels of the map per unit of the boxes
-  bool widened = false;  // kSampled: to one pixel, so that the length does not depend on the box
+  bool widened = false;  // kSampled: the length is one pixel whatever the box says, so that its slope is zero
 };
 
 // first and last are coordinates of the box, finite.
-template <class C>
-RELOPS_HOST_DEVICE RegionAxis region_axis(RegionRule rule, C first, C last, double scale, int size, int bins) {
-  RegionAxis axis{rule, size, bins, 0, 0, 0, scale};
-  const C begin = product(first, static_cast<C>(scale)), end = product(last, static_cast<C>(scale));
-  if (rule.kind == RegionKind::kSampled) {
-    const double offset = rule.aligned ? 0.5 : 0.0;
-    C length = (end - static_cast<C>(offset)) - (begin - static_cast<C>(offset));
+template <class Compute>
+RELOPS_HOST_DEVICE RegionAxis region_axis(const RegionSpec& spec, Compute first, Compute last, double scale, int size,
+                                          int bins) {
+  RegionAxis axis{spec.kind, size, bins, 0, 0, 0, scale};
+  const Compute begin = product(first, static_cast<Compute>(scale)), end = product(last, static_cast<Compute>(scale));
+  if (spec.kind == RegionKind::kSampled) {
+    const double offset = spec.aligned ? 0.5 : 0.0;
+    Compute length = (end - static_cast<Compute>(offset)) - (begin - static_cast<Compute>(offset));
     axis.start = static_cast<double>(first) * scale - offset;
     double exact_length = static_cast<double>(last) * scale - offset - axis.start;
-    if (!rule.aligned && exact_length < 1) {
+    if (!spec.aligned && exact_length < 1) {
       axis.widened = true;
       exact_length = 1;
     }
-    if (!rule.aligned && length < 1) length = 1;
+    if (!spec.aligned && length < 1) length = 1;
     axis.bin = exact_length / bins;
     axis.grid =
-        rule.sampling_ratio > 0 ? rule.sampling_ratio : ceil(static_cast<double>(length / static_cast<C>(bins)));
-    if (!isfinite(axis.grid)) axis.grid = ceil(axis.bin);  // beyond the range of C
-  } else if (rule.kind == RegionKind::kPrecise) {
+        spec.sampling_ratio > 0 ? spec.sampling_ratio : ceil(static_cast<double>(length / static_cast<Compute>(bins)));
+    if (!isfinite(axis.grid)) axis.grid = ceil(axis.bin);  // the length overflowed Compute
+  } else if (spec.kind == RegionKind::kPrecise) {
     axis.start = static_cast<double>(first) * scale;
     axis.bin = (static_cast<double>(last) * scale - axis.start) / bins;
   } else {
-    const C from = round(begin), to = round(end);
-    C length = to - from + (rule.kind == RegionKind::kMaximum ? 1 : 0);
+    const Compute from = round(begin), to = round(end);
+    Compute length = to - from + (spec.kind == RegionKind::kMaximum ? 1 : 0);
     if (!(length >= 1)) length = 1;
     axis.start = from;
-    axis.bin = length / static_cast<C>(bins);  // of type C, like the edges made from it
+    axis.bin = length / static_cast<Compute>(bins);  // rounded to Compute, like the edges computed from it
   }
   return axis;
 }
@@ -90,13 +98,13 @@ struct PixelRange {
   int begin, end;
 };
 
-template <class C>
+template <class Compute>
 RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
-  const C length = static_cast<C>(axis.bin), start = static_cast<C>(axis.start);
-  // The means leave out the last row and column, as torchvision's forward does.
-  const double limit = axis.rule.kind == RegionKind::kMaximum ? axis.size : axis.size - 1;
-  const C begin = floor(product(static_cast<C>(bin), length)) + start;
-  const C end = ceil(product(static_cast<C>(bin + 1), length)) + start;
+  const Compute length = static_cast<Compute>(axis.bin), start = static_cast<Compute>(axis.start);
+  // Means leave out the last row and the last column of the map, as torchvision's forward does.
+  const double limit = axis.kind == RegionKind::kMaximum ? axis.size : axis.size - 1;
+  const Compute begin = floor(product(static_cast<Compute>(bin), length)) + start;
+  const Compute end = ceil(product(static_cast<Compute>(bin + 1), length)) + start;
   return {static_cast<int>(clamped(begin, 0, limit < 0 ? 0 : limit)),
           static_cast<int>(clamped(end, 0, limit < 0 ? 0 : limit))};
 }
@@ -104,23 +112,23 @@ RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
 // Calls tap(pixel, weight, slope_first, slope_last) for each pixel in [low, high] that the bin reads, in ascending
 // order, at most twice in a row for a sample or a cell; a pixel's weight is the sum over its calls. The slopes are the
 // derivatives of the weight by the box's first and last coordinate. 0 <= low, high < axis.size.
-template <class C, class Tap>
+template <class Compute, class Tap>
 RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, int high, Tap tap) {
-  switch (axis.rule.kind) {
+  switch (axis.kind) {
     case RegionKind::kSampled: {
       if (!(axis.grid >= 1) || axis.size < 1) return;
       const double step = axis.bin / axis.grid, first = axis.start + bin * axis.bin;
-      // Samples that reach the pixels asked for: at the border from a pixel outside on.
+      // Only samples that reach the pixels asked for are visited; at the border they may lie up to a pixel outside.
       const double nearest = low - 1, farthest = high + 1;
       double from = 0, count = axis.grid;
       if (step != 0) {
-        // One more on either side than the division says; each is checked below.
+        // One sample more on either side than the division gives; each is checked below.
         const double a = (nearest - first) / step - 0.5, b = (farthest - first) / step - 0.5;
         from = clamped(floor(a < b ? a : b) - 1, 0, axis.grid);
         const double to = clamped(ceil(a < b ? b : a) + 1, -1, axis.grid - 1);
-        // Past 2^53 neighboring numbers are not told apart; what is counted there must still be bounded.
-        const double most = (farthest - nearest) / (step < 0 ? -step : step) + 4;
-        count = to - from + 1 < most ? to - from + 1 : most;
+        // Past 2^53 neighboring positions are one number, so the count has to be bounded by other means.
+        const double max_count = (farthest - nearest) / (step < 0 ? -step : step) + 4;
+        count = to - from + 1 < max_count ? to - from + 1 : max_count;
       }
       for (int j = 0; j < count; ++j) {
         const double i = step < 0 ? from + count - 1 - j : from + j;  // so that positions ascend
@@ -142,10 +150,10 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
     case RegionKind::kPrecise: {
       if (!(axis.bin > 0)) return;
       const double a = axis.start + bin * axis.bin, b = a + axis.bin, length = b - a;
-      if (!(length > 0)) return;  // lost in the rounding of a huge start
+      if (!(length > 0)) return;  // the length was lost when a huge start was rounded
       const int begin = static_cast<int>(clamped(floor(a), low - 1, high + 1));
       const int end = static_cast<int>(clamped(ceil(b), low - 1, high + 1));
-      // How the bin's two ends follow the box's two coordinates.
+      // The derivatives of the two ends of the bin by the two coordinates of the box.
       const double a_last = axis.scale * bin / axis.bins, a_first = axis.scale - a_last;
       const double b_last = axis.scale * (bin + 1) / axis.bins, b_first = axis.scale - b_last;
       for (int cell = begin; cell < end; ++cell) {
@@ -165,8 +173,8 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
     }
     case RegionKind::kAveraged:
     case RegionKind::kMaximum: {
-      const PixelRange range = pixel_range<C>(axis, bin);
-      const double weight = axis.rule.kind == RegionKind::kMaximum ? 1 : 1.0 / (range.end - range.begin);
+      const PixelRange range = pixel_range<Compute>(axis, bin);
+      const double weight = axis.kind == RegionKind::kMaximum ? 1 : 1.0 / (range.end - range.begin);
       const int begin = range.begin > low ? range.begin : low, end = range.end <= high ? range.end : high + 1;
       for (int pixel = begin; pixel < end; ++pixel) tap(pixel, weight, 0.0, 0.0);
       return;
@@ -176,12 +184,13 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
 
 // Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), eq. 1, as torchvision computes it: the index of the
 // level of a box among `levels`, of which the first has scale 2^-finest.
-template <class C>
-RELOPS_HOST_DEVICE int region_level(C x1, C y1, C x2, C y2, C canonical_box_size, int canonical_level, int finest,
-                                    int levels) {
-  const C area = product(x2 - x1, y2 - y1);
-  const C side = sqrt(area > 0 ? area : 0);
-  const C level = floor(static_cast<C>(canonical_level) + log2(side / canonical_box_size) + static_cast<C>(1e-6));
+template <class Compute>
+RELOPS_HOST_DEVICE int region_level(Compute x1, Compute y1, Compute x2, Compute y2, Compute canonical_box_size,
+                                    int canonical_level, int finest, int levels) {
+  const Compute area = product(x2 - x1, y2 - y1);
+  const Compute side = sqrt(area > 0 ? area : 0);
+  const Compute level =
+      floor(static_cast<Compute>(canonical_level) + log2(side / canonical_box_size) + static_cast<Compute>(1e-6));
   return static_cast<int>(clamped(level - finest, 0, levels - 1));
 }
 

@@ -153,10 +153,10 @@ def fake_forward_position_sensitive(input: Tensor, boxes: Tensor, output_size: S
 
 
 def fake_backward(grad_output, input, boxes, input_shape, *rest):
-    channels_last, input_grad, boxes_grad = rest[-3:]
+    channels_last, (needs_input, needs_boxes) = rest[-2:]
     return (
-        empty(grad_output, input_shape, channels_last) if input_grad else grad_output.new_empty(0),
-        boxes.new_empty(boxes.shape if boxes_grad else 0),
+        empty(grad_output, input_shape, channels_last) if needs_input else grad_output.new_empty(0),
+        boxes.new_empty(boxes.shape if needs_boxes else 0),
     )
 
 
@@ -174,11 +174,11 @@ def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> Non
 
     def backward(ctx, grad_output):
         input, boxes = ctx.saved_tensors
-        need_input, need_boxes, *others = ctx.needs_input_grad
+        needs_input, needs_boxes, *others = ctx.needs_input_grad
         grad_input, grad_boxes = getattr(torch.ops.relops, f"_{op}_backward")(
-            grad_output, input, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, need_input, need_boxes
+            grad_output, input, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, [needs_input, needs_boxes]
         )
-        return grad_input if need_input else None, grad_boxes if need_boxes else None, *[None] * len(others)
+        return grad_input if needs_input else None, grad_boxes if needs_boxes else None, *[None] * len(others)
 
     register_differentiable(op, fake, fake_backward, setup_context, backward)
     register_vmap(op)

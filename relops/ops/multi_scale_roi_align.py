@@ -143,34 +143,34 @@ def _level_shapes(input_shape: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _fake_backward(grad_output, inputs, boxes, input_shape, *rest):
-    channels_last, input_grads, boxes_grad = rest[-3:]
+    channels_last, (*needs_levels, needs_boxes) = rest[-2:]
     return (
         [
-            empty(grad_output, shape, channels_last) if wanted else grad_output.new_empty(0)
-            for shape, wanted in zip(_level_shapes(input_shape), input_grads)
+            empty(grad_output, shape, channels_last) if needed else grad_output.new_empty(0)
+            for shape, needed in zip(_level_shapes(input_shape), needs_levels)
         ],
-        boxes.new_empty(boxes.shape if boxes_grad else 0),
+        boxes.new_empty(boxes.shape if needs_boxes else 0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     levels, boxes, _, *ctx.options = inputs
-    # Here, other than in backward, needs_input_grad lists the levels one by one.
-    boxes_grad = ctx.needs_input_grad[len(levels)]
-    ctx.save_for_backward(boxes, *(levels if boxes_grad else []))
+    # Here, unlike in backward, needs_input_grad lists the levels one by one.
+    needs_boxes = ctx.needs_input_grad[len(levels)]
+    ctx.save_for_backward(boxes, *(levels if needs_boxes else []))
     ctx.input_shape = [*levels[0].shape[:2], *(size for level in levels for size in level.shape[2:])]
     ctx.channels_last = _any_channels_last(levels)
 
 
 def _backward(ctx, grad_output):
     boxes, *levels = ctx.saved_tensors
-    need_levels, need_boxes, *others = ctx.needs_input_grad
+    needs_levels, needs_boxes, *others = ctx.needs_input_grad
     grad_levels, grad_boxes = torch.ops.relops._multi_scale_roi_align_backward(
-        grad_output, levels, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, need_levels, need_boxes
+        grad_output, levels, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, [*needs_levels, needs_boxes]
     )
     return (
-        [grad if need else None for grad, need in zip(grad_levels, need_levels)],
-        grad_boxes if need_boxes else None,
+        [grad if needed else None for grad, needed in zip(grad_levels, needs_levels)],
+        grad_boxes if needs_boxes else None,
         *[None] * len(others),
     )
 

@@ -1,0 +1,227 @@
+// roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align on the CPU: the gradient of the boxes.
+//
+// NCHW: an item is a block of channels of a map, or of some of its regions; it leaves partial sums for each region,
+// which cpu.cpp adds up. The gradients of a row of bins are spread to columns, and the rows of pixels are combined, a
+// vector of columns at a time, by the weights of their taps and by the slopes of these weights.
+//
+// channels_last: an item is a region.
+//
+// cpu_kernel.h includes this file once per instruction set, hence no include guard.
+
+#include "common/cpu/kernel_includes.h"
+#include "regions/cpu_args.h"
+
+namespace relops::RELOPS_ISA {
+
+namespace {
+
+// The transpose of a ColumnTable: for each column, the bins of a row of a tile that read it. Entry j of column i is at
+// [j * width + i]; `used` is -1 where the entry exists, and 0 where it does not.
+template <class Compute>
+struct BinTable {
+  int64_t width = 0, depth = 0;
+  Int<Compute>*at, *used;
+  Compute *weight, *slope_first, *slope_last;
+  int32_t* count;
+
+  BinTable(int64_t max_width, int64_t PW, Scratch& scratch)
+      : at(scratch.take<Int<Compute>>(max_width * PW)),
+        used(scratch.take<Int<Compute>>(max_width * PW)),
+        weight(scratch.take<Compute>(max_width * PW)),
+        slope_first(scratch.take<Compute>(max_width * PW)),
+        slope_last(scratch.take<Compute>(max_width * PW)),
+        count(scratch.take<int32_t>(max_width)) {}
+
+  void fill(const AxisTaps<Compute>& x, int64_t PW, int64_t left, int64_t width_) {
+    width = width_;
+    depth = 0;
+    std::fill_n(count, width, 0);
+    for (int32_t tap = x.begin[0]; tap < x.begin[PW]; ++tap)
+      depth = std::max<int64_t>(depth, ++count[x.pixel[tap] - left]);
+    std::fill_n(at, depth * width, 0);
+    std::fill_n(used, depth * width, 0);
+    std::fill_n(weight, depth * width, Compute(0));
+    std::fill_n(slope_first, depth * width, Compute(0));
+    std::fill_n(slope_last, depth * width, Compute(0));
+    std::fill_n(count, width, 0);
+    for (int64_t pw = 0; pw < PW; ++pw)
+      for (int32_t tap = x.begin[pw]; tap < x.begin[pw + 1]; ++tap) {
+        const int64_t i = x.pixel[tap] - left, entry = count[i]++ * width + i;
+        at[entry] = pw;
+        used[entry] = -1;
+        weight[entry] = x.weight[tap];
+        slope_first[entry] = x.slope_first[tap];
+        slope_last[entry] = x.slope_last[tap];
+      }
+  }
+};
+
+// The gradients of the bins of one row, looked up by number. kInRegister: there are no more than a vector holds.
+template <class Compute, bool kInRegister>
+struct BinRow {
+  const Compute* p;
+  Vec<Compute> all;
+  explicit BinRow(const Compute* p) : p(p), all{} {
+    if constexpr (kInRegister) all = load(p);
+  }
+  // The gradients of the bins of a vector of entries: zero where an entry does not exist, even if the gradients of bins
+  // are not finite.
+  Vec<Compute> get(const BinTable<Compute>& table, int64_t entry) const {
+    const VecInt<Compute> at = load_int<Compute>(table.at + entry);
+    Vec<Compute> v;
+    if constexpr (kInRegister)
+      v = __builtin_shuffle(all, at);
+    else
+      v = gather(p, at);
+    return load_int<Compute>(table.used + entry) ? v : Vec<Compute>{};
+  }
+};
+
+// Adds what some channels of a tile contribute to the gradient of its box. grads is memory for the bins of a tile and
+// one vector more. The function is noinline, because inlined in the loops of its caller GCC keeps the pointers of the
+// innermost loop in memory.
+template <class T, bool kInRegister, class Compute>
+[[gnu::noinline]] void add_tile(const RegionArgs<T>& a, int64_t k, const Map<T>& map, const BinTile<Compute>& tile,
+                                const BinTable<Compute>& table, int64_t left, int64_t channel, int64_t channel_end,
+                                Compute* grads, Compute* partial) {
+  constexpr int64_t V = kLanes<Compute>;
+  const int64_t plane = map.H * map.W, bins = a.PH * a.PW;
+  const T* tensor_end = map.input + a.N * a.channels * plane;
+  const AxisTaps<Compute>& y = tile.y;
+  Vec<Compute> x_first = {}, y_first = {}, x_last = {}, y_last = {};
+  for (int64_t c = channel; c < channel_end; ++c) {
+    convert(a.grad_output + (k * a.channels + c) * bins + tile.first, grads, tile.PH * tile.PW);
+    const T* first = map.input + (map.image * a.channels + c) * plane + left;
+    for (int64_t ph = 0; ph < tile.PH; ++ph) {
+      const BinRow<Compute, kInRegister> row(grads + ph * tile.PW);
+      for (int64_t i = 0; i < table.width && table.depth > 0; i += V) {
+        // g: the gradient spread to the columns. f: the rows of pixels combined. Each by the weights of the taps, and
+        // by their slopes.
+        Vec<Compute> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
+        for (int64_t j = i; j < table.depth * table.width; j += table.width) {
+          const Vec<Compute> bin = row.get(table, j);
+          g += bin * load(table.weight + j);
+          g_first += bin * load(table.slope_first + j);
+          g_last += bin * load(table.slope_last + j);
+        }
+        const VecInt<Compute> used = load_int<Compute>(table.used + i);
+        for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
+          const Vec<Compute> read = load_before(first + y.pixel[tap] * map.W + i, tensor_end);
+          const Vec<Compute> pixels = used ? read : Vec<Compute>{};
+          f += pixels * y.weight[tap];
+          f_first += pixels * y.slope_first[tap];
+          f_last += pixels * y.slope_last[tap];
+        }
+        x_first += f * g_first;
+        x_last += f * g_last;
+        y_first += f_first * g;
+        y_last += f_last * g;
+      }
+    }
+  }
+  partial[0] += sum<Compute>(x_first);
+  partial[1] += sum<Compute>(y_first);
+  partial[2] += sum<Compute>(x_last);
+  partial[3] += sum<Compute>(y_last);
+}
+
+template <class T, bool kInRegister>
+void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
+  const int64_t max_width = round_up(a.max_columns, V) + V;
+  const TileSize size(a.PH, a.PW, 0, max_width);
+  const PlaneItems<T> items(a, kChannelBlock, threads, true);
+  for_each_item(items.count, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    BinTable<Compute> table(max_width, size.PW, *scratch);
+    Compute* grads = scratch->template take<Compute>(size.bins() + V);
+    return [&, scratch, table, grads](int64_t i) mutable {
+      const auto item = items.at(i);
+      for (const Region<Compute>& r : item.regions) {
+        Compute* partial = a.box_partials + (item.block * a.K + r.k) * 4;
+        std::fill_n(partial, 4, Compute(0));
+        for_each_tile(r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
+          const Columns columns(tile.x.low, tile.x.high, item.map.W, V);
+          table.fill(tile.x, tile.PW, columns.left, columns.width);
+          add_tile<T, kInRegister>(a, r.k, item.map, tile, table, columns.left, item.channel, item.channel_end, grads,
+                                   partial);
+        });
+      }
+    };
+  });
+}
+
+// Adds what a pixel contributes to the gradient of its box. value: the pixel times the gradient of its bin.
+template <class Compute>
+inline void add_pixel(const Region<Compute>& r, int32_t y, int32_t x, Compute value, Compute* partial) {
+  partial[0] += value * (r.y.weight[y] * r.x.slope_first[x]);
+  partial[1] += value * (r.y.slope_first[y] * r.x.weight[x]);
+  partial[2] += value * (r.y.weight[y] * r.x.slope_last[x]);
+  partial[3] += value * (r.y.slope_last[y] * r.x.weight[x]);
+}
+
+template <class T>
+void mean_backward_boxes_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
+  using Compute = ComputeType<T>;
+  const int64_t bins = a.PH * a.PW;
+  const PlaneItems<T> items(a, kChannelBlock, threads, true);
+  for_each_item(items.count, threads, [&] {
+    return [&](int64_t i) {
+      const auto item = items.at(i);
+      const Map<T>& map = item.map;
+      for (const Region<Compute>& r : item.regions) {
+        Compute* partial = a.box_partials + (item.block * a.K + r.k) * 4;
+        std::fill_n(partial, 4, Compute(0));
+        for (int64_t c = item.channel; c < item.channel_end; ++c) {
+          const int64_t ph = c % bins / a.PW, pw = c % a.PW;
+          const T* plane = map.input + (map.image * a.channels + c) * map.H * map.W;
+          const Compute grad = static_cast<Compute>(a.grad_output[r.k * a.channels + c]);
+          for_each_pixel(r, ph, pw, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
+            const Compute value = grad * static_cast<Compute>(plane[pixel]);
+            add_pixel(r, y, x, value, partial);
+          });
+        }
+      }
+    };
+  });
+}
+
+template <class T>
+void mean_backward_boxes_pixels(const RegionArgs<T>& a, int64_t threads) {
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
+  const int64_t bins = a.PH * a.PW;
+  for_each_item(a.K, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    Compute* grads = scratch->template take<Compute>(a.out_channels);
+    return [&, scratch, grads](int64_t i) {
+      const Region<Compute>& r = a.regions[i];
+      const Map<T> map(a, r.map);
+      const T* image = map.input + map.image * map.H * map.W * a.channels;
+      Compute* partial = a.box_partials + r.k * 4;
+      std::fill_n(partial, 4, Compute(0));
+      for (int64_t o = 0; o < bins; ++o) {
+        convert(a.grad_output + (r.k * bins + o) * a.out_channels, grads, a.out_channels);
+        for_each_pixel(r, o / a.PW, o % a.PW, map.W, [&](int64_t pixel, int32_t y, int32_t x) {
+          const T* p = image + pixel * a.channels;
+          Compute value = 0;
+          int64_t c = 0;
+          if (a.position_sensitive) {
+            for (; c < a.out_channels; ++c) value += grads[c] * static_cast<Compute>(p[c * bins + o]);
+          } else {
+            Vec<Compute> total = {};
+            for (; c + V <= a.channels; c += V) total += load(grads + c) * load(p + c);
+            value = sum<Compute>(total);
+            for (; c < a.channels; ++c) value += grads[c] * static_cast<Compute>(p[c]);
+          }
+          add_pixel(r, y, x, value, partial);
+        });
+      }
+    };
+  });
+}
+
+}  // namespace
+
+}  // namespace relops::RELOPS_ISA

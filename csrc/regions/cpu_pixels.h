@@ -1,0 +1,132 @@
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: forward of
+// channels_last maps.
+//
+// An item is a region. A bin adds up its pixels, a vector of channels at a time.
+//
+// cpu_kernel.h includes this file once per instruction set, hence no include guard.
+
+#include "common/cpu/kernel_includes.h"
+#include "regions/cpu_args.h"
+
+namespace relops::RELOPS_ISA {
+
+namespace {
+
+// Where the pixels of a bin lie in a map, and their weights. Where a bin has many pixels, a list holds some rows of
+// them.
+template <class Compute>
+struct PixelList {
+  int64_t max_count;
+  int64_t* offset;  // in elements
+  Compute* weight;
+  int64_t count = 0;
+
+  PixelList(int64_t max_taps_y, int64_t max_taps_x, Scratch& scratch)
+      : max_count(std::min(max_taps_y * max_taps_x, std::max<int64_t>(kMany, max_taps_x))),
+        offset(scratch.take<int64_t>(max_count)),
+        weight(scratch.take<Compute>(max_count)) {}
+
+  // Makes the lists of the pixels of the rows of taps [begin, end) and of column pw of bins, and calls f(first, last)
+  // with each: whether it is the first, and the last. There is at least one list; where it is the only one, first and
+  // last are constants. Pixel 0 of the map is at `origin`, a pixel takes `stride` elements.
+  template <class F>
+  void visit(const Region<Compute>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
+             int64_t stride, F f) {
+    const int32_t x_begin = r.x.begin[pw], x_end = r.x.begin[pw + 1];
+    const auto fill = [&](int32_t y, int32_t last) {
+      count = 0;
+      for (; y < last; ++y)
+        for (int32_t x = x_begin; x < x_end; ++x) {
+          offset[count] = origin + (r.y.pixel[y] * map_width + r.x.pixel[x]) * stride;
+          weight[count++] = r.y.weight[y] * r.x.weight[x];
+        }
+    };
+    if (int64_t{end - begin} * (x_end - x_begin) <= max_count) {
+      fill(begin, end);
+      f(std::true_type{}, std::true_type{});
+      return;
+    }
+    const int64_t rows = max_count / (x_end - x_begin);
+    for (int32_t y = begin, last; y < end; y = last) {
+      last = static_cast<int32_t>(std::min<int64_t>(y + rows, end));
+      fill(y, last);
+      f(y == begin, last == end);
+    }
+  }
+
+ private:
+  static constexpr int64_t kMany = 2048;
+};
+
+// Calls f(c, n) for blocks of channels: n vectors at channel c, the last of them moved back so that it ends with the
+// channels. Channels that do not fill one vector are left to the caller, and false is returned.
+template <class Compute, int kVectors, class F>
+inline bool for_each_channel_block(int64_t channels, F f) {
+  constexpr int64_t V = kLanes<Compute>;
+  if (channels < V) return false;
+  int64_t c = 0;
+  for (; c + kVectors * V <= channels; c += kVectors * V) f(c, std::integral_constant<int, kVectors>{});
+  for (; c + V <= channels; c += V) f(c, std::integral_constant<int, 1>{});
+  if (c < channels) f(channels - V, std::integral_constant<int, 1>{});
+  return true;
+}
+
+template <class T, bool kMaximum>
+void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
+  using Compute = ComputeType<T>;
+  constexpr int64_t V = kLanes<Compute>;
+  const int64_t bins = a.PH * a.PW;
+  for_each_item(a.K, threads, [&] {
+    auto scratch = std::make_shared<Scratch>();
+    PixelList<Compute> pixels(a.max_taps_y, a.max_taps_x, *scratch);
+    // Where the pixels of a bin are more than one list: the results up to the list before, and up to this one.
+    const int64_t kept = pixels.max_count < a.max_taps_y * a.max_taps_x ? a.out_channels : 0;
+    Compute *before = scratch->template take<Compute>(kept), *after = scratch->template take<Compute>(kept);
+    return [&, scratch, pixels, before, after](int64_t i) mutable {
+      const Region<Compute>& r = a.regions[i];
+      const Map<T> map(a, r.map);
+      const T* image = map.input + map.image * map.H * map.W * a.channels;
+      for (int64_t o = 0; o < bins; ++o) {
+        const int64_t ph = o / a.PW;
+        T* out = a.output + (r.k * bins + o) * a.out_channels;
+        pixels.visit(r, r.y.begin[ph], r.y.begin[ph + 1], o % a.PW, map.W, 0, a.channels, [&](auto first, auto last) {
+          const int64_t count = pixels.count;
+          const int64_t* const offset = pixels.offset;
+          const Compute* const weight = pixels.weight;
+          const Compute start = kMaximum && count > 0 ? -std::numeric_limits<Compute>::infinity() : Compute(0);
+          const auto one_channel = [&](int64_t c, int64_t of_pixel) {
+            Compute result = first ? start : before[c];
+            for (int64_t i = 0; i < count; ++i) {
+              const Compute read = static_cast<Compute>(image[offset[i] + of_pixel]);
+              accumulate<kMaximum>(result, read, weight[i]);
+            }
+            if (last)
+              out[c] = static_cast<T>(result);
+            else
+              after[c] = result;
+          };
+          const bool done =
+              !a.position_sensitive && for_each_channel_block<Compute, 4>(a.channels, [&](int64_t c, auto vectors) {
+                Vec<Compute> result[vectors.value];
+                for (int v = 0; v < vectors.value; ++v) result[v] = first ? broadcast(start) : load(before + c + v * V);
+                for (int64_t i = 0; i < count; ++i) {
+                  const T* p = image + offset[i] + c;
+                  for (int v = 0; v < vectors.value; ++v) {
+                    const Vec<Compute> read = load(p + v * V);
+                    accumulate<kMaximum>(result[v], read, weight[i]);
+                  }
+                }
+                for (int v = 0; v < vectors.value; ++v)
+                  last ? store(out + c + v * V, result[v]) : store(after + c + v * V, result[v]);
+              });
+          for (int64_t c = 0; c < a.out_channels && !done; ++c) one_channel(c, a.position_sensitive ? c * bins + o : c);
+          if (!last) std::swap(before, after);
+        });
+      }
+    };
+  });
+}
+
+}  // namespace
+
+}  // namespace relops::RELOPS_ISA

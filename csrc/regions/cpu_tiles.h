@@ -1,0 +1,175 @@
+// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: tiles of bins, and their rows and columns of
+// pixels, which kernels for NCHW maps combine a vector of columns at a time.
+//
+// cpu_kernel.h includes this file once per instruction set, hence no include guard.
+
+#include "common/cpu/kernel_includes.h"
+#include "regions/cpu_args.h"
+
+namespace relops::RELOPS_ISA {
+
+namespace {
+
+// Kernels keep intermediate results of one tile of bins of a region, so that their memory does not grow with the
+// output. A tile is some whole rows of bins, or a part of one row: it is contiguous in a plane of the output.
+template <class Compute>
+struct BinTile {
+  AxisTaps<Compute> y, x;
+  int64_t PH, PW;
+  int64_t first;  // the number of its first bin
+};
+
+// The size of tiles, such that a kernel that keeps `row_values` numbers for each row of bins and `column_values` for
+// each column stays within bounds. Outputs of up to 32 x 32 bins usually are one tile.
+struct TileSize {
+  int64_t PH, PW;
+  TileSize(int64_t all_PH, int64_t all_PW, int64_t row_values, int64_t column_values) {
+    constexpr int64_t kBins = 1024, kValues = 1 << 16;
+    PW = std::min(all_PW, std::clamp<int64_t>(kValues / std::max<int64_t>(column_values, 1), 1, kBins));
+    const int64_t rows = std::min(kBins / PW, kValues / std::max<int64_t>(row_values, 1));
+    PH = PW < all_PW ? 1 : std::clamp<int64_t>(rows, 1, all_PH);
+  }
+  int64_t bins() const { return PH * PW; }
+};
+
+// The taps of `count` of the bins, from bin `first` on.
+template <class Compute>
+inline AxisTaps<Compute> taps_of_bins(AxisTaps<Compute> taps, int64_t bins, int64_t first, int64_t count) {
+  if (count == bins) return taps;
+  taps.begin += first;
+  taps.low = taps.high = taps.max_taps = 0;
+  for (int64_t bin = 0; bin < count; ++bin)
+    taps.max_taps = std::max(taps.max_taps, taps.begin[bin + 1] - taps.begin[bin]);
+  if (taps.begin[0] == taps.begin[count]) return taps;
+  const auto [low, high] = std::minmax_element(taps.pixel + taps.begin[0], taps.pixel + taps.begin[count]);
+  taps.low = *low;
+  taps.high = *high + 1;
+  return taps;
+}
+
+// Calls f(tile) for the tiles of a region.
+template <class Compute, class F>
+inline void for_each_tile(const Region<Compute>& r, int64_t PH, int64_t PW, const TileSize& size, F f) {
+  for (int64_t pw = 0; pw < PW; pw += size.PW) {
+    const int64_t columns = std::min(size.PW, PW - pw);
+    const AxisTaps<Compute> x = taps_of_bins(r.x, PW, pw, columns);
+    for (int64_t ph = 0; ph < PH; ph += size.PH) {
+      const int64_t rows = std::min(size.PH, PH - ph);
+      f(BinTile<Compute>{taps_of_bins(r.y, PH, ph, rows), x, rows, columns, ph * PW + pw});
+    }
+  }
+}
+
+// The columns that a region reads, in whole vectors that begin at column `left`. They stay inside the row where it is
+// wide enough; otherwise they continue into the next row.
+struct Columns {
+  int64_t left, width;
+  Columns(int64_t low, int64_t high, int64_t map_width, int64_t lanes)
+      : left(low), width(round_up(std::max<int64_t>(high - low, 1), lanes)) {
+    left = std::max<int64_t>(0, std::min(left, map_width - width));
+    width = round_up(std::max<int64_t>(high - left, 1), lanes);
+  }
+};
+
+// For each bin of a tile, the columns that it gathers, and their weights: entry j of bin o is at [j * padded + o].
+template <class Compute>
+struct ColumnTable {
+  int64_t padded = 0, depth = 0;
+  Int<Compute>* at;
+  Compute* weight;
+
+  ColumnTable(int64_t bins, int64_t max_taps, Scratch& scratch)
+      : at(scratch.take<Int<Compute>>(round_up(bins, kLanes<Compute>) * max_taps)),
+        weight(scratch.take<Compute>(round_up(bins, kLanes<Compute>) * max_taps)) {}
+
+  // The rows of bins are `stride` apart in the array that is gathered from. An entry without a weight reads the zero at
+  // `zero`.
+  void fill(const AxisTaps<Compute>& x, int64_t PH, int64_t PW, int64_t left, int64_t stride, int64_t zero) {
+    const int64_t bins = PH * PW;
+    padded = round_up(bins, kLanes<Compute>);
+    depth = x.max_taps;
+    for (int64_t j = 0; j < depth; ++j)
+      for (int64_t pw = 0; pw < PW; ++pw) {
+        const int64_t tap = x.begin[pw] + j;
+        const bool exists = tap < x.begin[pw + 1];
+        for (int64_t ph = 0; ph < PH; ++ph) {
+          at[j * padded + ph * PW + pw] = exists ? ph * stride + x.pixel[tap] - left : zero;
+          weight[j * padded + ph * PW + pw] = exists ? x.weight[tap] : 0;
+        }
+      }
+    for (int64_t j = 0; j < depth; ++j)
+      for (int64_t o = bins; o < padded; ++o) {
+        at[j * padded + o] = zero;
+        weight[j * padded + o] = 0;
+      }
+  }
+};
+
+// Finds where the rows of a tile's taps begin, in elements from the first column that is read.
+template <class Compute>
+inline void row_offsets(const AxisTaps<Compute>& y, int64_t PH, int64_t map_width, int64_t* offset) {
+  for (int32_t tap = y.begin[0]; tap < y.begin[PH]; ++tap) *offset++ = y.pixel[tap] * map_width;
+}
+
+// Computes the weighted sum or the maximum of kRows rows; if `more`, together with what is already in `out`.
+template <bool kMaximum, int kRows, class T, class Compute>
+inline void combine_some_rows(const T* first, const int64_t* offset, const Compute* weight, int64_t width, bool more,
+                              Compute* out) {
+  const T* row[kRows];
+  for (int t = 0; t < kRows; ++t) row[t] = first + offset[t];
+  for (int64_t i = 0; i < width; i += kLanes<Compute>) {
+    Vec<Compute> result =
+        more ? load(out + i) : broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
+    for (int t = 0; t < kRows; ++t) {
+      const Vec<Compute> read = load(row[t] + i);
+      accumulate<kMaximum>(result, read, weight[t]);
+    }
+    store(out + i, result);
+  }
+}
+
+// Combines the rows of a bin's taps to out[0..width), in whole vectors.
+template <bool kMaximum, class T, class Compute>
+inline void combine_rows(const T* first, const T* end, const int64_t* offset, const Compute* weight, int64_t count,
+                         int64_t width, Compute* out) {
+  bool more = false;
+  int64_t t = 0;
+  if (count == 0 || first + offset[count - 1] + width <= end) [[likely]] {
+    for (; t + 4 <= count; t += 4, more = true)
+      combine_some_rows<kMaximum, 4>(first, offset + t, weight + t, width, more, out);
+    if (t + 2 <= count) {
+      combine_some_rows<kMaximum, 2>(first, offset + t, weight + t, width, more, out);
+      t += 2;
+      more = true;
+    }
+    if (t < count || !more)
+      t < count ? combine_some_rows<kMaximum, 1>(first, offset + t, weight + t, width, more, out)
+                : combine_some_rows<kMaximum, 0>(first, offset, weight, width, more, out);
+    return;
+  }
+  // The last vector would reach past the end of the tensor, where nothing may be read.
+  for (int64_t i = 0; i < width; i += kLanes<Compute>) {
+    Vec<Compute> result = broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
+    for (t = 0; t < count; ++t) {
+      const Vec<Compute> read = load_before(first + offset[t] + i, end);
+      accumulate<kMaximum>(result, read, weight[t]);
+    }
+    store(out + i, result);
+  }
+}
+
+// Prefetches the rows of a plane that a region reads. It is always_inline, because GCC drops calls of a function that
+// only prefetches: it sees no effect in them.
+template <class T, class Compute>
+[[gnu::always_inline]] inline void prefetch_rows(const Region<Compute>& r, const T* plane, int64_t map_width,
+                                                 int64_t PH) {
+  const int64_t bytes = (r.x.high - r.x.low) * sizeof(T);
+  for (int32_t tap = 0; tap < r.y.begin[PH]; ++tap) {
+    const auto* row = reinterpret_cast<const char*>(plane + r.y.pixel[tap] * map_width + r.x.low);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+}  // namespace
+
+}  // namespace relops::RELOPS_ISA

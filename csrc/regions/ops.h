@@ -1,0 +1,207 @@
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align and their backward ops with the
+// signatures of library.cpp. All of them lead to one forward and one backward function of a device, which get the call
+// as a RegionProblem.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "regions/problem.h"
+
+namespace relops {
+
+// kForward: Tensor (const RegionProblem&).
+// kBackward: void (const RegionProblem&, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes).
+// It fills the gradients of the levels and grad_boxes, which are not initialized; grad_boxes is null where it is not
+// needed. grad_output is in the memory format of the problem, and so is the output, which only kMaximum gets.
+template <auto kForward, auto kBackward>
+struct RegionOps {
+  using OptionalTensor = std::optional<Tensor>;
+  using Ints = std::vector<int64_t>;
+  using Floats = std::vector<double>;
+  using Flags = std::vector<bool>;
+  using Tensors = std::vector<Tensor>;
+
+  static Tensor roi_align(const Tensor& input, const Tensor& boxes, Ints output_size, double spatial_scale,
+                          int64_t sampling_ratio, bool aligned) {
+    return forward(roi_align_spec(sampling_ratio, aligned), {spatial_scale}, {input}, boxes, output_size);
+  }
+  static std::tuple<Tensor, Tensor> roi_align_backward(const Tensor& grad_output, const OptionalTensor& input,
+                                                       const Tensor& boxes, Ints input_shape, double spatial_scale,
+                                                       int64_t sampling_ratio, bool aligned, bool channels_last,
+                                                       Flags needs_grad) {
+    return backward_of_one(roi_align_spec(sampling_ratio, aligned), spatial_scale, grad_output, input, boxes,
+                           input_shape, channels_last, needs_grad);
+  }
+
+  static Tensor ps_roi_align(const Tensor& input, const Tensor& boxes, Ints output_size, double spatial_scale,
+                             int64_t sampling_ratio) {
+    return forward(ps_roi_align_spec(sampling_ratio), {spatial_scale}, {input}, boxes, output_size);
+  }
+  static std::tuple<Tensor, Tensor> ps_roi_align_backward(const Tensor& grad_output, const OptionalTensor& input,
+                                                          const Tensor& boxes, Ints input_shape, double spatial_scale,
+                                                          int64_t sampling_ratio, bool channels_last,
+                                                          Flags needs_grad) {
+    return backward_of_one(ps_roi_align_spec(sampling_ratio), spatial_scale, grad_output, input, boxes, input_shape,
+                           channels_last, needs_grad);
+  }
+
+  static Tensor prroi_pool(const Tensor& input, const Tensor& boxes, Ints output_size, double spatial_scale) {
+    return forward(kPrRoiPool, {spatial_scale}, {input}, boxes, output_size);
+  }
+  static std::tuple<Tensor, Tensor> prroi_pool_backward(const Tensor& grad_output, const OptionalTensor& input,
+                                                        const Tensor& boxes, Ints input_shape, double spatial_scale,
+                                                        bool channels_last, Flags needs_grad) {
+    return backward_of_one(kPrRoiPool, spatial_scale, grad_output, input, boxes, input_shape, channels_last,
+                           needs_grad);
+  }
+
+  static Tensor ps_roi_pool(const Tensor& input, const Tensor& boxes, Ints output_size, double spatial_scale) {
+    return forward(kPsRoiPool, {spatial_scale}, {input}, boxes, output_size);
+  }
+  static Tensor ps_roi_pool_backward(const Tensor& grad_output, const Tensor& boxes, Ints input_shape,
+                                     double spatial_scale, bool channels_last) {
+    return std::get<0>(backward_of_one(kPsRoiPool, spatial_scale, grad_output, std::nullopt, boxes, input_shape,
+                                       channels_last, {true, false}));
+  }
+
+  static Tensor roi_pool(const Tensor& input, const Tensor& boxes, Ints output_size, double spatial_scale) {
+    return forward(kRoiPool, {spatial_scale}, {input}, boxes, output_size);
+  }
+  static Tensor roi_pool_backward(const Tensor& grad_output, const Tensor& input, const Tensor& boxes,
+                                  const Tensor& output, double spatial_scale) {
+    const char* op = kRoiPool.op;
+    STD_TORCH_CHECK(input.dim() == 4, op, ": input must be [N,C,H,W]");
+    STD_TORCH_CHECK(grad_output.dim() == 4, op, ": grad_output must be [K,C,PH,PW]");
+    check_shape(op, "output", output,
+                {grad_output.size(0), grad_output.size(1), grad_output.size(2), grad_output.size(3)});
+    STD_TORCH_CHECK(output.scalar_type() == grad_output.scalar_type() && output.device() == grad_output.device(), op,
+                    ": output differs from grad_output in dtype or device");
+    const bool channels_last = is_channels_last(input);
+    const Tensor in_format = torch::stable::contiguous(output, memory_format(channels_last));
+    const Ints input_shape{input.size(0), input.size(1), input.size(2), input.size(3)};
+    return std::get<0>(backward_of_one(kRoiPool, spatial_scale, grad_output, input, boxes, input_shape, channels_last,
+                                       {true, false}, &in_format));
+  }
+
+  static Tensor multi_scale_roi_align(Tensors inputs, const Tensor& boxes, Ints output_size, Floats spatial_scales,
+                                      int64_t sampling_ratio, bool aligned, double canonical_box_size,
+                                      int64_t canonical_level) {
+    return forward(multi_scale_spec(sampling_ratio, aligned, canonical_box_size, canonical_level), spatial_scales,
+                   inputs, boxes, output_size);
+  }
+  static std::tuple<Tensors, Tensor> multi_scale_roi_align_backward(const Tensor& grad_output, Tensors inputs,
+                                                                    const Tensor& boxes, Ints input_shape,
+                                                                    Floats spatial_scales, int64_t sampling_ratio,
+                                                                    bool aligned, double canonical_box_size,
+                                                                    int64_t canonical_level, bool channels_last,
+                                                                    Flags needs_grad) {
+    return backward(multi_scale_spec(sampling_ratio, aligned, canonical_box_size, canonical_level), spatial_scales,
+                    grad_output, inputs, boxes, input_shape, channels_last, needs_grad);
+  }
+
+ private:
+  static constexpr RegionSpec kPrRoiPool{"relops.prroi_pool", RegionKind::kPrecise};
+  static constexpr RegionSpec kPsRoiPool{
+      .op = "relops.ps_roi_pool", .kind = RegionKind::kAveraged, .position_sensitive = true};
+  static constexpr RegionSpec kRoiPool{"relops.roi_pool", RegionKind::kMaximum};
+
+  static RegionSpec roi_align_spec(int64_t sampling_ratio, bool aligned) {
+    return {"relops.roi_align", RegionKind::kSampled, aligned, as_int(sampling_ratio)};
+  }
+  static RegionSpec ps_roi_align_spec(int64_t sampling_ratio) {
+    return {"relops.ps_roi_align", RegionKind::kSampled, true, as_int(sampling_ratio), true};
+  }
+  static RegionSpec multi_scale_spec(int64_t sampling_ratio, bool aligned, double canonical_box_size,
+                                     int64_t canonical_level) {
+    return {"relops.multi_scale_roi_align",
+            RegionKind::kSampled,
+            aligned,
+            as_int(sampling_ratio),
+            false,
+            canonical_box_size,
+            static_cast<int>(canonical_level)};
+  }
+
+  // The sampling_ratio as an int: RegionProblem checks its bound.
+  static int as_int(int64_t sampling_ratio) {
+    return static_cast<int>(sampling_ratio > kMaxSamplingRatio ? kMaxSamplingRatio + 1
+                            : sampling_ratio < 0               ? 0
+                                                               : sampling_ratio);
+  }
+
+  static Tensor forward(const RegionSpec& spec, const Floats& spatial_scales, const Tensors& inputs,
+                        const Tensor& boxes, const Ints& output_size) {
+    const char* op = spec.op;
+    STD_TORCH_CHECK(!inputs.empty(), op, ": needs at least one level");
+    STD_TORCH_CHECK(output_size.size() == 2, op, ": output_size must be two numbers");
+    Ints input_shape;
+    bool channels_last = false;
+    for (const Tensor& input : inputs) {
+      STD_TORCH_CHECK(input.dim() == 4, op, ": input must be [N,C,H,W]");
+      if (input_shape.empty()) input_shape = {input.size(0), input.size(1)};
+      input_shape.push_back(input.size(2));
+      input_shape.push_back(input.size(3));
+      channels_last = channels_last || is_channels_last(input);
+    }
+    return kForward(RegionProblem(spec, spatial_scales, inputs, boxes, input_shape, output_size[0], output_size[1],
+                                  inputs[0].scalar_type(), channels_last));
+  }
+
+  // needs_grad: of each level, then of the boxes.
+  static std::tuple<Tensors, Tensor> backward(const RegionSpec& spec, const Floats& spatial_scales,
+                                              const Tensor& grad_output, const Tensors& inputs, const Tensor& boxes,
+                                              const Ints& input_shape, bool channels_last, const Flags& needs_grad,
+                                              const Tensor* output = nullptr) {
+    const char* op = spec.op;
+    STD_TORCH_CHECK(grad_output.dim() == 4, op, ": grad_output must be [K,C,PH,PW]");
+    STD_TORCH_CHECK(grad_output.device() == boxes.device(), op, ": grad_output is not on the device of boxes");
+    RegionProblem p(spec, spatial_scales, inputs, boxes, input_shape, grad_output.size(2), grad_output.size(3),
+                    grad_output.scalar_type(), channels_last);
+    check_shape(op, "grad_output", grad_output, {p.K, p.out_channels(), p.PH, p.PW});
+    STD_TORCH_CHECK(needs_grad.size() == p.levels.size() + 1, op, ": needs_grad must have a flag per gradient");
+    const bool needs_boxes = needs_grad.back();
+    STD_TORCH_CHECK(!needs_boxes || !inputs.empty(), op, ": the gradient of boxes needs the input");
+    Tensors grads;
+    for (size_t l = 0; l < p.levels.size(); ++l) {
+      grads.push_back(needs_grad[l] ? p.new_empty({p.N, p.C, p.levels[l].H, p.levels[l].W}) : none_like(grad_output));
+      p.levels[l].grad_input = needs_grad[l] ? grads[l].mutable_data_ptr() : nullptr;
+    }
+    const Tensor grad_boxes = needs_boxes ? torch::stable::new_empty(boxes, {p.K, 5}) : none_like(boxes);
+    kBackward(p, p.in_format(grad_output), output, needs_boxes ? &grad_boxes : nullptr);
+    return {std::move(grads), grad_boxes};
+  }
+
+  // The backward of an op with one level. input: nullopt where it is not read.
+  static std::tuple<Tensor, Tensor> backward_of_one(const RegionSpec& spec, double spatial_scale,
+                                                    const Tensor& grad_output, const OptionalTensor& input,
+                                                    const Tensor& boxes, const Ints& input_shape, bool channels_last,
+                                                    const Flags& needs_grad, const Tensor* output = nullptr) {
+    const Tensors inputs = input ? Tensors{*input} : Tensors{};
+    const auto [grads, grad_boxes] =
+        backward(spec, {spatial_scale}, grad_output, inputs, boxes, input_shape, channels_last, needs_grad, output);
+    return {grads[0], grad_boxes};
+  }
+};
+
+template <auto kForward, auto kBackward>
+void register_regions(auto& m) {
+  using Ops = RegionOps<kForward, kBackward>;
+  m.impl("roi_align", TORCH_BOX(&Ops::roi_align));
+  m.impl("_roi_align_backward", TORCH_BOX(&Ops::roi_align_backward));
+  m.impl("roi_pool", TORCH_BOX(&Ops::roi_pool));
+  m.impl("_roi_pool_backward", TORCH_BOX(&Ops::roi_pool_backward));
+  m.impl("ps_roi_align", TORCH_BOX(&Ops::ps_roi_align));
+  m.impl("_ps_roi_align_backward", TORCH_BOX(&Ops::ps_roi_align_backward));
+  m.impl("ps_roi_pool", TORCH_BOX(&Ops::ps_roi_pool));
+  m.impl("_ps_roi_pool_backward", TORCH_BOX(&Ops::ps_roi_pool_backward));
+  m.impl("prroi_pool", TORCH_BOX(&Ops::prroi_pool));
+  m.impl("_prroi_pool_backward", TORCH_BOX(&Ops::prroi_pool_backward));
+  m.impl("multi_scale_roi_align", TORCH_BOX(&Ops::multi_scale_roi_align));
+  m.impl("_multi_scale_roi_align_backward", TORCH_BOX(&Ops::multi_scale_roi_align_backward));
+}
+
+}  // namespace relops
