@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from suppression import clustered
+from helpers.suppression import clustered
 from torch import Tensor
 
 import relops

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import INTEGERS, OPS, Op, grad_like
+from cases import INTEGERS, Op, grad_like
+from cases.iou import GENERALIZED, IOU
 from conftest import DTYPES, ISAS, check_instruction_set, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import relops
 
-IOU, GENERALIZED = (next(op for op in OPS if op.name == name) for name in ("box_iou", "generalized_box_iou"))
 both = pytest.mark.parametrize("op", [IOU, GENERALIZED], ids=lambda op: op.name)
 wide_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 

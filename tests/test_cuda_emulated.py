@@ -8,20 +8,16 @@ from dataclasses import replace
 import cuda_emulation
 import pytest
 import torch
-from cases import (
-    FUSED,
-    OPS,
-    PLAIN,
-    SELECTIONS,
-    BoxPairs,
-    DeformAttn,
-    Op,
-    Regions,
-    Relations,
-    Selection,
-    Windows,
-    grad_like,
-)
+from cases import OPS, SELECTIONS, Op, Selection, grad_like
+from cases.deform_attn import FUSED, PLAIN, DeformAttn
+from cases.iou import OPS as BOX_PAIR_OPS
+from cases.iou import BoxPairs
+from cases.local_relation import LOCAL_RELATION as LOCAL
+from cases.local_relation import Windows
+from cases.regions import OPS as REGION_OPS
+from cases.regions import Regions
+from cases.relation_attention import RELATION_ATTENTION as RELATION
+from cases.relation_attention import Relations
 from conftest import (
     DTYPES,
     assert_matches,
@@ -30,8 +26,8 @@ from conftest import (
     assert_same_selection,
     determinism,
 )
-from search_nms import search
-from suppression import clustered
+from helpers.search_nms import search
+from helpers.suppression import clustered
 
 import relops
 from relops import reference
@@ -143,12 +139,11 @@ def test_samples_that_are_not_finite_give_nothing(deterministic: bool) -> None:
 # Each leaves a path that the samples take: "wide", the rows of columns in shared memory; "bins" and "boxes", what a
 # tile looks at in one go; "channels", what a block does.
 BEYOND = {
-    "wide": Regions(N=1, C=2, H=3, W=800, K=4, scale=1.0),
-    "bins": Regions(N=1, C=2, H=5, W=40, K=2, PH=2, PW=35, sampling_ratio=1),
-    "boxes": Regions(C=1, H=6, W=40, K=300, PH=1, PW=1, scale=0.25, sampling_ratio=1, aligned=True),
-    "channels": Regions(N=1, C=136, H=5, W=10, K=3, sampling_ratio=1),
+    "wide": Regions(N=1, C=2, H=3, W=800, K=4, spatial_scale=1.0),
+    "bins": Regions(N=1, C=2, H=5, W=40, K=2, output_size=(2, 35), spatial_scale=0.5, sampling_ratio=1),
+    "boxes": Regions(C=1, H=6, W=40, K=300, output_size=(1, 1), sampling_ratio=1, aligned=True),
+    "channels": Regions(N=1, C=136, H=5, W=10, K=3, spatial_scale=0.5, sampling_ratio=1),
 }
-REGION_OPS = [op for op in OPS if "boxes" in op.coordinates]
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
@@ -262,7 +257,6 @@ def test_assignments_of_sizes_out_of_range() -> None:
 
 # ---- IoU ----
 
-BOX_PAIR_OPS = [op for op in OPS if op.features == ("a", "b")]
 # Beyond what the samples reach: sums in slices, along either side; more tiles than blocks.
 MANY_PAIRS = {
     "columns": BoxPairs(A=3, B=700),
@@ -306,7 +300,6 @@ def test_layouts_of_the_gradient_of_pairs(op: Op, layout: str) -> None:
 
 # ---- Relations ----
 
-RELATION = next(op for op in OPS if op.name == "relation_attention")
 # Beyond what the samples reach: groups of 8 heads, chunks of channels, and tiles of which nothing is left.
 RELATED = {
     "heads": Relations(N=1, M=17, K=18, mask="some"),
@@ -396,7 +389,6 @@ WINDOWS_BEYOND = {
     "direct": Windows(N=1, C=13, G=1, H=37, W=39, k=3, stride=2, border="zero"),
     "too large for a tile": Windows(N=1, C=2, G=1, H=6, W=40, k=63, border="zero"),
 }
-LOCAL = next(op for op in OPS if op.name == "local_relation")
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import needs_cuda
-from relation_networks import (
+from helpers.relation_networks import (
     assert_same,
     random_parameters,
     removal_loss,

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import OPS, WINDOWS, Inputs, Windows, grad_like
+from cases import Inputs, grad_like
+from cases.local_relation import LOCAL_RELATION as OP
+from cases.local_relation import WINDOWS, Windows
 from conftest import (
     ISAS,
     assert_matches,
@@ -26,7 +28,6 @@ from torch import Tensor
 import relops
 from relops.ops.local_relation import BORDERS, SIMILARITIES
 
-OP = next(op for op in OPS if op.name == "local_relation")
 similarities = pytest.mark.parametrize("similarity", SIMILARITIES)
 borders = pytest.mark.parametrize("border", BORDERS)
 

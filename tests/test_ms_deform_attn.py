@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FUSED, PLAIN, DeformAttn, Inputs, Op, Sample, grad_like
+from cases import Inputs, Op, Sample, grad_like
+from cases.deform_attn import FUSED, PLAIN, DeformAttn
 from conftest import (
     DTYPES,
     ISAS,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DTYPES
+from helpers.search_nms import plain_nms, search
+from helpers.suppression import assert_greedy, clustered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_nms import plain_nms, search
-from suppression import assert_greedy, clustered
 
 import relops
 from relops import reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from suppression import clustered
+from helpers.suppression import clustered
 
 import relops
 from relops import reference

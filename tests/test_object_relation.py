@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from relation_networks import assert_same, pair_embedding, random_parameters, relation, relation_shapes, relation_state
+from helpers.relation_networks import (
+    assert_same,
+    pair_embedding,
+    random_parameters,
+    relation,
+    relation_shapes,
+    relation_state,
+)
 from torch import Tensor
 
 import relops

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.regions import Regions
 from conftest import DTYPES, assert_matches
-from regions import Case, as_rows, box_dtype, random_boxes
+from helpers.regions import as_rows, box_dtype, random_boxes
 from torch import Tensor
 
 import relops
@@ -36,7 +37,7 @@ def test_every_bin_has_its_own_channel(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_aligned_roi_align_of_each_channel(ratio: int, memory_format: torch.memory_format, device: str) -> None:
     """With gradients: all but one bin in PH * PW of roi_align's output is left out."""
-    case = Case(H=9, W=13, K=18)
+    case = Regions(H=9, W=13, K=18)
     image = torch.randn(case.N, CHANNELS * PH * PW, case.H, case.W, dtype=torch.float64, device=device)
     image = image.to(memory_format=memory_format).requires_grad_()
     boxes = random_boxes(case).to(device).requires_grad_()

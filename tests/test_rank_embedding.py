@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import OPS, Ranks, grad_like
+from cases import grad_like
+from cases.relation_attention import RANK_EMBEDDING as OP
+from cases.relation_attention import Ranks
 from conftest import ISAS, assert_matches, assert_matches_twin, check_instruction_set, needs_cuda, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import relops
 from relops import reference
 
-OP = next(op for op in OPS if op.name == "rank_embedding")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import OPS, Inputs, Relations, grad_like
+from cases import Inputs, grad_like
+from cases.relation_attention import RELATION_ATTENTION as OP
+from cases.relation_attention import Relations
 from conftest import (
     ISAS,
     assert_matches,
@@ -27,7 +29,6 @@ from torch import Tensor
 import relops
 from relops.ops.relation_attention import _tf32_allowed
 
-OP = next(op for op in OPS if op.name == "relation_attention")
 dialects = pytest.mark.parametrize("geometry", ["paper", "official"])
 
 

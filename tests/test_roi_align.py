@@ -7,7 +7,7 @@ from math import ceil, floor
 
 import pytest
 import torch
-from regions import as_rows
+from helpers.regions import as_rows
 from torch import Tensor
 
 import relops

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import DTYPES
-from regions import as_rows, box_dtype
+from helpers.regions import as_rows, box_dtype
 from torch import Tensor
 
 import relops

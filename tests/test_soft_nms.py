@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from search_nms import plain_soft_nms
-from suppression import clustered
+from helpers.search_nms import plain_soft_nms
+from helpers.suppression import clustered
 from torch import Tensor
 
 import relops
