@@ -282,9 +282,12 @@ def assert_matches(
     relative, of_largest = tolerances(dtype or actual.dtype)
     largest = noise * expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
-        actual.detach().double().cpu(), expected.detach().cpu(), rtol=relative, atol=of_largest * largest,
+        actual.detach().double().cpu(),
+        expected.detach().cpu(),
+        rtol=relative,
+        atol=of_largest * largest,
         msg=lambda text: f"{what}: {text}",
-    )  # fmt: skip
+    )
 
 
 def assert_matches_twin(op: Op, inputs: Inputs, dtype: torch.dtype | None = None) -> None:

@@ -68,10 +68,16 @@ def test_paper_anchors() -> None:
     """The nine of the released code, whose second corner is inclusive."""
     inclusive = torch.tensor(paper_anchors()) - torch.tensor([0.0, 0, 1, 1])
     assert inclusive.tolist() == [
-        [-84, -40, 99, 55], [-176, -88, 191, 103], [-360, -184, 375, 199],
-        [-56, -56, 71, 71], [-120, -120, 135, 135], [-248, -248, 263, 263],
-        [-36, -80, 51, 95], [-80, -168, 95, 183], [-168, -344, 183, 359],
-    ]  # fmt: skip
+        [-84, -40, 99, 55],
+        [-176, -88, 191, 103],
+        [-360, -184, 375, 199],
+        [-56, -56, 71, 71],
+        [-120, -120, 135, 135],
+        [-248, -248, 263, 263],
+        [-36, -80, 51, 95],
+        [-80, -168, 95, 183],
+        [-168, -344, 183, 359],
+    ]
 
 
 def test_anchors_lie_on_their_pixels() -> None:

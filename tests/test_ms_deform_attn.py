@@ -179,9 +179,12 @@ def test_fused_equals_unfused(case: DeformAttn, device: str) -> None:
         inputs["value"] if inputs["value_mask"] is None else inputs["value"] * ~inputs["value_mask"][..., None, None]
     )
     expected = relops.ms_deform_attn(
-        value, inputs["spatial_shapes"], inputs["level_start_index"], points[..., :2] + offsets * unit,
+        value,
+        inputs["spatial_shapes"],
+        inputs["level_start_index"],
+        points[..., :2] + offsets * unit,
         logits.flatten(-2).softmax(-1).view(logits.shape),
-    )  # fmt: skip
+    )
     assert_matches(FUSED.function(**inputs), expected)
 
 
@@ -534,11 +537,19 @@ def test_cuda_graph(op: Op, shapes: str) -> None:
 @both
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("spatial_shapes", shapes) for shapes in (
-        [[6, 4], [3, 3]], [[60, 40], [3, 2]], [[-6, -4], [3, 2]], [[2**40, 2**40], [3, 2]], [[6, 4], [0, 0]],
-    )] + [("level_start_index", starts) for starts in ([0, 25], [-1, 24], [0, 2**62])],
+    [
+        ("spatial_shapes", shapes)
+        for shapes in (
+            [[6, 4], [3, 3]],
+            [[60, 40], [3, 2]],
+            [[-6, -4], [3, 2]],
+            [[2**40, 2**40], [3, 2]],
+            [[6, 4], [0, 0]],
+        )
+    ]
+    + [("level_start_index", starts) for starts in ([0, 25], [-1, 24], [0, 2**62])],
     ids=str,
-)  # fmt: skip
+)
 def test_cuda_levels_on_the_device_that_do_not_fit(op: Op, name: str, sizes: list) -> None:
     """The host cannot look without synchronizing: the output says so with NaN, and nothing outside is read."""
     inputs = draw(op, DeformAttn(), "cuda") | {name: torch.tensor(sizes, device="cuda")}

@@ -94,10 +94,12 @@ def test_roi_align_on_each_level(aligned: bool, ratio: int, memory_format: torch
     boxes = boxes.to(device).requires_grad_()
     arguments = {"output_size": (3, 7), "sampling_ratio": ratio, "aligned": aligned}
     actual = relops.multi_scale_roi_align(features, boxes, spatial_scales=SCALES, **arguments)
-    expected = torch.cat([
-        relops.roi_align(features[level], boxes[k : k + 1], spatial_scale=SCALES[level], **arguments)
-        for k, level in enumerate(level_of)
-    ])  # fmt: skip
+    expected = torch.cat(
+        [
+            relops.roi_align(features[level], boxes[k : k + 1], spatial_scale=SCALES[level], **arguments)
+            for k, level in enumerate(level_of)
+        ]
+    )
     assert_matches(actual, expected)
     grad = grad_like(actual)
     leaves = (*features, boxes)

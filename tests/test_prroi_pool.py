@@ -125,8 +125,10 @@ def test_gradcheck_where_bins_end_on_pixels(device: str, deterministic: None) ->
     image = torch.randn(1, 2, 6, 7, dtype=torch.float64, device=device, requires_grad=True)
     corners = torch.tensor(
         [[1.0, 1, 4, 5], [0, 0, 6, 5], [-1, 2, 7, 6], [2.5, 2, 3, 2.5]],
-        dtype=torch.float64, device=device, requires_grad=True,
-    )  # fmt: skip
+        dtype=torch.float64,
+        device=device,
+        requires_grad=True,
+    )
     images = torch.zeros(4, 1, dtype=torch.float64, device=device)
     assert torch.autograd.gradcheck(
         lambda image, corners: relops.prroi_pool(image, torch.cat([images, corners], 1), (2, 3)), (image, corners)

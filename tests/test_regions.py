@@ -371,10 +371,18 @@ def test_batch_index_outside(region: Region, index: float, device: str) -> None:
 def test_huge_boxes_return(region: Region, size: float, dtype: torch.dtype, device: str) -> None:
     case = Regions()
     boxes = as_rows(
-        (0, 0, size, size), (-size, -size, size, size), (size, size, 2 * size, 2 * size), (size, size, -size, -size),
-        (-size, 3, size, 9), (5, -size, 6, size), (size, 0, size, 9), (0, 0, -size, size),
-        image=1, dtype=dtype, device=device,
-    )  # fmt: skip
+        (0, 0, size, size),
+        (-size, -size, size, size),
+        (size, size, 2 * size, 2 * size),
+        (size, size, -size, -size),
+        (-size, 3, size, 9),
+        (5, -size, 6, size),
+        (size, 0, size, 9),
+        (0, 0, -size, size),
+        image=1,
+        dtype=dtype,
+        device=device,
+    )
     features = [x.to(device, dtype) for x in region.features(case)]
     results = region.run(features, boxes, case)
     assert all(x.isfinite().all() for x in results.values())

@@ -162,8 +162,10 @@ def test_geometry_is_relative(geometry: str, device: str) -> None:
     for change in (lambda x: x + shift, lambda x: 2.5 * (x + one) - one):
         changed = {name: change(inputs[name]) for name in ("query_boxes", "key_boxes")}
         assert_matches(OP.function(**inputs | changed), expected, noise=OP.noise)
-    mirrored = {name: -inputs[name][..., [2, 1, 0, 3]] * torch.tensor([1.0, -1.0, 1.0, -1.0]).to(shift)
-                for name in ("query_boxes", "key_boxes")}  # fmt: skip
+    mirrored = {
+        name: -inputs[name][..., [2, 1, 0, 3]] * torch.tensor([1.0, -1.0, 1.0, -1.0]).to(shift)
+        for name in ("query_boxes", "key_boxes")
+    }
     assert_matches(OP.function(**inputs | mirrored), expected, noise=OP.noise)
 
 
@@ -228,8 +230,10 @@ def test_query_without_keys_gets_zeros(dtype: torch.dtype, device: str) -> None:
         assert not results[name][0].any(), name
         assert results[name][1:].any() and results[name].isfinite().all(), name
     # The others do not notice.
-    alone = OP.run({name: x[1:] if isinstance(x, Tensor) and "geometry" not in name else x
-                    for name, x in inputs.items()}, grad_output=grad_like(results["output"])[1:])  # fmt: skip
+    alone = OP.run(
+        {name: x[1:] if isinstance(x, Tensor) and "geometry" not in name else x for name, x in inputs.items()},
+        grad_output=grad_like(results["output"])[1:],
+    )
     assert torch.equal(alone["output"], results["output"][1:])
     assert_matches(alone["geometry_weight"], results["geometry_weight"].double(), noise=OP.noise)
 
@@ -587,9 +591,13 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
         for name, x in actual.items():
             largest = expected[name].nan_to_num().abs().max().item() if x.numel() else 0.0
             torch.testing.assert_close(
-                x, expected[name], rtol=1e-9, atol=1e-9 * max(largest, 1e-3), equal_nan=True,
+                x,
+                expected[name],
+                rtol=1e-9,
+                atol=1e-9 * max(largest, 1e-3),
+                equal_nan=True,
                 msg=lambda text, name=name: f"{name}: {text}",
-            )  # fmt: skip
+            )
 
 
 # ---- CUDA ----

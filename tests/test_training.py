@@ -105,9 +105,20 @@ def tiny_detectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_config(output: Path, **settings: Any) -> TrainConfig:
     usual = {
-        "data": "shapes:20", "output": str(output), "model": "tiny", "iterations": 6, "batch": 4, "workers": 0,
-        "optimizer": "adamw", "lr": 0.01, "warmup": 2, "min_size": 48, "max_size": 64, "log_every": 4, "device": "cpu",
-    }  # fmt: skip
+        "data": "shapes:20",
+        "output": str(output),
+        "model": "tiny",
+        "iterations": 6,
+        "batch": 4,
+        "workers": 0,
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "warmup": 2,
+        "min_size": 48,
+        "max_size": 64,
+        "log_every": 4,
+        "device": "cpu",
+    }
     return TrainConfig(**usual | settings)
 
 
@@ -399,8 +410,11 @@ def test_interrupted_evaluation_comes_again(tmp_path: Path, monkeypatch: pytest.
     assert [line["iteration"] for line in log(tmp_path)] == [3]
     train(config)
     assert [("AP" in line, line["iteration"]) for line in log(tmp_path)] == [
-        (False, 3), (True, 3), (False, 6), (True, 6),
-    ]  # fmt: skip
+        (False, 3),
+        (True, 3),
+        (False, 6),
+        (True, 6),
+    ]
 
 
 # ---- Several processes ----
@@ -415,8 +429,11 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     train(make_config(tmp_path / "one", **settings | {"batch": 4}))
     two, one = state(tmp_path / "two"), state(tmp_path / "one")
@@ -446,9 +463,11 @@ def test_groups_of_parameters() -> None:
     groups = make_optimizer(model, "adamw", 0.1, 0.05, 0.9, 0.5).param_groups
     found = {(group["lr"], group["weight_decay"]): group["params"] for group in groups}
     expected = {
-        (0.05, 0.05): model.body.weight, (0.05, 0.0): model.body.bias, (0.1, 0.05): model.head.weight,
+        (0.05, 0.05): model.body.weight,
+        (0.05, 0.0): model.body.bias,
+        (0.1, 0.05): model.head.weight,
         (0.1, 0.0): model.head.bias,
-    }  # fmt: skip
+    }
     assert found.keys() == expected.keys() and all(
         found[key] == [p] and found[key][0] is p for key, p in expected.items()
     )

@@ -469,8 +469,11 @@ def test_all_processes_of_a_second_run_stop(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
