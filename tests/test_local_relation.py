@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,7 @@ from cases import Inputs, grad_like
 from cases.local_relation import LOCAL_RELATION as OP
 from cases.local_relation import WINDOWS, Windows
 from conftest import (
-    ISAS,
     assert_matches,
-    check_instruction_set,
     determinism,
     needs_cuda,
     resident_growth,
@@ -331,12 +328,6 @@ def test_fake_of_the_backward_is_like_it() -> None:
         torch.library.opcheck(
             torch.ops.relops._local_relation_backward.default, (*arguments, list(wanted)), test_utils="test_faketensor"
         )
-
-
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lower_instruction_sets(isa: str) -> None:
-    chosen = "not lower_instruction_sets and local_relation and not compile and not export"
-    check_instruction_set(isa, chosen, Path(__file__).name, "test_contract.py")
 
 
 def test_extreme_sizes_are_refused() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,8 @@ from cases import Inputs, Op, Sample, grad_like
 from cases.deform_attn import FUSED, PLAIN, DeformAttn
 from conftest import (
     DTYPES,
-    ISAS,
     assert_matches,
     assert_matches_twin,
-    check_instruction_set,
     needs_cuda,
     why_no_cuda,
 )
@@ -359,13 +356,6 @@ def test_any_number_of_threads(op: Op, Q: int, N: int, M: int, threads: None) ->
     for run in runs:
         for name, x in run.items():
             assert_matches(x, expected[name], name)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The comparisons with the twin above, in a process that is told to use only `isa`."""
-    chosen = "cpu and (matches_twin or leak or (finite and both))"
-    check_instruction_set(isa, chosen, "test_contract.py", Path(__file__).name)
 
 
 @pytest.mark.parametrize(

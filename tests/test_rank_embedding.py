@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from cases import grad_like
 from cases.relation_attention import RANK_EMBEDDING as OP
 from cases.relation_attention import Ranks
-from conftest import ISAS, assert_matches, assert_matches_twin, check_instruction_set, needs_cuda, why_no_cuda
+from conftest import assert_matches, assert_matches_twin, needs_cuda, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -160,11 +159,6 @@ def test_vmap_of_integers() -> None:
     ranks = torch.arange(30).view(5, 6)
     output = torch.vmap(lambda x: relops.rank_embedding(x, 8), in_dims=1)(ranks)
     assert torch.equal(output, relops.rank_embedding(ranks.T, 8))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    check_instruction_set(isa, "cpu and not compile", Path(__file__).name)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,8 @@ from cases import Inputs, grad_like
 from cases.relation_attention import RELATION_ATTENTION as OP
 from cases.relation_attention import Relations
 from conftest import (
-    ISAS,
     assert_matches,
     assert_matches_twin,
-    check_instruction_set,
     needs_cuda,
     resident_growth,
     why_no_cuda,
@@ -533,13 +530,6 @@ def test_any_number_of_threads(case: Relations, threads: None) -> None:
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         assert_matches_twin(OP, inputs)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The comparisons with the twin, and what must not leak, in a process that is told to use only `isa`."""
-    chosen = "cpu and ((matches_twin and relation) or sizes or definition or leak or logarithm or huge)"
-    check_instruction_set(isa, chosen, Path(__file__).name, "test_contract.py")
 
 
 # ---- Random search ----
