@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import cuda_emulation
@@ -42,7 +43,17 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import relops
 from relops import _library
 
-SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name, sample in op.samples.items()]
+
+def is_first(op: Op, sample: Sample) -> bool:
+    return sample is next(iter(op.samples.values()))
+
+
+# `make quick` runs everything on the first sample of every op.
+SAMPLES = [
+    pytest.param(op, sample, id=f"{op.name}-{name}", marks=pytest.mark.quick if is_first(op, sample) else ())
+    for op in OPS
+    for name, sample in op.samples.items()
+]
 EMPTY = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name, sample in op.empty.items()]
 # One sample per op, where more would only repeat.
 FIRST = [pytest.param(op, next(iter(op.samples.values())), id=op.name) for op in OPS]
@@ -55,15 +66,11 @@ DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in D
 ]
 
 
-def is_first(op: Op, sample: Sample) -> bool:
-    return sample is next(iter(op.samples.values()))
-
-
 def in_turn(name: str, choices: Sequence[Any], samples: list[Any]) -> pytest.MarkDecorator:
     """Of what does not depend on a sample and a choice together: all choices for the first sample of an op, and for
     the others one each, in turn."""
     chosen = [
-        pytest.param(*sample.values, choice, id=f"{sample.id}-{choice}")
+        pytest.param(*sample.values, choice, id=f"{sample.id}-{choice}", marks=sample.marks)
         for i, sample in enumerate(samples)
         for choice in (choices if is_first(*sample.values) else choices[i % len(choices) :][:1])
     ]
@@ -430,6 +437,7 @@ def test_vmap(op: Op, sample: Sample, device: str) -> None:
 # ---- Bad input ----
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("op", "bad"), BAD)
 def test_bad_input(op: Op, bad: Bad, device: str) -> None:
     inputs = op.draw(next(iter(op.samples.values())), device)
@@ -496,6 +504,7 @@ def test_cuda_streams(op: Op, sample: Sample) -> None:
     check_two_streams(op, sample, assert_same)
 
 
+@pytest.mark.quick
 @on_ops
 def test_kernels_registered(op: Op) -> None:
     kernels = _library.op_kernels()
@@ -504,10 +513,13 @@ def test_kernels_registered(op: Op) -> None:
         assert devices <= set(kernels[name]), name
 
 
+@pytest.mark.quick
 def test_every_public_op_has_cases() -> None:
+    """And with them all tests of this file, those that are quick included."""
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
     assert public == {op.name for op in (*OPS, *SELECTIONS)}
-    assert public <= set(relops.__all__)
+    assert public == {name for name in relops.__all__ if not isinstance(getattr(relops, name), ModuleType)}
+    assert {sample.values[0].name for sample in SAMPLES if sample.marks} == {op.name for op in OPS}
 
 
 def test_names() -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,18 +40,25 @@ def first_sample(op: Selection) -> Sample:
     return next(iter(op.samples.values()))
 
 
+# `make quick` runs everything on the first sample of every op, and on the first batch.
+def params(op: Selection, *names: str) -> list[Any]:
+    quick = next(iter(op.samples)), "batch"
+    return [
+        pytest.param(op, op.samples[name], id=f"{op.name}-{name}", marks=pytest.mark.quick if name in quick else ())
+        for name in names
+    ]
+
+
 on_samples = pytest.mark.parametrize(
-    ("op", "sample"),
-    [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.samples.items()],
+    ("op", "sample"), [param for op in SELECTIONS for param in params(op, *op.samples)]
 )
 # Where more would only repeat: without a batch, and with one for the ops that take it.
 on_few_samples = pytest.mark.parametrize(
     ("op", "sample"),
     [
-        pytest.param(op, op.samples[name], id=f"{op.name}-{name}")
+        param
         for op in SELECTIONS
-        for name in (next(iter(op.samples)), "batch")
-        if name in op.samples
+        for param in params(op, *(name for name in (next(iter(op.samples)), "batch") if name in op.samples))
     ],
 )
 on_empty = pytest.mark.parametrize(
@@ -286,6 +294,7 @@ def test_vmap(op: Selection, sample: Sample, device: str) -> None:
 # ---- Bad input ----
 
 
+@pytest.mark.quick
 @bad_inputs(harmful=False)
 def test_bad_input(op: Selection, bad: Bad, device: str) -> None:
     inputs = op.draw(first_sample(op), device)
@@ -353,6 +362,7 @@ def test_cuda_streams(op: Selection, sample: Sample) -> None:
 # ---- The house ----
 
 
+@pytest.mark.quick
 @on_ops
 def test_kernels_registered(op: Selection) -> None:
     devices = {"CPU"} | ({"CUDA"} if why_no_cuda() is None else set())

@@ -299,6 +299,7 @@ def test_fast_rcnn_ignores_what_hardly_overlaps() -> None:
 # ---- Detectors ----
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SMALL)
 def test_losses_and_gradients(name: str, device: str) -> None:
     """Every parameter is taught, by losses that are finite."""
@@ -397,6 +398,7 @@ def test_fake_tensors(name: str) -> None:
     assert detections.boxes.shape == (*detections.scores.shape, 4) and len(detections.labels) == 2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SMALL)
 def test_batch_equals_its_images(name: str, device: str) -> None:
     """Detections in a padded batch are those of each image padded alike."""

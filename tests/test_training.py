@@ -163,6 +163,7 @@ def assert_same_run(actual: Path, expected: Path) -> None:
 # ---- A run ----
 
 
+@pytest.mark.quick
 def test_loss_falls_and_all_files_are_there(tmp_path: Path) -> None:
     metrics = train(make_config(tmp_path, iterations=60, log_every=5, eval_every=40))
     lines = log(tmp_path)
@@ -656,6 +657,7 @@ def test_malformed_masks_are_found_before_training(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("command", "message"),
     [
