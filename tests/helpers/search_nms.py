@@ -1,4 +1,6 @@
-"""Searches for disagreement between the suppression ops and plain loops: python tests/search_nms.py --problems 100000
+"""Searches for disagreement between the suppression ops and plain loops.
+
+    python tests/helpers/search_nms.py --problems 100000
 
 Problems are small and degenerate: boxes on a grid with IoU that equal the threshold, ties, duplicates, boxes without
 area, inverted, huge or not finite, classes. The loops go through one pair of boxes after the other, of many problems
