@@ -12,6 +12,8 @@ from torch import Tensor
 import relops
 from relops import reference
 
+pytestmark = pytest.mark.quick
+
 LARGEST, SMALLEST = 2**63 - 1, -(2**63)
 
 

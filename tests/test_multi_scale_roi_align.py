@@ -12,6 +12,8 @@ from torch import Tensor
 
 import relops
 
+pytestmark = pytest.mark.quick
+
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 

@@ -9,6 +9,8 @@ from helpers.suppression import clustered
 import relops
 from relops import reference
 
+pytestmark = pytest.mark.quick
+
 
 def batch(device: str, B: int = 3, K: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     images = [clustered([K // 2, K // 3, K - K // 2 - K // 3], boxes_per_object=10, seed=b) for b in range(B)]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import relops
 
+pytestmark = pytest.mark.quick
+
 
 def surface(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """[...,Y,X]: image [...,H,W] interpolated linearly, falling to zero over a pixel outside."""

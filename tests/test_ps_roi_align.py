@@ -11,6 +11,8 @@ from torch import Tensor
 
 import relops
 
+pytestmark = pytest.mark.quick
+
 PH, PW, CHANNELS = 2, 3, 4
 
 

@@ -9,6 +9,8 @@ from helpers.regions import as_rows, box_dtype
 
 import relops
 
+pytestmark = pytest.mark.quick
+
 PH, PW, CHANNELS = 2, 3, 4
 
 

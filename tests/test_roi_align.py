@@ -12,6 +12,8 @@ from torch import Tensor
 
 import relops
 
+pytestmark = pytest.mark.quick
+
 
 def one_pixel(y: int, x: int, device: str, H: int = 5, W: int = 6) -> Tensor:
     """A map that is 1 there and 0 elsewhere: its output is what the pixel weighs."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import relops
 
+pytestmark = pytest.mark.quick
+
 in_both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 import relops
 from relops import reference
 
+pytestmark = pytest.mark.quick
+
 UNIT = [0.0, 0.0, 1.0, 1.0]
 FAR = [5.0, 0.0, 6.0, 1.0]
 both = pytest.mark.parametrize("op", [relops.soft_nms, reference.soft_nms], ids=["relops", "twin"])
