@@ -153,13 +153,16 @@ def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any
     assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
 
 
-def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
-    """In a process of its own, which imports the relops of this one."""
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that imports the relops of this one, installed or not."""
     paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
-    )
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
+
+
+def run_python(program: str, **more: str) -> subprocess.CompletedProcess:
+    """In a process of its own, with more of an environment."""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=Path(__file__).parent, env=environment(**more), capture_output=True, text=True)
 
 
 def resident_growth(begin: str, small: str, large: str) -> int:

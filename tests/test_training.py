@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
+from conftest import environment, run_python
 from torch import Tensor, nn
 
 from relops import models
@@ -344,9 +344,10 @@ def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
 def start(program: str, *arguments: str) -> subprocess.Popen:
     """`python -m relops` with the detectors of this file, after another statement."""
     program = f"import sys; from test_training import *; register(); {program}; sys.exit(main(sys.argv[1:]))"
-    pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, cwd=HERE, stdout=pipe, stderr=pipe, text=True, env=environment)
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(
+        command, cwd=HERE, stdout=pipe, stderr=pipe, text=True, env=environment(OMP_NUM_THREADS="1")
+    )
 
 
 def lines_of(file: Path) -> int:
@@ -430,7 +431,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=100,
