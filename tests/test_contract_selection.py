@@ -40,27 +40,19 @@ def first_sample(op: Selection) -> Sample:
     return next(iter(op.samples.values()))
 
 
-# `make quick` runs everything on the first sample of every op, and on the first batch.
-def params(op: Selection, *names: str) -> list[Any]:
-    quick = next(iter(op.samples)), "batch"
+def samples_of(op: Selection) -> list[Any]:
+    """`make quick` runs everything on the first sample of every op, without a batch, and on the one named "batch"."""
     return [
-        pytest.param(op, op.samples[name], id=f"{op.name}-{name}", marks=pytest.mark.quick if name in quick else ())
-        for name in names
+        pytest.param(op, sample, id=f"{op.name}-{name}", marks=pytest.mark.quick if is_main else ())
+        for name, sample in op.samples.items()
+        for is_main in (sample is first_sample(op) or name == "batch",)
     ]
 
 
-on_samples = pytest.mark.parametrize(
-    ("op", "sample"), [param for op in SELECTIONS for param in params(op, *op.samples)]
-)
-# Where more would only repeat: without a batch, and with one for the ops that take it.
-on_few_samples = pytest.mark.parametrize(
-    ("op", "sample"),
-    [
-        param
-        for op in SELECTIONS
-        for param in params(op, *(name for name in (next(iter(op.samples)), "batch") if name in op.samples))
-    ],
-)
+SAMPLES = [sample for op in SELECTIONS for sample in samples_of(op)]
+on_samples = pytest.mark.parametrize(("op", "sample"), SAMPLES)
+# Where more would only repeat.
+on_few_samples = pytest.mark.parametrize(("op", "sample"), [sample for sample in SAMPLES if sample.marks])
 on_empty = pytest.mark.parametrize(
     ("op", "sample"),
     [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.empty.items()],
