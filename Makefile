@@ -1,6 +1,7 @@
 # make run    set up, build, run the microbenchmarks against pure PyTorch in a quick setting. Without a GPU the CUDA half
 #             is left out, unless RELOPS_CUDA=1 asks for it
 # make test   set up, build, run the tests
+# make quick  set up, build, run in a minute the tests that show most mistakes: what to run after every edit
 # make bench  set up, build, run all microbenchmarks, write results and plots
 # make sanitize  set up, build, run tests of every CUDA kernel under compute-sanitizer; needs a GPU
 #
@@ -18,7 +19,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 # Extras must not replace torch, and some (timm) would.
 PIN := $(VENV)/torch-pin.txt
 
-.PHONY: run test bench sanitize memcheck racecheck synccheck build info lint oldest clean
+.PHONY: run test quick bench sanitize memcheck racecheck synccheck build info lint oldest clean
 
 run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
 run: build
@@ -28,6 +29,9 @@ run: build
 # Several processes share the cores, so that threads with nothing to do must not spin.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+quick: build
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m quick -n auto --maxprocesses 8 --dist worksteal
 
 bench: build
 	$(PIP) -c $(PIN) -e '.[bench]' --no-build-isolation

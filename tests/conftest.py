@@ -25,7 +25,6 @@ from relops import _library
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TRACING_MODES = ("real", "fake", "symbolic")
-ISAS = ("baseline", "avx2", "avx512")
 
 
 def why_no_cuda() -> str | None:
@@ -37,9 +36,18 @@ def why_no_cuda() -> str | None:
 needs_cuda = pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+# Without a GPU the CUDA half of the tests is not collected: skipping as many tests as there are would take its time.
+DEVICES = ["cpu"] if why_no_cuda() else ["cpu", "cuda"]
+
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if why_no_cuda():
+        terminalreporter.write_line(f"Tests ran on the CPU only. CUDA: {why_no_cuda()}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -145,13 +153,16 @@ def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any
     assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
 
 
-def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
-    """In a process of its own, which imports the relops of this one."""
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that imports the relops of this one, installed or not."""
     paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
-    )
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
+
+
+def run_python(program: str, **more: str) -> subprocess.CompletedProcess:
+    """In a process of its own, with more of an environment."""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=Path(__file__).parent, env=environment(**more), capture_output=True, text=True)
 
 
 def resident_growth(begin: str, small: str, large: str) -> int:
@@ -170,25 +181,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
-
-
-def check_instruction_set(isa: str, chosen: str, *files: str) -> None:
-    """Tests, chosen by an expression as for `pytest -k`, pass in a process that is told to use only `isa`."""
-    here = _library.build_info()["cpu_isa"]
-    if ISAS.index(isa) >= ISAS.index(here):
-        pytest.skip(f"the tests in this process use {here}")
-    done = run_python(
-        f"""
-import sys, pytest
-from relops import _library
-used = _library.build_info()["cpu_isa"]
-assert used == {isa!r}, used
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, *{files!r}]))
-""",
-        RELOPS_CPU_ISA=isa,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
@@ -282,9 +274,12 @@ def assert_matches(
     relative, of_largest = tolerances(dtype or actual.dtype)
     largest = noise * expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
-        actual.detach().double().cpu(), expected.detach().cpu(), rtol=relative, atol=of_largest * largest,
+        actual.detach().double().cpu(),
+        expected.detach().cpu(),
+        rtol=relative,
+        atol=of_largest * largest,
         msg=lambda text: f"{what}: {text}",
-    )  # fmt: skip
+    )
 
 
 def assert_matches_twin(op: Op, inputs: Inputs, dtype: torch.dtype | None = None) -> None:

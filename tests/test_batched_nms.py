@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
-from suppression import clustered
+from helpers.suppression import clustered
 from torch import Tensor
 
 import relops
 from relops import reference
+
+pytestmark = pytest.mark.quick
 
 LARGEST, SMALLEST = 2**63 - 1, -(2**63)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from cases import INTEGERS, OPS, Op, grad_like
-from conftest import DTYPES, ISAS, check_instruction_set, why_no_cuda
+from cases import INTEGERS, Op, grad_like
+from cases.iou import GENERALIZED, IOU
+from conftest import DTYPES, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import relops
 
-IOU, GENERALIZED = (next(op for op in OPS if op.name == name) for name in ("box_iou", "generalized_box_iou"))
 both = pytest.mark.parametrize("op", [IOU, GENERALIZED], ids=lambda op: op.name)
 wide_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 
@@ -307,15 +306,6 @@ def test_integers_beyond_float32(device: str) -> None:
 def test_scripts(op: Op) -> None:
     a, b = random_boxes(3, dtype=torch.bfloat16), random_boxes(4)
     assert torch.equal(torch.jit.script(op.function)(a, b), op.function(a, b))
-
-
-# ---- Instruction sets ----
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """Every lane, and the gradients, in a process that is told to use only `isa`."""
-    check_instruction_set(isa, "cpu and (lane or ties or nan or finite or (many and dense))", Path(__file__).name)
 
 
 # ---- Random search ----

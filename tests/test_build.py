@@ -89,6 +89,7 @@ def schemas() -> set[str]:
     return set(re.findall(r'm\.def\(\s*"(\w+)\(', library.read_text()))
 
 
+@pytest.mark.quick
 def test_every_schema_has_a_cpu_kernel() -> None:
     kernels = _library.op_kernels()
     assert schemas() == set(kernels)

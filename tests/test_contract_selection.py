@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,20 +40,19 @@ def first_sample(op: Selection) -> Sample:
     return next(iter(op.samples.values()))
 
 
-on_samples = pytest.mark.parametrize(
-    ("op", "sample"),
-    [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.samples.items()],
-)
-# Where more would only repeat: without a batch, and with one for the ops that take it.
-on_few_samples = pytest.mark.parametrize(
-    ("op", "sample"),
-    [
-        pytest.param(op, op.samples[name], id=f"{op.name}-{name}")
-        for op in SELECTIONS
-        for name in (next(iter(op.samples)), "batch")
-        if name in op.samples
-    ],
-)
+def samples_of(op: Selection) -> list[Any]:
+    """`make quick` runs everything on the first sample of every op, without a batch, and on the one named "batch"."""
+    return [
+        pytest.param(op, sample, id=f"{op.name}-{name}", marks=pytest.mark.quick if is_main else ())
+        for name, sample in op.samples.items()
+        for is_main in (sample is first_sample(op) or name == "batch",)
+    ]
+
+
+SAMPLES = [sample for op in SELECTIONS for sample in samples_of(op)]
+on_samples = pytest.mark.parametrize(("op", "sample"), SAMPLES)
+# Where more would only repeat.
+on_few_samples = pytest.mark.parametrize(("op", "sample"), [sample for sample in SAMPLES if sample.marks])
 on_empty = pytest.mark.parametrize(
     ("op", "sample"),
     [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.empty.items()],
@@ -286,6 +286,7 @@ def test_vmap(op: Selection, sample: Sample, device: str) -> None:
 # ---- Bad input ----
 
 
+@pytest.mark.quick
 @bad_inputs(harmful=False)
 def test_bad_input(op: Selection, bad: Bad, device: str) -> None:
     inputs = op.draw(first_sample(op), device)
@@ -353,6 +354,7 @@ def test_cuda_streams(op: Selection, sample: Sample) -> None:
 # ---- The house ----
 
 
+@pytest.mark.quick
 @on_ops
 def test_kernels_registered(op: Selection) -> None:
     devices = {"CPU"} | ({"CUDA"} if why_no_cuda() is None else set())

@@ -72,10 +72,16 @@ def test_paper_anchors() -> None:
     """The nine of the released code, whose second corner is inclusive."""
     inclusive = torch.tensor(paper_anchors()) - torch.tensor([0.0, 0, 1, 1])
     assert inclusive.tolist() == [
-        [-84, -40, 99, 55], [-176, -88, 191, 103], [-360, -184, 375, 199],
-        [-56, -56, 71, 71], [-120, -120, 135, 135], [-248, -248, 263, 263],
-        [-36, -80, 51, 95], [-80, -168, 95, 183], [-168, -344, 183, 359],
-    ]  # fmt: skip
+        [-84, -40, 99, 55],
+        [-176, -88, 191, 103],
+        [-360, -184, 375, 199],
+        [-56, -56, 71, 71],
+        [-120, -120, 135, 135],
+        [-248, -248, 263, 263],
+        [-36, -80, 51, 95],
+        [-80, -168, 95, 183],
+        [-168, -344, 183, 359],
+    ]
 
 
 def test_anchors_lie_on_their_pixels() -> None:
@@ -297,6 +303,7 @@ def test_fast_rcnn_ignores_what_hardly_overlaps() -> None:
 # ---- Detectors ----
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SMALL)
 def test_losses_and_gradients(name: str, device: str) -> None:
     """Every parameter is taught, by losses that are finite."""
@@ -395,6 +402,7 @@ def test_fake_tensors(name: str) -> None:
     assert detections.boxes.shape == (*detections.scores.shape, 4) and len(detections.labels) == 2
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SMALL)
 def test_batch_equals_its_images(name: str, device: str) -> None:
     """Detections in a padded batch are those of each image padded alike."""

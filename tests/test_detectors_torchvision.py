@@ -126,9 +126,12 @@ def test_same_losses(pair: tuple[torch.nn.Module, torch.nn.Module], images: list
         ours.rpn.num_samples, ours.roi_heads.num_samples = before
         theirs.eval(), ours.eval()
     names = {
-        "rpn_objectness": "loss_objectness", "rpn_boxes": "loss_rpn_box_reg", "classes": "loss_classifier",
-        "boxes": "loss_box_reg", "masks": "loss_mask",
-    }  # fmt: skip
+        "rpn_objectness": "loss_objectness",
+        "rpn_boxes": "loss_rpn_box_reg",
+        "classes": "loss_classifier",
+        "boxes": "loss_box_reg",
+        "masks": "loss_mask",
+    }
     for name, value in actual.items():
         assert value.item() == pytest.approx(expected[names[name]].item(), rel=1e-3, abs=1e-5), name
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import needs_cuda
-from relation_networks import (
+from helpers.relation_networks import (
     assert_same,
     random_parameters,
     removal_loss,
@@ -31,7 +31,7 @@ def small(device: str, p: dict[str, Tensor] | None = None, **options: object) ->
     options = {"first_n": 6, "score_threshold": 0.2} | options
     module = relops.nn.DuplicateRemoval(
         CHANNELS, thresholds=THRESHOLDS, rank_dim=8, hidden_dim=12, heads=HEADS, head_dim=5, **options
-    ).double()  # fmt: skip
+    ).double()
     module.load_state_dict(removal_state(random_parameters(SHAPES) if p is None else p))
     return module.to(device)
 
@@ -496,7 +496,7 @@ def test_learns_to_remove_duplicates(one_thread: None) -> None:
         ({"padding_mask": torch.zeros(2, 3)}, TypeError, "padding_mask must be bool, got torch.float32"),
         ({"padding_mask": torch.zeros(2, 4) > 0}, ValueError, r"padding_mask must be \[B,K\] = \[2,3\], got shape"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
     inputs = {"features": torch.zeros(2, 3, 10), "scores": torch.zeros(2, 3, 5), "boxes": torch.zeros(2, 3, 4)}
     with pytest.raises(error, match=f"relops.nn.DuplicateRemoval: {message}"):
@@ -511,7 +511,7 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
         (torch.zeros(2, 3, 4), torch.zeros(2, 3), TypeError, "gt_labels must be of an integer dtype, got"),
         (torch.zeros(2, 3, 4), torch.zeros(2, 4).long(), ValueError, r"gt_labels must be \[B,G\] = \[2,3\], got shape"),
     ],
-)  # fmt: skip
+)
 def test_bad_objects(gt_boxes: Tensor, gt_labels: Tensor, error: type[Exception], message: str) -> None:
     removal = small("cpu")
     detections = removal(*draw())

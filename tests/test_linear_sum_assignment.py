@@ -101,7 +101,7 @@ def forbid_some(cost: Tensor, share: float, value: float = INF) -> Tensor:
         ([[NAN, 7], [-INF, INF]], True, [1, -1]),
         ([[0, 0], [0, 0]], False, None),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_by_hand(
     cost: list[list[float]], maximize: bool, expected: list[int] | None, dtype: torch.dtype, device: str

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import OPS, WINDOWS, Inputs, Windows, grad_like
+from cases import Inputs, grad_like
+from cases.local_relation import LOCAL_RELATION as OP
+from cases.local_relation import WINDOWS, Windows
 from conftest import (
-    ISAS,
     assert_matches,
-    check_instruction_set,
     determinism,
     needs_cuda,
     resident_growth,
@@ -26,7 +25,6 @@ from torch import Tensor
 import relops
 from relops.ops.local_relation import BORDERS, SIMILARITIES
 
-OP = next(op for op in OPS if op.name == "local_relation")
 similarities = pytest.mark.parametrize("similarity", SIMILARITIES)
 borders = pytest.mark.parametrize("border", BORDERS)
 
@@ -336,12 +334,6 @@ def test_raw_op_names_an_unknown_choice(name: str, device: str) -> None:
     inputs = OP.raw(draw(Windows(), device)) | {name: "other"}
     with pytest.raises(RuntimeError, match=rf"local_relation: {name} must be .* or .*, got other"):
         OP.overload(*inputs.values())
-
-
-@pytest.mark.parametrize("isa", ISAS[:-1])
-def test_lower_instruction_sets(isa: str) -> None:
-    chosen = "not lower_instruction_sets and local_relation and not compile and not export"
-    check_instruction_set(isa, chosen, Path(__file__).name, "test_contract.py")
 
 
 def test_extreme_sizes_are_refused() -> None:

@@ -188,11 +188,10 @@ def blobs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """[count,1,16,16] with a bright bar, and which of 4 ways it lies."""
     images = 0.3 * torch.randn(count, 1, 16, 16, generator=generator)
     labels = torch.randint(4, (count,), generator=generator)
-    for image, label in zip(images, labels):
-        y, x = torch.randint(3, 13, (2,), generator=generator).tolist()
-        for step in range(-3, 4):
-            dy, dx = ((0, step), (step, 0), (step, step), (step, -step))[label]
-            image[0, (y + dy) % 16, (x + dx) % 16] += 2.0
+    center = torch.randint(3, 13, (count, 2, 1), generator=generator)
+    way = torch.tensor([[0, 1], [1, 0], [1, 1], [1, -1]])[labels, :, None]
+    y, x = ((center + way * torch.arange(-3, 4)) % 16).unbind(1)  # [count,7]
+    images[torch.arange(count)[:, None], 0, y, x] += 2.0
     return images, labels
 
 

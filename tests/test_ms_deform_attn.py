@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from cases import FUSED, PLAIN, DeformAttn, Inputs, Op, Sample, grad_like
+from cases import Inputs, Op, Sample, grad_like
+from cases.deform_attn import FUSED, PLAIN, DeformAttn
 from conftest import (
     DTYPES,
-    ISAS,
     assert_matches,
     assert_matches_twin,
-    check_instruction_set,
     needs_cuda,
     why_no_cuda,
 )
@@ -178,9 +176,12 @@ def test_fused_equals_unfused(case: DeformAttn, device: str) -> None:
         inputs["value"] if inputs["value_mask"] is None else inputs["value"] * ~inputs["value_mask"][..., None, None]
     )
     expected = relops.ms_deform_attn(
-        value, inputs["spatial_shapes"], inputs["level_start_index"], points[..., :2] + offsets * unit,
+        value,
+        inputs["spatial_shapes"],
+        inputs["level_start_index"],
+        points[..., :2] + offsets * unit,
         logits.flatten(-2).softmax(-1).view(logits.shape),
-    )  # fmt: skip
+    )
     assert_matches(FUSED.function(**inputs), expected)
 
 
@@ -357,13 +358,6 @@ def test_any_number_of_threads(op: Op, Q: int, N: int, M: int, threads: None) ->
             assert_matches(x, expected[name], name)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The comparisons with the twin above, in a process that is told to use only `isa`."""
-    chosen = "cpu and (matches_twin or leak or (finite and both))"
-    check_instruction_set(isa, chosen, "test_contract.py", Path(__file__).name)
-
-
 @pytest.mark.parametrize("needs_grad", [*(tuple(i == j for j in range(4)) for i in range(4)), (True,) * 4], ids=str)
 def test_backward_op_gives_what_is_asked_for(needs_grad: tuple[bool, ...], device: str) -> None:
     inputs = FUSED.raw(draw(FUSED, DeformAttn(mask=True), device))
@@ -528,11 +522,19 @@ def test_cuda_graph(op: Op, shapes: str) -> None:
 @both
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("spatial_shapes", shapes) for shapes in (
-        [[6, 4], [3, 3]], [[60, 40], [3, 2]], [[-6, -4], [3, 2]], [[2**40, 2**40], [3, 2]], [[6, 4], [0, 0]],
-    )] + [("level_start_index", starts) for starts in ([0, 25], [-1, 24], [0, 2**62])],
+    [
+        ("spatial_shapes", shapes)
+        for shapes in (
+            [[6, 4], [3, 3]],
+            [[60, 40], [3, 2]],
+            [[-6, -4], [3, 2]],
+            [[2**40, 2**40], [3, 2]],
+            [[6, 4], [0, 0]],
+        )
+    ]
+    + [("level_start_index", starts) for starts in ([0, 25], [-1, 24], [0, 2**62])],
     ids=str,
-)  # fmt: skip
+)
 def test_cuda_levels_on_the_device_that_do_not_fit(op: Op, name: str, sizes: list) -> None:
     """The host cannot look without synchronizing: the output says so with NaN, and nothing outside is read."""
     inputs = draw(op, DeformAttn(), "cuda") | {name: torch.tensor(sizes, device="cuda")}

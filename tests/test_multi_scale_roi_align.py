@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import grad_like
+from cases.regions import Regions
 from conftest import assert_matches
-from regions import Case, as_rows, random_boxes
+from helpers.regions import as_rows, random_boxes
 from torch import Tensor
 
 import relops
+
+pytestmark = pytest.mark.quick
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
@@ -87,16 +90,18 @@ def test_roi_align_on_each_level(aligned: bool, ratio: int, memory_format: torch
     features = [torch.randn(2, C, size >> level + 2, size >> level + 2, dtype=torch.float64) for level in range(4)]
     features = [x.to(device).to(memory_format=memory_format).requires_grad_() for x in features]
     sides = torch.tensor([40.0, 90, 130, 200, 250, 300, 470, 500], dtype=torch.float64)
-    boxes = random_boxes(Case(H=size, W=size, K=8, spatial_scale=1.0), inside=True)
+    boxes = random_boxes(Regions(H=size, W=size, K=8, spatial_scale=1.0), inside=True)
     boxes[:, 3:] = boxes[:, 1:3] + torch.stack([sides * 0.9, sides / 0.9], 1)
     level_of = [0, 0, 1, 1, 2, 2, 3, 3]
     boxes = boxes.to(device).requires_grad_()
     arguments = {"output_size": (3, 7), "sampling_ratio": ratio, "aligned": aligned}
     actual = relops.multi_scale_roi_align(features, boxes, spatial_scales=SCALES, **arguments)
-    expected = torch.cat([
-        relops.roi_align(features[level], boxes[k : k + 1], spatial_scale=SCALES[level], **arguments)
-        for k, level in enumerate(level_of)
-    ])  # fmt: skip
+    expected = torch.cat(
+        [
+            relops.roi_align(features[level], boxes[k : k + 1], spatial_scale=SCALES[level], **arguments)
+            for k, level in enumerate(level_of)
+        ]
+    )
     assert_matches(actual, expected)
     grad = grad_like(actual)
     leaves = (*features, boxes)

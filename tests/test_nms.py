@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import DTYPES
+from helpers.search_nms import plain_nms, search
+from helpers.suppression import assert_greedy, clustered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_nms import plain_nms, search
-from suppression import assert_greedy, clustered
 
 import relops
 from relops import reference
@@ -32,7 +32,10 @@ BY_HAND = {
     "0 and -0 are equal": ([UNIT, (2, 0, 3, 1), UNIT], [-0.0, 0.0, 0.0], 0.5, [0, 1]),
     "touching": ([UNIT, (1, 0, 2, 1)], [0.1, 0.2], 0.0, [1, 0]),
     "who is suppressed suppresses nobody": (
-        [(0, 0, 10, 1), (4, 0, 14, 1), (8, 0, 18, 1)], [0.3, 0.2, 0.1], 0.4, [0, 2]
+        [(0, 0, 10, 1), (4, 0, 14, 1), (8, 0, 18, 1)],
+        [0.3, 0.2, 0.1],
+        0.4,
+        [0, 2],
     ),
     "in a chain of equals": ([(4 * i, 0, 4 * i + 10, 1) for i in range(6)], [0.5] * 6, 0.4, [0, 2, 4]),
     "threshold 1: identical boxes too": ([UNIT, UNIT], [0.1, 0.2], 1.0, [1, 0]),
@@ -56,7 +59,7 @@ BY_HAND = {
     "huge, but the area fits": ([(0, 0, 1e18, 1e18)] * 2, [0.1, 0.2], 0.5, [1]),
     "area beyond float32: no IoU": ([(-1e30, -1e30, 1e30, 1e30)] * 2, [0.1, 0.2], 0.5, [1, 0]),
     "huge around others": ([UNIT, (-1e30, -1e30, 1e30, 1e30), UNIT], [0.1, 0.9, 0.2], 0.5, [1, 2]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("boxes", "scores", "iou_threshold", "kept"), BY_HAND.values(), ids=BY_HAND.keys())

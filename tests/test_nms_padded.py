@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from suppression import clustered
+from helpers.suppression import clustered
 
 import relops
 from relops import reference
+
+pytestmark = pytest.mark.quick
 
 
 def batch(device: str, B: int = 3, K: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

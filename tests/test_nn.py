@@ -123,9 +123,12 @@ def test_initialization_is_that_of_deformable_detr() -> None:
     expected = torch.tensor([[[[p * x, p * y] for p in range(1, 5)]] * 3 for x, y in compass]).float()
     torch.testing.assert_close(layer.sampling_offsets.bias.view(8, 3, 4, 2), expected, rtol=0, atol=1e-5)
     for zero in (
-        layer.sampling_offsets.weight, layer.attention_weights.weight, layer.attention_weights.bias,
-        layer.value_proj.bias, layer.output_proj.bias,
-    ):  # fmt: skip
+        layer.sampling_offsets.weight,
+        layer.attention_weights.weight,
+        layer.attention_weights.bias,
+        layer.value_proj.bias,
+        layer.output_proj.bias,
+    ):
         assert not zero.any()
     bound = (6 / (64 + 64)) ** 0.5  # Xavier, uniform
     for weight in (layer.value_proj.weight, layer.output_proj.weight):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from relation_networks import assert_same, pair_embedding, random_parameters, relation, relation_shapes, relation_state
+from helpers.relation_networks import (
+    assert_same,
+    pair_embedding,
+    random_parameters,
+    relation,
+    relation_shapes,
+    relation_state,
+)
 from torch import Tensor
 
 import relops
@@ -175,7 +182,7 @@ def test_compiles(fresh_compiler: None, device: str) -> None:
         ((torch.zeros(3, 12), torch.zeros(3, 4), torch.zeros(3)), TypeError, "key_mask must be bool, got"),
         ((torch.zeros(3, 12), torch.zeros(3, 4), torch.zeros(4) > 0), ValueError, r"key_mask must be \[K\] = \[3\]"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"relops.nn.ObjectRelation: .*{message}"):
         relops.nn.ObjectRelation(12, heads=3)(*arguments)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.regions import Regions
 from conftest import assert_matches
-from regions import Case, as_rows, random_boxes
+from helpers.regions import as_rows, random_boxes
 from torch import Tensor
 
 import relops
+
+pytestmark = pytest.mark.quick
 
 
 def surface(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ def test_gradient_of_an_edge_is_the_mean_along_it(device: str) -> None:
 
 @pytest.mark.parametrize("output_size", [(1, 1), (2, 3), (7, 7)])
 def test_numerical_integral(output_size: tuple[int, int], device: str) -> None:
-    case = Case(H=6, W=9, C=2, N=1, K=8)
+    case = Regions(H=6, W=9, C=2, N=1, K=8)
     image = torch.randn(1, case.C, case.H, case.W, dtype=torch.float64, device=device)
     boxes = random_boxes(case).to(device)[:7]
     PH, PW = output_size
@@ -97,7 +100,7 @@ def test_numerical_integral(output_size: tuple[int, int], device: str) -> None:
 
 
 def test_mean_of_the_bins_is_the_whole(device: str) -> None:
-    case = Case(H=20, W=30, N=2, K=16)
+    case = Regions(H=20, W=30, N=2, K=16)
     image = torch.randn(2, 5, 20, 30, dtype=torch.float64, device=device)
     boxes = random_boxes(case).to(device)
     whole = relops.prroi_pool(image, boxes, 1, case.spatial_scale)
@@ -124,8 +127,10 @@ def test_gradcheck_where_bins_end_on_pixels(device: str, deterministic: None) ->
     image = torch.randn(1, 2, 6, 7, dtype=torch.float64, device=device, requires_grad=True)
     corners = torch.tensor(
         [[1.0, 1, 4, 5], [0, 0, 6, 5], [-1, 2, 7, 6], [2.5, 2, 3, 2.5]],
-        dtype=torch.float64, device=device, requires_grad=True,
-    )  # fmt: skip
+        dtype=torch.float64,
+        device=device,
+        requires_grad=True,
+    )
     images = torch.zeros(4, 1, dtype=torch.float64, device=device)
     assert torch.autograd.gradcheck(
         lambda image, corners: relops.prroi_pool(image, torch.cat([images, corners], 1), (2, 3)), (image, corners)

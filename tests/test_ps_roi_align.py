@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.regions import Regions
 from conftest import DTYPES, assert_matches
-from regions import Case, as_rows, box_dtype, random_boxes
+from helpers.regions import as_rows, box_dtype, random_boxes
 from torch import Tensor
 
 import relops
+
+pytestmark = pytest.mark.quick
 
 PH, PW, CHANNELS = 2, 3, 4
 
 
 def own_channels(of_all: Tensor) -> Tensor:
     """From [K,C,PH,PW], bin (ph,pw) of channel (c * PH + ph) * PW + pw, for every c."""
-    return torch.stack([
-        torch.stack([
-            torch.stack([of_all[:, (c * PH + ph) * PW + pw, ph, pw] for pw in range(PW)], -1) for ph in range(PH)
-        ], -2) for c in range(of_all.shape[1] // (PH * PW))
-    ], 1)  # fmt: skip
+    by_channel = of_all.unflatten(1, (-1, PH, PW))
+    rows = [torch.stack([by_channel[:, :, ph, pw, ph, pw] for pw in range(PW)], -1) for ph in range(PH)]
+    return torch.stack(rows, -2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,7 +37,7 @@ def test_every_bin_has_its_own_channel(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_aligned_roi_align_of_each_channel(ratio: int, memory_format: torch.memory_format, device: str) -> None:
     """With gradients: all but one bin in PH * PW of roi_align's output is left out."""
-    case = Case(H=9, W=13, K=18)
+    case = Regions(H=9, W=13, K=18)
     image = torch.randn(case.N, CHANNELS * PH * PW, case.H, case.W, dtype=torch.float64, device=device)
     image = image.to(memory_format=memory_format).requires_grad_()
     boxes = random_boxes(case).to(device).requires_grad_()
@@ -52,9 +53,10 @@ def test_aligned_roi_align_of_each_channel(ratio: int, memory_format: torch.memo
 
 
 @pytest.mark.parametrize(
-    "box", [(3, 3, 3, 3), (3, 2, 3, 6), (5, 5, 2, 2), (5, 2, 2, 6), (2, 6, 5, 2)],
+    "box",
+    [(3, 3, 3, 3), (3, 2, 3, 6), (5, 5, 2, 2), (5, 2, 2, 6), (2, 6, 5, 2)],
     ids=["a point", "a line", "inverted", "inverted in x", "inverted in y"],
-)  # fmt: skip
+)
 def test_adaptive_without_samples_is_zero(box: tuple[float, ...], device: str) -> None:
     """Where torchvision divides 0 by 0."""
     image = torch.randn(1, PH * PW, 8, 9, device=device, requires_grad=True)

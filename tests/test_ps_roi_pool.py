@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DTYPES
-from regions import as_rows, box_dtype
+from helpers.regions import as_rows, box_dtype
 
 import relops
+
+pytestmark = pytest.mark.quick
 
 PH, PW, CHANNELS = 2, 3, 4
 

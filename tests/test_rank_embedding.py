@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from cases import OPS, Ranks, grad_like
-from conftest import ISAS, assert_matches, assert_matches_twin, check_instruction_set, needs_cuda, why_no_cuda
+from cases import grad_like
+from cases.relation_attention import RANK_EMBEDDING as OP
+from cases.relation_attention import Ranks
+from conftest import assert_matches, assert_matches_twin, needs_cuda, why_no_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import relops
 from relops import reference
 
-OP = next(op for op in OPS if op.name == "rank_embedding")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -159,11 +159,6 @@ def test_vmap_of_integers() -> None:
     ranks = torch.arange(30).view(5, 6)
     output = torch.vmap(lambda x: relops.rank_embedding(x, 8), in_dims=1)(ranks)
     assert torch.equal(output, relops.rank_embedding(ranks.T, 8))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    check_instruction_set(isa, "cpu and not compile", Path(__file__).name)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import grad_like
+from cases.regions import Regions
 from conftest import DTYPES, assert_matches, run_python, why_no_cuda
+from helpers.regions import REGION_OPS, Region, as_rows, box_dtype, random_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from regions import REGIONS, Case, Region, as_rows, box_dtype, random_boxes
 from torch import Tensor
 
 import relops
 from relops import reference
 from relops.reference._regions import split_boxes
 
-every = pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS.keys())
+every = pytest.mark.parametrize("region", REGION_OPS.values(), ids=REGION_OPS.keys())
 every_of_one_level = pytest.mark.parametrize(
-    "region", [region for region in REGIONS.values() if region.levels == 1], ids=lambda region: region.name
+    "region", [region for region in REGION_OPS.values() if region.levels == 1], ids=lambda region: region.name
 )
 every_with_box_gradient = pytest.mark.parametrize(
-    "region", [region for region in REGIONS.values() if region.box_gradient], ids=lambda region: region.name
+    "region", [region for region in REGION_OPS.values() if region.box_gradient], ids=lambda region: region.name
 )
 
 
 def draw(
-    region: Region, case: Case, device: str, dtype: torch.dtype = torch.float64, inside: bool = False
+    region: Region, case: Regions, device: str, dtype: torch.dtype = torch.float64, inside: bool = False
 ) -> tuple[list[Tensor], Tensor]:
     features, boxes = region.features(case), random_boxes(case, inside)
     return [x.to(device, dtype) for x in features], boxes.to(device, box_dtype(dtype))
@@ -42,7 +45,7 @@ def draw(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: str) -> None:
     """Of every image its own constant: the batch index is what picks it."""
-    case = Case(N=3, K=20, output_size=(2, 3))
+    case = Regions(N=3, K=20, output_size=(2, 3))
     features, boxes = draw(region, case, device, dtype, inside=True)
     features = [torch.ones_like(x) * torch.tensor([0.5, 2.0, -3.0]).to(x).view(3, 1, 1, 1) for x in features]
     constant = features[0][boxes[:, 0].long(), :1, :1, :1].expand(-1, case.C, 2, 3)
@@ -52,7 +55,7 @@ def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: st
 @every
 def test_translation(region: Region, device: str) -> None:
     """A map moved by whole pixels, here within a larger one of zeros, and its boxes with it."""
-    case = Case(H=40, W=44, C=2)
+    case = Regions(H=40, W=44, C=2)
     features, boxes = draw(region, case, device, inside=True)
     coarsest = 2 ** (region.levels - 1)
     dx, dy = 2 * coarsest, coarsest
@@ -70,7 +73,7 @@ def test_translation(region: Region, device: str) -> None:
 
 @every
 def test_list_of_boxes(region: Region, device: str) -> None:
-    case = Case(N=3, K=10)
+    case = Regions(N=3, K=10)
     features, boxes = draw(region, case, device)
     boxes[:, 0] = torch.tensor([0.0] * 4 + [2.0] * 6)  # none in image 1
     boxes.requires_grad_(region.box_gradient)
@@ -86,61 +89,57 @@ def test_list_of_boxes(region: Region, device: str) -> None:
 
 @every
 def test_output_size_of_one_number_is_square(region: Region, device: str) -> None:
-    case = Case(output_size=(3, 3))
+    case = Regions(output_size=(3, 3))
     features, boxes = draw(region, case, device)
-    scales = [case.spatial_scale / 2**level for level in range(region.levels)]
-    function, arguments = (
-        (relops.multi_scale_roi_align, (features, boxes, 3, scales))
-        if region.levels > 1
-        else (getattr(relops, region.name), (features[0], boxes, 3, scales[0]))
-    )
-    assert torch.equal(function(*arguments), function(*arguments[:2], (3, 3), *arguments[3:]))
+    function = functools.partial(getattr(relops, region.name), features if region.levels > 1 else features[0], boxes)
+    options = case.options(region.name)
+    assert torch.equal(function(**options | {"output_size": 3}), function(**options))
 
 
 @every_of_one_level
 def test_scale_of_boxes_is_that_of_the_map(region: Region, device: str) -> None:
     """Boxes in pixels of the map at scale 1 are boxes of the image at scale 1/4."""
-    case = Case()
+    case = Regions()
     features, boxes = draw(region, case, device)
     of_map = torch.cat([boxes[:, :1], boxes[:, 1:] / 4], 1)
-    actual = region(features, of_map, Case(spatial_scale=1.0))
+    actual = region(features, of_map, Regions(spatial_scale=1.0))
     assert torch.equal(actual, region(features, boxes, case))
 
 
 # ---- Against the twin ----
 
 SHAPES = {
-    "typical": Case(),
-    "one pixel": Case(H=1, W=1, C=2, spatial_scale=1.0),
-    "one row": Case(H=1, W=70, C=5, output_size=(1, 4)),
-    "one column": Case(H=70, W=1, C=5, output_size=(4, 1)),
-    "wide": Case(H=3, W=150, C=5, output_size=(2, 7), spatial_scale=0.5),
-    "tall": Case(H=150, W=3, C=1, output_size=(7, 2), spatial_scale=0.5),
-    "14 x 14": Case(H=9, W=11, C=16, K=5, output_size=(14, 14)),
-    "17 columns": Case(C=3, output_size=(3, 17), K=12),
-    "40 channels": Case(C=40, N=1, output_size=(2, 2)),
-    "boxes of many images": Case(N=5, K=30, H=8, W=9),
-    "one bin": Case(H=30, W=20, C=4, output_size=(1, 1)),
-    "odd scale": Case(spatial_scale=0.0625 * 1.5),
+    "typical": Regions(),
+    "one pixel": Regions(H=1, W=1, C=2, spatial_scale=1.0),
+    "one row": Regions(H=1, W=70, C=5, output_size=(1, 4)),
+    "one column": Regions(H=70, W=1, C=5, output_size=(4, 1)),
+    "wide": Regions(H=3, W=150, C=5, output_size=(2, 7), spatial_scale=0.5),
+    "tall": Regions(H=150, W=3, C=1, output_size=(7, 2), spatial_scale=0.5),
+    "14 x 14": Regions(H=9, W=11, C=16, K=5, output_size=(14, 14)),
+    "17 columns": Regions(C=3, output_size=(3, 17), K=12),
+    "40 channels": Regions(C=40, N=1, output_size=(2, 2)),
+    "boxes of many images": Regions(N=5, K=30, H=8, W=9),
+    "one bin": Regions(H=30, W=20, C=4, output_size=(1, 1)),
+    "odd scale": Regions(spatial_scale=0.0625 * 1.5),
 }
 # Of more bins, or of more pixels in one, than the kernels work on together.
 LARGE = {
-    "parts of rows": Case(H=5, W=6, C=17, N=1, K=4, output_size=(2, 1100)),
-    "many rows": Case(H=6, W=5, C=17, N=1, K=4, output_size=(50, 41)),
-    "large bin": Case(H=70, W=90, C=20, K=4, output_size=(1, 1)),
+    "parts of rows": Regions(H=5, W=6, C=17, N=1, K=4, output_size=(2, 1100)),
+    "many rows": Regions(H=6, W=5, C=17, N=1, K=4, output_size=(50, 41)),
+    "large bin": Regions(H=70, W=90, C=20, K=4, output_size=(1, 1)),
 }
 
 
-def variants(region: Region, case: Case) -> list[Case]:
+def variants(region: Region, case: Regions) -> list[Regions]:
     if region.levels > 1:  # its scales are powers of 1/2
-        case = Case(**vars(case) | {"spatial_scale": 2.0 ** round(math.log2(case.spatial_scale))})
-    return [Case(**vars(case) | {"options": options}) for options in region.options]
+        case = replace(case, spatial_scale=2.0 ** round(math.log2(case.spatial_scale)))
+    return [replace(case, **options) for options in region.options]
 
 
 @every
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_shapes(region: Region, case: Case, dtype: torch.dtype, device: str) -> None:
+def test_shapes(region: Region, case: Regions, dtype: torch.dtype, device: str) -> None:
     for variant in variants(region, case):
         region.assert_matches_twin(*draw(region, variant, device, dtype), variant)
 
@@ -172,7 +171,7 @@ def test_channels_last(region: Region, name: str, dtype: torch.dtype, device: st
 @every
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE.keys())
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_large_outputs_and_bins(region: Region, case: Case, layout: torch.memory_format, device: str) -> None:
+def test_large_outputs_and_bins(region: Region, case: Regions, layout: torch.memory_format, device: str) -> None:
     for variant in variants(region, case):
         features, boxes = draw(region, variant, device)
         region.assert_matches_twin([x.to(memory_format=layout) for x in features], boxes, variant)
@@ -181,7 +180,8 @@ def test_large_outputs_and_bins(region: Region, case: Case, layout: torch.memory
 MEMORY = """
 import os, resource
 import torch
-from regions import REGIONS, Case
+from cases.regions import Regions
+from helpers.regions import REGION_OPS
 
 def peak():  # in KB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -192,19 +192,19 @@ def grown(results, step):
     return peak() - before - sum(x.numel() * x.element_size() for x in results) // 1024
 
 torch.set_num_threads(1)
-for region in REGIONS.values():
+for region in REGION_OPS.values():
     for layout in (torch.contiguous_format, torch.channels_last):
         for C, side, H in ((2, 2048, 40), (32, 512, 40), (2, 1, 1500)):
             if region.position_sensitive:
                 C, side, H = 1, min(side, 256), 8 if side > 1 else H
-            case = Case(H, H, C, 1, 1, (side, side), 1.0)
+            case = Regions(H, H, C, 1, 1, (side, side), 1.0)
             features = [x.bfloat16().to(memory_format=layout).requires_grad_() for x in region.features(case)]
             boxes = torch.tensor([[0.0, 0.0, 0.0, H, H]])
             pid = os.fork()
             if pid:
                 os.waitpid(pid, 0)
                 continue
-            few = Case(8, 8, 16, 1, 1, (2, 2), 1.0)
+            few = Regions(8, 8, 16, 1, 1, (2, 2), 1.0)
             region.run(region.features(few), boxes.double(), few)  # what is loaded at the first call
             outputs, grads = [], []
             forward = grown(outputs, lambda: [region(features, boxes.requires_grad_(region.box_gradient), case)])
@@ -225,13 +225,13 @@ def test_memory_does_not_grow_with_the_output() -> None:
     done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
     lines = [line.split(",") for line in done.stdout.splitlines()]
-    assert len(lines) == len(REGIONS) * 6
+    assert len(lines) == len(REGION_OPS) * 6
     assert not [line for line in lines if max(map(int, line[-2:])) > 4 << 10]
 
 
 @every
 def test_only_wanted_gradients(region: Region, device: str) -> None:
-    case = Case(options=region.options[0])
+    case = Regions(**region.options[0])
     features, boxes = draw(region, case, device)
     expected = region.run(features, boxes, case)
     leaves = [x.clone().requires_grad_() for x in features]
@@ -252,7 +252,7 @@ def input_names(region: Region) -> list[str]:
 
 @every_with_box_gradient
 def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
-    case = Case(options=region.options[0])
+    case = Regions(**region.options[0])
     grad = region.run(*draw(region, case, device, inside=True), case)["boxes"]
     assert not grad[:, 0].any()
     assert grad[:, 1:].any(1).all()
@@ -262,7 +262,7 @@ def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
 def test_gradcheck(region: Region, device: str, deterministic: None) -> None:
     """By whole rows of boxes: a batch index that is moved a little is the same."""
     for options in region.options:
-        case = Case(N=3, H=5, W=6, C=2, K=5, output_size=(2, 3), options=options)
+        case = Regions(N=3, H=5, W=6, C=2, K=5, output_size=(2, 3), **options)
         features, boxes = draw(region, case, device)
         boxes[:3, 0] = torch.arange(3)
         wanted = (boxes.requires_grad_(region.box_gradient), *(x.requires_grad_() for x in features))
@@ -285,7 +285,7 @@ def test_batch_index_near_an_integer_or_truncated(region: Region, dtype: torch.d
         1: (0.999999, 1.000001, 1 - NEAR, 1 + NEAR, 1.5, 2 - 2 * NEAR),
         2: (1.9999, 2.25, 3 - 2 * NEAR),
     }
-    case = Case(N=3, K=sum(map(len, images.values())))
+    case = Regions(N=3, K=sum(map(len, images.values())))
     features, boxes = draw(region, case, device, dtype)
     boxes[:, 0] = torch.tensor([image for image, indices in images.items() for _ in indices])
     fractional = boxes.clone()
@@ -311,7 +311,7 @@ INDICES = st.one_of(
 @settings(max_examples=50, deadline=None)
 @given(indices=st.lists(INDICES, min_size=1, max_size=9))
 def test_any_batch_index_is_that_of_the_twin(region: Region, indices: list[float]) -> None:
-    case = Case(N=3, K=len(indices))
+    case = Regions(N=3, K=len(indices))
     features, boxes = draw(region, case, "cpu")
     boxes[:, 0] = torch.tensor(indices, dtype=torch.float64)
     images = split_boxes(features[0], boxes)[0]
@@ -332,7 +332,7 @@ def test_coordinate_that_is_not_finite(
     region: Region, bad: float, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
     """Its row is zero with zero gradient, and the other boxes do not notice."""
-    case = Case(K=14, options=region.options[0])
+    case = Regions(K=14, **region.options[0])
     features, boxes = draw(region, case, device, dtype)
     features = [x.to(memory_format=memory_format) for x in features]
     broken = boxes.clone()
@@ -351,7 +351,7 @@ def test_coordinate_that_is_not_finite(
 @pytest.mark.parametrize("index", [-1.0, 2.0, 1e9, -1.5, NEAR - 1, 2 - NEAR, math.nan, math.inf, -math.inf])
 def test_batch_index_outside(region: Region, index: float, device: str) -> None:
     """The host of a CUDA device cannot look without synchronizing: the output says so with NaN."""
-    case = Case()
+    case = Regions()
     features, boxes = draw(region, case, device, torch.float32)
     good = boxes.clone()
     boxes[3, 0] = index
@@ -369,12 +369,20 @@ def test_batch_index_outside(region: Region, index: float, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [1e4, 1e9, 1e18, 1e30])
 def test_huge_boxes_return(region: Region, size: float, dtype: torch.dtype, device: str) -> None:
-    case = Case(options={"sampling_ratio": -1} if len(region.options) > 1 else {})
+    case = Regions()
     boxes = as_rows(
-        (0, 0, size, size), (-size, -size, size, size), (size, size, 2 * size, 2 * size), (size, size, -size, -size),
-        (-size, 3, size, 9), (5, -size, 6, size), (size, 0, size, 9), (0, 0, -size, size),
-        image=1, dtype=dtype, device=device,
-    )  # fmt: skip
+        (0, 0, size, size),
+        (-size, -size, size, size),
+        (size, size, 2 * size, 2 * size),
+        (size, size, -size, -size),
+        (-size, 3, size, 9),
+        (5, -size, 6, size),
+        (size, 0, size, 9),
+        (0, 0, -size, size),
+        image=1,
+        dtype=dtype,
+        device=device,
+    )
     features = [x.to(device, dtype) for x in region.features(case)]
     results = region.run(features, boxes, case)
     assert all(x.isfinite().all() for x in results.values())
@@ -383,7 +391,7 @@ def test_huge_boxes_return(region: Region, size: float, dtype: torch.dtype, devi
 
 @every
 def test_no_boxes(region: Region, device: str) -> None:
-    case = Case(K=0)
+    case = Regions(K=0)
     features, boxes = draw(region, case, device, torch.float32)
     results = region.run(features, boxes, case)
     assert results["output"].shape == (0, 3, 3, 2)
@@ -402,9 +410,9 @@ COORDINATES = st.one_of(
 
 
 @st.composite
-def searched(draw_from: st.DrawFn) -> tuple[Case, list[list[float]], int, int]:
+def searched(draw_from: st.DrawFn) -> tuple[Regions, list[list[float]], int, int]:
     sizes = st.integers(1, 9)
-    case = Case(
+    case = Regions(
         H=draw_from(sizes),
         W=draw_from(sizes),
         C=draw_from(st.integers(1, 3)),
@@ -419,17 +427,17 @@ def searched(draw_from: st.DrawFn) -> tuple[Case, list[list[float]], int, int]:
 @every
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(search=searched())
-def test_random_search(region: Region, search: tuple[Case, list[list[float]], int, int]) -> None:
+def test_random_search(region: Region, search: tuple[Regions, list[list[float]], int, int]) -> None:
     case, corners, option, seed = search
     options = region.options[option % len(region.options)]
-    case = Case(**vars(case) | {"K": len(corners), "options": options})
+    case = replace(case, K=len(corners), **options)
     for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
         torch.manual_seed(seed)
         boxes = torch.cat([torch.randint(case.N, (case.K, 1)), torch.tensor(corners, dtype=torch.float64)], 1)
         compare_where_smooth(region, [x.to(device) for x in region.features(case)], boxes.to(device), case)
 
 
-def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, case: Case) -> None:
+def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, case: Regions) -> None:
     """A sample a rounding error off the border counts or not, one off a pixel has this slope or that: such boxes, which
     show by a result that jumps when they are moved by nearly nothing, are left out."""
     expected = region.run(features, boxes, case, reference)

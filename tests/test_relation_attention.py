@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import OPS, Inputs, Relations, grad_like
+from cases import Inputs, grad_like
+from cases.relation_attention import RELATION_ATTENTION as OP
+from cases.relation_attention import Relations
 from conftest import (
-    ISAS,
     assert_matches,
     assert_matches_twin,
-    check_instruction_set,
     needs_cuda,
     resident_growth,
     why_no_cuda,
@@ -27,7 +26,6 @@ from torch import Tensor
 import relops
 from relops.ops.relation_attention import _tf32_allowed
 
-OP = next(op for op in OPS if op.name == "relation_attention")
 dialects = pytest.mark.parametrize("geometry", ["paper", "official"])
 
 
@@ -161,8 +159,10 @@ def test_geometry_is_relative(geometry: str, device: str) -> None:
     for change in (lambda x: x + shift, lambda x: 2.5 * (x + one) - one):
         changed = {name: change(inputs[name]) for name in ("query_boxes", "key_boxes")}
         assert_matches(OP.function(**inputs | changed), expected, noise=OP.noise)
-    mirrored = {name: -inputs[name][..., [2, 1, 0, 3]] * torch.tensor([1.0, -1.0, 1.0, -1.0]).to(shift)
-                for name in ("query_boxes", "key_boxes")}  # fmt: skip
+    mirrored = {
+        name: -inputs[name][..., [2, 1, 0, 3]] * torch.tensor([1.0, -1.0, 1.0, -1.0]).to(shift)
+        for name in ("query_boxes", "key_boxes")
+    }
     assert_matches(OP.function(**inputs | mirrored), expected, noise=OP.noise)
 
 
@@ -227,8 +227,10 @@ def test_query_without_keys_gets_zeros(dtype: torch.dtype, device: str) -> None:
         assert not results[name][0].any(), name
         assert results[name][1:].any() and results[name].isfinite().all(), name
     # The others do not notice.
-    alone = OP.run({name: x[1:] if isinstance(x, Tensor) and "geometry" not in name else x
-                    for name, x in inputs.items()}, grad_output=grad_like(results["output"])[1:])  # fmt: skip
+    alone = OP.run(
+        {name: x[1:] if isinstance(x, Tensor) and "geometry" not in name else x for name, x in inputs.items()},
+        grad_output=grad_like(results["output"])[1:],
+    )
     assert torch.equal(alone["output"], results["output"][1:])
     assert_matches(alone["geometry_weight"], results["geometry_weight"].double(), noise=OP.noise)
 
@@ -536,13 +538,6 @@ def test_any_number_of_threads(case: Relations, threads: None) -> None:
         assert_matches_twin(OP, inputs)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The comparisons with the twin, and what must not leak, in a process that is told to use only `isa`."""
-    chosen = "cpu and ((matches_twin and relation) or sizes or definition or leak or logarithm or huge)"
-    check_instruction_set(isa, chosen, Path(__file__).name, "test_contract.py")
-
-
 # ---- Random search ----
 
 COORDINATES = st.one_of(
@@ -592,9 +587,13 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
         for name, x in actual.items():
             largest = expected[name].nan_to_num().abs().max().item() if x.numel() else 0.0
             torch.testing.assert_close(
-                x, expected[name], rtol=1e-9, atol=1e-9 * max(largest, 1e-3), equal_nan=True,
+                x,
+                expected[name],
+                rtol=1e-9,
+                atol=1e-9 * max(largest, 1e-3),
+                equal_nan=True,
                 msg=lambda text, name=name: f"{name}: {text}",
-            )  # fmt: skip
+            )
 
 
 # ---- CUDA ----

@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from relation_networks import assert_same, pair_embedding, random_parameters, relation, relation_shapes, relation_state
+from helpers.relation_networks import (
+    assert_same,
+    pair_embedding,
+    random_parameters,
+    relation,
+    relation_shapes,
+    relation_state,
+)
 from test_detectors import Given
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -7,10 +7,12 @@ from math import ceil, floor
 
 import pytest
 import torch
-from regions import as_rows
+from helpers.regions import as_rows
 from torch import Tensor
 
 import relops
+
+pytestmark = pytest.mark.quick
 
 
 def one_pixel(y: int, x: int, device: str, H: int = 5, W: int = 6) -> Tensor:
@@ -164,8 +166,10 @@ def test_gradcheck(aligned: bool, ratio: int, device: str, deterministic: None) 
     images = torch.tensor([[0.0], [1.0], [1.0]], dtype=torch.float64, device=device)
     corners = torch.tensor(
         [[0.31, 0.47, 5.13, 4.29], [-2.2, 1.1, 3.3, 9.7], [3.17, 2.21, 3.43, 2.64]],
-        dtype=torch.float64, device=device, requires_grad=True,
-    )  # fmt: skip
+        dtype=torch.float64,
+        device=device,
+        requires_grad=True,
+    )
     assert torch.autograd.gradcheck(
         lambda image, corners: relops.roi_align(image, torch.cat([images, corners], 1), (2, 3), 0.9, ratio, aligned),
         (image, corners),

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from conftest import DTYPES
-from regions import as_rows, box_dtype
+from helpers.regions import as_rows, box_dtype
 from torch import Tensor
 
 import relops
+
+pytestmark = pytest.mark.quick
 
 in_both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 
@@ -28,15 +30,18 @@ BINS = {
     "rounded to the nearest": ((1.6, 0.4, 3.4, 2.49), (1, 1), [(0, 2, 2, 3)]),
     "halves away from zero": ((0.5, 2.5, 3.5, 4.5), (1, 1), [(3, 1, 5, 4)]),
     "a little less than a half": ((0.49999997, 0, 1, 0), (1, 1), [(0, 0, 0, 1)]),
-    "negative halves away from zero": ((-0.5, -0.5, 1, 1), (2, 2), [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0),
-                                                                   (0, 0, 1, 1)]),
+    "negative halves away from zero": (
+        (-0.5, -0.5, 1, 1),
+        (2, 2),
+        [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 0, 1, 1)],
+    ),
     "bins that divide": ((0, 0, 3, 3), (2, 2), [(0, 0, 1, 1), (0, 2, 1, 3), (2, 0, 3, 1), (2, 2, 3, 3)]),
     "bins that overlap": ((0, 0, 2, 0), (1, 2), [(0, 0, 0, 1), (0, 1, 0, 2)]),
     "more bins than pixels": ((4, 2, 4, 2), (1, 3), [(2, 4, 2, 4)] * 3),
     "inverted: one pixel": ((4, 3, 1, 1), (1, 1), [(3, 4, 3, 4)]),
     "beyond the border: what is on the map": ((5, 6, 20, 20), (1, 1), [(6, 5, 7, 8)]),
     "beyond two borders": ((-9, -9, 20, 20), (1, 1), [(0, 0, 7, 8)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("box", "output_size", "bins"), BINS.values(), ids=BINS.keys())

@@ -13,7 +13,9 @@ from conftest import run_python
 PROGRAM = """
 import os
 import torch
-from cases import OPS, SELECTIONS, Ranks, Suppression
+from cases import OPS, SELECTIONS
+from cases.relation_attention import Ranks
+from cases.suppression import Suppression
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from search_nms import plain_soft_nms
-from suppression import clustered
+from helpers.search_nms import plain_soft_nms
+from helpers.suppression import clustered
 from torch import Tensor
 
 import relops
 from relops import reference
+
+pytestmark = pytest.mark.quick
 
 UNIT = [0.0, 0.0, 1.0, 1.0]
 FAR = [5.0, 0.0, 6.0, 1.0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import grad_like
-from regions import REGIONS, Case, Region, random_boxes
-from suppression import clustered
+from cases.regions import Regions
+from helpers.regions import REGION_OPS, Region, random_boxes
+from helpers.suppression import clustered
 from torch import Tensor
 
 import relops
@@ -18,14 +20,14 @@ torchvision = pytest.importorskip("torchvision")
 
 float64_and_float32 = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 CASES = {
-    "7 x 7": Case(H=24, W=33, C=4, K=40, output_size=(7, 7)),
-    "14 x 14": Case(H=24, W=33, C=2, K=20, output_size=(14, 14), spatial_scale=0.5),
-    "one bin": Case(H=9, W=70, C=5, N=3, K=30, output_size=(1, 1), spatial_scale=0.0625),
-    "17 columns": Case(H=12, W=12, C=1, N=1, K=30, output_size=(3, 17), spatial_scale=1.0),
+    "7 x 7": Regions(H=24, W=33, C=4, K=40, output_size=(7, 7)),
+    "14 x 14": Regions(H=24, W=33, C=2, K=20, output_size=(14, 14), spatial_scale=0.5),
+    "one bin": Regions(H=9, W=70, C=5, N=3, K=30, output_size=(1, 1), spatial_scale=0.0625),
+    "17 columns": Regions(H=12, W=12, C=1, N=1, K=30, output_size=(3, 17), spatial_scale=1.0),
 }
 REGION_OPTIONS = [
     pytest.param(region, options, id=f"{name} {options}")
-    for name, region in REGIONS.items()
+    for name, region in REGION_OPS.items()
     if hasattr(torchvision.ops, name)
     for options in region.options
 ]
@@ -42,15 +44,17 @@ def with_gradient(f: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor,
 @float64_and_float32
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize(("region", "options"), REGION_OPTIONS)
-def test_region(region: Region, options: dict, case: Case, dtype: torch.dtype, device: str) -> None:
+def test_region(region: Region, options: dict, case: Regions, dtype: torch.dtype, device: str) -> None:
     (image,) = (x.to(device, dtype) for x in region.features(case))
     boxes = random_boxes(case).to(device, dtype)
     if options.get("sampling_ratio") == -1:
         # Of inverted ones torchvision wants as many samples as there are bytes, and more.
         boxes[:, 1:] = torch.cat([boxes[:, 1:3].minimum(boxes[:, 3:]), boxes[:, 1:3].maximum(boxes[:, 3:])], 1)
 
+    options = replace(case, **options).options(region.name)
+
     def by(module: object) -> Callable[[Tensor], Tensor]:
-        return lambda x: getattr(module, region.name)(x, boxes, case.output_size, case.spatial_scale, **options)
+        return lambda x: getattr(module, region.name)(x, boxes, **options)
 
     actual, expected = with_gradient(by(relops), image), with_gradient(by(torchvision.ops), image)
     # torchvision computes places of samples in the dtype of the features: an error of a few roundings of 150 pixels.
@@ -63,7 +67,7 @@ def test_region(region: Region, options: dict, case: Case, dtype: torch.dtype, d
 
 @pytest.mark.parametrize(("region", "options"), REGION_OPTIONS)
 def test_fraction_of_a_batch_index(region: Region, options: dict, device: str) -> None:
-    case = Case(N=3, K=6, options=options)
+    case = Regions(N=3, K=6, **options)
     features, boxes = [x.to(device) for x in region.features(case)], random_boxes(case, inside=True).to(device)
     boxes[:, 0] = torch.tensor([-0.7, -1e-6, 0.7, 1.25, 1.9, 2.9])
     torch.testing.assert_close(region(features, boxes, case), region(features, boxes, case, torchvision.ops))
@@ -74,7 +78,7 @@ def test_multi_scale_roi_align(dtype: torch.dtype, device: str) -> None:
     size, scales = 320, [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     features = [torch.randn(2, 4, size >> level + 2, size >> level + 2, dtype=torch.float64) for level in range(4)]
     features = [x.to(device, dtype).requires_grad_() for x in features]
-    boxes = random_boxes(Case(H=size, W=size, K=45, spatial_scale=1.0)).to(device, dtype)
+    boxes = random_boxes(Regions(H=size, W=size, K=45, spatial_scale=1.0)).to(device, dtype)
     boxes = boxes[
         [k for k in range(45) if k % 9 != 7]
     ]  # of the negative area of some inverted ones there it takes a root

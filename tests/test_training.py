@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
+from conftest import environment, run_python
 from torch import Tensor, nn
 
 from relops import models
@@ -106,9 +106,20 @@ def tiny_detectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_config(output: Path, **settings: Any) -> TrainConfig:
     usual = {
-        "data": "shapes:20", "output": str(output), "model": "tiny", "iterations": 6, "batch": 4, "workers": 0,
-        "optimizer": "adamw", "lr": 0.01, "warmup": 2, "min_size": 48, "max_size": 64, "log_every": 4, "device": "cpu",
-    }  # fmt: skip
+        "data": "shapes:20",
+        "output": str(output),
+        "model": "tiny",
+        "iterations": 6,
+        "batch": 4,
+        "workers": 0,
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "warmup": 2,
+        "min_size": 48,
+        "max_size": 64,
+        "log_every": 4,
+        "device": "cpu",
+    }
     return TrainConfig(**usual | settings)
 
 
@@ -153,6 +164,7 @@ def assert_same_run(actual: Path, expected: Path) -> None:
 # ---- A run ----
 
 
+@pytest.mark.quick
 def test_loss_falls_and_all_files_are_there(tmp_path: Path) -> None:
     metrics = train(make_config(tmp_path, iterations=60, log_every=5, eval_every=40))
     lines = log(tmp_path)
@@ -333,9 +345,10 @@ def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
 def start(program: str, *arguments: str) -> subprocess.Popen:
     """`python -m relops` with the detectors of this file, after another statement."""
     program = f"import sys; from test_training import *; register(); {program}; sys.exit(main(sys.argv[1:]))"
-    pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, cwd=HERE, stdout=pipe, stderr=pipe, text=True, env=environment)
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(
+        command, cwd=HERE, stdout=pipe, stderr=pipe, text=True, env=environment(OMP_NUM_THREADS="1")
+    )
 
 
 def lines_of(file: Path) -> int:
@@ -400,8 +413,11 @@ def test_interrupted_evaluation_comes_again(tmp_path: Path, monkeypatch: pytest.
     assert [line["iteration"] for line in log(tmp_path)] == [3]
     train(config)
     assert [("AP" in line, line["iteration"]) for line in log(tmp_path)] == [
-        (False, 3), (True, 3), (False, 6), (True, 6),
-    ]  # fmt: skip
+        (False, 3),
+        (True, 3),
+        (False, 6),
+        (True, 6),
+    ]
 
 
 # ---- Several processes ----
@@ -416,8 +432,11 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     train(make_config(tmp_path / "one", **settings | {"batch": 4}))
     two, one = state(tmp_path / "two"), state(tmp_path / "one")
@@ -447,9 +466,11 @@ def test_groups_of_parameters() -> None:
     groups = make_optimizer(model, "adamw", 0.1, 0.05, 0.9, 0.5).param_groups
     found = {(group["lr"], group["weight_decay"]): group["params"] for group in groups}
     expected = {
-        (0.05, 0.05): model.body.weight, (0.05, 0.0): model.body.bias, (0.1, 0.05): model.head.weight,
+        (0.05, 0.05): model.body.weight,
+        (0.05, 0.0): model.body.bias,
+        (0.1, 0.05): model.head.weight,
         (0.1, 0.0): model.head.bias,
-    }  # fmt: skip
+    }
     assert found.keys() == expected.keys() and all(
         found[key] == [p] and found[key][0] is p for key, p in expected.items()
     )
@@ -638,6 +659,7 @@ def test_malformed_masks_are_found_before_training(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -1099,9 +1099,16 @@ class TestProposals:
             with_proposals(self.data, tmp_path / "p.npz")
 
     @pytest.mark.parametrize(
-        "wrong", [{"counts": [1, 1]}, {"counts": [4, -1]}, {"boxes": [[0.0, 0, 9, 9]] * 2}, {"boxes": [[0.0]] * 3},
-                  {"boxes": [[0, 0, np.nan, 9]] * 3}, {"image_ids": [0]}],
-    )  # fmt: skip
+        "wrong",
+        [
+            {"counts": [1, 1]},
+            {"counts": [4, -1]},
+            {"boxes": [[0.0, 0, 9, 9]] * 2},
+            {"boxes": [[0.0]] * 3},
+            {"boxes": [[0, 0, np.nan, 9]] * 3},
+            {"image_ids": [0]},
+        ],
+    )
     def test_arrays_that_do_not_fit(self, wrong: dict, tmp_path: Path) -> None:
         arrays = {"image_ids": [0, 1], "counts": [1, 2], "boxes": [[0.0, 0, 9, 9]] * 3}
         np.savez(tmp_path / "p.npz", **arrays | wrong)

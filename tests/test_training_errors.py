@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import environment, run_python
 from test_training import (
     HERE,
     Tiny,
@@ -496,8 +496,11 @@ def test_all_processes_of_a_second_run_stop(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -779,7 +782,13 @@ def test_closed_pipe_ends_quietly(name: str, run: Path, tmp_path: Path) -> None:
     os.close(read)
     program = f"from test_training import *; register(); sys.exit(main({arguments.get(name, command_of(tmp_path))!r}))"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=HERE, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100
+        [sys.executable, "-c", program],
+        cwd=HERE,
+        env=environment(),
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
     )
     os.close(write)
     assert done.returncode == 128 + signal.SIGPIPE and "Traceback" not in done.stderr, done.stderr

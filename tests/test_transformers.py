@@ -18,14 +18,27 @@ def detector() -> torch.nn.Module:
     """Deformable DETR with four levels and random weights: nothing is downloaded."""
     torch.manual_seed(0)
     backbone = transformers.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic",
+        embedding_size=16,
+        hidden_sizes=[16, 24, 32, 48],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
         out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    )
     config = transformers.DeformableDetrConfig(
-        use_timm_backbone=False, backbone_config=backbone, d_model=64,
-        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
-        decoder_ffn_dim=96, num_queries=50, num_feature_levels=4, with_box_refine=True, dropout=0.0,
-    )  # fmt: skip
+        use_timm_backbone=False,
+        backbone_config=backbone,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        num_queries=50,
+        num_feature_levels=4,
+        with_box_refine=True,
+        dropout=0.0,
+    )
     model = transformers.DeformableDetrForObjectDetection(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

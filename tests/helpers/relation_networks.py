@@ -85,9 +85,12 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "output") -> None:
     """float64, but for rounding, which the logarithm of a geometric weight near 1e-6 makes a million times as large."""
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
-        actual.detach().cpu(), expected.detach().cpu(), rtol=1e-9, atol=1e-9 * largest,
+        actual.detach().cpu(),
+        expected.detach().cpu(),
+        rtol=1e-9,
+        atol=1e-9 * largest,
         msg=lambda text: f"{what}: {text}",
-    )  # fmt: skip
+    )
 
 
 # ---- Duplicate removal ----

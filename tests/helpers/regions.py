@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from cases import grad_like
+from cases.regions import LEVELS, Regions
 from conftest import assert_matches
 from torch import Tensor
 
@@ -17,49 +18,32 @@ from relops import reference
 
 
 @dataclass(frozen=True)
-class Case:
-    """Sizes and arguments, letters as in relops.roi_align, except that C counts output channels."""
-
-    H: int = 12
-    W: int = 17
-    C: int = 3
-    N: int = 2
-    K: int = 9
-    output_size: tuple[int, int] = (3, 2)
-    spatial_scale: float = 0.25
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Region:
     name: str
     box_gradient: bool = True
     position_sensitive: bool = False
     whole_pixels: bool = False  # bins are rounded to pixels
-    levels: int = 1
     options: tuple[dict[str, Any], ...] = ({},)  # what is to be tested
 
+    @property
+    def levels(self) -> int:
+        return LEVELS if self.name == "multi_scale_roi_align" else 1
+
     def __call__(
-        self, features: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], case: Case, module: ModuleType = relops
+        self, features: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], case: Regions, module: ModuleType = relops
     ) -> Tensor:
         function = getattr(module, self.name)
-        if self.levels == 1:
-            return function(features[0], boxes, case.output_size, case.spatial_scale, **case.options)
-        scales = [case.spatial_scale / 2**level for level in range(self.levels)]
-        # So that boxes of a fourth of the map lie between the first two levels.
-        canonical = {"canonical_level": 3, "canonical_box_size": case.H / case.spatial_scale / 4}
-        return function(features, boxes, case.output_size, scales, **canonical, **case.options)
+        return function(features[0] if self.levels == 1 else features, boxes, **case.options(self.name))
 
-    def features(self, case: Case) -> list[Tensor]:
-        bins = case.output_size[0] * case.output_size[1] if self.position_sensitive else 1
-        sizes = [(-(-case.H // 2**level), -(-case.W // 2**level)) for level in range(self.levels)]
-        return [torch.randn(case.N, case.C * bins, H, W, dtype=torch.float64) for H, W in sizes]
+    def features(self, case: Regions) -> list[Tensor]:
+        channels = case.bin_channels if self.position_sensitive else case.C
+        return [case.map(None, channels, level) for level in range(self.levels)]
 
     def run(
         self,
         features: Sequence[Tensor],
         boxes: Tensor,
-        case: Case,
+        case: Regions,
         module: ModuleType = relops,
         grad_output: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -74,7 +58,7 @@ class Region:
         return results | ({"boxes": boxes.grad} if self.box_gradient else {})
 
     def run_twin(
-        self, features: Sequence[Tensor], boxes: Tensor, case: Case, grad_output: Tensor | None = None
+        self, features: Sequence[Tensor], boxes: Tensor, case: Regions, grad_output: Tensor | None = None
     ) -> dict[str, Tensor]:
         """In float64; where bins are rounded to pixels, in the dtype of the boxes, which decides what they round to."""
         dtype = boxes.dtype if self.whole_pixels else torch.float64
@@ -82,14 +66,14 @@ class Region:
         results = self.run([x.to(dtype) for x in features], boxes.to(dtype), case, reference, grad)
         return {name: x.double() for name, x in results.items()}
 
-    def assert_matches_twin(self, features: Sequence[Tensor], boxes: Tensor, case: Case) -> None:
+    def assert_matches_twin(self, features: Sequence[Tensor], boxes: Tensor, case: Regions) -> None:
         actual = self.run(features, boxes, case)
         for name, expected in self.run_twin(features, boxes, case).items():
             assert_matches(actual[name], expected, f"{self.name} {name}")
 
 
 SAMPLING = tuple({"sampling_ratio": ratio} for ratio in (2, -1, 3))
-REGIONS = {
+REGION_OPS = {
     region.name: region
     for region in (
         Region("roi_align", options=tuple(s | {"aligned": aligned} for s in SAMPLING for aligned in (False, True))),
@@ -97,7 +81,7 @@ REGIONS = {
         Region("ps_roi_align", position_sensitive=True, options=SAMPLING),
         Region("ps_roi_pool", box_gradient=False, position_sensitive=True, whole_pixels=True),
         Region("prroi_pool"),
-        Region("multi_scale_roi_align", levels=3, options=(*SAMPLING, {"aligned": True})),
+        Region("multi_scale_roi_align", options=(*SAMPLING, {"aligned": True})),
     )
 }
 
@@ -111,7 +95,7 @@ def as_rows(*boxes: Sequence[float], image: int = 0, dtype: torch.dtype = torch.
     return torch.tensor([[image, *box] for box in boxes], dtype=dtype, device=device)
 
 
-def random_boxes(case: Case, inside: bool = False) -> Tensor:  # [K,5] float64
+def random_boxes(case: Regions, inside: bool = False) -> Tensor:  # [K,5] float64
     """Mostly inside, some beyond the border; of every nine one each is tiny, inverted and without area.
 
     Numbers of float32, so that the ops are given the same boxes in every dtype.

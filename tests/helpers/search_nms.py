@@ -1,4 +1,6 @@
-"""Searches for disagreement between the suppression ops and plain loops: python tests/search_nms.py --problems 100000
+"""Searches for disagreement between the suppression ops and plain loops.
+
+    python tests/helpers/search_nms.py --problems 100000
 
 Problems are small and degenerate: boxes on a grid with IoU that equal the threshold, ties, duplicates, boxes without
 area, inverted, huge or not finite, classes. The loops go through one pair of boxes after the other, of many problems
@@ -19,9 +21,18 @@ import relops
 THRESHOLDS = (0.0, 1.0, 1 / 2, 1 / 3, 1 / 4, 2 / 3, 0.3, 0.7, 0.45)
 CLASSES = np.array([0, 1, -1, 2**63 - 1, -(2**63), 2**32])
 ODD_BOXES = (
-    (np.nan, 0, 1, 1), (0, 0, np.inf, 1), (0, -np.inf, 1, 1), (0, 0, 0, 0), (1, 1, 1, 3), (2, 0, 0, 2), (2, 2, 0, 0),
-    (-1e30, -1e30, 1e30, 1e30), (0, 0, 1e30, 1e30), (0, 0, 1e-30, 1e-30), (-1e5, -1e5, 1e5, 1e5),
-)  # fmt: skip
+    (np.nan, 0, 1, 1),
+    (0, 0, np.inf, 1),
+    (0, -np.inf, 1, 1),
+    (0, 0, 0, 0),
+    (1, 1, 1, 3),
+    (2, 0, 0, 2),
+    (2, 2, 0, 0),
+    (-1e30, -1e30, 1e30, 1e30),
+    (0, 0, 1e30, 1e30),
+    (0, 0, 1e-30, 1e-30),
+    (-1e5, -1e5, 1e5, 1e5),
+)
 ODD_SCORES = (np.nan, np.inf, -np.inf, -0.0, 0.0, -1.0)
 
 
@@ -179,9 +190,11 @@ def check_soft_nms(problems: Problems, device: str, method: str, sigma: float) -
     boxes, scores, idxs = problems.tensors(device)
     scores = torch.where(scores.isposinf(), 2, scores)  # inf times 0 is neither
     options = {
-        "method": method, "iou_threshold": problems.iou_threshold, "sigma": sigma,
+        "method": method,
+        "iou_threshold": problems.iou_threshold,
+        "sigma": sigma,
         "score_threshold": problems.score_threshold or 0.0,
-    }  # fmt: skip
+    }
     keep, decayed = relops.soft_nms(boxes, scores, idxs=idxs, **options)
     wide = np.promote_types(problems.boxes.dtype, problems.scores.dtype)
     expected = plain_soft_nms(problems.boxes.astype(wide), scores.cpu().numpy().astype(wide), problems.idxs, **options)
