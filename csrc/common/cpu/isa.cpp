@@ -1,3 +1,5 @@
+// The choice of the instruction set, from what the processor has and RELOPS_CPU_ISA.
+
 #include "common/cpu/isa.h"
 
 #include <algorithm>
