@@ -135,12 +135,12 @@ def test_samples_that_are_not_finite_give_nothing(deterministic: bool) -> None:
 # ---- Regions ----
 
 # Each leaves a path that the samples take: "wide", the rows of columns in shared memory; "bins" and "boxes", what a
-# tile looks at in one go; "channels", what a block does.
+# tile looks at in one go; "channels", what a block does, of the maps' gradient and of the boxes'.
 BEYOND = {
     "wide": Regions(N=1, C=2, H=3, W=800, K=4, spatial_scale=1.0),
     "bins": Regions(N=1, C=2, H=5, W=40, K=2, output_size=(2, 35), spatial_scale=0.5, sampling_ratio=1),
     "boxes": Regions(C=1, H=6, W=40, K=300, output_size=(1, 1), sampling_ratio=1, aligned=True),
-    "channels": Regions(N=1, C=136, H=5, W=10, K=3, spatial_scale=0.5, sampling_ratio=1),
+    "channels": Regions(N=1, C=200, H=5, W=10, K=3, spatial_scale=0.5, sampling_ratio=1),
 }
 
 

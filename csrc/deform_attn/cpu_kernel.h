@@ -171,3 +171,7 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a) {
 }
 
 }  // namespace relops::RELOPS_ISA
+
+// They are compiled again for the next instruction set.
+#undef RELOPS_DEFORM_ATTN_SAMPLES
+#undef RELOPS_DEFORM_ATTN_ROWS

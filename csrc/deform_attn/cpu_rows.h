@@ -1,5 +1,7 @@
 // ms_deform_attn and ms_deform_attn_fused on the CPU: the rows of value that samples read, in place or copied, and what
 // is summed over them, a vector of channels at a time.
+#ifndef RELOPS_DEFORM_ATTN_ROWS
+#define RELOPS_DEFORM_ATTN_ROWS
 
 #include "common/cpu/simd.h"
 #include "deform_attn/cpu_args.h"
@@ -196,3 +198,5 @@ void backward_item(const Rows& all_rows, const Sums& all_sums, const Samples<Com
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

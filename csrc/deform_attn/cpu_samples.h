@@ -1,5 +1,7 @@
 // ms_deform_attn and ms_deform_attn_fused on the CPU: the samples of an item, a vector of them at a time: from
 // locations to rows and weights, and from dot products back to the gradients of locations and weights.
+#ifndef RELOPS_DEFORM_ATTN_SAMPLES
+#define RELOPS_DEFORM_ATTN_SAMPLES
 
 #include "common/cpu/simd.h"
 #include "deform_attn/cpu_args.h"
@@ -246,3 +248,5 @@ void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

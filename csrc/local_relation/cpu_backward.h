@@ -1,5 +1,12 @@
 // local_relation on the CPU: the backward. Rows of outputs go down a strip; the gradients of a row of inputs follow as
 // soon as the last output that reads it is done.
+#ifndef RELOPS_LOCAL_RELATION_BACKWARD
+#define RELOPS_LOCAL_RELATION_BACKWARD
+
+#include "common/cpu/simd.h"
+#include "local_relation/cpu_args.h"
+#include "local_relation/cpu_lines.h"
+#include "local_relation/cpu_window.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -280,3 +287,5 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 };
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

@@ -1,5 +1,12 @@
 // local_relation on the CPU: the forward. Per row of outputs and vector of it: weights, then the sums of up to eight
 // channels of values at a time.
+#ifndef RELOPS_LOCAL_RELATION_FORWARD
+#define RELOPS_LOCAL_RELATION_FORWARD
+
+#include "common/cpu/simd.h"
+#include "local_relation/cpu_args.h"
+#include "local_relation/cpu_lines.h"
+#include "local_relation/cpu_window.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -50,3 +57,5 @@ class LocalRelationForward : LocalRelationWorker<kSimilarity, T> {
 };
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

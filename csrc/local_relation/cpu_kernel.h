@@ -49,3 +49,9 @@ void local_relation_backward(const LocalRelationArgs<T>& a, const WindowRows& ro
 }
 
 }  // namespace relops::RELOPS_ISA
+
+// They are compiled again for the next instruction set.
+#undef RELOPS_LOCAL_RELATION_LINES
+#undef RELOPS_LOCAL_RELATION_WINDOW
+#undef RELOPS_LOCAL_RELATION_FORWARD
+#undef RELOPS_LOCAL_RELATION_BACKWARD

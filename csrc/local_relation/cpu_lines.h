@@ -1,5 +1,10 @@
 // local_relation on the CPU: lines of memory, into which rows of the map are unpacked and from which rows are packed,
 // and sums over vectors of them.
+#ifndef RELOPS_LOCAL_RELATION_LINES
+#define RELOPS_LOCAL_RELATION_LINES
+
+#include "common/cpu/simd.h"
+#include "local_relation/cpu_args.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -121,3 +126,5 @@ inline void pack_line(const Compute* from, int64_t line, int64_t channels, int64
 }
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

@@ -1,4 +1,9 @@
 // local_relation on the CPU: the softmax over windows, which the forward and the backward compute alike.
+#ifndef RELOPS_LOCAL_RELATION_WINDOW
+#define RELOPS_LOCAL_RELATION_WINDOW
+
+#include "common/cpu/simd.h"
+#include "local_relation/cpu_args.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -148,3 +153,5 @@ class LocalRelationWorker {
 };
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

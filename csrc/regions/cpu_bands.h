@@ -7,9 +7,17 @@
 // cpu_planes.h.)
 //
 // cpu_kernel.h includes this file once per instruction set, hence no include guard.
+#ifndef RELOPS_REGIONS_BANDS
+#define RELOPS_REGIONS_BANDS
 
-#include "common/cpu/kernel_includes.h"
+#include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
+#include "regions/cpu_maps.h"
+#include "regions/cpu_maximum.h"
+#include "regions/cpu_pixels.h"
+#include "regions/cpu_planes.h"
+#include "regions/cpu_slices.h"
+#include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -184,3 +192,5 @@ void mean_backward_bands(const RegionArgs<T>& a, int64_t threads) {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

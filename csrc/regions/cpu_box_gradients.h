@@ -7,9 +7,17 @@
 // channels_last: an item is a region.
 //
 // cpu_kernel.h includes this file once per instruction set, hence no include guard.
+#ifndef RELOPS_REGIONS_BOX_GRADIENTS
+#define RELOPS_REGIONS_BOX_GRADIENTS
 
-#include "common/cpu/kernel_includes.h"
+#include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
+#include "regions/cpu_bands.h"
+#include "regions/cpu_maps.h"
+#include "regions/cpu_maximum.h"
+#include "regions/cpu_pixels.h"
+#include "regions/cpu_planes.h"
+#include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -225,3 +233,5 @@ void mean_backward_boxes_pixels(const RegionArgs<T>& a, int64_t threads) {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

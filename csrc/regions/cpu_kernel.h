@@ -93,3 +93,13 @@ void region_maximum_backward(const RegionArgs<T>& a, bool channels_last, int64_t
 }
 
 }  // namespace relops::RELOPS_ISA
+
+// They are compiled again for the next instruction set.
+#undef RELOPS_REGIONS_MAPS
+#undef RELOPS_REGIONS_TILES
+#undef RELOPS_REGIONS_PLANES
+#undef RELOPS_REGIONS_SLICES
+#undef RELOPS_REGIONS_MAXIMUM
+#undef RELOPS_REGIONS_PIXELS
+#undef RELOPS_REGIONS_BANDS
+#undef RELOPS_REGIONS_BOX_GRADIENTS

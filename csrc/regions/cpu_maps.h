@@ -2,8 +2,10 @@
 // which is the map that an item of work reads or writes, items of NCHW maps, and single pixels.
 //
 // cpu_kernel.h includes this file once per instruction set, hence no include guard.
+#ifndef RELOPS_REGIONS_MAPS
+#define RELOPS_REGIONS_MAPS
 
-#include "common/cpu/kernel_includes.h"
+#include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
 
 namespace relops::RELOPS_ISA {
@@ -150,3 +152,5 @@ class GradPlane {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

@@ -3,9 +3,15 @@
 // No indices are saved for the backward: the first maximum of a bin is found again by comparison with the output.
 //
 // cpu_kernel.h includes this file once per instruction set, hence no include guard.
+#ifndef RELOPS_REGIONS_MAXIMUM
+#define RELOPS_REGIONS_MAXIMUM
 
-#include "common/cpu/kernel_includes.h"
+#include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
+#include "regions/cpu_maps.h"
+#include "regions/cpu_planes.h"
+#include "regions/cpu_slices.h"
+#include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -218,3 +224,5 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

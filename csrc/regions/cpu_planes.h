@@ -8,9 +8,13 @@
 // ps_roi_align, ps_roi_pool: a plane serves one bin of every region, so that a result consists of a few single pixels.
 //
 // cpu_kernel.h includes this file once per instruction set, hence no include guard.
+#ifndef RELOPS_REGIONS_PLANES
+#define RELOPS_REGIONS_PLANES
 
-#include "common/cpu/kernel_includes.h"
+#include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
+#include "regions/cpu_maps.h"
+#include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -120,3 +124,5 @@ void mean_backward_planes_sensitive(const RegionArgs<T>& a, int64_t threads) {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

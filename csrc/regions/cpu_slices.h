@@ -6,9 +6,14 @@
 // combined at the columns that are read; then each bin combines its few columns.
 //
 // cpu_kernel.h includes this file once per instruction set, hence no include guard.
+#ifndef RELOPS_REGIONS_SLICES
+#define RELOPS_REGIONS_SLICES
 
-#include "common/cpu/kernel_includes.h"
+#include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
+#include "regions/cpu_maps.h"
+#include "regions/cpu_planes.h"
+#include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -123,3 +128,5 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

@@ -2,9 +2,12 @@
 // pixels, which kernels for NCHW maps combine a vector of columns at a time.
 //
 // cpu_kernel.h includes this file once per instruction set, hence no include guard.
+#ifndef RELOPS_REGIONS_TILES
+#define RELOPS_REGIONS_TILES
 
-#include "common/cpu/kernel_includes.h"
+#include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
+#include "regions/cpu_maps.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -173,3 +176,5 @@ template <class T, class Compute>
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

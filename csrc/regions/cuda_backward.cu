@@ -276,10 +276,13 @@ __device__ __forceinline__ void store_planes(const P& p, const Tile& tile, const
   }
 }
 
+// Blocks of the gather kernel that a multiprocessor must be able to hold, which bounds the registers of a thread.
+template <class Compute>
+constexpr int kGatherBlocks = sizeof(Compute) == 8 ? 1 : 2;
+
 template <class P, bool kChannelsLast, bool kMaximum, int V>
-__global__ __launch_bounds__(kRegionThreads, sizeof(typename P::Compute) == 8
-                                                 ? 1
-                                                 : 2) void region_gather_kernel(const __grid_constant__ P p) {
+__global__ __launch_bounds__(kRegionThreads, kGatherBlocks<typename P::Compute>) void region_gather_kernel(
+    const __grid_constant__ P p) {
   using Compute = typename P::Compute;
   constexpr int kColumns = kTileColumns<kChannelsLast>;
   __shared__ TileWeights<Compute, kColumns> weights;

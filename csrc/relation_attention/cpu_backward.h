@@ -1,6 +1,14 @@
 // relation_attention on the CPU: the backward. BackwardWorker takes some heads of an image: it goes over the tiles of
 // keys and, for each, over blocks of queries, so that gradients of keys are complete when a tile is done and those of
 // queries when the image is.
+#ifndef RELOPS_RELATION_ATTENTION_BACKWARD
+#define RELOPS_RELATION_ATTENTION_BACKWARD
+
+#include "common/cpu/simd.h"
+#include "relation_attention/cpu_args.h"
+#include "relation_attention/cpu_forward.h"
+#include "relation_attention/cpu_geometry.h"
+#include "relation_attention/cpu_products.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -299,3 +307,5 @@ struct BackwardWorker {
 };
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

@@ -1,5 +1,12 @@
 // relation_attention on the CPU: the forward. PackedKeys packs the keys of some images tile by tile; ForwardWorker
 // takes a block of queries with all heads over the tiles of its image, with a running maximum as in flash attention.
+#ifndef RELOPS_RELATION_ATTENTION_FORWARD
+#define RELOPS_RELATION_ATTENTION_FORWARD
+
+#include "common/cpu/simd.h"
+#include "relation_attention/cpu_args.h"
+#include "relation_attention/cpu_geometry.h"
+#include "relation_attention/cpu_products.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -195,3 +202,5 @@ struct ForwardWorker {
 };
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

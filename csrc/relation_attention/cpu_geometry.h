@@ -1,5 +1,11 @@
 // relation_attention on the CPU: the geometry of pairs. BoxTable has what depends on one box; geometry_of computes the
 // sines and cosines of pairs and, from these and the box tables, b of all heads. problem.h has the mathematics.
+#ifndef RELOPS_RELATION_ATTENTION_GEOMETRY
+#define RELOPS_RELATION_ATTENTION_GEOMETRY
+
+#include "common/cpu/simd.h"
+#include "relation_attention/cpu_args.h"
+#include "relation_attention/cpu_products.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -203,3 +209,5 @@ inline Vec<Compute> above_floor(Vec<Compute> b) {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif

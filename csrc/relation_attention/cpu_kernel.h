@@ -55,3 +55,9 @@ void relation_attention_backward(const RelationAttentionArgs<T>& a, const KeyInd
 }
 
 }  // namespace relops::RELOPS_ISA
+
+// They are compiled again for the next instruction set.
+#undef RELOPS_RELATION_ATTENTION_PRODUCTS
+#undef RELOPS_RELATION_ATTENTION_GEOMETRY
+#undef RELOPS_RELATION_ATTENTION_FORWARD
+#undef RELOPS_RELATION_ATTENTION_BACKWARD

@@ -1,5 +1,10 @@
 // relation_attention on the CPU: rows of features. Rows are packed, converted to the compute type, into arrays in which
 // a product reads whole vectors; `multiply` and `multiply_lanes` are the register-tiled products of both directions.
+#ifndef RELOPS_RELATION_ATTENTION_PRODUCTS
+#define RELOPS_RELATION_ATTENTION_PRODUCTS
+
+#include "common/cpu/simd.h"
+#include "relation_attention/cpu_args.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -207,3 +212,5 @@ inline void mask_last(Compute* p, int64_t count) {
 }  // namespace
 
 }  // namespace relops::RELOPS_ISA
+
+#endif
