@@ -18,6 +18,7 @@
 #include "common/cpu/simd.h"
 #include "deform_attn/cpu_args.h"
 #include "deform_attn/cpu_rows.h"
+#include "deform_attn/cpu_samples.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -172,6 +173,6 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a) {
 
 }  // namespace relops::RELOPS_ISA
 
-// They are compiled again for the next instruction set.
+// The next instruction set compiles the pieces again.
 #undef RELOPS_DEFORM_ATTN_SAMPLES
 #undef RELOPS_DEFORM_ATTN_ROWS

@@ -15,15 +15,8 @@
 
 #include "common/cpu/simd.h"
 #include "local_relation/cpu_args.h"
-
-// The pieces, each of which uses those before it. Lines of memory, and sums over vectors of them.
-#include "local_relation/cpu_lines.h"
-// LocalRelationWorker: weights of windows, for both directions.
-#include "local_relation/cpu_window.h"
-// LocalRelationForward.
-#include "local_relation/cpu_forward.h"
-// LocalRelationBackward.
 #include "local_relation/cpu_backward.h"
+#include "local_relation/cpu_forward.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -50,7 +43,7 @@ void local_relation_backward(const LocalRelationArgs<T>& a, const WindowRows& ro
 
 }  // namespace relops::RELOPS_ISA
 
-// They are compiled again for the next instruction set.
+// The next instruction set compiles the pieces again.
 #undef RELOPS_LOCAL_RELATION_LINES
 #undef RELOPS_LOCAL_RELATION_WINDOW
 #undef RELOPS_LOCAL_RELATION_FORWARD

@@ -4,6 +4,7 @@
 
 #include "common/cpu/simd.h"
 #include "local_relation/cpu_args.h"
+#include "local_relation/cpu_lines.h"
 
 namespace relops::RELOPS_ISA {
 

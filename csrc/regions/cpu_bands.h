@@ -5,19 +5,13 @@
 // that reach into it add their part. NCHW gradients are transposed on the way in and out, in registers. A thread owns
 // its band, so that sums have one order. (The gradient of the input of ps_roi_align and ps_roi_pool on NCHW maps is in
 // cpu_planes.h.)
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_BANDS
 #define RELOPS_REGIONS_BANDS
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
 #include "regions/cpu_maps.h"
-#include "regions/cpu_maximum.h"
 #include "regions/cpu_pixels.h"
-#include "regions/cpu_planes.h"
-#include "regions/cpu_slices.h"
-#include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {
 

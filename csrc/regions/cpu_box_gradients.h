@@ -5,18 +5,12 @@
 // vector of columns at a time, by the weights of their taps and by the slopes of these weights.
 //
 // channels_last: an item is a region.
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_BOX_GRADIENTS
 #define RELOPS_REGIONS_BOX_GRADIENTS
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
-#include "regions/cpu_bands.h"
 #include "regions/cpu_maps.h"
-#include "regions/cpu_maximum.h"
-#include "regions/cpu_pixels.h"
-#include "regions/cpu_planes.h"
 #include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {

@@ -27,18 +27,12 @@
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
-
-// In this order: each uses some of those before it.
-// clang-format off
-#include "regions/cpu_maps.h"
-#include "regions/cpu_tiles.h"
-#include "regions/cpu_planes.h"
-#include "regions/cpu_slices.h"
-#include "regions/cpu_maximum.h"
-#include "regions/cpu_pixels.h"
 #include "regions/cpu_bands.h"
 #include "regions/cpu_box_gradients.h"
-// clang-format on
+#include "regions/cpu_maximum.h"
+#include "regions/cpu_pixels.h"
+#include "regions/cpu_planes.h"
+#include "regions/cpu_slices.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -94,7 +88,7 @@ void region_maximum_backward(const RegionArgs<T>& a, bool channels_last, int64_t
 
 }  // namespace relops::RELOPS_ISA
 
-// They are compiled again for the next instruction set.
+// The next instruction set compiles the pieces again.
 #undef RELOPS_REGIONS_MAPS
 #undef RELOPS_REGIONS_TILES
 #undef RELOPS_REGIONS_PLANES

@@ -1,7 +1,5 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: what the kernels share,
 // which is the map that an item of work reads or writes, items of NCHW maps, and single pixels.
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_MAPS
 #define RELOPS_REGIONS_MAPS
 

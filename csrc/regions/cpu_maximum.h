@@ -1,16 +1,12 @@
 // roi_pool on the CPU: forward of NCHW maps where regions read little of a map (cpu_slices.h otherwise), and backward.
 //
 // No indices are saved for the backward: the first maximum of a bin is found again by comparison with the output.
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_MAXIMUM
 #define RELOPS_REGIONS_MAXIMUM
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
 #include "regions/cpu_maps.h"
-#include "regions/cpu_planes.h"
-#include "regions/cpu_slices.h"
 #include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {

@@ -2,18 +2,12 @@
 // channels_last maps.
 //
 // An item is a region. A bin adds up its pixels, a vector of channels at a time.
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_PIXELS
 #define RELOPS_REGIONS_PIXELS
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
 #include "regions/cpu_maps.h"
-#include "regions/cpu_maximum.h"
-#include "regions/cpu_planes.h"
-#include "regions/cpu_slices.h"
-#include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {
 

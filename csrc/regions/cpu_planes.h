@@ -6,8 +6,6 @@
 // place, a vector of columns at a time; then bins gather their columns, a vector of bins at a time.
 //
 // ps_roi_align, ps_roi_pool: a plane serves one bin of every region, so that a result consists of a few single pixels.
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_PLANES
 #define RELOPS_REGIONS_PLANES
 

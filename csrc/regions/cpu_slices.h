@@ -4,15 +4,12 @@
 // An item is a slice, which is a vector of channels of a map. It is transposed to rows of channels, in registers, once
 // for all regions, so that every load is a whole vector of channels. For each row of bins the rows of pixels are
 // combined at the columns that are read; then each bin combines its few columns.
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_SLICES
 #define RELOPS_REGIONS_SLICES
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
 #include "regions/cpu_maps.h"
-#include "regions/cpu_planes.h"
 #include "regions/cpu_tiles.h"
 
 namespace relops::RELOPS_ISA {

@@ -1,7 +1,5 @@
 // roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: tiles of bins, and their rows and columns of
 // pixels, which kernels for NCHW maps combine a vector of columns at a time.
-//
-// cpu_kernel.h includes this file once per instruction set, hence no include guard.
 #ifndef RELOPS_REGIONS_TILES
 #define RELOPS_REGIONS_TILES
 

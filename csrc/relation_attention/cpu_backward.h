@@ -6,7 +6,6 @@
 
 #include "common/cpu/simd.h"
 #include "relation_attention/cpu_args.h"
-#include "relation_attention/cpu_forward.h"
 #include "relation_attention/cpu_geometry.h"
 #include "relation_attention/cpu_products.h"
 

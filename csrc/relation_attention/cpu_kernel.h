@@ -13,15 +13,9 @@
 
 #include "common/cpu/simd.h"
 #include "relation_attention/cpu_args.h"
-
-// The pieces, each of which uses those before it. Rows of features: how they are packed and multiplied.
-#include "relation_attention/cpu_products.h"
-// Boxes and pairs of boxes: their terms, and b of all heads.
-#include "relation_attention/cpu_geometry.h"
-// ForwardWorker: a block of queries against all keys.
-#include "relation_attention/cpu_forward.h"
-// BackwardWorker: some heads of an image.
 #include "relation_attention/cpu_backward.h"
+#include "relation_attention/cpu_forward.h"
+#include "relation_attention/cpu_products.h"
 
 namespace relops::RELOPS_ISA {
 
@@ -56,7 +50,7 @@ void relation_attention_backward(const RelationAttentionArgs<T>& a, const KeyInd
 
 }  // namespace relops::RELOPS_ISA
 
-// They are compiled again for the next instruction set.
+// The next instruction set compiles the pieces again.
 #undef RELOPS_RELATION_ATTENTION_PRODUCTS
 #undef RELOPS_RELATION_ATTENTION_GEOMETRY
 #undef RELOPS_RELATION_ATTENTION_FORWARD

@@ -5,9 +5,9 @@
 //   ...
 //   RELOPS_CALL_ISA(kernel<float>, arguments);
 //
-// The kernel file includes common/cpu/simd.h and may include pieces (cpu_*.h of its family), each of them once. Neither
-// has an include guard; both define everything in namespace relops::RELOPS_ISA. Every other header that they include
-// must have been included before this file, outside the regions of the instruction sets: kernel_includes.h has those
+// The kernel file and its pieces (cpu_*.h of its family) include common/cpu/simd.h and define everything in namespace
+// relops::RELOPS_ISA. A piece has an include guard, which the kernel file undefines at its end. Every other header that
+// they include must have been included before, outside the regions of the instruction sets: kernel_includes.h has those
 // that most kernels need.
 
 #include "common/cpu/kernel_includes.h"
