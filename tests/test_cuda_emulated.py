@@ -367,7 +367,7 @@ def test_masked_keys_have_no_influence() -> None:
 @pytest.mark.parametrize("box", [(0, 0, float("nan"), 9), (0, 0, float("inf"), 9), (5, 0, 4, 9), (0, 9, 9, 2)], ids=str)
 def test_boxes_that_are_none(box: tuple[float, ...]) -> None:
     """As a query it spoils its row, as a key its image."""
-    inputs = RELATION.draw(Relations(N=2, Q=20, K=40, M=1, D=4, Dv=4).relation_attention)
+    inputs = RELATION.draw(Relations(N=2, Q=20, K=40).relation_attention)
     clean = RELATION.run(inputs)
     inputs["query_boxes"][0, 3] = torch.tensor(box)
     rows = RELATION.run(inputs)

@@ -47,6 +47,7 @@ class Regions:
     sampling_ratio: int = -1
     aligned: bool = False
     channels_last: bool = False
+    canonical: float | None = None  # the side of boxes between the first two levels; None: a sixth of the map's
 
     @property
     def spatial_scales(self) -> list[float]:
@@ -62,8 +63,8 @@ class Regions:
 
     @property
     def canonical_box_size(self) -> float:
-        """Boxes with a side of a sixth of the map lie between the first two levels."""
-        return math.sqrt(max(1, self.H * self.W)) / self.spatial_scale / 6
+        of_map = math.sqrt(max(1, self.H * self.W)) / self.spatial_scale / 6
+        return of_map if self.canonical is None else self.canonical
 
     def options(self, name: str) -> Inputs:
         return {"output_size": self.output_size} | {option: getattr(self, option) for option in OPTIONS[name]}
@@ -193,8 +194,8 @@ REGIONS_EMPTY = {
 
 
 def regions_growing(k: int) -> Regions:
-    """At k = 0 no two sizes are equal, nor one to the 5 columns of the boxes."""
-    return Regions(N=4 + k, C=8 + 3 * k, H=22 + 4 * k, W=26 + 8 * k, K=9 + 2 * k, spatial_scale=0.5)
+    """At k = 0 no two sizes are equal, nor one to the 5 columns of the boxes. Compilers take floats for constants."""
+    return Regions(N=4 + k, C=8 + 3 * k, H=22 + 4 * k, W=26 + 8 * k, K=9 + 2 * k, spatial_scale=0.5, canonical=7.0)
 
 
 def bad_regions(features: str, *more: Bad) -> tuple[Bad, ...]:
