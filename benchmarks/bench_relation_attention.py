@@ -81,9 +81,15 @@ def called(op: Callable[..., Tensor], geometry: str) -> Callable[..., Tensor]:
 
 @torch.compile(dynamic=False)
 def flex(
-    query: Tensor, key: Tensor, value: Tensor, query_boxes: Tensor, key_boxes: Tensor, weight: Tensor, bias: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_boxes: Tensor,
+    key_boxes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     mask: None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The geometry computed in a score_mod, with the width and height of the key."""
 
     def sizes(boxes: Tensor) -> tuple[Tensor, ...]:

@@ -79,12 +79,20 @@ CASES = {
     "detr": Case(None, _SMALL_DETR | {"stride": 16}),
     "faster_rcnn": Case(
         {"backbone": "lr_net26", "hidden": 1024, "roi": "align"},
-        {"backbone": "lr_net26-32", "channels": 128, "hidden": 256, "roi": "align", "dropout": 0.0, "stride": 8,
-         "scales": (2, 5, 12), "min_size": 4},
+        {
+            "backbone": "lr_net26-32",
+            "channels": 128,
+            "hidden": 256,
+            "roi": "align",
+            "dropout": 0.0,
+            "stride": 8,
+            "scales": (2, 5, 12),
+            "min_size": 4,
+        },
         gradient_bound=0.1,  # normalization over a batch makes more of a rounding; float64 has 1e-15 (in the tests)
     ),
     "faster_rcnn_fpn": Case(_RESNET, _SMALL_FPN),
-}  # fmt: skip
+}
 
 
 # ---- The twin ----

@@ -294,9 +294,12 @@ def expected_of_twin(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> 
     """What is compared of its outputs: in float64, but for selections."""
     if bench.selection:
         return bench.comparable(bind(bench, Contender(bench.pytorch), inputs, grads)())
-    run = bind(bench, Contender(bench.pytorch), to_float64(x.detach() if is_float(x) else x for x in inputs), tuple(
-        g.double() for g in grads
-    ))  # fmt: skip
+    run = bind(
+        bench,
+        Contender(bench.pytorch),
+        to_float64(x.detach() if is_float(x) else x for x in inputs),
+        tuple(g.double() for g in grads),
+    )
     return bench.comparable(run())
 
 

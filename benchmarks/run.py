@@ -96,8 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         "\nMedians of rounds. Peak: memory of one call beyond its inputs. Error: relative RMS against float64; of ops"
     )
     print("that select, the share of indices that are not those of the twin in the same dtype.")
-    print(f"Of limit: the time that memory bandwidth or arithmetic allow, over the time taken. {len(rows)} rows in "
-          f"{time.perf_counter() - begin:.0f} s.")  # fmt: skip
+    print(
+        f"Of limit: the time that memory bandwidth or arithmetic allow, over the time taken. {len(rows)} rows in "
+        f"{time.perf_counter() - begin:.0f} s."
+    )
     if options.quick:
         print("This was the quick setting, nothing was recorded. The full run: python -m benchmarks.run")
     elif rows:

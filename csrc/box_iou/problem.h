@@ -2,7 +2,7 @@
 // signatures of library.cpp, and their checks.
 //
 // These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
-// people are raised by relops/ops/_boxes.py.
+// people are raised by relops/ops/_iou.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

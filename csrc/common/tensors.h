@@ -26,7 +26,7 @@ inline torch::headeronly::MemoryFormat memory_format(bool channels_last) {
   return channels_last ? Format::ChannelsLast : Format::Contiguous;
 }
 
-// The rule of relops/ops/_maps.py.
+// The rule of relops/ops/_memory_format.py.
 inline bool is_channels_last(const Tensor& input) {
   return input.dim() == 4 && !input.is_contiguous() && input.size(1) > 1 && input.stride(1) == 1;
 }

@@ -2,7 +2,7 @@
 // description of the work, and its checks. The order of scores serves soft_nms, too.
 //
 // These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
-// people are raised by relops/ops/_boxes.py.
+// people are raised by relops/ops/_suppression.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

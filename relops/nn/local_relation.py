@@ -92,9 +92,16 @@ class LocalRelation(nn.Module):
                 f"relops.{NAME}: input must be [N,C,H,W] with C = {self.channels}, got shape {list(input.shape)}"
             )
         output = aggregate(
-            self.query(input), self.key(input), input, self.prior_of_taps(), kernel_size=self.kernel_size,
-            stride=self.stride, dilation=self.dilation, similarity=self.similarity, border=self.border,
-        )  # fmt: skip
+            self.query(input),
+            self.key(input),
+            input,
+            self.prior_of_taps(),
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            similarity=self.similarity,
+            border=self.border,
+        )
         return self.output(output)
 
     def prior_of_taps(self) -> Tensor | None:

@@ -57,9 +57,15 @@ class MultiScaleRoIAlign(nn.Module):
             [K,C,PH,PW].
         """
         return _pool(
-            x, boxes, image_shapes, self.featmap_names, self.output_size, self.sampling_ratio, self.canonical_scale,
+            x,
+            boxes,
+            image_shapes,
+            self.featmap_names,
+            self.output_size,
+            self.sampling_ratio,
+            self.canonical_scale,
             self.canonical_level,
-        )  # fmt: skip
+        )
 
     def __repr__(self) -> str:
         return (

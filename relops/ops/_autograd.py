@@ -3,7 +3,7 @@ alike the errors of forward mode and of second derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -45,6 +45,16 @@ def register_differentiable(
     torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
     register_autograd(op, backward, setup_context=setup_context)
     register_no_double_backward(op)
+
+
+def fresh_gradients(tensors: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor, ...]:
+    """Return a new tensor for the gradient of each tensor, of its shape if it is needed and else empty."""
+    return tuple(tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs_grad))
+
+
+def only_needed(grads: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor | None, ...]:
+    """Return the gradients that a backward op has returned, with None for those that are not needed."""
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad))
 
 
 def register_no_double_backward(op: str) -> None:

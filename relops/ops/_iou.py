@@ -4,6 +4,7 @@ torch.jit.script compiles `computed_pair`. It reads annotations as objects, so t
 from __future__.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from relops._checks import check_device, check_features_or_integers
 from relops._dtypes import common_compute_dtype, compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_differentiable
+from relops.ops._autograd import fresh_gradients, only_needed, register_differentiable
 from relops.ops._vmap import mapped_first
 
 
@@ -45,16 +46,17 @@ def register_box_pair(op: str) -> None:
     def fake(a: Tensor, b: Tensor) -> Tensor:
         return a.new_empty(*a.shape[:-1], b.size(-2))
 
-    def fake_backward(grad_output, a, b, needs_grad):
-        return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip((a, b), needs_grad))
+    def fake_backward(grad_output: Tensor, a: Tensor, b: Tensor, needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
+        return fresh_gradients((a, b), needs_grad)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad
-        grads = getattr(torch.ops.relops, f"_{op}_backward")(grad_output, *ctx.saved_tensors, needs_grad)
-        return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad))
+        return only_needed(
+            getattr(torch.ops.relops, f"_{op}_backward")(grad_output, *ctx.saved_tensors, needs_grad), needs_grad
+        )
 
     def vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
         """Its dimension is folded into N."""

@@ -16,7 +16,7 @@ from relops._autocast import under_autocast
 from relops._checks import check_coordinates, check_features
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_differentiable
+from relops.ops._autograd import only_needed, register_differentiable
 from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
@@ -152,7 +152,9 @@ def fake_forward_position_sensitive(input: Tensor, boxes: Tensor, output_size: S
     return empty(input, (boxes.size(0), channels, *output_size), is_channels_last(input))
 
 
-def fake_backward(grad_output, input, boxes, input_shape, *rest):
+def fake_backward(
+    grad_output: Tensor, input: Tensor | None, boxes: Tensor, input_shape: Sequence[int], *rest: Any
+) -> tuple[Tensor, Tensor]:
     channels_last, (needs_input, needs_boxes) = rest[-2:]
     return (
         empty(grad_output, input_shape, channels_last) if needs_input else grad_output.new_empty(0),
@@ -172,13 +174,13 @@ def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> Non
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, boxes)
         ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
 
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, boxes = ctx.saved_tensors
-        needs_input, needs_boxes, *others = ctx.needs_input_grad
-        grad_input, grad_boxes = getattr(torch.ops.relops, f"_{op}_backward")(
-            grad_output, input, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, [needs_input, needs_boxes]
+        needs_grad, others = ctx.needs_input_grad[:2], ctx.needs_input_grad[2:]
+        grads = getattr(torch.ops.relops, f"_{op}_backward")(
+            grad_output, input, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, needs_grad
         )
-        return grad_input if needs_input else None, grad_boxes if needs_boxes else None, *[None] * len(others)
+        return *only_needed(grads, needs_grad), *[None] * len(others)
 
     register_differentiable(op, fake, fake_backward, setup_context, backward)
     register_vmap(op)

@@ -11,7 +11,7 @@ from relops._autocast import under_autocast, widest_under_autocast
 from relops._checks import check_choice, check_coordinates, check_features, check_features_like, check_shape, check_size
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_differentiable
+from relops.ops._autograd import only_needed, register_differentiable
 from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
@@ -97,18 +97,17 @@ def local_relation(
     return torch.ops.relops.local_relation(query, key, value, prior, kernel_size, stride, dilation, similarity, border)
 
 
-def _fake(query, key, value, prior, kernel_size, stride, dilation, similarity, border):
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return empty(value, (*value.shape[:2], *query.shape[2:]), is_channels_last(value))
 
 
-def _fake_backward(
-    grad_output, query, key, value, prior, kernel_size, stride, dilation, similarity, border, needs_grad
-):
-    maps = [
-        empty(x, x.shape, is_channels_last(x)) if needed else x.new_empty(0)
-        for x, needed in zip((query, key, value), needs_grad)
+def _fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *maps, prior = args[:4]
+    *needs_maps, needs_prior = args[-1]
+    grads = [
+        empty(x, x.shape, is_channels_last(x)) if needed else x.new_empty(0) for x, needed in zip(maps, needs_maps)
     ]
-    return *maps, value.new_empty(0) if prior is None or not needs_grad[3] else prior.new_empty(prior.shape)
+    return *grads, maps[2].new_empty(0) if prior is None or not needs_prior else prior.new_empty(prior.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -116,10 +115,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.settings = inputs[4:]
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad = list(ctx.needs_input_grad[:4])
     grads = torch.ops.relops._local_relation_backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad)
-    return *(grad if needed else None for grad, needed in zip(grads, needs_grad)), *(None,) * 5
+    return *only_needed(grads, needs_grad), *(None,) * 5
 
 
 def _vmap(

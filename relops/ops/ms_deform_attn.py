@@ -13,7 +13,7 @@ from relops._checks import check_coordinates, check_device, check_features, chec
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
 from relops._tracing import has_values, int_tensor
-from relops.ops._autograd import register_differentiable
+from relops.ops._autograd import fresh_gradients, only_needed, register_differentiable
 from relops.ops._vmap import mapped_first
 
 Shapes = Tensor | Sequence[tuple[int, int]]
@@ -63,9 +63,15 @@ def ms_deform_attn(
     check_features(op, "value", value)
     sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)
     shapes = _check_sampling(
-        op, value, spatial_shapes, level_start_index, "sampling_locations", sampling_locations, "attention_weights",
+        op,
+        value,
+        spatial_shapes,
+        level_start_index,
+        "sampling_locations",
+        sampling_locations,
+        "attention_weights",
         attention_weights,
-    )  # fmt: skip
+    )
     sampling_locations, attention_weights = _same_dtype(sampling_locations, attention_weights)
     return torch.ops.relops.ms_deform_attn(value, shapes, level_start_index, sampling_locations, attention_weights)
 
@@ -111,9 +117,15 @@ def ms_deform_attn_fused(
         value, sampling_offsets, attention_logits, reference_points
     )
     shapes = _check_sampling(
-        op, value, spatial_shapes, level_start_index, "sampling_offsets", sampling_offsets, "attention_logits",
+        op,
+        value,
+        spatial_shapes,
+        level_start_index,
+        "sampling_offsets",
+        sampling_offsets,
+        "attention_logits",
         attention_logits,
-    )  # fmt: skip
+    )
     check_coordinates(op, "reference_points", reference_points, "value", value)
     N, Q, _, L, _, _ = sampling_offsets.shape
     check_shape(op, "reference_points", reference_points, "[N,Q,L,2/4]", N, Q, L, (2, 4))
@@ -122,9 +134,14 @@ def ms_deform_attn_fused(
         check_device(op, "value_mask", value_mask, "value", value)
     sampling_offsets, attention_logits = _same_dtype(sampling_offsets, attention_logits)
     return torch.ops.relops.ms_deform_attn_fused(
-        value, shapes, level_start_index, reference_points.to(compute_dtype(value.dtype)), sampling_offsets,
-        attention_logits, value_mask,
-    )  # fmt: skip
+        value,
+        shapes,
+        level_start_index,
+        reference_points.to(compute_dtype(value.dtype)),
+        sampling_offsets,
+        attention_logits,
+        value_mask,
+    )
 
 
 def _check_sampling(
@@ -217,23 +234,21 @@ def _fake_forward_fused(
     return _fake_forward(value, spatial_shapes, level_start_index, offsets)
 
 
-def _fresh(tensors: tuple[Tensor, ...], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape if needed else (0,)) for tensor, needed in zip(tensors, needs_grad))
+def _fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    value, _, _, locations, weights = args[:5]
+    return fresh_gradients((value, locations, weights), args[-1])
 
 
-def _fake_backward(grad, value, shapes, starts, locations, weights, deterministic, needs_grad):
-    return _fresh((value, locations, weights), needs_grad)
-
-
-def _fake_backward_fused(grad, value, shapes, starts, reference, offsets, logits, mask, deterministic, needs_grad):
-    return _fresh((value, reference, offsets, logits), needs_grad)
+def _fake_backward_fused(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    value, _, _, reference_points, offsets, logits = args[:6]
+    return fresh_gradients((value, reference_points, offsets, logits), args[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, torch.ops.relops._ms_deform_attn_backward, grad_output)
 
 
@@ -242,20 +257,17 @@ def _setup_context_fused(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
     ctx.save_for_backward(*inputs, *[None] * (7 - len(inputs)))
 
 
-def _backward_fused(ctx, grad_output):
+def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, torch.ops.relops._ms_deform_attn_fused_backward, grad_output)
 
 
-def _gradients(ctx, backward_op, grad_output) -> tuple[Tensor | None, ...]:
-    """Return a gradient for each input: of value, and of what follows the shapes and starts of levels."""
-    differentiable = [0, *range(3, min(len(ctx.needs_input_grad), 6))]
-    needs_grad = [ctx.needs_input_grad[i] for i in differentiable]
-    found = backward_op(grad_output, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled(), needs_grad)
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for i, needed, grad in zip(differentiable, needs_grad, found):
-        if needed:
-            grads[i] = grad
-    return tuple(grads)
+def _gradients(ctx: Any, backward_op: Callable[..., Any], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Return a gradient for each input. The shapes and starts of levels, and a mask at the end, have none."""
+    needs_value, _, _, *needs_others = ctx.needs_input_grad[:6]
+    needs_grad = [needs_value, *needs_others]
+    grads = backward_op(grad_output, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled(), needs_grad)
+    value, *others = only_needed(grads, needs_grad)
+    return value, None, None, *others, *[None] * (len(ctx.needs_input_grad) - 6)
 
 
 def _vmap(op: Any, batched_arguments: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:

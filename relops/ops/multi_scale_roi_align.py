@@ -10,7 +10,7 @@ from torch import Tensor
 from relops._annotations import Boxes, BroadcastingList2
 from relops._autocast import is_autocasting
 from relops._checks import check_device
-from relops.ops._autograd import register_differentiable
+from relops.ops._autograd import only_needed, register_differentiable
 from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._regions import (
     as_rows,
@@ -79,9 +79,15 @@ def multi_scale_roi_align(
         check_positive(OP, "canonical_box_size", canonical_box_size)
         check_type(OP, "canonical_level", canonical_level, int)
     return torch.ops.relops.multi_scale_roi_align(
-        inputs, as_rows(boxes, inputs[0]), output_size, spatial_scales, sampling_ratio, aligned, canonical_box_size,
+        inputs,
+        as_rows(boxes, inputs[0]),
+        output_size,
+        spatial_scales,
+        sampling_ratio,
+        aligned,
+        canonical_box_size,
         canonical_level,
-    )  # fmt: skip
+    )
 
 
 def _checked_levels(inputs: object) -> list[Tensor]:
@@ -142,7 +148,9 @@ def _level_shapes(input_shape: Sequence[int]) -> list[tuple[int, ...]]:
     return [(N, C, H, W) for H, W in zip(sizes[::2], sizes[1::2])]
 
 
-def _fake_backward(grad_output, inputs, boxes, input_shape, *rest):
+def _fake_backward(
+    grad_output: Tensor, inputs: list[Tensor], boxes: Tensor, input_shape: Sequence[int], *rest: Any
+) -> tuple[list[Tensor], Tensor]:
     channels_last, (*needs_levels, needs_boxes) = rest[-2:]
     return (
         [
@@ -162,14 +170,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.channels_last = _any_channels_last(levels)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     boxes, *levels = ctx.saved_tensors
     needs_levels, needs_boxes, *others = ctx.needs_input_grad
     grad_levels, grad_boxes = torch.ops.relops._multi_scale_roi_align_backward(
         grad_output, levels, boxes, ctx.input_shape, *ctx.options, ctx.channels_last, [*needs_levels, needs_boxes]
     )
     return (
-        [grad if needed else None for grad, needed in zip(grad_levels, needs_levels)],
+        list(only_needed(grad_levels, needs_levels)),
         grad_boxes if needs_boxes else None,
         *[None] * len(others),
     )

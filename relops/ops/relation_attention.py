@@ -22,7 +22,7 @@ from relops._checks import (
 )
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
-from relops.ops._autograd import register_differentiable
+from relops.ops._autograd import fresh_gradients, only_needed, register_differentiable
 from relops.ops._vmap import mapped_first
 
 GEOMETRIES = ("paper", "official")
@@ -123,10 +123,19 @@ def relation_attention(
 
     wide = compute_dtype(query.dtype)
     output, _ = torch.ops.relops.relation_attention(
-        query, key, value, query_boxes.to(wide), key_boxes.to(wide), geometry_weight.to(wide),
-        None if geometry_bias is None else geometry_bias.to(wide), key_mask, geometry, wavelength, scale,
+        query,
+        key,
+        value,
+        query_boxes.to(wide),
+        key_boxes.to(wide),
+        geometry_weight.to(wide),
+        None if geometry_bias is None else geometry_bias.to(wide),
+        key_mask,
+        geometry,
+        wavelength,
+        scale,
         query.is_cuda and _tf32_allowed(),
-    )  # fmt: skip
+    )
     return output
 
 
@@ -137,21 +146,14 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _fake(
-    query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask, geometry, wavelength, scale,
-    allow_tf32,
-):  # fmt: skip
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     output = query.new_empty(*query.shape[:3], value.shape[3])
     return output, query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
 
 
-def _fake_backward(
-    grad_output, query, key, value, query_boxes, key_boxes, geometry_weight, geometry_bias, key_mask, output, logsumexp,
-    geometry, wavelength, scale, allow_tf32, needs_grad,
-):  # fmt: skip
-    bias = geometry_weight.new_empty(geometry_weight.shape[:1])
-    inputs = (query, key, value, query_boxes, key_boxes, geometry_weight, bias)
-    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs_grad))
+def _fake_backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, weight = args[:6]
+    return fresh_gradients((*tensors, weight, weight[:, 0]), args[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -161,12 +163,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)  # of logsumexp, which has none
 
 
-def _backward(ctx, grad_output, _):
+def _backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 12
     needs_grad = list(ctx.needs_input_grad[:7])
     grads = torch.ops.relops._relation_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs_grad)
-    return *(grad if needed else None for grad, needed in zip(grads, needs_grad)), *(None,) * 5
+    return *only_needed(grads, needs_grad), *(None,) * 5
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:

@@ -22,9 +22,14 @@ def soft_nms(
     """Boxes and scores are computed in float64 if either is, or boxes are 64-bit integers, else in float32."""
     if boxes.dim() == 2:
         keep, decayed = soft_nms(
-            boxes[None], scores[None], method, iou_threshold, sigma, score_threshold,
+            boxes[None],
+            scores[None],
+            method,
+            iou_threshold,
+            sigma,
+            score_threshold,
             None if idxs is None else idxs[None],
-        )  # fmt: skip
+        )
         kept = keep[0] >= 0
         return keep[0, kept], decayed[0, kept]
     dtype = compute_dtype(boxes, scores)

@@ -19,11 +19,27 @@ FREE = ("output", "epochs", "cache", "workers", "device", "threads", "eval_every
 COUNT = 1, 2**31 - 1
 FINITE = 0, sys.float_info.max
 LIMITS = {
-    "iterations": COUNT, "batch": COUNT, "min_size": COUNT, "eval_every": COUNT, "checkpoint_every": COUNT,
-    "log_every": COUNT, "count": COUNT, "warmup": (0, 2**31 - 1), "seed": (0, 2**63 - 1), "threads": (1, 4096),
-    "workers": (0, 4096), "epochs": FINITE, "lr": FINITE, "clip": FINITE, "weight_decay": FINITE, "momentum": FINITE,
-    "backbone_lr": FINITE, "channels": COUNT, "hidden": COUNT, "threshold": (0, 1),
-}  # fmt: skip
+    "iterations": COUNT,
+    "batch": COUNT,
+    "min_size": COUNT,
+    "eval_every": COUNT,
+    "checkpoint_every": COUNT,
+    "log_every": COUNT,
+    "count": COUNT,
+    "warmup": (0, 2**31 - 1),
+    "seed": (0, 2**63 - 1),
+    "threads": (1, 4096),
+    "workers": (0, 4096),
+    "epochs": FINITE,
+    "lr": FINITE,
+    "clip": FINITE,
+    "weight_decay": FINITE,
+    "momentum": FINITE,
+    "backbone_lr": FINITE,
+    "channels": COUNT,
+    "hidden": COUNT,
+    "threshold": (0, 1),
+}
 
 
 def check_limits(values: Mapping[str, Any], **others: tuple[int, int]) -> None:

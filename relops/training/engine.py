@@ -288,9 +288,14 @@ class Run:
         self.model.zero_grad()
         self.phase = phase
         self.optimizer = make_optimizer(
-            self.model, config.optimizer, config.lr, config.weight_decay, config.momentum, config.backbone_lr,
+            self.model,
+            config.optimizer,
+            config.lr,
+            config.weight_decay,
+            config.momentum,
+            config.backbone_lr,
             self.model.slower,
-        )  # fmt: skip
+        )
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         self.parallel = self.model
         if self.world.size > 1:
@@ -397,9 +402,17 @@ class Run:
         self.clock.stop()
         config = self.config
         evaluator = evaluate(
-            self._evaluated(), self.test_data, config.batch, config.min_size, config.max_size, self.world,
-            config.workers, config.amp, config.channels_last, before_batch=self._stop_at_signal,
-        )  # fmt: skip
+            self._evaluated(),
+            self.test_data,
+            config.batch,
+            config.min_size,
+            config.max_size,
+            self.world,
+            config.workers,
+            config.amp,
+            config.channels_last,
+            before_batch=self._stop_at_signal,
+        )
         if self.log is not None:
             times = {"minutes": self.clock.training, "elapsed_minutes": self.clock.elapsed}
             self.log.write({"iteration": self.iteration, **times, **without_nan(evaluator.summarize())})
@@ -420,9 +433,17 @@ class Run:
             config = self.config
             metrics = next(x for x in reversed(self.log.lines) if "AP" in x and x["iteration"] == self.iterations)
             detector = Detector(
-                self._evaluated(), config.model, config.options, self.data.classes, config.min_size, config.max_size,
-                config.data, config.train_annotations, config.test_annotations, self.data.pixel_range,
-            )  # fmt: skip
+                self._evaluated(),
+                config.model,
+                config.options,
+                self.data.classes,
+                config.min_size,
+                config.max_size,
+                config.data,
+                config.train_annotations,
+                config.test_annotations,
+                self.data.pixel_range,
+            )
             detector.save(self.folder / "model.pt")
             write_json(self.folder / "metrics.json", metrics)
             draw_examples(detector, self.test_data, self.folder / "predictions", EXAMPLES)

@@ -76,9 +76,17 @@ class DeformableTransformer(nn.Module):
     """The parameters between the maps and the heads."""
 
     def __init__(
-        self, channels: int, hidden: int, encoder_layers: int, decoder_layers: int, levels: int, two_stage: bool,
-        heads: int, points: int, dropout: float,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        hidden: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        levels: int,
+        two_stage: bool,
+        heads: int,
+        points: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         sizes = channels, hidden, levels, heads, points, dropout
         self.encoder = Layers([EncoderLayer(*sizes) for _ in range(encoder_layers)])

@@ -23,9 +23,12 @@ def default_folder(model: str, data: str) -> str:
 def add_detector(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `load` and `open_split` read."""
     parser.add_argument(
-        "detector", nargs="?", type=Path, metavar="RUN",
+        "detector",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
         help="folder of a run, or its model.pt or last.pt; where train puts that of --model and --data",
-    )  # fmt: skip
+    )
     parser.add_argument("--model", default=TrainConfig.model, help="model of the run, where RUN is not given")
     parser.add_argument("--data", help="coco:DIR, voc:DIR or shapes[:N] (that of the run)")
     parser.add_argument("--test-annotations", metavar="FILE", help="to evaluate on, of coco:DIR (that of the run)")

@@ -190,9 +190,7 @@ class FileData(DetectionData):
                 if a.masks is not None and a.masks[i] is not None:
                     mask[:] = decode_mask(a.masks[i], a.height, a.width, a.file)
         boxes = clip_boxes(a.boxes[kept], a.height, a.width)
-        return Sample(
-            image, boxes, a.labels[kept], a.ignore[kept], masks, None, a.image_id, a.file, image.shape[:2]
-        )  # fmt: skip
+        return Sample(image, boxes, a.labels[kept], a.ignore[kept], masks, None, a.image_id, a.file, image.shape[:2])
 
     def annotations(self) -> list[Annotation]:
         return self._annotations
