@@ -30,9 +30,10 @@ from relops.training.config import TrainConfig
 from relops.training.data import open_data, shapes, with_proposals
 from relops.training.data.images import read_image
 from relops.training.detector import load_detector
-from relops.training.engine import Interrupted, Signals, train
+from relops.training.engine import train
 from relops.training.log import Log
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer
+from relops.training.signals import Interrupted, Signals
 
 HERE = Path(__file__).parent
 

@@ -11,14 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import shutil
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -49,6 +45,7 @@ from relops.training.log import Clock, Log, Losses, without_nan
 from relops.training.optimization import WeightAverage, lr_factor, make_optimizer, set_lr
 from relops.training.plots import plot_curves
 from relops.training.prediction import draw_examples
+from relops.training.signals import Interrupted, Signals
 
 EPOCHS = 12  # where neither iterations nor epochs are given
 EXAMPLES = 8  # images that predictions/ has
@@ -62,38 +59,6 @@ FILES = (
 )
 FOLDERS = ("predictions", "tensorboard")
 STATE = ("model", "optimizer", "average", "phase", "iteration", "losses", "times", "config", "classes")
-
-
-class Interrupted(Exception):
-    """A run stopped at a signal, after a checkpoint."""
-
-    def __init__(self, number: int, iteration: int) -> None:
-        super().__init__(f"{signal.Signals(number).name}: stopped after iteration {iteration}, with a checkpoint")
-        self.number = number
-
-
-class Signals:
-    """Inside it, SIGINT and SIGTERM are noted in `number`, for the run to stop when it can; a second one ends the
-    process at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.number:
-            os._exit(128 + number)
-        self.number = number
 
 
 def seed_of(*numbers: int) -> int:

@@ -15,9 +15,10 @@ from relops import models
 from relops.models.backbones.build import BODIES
 from relops.training.cli.arguments import default_folder
 from relops.training.config import TrainConfig, check_limits
-from relops.training.engine import Interrupted, train
+from relops.training.engine import train
 from relops.training.errors import UsageError
 from relops.training.log import in_words
+from relops.training.signals import Interrupted
 
 BACKBONES = f"{', '.join(BODIES)}; some of them take endings, as in resnet50-frozen and resnet18-gn-32"
 # The type and help of options of models that have a flag of their own, besides --option.
