@@ -30,7 +30,7 @@ def load() -> None:
     try:
         importlib.import_module("relops._C")
     except ImportError as error:
-        if any(Path(__file__).parent.glob("_C.*")):
+        if any(Path(__file__).parent.glob("_C.*so")):
             raise ImportError(
                 f"relops._C does not load on torch {torch.__version__}: {error}\n"
                 "It was built for another Python or is incomplete. Build it again: "

@@ -168,7 +168,7 @@ def test_import_without_the_compiled_half(copied: Path) -> None:
 
 
 def test_import_with_a_broken_compiled_half(copied: Path) -> None:
-    (compiled,) = PACKAGE.glob("_C.*")
+    (compiled,) = PACKAGE.glob("_C.*so")
     (copied / "relops" / compiled.name).write_text("not a library")
     done = python("-c", "import relops", cwd=copied, path=copied)
     assert f"ImportError: relops._C does not load on torch {torch.__version__}: " in done.stderr
@@ -182,7 +182,7 @@ def test_import_on_an_old_torch(tmp_path: Path) -> None:
 
 
 def test_import_without_the_cuda_half(copied: Path) -> None:
-    (compiled,) = PACKAGE.glob("_C.*")
+    (compiled,) = PACKAGE.glob("_C.*so")
     shutil.copy(compiled, copied / "relops")
     program = """
 import relops, torch
