@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -27,14 +28,14 @@ struct RegionOps {
 
   static Tensor roi_align(const Tensor& input, const Tensor& boxes, Ints output_size, double spatial_scale,
                           int64_t sampling_ratio, bool aligned) {
-    return forward(roi_align_spec(sampling_ratio, aligned), {spatial_scale}, {input}, boxes, output_size);
+    return forward(sampled("relops.roi_align", sampling_ratio, aligned), {spatial_scale}, {input}, boxes, output_size);
   }
   static std::tuple<Tensor, Tensor> roi_align_backward(const Tensor& grad_output, const OptionalTensor& input,
                                                        const Tensor& boxes, Ints input_shape, double spatial_scale,
                                                        int64_t sampling_ratio, bool aligned, bool channels_last,
                                                        Flags needs_grad) {
-    return backward_of_one(roi_align_spec(sampling_ratio, aligned), spatial_scale, grad_output, input, boxes,
-                           input_shape, channels_last, needs_grad);
+    return backward_of_one(sampled("relops.roi_align", sampling_ratio, aligned), spatial_scale, grad_output, input,
+                           boxes, input_shape, channels_last, needs_grad);
   }
 
   static Tensor ps_roi_align(const Tensor& input, const Tensor& boxes, Ints output_size, double spatial_scale,
@@ -109,28 +110,22 @@ struct RegionOps {
       .op = "relops.ps_roi_pool", .kind = RegionKind::kAveraged, .position_sensitive = true};
   static constexpr RegionSpec kRoiPool{"relops.roi_pool", RegionKind::kMaximum};
 
-  static RegionSpec roi_align_spec(int64_t sampling_ratio, bool aligned) {
-    return {"relops.roi_align", RegionKind::kSampled, aligned, as_int(sampling_ratio)};
+  // A mean of bilinear samples. RegionProblem checks the bound of sampling_ratio.
+  static RegionSpec sampled(const char* op, int64_t sampling_ratio, bool aligned) {
+    return {op, RegionKind::kSampled, aligned,
+            static_cast<int>(std::clamp<int64_t>(sampling_ratio, 0, kMaxSamplingRatio + 1))};
   }
   static RegionSpec ps_roi_align_spec(int64_t sampling_ratio) {
-    return {"relops.ps_roi_align", RegionKind::kSampled, true, as_int(sampling_ratio), true};
+    RegionSpec spec = sampled("relops.ps_roi_align", sampling_ratio, true);
+    spec.position_sensitive = true;
+    return spec;
   }
   static RegionSpec multi_scale_spec(int64_t sampling_ratio, bool aligned, double canonical_box_size,
                                      int64_t canonical_level) {
-    return {"relops.multi_scale_roi_align",
-            RegionKind::kSampled,
-            aligned,
-            as_int(sampling_ratio),
-            false,
-            canonical_box_size,
-            static_cast<int>(canonical_level)};
-  }
-
-  // The sampling_ratio as an int: RegionProblem checks its bound.
-  static int as_int(int64_t sampling_ratio) {
-    return static_cast<int>(sampling_ratio > kMaxSamplingRatio ? kMaxSamplingRatio + 1
-                            : sampling_ratio < 0               ? 0
-                                                               : sampling_ratio);
+    RegionSpec spec = sampled("relops.multi_scale_roi_align", sampling_ratio, aligned);
+    spec.canonical_box_size = canonical_box_size;
+    spec.canonical_level = static_cast<int>(canonical_level);
+    return spec;
   }
 
   static Tensor forward(const RegionSpec& spec, const Floats& spatial_scales, const Tensors& inputs,
