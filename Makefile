@@ -22,15 +22,17 @@ PIN := $(VENV)/torch-pin.txt
 .PHONY: run test quick bench sanitize memcheck racecheck synccheck build info lint oldest clean
 
 run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
+# Of the packages that the full benchmarks need, these rows compare with SciPy alone.
 run: build
+	$(PIP) -c $(PIN) scipy
 	@test "$(RELOPS_CUDA)" != 0 || echo "The CUDA half was left out, as no GPU was found; make run RELOPS_CUDA=1 builds it."
 	$(PY) -m benchmarks.run --quick
 
 # Several processes share the cores, so that threads with nothing to do must not spin.
-test: build
+test: build $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-quick: build
+quick: build $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m quick -n auto --maxprocesses 8 --dist worksteal
 
 bench: build
@@ -42,14 +44,14 @@ bench: build
 # of their own, without torch's cache, so that reading past one is seen.
 SANITIZERS := memcheck racecheck synccheck
 sanitize: $(SANITIZERS)
-$(SANITIZERS): build
+$(SANITIZERS): build $(VENV)/installed
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $@ --kernel-name kernel_substring=relops \
 	  --report-api-errors no --error-exitcode 1 \
 	  $(PY) -m pytest -q tests/test_contract.py tests/test_contract_selection.py -k "cuda and (test_equals_twin \
 	  or test_matches_twin and torch.float32-torch.float32 or test_deterministic and torch.bfloat16)"
 
 # The build is incremental: only what changed is compiled.
-build: $(VENV)/installed
+build: $(VENV)/can-build
 	$(PY) setup.py -q build_ext --inplace
 
 info: build
@@ -80,9 +82,12 @@ $(PIN): | $(PY)
 	  print(*{f"{d.name}=={d.version}" for d in distributions() if d.name in ("torch", "torchvision")}, sep="\n")' > $@.tmp
 	mv $@.tmp $@
 
-# The build comes first, because pip hides its plan and its progress; pip then finds everything compiled.
-$(VENV)/installed: pyproject.toml $(PIN)
+$(VENV)/can-build: $(PIN)
 	$(PIP) -c $(PIN) 'setuptools>=77' wheel ninja pybind11 numpy
+	touch $@
+
+# The build comes first, because pip hides its plan and its progress; pip then finds everything compiled.
+$(VENV)/installed: pyproject.toml $(VENV)/can-build
 	$(PY) setup.py -q build_ext --inplace
 	$(PIP) -c $(PIN) -e '.[test]' --no-build-isolation
 	touch $@

@@ -459,7 +459,7 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
     Raises:
         VerificationError: relops disagrees with its twin.
     """
-    budget_s, min_rounds = (3.0, min(bench.min_rounds, QUICK_MIN_ROUNDS)) if quick else (10.0, bench.min_rounds)
+    budget_s, min_rounds = (2.0, min(bench.min_rounds, QUICK_MIN_ROUNDS)) if quick else (10.0, bench.min_rounds)
     source = Inputs(bench)
     contenders, notes = contenders_of(bench, quick), []
     inputs, grads = source.draw()

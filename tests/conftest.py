@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import relops
 from relops import _library
+
+ROOT = Path(__file__).resolve().parents[1]
+# The compiler's cache knows ops by name: what it compiled before a change of a schema would call the op as it was.
+SCHEMAS = zlib.crc32((ROOT / "csrc/library.cpp").read_bytes())
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / f"build/inductor-{SCHEMAS:08x}"))
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TRACING_MODES = ("real", "fake", "symbolic")
