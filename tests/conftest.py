@@ -27,7 +27,7 @@ from relops import _library
 ROOT = Path(__file__).resolve().parents[1]
 # The compiler's cache knows ops by name: what it compiled before a change of a schema would call the op as it was.
 SCHEMAS = zlib.crc32((ROOT / "csrc/library.cpp").read_bytes())
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / f"build/inductor-{SCHEMAS:08x}"))
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / f"build/inductor-{SCHEMAS:08x}")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TRACING_MODES = ("real", "fake", "symbolic")
