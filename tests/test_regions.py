@@ -452,8 +452,8 @@ def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, 
             nearby = region.run(features, moved, case, reference)
             steady = steady & (nearby["output"] - expected["output"]).abs().flatten(1).amax(1).lt(1e-6)
             steady_gradient = steady_gradient & (nearby["boxes"] - expected["boxes"]).abs().amax(1).lt(1e-6)
-    # The samples of a box of 1e9 pixels are known to 1e-7 pixels, so that it is not compared to 1e-9. No sample of a box
-    # that is much larger lies on the map.
+    # The samples of a box of 1e9 pixels are known to 1e-7 pixels, so that it is not compared to 1e-9. Of a box that is
+    # much larger no sample lies on the map.
     far = ((size > 1e6) & (size < 1e15)).any(1)
     for compared, tolerance in ((~far, 1e-9), (torch.ones_like(far), 1e-5)):
         grad = grad_like(expected["output"]) * (steady & compared)[:, None, None, None]
