@@ -12,16 +12,16 @@ from pathlib import Path
 import cuda_emulation
 import pybind11
 import pytest
+from conftest import environment
+from cuda_emulation import CSRC
 from torch.utils import cpp_extension
 
-import relops
 from relops import _library
 
-ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
-COMMON = {path.relative_to(CSRC) for path in (CSRC / "common").rglob("*")}
 PUBLIC_OPS = sorted(name for name in _library.op_kernels() if not name.startswith("_"))
+# What setup.py defines for module.cpp.
+BUILD_FACTS = [f'-DRELOPS_{name}=""' for name in ("VERSION", "TORCH", "COMPILER", "NVCC", "CUDA_ARCHS")]
 # A Python that has the oldest torch; .ci/run makes one.
 OLDEST = os.environ.get("RELOPS_OLDEST_TORCH")
 
@@ -41,7 +41,7 @@ def test_the_first_line_of_a_file_names_its_ops() -> None:
         opening = path.read_text().split("\n#")[0]
         assert opening.startswith("// "), f"{path} does not begin with what it is"
         ops = [op for op in PUBLIC_OPS if re.search(rf"\b{op}\b", opening.split("\n")[0])]
-        if path.parent != CSRC and path.relative_to(CSRC) not in COMMON:
+        if path.parent != CSRC and not path.is_relative_to(CSRC / "common"):
             assert ops, f"the first line of {path} names no op"
 
 
@@ -54,8 +54,7 @@ def test_no_file_is_long() -> None:
 
 def check_parses(path: Path, folders: Iterable[Path], include_paths: Iterable[str]) -> None:
     """Parse a source and instantiate its templates, without generating code."""
-    target = sum(part << shift for part, shift in zip(_library.MINIMUM_TORCH, (56, 48)))
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-w", f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL", "-x", "c++"]
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-w", cuda_emulation.STABLE_ABI, "-x", "c++", *BUILD_FACTS]
     command += [*(f"-I{folder}" for folder in folders), *(f"-isystem{path}" for path in include_paths), str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
@@ -83,7 +82,7 @@ def oldest_include_paths() -> list[str]:
 @pytest.mark.parametrize("suffix", [".cpp", ".cu"])
 def test_sources_compile_with_the_oldest_torch(suffix: str, oldest_include_paths: list[str], tmp_path: Path) -> None:
     """Headers of an older torch have broken unseen. CUDA sources are parsed as the emulation has them."""
-    folders, sources = [CSRC], [path for path in SOURCES if path.suffix == suffix and path.name != "module.cpp"]
+    folders, sources = [CSRC], [path for path in SOURCES if path.suffix == suffix]
     if suffix == ".cu":
         sources = [path for path in cuda_emulation.write_translated(tmp_path) if path.suffix == suffix]
         folders = [cuda_emulation.HERE, tmp_path, CSRC]
@@ -106,6 +105,5 @@ assert relops.nms(boxes[:, 1:], torch.ones(1), 0.5).tolist() == [0]
 if torch.version.cuda is not None and relops._library.cuda_library() is not None:
     assert all("CUDA" in devices for devices in relops._library.op_kernels().values())
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(relops.__file__).parent.parent)}
-    done = subprocess.run([OLDEST, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([OLDEST, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 NAMESPACE = "relops_emulated"
+STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{sum(n << shift for n, shift in zip(_library.MINIMUM_TORCH, (56, 48))):016x}ULL"
 
 in_use = False
 
@@ -60,9 +61,8 @@ def build() -> Path:
     folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"lib{NAMESPACE}.so"
-    target = sum(part << shift for part, shift in zip(_library.MINIMUM_TORCH, (56, 48)))
     flags = [
-        *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL"),
+        *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", STABLE_ABI),
         *("-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-psabi"),
         *(f"-I{shlex.quote(str(path))}" for path in (HERE, folder, CSRC)),
         *(f"-isystem{shlex.quote(path)}" for path in cpp_extension.include_paths()),
