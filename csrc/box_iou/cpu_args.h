@@ -8,8 +8,8 @@
 
 namespace relops {
 
-// Boxes that a work item holds coordinate by coordinate: 20 KB of float32. Fixed, because gradients are summed tile by
-// tile.
+// The largest number of boxes that a work item holds, coordinate by coordinate: 20 KB of float32. It is a constant,
+// because gradients are summed tile by tile, and their order must not vary.
 constexpr int64_t kBoxTile = 1024;
 constexpr int64_t kPairsPerItem = 32768;
 

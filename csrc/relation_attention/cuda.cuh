@@ -1,9 +1,9 @@
 // relation_attention on CUDA: who does what in the forward and the backward. cuda_geometry.cuh has the geometry of
 // pairs, cuda_products.cuh the products of rows of features.
 //
-// In both directions a block has `own` rows (16, or a multiple: queries, or keys for the gradients of what belongs to
-// keys) of up to 8 heads, and goes over the `others` in tiles. A step takes a tile through stages, each of which is on
-// another tile, so that there is one barrier a step:
+// In both directions a block has 16 `own` rows, or a multiple of that, of up to 8 heads. They are queries, or keys in
+// the kernel that computes the gradients of keys, values and key boxes. The block goes over the `others` in tiles. A
+// step takes a tile through stages, each of which is on another tile, so that there is one barrier a step:
 //   1. the boxes of the tile: logarithms of sizes, and their sines and cosines;
 //   2. b of all pairs and heads, to shared memory: a warp has an other and all own rows; the 32 features of a pair, of
 //      dx and dy, are computed in the registers where a tensor core wants them;

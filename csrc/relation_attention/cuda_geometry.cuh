@@ -73,8 +73,8 @@ __device__ __forceinline__ void set_box_terms(BoxTerms<Compute>& terms, const Co
 
 template <class Compute>
 struct HeadWeights {
-  // The weights W, whose columns are the features of a pair; those of sizes are for log own/other, whichever of the two
-  // is the query.
+  // The weights W, one column per feature of a pair. The columns of sizes are for log(own / other), also where the
+  // other box is the query.
   Compute of[kHeads][kEmbedding + 4];
   Compute bias[kHeads];
   Wave<Compute> waves[kWaves];

@@ -75,7 +75,7 @@ def _checksum(path: str | Path, length: int) -> bytes:
 
 
 def check_keys(path: Path, state: Any, *keys: str) -> None:
-    """Raise UsageError where the content of a file is not a dict with all of these keys."""
+    """Raise UsageError if the content of a file is not a dict that has all of these keys."""
     if not isinstance(state, dict):
         raise UsageError(f"{path}: must hold a dict, got {type(state).__name__}")
     missing = [key for key in keys if key not in state]

@@ -60,7 +60,7 @@ class Detector:
         classes: names; label i is classes[i].
         min_size, max_size: of images, see `relops.training.data.prepare`.
         data: the data that the model was trained on, see `relops.training.data.open_data`.
-        train_annotations, test_annotations: the files of annotations, where they were named.
+        train_annotations, test_annotations: the annotation files that the run was given, if any.
         pixel_range: the values that become 0 and 255 in images whose pixels are not bytes, where the data had some.
     """
 

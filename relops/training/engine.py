@@ -358,7 +358,7 @@ class Run:
         return done == self.iterations or (every is not None and done > 0 and done % every == 0)
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate just after a checkpoint: what is interrupted here begins again when the run goes on."""
+        """Evaluate if an evaluation is due. It follows a checkpoint, so that resuming repeats an interrupted one."""
         if not self._evaluation_is_due():
             return
         logged = self.log is not None and any(x["iteration"] == self.iteration and "AP" in x for x in self.log.lines)

@@ -1,4 +1,4 @@
-"""Base classes of the networks that detectors work on: bodies have stages, backbones make of them a list of maps."""
+"""Base classes of feature extractors: a body computes a map per stage, and a backbone turns them into its maps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Body(nn.Module):
-    """A network that is cut into stages, each of which gives a map.
+    """A network of several stages, each of which computes a feature map.
 
     Attributes:
         channels, strides: of the map of each stage.
@@ -25,7 +25,7 @@ class Body(nn.Module):
 
 
 class Chain(Body):
-    """A body whose `parts`, one after the other, are all that lies between images and its last map."""
+    """A body that applies its `parts` to the images one after the other."""
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
         """Return the map [N,channels[i],H / strides[i],W / strides[i]] of each stage."""
@@ -38,7 +38,7 @@ class Chain(Body):
 
 
 class Backbone(nn.Module):
-    """A body, and what makes its stage maps the list of maps that a detector works on.
+    """A body together with the layers that turn its stage maps into the maps that a detector works on.
 
     Attributes:
         body: the network whose weights a classifier may have learned.

@@ -1,4 +1,4 @@
-"""What all detectors have in common."""
+"""The base class of all detectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from relops.models.structures import Targets
 
 
 class BaseDetector(nn.Module):
-    """What the training loop, and whoever detects, relies on.
+    """The interface that training and detection rely on.
 
     In training mode `detector(images, sizes, targets)` gives losses, to be added; in evaluation mode
     `detector(images, sizes)` gives Detections. Nothing in it waits for a CUDA device, but where a detector says so.
@@ -29,10 +29,10 @@ class BaseDetector(nn.Module):
     backbone: Backbone
 
     def start_phase(self, phase: int) -> None:
-        """Prepares the training of a phase. Of one there is nothing to prepare."""
+        """Prepare the training of a phase. A detector with a single phase has nothing to prepare."""
 
     def checked_sizes(self, images: Tensor, sizes: Tensor | None) -> Tensor:
-        """Return sizes, or those of the images. Raises ValueError for shapes that do not fit."""
+        """Return `sizes`, or the sizes of the images if it is None. Raise ValueError for shapes that do not fit."""
         name = f"relops.models.{type(self).__name__}"
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
@@ -45,7 +45,7 @@ class BaseDetector(nn.Module):
         return sizes
 
     def checked_targets(self, images: Tensor, targets: Targets | None) -> Targets:
-        """Return targets of which boxes without an extent are padding, too. Raises ValueError for shapes that do not
+        """Return the targets, with boxes without an extent marked as padding. Raise ValueError for shapes that do not
         fit."""
         name, N = f"relops.models.{type(self).__name__}", images.shape[0]
         if targets is None:

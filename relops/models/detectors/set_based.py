@@ -1,4 +1,4 @@
-"""What detectors that predict a set have in common."""
+"""The base class of detectors that predict a set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SetDetector(BaseDetector):
 
     Args:
         loss: how it is trained; its `focal` and `corners` also say what its scores and boxes are.
-        most: detections an image, at most.
+        most: the largest number of detections per image.
     """
 
     def __init__(self, loss: SetLoss, most: int = 100) -> None:
@@ -29,7 +29,7 @@ class SetDetector(BaseDetector):
         self.most = most
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
-        """Of images [N,3,H,W], of which sizes [N,2] are no padding."""
+        """Return the predictions for images [N,3,H,W], whose sizes [N,2] exclude the padding."""
         raise NotImplementedError
 
     def forward(
@@ -51,8 +51,8 @@ class SetDetector(BaseDetector):
         return losses
 
     def detections(self, logits: Tensor, boxes: Tensor, sizes: Tensor) -> Detections:
-        """The best of logits [N,Q,C] and boxes [N,Q,4]: with focal loss of all classes of all predictions, otherwise
-        each prediction's best class."""
+        """Return the best detections of logits [N,Q,C] and boxes [N,Q,4]: of all classes of all predictions with focal
+        loss, and otherwise of each prediction's best class."""
         logits, boxes = to_compute_dtype(logits), to_compute_dtype(boxes)
         if self.set_loss.focal:
             C = logits.shape[-1]

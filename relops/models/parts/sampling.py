@@ -18,12 +18,12 @@ def target_overlaps(boxes: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
 def sample_candidates(
     positive: Tensor, negative: Tensor, count: int, most_positive: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose at random, in each image, at most most_positive positive candidates, and negative ones up to count.
+    """Sample `count` candidates of each image at random, of which at most `most_positive` are positive.
 
     Args:
         positive, negative: [N,K] bool.
-        count: candidates of an image.
-        most_positive: positive candidates of an image.
+        count: the number of candidates to sample per image.
+        most_positive: the largest number of positive ones among them.
 
     Returns:
         The indices [N,S] of the chosen candidates, positive ones first, with S = min(count, K), and two masks [N,S]:
