@@ -1,0 +1,29 @@
+"""Export a detector with torch.export, save it, load it, and run it on batches of other sizes."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import relops  # a process that loads the file imports relops as well, because it registers the ops
+
+torch.manual_seed(0)
+model = relops.models.deformable_detr(num_classes=3, backbone="resnet18", encoder_layers=1, decoder_layers=2).eval()
+images, sizes = torch.randn(2, 3, 128, 160), torch.tensor([[128.0, 160.0], [96.0, 160.0]])
+
+# The batch size is dynamic; height and width are those of the example.
+batch = torch.export.Dim("batch", min=1, max=64)
+program = torch.export.export(model, (images, sizes), dynamic_shapes=({0: batch}, {0: batch}))
+
+with TemporaryDirectory() as folder:
+    file = Path(folder) / "detector.pt2"
+    torch.export.save(program, file)
+    print(f"{file.stat().st_size / 1e6:.0f} MB written")
+    loaded = torch.export.load(file).module()
+
+for count in (1, 2, 5):
+    images, sizes = torch.randn(count, 3, 128, 160), torch.tensor([[128.0, 160.0]]).repeat(count, 1)
+    with torch.inference_mode():
+        expected, actual = model(images, sizes), loaded(images, sizes)
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    print(f"batch of {count}: {tuple(actual.boxes.shape)} boxes, equal to those of the model")

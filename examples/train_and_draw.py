@@ -1,0 +1,41 @@
+"""Train a detector on your own images, and draw what it finds.
+
+python examples/train_and_draw.py coco:DIR IMAGES    trains on a COCO data set, and draws on a folder of images
+python examples/train_and_draw.py                    trains for a minute on images that relops draws itself
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes
+
+from relops import models
+from relops.__main__ import main
+from relops.training.data import open_data
+from relops.training.detector import load_detector
+
+RUN = Path("runs/example")
+
+if len(sys.argv) == 3:
+    data, images = sys.argv[1:]
+    sys.exit(
+        main(["train", "--data", data, "--output", str(RUN), "--min-size", "480", "--max-size", "800"])
+        or main(["predict", str(RUN), images, "--output", "drawn"])
+    )
+
+# The same command, called from Python. About a minute of training finds some of the shapes.
+if status := main(["train", "--data", "shapes:200", "--iterations", "200", "--output", str(RUN), "--workers", "0"]):
+    sys.exit(status)
+
+# A trained detector in Python: load_detector reads the folder of the run.
+detector = load_detector(RUN, torch.device("cpu"))
+sample = open_data("shapes:200", "test")[0]
+image = torch.from_numpy(sample.image).permute(2, 0, 1)  # [3,H,W], uint8
+objects = models.detect(detector.model, [image / 255], detector.min_size, detector.max_size)[0]
+keep = objects["scores"] > 0.3
+names = [detector.classes[label] for label in objects["labels"][keep].tolist()]
+drawn = draw_bounding_boxes(image, objects["boxes"][keep], names, colors="red")
+to_pil_image(drawn).save("shapes.png")
+print(f"found {names}, drawn in shapes.png; the run is in {RUN}")

@@ -1,0 +1,31 @@
+"""The scripts in examples/ run as they are, and are short."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted(ROOT.joinpath("examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    imports = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
+    missing = {name for name in (x.partition(".")[0] for x in imports) if importlib.util.find_spec(name) is None}
+    if missing:
+        pytest.skip(f"{', '.join(sorted(missing))} is not installed")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, check=True, timeout=600)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_has_at_most_60_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 60
