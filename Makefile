@@ -2,6 +2,7 @@
 #             is left out, unless RELOPS_CUDA=1 asks for it
 # make test   set up, build, run the tests
 # make quick  set up, build, run in a minute the tests that show most mistakes: what to run after every edit
+# make docs   set up, build, write the documentation to build/docs
 # make bench  set up, build, run all microbenchmarks, write results and plots
 # make sanitize  set up, build, run tests of every CUDA kernel under compute-sanitizer; needs a GPU
 #
@@ -19,7 +20,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 # Extras must not replace torch, and some (timm) would.
 PIN := $(VENV)/torch-pin.txt
 
-.PHONY: run test quick bench sanitize memcheck racecheck synccheck build info lint oldest clean
+.PHONY: run test quick docs bench sanitize memcheck racecheck synccheck build info lint oldest clean
 
 run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
 # Of the packages that the full benchmarks need, these rows compare with SciPy alone.
@@ -28,12 +29,19 @@ run: build
 	@test "$(RELOPS_CUDA)" != 0 || echo "The CUDA half was left out, as no GPU was found; make run RELOPS_CUDA=1 builds it."
 	$(PY) -m benchmarks.run --quick
 
-# Several processes share the cores, so that threads with nothing to do must not spin.
+# The examples in docstrings and in Markdown files are tests as well. Several processes share the cores, so idle threads
+# must not spin.
 test: build $(VENV)/installed
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+	OMP_WAIT_POLICY=passive $(PY) -m pytest tests relops docs README.md CONTRIBUTING.md --doctest-modules --markdown-docs \
+	  -n auto --maxprocesses 8 --dist worksteal
 
 quick: build $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m quick -n auto --maxprocesses 8 --dist worksteal
+
+docs: build $(VENV)/installed
+	$(PY) docs/draw_figures.py
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "The first page is build/docs/index.html"
 
 bench: build
 	$(PIP) -c $(PIN) -e '.[bench]' --no-build-isolation
