@@ -1,4 +1,4 @@
-"""Modules built on the ops."""
+"""Modules built on the operators of relops."""
 
 from relops.nn.duplicate_removal import DuplicateRemoval, RankedDetections
 from relops.nn.dynamic_conv import DynamicConv

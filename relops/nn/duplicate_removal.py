@@ -1,4 +1,4 @@
-"""The learned duplicate removal network, which takes the place of non-maximum suppression."""
+"""The learned duplicate removal network, which replaces non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from relops.nn.object_relation import ObjectRelation
 from relops.ops.box_iou import box_iou
 from relops.ops.rank_embedding import rank_embedding
 
-# The loss sees class scores no closer to 0 and 1 than this: to 1, float32 comes no closer.
-CLOSEST = 2.0**-23
+# The loss clamps class scores to this distance from 0 and 1: the machine epsilon of float32.
+SCORE_MARGIN = 2.0**-23
 
 
 class RankedDetections(NamedTuple):
-    """What `DuplicateRemoval` makes of B images, K objects, C classes: n = min(first_n, K) objects a class, best first.
+    """The output of `DuplicateRemoval` for B images with K objects and C classes.
 
-    Classes in which fewer are left are filled up with index -1 and zeros. Numbers are float32, or float64 for float64
-    inputs.
+    For each class it holds n = min(first_n, K) objects, the best first. If fewer objects remain in a class, the other
+    slots have index -1 and zeros elsewhere. Floating-point tensors are float32, or float64 for float64 inputs.
 
     Attributes:
-        final_scores: [B,K,C], what to rank detections by: s0 times the mean of s1 over the thresholds; 0 where an
-            object was left out.
-        indices: [B,C,n] int64 in [0,K).
-        boxes: [B,C,n,4], without gradient.
-        scores: [B,C,n], s0.
-        logits: [B,C,n,E], whose sigmoid is s1.
+        final_scores: Scores [B,K,C] to rank detections by: s0 times the mean of s1 over the thresholds, and 0 for
+            objects that were excluded.
+        indices: Indices [B,C,n] of the objects, int64 in [0,K).
+        boxes: Boxes [B,C,n,4], without gradient.
+        scores: Class scores s0 [B,C,n].
+        logits: Logits [B,C,n,E], whose sigmoid is s1.
     """
 
     final_scores: Tensor
@@ -45,30 +45,21 @@ class RankedDetections(NamedTuple):
 
 
 class DuplicateRemoval(nn.Module):
-    """Learned suppression of duplicates (Hu et al., Relation Networks for Object Detection, 2018).
+    """Learned duplicate removal (Relation Networks, https://arxiv.org/abs/1711.11575, section 4.3).
 
-    In every class the first_n best objects are ranked by class score, s0. The embedded rank of an object and its
-    feature, both projected to hidden_dim, are added, and an `ObjectRelation` lets the objects of the class see each
-    other. From a ReLU of that, a linear layer and a sigmoid give s1: the probability that this box is the right one of
-    its object, for each of several thresholds of IoU. The final score is s0 * s1. All classes of all images are one
-    batch.
+    For each class, the `first_n` best objects are ranked by their class score s0. The embedding of an object's rank and
+    the object's feature are projected to `hidden_dim` and added. An `ObjectRelation` then exchanges information between
+    the objects of the class. A ReLU, a linear layer and a sigmoid turn its output into s1: for each of several IoU
+    thresholds, the probability that the box is the correct box of its object. The final score is s0 * s1. All classes
+    of all images are computed as one batch.
 
-    Args:
-        channels: width of the features.
-        first_n: how many objects of a class take part; the released code has 100, and 150 with a feature pyramid.
-        thresholds: E thresholds of IoU, each with an s1 of its own.
-        score_threshold: an object whose s0 is not larger is left out of that class, in training too. The released code
-            does so at test alone, and with whole classes; 0 gives what it computes in training.
-        positive_weight: of the one right box in the loss, against 1 of all others.
-        rank_dim: width of the embedded rank: 1024 in the released code, 128 in the paper.
-        hidden_dim, heads, head_dim, geometry: those of the `ObjectRelation`.
+    An object is excluded from a class if its s0 is not larger than `score_threshold`. It is also excluded if its s0 is
+    NaN, or if its box is inverted or not finite, because these values would spread to all other objects of the class.
+    Objects with equal scores are ranked by ascending index. On the CPU, classes without remaining objects cost nothing,
+    and the other classes are computed in groups of similar length. On CUDA and under torch.compile, no shape depends on
+    values, so the host never waits for the device.
 
-    Left out are also objects with a score of NaN, or a box that is inverted or not finite, which would spread to all
-    others of their class. Of equal scores the lower index is first.
-    On the CPU, classes in which no object is left cost nothing, and the others are computed with those of about their
-    length; on CUDA and under torch.compile shapes depend on no value, and nothing waits for the device.
-
-    The released parameters fit as they are, with geometry="official":
+    The parameters of the released code can be used with `geometry="official"`. They have these names here::
 
         nms_rank_weight, nms_rank_bias                               rank.weight [128,1024], rank.bias
         roi_feat_embedding_weight, roi_feat_embedding_bias           feature.weight [128,1024], feature.bias
@@ -78,12 +69,43 @@ class DuplicateRemoval(nn.Module):
         nms_pair_pos_fc1_1_weight, nms_pair_pos_fc1_1_bias           relation.geometry.weight [16,64], ..bias
         nms_logit_weight, nms_logit_bias                             logit.weight [5,128], logit.bias
 
+    Args:
+        channels: Width of the features.
+        first_n: Maximum number of objects per class. The released code uses 100, and 150 with a feature pyramid.
+        thresholds: E IoU thresholds. The network predicts one s1 for each of them.
+        score_threshold: An object is excluded from a class if its s0 is not larger than this number, also in training.
+            The released code excludes only whole classes, and only at test time. Use 0 to reproduce its training.
+        positive_weight: Weight in the loss of the one correct box of each object. All other boxes have weight 1.
+        rank_dim: Width of the rank embedding. It is 1024 in the released code and 128 in the paper.
+        hidden_dim: Width of the features inside the `ObjectRelation`; must be divisible by `heads`.
+        heads: Number of relations.
+        head_dim: Width of the queries and keys of each relation.
+        geometry: Box by whose size the distance of two boxes is divided: that of the key ("paper") or, as in the
+            released code, that of the query ("official").
+
+    Raises:
+        ValueError: If `heads` does not divide `hidden_dim`, or `geometry` is unknown.
+
     Example:
-        >>> removal = relops.nn.DuplicateRemoval()
-        >>> detections = removal(features, logits.softmax(-1)[..., 1:], boxes)  # [B,K,1024], [B,K,80], [B,K,4]
-        >>> loss = removal.loss(detections, gt_boxes, gt_labels)  # [B,G,4], [B,G]
-        >>> score, which = detections.final_scores.flatten(1).topk(100)  # no suppression follows
-        >>> objects, classes = which // 80, which % 80
+        >>> import torch, relops
+        >>> removal = relops.nn.DuplicateRemoval(32, first_n=5, rank_dim=32, hidden_dim=32, heads=4, head_dim=8)
+        >>> features, scores = torch.randn(2, 10, 32), torch.rand(2, 10, 3)  # 2 images, 10 objects, 3 classes
+        >>> corner = 100 * torch.rand(2, 10, 2)
+        >>> boxes = torch.cat([corner, corner + 20], -1)
+        >>> detections = removal(features, scores, boxes)
+        >>> detections.final_scores.shape
+        torch.Size([2, 10, 3])
+
+        The best detections need no suppression afterwards:
+
+        >>> score, index = detections.final_scores.flatten(1).topk(4)
+        >>> objects, classes = index // 3, index % 3
+
+        The loss takes the ground truth, padded with label -1:
+
+        >>> loss = removal.loss(detections, gt_boxes=boxes[:, :2], gt_labels=torch.tensor([[0, 1], [2, -1]]))
+        >>> loss.shape
+        torch.Size([])
     """
 
     def __init__(
@@ -109,7 +131,10 @@ class DuplicateRemoval(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the released code, but for the relation's geometry: at first, s1 is about 1/20."""
+        """Initialize the parameters as the released code does, except for the geometry bias of `relation`.
+
+        The geometry bias starts at 0.1, and s1 starts at about 1/20.
+        """
         self.relation.reset_parameters()
         for linear in (self.rank, self.feature, self.logit):
             nn.init.normal_(linear.weight, std=0.01)
@@ -119,25 +144,37 @@ class DuplicateRemoval(nn.Module):
     def forward(
         self, features: Tensor, scores: Tensor, boxes: Tensor, padding_mask: Tensor | None = None
     ) -> RankedDetections:
-        """
+        """Rank the objects of each class and predict which boxes are duplicates.
+
         Args:
-            features: [B,K,channels].
-            scores: [B,K,C] in [0,1]: s0, of all classes but the background.
-            boxes: [B,K,4], or [B,K,C,4] where every class has its own: x1, y1, x2, y2 in pixels of the image, float32
-                beside 16-bit features. They get no gradient.
-            padding_mask: [B,K] bool; True: there is no such object. Its numbers are not used, but features are finite.
+            features: Features [B,K,channels] of K objects of B images, of dtype float64, float32, float16 or bfloat16.
+            scores: Class scores s0 [B,K,C] in [0,1], without the background.
+            boxes: Boxes [B,K,4], or [B,K,C,4] if each class has its own, as x1, y1, x2, y2 in pixels of the image. With
+                16-bit features, use float32 boxes. Boxes get no gradient.
+            padding_mask: Bool mask [B,K], True for slots without an object, or None. The values of such slots are not
+                used, but their features must be finite.
+
+        Returns:
+            The ranked detections with their scores.
+
+        Gradients:
+            Gradients flow to `features`, `scores` and all parameters.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape.
         """
         self._check(features, scores, boxes, padding_mask)
         B, K, C = scores.shape
         scores = scores.to(compute_dtype(scores.dtype)).transpose(1, 2)
         boxes = boxes.detach()[:, None] if boxes.dim() == 3 else boxes.detach().transpose(1, 2)
-        proper = boxes.isfinite().all(-1) & (boxes[..., :2] <= boxes[..., 2:]).all(-1)
-        left_out = ~((scores > self.score_threshold) & proper)  # [B,C,K]
+        valid = boxes.isfinite().all(-1) & (boxes[..., :2] <= boxes[..., 2:]).all(-1)
+        excluded = ~((scores > self.score_threshold) & valid)  # [B,C,K]
         if padding_mask is not None:
-            left_out = left_out | padding_mask[:, None]
+            excluded = excluded | padding_mask[:, None]
 
         n = min(self.first_n, K)
-        ranked, order = scores.detach().masked_fill(left_out, -math.inf).sort(dim=-1, descending=True, stable=True)
+        ranked, order = scores.detach().masked_fill(excluded, -math.inf).sort(dim=-1, descending=True, stable=True)
         order, padding = order[..., :n], ranked[..., :n] == -math.inf
         scores = scores.gather(-1, order).masked_fill(padding, 0.0)
         boxes = boxes.expand(B, C, K, 4).gather(2, order[..., None].expand(B, C, n, 4))
@@ -149,87 +186,109 @@ class DuplicateRemoval(nn.Module):
         return RankedDetections(final_scores, order.masked_fill(padding, -1), boxes, scores, logits)
 
     def _logits(self, features: Tensor, order: Tensor, boxes: Tensor, padding: Tensor) -> Tensor:
+        """Compute the logits [B,C,n,E] of the ranked objects."""
         (B, K, _), (_, C, n) = features.shape, order.shape
         objects = order + K * torch.arange(B, device=order.device)[:, None, None]
         objects, boxes, padding = (x.flatten(0, 1) for x in (objects, boxes, padding))
-        groups, by_length = [(0, B * C, n)], None
+        groups, length_order = [(0, B * C, n)], None
         if padding.device.type == "cpu" and has_values(padding):
-            lengths, by_length = (n - padding.sum(1)).sort()
-            groups = _groups_of_length(lengths.tolist())
-            objects, boxes, padding = (x[by_length] for x in (objects, boxes, padding))
+            lengths, length_order = (n - padding.sum(1)).sort()
+            groups = _group_lengths(lengths.tolist())
+            objects, boxes, padding = (x[length_order] for x in (objects, boxes, padding))
 
-        # An object is in many classes, a rank in all, and projections are linear: those of their sum are added up.
+        # An object occurs in many classes and a rank in all of them. Because projections are linear, features and ranks
+        # are projected once, and their projections are added.
         ranks = torch.arange(groups[-1][2], device=order.device)
         ranks = rank_embedding(ranks.to(compute_dtype(features.dtype)), self.rank_dim).to(self.rank.weight.dtype)
-        ranks = self._projected(self.rank(ranks), with_bias=False)
-        features = self._projected(self.feature(features).flatten(0, 1))
+        ranks = self._project(self.rank(ranks), with_bias=False)
+        features = self._project(self.feature(features).flatten(0, 1))
         M, D, hidden = self.relation.heads, self.relation.head_dim, self.relation.channels
 
         logits = features.new_zeros(B * C, n, len(self.thresholds), dtype=compute_dtype(features.dtype))
         for first, end, length in groups:
-            of_group = slice(first, end), slice(length)
-            x = features.index_select(0, objects[of_group].flatten())
+            group_slice = slice(first, end), slice(length)
+            x = features.index_select(0, objects[group_slice].flatten())
             x = x.view(end - first, length, features.shape[1]).add_(ranks[:length])
             x, query, key, value = x.split([hidden, M * D, M * D, hidden], -1)
-            x = x + self.relation.relate(query, key, value, boxes[of_group], padding[of_group])
-            logits[of_group] = self.logit(x.relu()).to(logits.dtype)
+            x = x + self.relation.relate(query, key, value, boxes[group_slice], padding[group_slice])
+            logits[group_slice] = self.logit(x.relu()).to(logits.dtype)
         logits = logits.masked_fill(padding[..., None], 0.0)
-        if by_length is not None:
-            logits = torch.empty_like(logits).index_copy(0, by_length, logits)
+        if length_order is not None:
+            logits = torch.empty_like(logits).index_copy(0, length_order, logits)
         return logits.unflatten(0, (B, C))
 
-    def _projected(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """x [..,hidden_dim], and beside it what the relation makes of it: query, key and value."""
+    def _project(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """Concatenate x [..,hidden_dim] and its projections to query, key and value of the relation."""
         projections = (self.relation.query, self.relation.key, self.relation.value)
         return torch.cat([x, *(F.linear(x, p.weight, p.bias if with_bias else None) for p in projections)], -1)
 
     def targets(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
-        """Which detections are right, on the device that they are on, without waiting for it.
+        """Determine which detections are correct.
 
-        A box belongs to the object of its class with which it has the largest IoU, of equals the first; no box serves
-        two. Of the boxes of an object whose IoU is larger than a threshold, the one of highest s0 is right at it, and
-        all others are wrong. So it is in the released code, but for the pixel that its IoU adds to widths and heights.
+        Each box is assigned to the object of its class with which it has the largest IoU. Ties go to the first object,
+        and a box is assigned to at most one object. For each threshold, the boxes of an object with an IoU larger than
+        the threshold compete: the box with the highest s0 is correct, and all other boxes are wrong. The released code
+        does the same, except that its IoU adds one pixel to widths and heights. The result is on the device of the
+        detections, and computing it does not wait for the device.
 
         Args:
-            detections: of the forward pass.
-            gt_boxes: [B,G,4], as the boxes.
-            gt_labels: [B,G] of an integer dtype in [0,C); others are padding.
+            detections: Output of the forward pass.
+            gt_boxes: Ground-truth boxes [B,G,4] as x1, y1, x2, y2 in pixels of the image.
+            gt_labels: Classes [B,G] in [0,C), of an integer dtype. All other values mark padding.
 
         Returns:
-            [B,C,n,E] bool; False in padding.
+            A bool tensor [B,C,n,E], False in padding.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device.
         """
-        self._check_objects(detections, gt_boxes, gt_labels)
+        self._check_ground_truth(detections, gt_boxes, gt_labels)
         B, C, n = detections.indices.shape
         G, device = gt_boxes.shape[1], gt_boxes.device
         if G == 0:
             return torch.zeros_like(detections.logits, dtype=torch.bool)
         iou = box_iou(detections.boxes.flatten(1, 2), gt_boxes.detach()).view(B, C, n, G)
-        of_class = gt_labels[:, None, :] == torch.arange(C, device=device)[:, None]  # [B,C,G]
-        iou, owner = iou.masked_fill(~of_class[:, :, None], -1.0).max(-1)
+        same_class = gt_labels[:, None, :] == torch.arange(C, device=device)[:, None]  # [B,C,G]
+        iou, matched = iou.masked_fill(~same_class[:, :, None], -1.0).max(-1)
         iou = iou.masked_fill(detections.indices < 0, -1.0)
 
-        matches = torch.stack([iou > threshold for threshold in self.thresholds], -1)  # [B,C,n,E]
-        owner = owner[..., None].expand(matches.shape)
-        rank = torch.arange(n, device=device)[:, None].expand(matches.shape)
-        best = rank.new_full((B, C, G, matches.shape[-1]), n)
-        best = best.scatter_reduce(2, owner, rank.where(matches, n), "amin")
-        return matches & (best.gather(2, owner) == rank)
+        overlapping = torch.stack([iou > threshold for threshold in self.thresholds], -1)  # [B,C,n,E]
+        matched = matched[..., None].expand(overlapping.shape)
+        rank = torch.arange(n, device=device)[:, None].expand(overlapping.shape)
+        best = rank.new_full((B, C, G, overlapping.shape[-1]), n)
+        best = best.scatter_reduce(2, matched, rank.where(overlapping, n), "amin")
+        return overlapping & (best.gather(2, matched) == rank)
 
     def loss(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
-        """Binary cross entropy of s0 * s1 and `targets`, whose arguments it takes; a scalar.
+        """Compute the binary cross entropy of s0 * s1 and the `targets`.
 
-        It is summed over the detections, classes and thresholds, divided by first_n * E as in the released code, and
-        averaged over images. It is computed from the logits of s1, as 1 - s0 * s1 = (1 - s0) + s0 * (1 - s1), which
-        nothing cancels in, and without the released code's 1e-8 in the logarithms; instead, s0 is clamped to
-        [2^-23, 1 - 2^-23]. So it is finite for any s0 in [0,1] and any finite logits. Of one term, the derivative by a
-        logit is at most positive_weight, that by s0 at most positive_weight / max(s0, 2^-23) where the box is right and
-        2^23 where it is wrong, but 0 where s0 is clamped.
+        The loss is summed over detections, classes and thresholds, divided by first_n * E as in the released code, and
+        averaged over the images.
+
+        The loss is computed from the logits of s1, with 1 - s0 * s1 = (1 - s0) + s0 * (1 - s1), which avoids
+        cancellation. Instead of adding 1e-8 in the logarithms, as the released code does, the loss clamps s0 to [2^-23,
+        1 - 2^-23]. The loss is therefore finite for any s0 in [0,1] and any finite logits. The derivative of one term
+        with respect to its logit is at most `positive_weight`. The derivative with respect to s0 is 0 if s0 is clamped.
+        Otherwise it is at most positive_weight / max(s0, 2^-23) for a correct box and at most 2^23 for a wrong box.
+
+        Args:
+            detections: Output of the forward pass.
+            gt_boxes: Ground-truth boxes [B,G,4] as x1, y1, x2, y2 in pixels of the image.
+            gt_labels: Classes [B,G] in [0,C), of an integer dtype. All other values mark padding.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device.
         """
         targets = self.targets(detections, gt_boxes, gt_labels)
-        s0, logits = detections.scores.clamp(CLOSEST, 1 - CLOSEST)[..., None], detections.logits
-        right = -self.positive_weight * (s0.log() + F.logsigmoid(logits))
-        wrong = -torch.log((1 - s0) + s0 * (-logits).sigmoid())
-        terms = right.where(targets, wrong).masked_fill(detections.indices[..., None] < 0, 0.0)
+        s0, logits = detections.scores.clamp(SCORE_MARGIN, 1 - SCORE_MARGIN)[..., None], detections.logits
+        positive = -self.positive_weight * (s0.log() + F.logsigmoid(logits))
+        negative = -torch.log((1 - s0) + s0 * (-logits).sigmoid())
+        terms = positive.where(targets, negative).masked_fill(detections.indices[..., None] < 0, 0.0)
         return terms.sum() / (self.first_n * len(self.thresholds) * max(len(terms), 1))
 
     def _check(self, features: Tensor, scores: Tensor, boxes: Tensor, padding_mask: Tensor | None) -> None:
@@ -254,7 +313,7 @@ class DuplicateRemoval(nn.Module):
         if padding_mask is not None:
             check_mask(name, "padding_mask", padding_mask, "[B,K]", B, K)
 
-    def _check_objects(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> None:
+    def _check_ground_truth(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> None:
         name, B = "nn.DuplicateRemoval", len(detections.indices)
         check_features(name, "gt_boxes", gt_boxes)
         if gt_boxes.dim() != 3 or gt_boxes.shape[0] != B or gt_boxes.shape[2] != 4:
@@ -269,10 +328,13 @@ class DuplicateRemoval(nn.Module):
         )
 
 
-def _groups_of_length(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """Of ascending lengths: first, end and longest length of those that share the highest bit; none of length 0.
+def _group_lengths(lengths: list[int]) -> list[tuple[int, int, int]]:
+    """Group ascending lengths by their highest bit.
 
-    Where there are none at all, a group without rows: parameters then still have a gradient.
+    Returns:
+        For each group, the index of its first element, the index after its last element, and its longest length.
+        Lengths of 0 belong to no group. If all lengths are 0, the result is a group without elements, so that
+        parameters still have a gradient.
     """
     first = bisect.bisect_right(lengths, 0)
     groups = []

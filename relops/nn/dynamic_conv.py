@@ -1,4 +1,4 @@
-"""The dynamic instance interaction of Sparse R-CNN."""
+"""The dynamic instance interaction module of Sparse R-CNN."""
 
 from __future__ import annotations
 
@@ -11,30 +11,39 @@ from relops._checks import check_device, check_features, check_shape, check_size
 
 
 class DynamicConv(nn.Module):
-    """Each region is filtered by two 1x1 convolutions made of its proposal's feature, and becomes a vector
-    (Sun et al., Sparse R-CNN, https://arxiv.org/abs/2011.12450, section 3 and figure 4).
+    """The dynamic instance interaction of Sparse R-CNN (https://arxiv.org/abs/2011.12450, section 3 and figure 4).
 
-    Of a proposal's feature f [C] and its region x [P,C], P = size^2 positions:
+    Each region is filtered by two 1x1 convolutions, which are computed from the feature of its proposal, and is then
+    reduced to a vector. For the feature f [C] of a proposal and its region x [P,C] with P = size^2 positions, the
+    module computes::
 
         first [C,D], second [D,C] = dynamic_layer(f)
         x = relu(norm1(x @ first))       [P,D]
         x = relu(norm2(x @ second))      [P,C]
         y = relu(norm3(out_layer(x)))    [C]
 
-    Norms are layer normalizations. Of the R * (4 C^2 D + 4 P C D + 2 P C^2) operations the first term is that of
-    dynamic_layer, which makes the filters, and the last that of out_layer: filtering is the least of the work.
+    The norms are layer normalizations. R regions take R * (4 C^2 D + 4 P C D + 2 P C^2) operations. The first term is
+    the cost of dynamic_layer, which computes the filters, and the last term is the cost of out_layer. The filtering
+    itself costs the least.
+
+    The parameters of the released code can be loaded unchanged.
 
     Args:
-        channels: width C of features and regions.
-        dim_dynamic: width D between the two filters.
-        size: height and width of the regions.
+        channels: Width C of the features and regions.
+        dim_dynamic: Width D between the two filters.
+        size: Height and width of the regions.
 
-    The parameters of the released code fit as they are; its initialization is that of `reset_parameters`.
+    Raises:
+        TypeError: If an argument is not an int.
+        ValueError: If an argument is not in the range from 1 to 65536.
 
     Example:
-        >>> interaction = relops.nn.DynamicConv()
-        >>> features, regions = torch.randn(100, 256), torch.randn(100, 256, 7, 7)
-        >>> interaction(features, regions)  # [100,256]
+        >>> import torch, relops
+        >>> interaction = relops.nn.DynamicConv(channels=64, dim_dynamic=16)
+        >>> features, regions = torch.randn(10, 64), torch.randn(10, 64, 7, 7)
+        >>> out = interaction(features, regions)
+        >>> out.shape
+        torch.Size([10, 64])
     """
 
     def __init__(self, channels: int = 256, dim_dynamic: int = 64, size: int = 7) -> None:
@@ -50,7 +59,10 @@ class DynamicConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights are uniform by Xavier; biases and norms as torch has them."""
+        """Initialize the parameters as the released code does.
+
+        Weights have Xavier's uniform distribution. Biases and norms have the defaults of torch.
+        """
         for layer in (self.dynamic_layer, self.out_layer):
             layer.reset_parameters()
             nn.init.xavier_uniform_(layer.weight)
@@ -58,21 +70,26 @@ class DynamicConv(nn.Module):
             norm.reset_parameters()
 
     def forward(self, features: Tensor, regions: Tensor) -> Tensor:
-        """
+        """Filter each region by the convolutions of its proposal.
+
         Args:
-            features: [R,C] of the proposals, float64, float32, float16 or bfloat16.
-            regions: [R,C,size,size], what RoI Align gives of each proposal's box, in the dtype of features (under
-                autocast in any). Those that are channels_last are read as they lie.
+            features: Features [R,C] of the proposals, of dtype float64, float32, float16 or bfloat16.
+            regions: Regions [R,C,size,size], pooled from the boxes of the proposals, in the dtype of `features`. Under
+                autocast they may have any of these dtypes. channels_last inputs are read without a copy.
 
         Returns:
-            [R,C]; gradients to both and to all parameters.
+            A tensor [R,C].
+
+        Gradients:
+            Gradients flow to `features`, `regions` and all parameters.
 
         Raises:
-            TypeError, ValueError: dtypes, devices or shapes that do not go together.
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device.
         """
         self._check(features, regions)
         first, second = self.dynamic_layer(features).chunk(2, 1)
-        x = regions.flatten(2).transpose(1, 2)  # a view; products read either order
+        x = regions.flatten(2).transpose(1, 2)  # a view: bmm reads both memory orders
         x = F.relu(self.norm1(torch.bmm(x, first.unflatten(1, (self.channels, self.dim_dynamic)))), inplace=True)
         x = F.relu(self.norm2(torch.bmm(x, second.unflatten(1, (self.dim_dynamic, self.channels)))), inplace=True)
         return F.relu(self.norm3(self.out_layer(x.flatten(1))), inplace=True)

@@ -14,35 +14,44 @@ PRIORS = ("network", "table", "none")
 
 
 class LocalRelation(nn.Module):
-    """A convolution whose weights are computed, per pixel, from what is in its window (Hu et al., Local Relation
-    Networks for Image Recognition, 2019).
+    """The local relation layer (Local Relation Networks for Image Recognition, https://arxiv.org/abs/1904.11491).
 
-    1x1 convolutions make a query and a key of one number per pixel and group of channels. Their similarity and a prior
-    on where in the window a pixel lies give, by a softmax over the window, the weights by which the group's channels
-    are averaged (`relops.local_relation`). The values are the input itself; a 1x1 convolution of all channels follows.
+    The layer resembles a convolution whose weights are computed for each pixel from the contents of its window. 1x1
+    convolutions compute a query and a key, which are one number per pixel and group of channels. A prior, which depends
+    on the position in the window, is added to the similarity of query and key. A softmax over the window turns the sums
+    into weights, and the channels of the group are averaged with these weights (see `relops.local_relation`). The
+    values are the input itself. A 1x1 convolution over all channels follows.
+
+    The paper does not define the position of a tap. Here it is the offset (x, y) of the tap from the center, counted in
+    taps and divided by max(k // 2, 1), whatever the dilation. Positions range from -1 to 1 if k is odd, and stay below
+    1 if k is even.
 
     Args:
-        channels: C, of input and output.
-        kernel_size: k; windows are k x k.
-        stride: pixels from an output to the next.
-        dilation: pixels from a tap to the next.
-        channels_per_group: m; there are G = ceil(C / m) groups of ceil(C / G) channels, of which the last may have
-            fewer.
-        prior: "network": two 1x1 convolutions with a ReLU between them, 2 -> hidden -> G channels, of the positions of
-            taps; "table": a parameter [G,k,k], zeros at first; "none".
-        hidden: channels between the two.
-        similarity: "squared_difference", "absolute_difference" or "product" of query and key.
-        border: taps outside the map leave the softmax ("mask"), or have key 0 and value 0 ("zero").
-        bias: of the output convolution; a normalization that follows makes it useless.
+        channels: Number C of input and output channels.
+        kernel_size: Side k of the k x k windows, at most 63.
+        stride: Distance between neighboring windows in pixels, at most 2^24.
+        dilation: Distance between neighboring taps of a window in pixels, at most 2^24.
+        channels_per_group: Number m of channels per group. There are G = ceil(C / m) groups of ceil(C / G) channels,
+            except that the last group may have fewer.
+        prior: "network" computes the prior from the positions of the taps with two 1x1 convolutions (2 -> hidden -> G
+            channels) and a ReLU between them. "table" learns a parameter [G,k,k], which starts at zero. "none" uses no
+            prior.
+        hidden: Number of channels between the two convolutions of the prior "network".
+        similarity: Similarity of query q and key k: "squared_difference" is -(q - k)^2, "absolute_difference" is -|q -
+            k|, and "product" is q * k.
+        border: "mask" excludes taps outside of the map from the softmax. "zero" gives them key 0 and value 0.
+        bias: If True, the output convolution has a bias. A normalization after the layer makes the bias useless.
 
-    The position of a tap, which the paper leaves open, is its offset (x, y) from the center in taps, divided by
-    max(k // 2, 1): from -1 to 1 for an odd k, short of 1 for an even one, whatever the dilation.
-
-    Input [N,C,H,W], output [N,C,ceil(H / stride),ceil(W / stride)]; channels_last stays so.
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is out of its range, or if `prior`, `similarity` or `border` is unknown.
 
     Example:
-        >>> layer = relops.nn.LocalRelation(64)
-        >>> layer(torch.randn(2, 64, 56, 56))  # [2,64,56,56]
+        >>> import torch, relops
+        >>> layer = relops.nn.LocalRelation(64, stride=2)
+        >>> out = layer(torch.randn(2, 64, 16, 16))
+        >>> out.shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class LocalRelation(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        for name, number, most in (
+        for name, number, max_value in (
             ("channels", channels, 2**31),
             ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
             ("stride", stride, MAX_STEP),
@@ -68,7 +77,7 @@ class LocalRelation(nn.Module):
             ("channels_per_group", channels_per_group, 2**31),
             ("hidden", hidden, 2**31),
         ):
-            check_size(NAME, name, number, most)
+            check_size(NAME, name, number, max_value)
         check_choice(NAME, "prior", prior, PRIORS)
         check_choice(NAME, "similarity", similarity, SIMILARITIES)
         check_choice(NAME, "border", border, BORDERS)
@@ -86,6 +95,19 @@ class LocalRelation(nn.Module):
         self.output = nn.Conv2d(channels, channels, 1, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Aggregate each window of the input.
+
+        Args:
+            input: Feature map [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
+                without a copy.
+
+        Returns:
+            A tensor [N,C,ceil(H / stride),ceil(W / stride)], channels_last if `input` is.
+
+        Raises:
+            TypeError: If `input` is not a tensor or has the wrong dtype.
+            ValueError: If `input` has the wrong shape.
+        """
         check_features(NAME, "input", input)
         if input.dim() != 4 or input.shape[1] != self.channels:
             raise ValueError(
@@ -105,7 +127,7 @@ class LocalRelation(nn.Module):
         return self.output(output)
 
     def prior_of_taps(self) -> Tensor | None:
-        """[G,k,k]: what is added to the similarities of each group."""
+        """Return the prior [G,k,k], which is added to the similarities of each group, or None."""
         return self.prior(self.positions)[0] if isinstance(self.prior, nn.Module) else self.prior
 
     def extra_repr(self) -> str:
@@ -116,7 +138,7 @@ class LocalRelation(nn.Module):
 
 
 def tap_positions(kernel_size: int) -> Tensor:
-    """[1,2,k,k]: of every tap the offset (x, y) from the center, divided by max(k // 2, 1)."""
+    """Return the positions [1,2,k,k] of all taps: offsets (x, y) from the center, divided by max(k // 2, 1)."""
     steps = (torch.arange(kernel_size) - kernel_size // 2) / max(kernel_size // 2, 1)
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     return torch.stack([x, y])[None]

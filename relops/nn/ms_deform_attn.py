@@ -11,15 +11,29 @@ from relops.ops.ms_deform_attn import Shapes, ms_deform_attn, ms_deform_attn_fus
 
 
 class MSDeformAttn(nn.Module):
-    """Deformable DETR's attention layer: the same arguments, initialization and state_dict keys, on the fused op.
+    """The multi-scale deformable attention layer of Deformable DETR (https://arxiv.org/abs/2010.04159).
+
+    In each head, a query attends to P points on each of L levels of a feature pyramid. The layer has the arguments, the
+    initialization and the state_dict keys of the released code, and calls `relops.ms_deform_attn_fused`.
 
     Args:
-        d_model: width C of queries and of the pyramid; divisible by n_heads.
-        n_levels, n_heads, n_points: L, M and P.
+        d_model: Width C of the queries and of the pyramid; must be divisible by `n_heads`.
+        n_levels: Number L of levels.
+        n_heads: Number M of heads.
+        n_points: Number P of points per query, head and level.
+
+    Raises:
+        ValueError: If `n_heads` does not divide `d_model`.
 
     Example:
-        >>> layer = relops.nn.MSDeformAttn()
-        >>> layer(query, reference_points, pyramid, [(100, 167), (50, 84), (25, 42), (13, 21)])
+        >>> import torch, relops
+        >>> layer = relops.nn.MSDeformAttn(d_model=64, n_levels=2)
+        >>> shapes = [(8, 10), (4, 5)]
+        >>> query, pyramid = torch.randn(1, 6, 64), torch.randn(1, 8 * 10 + 4 * 5, 64)
+        >>> reference_points = torch.rand(1, 6, 2, 2)
+        >>> out = layer(query, reference_points, pyramid, shapes)
+        >>> out.shape
+        torch.Size([1, 6, 64])
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
@@ -34,10 +48,14 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head m begins by looking 1, 2, .., P pixels away in direction 2 pi m / M, at uniform weights."""
+        """Initialize the parameters as the released code does.
+
+        The points of head m start at distances of 1, 2, ..., P pixels from the reference, in direction 2 pi m / M, with
+        equal weights.
+        """
         angles = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angles.cos(), angles.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)  # onto the unit square
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # the largest coordinate becomes 1 or -1
         steps = torch.arange(1, self.n_points + 1, dtype=torch.float32)
         bias = direction[:, None, None, :] * steps[None, None, :, None]
         with torch.no_grad():
@@ -58,17 +76,26 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor | None = None,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Gather values from the pyramid for each query.
+
         Args:
-            query: [N,Q,C].
-            reference_points: [N,Q,L,2] in [0,1], or [N,Q,L,4] as (center x, center y, width, height).
-            input_flatten: [N,S,C], the levels one after the other.
-            input_spatial_shapes: [L,2] int64 rows (H,W), or a list of pairs.
-            input_level_start_index: [L] int64; None: derived.
-            input_padding_mask: [N,S] bool, True = padding.
+            query: Queries [N,Q,C].
+            reference_points: Points [N,Q,L,2] as (x, y), or boxes [N,Q,L,4] as (center x, center y, width, height),
+                normalized to [0,1] over the level.
+            input_flatten: Pyramid [N,S,C]: all levels one after another, each in row-major order.
+            input_spatial_shapes: Height and width of each level: a list of pairs, or an int64 tensor [L,2].
+            input_level_start_index: Index in S at which each level starts, an int64 tensor [L]. None means that the
+                levels follow each other without gaps.
+            input_padding_mask: Bool mask [N,S], True for padding, which counts as zero; or None.
 
         Returns:
-            [N,Q,C].
+            A tensor [N,Q,C].
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device, or if the sizes of the levels do not add up to S.
+                If `input_spatial_shapes` is a CUDA tensor, the last check would need a synchronization, so the output
+                is NaN instead.
         """
         N, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points
@@ -88,14 +115,24 @@ class MSDeformAttn(nn.Module):
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """`relops.ms_deform_attn` with the signature of Hugging Face transformers' layer of this name.
+    """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159), with the signature of transformers.
 
-    It has no parameters, and no ``__init__``, so that transformers can also put it in place of its own layer itself
-    (kernels' LocalLayerRepository). By hand:
+    The layer replaces the layer of the same name in Hugging Face transformers and calls `relops.ms_deform_attn`. It has
+    neither parameters nor an ``__init__`` method, so transformers itself can also substitute it, through
+    LocalLayerRepository of the kernels package. The following lines replace the layers of a model::
 
-        >>> for module in model.modules():
-        ...     if type(module).__name__ == "MultiScaleDeformableAttention":
-        ...         module.__class__ = relops.nn.MultiScaleDeformableAttention
+        for module in model.modules():
+            if type(module).__name__ == "MultiScaleDeformableAttention":
+                module.__class__ = relops.nn.MultiScaleDeformableAttention
+
+    Example:
+        >>> import torch, relops
+        >>> attention = relops.nn.MultiScaleDeformableAttention()
+        >>> value, shapes, starts = torch.randn(1, 20, 8, 32), [(4, 4), (2, 2)], torch.tensor([0, 16])
+        >>> locations, weights = torch.rand(1, 5, 8, 2, 4, 2), torch.full((1, 5, 8, 2, 4), 1 / 8)
+        >>> out = attention(value, torch.tensor(shapes), shapes, starts, locations, weights, im2col_step=64)
+        >>> out.shape
+        torch.Size([1, 5, 256])
     """
 
     can_torch_compile = True
@@ -111,5 +148,28 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        """As `relops.ms_deform_attn`; im2col_step is not needed and not looked at."""
+        """Compute the weighted sum of bilinear samples of a feature pyramid, for each query and head.
+
+        Args:
+            value: Pyramid [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of all H * W: the
+                levels follow each other, each in row-major order.
+            value_spatial_shapes: Not used.
+            value_spatial_shapes_list: Height and width of each of the L levels.
+            level_start_index: Not used.
+            sampling_locations: Locations [N,Q,M,L,P,2] as (x, y), normalized to [0,1] over the level, in the dtype of
+                `value`. With a 16-bit `value` they may also be float32.
+            attention_weights: Weights [N,Q,M,L,P] in the dtype of `value`. With a 16-bit `value` they may also be
+                float32.
+            im2col_step: Not used.
+
+        Returns:
+            A tensor [N,Q,M*D] in the dtype of `value`.
+
+        Gradients:
+            Gradients flow to `value`, `sampling_locations` and `attention_weights`.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device, or if the sizes of the levels do not add up to S.
+        """
         return ms_deform_attn(value, value_spatial_shapes_list, None, sampling_locations, attention_weights)

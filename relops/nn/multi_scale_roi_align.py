@@ -1,4 +1,4 @@
-"""The module of RoIAlign on a feature pyramid."""
+"""The module for RoIAlign on a feature pyramid."""
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,30 @@ torch.fx.wrap("_pool")
 
 
 class MultiScaleRoIAlign(nn.Module):
-    """`relops.multi_scale_roi_align` of a dict of feature maps, scales inferred from their sizes.
+    """RoIAlign on a pyramid of feature maps (Feature Pyramid Networks, https://arxiv.org/abs/1612.03144).
 
-    Arguments and results are those of torchvision's module of this name, in one launch instead of one per level and
-    without waiting for the device. Other than there, scales follow every call's shapes, not the first call's.
+    Each box is pooled from the level that fits its size. The module can replace torchvision's module of the same name.
+    It calls `relops.multi_scale_roi_align`, which needs one kernel launch for all levels and does not wait for the
+    device. Every call infers the scales of the levels from their sizes, whereas torchvision's module keeps the scales
+    of its first call.
 
     Args:
-        featmap_names: the keys of the maps to pool from; they are taken in the order of the dict, finest first.
-        output_size: (PH,PW), or one int for both.
-        sampling_ratio: samples per bin and axis; if not positive, the size of the bin in pixels, rounded up.
-        canonical_scale: the side of a square box, in image pixels, that belongs to canonical_level.
-        canonical_level: the level of such a box; 4 is the level of scale 1/16.
+        featmap_names: Keys of the feature maps to pool from. The maps are used in the order of the input dict, which
+            must be from fine to coarse.
+        output_size: Height and width (PH,PW) of the output, or one int for both.
+        sampling_ratio: Number of samples per bin along each axis, at most 65536. If it is not positive, the size of the
+            bin in pixels, rounded up, is used.
+        canonical_scale: Side, in pixels of the image, of a square box that is assigned to `canonical_level`.
+        canonical_level: Level of a square box of side `canonical_scale`. Level 4 has a scale of 1/16.
 
     Example:
+        >>> import torch, relops
         >>> pool = relops.nn.MultiScaleRoIAlign(["p3", "p4"], output_size=7, sampling_ratio=2)
         >>> maps = {"p3": torch.randn(1, 256, 64, 64), "p4": torch.randn(1, 256, 32, 32)}
-        >>> pool(maps, [torch.tensor([[10.0, 10.0, 300.0, 200.0]])], [(512, 512)])
+        >>> boxes = [torch.tensor([[10.0, 10.0, 300.0, 200.0]])]
+        >>> out = pool(maps, boxes, image_shapes=[(512, 512)])
+        >>> out.shape
+        torch.Size([1, 256, 7, 7])
     """
 
     def __init__(
@@ -47,14 +55,26 @@ class MultiScaleRoIAlign(nn.Module):
         self.canonical_level = canonical_level
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """
+        """Compute RoIAlign of each box on the level that fits its size.
+
         Args:
-            x: the feature maps by name, [N,C,Hl,Wl].
-            boxes: N tensors [Ki,4] of (x1, y1, x2, y2) in image pixels.
-            image_shapes: (height, width) of each image, before it was padded to those of the batch.
+            x: Feature maps [N,C,Hl,Wl] by name, all of dtype float64, float32, float16 or bfloat16.
+            boxes: Boxes in pixels of the images: N tensors [Ki,4] of rows (x1, y1, x2, y2). They have the dtype of the
+                maps. With 16-bit maps they may also be float32, which is recommended.
+            image_shapes: Height and width of each image before it was padded to the size of the batch.
 
         Returns:
-            [K,C,PH,PW].
+            A tensor [K,C,PH,PW] in the dtype of the maps.
+
+        Gradients:
+            Gradients flow to the maps, and to `boxes` if they require them. The choice of the level is not
+            differentiated.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If `image_shapes` is empty, if an argument has the wrong shape or device, or if the scale of a
+                level is not half the scale of the level before. For boxes of the wrong shape, the error is also an
+                AssertionError.
         """
         return _pool(
             x,
@@ -84,7 +104,7 @@ def _pool(
     canonical_scale: int,
     canonical_level: int,
 ) -> Tensor:
-    """All of forward: one node for torch.fx."""
+    """Compute the whole of `MultiScaleRoIAlign.forward`, so that torch.fx records it as one node."""
     if len(image_shapes) == 0:
         raise ValueError("relops.nn.MultiScaleRoIAlign: image_shapes must hold at least one (height, width), got none")
     image_height = 0
@@ -102,7 +122,10 @@ def _pool(
 
 
 def _scale(size: int, image_size: int) -> float:
-    """The power of two nearest to size / image_size: by comparisons alone, which a compiler can turn into guards."""
+    """Return the power of two nearest to size / image_size.
+
+    Only comparisons are used, because a compiler can turn them into guards.
+    """
     root = 2.0**0.5
     scale = 1.0
     while size * root < image_size * scale:

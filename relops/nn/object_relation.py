@@ -9,38 +9,54 @@ from relops.ops.relation_attention import GEOMETRIES, relation_attention
 
 
 class ObjectRelation(nn.Module):
-    """What all objects tell each, added to its feature (Hu et al., Relation Networks for Object Detection, 2018).
+    """The object relation module (Relation Networks for Object Detection, https://arxiv.org/abs/1711.11575).
 
-    To the feature of an object, M relation features are added side by side. Each is a weighted mean over the objects of
-    their features, projected to C / M channels; weights come from appearance and from relative geometry
-    (`relops.relation_attention`). What depends on a pair of boxes is computed inside the kernel: nothing of the size of
-    all pairs is stored, and modules that see the same boxes have nothing to share.
+    The module computes M relation features of each object, concatenates them and adds them to the feature of the
+    object. Each relation feature is a weighted mean over all objects, whose features are projected to C / M channels.
+    The weights depend on appearance and relative geometry (see `relops.relation_attention`). The kernel computes the
+    terms of each pair of boxes when it needs them. It stores nothing for each pair, so modules that see the same boxes
+    do not need to share an embedding.
 
-    Args:
-        channels: width C of the features; divisible by heads.
-        heads: number M of relations.
-        head_dim: width D of queries and keys.
-        geometry: the distance of two boxes is divided by the size of the key's ("paper") or, as in the released code,
-            of the query's ("official").
-
-    The released parameters fit as they are, with geometry="official", those of its module i being:
+    The parameters of the released code can be used with `geometry="official"`. Those of its module i have these names
+    here::
 
         query_i_weight, query_i_bias                        query.weight [M*D,C], query.bias [M*D]
         key_i_weight, key_i_bias                            key.weight [M*D,C], key.bias [M*D]
         linear_out_i_weight.flatten(1), linear_out_i_bias   value.weight [C,C], value.bias [C]
         pair_pos_fc1_i_weight, pair_pos_fc1_i_bias          geometry.weight [M,64], geometry.bias [M]
 
-    linear_out is a grouped 1x1 convolution [C,C,1,1] of M * C channels, the means of whole features. Rows of head m in
-    it are rows of head m in value, for means of projected features are projected means; it is M times less work.
+    In the released code, linear_out is a grouped 1x1 convolution [C,C,1,1], applied to M * C channels: the weighted
+    means of the unprojected features. Here, `value` projects the features before they are averaged. The result is the
+    same, because the mean of projected features is the projected mean, but it takes M times less work. The rows of head
+    m in the weight of linear_out are the rows of head m in the weight of `value`.
 
-    Under Adam let query and key learn at a tenth of the rate: weights are exponentials of their products, and the first
-    steps, as large as what they begin with, would let a few objects outweigh any geometry for good.
+    With Adam, `query` and `key` should learn at a tenth of the learning rate. The weights are exponentials of products
+    of the two, and the first steps of Adam are as large as the initial parameters. At the full rate, a few objects
+    could outweigh any geometry from then on.
 
-    Example, the paper's head: a module behind either layer, on the same boxes.
-        >>> fc1, fc2 = torch.nn.Linear(256 * 7 * 7, 1024), torch.nn.Linear(1024, 1024)
-        >>> relation1, relation2 = relops.nn.ObjectRelation(), relops.nn.ObjectRelation()
-        >>> x = relation1(fc1(regions.flatten(1)), boxes).relu()  # regions [K,256,7,7], boxes [K,4]
-        >>> x = relation2(fc2(x), boxes).relu()  # [K,1024]
+    Args:
+        channels: Width C of the features; must be divisible by `heads`.
+        heads: Number M of relations.
+        head_dim: Width D of the queries and keys of each relation.
+        geometry: Box by whose size the distance of two boxes is divided: that of the key ("paper") or, as in the
+            released code, that of the query ("official").
+
+    Raises:
+        ValueError: If `heads` does not divide `channels`, or `geometry` is unknown.
+
+    Example:
+        The head of the paper has one module after each of its two layers, both on the same boxes:
+
+        >>> import torch, relops
+        >>> fc1, fc2 = torch.nn.Linear(16 * 7 * 7, 32), torch.nn.Linear(32, 32)
+        >>> relation1 = relops.nn.ObjectRelation(channels=32, heads=4, head_dim=8)
+        >>> relation2 = relops.nn.ObjectRelation(channels=32, heads=4, head_dim=8)
+        >>> regions, corner = torch.randn(5, 16, 7, 7), 100 * torch.rand(5, 2)
+        >>> boxes = torch.cat([corner, corner + 50], -1)
+        >>> x = relation1(fc1(regions.flatten(1)), boxes).relu()
+        >>> x = relation2(fc2(x), boxes).relu()
+        >>> x.shape
+        torch.Size([5, 32])
     """
 
     def __init__(self, channels: int = 1024, heads: int = 16, head_dim: int = 64, geometry: str = "paper") -> None:
@@ -52,28 +68,41 @@ class ObjectRelation(nn.Module):
         self.query = nn.Linear(channels, heads * head_dim)
         self.key = nn.Linear(channels, heads * head_dim)
         self.value = nn.Linear(channels, channels)
-        self.geometry = nn.Linear(64, heads)  # its weights go to the kernel; it is never called
+        self.geometry = nn.Linear(64, heads)  # its parameters go to the kernel; the layer is never called
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the released code, but that every pair begins with a positive geometric weight. There half of them
-        begin at 0, behind a ReLU, and a head that does not see an object's duplicates can hardly learn to."""
+        """Initialize the parameters as the released code does, except that the bias of `geometry` is 0.1.
+
+        With this bias, every pair of objects starts with a positive geometric weight. In the released code, a ReLU sets
+        the weights of half of the pairs to 0 at the start, and a head that does not see the duplicates of an object can
+        hardly learn to see them.
+        """
         for linear in (self.query, self.key, self.value, self.geometry):
             nn.init.normal_(linear.weight, std=0.01)
             nn.init.zeros_(linear.bias)
         nn.init.constant_(self.geometry.bias, 0.1)
 
     def forward(self, features: Tensor, boxes: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """
+        """Add to the feature of each object what it gathers from all objects.
+
         Args:
-            features: [N,K,C], or [K,C] of one image.
-            boxes: [N,K,4], or [K,4]: x1, y1, x2, y2 in pixels of the image. Float32 beside 16-bit features, also under
-                autocast: nothing rounds them.
-            key_mask: [N,K] bool, or [K]; True: this object tells the others nothing. It is for padding, and for the
-                ground truth that the released code appends to its proposals in training.
+            features: Features [N,K,C] of K objects of N images, or [K,C] for one image, of dtype float64, float32,
+                float16 or bfloat16.
+            boxes: Boxes [N,K,4] or [K,4] of the objects as x1, y1, x2, y2 in pixels of the image. With 16-bit features,
+                use float32 boxes. Boxes are not rounded, not even under autocast.
+            key_mask: Bool mask [N,K] or [K], True for objects to which no object attends. Use it for padding, and for
+                the ground truth that the released code appends to its proposals in training. None masks no object.
 
         Returns:
-            [N,K,C], or [K,C]. Where all keys are masked, the feature itself.
+            A tensor [N,K,C] or [K,C]. If all keys of an image are masked, its features are returned unchanged.
+
+        Gradients:
+            Gradients flow to `features` and all parameters, and to `boxes` if they require them.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device.
         """
         self._check(features, boxes, key_mask)
         if features.dim() == 2:
@@ -82,7 +111,15 @@ class ObjectRelation(nn.Module):
         return features + self.relate(query, key, value, boxes, key_mask)
 
     def relate(self, query: Tensor, key: Tensor, value: Tensor, boxes: Tensor, key_mask: Tensor | None) -> Tensor:
-        """What is added to the features, [N,K,C]: of their projections, [N,K,M*D] twice and [N,K,C]."""
+        """Compute the relation features [N,K,C] that `forward` adds to the features.
+
+        Args:
+            query: Projected features [N,K,M*D].
+            key: Projected features [N,K,M*D].
+            value: Projected features [N,K,C].
+            boxes: Boxes [N,K,4] of the objects.
+            key_mask: Bool mask [N,K], True for objects to which no object attends; or None.
+        """
         query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in (query, key, value))
         weight, bias = self.geometry.weight, self.geometry.bias
         relation = relation_attention(

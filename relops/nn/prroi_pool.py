@@ -1,4 +1,4 @@
-"""The module of Precise RoI Pooling."""
+"""The Precise RoI Pooling module."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,24 @@ torch.fx.wrap("prroi_pool")
 
 
 class PrRoIPool(nn.Module):
-    """`relops.prroi_pool` with its options fixed; the arguments are those of `RoIPool`."""
+    """Precise RoI Pooling (IoU-Net, https://arxiv.org/abs/1807.11590) with fixed options.
+
+    Each box is divided into PH x PW equal bins, and each bin is the exact mean of the bilinearly interpolated feature
+    map over the bin. Nothing is sampled, and the gradients with respect to the boxes are continuous. The module calls
+    `relops.prroi_pool`.
+
+    Args:
+        output_size: Height and width (PH,PW) of the output, or one int for both.
+        spatial_scale: Number of pixels of the feature map per pixel of the image.
+
+    Example:
+        >>> import torch, relops
+        >>> pool = relops.nn.PrRoIPool(output_size=7, spatial_scale=1 / 4)
+        >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
+        >>> out = pool(torch.randn(1, 256, 50, 68), boxes)
+        >>> out.shape
+        torch.Size([1, 256, 7, 7])
+    """
 
     def __init__(self, output_size: BroadcastingList2[int], spatial_scale: float) -> None:
         super().__init__()
@@ -18,7 +35,30 @@ class PrRoIPool(nn.Module):
         self.spatial_scale = spatial_scale
 
     def forward(self, input: Tensor, rois: Boxes) -> Tensor:
-        """input [N,C,H,W] and rois [K,5], or a list of N tensors [Ki,4], to [K,C,PH,PW]."""
+        """Compute the mean of the bilinear surface over each bin of each box.
+
+        Args:
+            input: Feature map [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
+                without a copy.
+            rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
+                tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
+                16-bit `input` they may also be float32, which is recommended: a bfloat16 coordinate of 200 can be off
+                by a pixel.
+
+        Returns:
+            A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. A box with a coordinate that is
+            not finite gives zeros.
+
+        Gradients:
+            Gradients flow to `input`, and to `rois` if they require them.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device, or if a number is out of its range. For boxes of
+                the wrong shape, the error is also an AssertionError.
+            IndexError: If a batch index is outside [0,N) on the CPU. On CUDA, the check would need a synchronization;
+                the row of such a box is NaN instead.
+        """
         return prroi_pool(input, rois, self.output_size, self.spatial_scale)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The module of position-sensitive RoIAlign."""
+"""The position-sensitive RoIAlign module."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,25 @@ torch.fx.wrap("ps_roi_align")
 
 
 class PSRoIAlign(nn.Module):
-    """`relops.ps_roi_align` with its options fixed; the arguments are those of torchvision's module of this name."""
+    """Position-sensitive RoIAlign (Light-Head R-CNN, https://arxiv.org/abs/1711.07264) with fixed options.
+
+    Each box is divided into PH x PW equal bins, and each bin is the mean of bilinear samples from channels that only
+    this bin uses. The module calls `relops.ps_roi_align` and can replace torchvision's module of the same name.
+
+    Args:
+        output_size: Height and width (PH,PW) of the output, or one int for both.
+        spatial_scale: Number of pixels of the feature map per pixel of the image.
+        sampling_ratio: Number of samples per bin along each axis, at most 65536. If it is not positive, the size of the
+            bin in pixels, rounded up, is used.
+
+    Example:
+        >>> import torch, relops
+        >>> pool = relops.nn.PSRoIAlign(output_size=7, spatial_scale=1 / 4, sampling_ratio=2)
+        >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
+        >>> out = pool(torch.randn(1, 10 * 7 * 7, 50, 68), boxes)
+        >>> out.shape
+        torch.Size([1, 10, 7, 7])
+    """
 
     def __init__(self, output_size: BroadcastingList2[int], spatial_scale: float, sampling_ratio: int) -> None:
         super().__init__()
@@ -19,7 +37,30 @@ class PSRoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
 
     def forward(self, input: Tensor, rois: Boxes) -> Tensor:
-        """input [N,C,H,W] and rois [K,5], or a list of N tensors [Ki,4], to [K,C/(PH*PW),PH,PW]."""
+        """Compute position-sensitive RoIAlign of each box.
+
+        Args:
+            input: Feature map [N,C,H,W] with C divisible by PH * PW, of dtype float64, float32, float16 or bfloat16.
+                channels_last inputs are read without a copy.
+            rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
+                tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
+                16-bit `input` they may also be float32, which is recommended: a bfloat16 coordinate of 200 can be off
+                by a pixel.
+
+        Returns:
+            A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. A box with a coordinate
+            that is not finite gives zeros.
+
+        Gradients:
+            Gradients flow to `input`, and to `rois` if they require them.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device, if a number is out of its range, or if PH * PW
+                does not divide C. For boxes of the wrong shape, the error is also an AssertionError.
+            IndexError: If a batch index is outside [0,N) on the CPU. On CUDA, the check would need a synchronization;
+                the row of such a box is NaN instead.
+        """
         return ps_roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The module of RoIAlign."""
+"""The RoIAlign module."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,28 @@ torch.fx.wrap("roi_align")
 
 
 class RoIAlign(nn.Module):
-    """`relops.roi_align` with its options fixed; the arguments are those of torchvision's module of this name."""
+    """RoIAlign (Mask R-CNN, https://arxiv.org/abs/1703.06870) with fixed options.
+
+    Each box is divided into PH x PW equal bins, and each bin is the mean of bilinear samples on a grid. The module
+    calls `relops.roi_align` and can replace torchvision's module of the same name.
+
+    Args:
+        output_size: Height and width (PH,PW) of the output, or one int for both.
+        spatial_scale: Number of pixels of the feature map per pixel of the image.
+        sampling_ratio: Number of samples per bin along each axis, at most 65536. If it is not positive, the size of the
+            bin in pixels, rounded up, is used.
+        aligned: If True, boxes are shifted by half a pixel, so that the center of pixel 0 is at 0.5, and boxes smaller
+            than a pixel keep their size. If False, boxes are not shifted, and boxes smaller than a pixel are widened to
+            one pixel.
+
+    Example:
+        >>> import torch, relops
+        >>> pool = relops.nn.RoIAlign(output_size=7, spatial_scale=1 / 4, sampling_ratio=2, aligned=True)
+        >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
+        >>> out = pool(torch.randn(1, 256, 50, 68), boxes)
+        >>> out.shape
+        torch.Size([1, 256, 7, 7])
+    """
 
     def __init__(
         self, output_size: BroadcastingList2[int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
@@ -22,7 +43,30 @@ class RoIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Boxes) -> Tensor:
-        """input [N,C,H,W] and rois [K,5], or a list of N tensors [Ki,4], to [K,C,PH,PW]."""
+        """Compute RoIAlign of each box.
+
+        Args:
+            input: Feature map [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
+                without a copy.
+            rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
+                tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
+                16-bit `input` they may also be float32, which is recommended: a bfloat16 coordinate of 200 can be off
+                by a pixel.
+
+        Returns:
+            A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. A box with a coordinate that is
+            not finite gives zeros.
+
+        Gradients:
+            Gradients flow to `input`, and to `rois` if they require them.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device, or if a number is out of its range. For boxes of
+                the wrong shape, the error is also an AssertionError.
+            IndexError: If a batch index is outside [0,N) on the CPU. On CUDA, the check would need a synchronization;
+                the row of such a box is NaN instead.
+        """
         return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
     def __repr__(self) -> str:

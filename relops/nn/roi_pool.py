@@ -1,4 +1,4 @@
-"""The module of RoI max pooling."""
+"""The RoI max pooling module."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,23 @@ torch.fx.wrap("roi_pool")
 
 
 class RoIPool(nn.Module):
-    """`relops.roi_pool` with its options fixed; the arguments are those of torchvision's module of this name."""
+    """RoI max pooling (Fast R-CNN, https://arxiv.org/abs/1504.08083) with fixed options.
+
+    Each box is rounded to whole pixels and divided into PH x PW bins, and each bin is the maximum over its pixels. The
+    module calls `relops.roi_pool` and can replace torchvision's module of the same name.
+
+    Args:
+        output_size: Height and width (PH,PW) of the output, or one int for both.
+        spatial_scale: Number of pixels of the feature map per pixel of the image.
+
+    Example:
+        >>> import torch, relops
+        >>> pool = relops.nn.RoIPool(output_size=7, spatial_scale=1 / 4)
+        >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
+        >>> out = pool(torch.randn(1, 256, 50, 68), boxes)
+        >>> out.shape
+        torch.Size([1, 256, 7, 7])
+    """
 
     def __init__(self, output_size: BroadcastingList2[int], spatial_scale: float) -> None:
         super().__init__()
@@ -18,7 +34,30 @@ class RoIPool(nn.Module):
         self.spatial_scale = spatial_scale
 
     def forward(self, input: Tensor, rois: Boxes) -> Tensor:
-        """input [N,C,H,W] and rois [K,5], or a list of N tensors [Ki,4], to [K,C,PH,PW]."""
+        """Compute the maximum over the pixels of each bin of each box.
+
+        Args:
+            input: Feature map [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
+                without a copy.
+            rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
+                tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
+                16-bit `input` they may also be float32, which is recommended: a bfloat16 coordinate of 200 can be off
+                by a pixel.
+
+        Returns:
+            A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. A box with a coordinate that is
+            not finite gives zeros.
+
+        Gradients:
+            Gradients flow to `input` but not to `rois`, because rounding has no useful gradient.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape or device, or if a number is out of its range. For boxes of
+                the wrong shape, the error is also an AssertionError.
+            IndexError: If a batch index is outside [0,N) on the CPU. On CUDA, the check would need a synchronization;
+                the row of such a box is NaN instead.
+        """
         return roi_pool(input, rois, self.output_size, self.spatial_scale)
 
     def __repr__(self) -> str:
