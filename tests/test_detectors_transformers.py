@@ -373,9 +373,9 @@ def test_unfit_weights_are_named(variant: str) -> None:
 def test_heads_that_belong_to_another_variant_are_named() -> None:
     """Names and shapes do not tell one head of all layers from a head a layer."""
     refined, plain = released_state("refine"), released_state("deformable")
-    with pytest.raises(ValueError, match=r"class_embed\.1\.weight .* must be the first layer's where refine is False"):
+    with pytest.raises(ValueError, match=r"class_embed\.1\.weight .* equal that of the first layer if refine is False"):
         load_detr(ours("deformable"), refined)
-    with pytest.raises(ValueError, match="must have a head a layer where refine is True"):
+    with pytest.raises(ValueError, match="must have one head per layer if refine is True"):
         load_detr(ours("refine"), plain)
     name = "bbox_embed.1.layers.0.bias"
     with pytest.raises(ValueError, match=rf"{name} and transformer\.decoder\.{name} .* must be equal"):

@@ -1,4 +1,4 @@
-"""Networks composed of the ops: backbones, and reference detectors by name."""
+"""Backbones and detectors that are built from the operators of relops."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from relops.models.detectors.sparse_rcnn import sparse_rcnn
 from relops.models.inference import batch_images, detect
 from relops.models.structures import Detections, Targets
 
+# The functions that build detectors, by name.
 DETECTORS: dict[str, Callable[..., BaseDetector]] = {
     "fast_rcnn": fast_rcnn,
     "faster_rcnn": faster_rcnn,
@@ -69,15 +70,27 @@ __all__ = [
 
 
 def build(name: str, num_classes: int, **options: Any) -> BaseDetector:
-    """Build the detector that DETECTORS has under `name`.
+    """Build a detector by name.
 
     Args:
-        name: a key of DETECTORS.
-        num_classes: without the background.
-        options: of the detector, as its function takes them.
+        name: A key of `relops.models.DETECTORS`: "fast_rcnn", "faster_rcnn", "faster_rcnn_fpn", "mask_rcnn",
+            "cascade_rcnn", "r_fcn", "hypernet", "relation_networks", "relation_networks_fpn", "sparse_rcnn", "detr" or
+            "deformable_detr".
+        num_classes: Number of classes, without the background.
+        options: Keyword arguments of the function `relops.models.<name>`, for example `backbone="resnet50-frozen"`.
+
+    Returns:
+        The detector, in training mode and with randomly initialized parameters.
 
     Raises:
-        ValueError: an unknown name, or what the detector's function raises.
+        ValueError: If the name is unknown, or if the function that builds the detector rejects an option.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.build("faster_rcnn_fpn", 3, backbone="resnet18-frozen-8", channels=16, hidden=32)
+        >>> detections = model.eval()(torch.randn(1, 3, 64, 64))
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     if name not in DETECTORS:
         raise ValueError(f"relops.models: model must be one of {', '.join(DETECTORS)}, got {name!r}")

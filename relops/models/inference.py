@@ -1,4 +1,4 @@
-"""Detection in images of any size: resizing, batching, and conversion of the results back to the images."""
+"""Detection in images of any size: resizing, batching, and conversion of the results to pixels of the images."""
 
 from __future__ import annotations
 
@@ -10,25 +10,41 @@ from torch import Tensor, nn
 
 from relops.models.parts.masks import paste_masks
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # statistics of ImageNet
 
 
 def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 1333) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize, resize and pad images to one batch, as torchvision's detectors do.
 
     Args:
-        images: each [3,H,W], values from 0 to 1.
-        min_size, max_size: the shorter side becomes the first, unless the longer would be more than the second.
+        images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1.
+        min_size: Length in pixels to which the shorter side of each image is resized.
+        max_size: Maximum length in pixels of the longer side. If it would be exceeded, the longer side is resized to
+            `max_size`, and the shorter side is smaller than `min_size`.
 
     Returns:
-        images [N,3,H,W] with zeros to the right and below, H and W multiples of 32; sizes [N,2] of each (height, width)
-        in it; and scales [N,2], by which they were multiplied.
+        A tuple of three tensors. The first holds the images [N,3,H,W], padded with zeros to the right and below so that
+        H and W are multiples of 32. The second holds the sizes [N,2], the height and width of each image without
+        padding. The third holds the scales [N,2], by which the height and width of each image were multiplied.
+
+    Raises:
+        ValueError: If an image is not a floating-point tensor [3,H,W].
+
+    Example:
+        >>> import torch, relops
+        >>> images = [torch.rand(3, 60, 80), torch.rand(3, 50, 50)]
+        >>> batch, sizes, scales = relops.models.batch_images(images, min_size=64, max_size=96)
+        >>> batch.shape
+        torch.Size([2, 3, 64, 96])
+        >>> sizes.tolist()
+        [[64.0, 85.0], [64.0, 64.0]]
     """
     resized, scales = [], []
     for i, image in enumerate(images):
         if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise ValueError(
-                f"relops.models: images[{i}] must be [3,H,W] of floating point, got {image.dtype} {list(image.shape)}"
+                f"relops.models: images[{i}] must be a floating-point tensor [3,H,W], got {image.dtype} "
+                f"{list(image.shape)}"
             )
         size = image.shape[1:]
         scale = min(min_size / min(size), max_size / max(size))
@@ -53,17 +69,28 @@ def detect(
     """Detect objects in images of any size.
 
     Args:
-        model: a detector, in evaluation mode.
-        images: as in `batch_images`, and so are the sizes.
+        model: Detector in evaluation mode.
+        images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1. They are normalized, resized and
+            padded to one batch.
+        min_size: Length in pixels to which the shorter side of each image is resized.
+        max_size: Maximum length in pixels of the longer side. If it would be exceeded, the longer side is resized to
+            `max_size`, and the shorter side is smaller than `min_size`.
 
     Returns:
-        A dict for each image, by descending score: boxes [D,4] in its pixels, scores [D], labels [D] (classes from 0),
-        and from detectors with masks, masks [D,H,W] bool. D is read from the device, which this waits for.
+        A dict for each image, with the entries "boxes" [D,4] as x1, y1, x2, y2 in pixels of the image, "scores" [D] and
+        "labels" [D] (classes from 0). The objects are sorted by descending score. Detectors with masks add "masks"
+        [D,H,W], a bool tensor. The number D of objects is read from the device, so the call waits for the device.
+
+    Raises:
+        ValueError: If an image is not a floating-point tensor [3,H,W].
 
     Example:
-        >>> model = relops.models.faster_rcnn_fpn(90)
-        >>> relops.models.load_torchvision(model, torch.load("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"))
-        >>> objects = relops.models.detect(model.eval(), [image])[0]
+        >>> import torch, relops
+        >>> model = relops.models.faster_rcnn_fpn(3, backbone="resnet18-frozen-8", channels=16, hidden=32)
+        >>> images = [torch.rand(3, 60, 80), torch.rand(3, 50, 50)]
+        >>> results = relops.models.detect(model.eval(), images, min_size=64, max_size=96)
+        >>> len(results), sorted(results[0])
+        (2, ['boxes', 'labels', 'scores'])
     """
     batch, sizes, scales = batch_images(images, min_size, max_size)
     detections = model(batch, sizes)

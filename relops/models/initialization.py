@@ -6,6 +6,6 @@ from torch import nn
 
 
 def zero_bias(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
-    """Set the bias of a layer that has one to zero."""
+    """Set the bias of a layer to zero if it has one."""
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""What detectors are given and what they give, for a whole batch: padded, so that nothing depends on counts."""
+"""Inputs and outputs of detectors for a whole batch, padded so that no shape depends on the number of objects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from torch.utils import _pytree
 
 
 class Targets(NamedTuple):
-    """Ground truth of a batch. T is the largest number of objects of its images; rows behind an image's are padding.
+    """The ground truth of a batch.
+
+    T is the largest number of objects in an image of the batch. In images with fewer objects, the remaining rows are
+    padding.
 
     Attributes:
-        boxes: [N,T,4] x1, y1, x2, y2 in pixels of the images.
-        labels: [N,T] int64, classes from 0; -1 = padding.
-        masks: [N,T,H,W] bool, all False for objects that have none; or None where the data has none.
-        proposals: [N,P,4] boxes for detectors that are given them (Fast R-CNN), zeros = padding; None for others.
+        boxes: Boxes [N,T,4] as x1, y1, x2, y2 in pixels of the images.
+        labels: Classes [N,T] from 0, int64; -1 marks padding.
+        masks: Bool masks [N,T,H,W], all False for objects without a mask; None if the data has no masks.
+        proposals: Boxes [N,P,4] for detectors that need proposals (Fast R-CNN), padded with zeros; None for other
+            detectors.
+
+    Example:
+        >>> import torch, relops
+        >>> boxes = torch.tensor([[[10.0, 10.0, 40.0, 50.0], [5.0, 20.0, 30.0, 60.0]]])
+        >>> targets = relops.models.Targets(boxes, labels=torch.tensor([[2, 0]]))
+        >>> targets.labels.shape
+        torch.Size([1, 2])
     """
 
     boxes: Tensor
@@ -25,13 +36,23 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Objects found, by descending score. D is the most that a detector gives of an image.
+    """The objects that a detector finds in a batch, by descending score.
+
+    D is the maximum number of detections per image.
 
     Attributes:
-        boxes: [N,D,4] x1, y1, x2, y2 in pixels of the images.
-        scores: [N,D], 0 in padding.
-        labels: [N,D] int64, classes from 0; -1 = padding.
-        masks: [N,D,R,R] probabilities within each box, or None.
+        boxes: Boxes [N,D,4] as x1, y1, x2, y2 in pixels of the images.
+        scores: Scores [N,D], 0 in padding.
+        labels: Classes [N,D] from 0, int64; -1 marks padding.
+        masks: Probabilities [N,D,R,R] inside each box, or None if the detector predicts no masks.
+
+    Example:
+        >>> import torch, relops
+        >>> boxes = torch.tensor([[[10.0, 10.0, 40.0, 50.0], [0.0, 0.0, 0.0, 0.0]]])
+        >>> detections = relops.models.Detections(boxes, torch.tensor([[0.9, 0.0]]), torch.tensor([[2, -1]]))
+        >>> found = detections.boxes[detections.labels >= 0]
+        >>> found.shape
+        torch.Size([1, 4])
     """
 
     boxes: Tensor
@@ -40,5 +61,5 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
-# For torch.export.save, of models whose output this is. It has a public counterpart for dataclasses only.
+# torch.export.save needs this for models that return Detections. torch has a public equivalent only for dataclasses.
 _pytree._register_namedtuple(Detections, serialized_type_name="relops.models.Detections")

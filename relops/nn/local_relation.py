@@ -16,7 +16,7 @@ PRIORS = ("network", "table", "none")
 class LocalRelation(nn.Module):
     """The local relation layer (Local Relation Networks for Image Recognition, https://arxiv.org/abs/1904.11491).
 
-    The layer resembles a convolution whose weights are computed for each pixel from the contents of its window. 1x1
+    The layer resembles a convolution whose weights are computed for each pixel from the contents of its window. Two 1x1
     convolutions compute a query and a key, which are one number per pixel and group of channels. A prior, which depends
     on the position in the window, is added to the similarity of query and key. A softmax over the window turns the sums
     into weights, and the channels of the group are averaged with these weights (see `relops.local_relation`). The
@@ -37,8 +37,8 @@ class LocalRelation(nn.Module):
             channels) and a ReLU between them. "table" learns a parameter [G,k,k], which starts at zero. "none" uses no
             prior.
         hidden: Number of channels between the two convolutions of the prior "network".
-        similarity: Similarity of query q and key k: "squared_difference" is -(q - k)^2, "absolute_difference" is -|q -
-            k|, and "product" is q * k.
+        similarity: "squared_difference" is ``-(query - key)^2``, "absolute_difference" is ``-|query - key|``, and
+            "product" is ``query * key``.
         border: "mask" excludes taps outside of the map from the softmax. "zero" gives them key 0 and value 0.
         bias: If True, the output convolution has a bias. A normalization after the layer makes the bias useless.
 

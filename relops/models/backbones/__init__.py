@@ -1,1 +1,1 @@
-"""Networks whose maps detectors work on. `relops.models` exports those that users build by name."""
+"""Networks that compute feature maps. `relops.models` exports the networks that users build by name."""

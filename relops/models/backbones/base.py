@@ -1,4 +1,7 @@
-"""Base classes of feature extractors: a body computes a map per stage, and a backbone turns them into its maps."""
+"""Base classes of feature extractors.
+
+A body computes a feature map per stage, and a backbone turns the maps of a body into the maps that a detector uses.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,44 @@ class Body(nn.Module):
     """A network of several stages, each of which computes a feature map.
 
     Attributes:
-        channels, strides: of the map of each stage.
+        channels: Number of channels of each map.
+        strides: Stride of each map in pixels of the image.
     """
 
     channels: list[int]
     strides: list[int]
 
     def parts(self) -> list[list[nn.Module]]:
-        """Return the modules that make each output of `stage_maps` from the one before, for freezing."""
+        """Return, for each stage, the modules that compute its map from the map of the previous stage.
+
+        Stages are frozen through these modules.
+        """
         raise NotImplementedError
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the map [N,channels[i],H / strides[i],W / strides[i]] of each stage, sizes rounded up."""
+        """Return the map of each stage.
+
+        Args:
+            images: Images [N,3,H,W].
+
+        Returns:
+            Maps [N,channels[i],H / strides[i],W / strides[i]], with sizes rounded up.
+        """
         raise NotImplementedError
 
 
 class Chain(Body):
-    """A body that applies its `parts` to the images one after the other."""
+    """A body that applies its `parts` to the images one after another."""
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the map [N,channels[i],H / strides[i],W / strides[i]] of each stage."""
+        """Return the map of each stage.
+
+        Args:
+            images: Images [N,3,H,W].
+
+        Returns:
+            Maps [N,channels[i],H / strides[i],W / strides[i]].
+        """
         maps, x = [], images
         for part in self.parts():
             for layer in part:
@@ -38,11 +59,12 @@ class Chain(Body):
 
 
 class Backbone(nn.Module):
-    """A body together with the layers that turn its stage maps into the maps that a detector works on.
+    """A body, and the layers that turn the maps of its stages into the maps that a detector uses.
 
     Attributes:
-        body: the network whose weights a classifier may have learned.
-        channels, strides: of the maps.
+        body: Network whose weights can be loaded from a classifier.
+        channels: Number of channels of each map.
+        strides: Stride of each map in pixels of the image.
     """
 
     body: Body
@@ -50,5 +72,12 @@ class Backbone(nn.Module):
     strides: list[int]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps [N,channels[i],H / strides[i],W / strides[i]] of images [N,3,H,W]."""
+        """Compute the feature maps of images.
+
+        Args:
+            images: Images [N,3,H,W].
+
+        Returns:
+            Maps [N,channels[i],H / strides[i],W / strides[i]].
+        """
         raise NotImplementedError

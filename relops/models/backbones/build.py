@@ -1,4 +1,4 @@
-"""Bodies by name."""
+"""Construction of bodies by name."""
 
 from __future__ import annotations
 
@@ -26,22 +26,28 @@ BODIES: dict[str, Callable[..., Body]] = {
 
 
 def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
-    """Return a body by name, without its classifier.
+    """Build a body by name, without a classifier.
 
     Args:
-        name: vgg16, zf, resnet18, resnet34, resnet50, resnet101, lr_net26 or lr_net50. All but the last two may have a
-            normalization behind it, -bn, -frozen or -gn; ResNets and LR-Nets may have a width behind that, 64 where
-            there is none, as in resnet18-gn-32 and lr_net26-32.
-        frozen_stages: so many stages are not trained.
-        options: of the network (`stages` and `dilated` of ResNets and LR-Nets).
+        name: "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "zf", "lr_net26" or "lr_net50". A ResNet, VGG-16
+            or ZF may be followed by a normalization: "-bn", "-frozen" or "-gn". A ResNet or LR-Net may then be followed
+            by a width; the default is 64. Examples are "resnet18-gn-32" and "lr_net26-32".
+        frozen_stages: Number of stages, from the first, that are not trained.
+        options: Keyword arguments of the network, such as `stages` and `dilated` of ResNets and LR-Nets.
+
+    Returns:
+        The network with randomly initialized parameters.
+
+    Raises:
+        ValueError: If the name is unknown.
     """
-    found = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
-    if not found:
+    match = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
+    if not match:
         raise ValueError(
-            f"relops.models: backbone must be one of {', '.join(BODIES)}, with -{', -'.join(NORM_SUFFIXES)} or "
-            f"nothing behind it, and of a ResNet or LR-Net -WIDTH behind that, got {name!r}"
+            f"relops.models: backbone must be one of {', '.join(BODIES)}, optionally followed by "
+            f"-{', -'.join(NORM_SUFFIXES)} and, for a ResNet or LR-Net, by -WIDTH, got {name!r}"
         )
-    kind, norm, width = found.groups()
+    kind, norm, width = match.groups()
     if norm:
         options["norm"] = NORM_SUFFIXES[norm]
     if width:

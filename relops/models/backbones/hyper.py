@@ -13,15 +13,27 @@ from relops.models.initialization import zero_bias
 
 
 class HyperBackbone(Backbone):
-    """HyperNet's fusion (Kong et al., https://arxiv.org/abs/1604.00600): three stages, brought to a stride of four.
+    """The fusion of HyperNet (https://arxiv.org/abs/1604.00600): stages of a body are combined into one map.
 
-    A finer map is reduced by a maximum, a coarser one enlarged by a transposed convolution; each then goes through a
-    5x5 convolution to 42 channels and local response normalization, and all are concatenated: one map
-    [N,126,H/4,W/4].
+    A map with a smaller stride is reduced by max pooling, and a map with a larger stride is enlarged by a transposed
+    convolution. Each map then goes through a 5x5 convolution to 42 channels, a ReLU and local response normalization.
+    Finally all maps are concatenated.
+
+    Args:
+        body: Network that computes the maps.
+        stages: Indices of the stages that are combined. HyperNet combines three stages.
+
+    Example:
+        >>> import torch, relops
+        >>> from relops.models.backbones.hyper import HyperBackbone
+        >>> backbone = HyperBackbone(relops.models.vgg16(num_classes=None), stages=[0, 2, 4])
+        >>> maps = backbone(torch.randn(1, 3, 32, 64))
+        >>> [x.shape for x in maps]
+        [torch.Size([1, 126, 8, 16])]
     """
 
     STRIDE = 4
-    WIDTH = 42  # channels of each stage
+    WIDTH = 42  # number of output channels per stage
 
     def __init__(self, body: Body, stages: Sequence[int]) -> None:
         super().__init__()
@@ -48,8 +60,16 @@ class HyperBackbone(Backbone):
         self.channels, self.strides = [len(self.stages) * self.WIDTH], [self.STRIDE]
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the fused map of images.
+
+        Args:
+            images: Images [N,3,H,W].
+
+        Returns:
+            A list with one map [N,42 * S,H/4,W/4] for S stages.
+        """
         maps = self.body.stage_maps(images)
         fused = [self.norm(F.relu(conv(scale(maps[i])))) for i, scale, conv in zip(self.stages, self.scale, self.conv)]
-        # Stages of odd size come out larger by the rest.
+        # Sizes of stages are rounded up, so an enlarged map can be larger than the others.
         height, width = (min(x.shape[d] for x in fused) for d in (2, 3))
         return [torch.cat([x[..., :height, :width] for x in fused], 1)]

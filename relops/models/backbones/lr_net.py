@@ -1,13 +1,15 @@
-"""LR-Net (Hu et al., Local Relation Networks for Image Recognition, https://arxiv.org/abs/1904.11491).
+"""LR-Net (Local Relation Networks for Image Recognition, https://arxiv.org/abs/1904.11491).
 
-A ResNet without convolutions beyond 1x1: local relation takes their place. Published are the totals, for images of 224:
+LR-Net is a ResNet in which local relation layers replace all convolutions larger than 1x1. The published totals for
+images of 224 x 224 pixels are::
 
-    LR-Net-26   14.7 M parameters, 2.6 G multiply-adds, 75.7 % top-1 on ImageNet
+    LR-Net-26   14.7 M parameters, 2.6 G multiply-adds, 75.7 % top-1 accuracy on ImageNet
     LR-Net-50   23.3 M parameters, 4.3 G multiply-adds, 77.3 %
 
-What is here has 14.62 M, 2.59 G and 23.38 M, 4.24 G, where the multiply-adds are those of convolutions, of the
-aggregation of values and of the classifier; similarities and softmax are not among them. The stem's groups are of one
-channel each, instead of the other layers' eight: that is an assumption, without which it is 0.2 G less in both.
+In this implementation, LR-Net-26 has 14.62 M parameters and 2.59 G multiply-adds, and LR-Net-50 has 23.38 M and 4.24 G.
+The multiply-adds include the convolutions, the aggregation of values and the classifier, but neither similarities nor
+softmax. Groups of the stem have one channel each, whereas groups of the other layers have eight. This is an assumption;
+with eight channels, both networks would have 0.2 G fewer multiply-adds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from relops.nn.local_relation import LocalRelation
 
 
 class LRBottleneck(nn.Module):
-    """1x1, local relation, 1x1, each normalized, and a shortcut."""
+    """A residual block of a 1x1 convolution, local relation, a 1x1 convolution and a shortcut."""
 
     def __init__(
         self, in_channels: int, width: int, out_channels: int, stride: int, kernel_size: int, dilation: int = 1
@@ -50,19 +52,34 @@ class LRBottleneck(nn.Module):
 
 
 class LRNet(Body):
-    """A stem that reduces images to a quarter, and stages of which each but the first halves what it is given.
+    """Local Relation Network for image classification (https://arxiv.org/abs/1904.11491).
+
+    The stem reduces images to a quarter of their height and width, and each stage except the first halves the map
+    again.
 
     Args:
-        blocks: bottlenecks of each stage.
-        widths: channels inside the bottlenecks of each stage.
-        num_classes: outputs of the classifier; None: no classifier, for detectors.
-        kernel_size: k of every local relation.
-        in_channels: of images.
-        stem_channels: of the stem.
-        expansion: channels of a stage's output, per those of `stem_channels` * 2^stage.
-        dilated: the last stage has no stride, and its windows are dilated instead.
+        blocks: Number of bottlenecks of each stage.
+        widths: Number of channels inside the bottlenecks of each stage.
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        kernel_size: Side k of the windows of all local relation layers.
+        in_channels: Number of channels of the images.
+        stem_channels: Number of channels of the stem.
+        expansion: Ratio of the number of output channels of a stage to stem_channels * 2^stage.
+        dilated: If True, the last stage has no stride, and its windows are dilated by two instead.
 
-    Input [N,in_channels,H,W], output [N,num_classes]. `stage_maps` gives the outputs of the stages, at strides 4, 8, ..
+    Attributes:
+        channels: Number of channels of the map of each stage.
+        strides: Stride of the map of each stage: 4, 8, ...
+
+    Raises:
+        ValueError: If `blocks` and `widths` do not have the same length, or are empty.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.LRNet(blocks=(1, 1), widths=(16, 32), num_classes=10, stem_channels=8)
+        >>> out = model(torch.randn(1, 3, 32, 32))
+        >>> out.shape
+        torch.Size([1, 10])
     """
 
     def __init__(
@@ -93,7 +110,7 @@ class LRNet(Body):
             nn.MaxPool2d(3, 2, 1),
         )
         self.stages = nn.ModuleList()
-        self.channels: list[int] = []  # of the outputs of the stages
+        self.channels: list[int] = []  # number of output channels of each stage
         channels = stem_channels
         for stage, (count, width) in enumerate(zip(blocks, widths)):
             out_channels = expansion * stem_channels * 2**stage
@@ -112,7 +129,11 @@ class LRNet(Body):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of the blocks, as in ResNets: He's normal distribution, and each begins as its shortcut."""
+        """Initialize the blocks as in ResNets.
+
+        Convolutions have He's normal distribution. The last normalization of each block has weight 0, so that the block
+        starts as its shortcut.
+        """
         for module in self.modules():
             if isinstance(module, LRBottleneck):
                 for conv in (module.conv1, module.relation.output, module.conv3):
@@ -120,7 +141,14 @@ class LRNet(Body):
                 nn.init.zeros_(module.bn3.weight)
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """[N,channels[i],H / strides[i],W / strides[i]] of each stage, sizes rounded up."""
+        """Return the map of each stage.
+
+        Args:
+            images: Images [N,in_channels,H,W].
+
+        Returns:
+            Maps [N,channels[i],H / strides[i],W / strides[i]], with sizes rounded up.
+        """
         x = self.stem(images)
         outputs = []
         for stage in self.stages:
@@ -129,34 +157,77 @@ class LRNet(Body):
         return outputs
 
     def parts(self) -> list[list[nn.Module]]:
-        """Modules that make each output of `stage_maps` of the one before, for freezing."""
+        """Return, for each stage, the modules that compute its map from the map of the previous stage."""
         stages = [[stage] for stage in self.stages]
         stages[0].insert(0, self.stem)
         return stages
 
     def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: Images [N,in_channels,H,W].
+
+        Returns:
+            Logits [N,num_classes].
+
+        Raises:
+            TypeError: If the network has no classifier (`num_classes` is None).
+        """
         if self.fc is None:
-            raise TypeError("relops.models.LRNet: has no classifier (num_classes is None); its maps are in stage_maps")
+            raise TypeError("relops.models.LRNet: forward needs a classifier, got num_classes=None; use stage_maps")
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.stage_maps(images)[-1], 1), 1))
 
 
 def _lr_net(blocks: tuple[int, ...], num_classes: int | None, stages: int, width: int, **options: Any) -> LRNet:
+    """Build an LR-Net whose stages have widths in proportion to the width of the stem."""
     widths = [width * n // 64 for n in (100, 200, 400, 800)]
     return LRNet(blocks[:stages], widths[:stages], num_classes, stem_channels=width, **options)
 
 
 def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: Any) -> LRNet:
-    """LR-Net-26: two bottlenecks a stage.
+    """Build LR-Net-26 (https://arxiv.org/abs/1904.11491), which has two bottlenecks per stage.
 
     Args:
-        num_classes: as in LRNet.
-        stages: how many of the stages there are.
-        width: channels of the stem, 64 as published; those of the stages are in proportion.
-        options: of LRNet.
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        stages: Number of stages, at most 4. Detectors use fewer if they need no deeper map.
+        width: Number of channels of the stem, 64 in the paper. The widths of the stages are in proportion.
+        options: Further keyword arguments of `LRNet`: `kernel_size` (side of the windows, 7 by default), `in_channels`
+            (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated` (False by
+            default).
+
+    Returns:
+        An `LRNet` with randomly initialized parameters.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.lr_net26(num_classes=10, stages=2, width=16)
+        >>> out = model(torch.randn(1, 3, 32, 32))
+        >>> out.shape
+        torch.Size([1, 10])
     """
     return _lr_net((2, 2, 2, 2), num_classes, stages, width, **options)
 
 
 def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64, **options: Any) -> LRNet:
-    """LR-Net-50: 3, 4, 6 and 3 bottlenecks a stage. Arguments are those of `lr_net26`."""
+    """Build LR-Net-50 (https://arxiv.org/abs/1904.11491), which has 3, 4, 6 and 3 bottlenecks in its stages.
+
+    Args:
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        stages: Number of stages, at most 4. Detectors use fewer if they need no deeper map.
+        width: Number of channels of the stem, 64 in the paper. The widths of the stages are in proportion.
+        options: Further keyword arguments of `LRNet`: `kernel_size` (side of the windows, 7 by default), `in_channels`
+            (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated` (False by
+            default).
+
+    Returns:
+        An `LRNet` with randomly initialized parameters.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.lr_net50(num_classes=10, stages=2, width=16)
+        >>> out = model(torch.randn(1, 3, 32, 32))
+        >>> out.shape
+        torch.Size([1, 10])
+    """
     return _lr_net((3, 4, 6, 3), num_classes, stages, width, **options)

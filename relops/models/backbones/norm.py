@@ -11,7 +11,14 @@ from relops._checks import check_choice
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalization whose statistics, scale and shift are constants: buffers with torchvision's names."""
+    """Batch normalization whose statistics, scale and shift are constant.
+
+    Mean, variance, scale and shift are buffers with the names that torchvision uses.
+
+    Args:
+        channels: Number of channels.
+        eps: Number added to the variance for numerical stability.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -27,11 +34,12 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # What a trained nn.BatchNorm2d has besides.
+        # A trained nn.BatchNorm2d has this entry in addition.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize a feature map [N,C,H,W]."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         return x * scale.to(x.dtype).view(1, -1, 1, 1) + shift.to(x.dtype).view(1, -1, 1, 1)
@@ -41,6 +49,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
+    """Build group normalization with 32 groups, or fewer if a group would have fewer than two channels."""
     return nn.GroupNorm(min(32, channels // 2), channels)
 
 
@@ -52,6 +61,9 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def make_norm(name: str) -> Callable[[int], nn.Module]:
-    """The layer of that name, to be called with the number of channels."""
+    """Return the normalization layer with the given name: "batch", "frozen" or "group".
+
+    Calling the result with the number of channels builds the layer.
+    """
     check_choice("models", "norm", name, tuple(NORMS))
     return NORMS[name]

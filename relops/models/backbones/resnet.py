@@ -1,6 +1,6 @@
-"""ResNet (He et al., Deep Residual Learning, https://arxiv.org/abs/1512.03385), with torchvision's names of parameters.
+"""ResNet (Deep Residual Learning, https://arxiv.org/abs/1512.03385), with the parameter names of torchvision.
 
-As in torchvision the stride of a bottleneck is in its 3x3 convolution.
+A bottleneck has its stride in the 3x3 convolution, as in torchvision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from relops.models.backbones.norm import make_norm
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """A residual block of two 3x3 convolutions and a shortcut."""
 
     expansion = 1
 
@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 and a shortcut."""
+    """A residual block of a 1x1, a 3x3 and a 1x1 convolution and a shortcut."""
 
     expansion = 4
 
@@ -60,26 +60,47 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Module | None:
+    """Build the projection of a shortcut. Return None if the block changes neither the size nor the channels."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
 
 
 class ResNet(Body):
-    """A stem that reduces images to a quarter, and four stages of which each but the first halves what it is given.
+    """ResNet for image classification (https://arxiv.org/abs/1512.03385).
+
+    The stem reduces images to a quarter of their height and width, and each stage except the first halves the map
+    again. Parameters have the names of torchvision, so a state_dict of a ResNet of torchvision can be loaded unchanged.
+    With `norm="frozen"`, its entries num_batches_tracked are ignored.
 
     Args:
-        block: BasicBlock or Bottleneck.
-        layers: blocks of each stage.
-        num_classes: outputs of the classifier; None: no classifier, for detectors.
-        norm: "batch", "frozen" (batch normalization with constant statistics and weights) or "group" (32 groups; fewer
-            where they would be of one channel).
-        dilated: the last stage keeps its size and dilates its 3x3 convolutions by two instead (R-FCN's stride of 16).
-        stages: so many there are; fewer than four for detectors that use no more.
-        width: channels of the stem, which all others are multiples of.
+        block: BasicBlock or Bottleneck, the classes in relops.models.backbones.resnet.
+        layers: Number of blocks of each stage.
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        norm: Normalization: "batch", "frozen" (batch normalization with constant statistics and weights) or "group" (32
+            groups, or fewer if a group would have fewer than two channels).
+        dilated: If True, the last stage has no stride, and its 3x3 convolutions are dilated by two instead. R-FCN uses
+            this for a stride of 16.
+        stages: Number of stages, at most 4. Detectors use fewer if they need no deeper map.
+        width: Number of channels of the stem. The numbers of channels of all other layers are multiples of it.
 
-    Input [N,3,H,W]; output [N,num_classes]. `stage_maps` gives the outputs of the stages. Parameters have torchvision's
-    names: a state_dict of its ResNets loads as it is (with "frozen", but for num_batches_tracked, which is dropped).
+    Attributes:
+        channels: Number of channels of the map of each stage.
+        strides: Stride of the map of each stage: 4, 8, ...
+
+    Raises:
+        ValueError: If `norm` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> from relops.models.backbones.resnet import BasicBlock
+        >>> model = relops.models.ResNet(BasicBlock, layers=(1, 1, 1, 1), num_classes=10, width=8)
+        >>> out = model(torch.randn(1, 3, 64, 64))
+        >>> out.shape
+        torch.Size([1, 10])
+        >>> maps = model.stage_maps(torch.randn(1, 3, 64, 64))
+        >>> [tuple(x.shape) for x in maps]
+        [(1, 8, 16, 16), (1, 16, 8, 8), (1, 32, 4, 4), (1, 64, 2, 2)]
     """
 
     def __init__(
@@ -94,13 +115,13 @@ class ResNet(Body):
         width: int = 64,
     ) -> None:
         super().__init__()
-        make = make_norm(norm)
+        norm_layer = make_norm(norm)
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.bn1 = make(width)
+        self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels = width
-        self.channels: list[int] = []  # of the outputs of the stages
+        self.channels: list[int] = []  # number of output channels of each stage
         self.strides = [4 * 2**stage for stage in range(stages)]
         if dilated:
             self.strides[-1] = self.strides[-2]
@@ -110,7 +131,7 @@ class ResNet(Body):
             stride = 1 if stage == 0 or dilation > 1 else 2
             blocks = []
             for i in range(count):
-                blocks.append(block(channels, inner, stride if i == 0 else 1, dilation, make))
+                blocks.append(block(channels, inner, stride if i == 0 else 1, dilation, norm_layer))
                 channels = inner * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)
@@ -118,7 +139,11 @@ class ResNet(Body):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He's normal distribution; each block begins as its shortcut, but for frozen normalization."""
+        """Initialize the parameters.
+
+        Convolutions have He's normal distribution. The last normalization of each block has weight 0, so that the block
+        starts as its shortcut, except if the normalization is frozen.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -128,13 +153,20 @@ class ResNet(Body):
                     nn.init.zeros_(last.weight)
 
     def parts(self) -> list[list[nn.Module]]:
-        """Modules that make each output of `stage_maps` of the one before, for freezing."""
+        """Return, for each stage, the modules that compute its map from the map of the previous stage."""
         stages = [[self.get_submodule(f"layer{i + 1}")] for i in range(len(self.channels))]
         stages[0] = [self.conv1, self.bn1, *stages[0]]
         return stages
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """[N,channels[i],H / strides[i],W / strides[i]] of each stage, sizes rounded up."""
+        """Return the map of each stage.
+
+        Args:
+            images: Images [N,3,H,W].
+
+        Returns:
+            Maps [N,channels[i],H / strides[i],W / strides[i]], with sizes rounded up.
+        """
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for i in range(len(self.channels)):
@@ -143,26 +175,141 @@ class ResNet(Body):
         return maps
 
     def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: Images [N,3,H,W].
+
+        Returns:
+            Logits [N,num_classes].
+
+        Raises:
+            TypeError: If the network has no classifier (`num_classes` is None).
+        """
         if self.fc is None:
-            raise TypeError("relops.models.ResNet: has no classifier (num_classes is None); its maps are in stage_maps")
+            raise TypeError("relops.models.ResNet: forward needs a classifier, got num_classes=None; use stage_maps")
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.stage_maps(images)[-1], 1), 1))
 
 
 def resnet18(num_classes: int | None = 1000, **options: Any) -> ResNet:
-    """ResNet-18. Options are those of ResNet."""
+    """Build ResNet-18 (https://arxiv.org/abs/1512.03385).
+
+    Parameters have the names of torchvision, so a state_dict of torchvision's resnet18 can be loaded unchanged.
+
+    Args:
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
+            statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
+            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
+            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+
+    Returns:
+        A `ResNet` with randomly initialized parameters.
+
+    Raises:
+        ValueError: If `norm` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.resnet18(num_classes=10, width=8)
+        >>> out = model(torch.randn(1, 3, 64, 64))
+        >>> out.shape
+        torch.Size([1, 10])
+        >>> maps = model.stage_maps(torch.randn(1, 3, 64, 64))
+        >>> maps[-1].shape
+        torch.Size([1, 64, 2, 2])
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, **options)
 
 
 def resnet34(num_classes: int | None = 1000, **options: Any) -> ResNet:
-    """ResNet-34. Options are those of ResNet."""
+    """Build ResNet-34 (https://arxiv.org/abs/1512.03385).
+
+    Parameters have the names of torchvision, so a state_dict of torchvision's resnet34 can be loaded unchanged.
+
+    Args:
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
+            statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
+            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
+            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+
+    Returns:
+        A `ResNet` with randomly initialized parameters.
+
+    Raises:
+        ValueError: If `norm` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.resnet34(num_classes=10, width=8)
+        >>> out = model(torch.randn(1, 3, 64, 64))
+        >>> out.shape
+        torch.Size([1, 10])
+        >>> maps = model.stage_maps(torch.randn(1, 3, 64, 64))
+        >>> maps[-1].shape
+        torch.Size([1, 64, 2, 2])
+    """
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, **options)
 
 
 def resnet50(num_classes: int | None = 1000, **options: Any) -> ResNet:
-    """ResNet-50. Options are those of ResNet."""
+    """Build ResNet-50 (https://arxiv.org/abs/1512.03385).
+
+    Parameters have the names of torchvision, so a state_dict of torchvision's resnet50 can be loaded unchanged.
+
+    Args:
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
+            statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
+            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
+            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+
+    Returns:
+        A `ResNet` with randomly initialized parameters.
+
+    Raises:
+        ValueError: If `norm` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.resnet50(num_classes=10, width=8)
+        >>> out = model(torch.randn(1, 3, 64, 64))
+        >>> out.shape
+        torch.Size([1, 10])
+        >>> maps = model.stage_maps(torch.randn(1, 3, 64, 64))
+        >>> maps[-1].shape
+        torch.Size([1, 256, 2, 2])
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, **options)
 
 
 def resnet101(num_classes: int | None = 1000, **options: Any) -> ResNet:
-    """ResNet-101. Options are those of ResNet."""
+    """Build ResNet-101 (https://arxiv.org/abs/1512.03385).
+
+    Parameters have the names of torchvision, so a state_dict of torchvision's resnet101 can be loaded unchanged.
+
+    Args:
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
+            statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
+            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
+            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+
+    Returns:
+        A `ResNet` with randomly initialized parameters.
+
+    Raises:
+        ValueError: If `norm` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.resnet101(num_classes=10, width=8)
+        >>> out = model(torch.randn(1, 3, 64, 64))
+        >>> out.shape
+        torch.Size([1, 10])
+        >>> maps = model.stage_maps(torch.randn(1, 3, 64, 64))
+        >>> maps[-1].shape
+        torch.Size([1, 256, 2, 2])
+    """
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, **options)

@@ -1,4 +1,4 @@
-"""VGG-16 (Simonyan & Zisserman, https://arxiv.org/abs/1409.1556), with torchvision's names of parameters."""
+"""VGG-16 (https://arxiv.org/abs/1409.1556), with the parameter names of torchvision."""
 
 from __future__ import annotations
 
@@ -15,15 +15,33 @@ CONVS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
 
 class VGG16(Chain):
-    """Five stages of 3x3 convolutions, each behind the first after a maximum over 2x2.
+    """VGG-16 for image classification (https://arxiv.org/abs/1409.1556).
+
+    The network has five stages of 3x3 convolutions with 2x2 max pooling between them. `stage_maps` returns conv1_2,
+    conv2_2, conv3_3, conv4_3 and conv5_3, at strides of 1 to 16. Only the classifier uses the last max pooling (pool5).
+    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, and one of
+    vgg16_bn with `norm="batch"`.
 
     Args:
-        num_classes: outputs of the classifier; None: no classifier, for detectors.
-        norm: None as published, or what ResNet takes (torchvision's vgg16_bn is "batch").
-        stages: so many there are; fewer than five for detectors that use no more.
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        norm: Normalization after each convolution: None, as published, or "batch", "frozen" (batch normalization with
+            constant statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two
+            channels).
+        stages: Number of stages, at most 5. Detectors use fewer if they need no deeper map.
 
-    Input [N,3,H,W]; output [N,num_classes]. `stage_maps` gives conv1_2, conv2_2, conv3_3, conv4_3 and conv5_3, at
-    strides 1 to 16: the last maximum (pool5) is the classifier's only. A state_dict of torchvision's loads as it is.
+    Attributes:
+        channels: Number of channels of the map of each stage.
+        strides: Stride of the map of each stage: 1, 2, ...
+
+    Raises:
+        ValueError: If `norm` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.VGG16(num_classes=None, stages=3)
+        >>> maps = model.stage_maps(torch.randn(1, 3, 32, 32))
+        >>> [tuple(x.shape) for x in maps]
+        [(1, 64, 32, 32), (1, 128, 16, 16), (1, 256, 8, 8)]
     """
 
     def __init__(self, num_classes: int | None = 1000, *, norm: str | None = None, stages: int = 5) -> None:
@@ -61,7 +79,7 @@ class VGG16(Chain):
                 zero_bias(module)
 
     def parts(self) -> list[list[nn.Module]]:
-        """Modules that make each output of `stage_maps` of the one before, for freezing."""
+        """Return, for each stage, the modules that compute its map from the map of the previous stage."""
         parts: list[list[nn.Module]] = [[]]
         for layer in self.features[:-1]:
             if isinstance(layer, nn.MaxPool2d):
@@ -70,12 +88,46 @@ class VGG16(Chain):
         return parts
 
     def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: Images [N,3,H,W].
+
+        Returns:
+            Logits [N,num_classes].
+
+        Raises:
+            TypeError: If the network has no classifier (`num_classes` is None).
+        """
         if self.classifier is None:
-            raise TypeError("relops.models.VGG16: has no classifier (num_classes is None); its maps are in stage_maps")
+            raise TypeError("relops.models.VGG16: forward needs a classifier, got num_classes=None; use stage_maps")
         x = nn.functional.adaptive_avg_pool2d(self.features(images), 7)
         return self.classifier(torch.flatten(x, 1))
 
 
 def vgg16(num_classes: int | None = 1000, **options: Any) -> VGG16:
-    """VGG-16. Options are those of VGG16."""
+    """Build VGG-16 (https://arxiv.org/abs/1409.1556).
+
+    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, and one of
+    vgg16_bn with `norm="batch"`.
+
+    Args:
+        num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
+        options: Keyword arguments of `VGG16`. `norm` is None, as published, or "batch", "frozen" (batch normalization
+            with constant statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two
+            channels). `stages` is the number of stages, 5 by default.
+
+    Returns:
+        A `VGG16` with randomly initialized parameters.
+
+    Raises:
+        ValueError: If `norm` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.vgg16(num_classes=None, norm="frozen", stages=3)
+        >>> maps = model.stage_maps(torch.randn(1, 3, 32, 32))
+        >>> [tuple(x.shape) for x in maps]
+        [(1, 64, 32, 32), (1, 128, 16, 16), (1, 256, 8, 8)]
+    """
     return VGG16(num_classes, **options)

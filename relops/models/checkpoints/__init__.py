@@ -1,1 +1,1 @@
-"""Weights that others trained, under the names that they gave."""
+"""Loading of weights that other implementations trained and named."""

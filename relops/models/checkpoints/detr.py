@@ -1,4 +1,4 @@
-"""Loading of weights of DETR and Deformable DETR, of the released codes and of Hugging Face transformers."""
+"""Loading of DETR and Deformable DETR weights from the released implementations and from Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from relops.models.checkpoints.renaming import Rules, renamed
+from relops.models.checkpoints.renaming import Rules, rename_parameters
 from relops.models.detectors.deformable_detr import DeformableDETR
 from relops.models.detectors.detr import DETR
 
-# Names that transformers gives, in all of its versions, to those of the released codes.
+# These rules translate the names of all versions of transformers to those of the released implementations.
 TRANSFORMERS: Rules = [
     (r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone.body."),
     (r"^model\.input_proj(ection)?\.", "input_proj."),
@@ -26,7 +26,7 @@ TRANSFORMERS: Rules = [
     (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
     (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
     (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    # Its own ResNet, which may be in the place of timm's.
+    # The ResNet of transformers itself, which can replace that of timm.
     (r"^backbone\.body\.embedder\.embedder\.convolution\.", "backbone.body.conv1."),
     (r"^backbone\.body\.embedder\.embedder\.normalization\.", "backbone.body.bn1."),
     (r"^backbone\.body\.encoder\.stages\.(\d+)\.layers\.", lambda x: f"backbone.body.layer{int(x[1]) + 1}."),
@@ -35,7 +35,8 @@ TRANSFORMERS: Rules = [
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
 ]
-# Where the released codes differ. Both decoders have self-attention first, but one has its normalization second.
+# The decoders of the released implementations differ. Both begin with self-attention, but the normalization after it is
+# norm1 in DETR and norm2 in Deformable DETR.
 DETR_DECODER: Rules = [
     (r"\.self_attn_layer_norm\.", ".norm1."),
     (r"\.encoder_attn_layer_norm\.", ".norm2."),
@@ -49,67 +50,87 @@ DEFORMABLE_DECODER: Rules = [
 
 
 def load_detr(model: DETR | DeformableDETR, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a state_dict of DETR or Deformable DETR, in any of its variants, of the released code or of transformers.
+    """Load a state_dict of DETR or Deformable DETR from the released code or from Hugging Face transformers.
+
+    All variants of both detectors (https://arxiv.org/abs/2005.12872 and https://arxiv.org/abs/2010.04159) can be
+    loaded. The released weights are loaded as follows::
+
+        model = relops.models.detr(91)
+        relops.models.load_detr(model, torch.load("detr-r50-e632da11.pth")["model"])
 
     Args:
-        model: `detr` or `deformable_detr` of the same sizes and options, on a ResNet with frozen normalization.
-        state_dict: of the released code, whose checkpoints have it under "model", or of transformers'
-            DetrForObjectDetection or DeformableDetrForObjectDetection of any version, also as its files have it, where
-            of parameters that are shared only one is left.
+        model: Detector built by `relops.models.detr` or `relops.models.deformable_detr` with the same sizes and
+            options, on a ResNet with frozen normalization.
+        state_dict: Parameters of the released code, whose checkpoints store them under "model", or of
+            DetrForObjectDetection or DeformableDetrForObjectDetection from any version of transformers. If parameters
+            are shared, a single copy of them is enough, as in the files of transformers. A state_dict of relops is
+            accepted, too.
 
     Raises:
-        RuntimeError: a parameter that is missing, or left over, or of another shape, by its name in the released code
-            (a body that is in `backbone.0` there is in `backbone` here).
-        ValueError: a head of Deformable DETR that is there twice with different values, or heads that are one where
-            the model has one a layer, or the other way round.
+        RuntimeError: If a parameter is missing, unexpected or of the wrong shape. The message uses the parameter names
+            of the released code, except that the backbone is called `backbone` instead of `backbone.0`.
+        ValueError: If a head of Deformable DETR is stored twice with different values, or if the state_dict has one
+            head for all layers and the model has one head per layer, or vice versa.
 
     Example:
-        >>> model = relops.models.detr(91)
-        >>> relops.models.load_detr(model, torch.load("detr-r50-e632da11.pth")["model"])
+        >>> import torch, relops
+        >>> options = dict(backbone="resnet18-frozen-8", channels=16, hidden=32, encoder_layers=1, decoder_layers=1)
+        >>> model, trained = relops.models.detr(3, **options), relops.models.detr(3, **options)
+        >>> relops.models.load_detr(model, trained.state_dict())
+        >>> torch.equal(model.class_embed.weight, trained.class_embed.weight)
+        True
     """
     if any(name.startswith("model.") for name in state_dict):
         rules = [*TRANSFORMERS, *(DEFORMABLE_DECODER if isinstance(model, DeformableDETR) else DETR_DECODER)]
-        state_dict = _with_one_projection(renamed(state_dict, rules))
+        state_dict = _merge_projections(rename_parameters(state_dict, rules))
     else:
-        state_dict = renamed(state_dict, [(r"^backbone\.0\.body\.", "backbone.body.")])
+        state_dict = rename_parameters(state_dict, [(r"^backbone\.0\.body\.", "backbone.body.")])
     if isinstance(model, DeformableDETR):
-        state_dict = _with_heads_of_layers(state_dict, model)
+        state_dict = _expand_heads(state_dict, model)
     model.load_state_dict(state_dict)
 
 
-def _with_one_projection(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Concatenate the projections of queries, keys and values, which torch's attention has as one."""
+def _merge_projections(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Concatenate the projections of queries, keys and values, which torch's attention stores as one parameter."""
     for name in list(state_dict):
-        if found := re.fullmatch(r"(.*_attn\.)q_proj\.(weight|bias)", name):
-            three = [f"{found[1]}{x}_proj.{found[2]}" for x in "qkv"]
-            if all(x in state_dict for x in three):
-                state_dict[f"{found[1]}in_proj_{found[2]}"] = torch.cat([state_dict.pop(x) for x in three])
+        if match := re.fullmatch(r"(.*_attn\.)q_proj\.(weight|bias)", name):
+            names = [f"{match[1]}{x}_proj.{match[2]}" for x in "qkv"]
+            if all(x in state_dict for x in names):
+                state_dict[f"{match[1]}in_proj_{match[2]}"] = torch.cat([state_dict.pop(x) for x in names])
     return state_dict
 
 
-def _with_heads_of_layers(state_dict: Mapping[str, Tensor], model: DeformableDETR) -> dict[str, Tensor]:
-    """The heads of each layer by one name: the decoder's are the model's, and a first layer's alone are all layers'."""
+def _expand_heads(state_dict: Mapping[str, Tensor], model: DeformableDETR) -> dict[str, Tensor]:
+    """Return the state_dict with one name for each head, and with a head for each layer.
+
+    Heads inside the decoder get the names of the heads of the model. If the state_dict has a head for the first layer
+    only, all layers get a copy of it.
+    """
     heads: dict[str, Tensor] = {}
     for name, value in state_dict.items():
-        own = re.sub(r"^transformer\.decoder\.(?=class_embed|bbox_embed)", "", name)
-        if own in heads and not torch.equal(heads[own], value):
-            raise ValueError(f"relops.models: {own} and transformer.decoder.{own} of state_dict must be equal")
-        heads[own] = value
+        head_name = re.sub(r"^transformer\.decoder\.(?=class_embed|bbox_embed)", "", name)
+        if head_name in heads and not torch.equal(heads[head_name], value):
+            raise ValueError(
+                f"relops.models: {head_name} and transformer.decoder.{head_name} of state_dict must be equal"
+            )
+        heads[head_name] = value
     for head in ("class_embed", "bbox_embed"):
         first = {name: x for name, x in heads.items() if name.startswith(f"{head}.0.")}
         if not any(name.startswith(f"{head}.1.") for name in heads):
             layers = range(1, len(getattr(model, head)))
-            heads |= {_of_layer(name, i): x for name, x in first.items() for i in layers}
+            heads |= {_name_in_layer(name, i): x for name, x in first.items() for i in layers}
 
-    of_layers = {name: x for name, x in heads.items() if re.match(r"(class|bbox)_embed\.\d", name)}
-    differ = [name for name, x in of_layers.items() if not torch.equal(x, heads.get(_of_layer(name, 0), x))]
-    if differ and not model.refine:
-        raise ValueError(f"relops.models: {differ[0]} of state_dict must be the first layer's where refine is False")
-    if not differ and model.refine and not model.two_stage and len(model.bbox_embed) > 1:
-        raise ValueError("relops.models: bbox_embed of state_dict must have a head a layer where refine is True")
+    layer_heads = {name: x for name, x in heads.items() if re.match(r"(class|bbox)_embed\.\d", name)}
+    differing = [name for name, x in layer_heads.items() if not torch.equal(x, heads.get(_name_in_layer(name, 0), x))]
+    if differing and not model.refine:
+        raise ValueError(
+            f"relops.models: {differing[0]} of state_dict must equal that of the first layer if refine is False"
+        )
+    if not differing and model.refine and not model.two_stage and len(model.bbox_embed) > 1:
+        raise ValueError("relops.models: bbox_embed of state_dict must have one head per layer if refine is True")
     return heads
 
 
-def _of_layer(name: str, i: int) -> str:
-    """The name of the same parameter of the head of the i-th layer."""
+def _name_in_layer(name: str, i: int) -> str:
+    """Return the name of the same parameter in the head of the i-th layer."""
     return re.sub(r"\d+", str(i), name, count=1)

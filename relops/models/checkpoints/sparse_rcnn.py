@@ -1,4 +1,4 @@
-"""Loading of weights of Sparse R-CNN that the released code trained."""
+"""Loading of Sparse R-CNN weights that were trained with the released code."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from relops.models.checkpoints.renaming import Rules, renamed
+from relops.models.checkpoints.renaming import Rules, rename_parameters
 from relops.models.detectors.sparse_rcnn import SparseRCNN
 
-RENAMES: Rules = (
+# These rules translate the names of a feature pyramid of detectron2.
+BACKBONE_RULES: Rules = (
     (r"^backbone\.bottom_up\.stem\.", lambda m: "backbone.body."),
     (r"^backbone\.bottom_up\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
     (r"\.conv(\d)\.norm\.", lambda m: f".bn{m[1]}."),
@@ -17,23 +18,33 @@ RENAMES: Rules = (
     (r"\.shortcut\.", lambda m: ".downsample.0."),
     (r"^backbone\.fpn_lateral(\d)\.", lambda m: f"backbone.fpn.inner_blocks.{int(m[1]) - 2}.0."),
     (r"^backbone\.fpn_output(\d)\.", lambda m: f"backbone.fpn.layer_blocks.{int(m[1]) - 2}.0."),
-)  # of detectron2's pyramids
+)
 
 
 def load_sparse_rcnn(model: SparseRCNN, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a state_dict of the released code, whose backbone has detectron2's names; all others are ours.
+    """Load a state_dict of the released code of Sparse R-CNN (https://arxiv.org/abs/2011.12450).
 
-    Images are to be as `batch_images` makes them: RGB, by the mean and standard deviation that the released code has.
+    The released code names the parameters of the backbone as detectron2 does, and they are renamed. All other names are
+    identical. Images must be normalized as `relops.models.batch_images` does: RGB, with the mean and standard deviation
+    of the released code. The released weights are loaded as follows::
+
+        model = relops.models.sparse_rcnn(80)
+        relops.models.load_sparse_rcnn(model, torch.load("r50_100pro_3x_model.pth"))
 
     Args:
-        model: `sparse_rcnn` of as many classes, proposals and stages, on resnet50-frozen or resnet101-frozen.
-        state_dict: what the released files hold.
+        model: Detector built by `relops.models.sparse_rcnn` with the same number of classes, proposals and stages, on
+            "resnet50-frozen" or "resnet101-frozen".
+        state_dict: Parameters of the released code. A state_dict of relops is accepted, too.
 
     Raises:
-        RuntimeError: a parameter that is missing, or left over, or of another shape.
+        RuntimeError: If a parameter is missing, unexpected or of the wrong shape.
 
     Example:
-        >>> model = relops.models.sparse_rcnn(80)
-        >>> relops.models.load_sparse_rcnn(model, torch.load("r50_100pro_3x_model.pth"))
+        >>> import torch, relops
+        >>> options = dict(backbone="resnet18-frozen-8", channels=16, hidden=32, proposals=10, stages=2)
+        >>> model, trained = relops.models.sparse_rcnn(3, **options), relops.models.sparse_rcnn(3, **options)
+        >>> relops.models.load_sparse_rcnn(model, trained.state_dict())
+        >>> torch.equal(model.init_proposal_features.weight, trained.init_proposal_features.weight)
+        True
     """
-    model.load_state_dict(renamed(state_dict, RENAMES))
+    model.load_state_dict(rename_parameters(state_dict, BACKBONE_RULES))

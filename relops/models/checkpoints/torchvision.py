@@ -1,4 +1,4 @@
-"""Loading of weights under torchvision's names: those of classifiers, and of its detectors."""
+"""Loading of weights of classifiers, and of the detectors of torchvision."""
 
 from __future__ import annotations
 
@@ -13,14 +13,26 @@ from relops.models.parts.roi_heads import TwoFC
 
 
 def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None:
-    """Load the weights of a classifier into a detector's backbone, and fc6 and fc7 of a VGG-16 into its head.
+    """Load the weights of a classifier into the backbone of a detector.
+
+    If the classifier is a VGG-16, its fully connected layers fc6 and fc7 are also loaded into the head of the detector,
+    if the head has these layers.
 
     Args:
-        model: a detector.
-        state_dict: of the classifier, torchvision's or ours; what the detector does not have is left out.
+        model: Detector.
+        state_dict: Parameters of a classifier of relops or torchvision. Parameters that the detector does not have are
+            ignored.
 
     Raises:
-        ValueError: a parameter that is missing, or of another shape.
+        ValueError: If a parameter is missing or has the wrong shape.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.faster_rcnn_fpn(3, backbone="resnet18-frozen-8", channels=16, hidden=32)
+        >>> classifier = relops.models.resnet18(num_classes=10, width=8)
+        >>> relops.models.load_backbone(model, classifier.state_dict())
+        >>> torch.equal(model.backbone.body.conv1.weight, classifier.conv1.weight)
+        True
     """
     targets = {name: (name, value) for name, value in model.backbone.body.state_dict().items()}
     head = getattr(getattr(model, "roi_heads", None), "box_head", None)
@@ -30,7 +42,7 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
     with torch.no_grad():
         for name, value in targets.values():
             if name not in state_dict:
-                raise ValueError(f"relops.models: state_dict must have {name}, which the backbone has")
+                raise ValueError(f"relops.models: state_dict must have {name}, which the detector needs")
             if state_dict[name].shape != value.shape:
                 raise ValueError(
                     f"relops.models: {name} of state_dict must be {list(value.shape)}, got "
@@ -40,16 +52,32 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
 
 
 def load_torchvision(model: nn.Module, state_dict: Mapping[str, Tensor], norm_eps: float | None = None) -> None:
-    """Load a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, of any of its versions.
+    """Load a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn.
+
+    State_dicts of all versions of torchvision can be loaded. Names that older versions used are translated, and all
+    other names are identical. The weights that torchvision publishes are loaded as follows::
+
+        model = relops.models.faster_rcnn_fpn(90)
+        state_dict = torch.load("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
+        relops.models.load_torchvision(model, state_dict, norm_eps=0.0)
 
     Args:
-        model: `faster_rcnn_fpn` or `mask_rcnn` of as many classes, without the background (90 for COCO).
-        state_dict: torchvision's. Names that older versions gave are renamed; all others are ours.
-        norm_eps: of the backbone's frozen normalization. torchvision makes it 0 where it loads its own COCO_V1 weights;
-            None leaves it at 1e-5, as for all others.
+        model: Detector built by `relops.models.faster_rcnn_fpn` or `relops.models.mask_rcnn` with the same number of
+            classes. The background does not count as a class here, so models for COCO have 90 classes.
+        state_dict: Parameters of torchvision's detector. A state_dict of relops is accepted, too.
+        norm_eps: Epsilon of the frozen normalization layers of the backbone. torchvision sets it to 0 when it loads its
+            own COCO_V1 weights. None leaves it at 1e-5, which is correct for all other weights.
 
     Raises:
-        RuntimeError: a parameter that is missing, or left over, or of another shape.
+        RuntimeError: If a parameter is missing, unexpected or of the wrong shape.
+
+    Example:
+        >>> import torch, relops
+        >>> options = dict(backbone="resnet18-frozen-8", channels=16, hidden=32)
+        >>> model, trained = relops.models.faster_rcnn_fpn(3, **options), relops.models.faster_rcnn_fpn(3, **options)
+        >>> relops.models.load_torchvision(model, trained.state_dict())
+        >>> torch.equal(model.rpn.head.cls_logits.weight, trained.rpn.head.cls_logits.weight)
+        True
     """
     renamed = {}
     for name, value in state_dict.items():
