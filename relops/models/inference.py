@@ -19,8 +19,8 @@ def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 
     Args:
         images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1.
         min_size: Length in pixels to which the shorter side of each image is resized.
-        max_size: Maximum length in pixels of the longer side. If it would be exceeded, the longer side is resized to
-            `max_size`, and the shorter side is smaller than `min_size`.
+        max_size: Maximum length in pixels of the longer side. If resizing to `min_size` would exceed it, the longer
+            side is resized to `max_size`, and the shorter side becomes smaller than `min_size`.
 
     Returns:
         A tuple of three tensors. The first holds the images [N,3,H,W], padded with zeros to the right and below so that
@@ -73,8 +73,8 @@ def detect(
         images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1. They are normalized, resized and
             padded to one batch.
         min_size: Length in pixels to which the shorter side of each image is resized.
-        max_size: Maximum length in pixels of the longer side. If it would be exceeded, the longer side is resized to
-            `max_size`, and the shorter side is smaller than `min_size`.
+        max_size: Maximum length in pixels of the longer side. If resizing to `min_size` would exceed it, the longer
+            side is resized to `max_size`, and the shorter side becomes smaller than `min_size`.
 
     Returns:
         A dict for each image, with the entries "boxes" [D,4] as x1, y1, x2, y2 in pixels of the image, "scores" [D] and

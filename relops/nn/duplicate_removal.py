@@ -59,7 +59,7 @@ class DuplicateRemoval(nn.Module):
     and the other classes are computed in groups of similar length. On CUDA and under torch.compile, no shape depends on
     values, so the host never waits for the device.
 
-    The parameters of the released code can be used with `geometry="official"`. They have these names here::
+    The parameters of the released code can be used with `geometry="official"`. Their names in relops are::
 
         nms_rank_weight, nms_rank_bias                               rank.weight [128,1024], rank.bias
         roi_feat_embedding_weight, roi_feat_embedding_bias           feature.weight [128,1024], feature.bias
@@ -73,15 +73,16 @@ class DuplicateRemoval(nn.Module):
         channels: Width of the features.
         first_n: Maximum number of objects per class. The released code uses 100, and 150 with a feature pyramid.
         thresholds: E IoU thresholds. The network predicts one s1 for each of them.
-        score_threshold: An object is excluded from a class if its s0 is not larger than this number, also in training.
-            The released code excludes only whole classes, and only at test time. Use 0 to reproduce its training.
-        positive_weight: Weight in the loss of the one correct box of each object. All other boxes have weight 1.
+        score_threshold: An object is excluded from a class if its s0 is not larger than this number. This also applies
+            in training. The released code excludes only whole classes, and only at test time. Set the threshold to 0 to
+            reproduce the training of the released code.
+        positive_weight: Weight of the correct box of each object in the loss. All other boxes have weight 1.
         rank_dim: Width of the rank embedding. It is 1024 in the released code and 128 in the paper.
         hidden_dim: Width of the features inside the `ObjectRelation`; must be divisible by `heads`.
         heads: Number of relations.
         head_dim: Width of the queries and keys of each relation.
-        geometry: Box by whose size the distance of two boxes is divided: that of the key ("paper") or, as in the
-            released code, that of the query ("official").
+        geometry: The distance between two boxes is divided by the size of the key's box ("paper") or, as in the
+            released code, of the query's box ("official").
 
     Raises:
         ValueError: If `heads` does not divide `hidden_dim`, or `geometry` is unknown.

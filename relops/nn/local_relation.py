@@ -17,14 +17,15 @@ class LocalRelation(nn.Module):
     """The local relation layer (Local Relation Networks for Image Recognition, https://arxiv.org/abs/1904.11491).
 
     The layer resembles a convolution whose weights are computed for each pixel from the contents of its window. Two 1x1
-    convolutions compute a query and a key, which are one number per pixel and group of channels. A prior, which depends
-    on the position in the window, is added to the similarity of query and key. A softmax over the window turns the sums
-    into weights, and the channels of the group are averaged with these weights (see `relops.local_relation`). The
-    values are the input itself. A 1x1 convolution over all channels follows.
+    convolutions compute a query and a key, each of which is a single number per pixel and group of channels. A prior,
+    which depends on the position in the window, is added to the similarity of query and key. A softmax over the window
+    turns the sums into weights, and the channels of the group are averaged with these weights (see
+    `relops.local_relation`). The values are the input itself. A 1x1 convolution over all channels follows the
+    aggregation.
 
     The paper does not define the position of a tap. Here it is the offset (x, y) of the tap from the center, counted in
-    taps and divided by max(k // 2, 1), whatever the dilation. Positions range from -1 to 1 if k is odd, and stay below
-    1 if k is even.
+    taps and divided by max(k // 2, 1), regardless of the dilation. Positions range from -1 to 1 if k is odd, and stay
+    below 1 if k is even.
 
     Args:
         channels: Number C of input and output channels.

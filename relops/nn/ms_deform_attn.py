@@ -115,7 +115,7 @@ class MSDeformAttn(nn.Module):
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159), with the signature of transformers.
+    """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159), with the signature that transformers uses.
 
     The layer replaces the layer of the same name in Hugging Face transformers and calls `relops.ms_deform_attn`. It has
     neither parameters nor an ``__init__`` method, so transformers itself can also substitute it, through

@@ -23,8 +23,8 @@ class MultiScaleRoIAlign(nn.Module):
         output_size: Height and width (PH,PW) of the output, or one int for both.
         sampling_ratio: Number of samples per bin along each axis, at most 65536. If it is not positive, the size of the
             bin in pixels, rounded up, is used.
-        canonical_scale: Side, in pixels of the image, of a square box that is assigned to `canonical_level`.
-        canonical_level: Level of a square box of side `canonical_scale`. Level 4 has a scale of 1/16.
+        canonical_scale: Side length, in pixels of the image, of a square box that is assigned to `canonical_level`.
+        canonical_level: Level of a square box of side length `canonical_scale`. Level 4 has a scale of 1/16.
 
     Example:
         >>> import torch, relops
@@ -104,7 +104,7 @@ def _pool(
     canonical_scale: int,
     canonical_level: int,
 ) -> Tensor:
-    """Compute the whole of `MultiScaleRoIAlign.forward`, so that torch.fx records it as one node."""
+    """Compute `MultiScaleRoIAlign.forward` in one function, which torch.fx records as one node."""
     if len(image_shapes) == 0:
         raise ValueError("relops.nn.MultiScaleRoIAlign: image_shapes must hold at least one (height, width), got none")
     image_height = 0

@@ -12,13 +12,13 @@ class ObjectRelation(nn.Module):
     """The object relation module (Relation Networks for Object Detection, https://arxiv.org/abs/1711.11575).
 
     The module computes M relation features of each object, concatenates them and adds them to the feature of the
-    object. Each relation feature is a weighted mean over all objects, whose features are projected to C / M channels.
-    The weights depend on appearance and relative geometry (see `relops.relation_attention`). The kernel computes the
-    terms of each pair of boxes when it needs them. It stores nothing for each pair, so modules that see the same boxes
-    do not need to share an embedding.
+    object. Each relation feature is a weighted mean of the features of all objects, projected to C / M channels. The
+    weights depend on appearance and relative geometry (see `relops.relation_attention`). The kernel computes the terms
+    of each pair of boxes when it needs them. It stores nothing for each pair, so modules that see the same boxes do not
+    need to share an embedding.
 
-    The parameters of the released code can be used with `geometry="official"`. Those of its module i have these names
-    here::
+    The parameters of the released code can be used with `geometry="official"`. The parameters of its module i have
+    these names in relops::
 
         query_i_weight, query_i_bias                        query.weight [M*D,C], query.bias [M*D]
         key_i_weight, key_i_bias                            key.weight [M*D,C], key.bias [M*D]
@@ -27,19 +27,19 @@ class ObjectRelation(nn.Module):
 
     In the released code, linear_out is a grouped 1x1 convolution [C,C,1,1], applied to M * C channels: the weighted
     means of the unprojected features. Here, `value` projects the features before they are averaged. The result is the
-    same, because the mean of projected features is the projected mean, but it takes M times less work. The rows of head
-    m in the weight of linear_out are the rows of head m in the weight of `value`.
+    same, because the mean of projected features is the projected mean, but computing it takes M times less work. The
+    rows of head m in the weight of linear_out are the rows of head m in the weight of `value`.
 
-    With Adam, `query` and `key` should learn at a tenth of the learning rate. The weights are exponentials of products
-    of the two, and the first steps of Adam are as large as the initial parameters. At the full rate, a few objects
-    could outweigh any geometry from then on.
+    With Adam, `query` and `key` should learn at a tenth of the learning rate. The attention weights are exponentials of
+    products of the two, and the first steps of Adam are as large as the initial parameters. At the full learning rate,
+    a few objects could outweigh any geometry permanently.
 
     Args:
         channels: Width C of the features; must be divisible by `heads`.
         heads: Number M of relations.
         head_dim: Width D of the queries and keys of each relation.
-        geometry: Box by whose size the distance of two boxes is divided: that of the key ("paper") or, as in the
-            released code, that of the query ("official").
+        geometry: The distance between two boxes is divided by the size of the key's box ("paper") or, as in the
+            released code, of the query's box ("official").
 
     Raises:
         ValueError: If `heads` does not divide `channels`, or `geometry` is unknown.

@@ -22,7 +22,7 @@ class Body(nn.Module):
     def parts(self) -> list[list[nn.Module]]:
         """Return, for each stage, the modules that compute its map from the map of the previous stage.
 
-        Stages are frozen through these modules.
+        To freeze a stage, freeze these modules.
         """
         raise NotImplementedError
 

@@ -29,10 +29,10 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
     """Build a body by name, without a classifier.
 
     Args:
-        name: "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "zf", "lr_net26" or "lr_net50". A ResNet, VGG-16
-            or ZF may be followed by a normalization: "-bn", "-frozen" or "-gn". A ResNet or LR-Net may then be followed
-            by a width; the default is 64. Examples are "resnet18-gn-32" and "lr_net26-32".
-        frozen_stages: Number of stages, from the first, that are not trained.
+        name: "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "zf", "lr_net26" or "lr_net50". The name of a
+            ResNet, VGG-16 or ZF may be followed by a normalization: "-bn", "-frozen" or "-gn". The name of a ResNet or
+            LR-Net may then be followed by a width; the default is 64. Examples are "resnet18-gn-32" and "lr_net26-32".
+        frozen_stages: Number of stages that are not trained, counted from the first.
         options: Keyword arguments of the network, such as `stages` and `dilated` of ResNets and LR-Nets.
 
     Returns:

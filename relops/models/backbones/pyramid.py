@@ -37,7 +37,7 @@ class FeaturePyramid(nn.Module):
                 zero_bias(module)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Combine feature maps.
+        """Compute the pyramid of feature maps.
 
         Args:
             maps: Maps [N,Ci,Hi,Wi] from fine to coarse.

@@ -71,7 +71,7 @@ class ResNet(Body):
 
     The stem reduces images to a quarter of their height and width, and each stage except the first halves the map
     again. Parameters have the names of torchvision, so a state_dict of a ResNet of torchvision can be loaded unchanged.
-    With `norm="frozen"`, its entries num_batches_tracked are ignored.
+    With `norm="frozen"`, entries named num_batches_tracked are ignored.
 
     Args:
         block: BasicBlock or Bottleneck, the classes in relops.models.backbones.resnet.

@@ -24,7 +24,7 @@ class VGG16(Chain):
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
-        norm: Normalization after each convolution: None, as published, or "batch", "frozen" (batch normalization with
+        norm: Normalization after each convolution: None (as published), "batch", "frozen" (batch normalization with
             constant statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two
             channels).
         stages: Number of stages, at most 5. Detectors use fewer if they need no deeper map.
@@ -113,7 +113,7 @@ def vgg16(num_classes: int | None = 1000, **options: Any) -> VGG16:
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
-        options: Keyword arguments of `VGG16`. `norm` is None, as published, or "batch", "frozen" (batch normalization
+        options: Keyword arguments of `VGG16`. `norm` is None (as published), "batch", "frozen" (batch normalization
             with constant statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two
             channels). `stages` is the number of stages, 5 by default.
 

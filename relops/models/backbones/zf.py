@@ -21,9 +21,9 @@ class ZF(Chain):
     conv2 and conv5, at strides of 2, 8 and 16.
 
     Args:
-        norm: Normalization: None, as published (local response normalization after the first two convolutions), or,
-            after each convolution, "batch", "frozen" (batch normalization with constant statistics and weights) or
-            "group" (32 groups, or fewer if a group would have fewer than two channels).
+        norm: None uses local response normalization after the first two convolutions, as published. "batch", "frozen"
+            (batch normalization with constant statistics and weights) and "group" (32 groups, or fewer if a group would
+            have fewer than two channels) normalize after each convolution.
 
     Attributes:
         channels: Number of channels of the map of each stage.
@@ -69,9 +69,10 @@ def zf(**options: Any) -> ZF:
     """Build the network of Zeiler and Fergus (https://arxiv.org/abs/1311.2901), without a classifier.
 
     Args:
-        options: Keyword arguments of `ZF`. `norm` is None, as published (local response normalization after the first
-            two convolutions), or, after each convolution, "batch", "frozen" (batch normalization with constant
-            statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels).
+        options: Keyword arguments of `ZF`. With `norm=None`, the first two convolutions are followed by local response
+            normalization, as published. With "batch", "frozen" (batch normalization with constant statistics and
+            weights) or "group" (32 groups, or fewer if a group would have fewer than two channels), every convolution
+            is followed by that normalization.
 
     Returns:
         A `ZF` with randomly initialized parameters.

@@ -15,8 +15,8 @@ from relops.models.parts.roi_heads import TwoFC
 def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None:
     """Load the weights of a classifier into the backbone of a detector.
 
-    If the classifier is a VGG-16, its fully connected layers fc6 and fc7 are also loaded into the head of the detector,
-    if the head has these layers.
+    The fully connected layers fc6 and fc7 of a VGG-16 are also loaded into the head of the detector if the head has
+    these layers.
 
     Args:
         model: Detector.
