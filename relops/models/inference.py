@@ -28,7 +28,7 @@ def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 
         padding. The third holds the scales [N,2], by which the height and width of each image were multiplied.
 
     Raises:
-        ValueError: If an image is not a floating-point tensor [3,H,W].
+        ValueError: If there is no image, or an image is not a floating-point tensor [3,H,W].
 
     Example:
         >>> import torch, relops
@@ -39,6 +39,8 @@ def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 
         >>> sizes.tolist()
         [[64.0, 85.0], [64.0, 64.0]]
     """
+    if not images:
+        raise ValueError("relops.models: images must contain at least one image, got none")
     resized, scales = [], []
     for i, image in enumerate(images):
         if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():

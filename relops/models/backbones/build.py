@@ -39,15 +39,15 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
         The network with randomly initialized parameters.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the network does not take the normalization or the width.
     """
     match = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
-    if not match:
+    kind, norm, width = match.groups() if match else ("", None, None)
+    if not kind or (norm and kind.startswith("lr_net")) or (width and kind in ("vgg16", "zf")):
         raise ValueError(
             f"relops.models: backbone must be one of {', '.join(BODIES)}, optionally followed by "
-            f"-{', -'.join(NORM_SUFFIXES)} and, for a ResNet or LR-Net, by -WIDTH, got {name!r}"
+            f"-{', -'.join(NORM_SUFFIXES)} (except after an LR-Net) and, for a ResNet or LR-Net, by -WIDTH, got {name!r}"
         )
-    kind, norm, width = match.groups()
     if norm:
         options["norm"] = NORM_SUFFIXES[norm]
     if width:
