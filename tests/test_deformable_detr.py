@@ -145,7 +145,7 @@ def test_exports_for_any_number_of_images() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"two_stage": True}, "two_stage needs refine"),
+        ({"two_stage": True}, "two_stage of deformable_detr requires refine=True"),
         ({"channels": 40}, "divisible by 32, got 40"),
         ({"levels": 0}, "at least 1, got 0"),
     ],

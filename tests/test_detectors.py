@@ -264,7 +264,7 @@ def test_detections_by_hand() -> None:
     probabilities = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.7, 0.1], [0.5, 0.03, 0.47]])
     deltas = torch.zeros(3, 12)
     deltas[2, 8] = 10 * 0.5  # of class 1: half a width to the right, out of the image, and clipped
-    module = heads(probabilities.log(), deltas, most=5).eval()
+    module = heads(probabilities.log(), deltas, max_detections=5).eval()
     found = module.detect(
         [], Proposals(boxes, torch.ones(1, 4), torch.tensor([[1, 1, 1, 0]]).bool()), torch.tensor([[60.0, 100]])
     )
@@ -558,7 +558,7 @@ def test_only_joint_training_reaches_the_rpn() -> None:
 
 
 def test_joint_training_needs_align() -> None:
-    with pytest.raises(ValueError, match='roi must be "align" where training is "joint"'):
+    with pytest.raises(ValueError, match='roi must be "align" if training is "joint"'):
         relops.models.faster_rcnn(3, training="joint", backbone="zf")
 
 

@@ -271,7 +271,7 @@ def test_detections_by_hand() -> None:
     with torch.no_grad():
         heads.duplicate_removal.logit.weight.zero_()
         heads.duplicate_removal.logit.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).logit())
-    heads.most = 6
+    heads.max_detections = 6
     valid = torch.tensor([[1, 1, 1, 0]]).bool()
     found = heads.detect([], Proposals(boxes, valid.float(), valid), torch.tensor([[60.0, 80]]))
     # Both copies of the first box are kept: that one is a duplicate is for the network to say.
@@ -280,7 +280,7 @@ def test_detections_by_hand() -> None:
     torch.testing.assert_close(
         found.boxes[0, :4], torch.tensor([[10.0, 10, 50, 50], [10, 10, 50, 50], [75, 10, 80, 50], [10, 10, 50, 50]])
     )
-    heads.most = 100
+    heads.max_detections = 100
     found = heads.detect([], Proposals(boxes, valid.float(), valid), torch.tensor([[60.0, 80]]))
     assert found.labels.shape == (1, 12) and (found.labels >= 0).sum() == 6
     assert not found.boxes[0, 6:].any() and not found.scores[0, 6:].any()

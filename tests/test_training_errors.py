@@ -658,7 +658,7 @@ def test_no_gpu(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
         ("train --channels 0", "channels must be at least 1, got 0"),
         ("train --model faster_rcnn_fpn --backbone vgg16", "backbone must have four stages"),
         ("train --model faster_rcnn_fpn --backbone resnet18-gn-0", "options of model faster_rcnn_fpn: "),
-        ("train --model faster_rcnn_fpn --option sizes=(8,)", "sizes must be one of each of 5 levels"),
+        ("train --model faster_rcnn_fpn --option sizes=(8,)", "sizes must have 5 entries, one per level"),
         ("train --model faster_rcnn_fpn --option num_samples=many", "num_samples must be int, got 'many'"),
         ("train --model faster_rcnn_fpn --option num_samples={[]:1}", "num_samples must be int"),
         (

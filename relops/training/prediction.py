@@ -99,7 +99,7 @@ def propose(
     images = Transformed(data, detector.min_size, detector.max_size)
     proposals = {}
     for batch in load_batches(images, batches, workers, detector.device):
-        found = model.propose(batch.images.to(detector.device), batch.sizes.to(detector.device), most=count)
+        found = model.propose(batch.images.to(detector.device), batch.sizes.to(detector.device), max_proposals=count)
         boxes = found[0].float().cpu() / batch.scales.flip(1).repeat(1, 2)[:, None]
         for image_id, of_image in zip(batch.image_ids.tolist(), boxes):
             padding = (of_image == 0).all(1)

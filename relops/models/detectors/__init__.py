@@ -1,1 +1,5 @@
-"""The detectors, a file each. `relops.models` exports them; exported here, their functions would hide the files."""
+"""The detectors, one file each.
+
+`relops.models` exports the functions that build them. If this package exported these functions, they would hide the
+modules of the same names.
+"""

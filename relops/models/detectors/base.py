@@ -10,33 +10,42 @@ from relops.models.structures import Targets
 
 
 class BaseDetector(nn.Module):
-    """The interface that training and detection rely on.
+    """The interface of all detectors, which the training and inference code relies on.
 
-    In training mode `detector(images, sizes, targets)` gives losses, to be added; in evaluation mode
-    `detector(images, sizes)` gives Detections. Nothing in it waits for a CUDA device, but where a detector says so.
+    In training mode, `detector(images, sizes, targets)` returns a dict of scalar losses, which are added up for
+    training. In evaluation mode, `detector(images, sizes)` returns `Detections`. Neither mode waits for a CUDA device,
+    unless the documentation of a detector says so. The arguments are:
 
-    Inputs:
-        images: [N,3,H,W], normalized as the backbone wants them, padded to the right and below.
-        sizes: [N,2] height and width of each image without its padding, in pixels; None: there is none.
-        targets: Targets; needed for training only. Boxes without an extent, or not finite, are as if absent.
+    - `images`: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
+    - `sizes`: [N,2], the height and width of each image in pixels, without its padding. None if there is no padding.
+    - `targets`: The ground truth, a `Targets`. Boxes that are not finite, or whose width or height is not positive, are
+      ignored.
     """
 
-    phases: tuple[tuple[str, float], ...] = (("", 1.0),)  # of training, with their shares of the iterations
-    uses_proposals = False  # of Targets
-    uses_masks = False
-    slower: tuple[str, ...] = ()  # names of modules that AdamW lets learn at a tenth of the rate
+    phases: tuple[tuple[str, float], ...] = (("", 1.0),)  # training phases: name and fraction of the iterations
+    uses_proposals = False  # whether the detector needs Targets.proposals
+    uses_masks = False  # whether the detector uses Targets.masks
+    slower: tuple[str, ...] = ()  # names of modules whose learning rate under AdamW is a tenth of the others'
 
     backbone: Backbone
 
     def start_phase(self, phase: int) -> None:
-        """Prepare the training of a phase. A detector with a single phase has nothing to prepare."""
+        """Prepare the training of a phase. A detector with a single training phase has nothing to prepare.
+
+        Args:
+            phase: The index of the phase in `phases`.
+        """
 
     def checked_sizes(self, images: Tensor, sizes: Tensor | None) -> Tensor:
-        """Return `sizes`, or the sizes of the images if it is None. Raise ValueError for shapes that do not fit."""
+        """Return `sizes`, or the height and width of the batch for each image if `sizes` is None.
+
+        Raises:
+            ValueError: If `images` or `sizes` has an invalid shape.
+        """
         name = f"relops.models.{type(self).__name__}"
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"{name}: images must be [N,3,H,W], got {list(images.shape)}")
-        N = images.shape[0]  # len() would make it a constant in torch.export
+        N = images.shape[0]  # torch.export would turn len(images) into a constant
         if sizes is None:
             height, width = (torch.full((N,), n, device=images.device) for n in images.shape[-2:])
             sizes = torch.stack([height, width], 1).float()
@@ -45,16 +54,19 @@ class BaseDetector(nn.Module):
         return sizes
 
     def checked_targets(self, images: Tensor, targets: Targets | None) -> Targets:
-        """Return the targets, with boxes without an extent marked as padding. Raise ValueError for shapes that do not
-        fit."""
+        """Return the targets with a label of -1 for every box that is not finite or has no positive width and height.
+
+        Raises:
+            ValueError: If `targets` is None or has an invalid shape.
+        """
         name, N = f"relops.models.{type(self).__name__}", images.shape[0]
         if targets is None:
-            raise ValueError(f"{name}: targets must be given in training, got None (eval() is for inference)")
+            raise ValueError(f"{name}: targets must be given in training mode, got None (call eval() for inference)")
         T = targets.labels.shape[-1]
         if targets.labels.shape != (N, T) or targets.boxes.shape != (N, T, 4) or T == 0:
             raise ValueError(
                 f"{name}: targets must have boxes [N,T,4] and labels [N,T] with N = {N} and T > 0, got "
                 f"{list(targets.boxes.shape)} and {list(targets.labels.shape)}"
             )
-        real = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
-        return targets._replace(labels=targets.labels.masked_fill(~real, -1))
+        has_extent = (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(-1) & targets.boxes.isfinite().all(-1)
+        return targets._replace(labels=targets.labels.masked_fill(~has_extent, -1))

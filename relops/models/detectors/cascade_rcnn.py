@@ -1,4 +1,4 @@
-"""Cascade R-CNN (Cai & Vasconcelos, https://arxiv.org/abs/1712.00726): three heads, each on the last one's boxes."""
+"""Cascade R-CNN (Cai & Vasconcelos, https://arxiv.org/abs/1712.00726), whose three heads refine boxes in turn."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from relops.models.detectors.faster_rcnn import pyramid
 from relops.models.detectors.two_stage import TwoStageDetector
 from relops.models.parts.box_coding import decode_boxes
 from relops.models.parts.boxes import clip_boxes, smaller_than
-from relops.models.parts.padding import present_rows, spread
+from relops.models.parts.padding import present_rows, scatter_rows
 from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFCHead
 from relops.models.parts.rpn import Proposals
 from relops.models.structures import Detections, Targets
 
 
 class CascadeRoIHeads(RoIHeads):
-    """Stages with an IoU of .5, .6 and .7 for positive regions, of which each refines the boxes that the next is given.
+    """Three stages, each of which refines the boxes that the next stage receives.
 
-    Boxes between stages are constants. Each stage samples anew; at inference the last boxes count, with the mean of the
-    scores that the stages gave. Deltas are of all classes together, and their weights 1, 2 and 3 times the first's.
+    The three stages treat a region as positive if its IoU with an object is at least 0.5, 0.6 and 0.7, respectively.
+    Each stage samples its own regions, and no gradients flow through boxes from one stage to another. In evaluation
+    mode, detections have the boxes of the last stage and the mean of the scores of all stages. Deltas are
+    class-agnostic. Their weights in the second and third stage are two and three times those in the first.
     """
 
     IOU = 0.5, 0.6, 0.7
@@ -37,7 +39,7 @@ class CascadeRoIHeads(RoIHeads):
         self.stage_weights = [(i * self.WEIGHTS[0], i * self.WEIGHTS[1]) for i in (1, 2, 3)]
 
     def refine(self, maps: list[Tensor], rois: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        """Scores [R,classes + 1] and deltas [R,4] of rows [R,5] by one stage."""
+        """Return the scores [R,classes+1] and the deltas [R,4] that one stage predicts for rows [R,5]."""
         logits, deltas = self.box_predictor[stage](self.box_head[stage](self.box_roi_pool(maps, rois)))
         return to_compute_dtype(logits), to_compute_dtype(deltas)
 
@@ -46,11 +48,12 @@ class CascadeRoIHeads(RoIHeads):
         for stage, iou in enumerate(self.IOU):
             samples = self.sample(proposals, targets, iou)
             valid = samples.classes >= 0
-            rois, place = present_rows(samples.boxes, valid)
+            rois, row_index = present_rows(samples.boxes, valid)
             logits, deltas = self.refine(maps, rois, stage)
             weights = self.stage_weights[stage]
-            losses |= self.box_losses(logits, deltas, samples, targets, place, weights, f"_{stage}")
-            boxes = clip_boxes(spread(decode_boxes(deltas.detach(), rois[:, 1:], weights), place, *valid.shape), sizes)
+            losses |= self.box_losses(logits, deltas, samples, targets, row_index, weights, f"_{stage}")
+            boxes = decode_boxes(deltas.detach(), rois[:, 1:], weights)
+            boxes = clip_boxes(scatter_rows(boxes, row_index, *valid.shape), sizes)
             valid = valid & ~smaller_than(boxes, 1e-2)
             proposals = Proposals(torch.where(valid[..., None], boxes, 0), valid.float(), valid)
         return losses
@@ -59,12 +62,12 @@ class CascadeRoIHeads(RoIHeads):
         N, P = proposals.valid.shape
         boxes, scores = proposals.boxes, []
         for stage, weights in enumerate(self.stage_weights):
-            rois, place = present_rows(boxes, proposals.valid)
+            rois, row_index = present_rows(boxes, proposals.valid)
             logits, deltas = self.refine(maps, rois, stage)
             scores.append(logits.softmax(-1)[:, 1:] / len(self.IOU))
-            boxes = clip_boxes(spread(decode_boxes(deltas, rois[:, 1:], weights), place, N, P), sizes)
+            boxes = clip_boxes(scatter_rows(decode_boxes(deltas, rois[:, 1:], weights), row_index, N, P), sizes)
         mean = functools.reduce(torch.add, scores)
-        return self.select(boxes[:, :, None], spread(mean, place, N, P), proposals, sizes)
+        return self.select(boxes[:, :, None], scatter_rows(mean, row_index, N, P), proposals, sizes)
 
 
 def cascade_rcnn(
@@ -77,16 +80,48 @@ def cascade_rcnn(
     num_samples: int = 512,
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
 ) -> TwoStageDetector:
-    """Cascade R-CNN on a feature pyramid.
+    """Build Cascade R-CNN on a feature pyramid: Faster R-CNN with three successive box heads.
+
+    Each head of the detector (Cai & Vasconcelos, https://arxiv.org/abs/1712.00726) refines the boxes of the previous
+    one. The heads are trained with IoU thresholds of 0.5, 0.6 and 0.7.
 
     Args:
-        num_classes: without the background.
-        backbone: a ResNet or LR-Net, as in `make_body`.
-        channels: of the pyramid and the RPN.
-        hidden: of the fully connected layers.
-        frozen_stages: of the backbone, not trained.
-        num_samples: regions an image and stage that losses are of.
-        sizes: of the anchors of each level, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
+        hidden: Width of the two fully connected layers of each box head.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        num_samples: Number of regions per image that are sampled for the losses of each box head.
+        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
+            size s has an area of s^2.
+
+    Returns:
+        A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness" and "rpn_boxes" and, for each head i from 0 to 2, "classes_i" and "boxes_i". In evaluation
+        mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per image. `images` is [N,3,H,W],
+        `sizes` is [N,2] with the height and width of each image without padding (None: no padding), and `targets` is a
+        `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does
+            not support its width.
+        ValueError: If `sizes` does not have five entries.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.cascade_rcnn(3, backbone="resnet18", channels=32, hidden=64)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes_0', 'boxes_1', 'boxes_2', 'classes_0', 'classes_1', 'classes_2', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     maps, rpn = pyramid(backbone, channels, frozen_stages, sizes)
     roi_heads = CascadeRoIHeads(

@@ -1,6 +1,9 @@
-"""Deformable DETR (Zhu et al., https://arxiv.org/abs/2010.04159): DETR whose attention looks at a few points of each
-level of a pyramid, with iterative bounding box refinement and two stages. Names of parameters are those of the released
-code, of which a state_dict loads through `load_detr`."""
+"""Deformable DETR (Zhu et al., https://arxiv.org/abs/2010.04159).
+
+It is DETR with attention to a few points on each level of a feature pyramid, iterative bounding box refinement, and an
+optional first stage that proposes boxes. Parameters have the names of the released code, whose state_dict can be loaded
+with `load_detr`.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,12 @@ Shapes = list[tuple[int, int]]
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
+    """Return the logit of x, which is clamped to [1e-5, 1 - 1e-5]."""
     return torch.logit(x, eps=1e-5)
 
 
 class EncoderLayer(FeedForward):
-    """Section 4.1, encoder: every pixel of every level asks a few points of each level around itself."""
+    """An encoder layer (section 4.1), in which every pixel attends to a few points around itself on each level."""
 
     def __init__(self, channels: int, hidden: int, levels: int, heads: int, points: int, dropout: float) -> None:
         super().__init__(channels, hidden, dropout)
@@ -48,12 +52,12 @@ class EncoderLayer(FeedForward):
         self.norm2 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, positions: Tensor, references: Tensor, shapes: Shapes, padding: Tensor) -> Tensor:
-        told = self.self_attn(x + positions, references, x, shapes, input_padding_mask=padding)
-        return self.norm2(self.feed_forward(self.norm1(x + self.dropout(told))))
+        attended = self.self_attn(x + positions, references, x, shapes, input_padding_mask=padding)
+        return self.norm2(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
 
 class DecoderLayer(FeedForward):
-    """Section 4.1, decoder: queries ask each other, then a few points of the maps around their reference."""
+    """A decoder layer (section 4.1), in which queries attend to each other and to points around their references."""
 
     def __init__(self, channels: int, hidden: int, levels: int, heads: int, points: int, dropout: float) -> None:
         super().__init__(channels, hidden, dropout)
@@ -68,12 +72,12 @@ class DecoderLayer(FeedForward):
     ) -> Tensor:
         query = x + positions
         x = self.norm2(x + self.dropout(self.self_attn(query, query, x, need_weights=False)[0]))
-        told = self.cross_attn(x + positions, references, memory, shapes, input_padding_mask=padding)
-        return self.norm3(self.feed_forward(self.norm1(x + self.dropout(told))))
+        attended = self.cross_attn(x + positions, references, memory, shapes, input_padding_mask=padding)
+        return self.norm3(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
 
 class DeformableTransformer(nn.Module):
-    """The parameters between the maps and the heads."""
+    """The encoder, the decoder and the parameters of the queries' references."""
 
     def __init__(
         self,
@@ -102,7 +106,7 @@ class DeformableTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the released code."""
+        """Initialize the parameters as in the released code."""
         xavier_weights(self)
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
@@ -113,9 +117,17 @@ class DeformableTransformer(nn.Module):
 
 
 class DeformableDETR(SetDetector):
-    """See `deformable_detr`. `backbone` gives maps from fine to coarse."""
+    """The Deformable DETR detector.
 
-    slower = ("sampling_offsets", "reference_points")  # learn at a tenth of the rate (section 5)
+    Args:
+        num_classes: The number of object classes. There is no background class.
+        backbone: A backbone with its finest map first.
+        transformer: The encoder and the decoder.
+        queries: The number of object queries.
+        refine: Whether each decoder layer refines the boxes of the previous layer.
+    """
+
+    slower = ("sampling_offsets", "reference_points")  # a tenth of the learning rate (section 5)
 
     def __init__(
         self, num_classes: int, backbone: Backbone, transformer: DeformableTransformer, queries: int, refine: bool
@@ -131,7 +143,8 @@ class DeformableDETR(SetDetector):
             zero_bias(conv)
             return nn.Sequential(conv, nn.GroupNorm(32, channels))
 
-        # Section 4.1: one level more than the backbone has comes of its last map, further ones of that level.
+        # Section 4.1: the first additional level is computed from the last map of the backbone, and each further level
+        # from the one before.
         self.input_proj = nn.ModuleList(projection(c, 1, 1) for c in backbone.channels)
         for i in range(levels - len(backbone.channels)):
             self.input_proj.append(projection(backbone.channels[-1] if i == 0 else channels, 3, 2))
@@ -143,12 +156,12 @@ class DeformableDETR(SetDetector):
         set_prior(classifier)
         for parameter in regressor.layers[-1].parameters():
             nn.init.zeros_(parameter)
-        # Without refinement one, by as many names as the released code has.
+        # Without refinement, all layers share one head, which has one name per layer as in the released code.
         heads: list[list[nn.Module]] = [[classifier] * count, [regressor] * count]
         if refine:
             heads = [[copy.deepcopy(x) for x in (head[0], *head)][: count + self.two_stage] for head in heads]
         self.class_embed, self.bbox_embed = (nn.ModuleList(head) for head in heads)
-        if not self.two_stage:  # boxes begin at about an eighth of the image
+        if not self.two_stage:  # boxes initially have about an eighth of the image's width and height
             nn.init.constant_(self.bbox_embed[0].get_parameter("layers.2.bias")[2:], -2.0)
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
@@ -168,13 +181,13 @@ class DeformableDETR(SetDetector):
             references = to_compute_dtype(self.transformer.reference_points(positions)).sigmoid()
         logits, boxes = [], []
         for i, layer in enumerate(self.transformer.decoder.layers):
-            seen = references[:, :, None] * ratios.repeat(1, 1, references.shape[-1] // 2)[:, None]
-            query = layer(query, positions, seen, memory, shapes, padding)
-            # Iterative bounding box refinement (section 4.2, appendix A.4): each layer's boxes are the next one's
-            # references. To a point nothing is added but the center.
-            moved = to_compute_dtype(self.bbox_embed[i](query))
-            at = inverse_sigmoid(references)
-            boxes.append((moved + F.pad(at, (0, 4 - at.shape[-1]))).sigmoid())
+            level_references = references[:, :, None] * ratios.repeat(1, 1, references.shape[-1] // 2)[:, None]
+            query = layer(query, positions, level_references, memory, shapes, padding)
+            # Iterative bounding box refinement (section 4.2, appendix A.4): the boxes of each layer are the references
+            # of the next one. A reference point, unlike a box, is added to the center only.
+            deltas = to_compute_dtype(self.bbox_embed[i](query))
+            logit = inverse_sigmoid(references)
+            boxes.append((deltas + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid())
             logits.append(self.class_embed[i](query))
             if self.refine:
                 references = boxes[-1].detach()
@@ -183,7 +196,7 @@ class DeformableDETR(SetDetector):
         return SetPrediction(torch.stack(logits), torch.stack(boxes), first)
 
     def levels(self, maps: list[Tensor]) -> list[Tensor]:
-        """The multi-scale feature maps (section 4.1), [N,C,h,w] each, from those of the backbone."""
+        """Return the multi-scale feature maps (section 4.1), [N,C,h,w] each, given the maps of the backbone."""
         levels = [project(x) for project, x in zip(self.input_proj, maps)]
         for project in self.input_proj[len(maps) :]:
             levels.append(project(maps[-1] if len(levels) == len(maps) else levels[-1]))
@@ -192,11 +205,19 @@ class DeformableDETR(SetDetector):
     def encode(
         self, levels: list[Tensor], extents: list[Extent], shapes: Shapes, padding: Tensor, references: Tensor
     ) -> Tensor:
-        """[N,S,C] of S = all pixels of all levels, whose references [N,S,L,2] are where they lie."""
+        """Return the output [N,S,C] of the encoder for all S pixels of all levels.
+
+        Args:
+            levels: The multi-scale feature maps.
+            extents: The extent of the images in each map.
+            shapes: The height and width of each map.
+            padding: [N,S] bool, True in padding.
+            references: [N,S,L,2], the positions (x, y) of the pixels as fractions of each map.
+        """
         x = torch.cat([level.flatten(2) for level in levels], 2).transpose(1, 2)
-        of_levels = zip(extents, self.transformer.level_embed)
+        pairs = zip(extents, self.transformer.level_embed)
         positions = torch.cat(
-            [sine_positions(extent, x.shape[-1], -0.5).flatten(1, 2) + embed for extent, embed in of_levels], 1
+            [sine_positions(extent, x.shape[-1], -0.5).flatten(1, 2) + embed for extent, embed in pairs], 1
         ).to(x.dtype)
         for layer in self.transformer.encoder.layers:
             x = layer(x, positions, references, shapes, padding)
@@ -205,26 +226,37 @@ class DeformableDETR(SetDetector):
     def propose(
         self, memory: Tensor, centers: list[Tensor], padding: Tensor
     ) -> tuple[SetPrediction, Tensor, Tensor, Tensor]:
-        """Two stages (section 4.2, appendix A.4): each pixel of the encoder's output is a region proposal, and the
-        best become the decoder's queries. What is learned, contents and positions [N,Q,C], and references [N,Q,4]."""
+        """Compute a region proposal from each pixel of the encoder's output (section 4.2, appendix A.4).
+
+        The proposals with the highest scores become the queries of the decoder.
+
+        Args:
+            memory: [N,S,C], the output of the encoder.
+            centers: For each level, the centers [N,h*w,2] of the pixels as fractions of the image.
+            padding: [N,S] bool, True in padding.
+
+        Returns:
+            All proposals for the loss of the first stage, then the contents [N,Q,C] and the positional encodings
+            [N,Q,C] of the queries, and their references [N,Q,4].
+        """
         transformer = self.transformer
         size = [torch.full_like(x, 0.05 * 2**level) for level, x in enumerate(centers)]
         anchors = torch.cat([torch.cat(centers, 1), torch.cat(size, 1)], -1)
-        left_out = (padding | ((anchors <= 0.01) | (anchors >= 0.99)).any(-1))[..., None]
-        x = transformer.enc_output_norm(transformer.enc_output(memory.masked_fill(left_out, 0.0)))
+        ignored = (padding | ((anchors <= 0.01) | (anchors >= 0.99)).any(-1))[..., None]
+        x = transformer.enc_output_norm(transformer.enc_output(memory.masked_fill(ignored, 0.0)))
         logits = self.class_embed[-1](x)
-        anchors = torch.logit(anchors).masked_fill(left_out, math.inf)
-        moved = to_compute_dtype(self.bbox_embed[-1](x)) + anchors
+        anchors = torch.logit(anchors).masked_fill(ignored, math.inf)
+        box_logits = to_compute_dtype(self.bbox_embed[-1](x)) + anchors
         best = logits[..., 0].topk(min(self.queries, logits.shape[1]), 1).indices
-        references = gather_rows(moved, best).detach().sigmoid()
+        references = gather_rows(box_logits, best).detach().sigmoid()
         embedded = sinusoid(references * (2 * math.pi), memory.shape[-1] // 2).flatten(-2)
         positions, query = transformer.pos_trans_norm(transformer.pos_trans(embedded.to(memory.dtype))).chunk(2, -1)
-        return SetPrediction(logits[None], moved.sigmoid()[None]), query, positions, references
+        return SetPrediction(logits[None], box_logits.sigmoid()[None]), query, positions, references
 
 
 def _centers(extent: Extent) -> Tensor:
-    """[N,h * w,2] (x,y) of the pixels of a map, as fractions of the image."""
-    y, x = ((torch.arange(there.shape[1], device=there.device) + 0.5) / there.sum(1, keepdim=True) for there in extent)
+    """Return the centers [N,h*w,2] (x, y) of the pixels of a map, as fractions of the image without its padding."""
+    y, x = ((torch.arange(valid.shape[1], device=valid.device) + 0.5) / valid.sum(1, keepdim=True) for valid in extent)
     return torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1).flatten(1, 2)
 
 
@@ -243,24 +275,62 @@ def deformable_detr(
     dropout: float = 0.1,
     frozen_stages: int = 0,
 ) -> DeformableDETR:
-    """Deformable DETR, with 8 heads and 4 points a level.
+    """Build Deformable DETR: DETR with deformable attention on several feature levels.
+
+    The transformer of the detector (Zhu et al., https://arxiv.org/abs/2010.04159) has 8 attention heads, each of which
+    samples 4 points per level. `load_detr` loads the weights of the released code and of Hugging Face transformers.
 
     Args:
-        num_classes: there is no background. The released models for COCO have 91.
-        backbone: a ResNet or LR-Net, as in `make_body`.
-        channels: of the transformer; divisible by 32.
-        hidden: of the layers' feed-forward networks.
-        queries: predictions an image.
-        encoder_layers, decoder_layers: how many.
-        levels: of the pyramid. 1: the backbone's last map, single-scale deformable attention; 2 and 3: its last maps;
-            from 4 on, those and coarser ones.
-        refine: iterative bounding box refinement.
-        two_stage: the queries are the encoder's proposals; needs refine.
-        dropout: in the transformer.
-        frozen_stages: of the backbone, not trained.
+        num_classes: Number of object classes. There is no background class. The released models for COCO have 91.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the transformer, divisible by 32.
+        hidden: Width of the feed-forward networks of the transformer.
+        queries: Number of object queries, which is the number of predictions per image.
+        encoder_layers: Number of encoder layers.
+        decoder_layers: Number of decoder layers.
+        levels: Number of feature levels. With 1, deformable attention uses only the last map of the backbone. With 2 or
+            3, it uses the last 2 or 3 maps. With 4 or more, it uses the last 3 maps and additional coarser ones.
+        refine: Whether each decoder layer refines the boxes of the previous layer (iterative bounding box refinement).
+        two_stage: Whether the queries are initialized from proposals of the encoder instead of being learned. It
+            requires refine=True.
+        dropout: Dropout probability in the transformer.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+
+    Returns:
+        A `DeformableDETR`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "classes", "boxes" and "giou" of the last decoder layer. If there are other layers, "auxiliary" is the sum of
+        their losses. If `two_stage` is True, "encoder" is the loss of the proposals. In evaluation mode,
+        `detector(images, sizes)` returns `Detections` with at most 100 objects per image. `images` is [N,3,H,W],
+        `sizes` is [N,2] with the height and width of each image without padding (None: no padding), and `targets` is a
+        `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
+        ValueError: If `two_stage` is True and `refine` is False.
+        ValueError: If `channels` is not divisible by 32.
+        ValueError: If `levels` is less than 1.
+        ValueError: If `dropout` is not between 0 and 1.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.deformable_detr(
+        ...     3, backbone="resnet18", channels=32, hidden=64, encoder_layers=1, decoder_layers=2, levels=3
+        ... )
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['auxiliary', 'boxes', 'classes', 'giou']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     if two_stage and not refine:
-        raise ValueError("relops.models: two_stage needs refine")
+        raise ValueError("relops.models: two_stage of deformable_detr requires refine=True, got refine=False")
     if channels % 32:
         raise ValueError(f"relops.models: channels of deformable_detr must be divisible by 32, got {channels}")
     if levels < 1:

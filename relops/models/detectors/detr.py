@@ -1,5 +1,7 @@
-"""DETR (Carion et al., End-to-End Object Detection with Transformers, https://arxiv.org/abs/2005.12872). Names of
-parameters are those of the released code, of which a state_dict loads through `load_detr`."""
+"""DETR (Carion et al., End-to-End Object Detection with Transformers, https://arxiv.org/abs/2005.12872).
+
+Parameters have the names of the released code, whose state_dict can be loaded with `load_detr`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from relops.models.parts.transformer import MLP, FeedForward, Layers, extent_of,
 
 
 class EncoderLayer(FeedForward):
-    """Appendix A.3, encoder: every pixel asks every other. Positions count in queries and keys, not in values."""
+    """An encoder layer (appendix A.3), in which every pixel attends to every other.
+
+    Positional encodings are added to queries and keys, but not to values.
+    """
 
     def __init__(self, channels: int, hidden: int, heads: int, dropout: float) -> None:
         super().__init__(channels, hidden, dropout)
@@ -28,12 +33,12 @@ class EncoderLayer(FeedForward):
 
     def forward(self, x: Tensor, positions: Tensor, padding: Tensor) -> Tensor:
         query = x + positions
-        told = self.self_attn(query, query, x, key_padding_mask=padding, need_weights=False)[0]
-        return self.norm2(self.feed_forward(self.norm1(x + self.dropout(told))))
+        attended = self.self_attn(query, query, x, key_padding_mask=padding, need_weights=False)[0]
+        return self.norm2(self.feed_forward(self.norm1(x + self.dropout(attended))))
 
 
 class DecoderLayer(FeedForward):
-    """Appendix A.3, decoder: queries ask each other, then every pixel of the encoder's output."""
+    """A decoder layer (appendix A.3), in which queries attend to each other and then to the encoder's output."""
 
     def __init__(self, channels: int, hidden: int, heads: int, dropout: float) -> None:
         super().__init__(channels, hidden, dropout)
@@ -46,12 +51,12 @@ class DecoderLayer(FeedForward):
     def forward(self, x: Tensor, positions: Tensor, memory: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
         query = x + positions
         x = self.norm1(x + self.dropout(self.self_attn(query, query, x, need_weights=False)[0]))
-        told = self.multihead_attn(x + positions, keys, memory, key_padding_mask=padding, need_weights=False)[0]
-        return self.norm3(self.feed_forward(self.norm2(x + self.dropout(told))))
+        attended = self.multihead_attn(x + positions, keys, memory, key_padding_mask=padding, need_weights=False)[0]
+        return self.norm3(self.feed_forward(self.norm2(x + self.dropout(attended))))
 
 
 class Decoder(Layers):
-    """Layers, and the normalization of what each gives to the heads."""
+    """The decoder layers, and the normalization of their outputs before the prediction heads."""
 
     def __init__(self, layers: Iterable[nn.Module], channels: int) -> None:
         super().__init__(layers)
@@ -59,7 +64,7 @@ class Decoder(Layers):
 
 
 class Transformer(nn.Module):
-    """The parameters between the map and the heads. Normalization follows each residual sum."""
+    """The encoder and the decoder. Normalization follows each residual sum."""
 
     def __init__(
         self, channels: int, hidden: int, encoder_layers: int, decoder_layers: int, heads: int, dropout: float
@@ -73,10 +78,17 @@ class Transformer(nn.Module):
 
 
 class DETR(SetDetector):
-    """See `detr`. `backbone` gives one map."""
+    """The DETR detector.
+
+    Args:
+        num_classes: The number of object classes, without the background.
+        backbone: A backbone with one map.
+        transformer: The encoder and the decoder.
+        queries: The number of object queries.
+    """
 
     def __init__(self, num_classes: int, backbone: Backbone, transformer: Transformer, queries: int) -> None:
-        # Appendix A.4: weights and costs of classes, L1 and GIoU; section 3.1: the background counts a tenth.
+        # The weights and costs of classes, L1 and GIoU are from appendix A.4, the background's weight from section 3.1.
         super().__init__(SetLoss(focal=False, weights=(1.0, 5.0, 2.0), costs=(1.0, 5.0, 2.0), background=0.1))
         self.backbone, self.transformer = backbone, transformer
         channels = transformer.channels
@@ -86,7 +98,7 @@ class DETR(SetDetector):
         self.bbox_embed = MLP(channels, 4, 3)
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
-        # Section 3.2, encoder: of the pixels of a map of fewer channels, with a fixed encoding of where they are.
+        # Encoder (section 3.2): a 1x1 convolution reduces the channels, and positions have a fixed encoding.
         x = self.input_proj(self.backbone(images)[0])
         extent = extent_of(images.shape, sizes, x.shape)
         positions = sine_positions(extent, x.shape[1], 0.0).flatten(1, 2).to(x.dtype)
@@ -95,7 +107,7 @@ class DETR(SetDetector):
         for layer in self.transformer.encoder.layers:
             x = layer(x, positions, padding)
 
-        # Decoder: all objects at once, of queries that differ by a learned encoding only.
+        # Decoder: all objects are decoded in parallel, from queries that differ only in a learned encoding.
         keys = x + positions
         object_queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
         query, outputs = torch.zeros_like(object_queries), []
@@ -103,7 +115,7 @@ class DETR(SetDetector):
             query = layer(query, object_queries, x, keys, padding)
             outputs.append(query)
 
-        # Prediction feed-forward networks, shared by all layers, and so is the normalization before them.
+        # All layers share the feed-forward networks for prediction and the normalization before them.
         states = self.transformer.decoder.norm(torch.stack(outputs if self.training else outputs[-1:]))
         return SetPrediction(self.class_embed(states), to_compute_dtype(self.bbox_embed(states)).sigmoid())
 
@@ -121,18 +133,54 @@ def detr(
     stride: int = 32,
     frozen_stages: int = 0,
 ) -> DETR:
-    """DETR, with 8 heads.
+    """Build DETR: a transformer that predicts a set of objects from learned queries.
+
+    The transformer of the detector (Carion et al., https://arxiv.org/abs/2005.12872) has 8 attention heads. `load_detr`
+    loads the weights of the released code and of Hugging Face transformers.
 
     Args:
-        num_classes: without the background. The released models for COCO have 91.
-        backbone: a ResNet or LR-Net, as in `make_body`.
-        channels: of the transformer; divisible by 8.
-        hidden: of the layers' feed-forward networks.
-        queries: predictions an image.
-        encoder_layers, decoder_layers: how many.
-        dropout: in the transformer.
-        stride: of the map: 32, or, for small images, 16 or 8, with fewer stages.
-        frozen_stages: of the backbone, not trained (the released code: 1).
+        num_classes: Number of object classes, without the background. The released models for COCO have 91.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the transformer, divisible by 8.
+        hidden: Width of the feed-forward networks of the transformer.
+        queries: Number of object queries, which is the number of predictions per image.
+        encoder_layers: Number of encoder layers.
+        decoder_layers: Number of decoder layers.
+        dropout: Dropout probability in the transformer.
+        stride: Stride of the feature map in pixels: 32, as published, or 16 or 8 for small images, with fewer stages.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained. The released code
+            uses 1.
+
+    Returns:
+        A `DETR`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses "classes",
+        "boxes" and "giou" of the last decoder layer. If there are other layers, "auxiliary" is the sum of their losses.
+        In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 (or `queries`, if that is
+        smaller) objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image
+        without padding (None: no padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
+        ValueError: If `stride` is not 32, 16 or 8.
+        ValueError: If `channels` is not divisible by 8.
+        ValueError: If `dropout` is not between 0 and 1.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.detr(
+        ...     3, backbone="resnet18", channels=32, hidden=64, queries=10, encoder_layers=1, decoder_layers=2
+        ... )
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['auxiliary', 'boxes', 'classes', 'giou']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 10, 4])
     """
     if stride not in (8, 16, 32):
         raise ValueError(f"relops.models: stride must be 32, 16 or 8, got {stride}")

@@ -1,4 +1,4 @@
-"""Fast R-CNN (Girshick, https://arxiv.org/abs/1504.08083): classes and boxes of proposals that are given."""
+"""Fast R-CNN (Girshick, https://arxiv.org/abs/1504.08083), which classifies and refines given proposals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from relops.models.structures import Detections, Targets
 
 
 class FastRCNN(TwoStageDetector):
-    """A detector of the second stage only: its proposals come with the targets (`Targets.proposals`), also in
-    evaluation, where the rest of the targets is not looked at."""
+    """A detector that has only the second stage.
+
+    Its proposals are an input, `Targets.proposals`, in training and in evaluation mode. In evaluation mode, all other
+    fields of the targets are ignored.
+    """
 
     uses_proposals = True
 
@@ -25,11 +28,26 @@ class FastRCNN(TwoStageDetector):
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
+        """Return the losses in training mode and the detections in evaluation mode.
+
+        Args:
+            images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
+            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            targets: The ground truth with `proposals`. In evaluation mode, only `proposals` is used.
+
+        Returns:
+            In training mode, a dict of scalar losses, which are added up for training. In evaluation mode,
+            `Detections`.
+
+        Raises:
+            ValueError: If `images`, `sizes` or `targets` has an invalid shape, or if `targets` or its `proposals` is
+                missing.
+        """
         sizes = self.checked_sizes(images, sizes)
         if self.training:
             targets = self.checked_targets(images, targets)
         if targets is None or targets.proposals is None:
-            raise ValueError("relops.models.FastRCNN: targets.proposals must be given, in evaluation too, got None")
+            raise ValueError("relops.models.FastRCNN: targets.proposals must be given in both modes, got None")
         boxes = targets.proposals.to(compute_dtype(images.dtype))
         valid = (boxes[..., 2:] > boxes[..., :2]).all(-1)
         proposals = Proposals(boxes, valid.float(), valid)
@@ -38,8 +56,9 @@ class FastRCNN(TwoStageDetector):
             return self.roi_heads.losses(maps, proposals, sizes, targets)
         return self.roi_heads.detect(maps, proposals, sizes)
 
-    def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
-        raise TypeError("relops.models.FastRCNN: makes no proposals, it is given them")
+    def propose(self, images: Tensor, sizes: Tensor | None = None, max_proposals: int | None = None) -> Proposals:
+        """Raise TypeError, because this detector has no region proposal network."""
+        raise TypeError("relops.models.FastRCNN: propose is not available, because proposals are an input")
 
 
 def fast_rcnn(
@@ -53,20 +72,52 @@ def fast_rcnn(
     frozen_stages: int = 0,
     stride: int = 16,
 ) -> FastRCNN:
-    """Fast R-CNN: one map at a stride of 16, RoI pooling, two fully connected layers, scores and deltas per class.
+    """Build Fast R-CNN: a head with RoI pooling that classifies and refines given proposals.
 
-    Of an image num_samples regions are trained on, a quarter of them with an IoU of at least .5 with an object, the
-    others between .1 and .5 (section 2.3).
+    The detector (Girshick, https://arxiv.org/abs/1504.08083) has one feature map with a stride of 16, RoI pooling, two
+    fully connected layers, and scores and deltas for each class. At most a quarter of the regions that are sampled for
+    the losses have an IoU of at least 0.5 with an object, and the others have an IoU between 0.1 and 0.5 (section 2.3).
 
     Args:
-        num_classes: without the background.
-        backbone: as in `make_body`.
-        hidden: of the fully connected layers.
-        roi: "pool" (published) or "align".
-        dropout: behind the fully connected layers.
-        num_samples: regions an image that losses are of.
-        frozen_stages: of the backbone, not trained.
-        stride: of the map, 16 or, for small images, 8.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
+            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
+            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
+            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default).
+        hidden: Width of the two fully connected layers of the box head.
+        roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
+        dropout: Dropout probability after each of the two fully connected layers.
+        num_samples: Number of regions per image that are sampled for the losses.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        stride: Stride of the feature map in pixels: 16, as published, or 8 for small images. "zf" supports only 16.
+
+    Returns:
+        A `FastRCNN`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses "classes"
+        and "boxes". In evaluation mode, `detector(images, sizes, targets)` returns `Detections` with at most 100
+        objects per image. Both modes require `targets.proposals`, [N,P,4] with zeros in padding; evaluation mode
+        ignores the other fields of `targets`. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each
+        image without padding (None: no padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
+        ValueError: If `stride` is not 16 or 8, or if it is 8 and `backbone` is "zf".
+        ValueError: If `roi` is unknown.
+        ValueError: If `dropout` is not between 0 and 1.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.fast_rcnn(3, backbone="resnet18", hidden=64)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> boxes, labels = torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]])
+        >>> proposals = torch.tensor([[[6.0, 8.0, 40.0, 50.0], [30.0, 20.0, 60.0, 60.0]]])
+        >>> targets = relops.models.Targets(boxes, labels, proposals=proposals)
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images, None, targets)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     maps, size = single_map(backbone, frozen_stages, stride)
     roi_heads = RoIHeads(

@@ -21,7 +21,7 @@ from relops.models.structures import Detections, Targets
 
 
 def single_map(backbone: str, frozen_stages: int, stride: int) -> tuple[StageBackbone, int]:
-    """A backbone up to its last map of that stride, 16 or 8, and the size that regions of it are pooled to."""
+    """Return a backbone with one map of the given stride, and the height and width to which its regions are pooled."""
     if stride not in (8, 16):
         raise ValueError(f"relops.models: stride must be 16 or 8, got {stride}")
     if backbone.startswith("zf"):
@@ -33,39 +33,64 @@ def single_map(backbone: str, frozen_stages: int, stride: int) -> tuple[StageBac
 
 
 class AlternatingFasterRCNN(TwoStageDetector):
-    """Faster R-CNN by the paper's 4-step alternating training (section 3.2).
+    """Faster R-CNN with the paper's 4-step alternating training (section 3.2).
 
-    1 an RPN with a backbone of its own; 2 a Fast R-CNN, with another, on that RPN's proposals; 3 the RPN on the second
-    backbone, which no longer changes; 4 the Fast R-CNN's heads, likewise, on the new proposals. Then both share it.
+    1. The RPN is trained with a backbone of its own.
+    2. A Fast R-CNN with a second backbone is trained on the proposals of that RPN.
+    3. The RPN is trained on the second backbone, which does not change from now on.
+    4. The heads of the Fast R-CNN are trained on the new proposals, with the same fixed backbone.
+
+    After these steps, both stages share the second backbone. `start_phase` starts a step. A new detector is in step 4.
     """
 
     phases = (("rpn", 1 / 3), ("fast_rcnn", 1 / 6), ("rpn, shared", 1 / 3), ("fast_rcnn, shared", 1 / 6))
-    PROPOSALS = 2000
+    PROPOSALS = 2000  # the maximum number of proposals per image when the Fast R-CNN is trained
 
     def __init__(self, backbone: Backbone, rpn: RPN, roi_heads: RoIHeads) -> None:
         super().__init__(backbone, rpn, roi_heads)
         self.first_backbone = copy.deepcopy(backbone)
         self.phase = len(self.phases) - 1
-        self.trained = {name: p.requires_grad for name, p in self.named_parameters()}
+        self.trainable = {name: p.requires_grad for name, p in self.named_parameters()}
 
     def start_phase(self, phase: int) -> None:
+        """Select the parameters that a step trains, and copy the backbone before the first step.
+
+        Args:
+            phase: The index of the step, from 0 to 3.
+        """
         self.phase = phase
         if phase == 0:
             self.first_backbone.load_state_dict(self.backbone.state_dict())
-        learning = (("first_backbone", "rpn"), ("backbone", "roi_heads"), ("rpn",), ("roi_heads",))[phase]
+        parts = (("first_backbone", "rpn"), ("backbone", "roi_heads"), ("rpn",), ("roi_heads",))[phase]
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.trained[name] and name.split(".")[0] in learning)
+            parameter.requires_grad_(self.trainable[name] and name.split(".")[0] in parts)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> AlternatingFasterRCNN:
+        """Set training or evaluation mode. In the last two steps, the backbone stays in evaluation mode."""
         super().train(mode)
         if mode and self.phase >= 2:
-            self.backbone.eval()  # statistics of normalization are part of what is shared
+            self.backbone.eval()  # both stages share the statistics of its normalization layers, which must not change
         return self
 
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
+        """Return the losses in training mode and the detections in evaluation mode.
+
+        Args:
+            images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
+            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            targets: The ground truth, which is required in training mode and ignored in evaluation mode.
+
+        Returns:
+            In training mode, a dict of the scalar losses of the current phase, which are added up for training. In
+            evaluation mode, `Detections`.
+
+        Raises:
+            ValueError: If `images`, `sizes` or `targets` has an invalid shape, or if `targets` is missing in training
+                mode.
+        """
         sizes = self.checked_sizes(images, sizes)
         if not self.training:
             maps, proposals = self._regions(images, sizes)
@@ -73,17 +98,29 @@ class AlternatingFasterRCNN(TwoStageDetector):
         targets = self.checked_targets(images, targets)
         if self.phase in (0, 2):
             return self.rpn((self.first_backbone if self.phase == 0 else self.backbone)(images), sizes, targets)[1]
-        maps, proposals = self._regions(images, sizes, most=self.PROPOSALS)
+        maps, proposals = self._regions(images, sizes, self.PROPOSALS)
         return self.roi_heads.losses(maps, proposals, sizes, targets)
 
-    def _regions(self, images: Tensor, sizes: Tensor, most: int | None = None) -> tuple[list[Tensor], Proposals]:
-        """Maps of the second stage and proposals, from the first backbone as long as the RPN is its."""
-        maps = self.backbone(images)
-        from_maps = maps if self.phase >= 2 else self.first_backbone(images)
-        return maps, self.rpn([x.detach() for x in from_maps], sizes, most=most)[0]
+    def _regions(
+        self, images: Tensor, sizes: Tensor, max_proposals: int | None = None
+    ) -> tuple[list[Tensor], Proposals]:
+        """Return the maps of the second stage and the proposals.
 
-    def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
-        return self._regions(images, self.checked_sizes(images, sizes), most)[1]
+        The proposals are computed on the first backbone in the first two steps, and on the shared one afterwards.
+        """
+        maps = self.backbone(images)
+        rpn_maps = maps if self.phase >= 2 else self.first_backbone(images)
+        return maps, self.rpn([x.detach() for x in rpn_maps], sizes, max_proposals=max_proposals)[0]
+
+    def propose(self, images: Tensor, sizes: Tensor | None = None, max_proposals: int | None = None) -> Proposals:
+        """Return the proposals of the RPN.
+
+        Args:
+            images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
+            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            max_proposals: The maximum number of proposals per image. None: that of the RPN in its current mode.
+        """
+        return self._regions(images, self.checked_sizes(images, sizes), max_proposals)[1]
 
 
 def faster_rcnn(
@@ -104,32 +141,71 @@ def faster_rcnn(
     scales: Sequence[float] = (8, 16, 32),
     min_size: float = 16,
 ) -> TwoStageDetector:
-    """Faster R-CNN as published: one map at a stride of 16, anchors of three scales and three ratios.
+    """Build Faster R-CNN as published: a region proposal network and Fast R-CNN on one feature map.
+
+    The detector (Ren et al., https://arxiv.org/abs/1506.01497) has one feature map with a stride of 16, and anchors of
+    three scales and three aspect ratios.
 
     Args:
-        num_classes: without the background.
-        backbone: as in `make_body`. The paper's are vgg16 (with frozen_stages=2) and zf (channels 256).
-        channels: of the RPN's convolution.
-        hidden: of the two fully connected layers.
-        training: "approximate" joint training, where proposals are constants; "joint", non-approximate: the second
-            stage's gradients reach the RPN through its boxes (needs roi "align"); or "alternating", in four steps.
-        rpn_loss: "softmax" of two scores an anchor (the code), or "sigmoid" of one.
-        balance: lambda of the RPN's two losses, as the paper normalizes them (there 10); None: as the code does.
-        roi: "pool" (published) or "align".
-        order: of proposals: "filter_first" decodes, clips and filters before the highest scores are taken (the code),
-            "top_first" after it.
-        dropout: behind the fully connected layers.
-        num_samples: regions an image that losses are of.
-        frozen_stages: of the backbone, not trained.
-        stride: of the map, 16 or, for small images, 8.
-        scales: of anchors, in strides.
-        min_size: of proposals, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
+            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
+            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
+            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default). The paper uses "vgg16" with
+            frozen_stages=2, and "zf" with channels=256.
+        channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
+        hidden: Width of the two fully connected layers of the box head.
+        training: Training scheme. "approximate": joint training in which proposals are constants. "joint":
+            non-approximate joint training, in which gradients of the second stage also reach the RPN through the boxes;
+            it requires roi="align". "alternating": the 4-step training of the paper.
+        rpn_loss: Loss of the scores of the RPN: "softmax" of two scores per anchor, as in the released code, or
+            "sigmoid" of one score per anchor.
+        balance: Weight lambda of the RPN's loss of deltas in the normalization of the paper, where it is 10. None: the
+            normalization of the released code.
+        roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
+        order: Order in which the RPN selects proposals. "filter_first": all boxes are decoded and clipped, and small
+            ones are removed, before the highest scores are selected, as in the released code. "top_first": the highest
+            scores are selected first, which is faster.
+        dropout: Dropout probability after each of the two fully connected layers.
+        num_samples: Number of regions per image that are sampled for the losses of the second stage.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        stride: Stride of the feature map in pixels: 16, as published, or 8 for small images. "zf" supports only 16.
+        scales: Scales of the anchors. An anchor of scale s has an area of (s * stride)^2 pixels.
+        min_size: Minimum width and height of proposals, in pixels. Smaller proposals are removed.
+
+    Returns:
+        A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
+        `Detections` with at most 100 objects per image. With training="alternating", the result is an
+        `AlternatingFasterRCNN`. Its `start_phase` selects one of the four training steps, which has the losses of
+        either the RPN or the second stage. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each
+        image without padding (None: no padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
+        ValueError: If `stride` is not 16 or 8, or if it is 8 and `backbone` is "zf".
+        ValueError: If `training`, `rpn_loss`, `roi` or `order` is unknown.
+        ValueError: If `training` is "joint" and `roi` is not "align".
+        ValueError: If `dropout` is not between 0 and 1.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.faster_rcnn(3, backbone="resnet18", channels=32, hidden=64, scales=(1, 2), min_size=4)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     check_choice("models", "training", training, ("approximate", "joint", "alternating"))
     check_choice("models", "order", order, ("filter_first", "top_first"))
     if training == "joint" and roi != "align":
         raise ValueError(
-            f'relops.models: roi must be "align" where training is "joint": boxes of {roi!r} have no gradient'
+            f'relops.models: roi must be "align" if training is "joint", got {roi!r}, which has no gradients for boxes'
         )
     maps, size = single_map(backbone, frozen_stages, stride)
     rpn = make_rpn(
@@ -161,10 +237,18 @@ def faster_rcnn(
 def pyramid(
     backbone: str, channels: int, frozen_stages: int, sizes: Sequence[float], **options: Any
 ) -> tuple[PyramidBackbone, RPN]:
-    """A feature pyramid and its RPN, with anchors of one size and three ratios a level. Options are those of RPN."""
+    """Return a feature pyramid and its RPN, which has anchors of one size and three aspect ratios per level.
+
+    Args:
+        backbone: The name of the body, which must have four stages.
+        channels: The number of channels of the pyramid and of the RPN.
+        frozen_stages: The number of stages of the body, counted from the input, that are not trained.
+        sizes: The sizes of the anchors of the levels, in pixels.
+        options: Options of RPN.
+    """
     maps = PyramidBackbone(make_body(backbone, frozen_stages), channels)
     if len(sizes) != len(maps.strides):
-        raise ValueError(f"relops.models: sizes must be one of each of {len(maps.strides)} levels, got {sizes}")
+        raise ValueError(f"relops.models: sizes must have {len(maps.strides)} entries, one per level, got {sizes}")
     return maps, make_rpn(channels, channels, [centered_anchors(size) for size in sizes], maps.strides, **options)
 
 
@@ -178,18 +262,49 @@ def faster_rcnn_fpn(
     num_samples: int = 512,
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
 ) -> TwoStageDetector:
-    """Faster R-CNN on a feature pyramid (Lin et al., https://arxiv.org/abs/1612.03144), as torchvision has it.
+    """Build Faster R-CNN on a feature pyramid, as in torchvision.
 
-    A state_dict of torchvision's fasterrcnn_resnet50_fpn loads through `load_torchvision` (num_classes=90 for COCO's).
+    The detector combines Faster R-CNN (Ren et al., https://arxiv.org/abs/1506.01497) with a feature pyramid network
+    (Lin et al., https://arxiv.org/abs/1612.03144).
+
+    `load_torchvision` loads a state_dict of torchvision's fasterrcnn_resnet50_fpn (num_classes=90 for COCO).
 
     Args:
-        num_classes: without the background.
-        backbone: a ResNet or LR-Net, as in `make_body`.
-        channels: of the pyramid and the RPN.
-        hidden: of the two fully connected layers.
-        frozen_stages: of the backbone, not trained.
-        num_samples: regions an image that losses are of.
-        sizes: of the anchors of each level, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
+        hidden: Width of the two fully connected layers of the box head.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        num_samples: Number of regions per image that are sampled for the losses of the second stage.
+        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
+            size s has an area of s^2.
+
+    Returns:
+        A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
+        `Detections` with at most 100 objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and
+        width of each image without padding (None: no padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does
+            not support its width.
+        ValueError: If `sizes` does not have five entries.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.faster_rcnn_fpn(3, backbone="resnet18", channels=32, hidden=64)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     maps, rpn = pyramid(backbone, channels, frozen_stages, sizes)
     roi_heads = RoIHeads(

@@ -1,4 +1,4 @@
-"""HyperNet (Kong et al., https://arxiv.org/abs/1604.00600): few, good proposals from fused maps."""
+"""HyperNet (Kong et al., https://arxiv.org/abs/1604.00600), which needs only a few proposals from a fused map."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, Tw
 from relops.models.parts.rpn import RPN
 from relops.ops.roi_pool import roi_pool
 
-CANDIDATE_STRIDE = 16  # pixels from a candidate to the next
-SIZE = 13  # height and width that regions are pooled to
+CANDIDATE_STRIDE = 16  # the distance between candidates, in pixels
+SIZE = 13  # the height and width of pooled regions
 
 
 class PooledProposalHead(nn.Module):
-    """Scores and deltas of candidate boxes from their pooled features (section 3.2).
+    """The layers that predict the scores and deltas of candidate boxes from their pooled features (section 3.2).
 
-    A 3x3 convolution to few channels comes before pooling, as in the paper's fast version (section 3.4), so that
-    thousands of candidates cost little.
+    A 3x3 convolution reduces the number of channels before pooling, as in the fast version of the paper (section 3.4).
+    This makes thousands of candidates cheap.
     """
 
     CHANNELS = 4
@@ -45,7 +45,7 @@ class PooledProposalHead(nn.Module):
             zero_bias(layer)
 
     def forward(self, maps: list[Tensor], anchors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-odds [N,A] and deltas [N,A,4] of the anchors [A,4] of one map."""
+        """Return the log-odds [N,A] and the deltas [N,A,4] of the anchors [A,4] of one map."""
         x = F.relu(self.conv(maps[0]))
         N, A = len(x), len(anchors[0])
         rois = as_rows(anchors[0].expand(N, A, 4))
@@ -54,7 +54,7 @@ class PooledProposalHead(nn.Module):
 
 
 class ConvFCHead(nn.Sequential):
-    """A 3x3 convolution of the pooled features, and two fully connected layers (section 3.3)."""
+    """A 3x3 convolution on the pooled features, followed by two fully connected layers (section 3.3)."""
 
     def __init__(self, in_channels: int, channels: int, hidden: int, dropout: float) -> None:
         super().__init__(
@@ -75,27 +75,57 @@ def hypernet(
     num_samples: int = 128,
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
 ) -> TwoStageDetector:
-    """HyperNet: proposals and detections both from regions pooled of one fused map at a stride of 4.
+    """Build HyperNet: proposals and detections from one fine feature map that fuses several stages.
 
-    Candidates are boxes of several sizes and three ratios, every 16 pixels. Those that leave the image
-    are learned from, too: a pooled part outside of it looks like nothing inside. A hundred proposals are left at
-    inference.
+    Both stages of the detector (Kong et al., https://arxiv.org/abs/1604.00600) pool regions from a fused feature map
+    with a stride of 4.
+
+    The candidates for proposals are boxes of several sizes and three aspect ratios at every 16th pixel of the image.
+    Candidates that extend beyond the image are also used for training, because pooled parts outside of the image look
+    different from everything inside it. In evaluation mode, at most 100 proposals per image are kept.
 
     Args:
-        num_classes: without the background.
-        backbone: as in `make_body`.
-        channels: of the convolution of the detection head.
-        hidden: of its fully connected layers.
-        dropout: behind those.
-        frozen_stages: of the backbone, not trained.
-        num_samples: regions an image that losses are of.
-        sizes: of candidates, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
+            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
+            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
+            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default).
+        channels: Number of channels of the convolution of the detection head.
+        hidden: Width of the two fully connected layers of the detection head.
+        dropout: Dropout probability after each of the two fully connected layers.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        num_samples: Number of regions per image that are sampled for the losses of the second stage.
+        sizes: Sizes in pixels of the candidates for proposals. A candidate of size s has an area of s^2.
+
+    Returns:
+        A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
+        `Detections` with at most 100 objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and
+        width of each image without padding (None: no padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
+        ValueError: If `dropout` is not between 0 and 1.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.hypernet(3, backbone="resnet18", channels=16, hidden=64, sizes=(16, 32))
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     if backbone.startswith(("vgg16", "zf")):
         body = make_body(backbone, frozen_stages)
     else:
         body = make_body(backbone, frozen_stages, stages=3)
-    # The first, the middle and the last: finer than the map, of its size, coarser (ResNets have none that is finer).
+    # The fused map combines the first, the middle and the last stage. With VGG-16 and ZF, the first stage is finer than
+    # the fused map. ResNets have no finer stage.
     maps = HyperBackbone(body, [0, len(body.strides) // 2, len(body.strides) - 1])
     cells = [[box for size in sizes for box in centered_anchors(size)]]
     rpn = RPN(

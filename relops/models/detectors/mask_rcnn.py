@@ -1,4 +1,4 @@
-"""Mask R-CNN (He et al., https://arxiv.org/abs/1703.06870): Faster R-CNN on a pyramid, and a mask of each object."""
+"""Mask R-CNN (He et al., https://arxiv.org/abs/1703.06870), which adds masks to Faster R-CNN on a feature pyramid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from relops._dtypes import to_compute_dtype
 from relops.models.detectors.faster_rcnn import pyramid
 from relops.models.detectors.two_stage import TwoStageDetector
 from relops.models.initialization import zero_bias
-from relops.models.parts.padding import at_places, present_rows, spread
+from relops.models.parts.padding import present_rows, scatter_rows, select_rows
 from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, Samples, TwoFCHead
 from relops.models.parts.rpn import Proposals
 from relops.models.structures import Detections, Targets
@@ -21,7 +21,7 @@ from relops.ops.roi_align import roi_align
 
 
 class MaskHead(nn.Sequential):
-    """Four 3x3 convolutions, with torchvision's names of parameters."""
+    """Four 3x3 convolutions, with the parameter names of torchvision."""
 
     def __init__(self, in_channels: int, hidden: int) -> None:
         layers = [
@@ -32,7 +32,7 @@ class MaskHead(nn.Sequential):
 
 
 class MaskPredictor(nn.Module):
-    """Twice the size, and log-odds of each class."""
+    """A transposed convolution that doubles the size, and a 1x1 convolution to the log-odds of each class."""
 
     def __init__(self, in_channels: int, hidden: int, num_classes: int) -> None:
         super().__init__()
@@ -44,11 +44,12 @@ class MaskPredictor(nn.Module):
 
 
 class MaskRoIHeads(RoIHeads):
-    """RoIHeads, and masks: a sigmoid per class, of which only the one of the region's class counts (section 3).
+    """Region heads that also predict masks, with a sigmoid per class (section 3).
 
-    The mask branch sees positive regions only. On CUDA, where counting them would wait for the device, it sees all
-    slots in which they may be, and what is none has no weight. Objects without a mask, whose mask in the targets is all
-    False, are trained by their boxes alone; without masks in the targets there is no loss of masks.
+    The loss depends only on the mask of the region's class. On the CPU, only positive regions pass through the mask
+    head. On CUDA, where counting them would wait for the device, all slots that can hold a positive region pass through
+    it, and the others have no weight in the loss. Objects whose mask in the targets is all False contribute only to the
+    losses of boxes. If the targets have no masks at all, there is no loss of masks.
     """
 
     def __init__(self, *parts: nn.Module, channels: int, strides: Sequence[int], num_classes: int, **options: Any):
@@ -62,43 +63,43 @@ class MaskRoIHeads(RoIHeads):
                 zero_bias(module)
 
     def mask_logits(self, maps: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
-        """[R,28,28] of rows [R,5] for the class, labels [R], of each."""
+        """Return the log-odds [R,28,28] of the masks of rows [R,5] for their classes, labels [R]."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, rois)))
-        of_class = (labels + 1).view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
-        return to_compute_dtype(logits.gather(1, of_class).squeeze(1))
+        class_index = (labels + 1).view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
+        return to_compute_dtype(logits.gather(1, class_index).squeeze(1))
 
     def losses_of(self, maps: list[Tensor], samples: Samples, targets: Targets) -> dict[str, Tensor]:
         losses = super().losses_of(maps, samples, targets)
         if targets.masks is None:
             return losses
         boxes, matched, classes = (
-            x[:, : self.most_positive] for x in (samples.boxes.detach(), samples.matched, samples.classes)
+            x[:, : self.max_positive] for x in (samples.boxes.detach(), samples.matched, samples.classes)
         )
-        rois, place = present_rows(boxes, classes > 0)
-        classes = at_places(classes, place)
+        rois, row_index = present_rows(boxes, classes > 0)
+        classes = select_rows(classes, row_index)
         logits = self.mask_logits(maps, rois, classes.clamp(min=1) - 1)
-        # Each mask is an image of its own.
+        # For RoI Align, each mask of the batch is an image.
         N, T = targets.labels.shape
-        of_mask = at_places(matched + T * torch.arange(N, device=matched.device)[:, None], place)
-        rows = torch.cat([of_mask[:, None].to(rois.dtype), rois[:, 1:]], 1)
-        wanted = roi_align(targets.masks.flatten(0, 1)[:, None].to(rows.dtype), rows, logits.shape[-1])[:, 0]
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean((1, 2))
+        mask_index = select_rows(matched + T * torch.arange(N, device=matched.device)[:, None], row_index)
+        rows = torch.cat([mask_index[:, None].to(rois.dtype), rois[:, 1:]], 1)
+        mask_targets = roi_align(targets.masks.flatten(0, 1)[:, None].to(rows.dtype), rows, logits.shape[-1])[:, 0]
+        loss = F.binary_cross_entropy_with_logits(logits, mask_targets, reduction="none").mean((1, 2))
         has_mask = targets.masks.flatten(0, 1).flatten(1).any(1)
-        counted = (classes > 0) & has_mask[of_mask]
-        losses["masks"] = (loss * counted).sum() / counted.sum().clamp(min=1)
+        has_loss = (classes > 0) & has_mask[mask_index]
+        losses["masks"] = (loss * has_loss).sum() / has_loss.sum().clamp(min=1)
         return losses
 
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         boxes, scores, labels, _ = super().detect(maps, proposals, sizes)
         valid = labels >= 0
-        rois, place = present_rows(boxes, valid)
-        of_rois = at_places(labels.clamp(min=0), place)
-        masks = self.mask_logits(maps, rois, of_rois).sigmoid()
-        return Detections(boxes, scores, labels, spread(masks, place, *valid.shape))
+        rois, row_index = present_rows(boxes, valid)
+        row_labels = select_rows(labels.clamp(min=0), row_index)
+        masks = self.mask_logits(maps, rois, row_labels).sigmoid()
+        return Detections(boxes, scores, labels, scatter_rows(masks, row_index, *valid.shape))
 
 
 class MaskRCNN(TwoStageDetector):
-    """Boxes and masks."""
+    """A two-stage detector that predicts boxes and masks."""
 
     uses_masks = True
 
@@ -113,18 +114,52 @@ def mask_rcnn(
     num_samples: int = 512,
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
 ) -> MaskRCNN:
-    """Mask R-CNN on a feature pyramid, as torchvision has it.
+    """Build Mask R-CNN on a feature pyramid: Faster R-CNN with a mask head.
 
-    A state_dict of torchvision's maskrcnn_resnet50_fpn loads through `load_torchvision` (num_classes=90 for COCO's).
+    The detector (He et al., https://arxiv.org/abs/1703.06870) is built as in torchvision. `load_torchvision` loads a
+    state_dict of torchvision's maskrcnn_resnet50_fpn (num_classes=90 for COCO).
 
     Args:
-        num_classes: without the background.
-        backbone: a ResNet or LR-Net, as in `make_body`.
-        channels: of the pyramid, the RPN and the mask branch.
-        hidden: of the fully connected layers.
-        frozen_stages: of the backbone, not trained.
-        num_samples: regions an image that losses are of.
-        sizes: of the anchors of each level, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the feature pyramid, of the region proposal network (RPN) and of the mask head.
+        hidden: Width of the two fully connected layers of the box head.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        num_samples: Number of regions per image that are sampled for the losses of the second stage.
+        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
+            size s has an area of s^2.
+
+    Returns:
+        A `MaskRCNN`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness", "rpn_boxes", "classes" and "boxes". If `targets.masks` is given, there is also the loss
+        "masks". In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per image.
+        Their masks [N,D,28,28] hold probabilities within each box. `images` is [N,3,H,W], `sizes` is [N,2] with the
+        height and width of each image without padding (None: no padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does
+            not support its width.
+        ValueError: If `sizes` does not have five entries.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.mask_rcnn(3, backbone="resnet18", channels=32, hidden=64)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> masks = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+        >>> masks[:, :, 8:48, 8:40] = True
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]), masks)
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes', 'masks', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
+        >>> detections.masks.shape
+        torch.Size([1, 100, 28, 28])
     """
     maps, rpn = pyramid(backbone, channels, frozen_stages, sizes)
     strides = maps.strides[:4]

@@ -1,4 +1,4 @@
-"""R-FCN (Dai et al., https://arxiv.org/abs/1605.06409): the second stage is a vote of position-sensitive maps."""
+"""R-FCN (Dai et al., https://arxiv.org/abs/1605.06409), which scores regions by voting on position-sensitive maps."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from relops.ops.ps_roi_pool import ps_roi_pool
 
 
 class PositionSensitiveHeads(RoIHeads):
-    """Maps for each of parts x parts, of each class and of four deltas. A part of a region is averaged in its own maps
-    only, and the mean of all parts is the region's score (section 2). All that is learned is convolution.
+    """Region heads that consist of convolutions only (section 2).
 
-    The backbone gives two maps; the second one is looked at. Losses are of the num_samples regions of an image whose
-    loss is largest (online hard example mining), of all proposals.
+    There is one map for each of the parts x parts parts of a region and each class, and likewise for each of the four
+    deltas. Each part of a region is averaged over its own maps, and the score of the region is the mean over its parts.
+
+    The heads use the second of the two maps of the backbone. The losses are computed from the num_samples regions of
+    each image that have the largest loss, among all proposals and objects (online hard example mining).
     """
 
     def __init__(self, channels: int, hidden: int, num_classes: int, stride: int, parts: int, roi: str, **options: Any):
@@ -53,9 +55,9 @@ class PositionSensitiveHeads(RoIHeads):
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         samples = self.regions(proposals, targets)
-        rois, place = present_rows(samples.boxes, samples.classes >= 0)
+        rois, row_index = present_rows(samples.boxes, samples.classes >= 0)
         logits, deltas = self.predict(maps, rois)
-        return self.hardest_losses(logits, deltas, samples, targets, place)
+        return self.hardest_losses(logits, deltas, samples, targets, row_index)
 
 
 def r_fcn(
@@ -72,20 +74,56 @@ def r_fcn(
     scales: Sequence[float] = (8, 16, 32),
     min_size: float = 16,
 ) -> TwoStageDetector:
-    """R-FCN: the RPN on a ResNet's third stage, the votes on its fourth, dilated to the same stride of 16.
+    """Build R-FCN: a fully convolutional detector that scores regions on position-sensitive maps.
+
+    The region proposal network of the detector (Dai et al., https://arxiv.org/abs/1605.06409) uses the third stage of
+    the backbone. The position-sensitive maps are computed from its fourth stage, which is dilated to keep the stride of
+    16.
 
     Args:
-        num_classes: without the background.
-        backbone: a ResNet, as in `make_body`.
-        channels: of the RPN's convolution.
-        hidden: channels between the backbone and the position-sensitive maps.
-        frozen_stages: of the backbone, not trained.
-        num_samples: the regions of largest loss of an image, that losses are of.
-        roi: "pool" (published) or "align".
-        parts: k, of k x k parts of a region.
-        stride: of both maps: 16, or, for small images, 8, with a stage less.
-        scales: of anchors, in strides.
-        min_size: of proposals, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
+        hidden: Number of channels between the backbone and the position-sensitive maps.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        num_samples: Number of regions per image with the largest loss, from which the losses of classes and boxes are
+            computed.
+        roi: Pooling of the position-sensitive maps: "pool" for PS RoI pooling, as published, or "align" for PS RoI
+            Align.
+        parts: Number k of parts along each side of a region, which is divided into k x k parts.
+        stride: Stride of both feature maps in pixels: 16, as published, or 8 for small images, which uses one stage
+            less.
+        scales: Scales of the anchors. An anchor of scale s has an area of (s * stride)^2 pixels.
+        min_size: Minimum width and height of proposals, in pixels. Smaller proposals are removed.
+
+    Returns:
+        A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
+        `Detections` with at most 100 objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and
+        width of each image without padding (None: no padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
+        ValueError: If `stride` is not 16 or 8.
+        ValueError: If `roi` is unknown.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.r_fcn(
+        ...     3, backbone="resnet18", channels=32, hidden=64, parts=3, scales=(1, 2), min_size=4
+        ... )
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 100, 4])
     """
     if stride not in (8, 16):
         raise ValueError(f"relops.models: stride must be 16 or 8, got {stride}")

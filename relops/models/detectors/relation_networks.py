@@ -1,9 +1,9 @@
-"""Relation Networks for Object Detection (Hu et al., https://arxiv.org/abs/1711.11575): objects that see each other.
+"""Relation Networks for Object Detection (Hu et al., https://arxiv.org/abs/1711.11575).
 
-Region features go through two fully connected layers, and behind each, object relation modules let the regions of an
-image tell each other what they see (section 4.2, equation 9). A learned duplicate removal network then says which of a
-class's boxes is the right one of its object, in place of non-maximum suppression (section 4.3). Both are trained end to
-end with the rest (section 4.4).
+Region features pass through two fully connected layers. After each layer, object relation modules let the regions of an
+image exchange information (section 4.2, equation 9). A learned duplicate removal network then decides which box of a
+class is the correct one for its object, instead of non-maximum suppression (section 4.3). The relation
+modules and the duplicate removal network are trained end-to-end with the rest of the detector (section 4.4).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from relops.models.detectors.two_stage import TwoStageDetector
 from relops.models.parts.anchors import paper_anchors
 from relops.models.parts.box_coding import decode_boxes
 from relops.models.parts.boxes import clip_boxes, smaller_than
-from relops.models.parts.padding import gather_rows, present_rows, spread
+from relops.models.parts.padding import gather_rows, present_rows, scatter_rows
 from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, TwoFC
 from relops.models.parts.rpn import Proposals, make_rpn
 from relops.models.structures import Detections, Targets
 from relops.nn.duplicate_removal import DuplicateRemoval
 from relops.nn.object_relation import ObjectRelation
 
-HEADS = 16  # N_r, relations of a module; queries and keys of each are hidden / 16 wide, 64 where hidden is 1024
+HEADS = 16  # the number N_r of relations per module; their queries and keys have width hidden / 16 (64 for hidden=1024)
 
 
 class RelationHead(TwoFC):
-    """Equation 9: fc6, r1 relation modules, ReLU, fc7, r2 relation modules, ReLU.
+    """The head of equation 9: fc6, r1 relation modules, ReLU, fc7, r2 relation modules, ReLU.
 
-    A module adds to its input (figure 3), so that the ReLU is of a layer's output and what relations add to it; one
-    module behind each layer is what the released code has.
+    A module adds its output to its input (figure 3), so ReLU is applied to the sum of a layer's output and its
+    relations. The released code has one module after each layer.
 
     Args:
-        in_features: of a region.
-        hidden: of both layers, divisible by 16.
-        relations: (r1, r2).
+        in_features: The number of features of a region.
+        hidden: The width of both layers, divisible by 16.
+        relations: The numbers of relation modules (r1, r2).
     """
 
     def __init__(self, in_features: int, hidden: int, relations: tuple[int, int]) -> None:
@@ -49,10 +49,16 @@ class RelationHead(TwoFC):
             nn.ModuleList(ObjectRelation(hidden, HEADS, hidden // HEADS) for _ in range(r)) for r in relations
         )
 
-    def forward(self, x: Tensor, place: Tensor | None, boxes: Tensor, key_mask: Tensor) -> Tensor:
-        """[N,K,hidden] of rows [R,...] in their places (as `present_rows` gave them), boxes [N,K,4] and key_mask [N,K],
-        True where a region tells the others nothing."""
-        x = spread(self.fc6(x.flatten(1)), place, *key_mask.shape)
+    def forward(self, x: Tensor, row_index: Tensor | None, boxes: Tensor, key_mask: Tensor) -> Tensor:
+        """Return the features [N,K,hidden] of regions.
+
+        Args:
+            x: [R,...], the pooled features of the rows that `present_rows` returned.
+            row_index: The indices that `present_rows` returned.
+            boxes: [N,K,4] x1, y1, x2, y2 in pixels.
+            key_mask: [N,K] bool, True for regions that do not contribute to the features of others.
+        """
+        x = scatter_rows(self.fc6(x.flatten(1)), row_index, *key_mask.shape)
         for relation in self.fc6_relations:
             x = relation(x, boxes, key_mask)
         x = self.fc7(F.relu(x))
@@ -62,17 +68,20 @@ class RelationHead(TwoFC):
 
 
 class RelationRoIHeads(RoIHeads):
-    """All proposals of an image at once, with deltas of all classes together, as in the released code.
+    """Region heads that process all proposals of an image together, as in the released code. Deltas are class-agnostic.
 
-    In training the objects themselves are among the regions that learn, behind the proposals. They tell the proposals
-    nothing, as there are none at inference, and duplicate removal does not see them. Of the regions, the num_samples
-    whose loss is largest teach classes and boxes (online hard example mining); duplicate removal learns from proposals.
-    Scores up to its score_threshold take no part in it, as at inference (in the released code, only there).
+    In training, the objects themselves are appended to the proposals as additional regions. They do not contribute to
+    the features of the proposals, because objects are not available in evaluation mode, and duplicate removal ignores
+    them. The losses of classes and boxes are computed from the num_samples regions with the largest loss (online hard
+    example mining). Duplicate removal is trained on the proposals. It ignores scores up to its score_threshold in both
+    modes, whereas the released code ignores them only in evaluation mode.
 
     Args:
-        box_roi_pool, box_head, box_predictor: as in RoIHeads; the head is a RelationHead, the deltas class-agnostic.
-        duplicate_removal: the last stage; None: RoIHeads' suppression within classes.
-        options: of RoIHeads.
+        box_roi_pool: A module that pools the features of regions from maps, such as RegionPool.
+        box_head: A RelationHead, which turns pooled features into vectors.
+        box_predictor: A module that turns vectors into scores and class-agnostic deltas, such as BoxPredictor.
+        duplicate_removal: The network that removes duplicates; None: non-maximum suppression within classes.
+        options: Options of RoIHeads.
     """
 
     def __init__(
@@ -89,20 +98,30 @@ class RelationRoIHeads(RoIHeads):
     def predict_all(
         self, maps: list[Tensor], boxes: Tensor, valid: Tensor, num_keys: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [N,K,hidden], scores [N,K,classes + 1] and deltas [N,K,4] of boxes [N,K,4], of which those valid
-        [N,K] are there and the first num_keys are seen by the others."""
-        boxes = torch.where(valid[..., None], boxes, 0)  # padding is a query, too: it needs numbers
-        rois, place = present_rows(boxes, valid)
+        """Return the features [N,K,hidden], the scores [N,K,classes+1] and the deltas [N,K,4] of regions.
+
+        Args:
+            maps: The maps of the backbone.
+            boxes: [N,K,4] x1, y1, x2, y2 in pixels.
+            valid: [N,K] bool, False in padding.
+            num_keys: The number of regions per image, counted from the first, that contribute to the features of
+                others.
+        """
+        boxes = torch.where(valid[..., None], boxes, 0)  # padding is also a query, so its boxes must be finite
+        rois, row_index = present_rows(boxes, valid)
         key_mask = ~valid | (torch.arange(valid.shape[1], device=valid.device) >= num_keys)
-        features = self.box_head(self.box_roi_pool(maps, rois), place, boxes, key_mask)
+        features = self.box_head(self.box_roi_pool(maps, rois), row_index, boxes, key_mask)
         logits, deltas = self.box_predictor(features)
         return features, to_compute_dtype(logits), to_compute_dtype(deltas)
 
     def refine(self, logits: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [N,P,4], clipped, and scores s0 [N,P,classes] of proposals; 0 where a box is none."""
+        """Return the refined and clipped boxes [N,P,4] of proposals and their scores s0 [N,P,classes].
+
+        The scores of padding and of boxes with a side shorter than 0.01 pixels are 0.
+        """
         boxes = clip_boxes(decode_boxes(deltas, proposals.boxes, self.WEIGHTS), sizes)
-        gone = ~proposals.valid | smaller_than(boxes, 1e-2)
-        return boxes, logits.softmax(-1)[..., 1:].masked_fill(gone[..., None], 0)
+        removed = ~proposals.valid | smaller_than(boxes, 1e-2)
+        return boxes, logits.softmax(-1)[..., 1:].masked_fill(removed[..., None], 0)
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         samples, P = self.regions(proposals, targets), proposals.valid.shape[1]
@@ -121,7 +140,7 @@ class RelationRoIHeads(RoIHeads):
             return self.select(boxes[:, :, None], scores, proposals, sizes)
         _, P, C = scores.shape
         final_scores = self.duplicate_removal(features, scores, boxes).final_scores
-        scores, index = final_scores.flatten(1).topk(min(self.most, P * C), 1)
+        scores, index = final_scores.flatten(1).topk(min(self.max_detections, P * C), 1)
         found = scores > 0
         boxes = torch.where(found[..., None], gather_rows(boxes, index // C), 0)
         return Detections(boxes, scores, torch.where(found, index % C, -1))
@@ -130,8 +149,9 @@ class RelationRoIHeads(RoIHeads):
 class RelationNetworks(TwoStageDetector):
     """Faster R-CNN with RelationRoIHeads."""
 
-    # Appearance weights are exponentials of products of queries and keys. Adam's first steps, as large as what these
-    # layers begin with, made a few of them all, whatever the geometry; no suppression was learned then.
+    # Appearance weights are exponentials of products of queries and keys. The first steps of Adam are as large as the
+    # initial parameters of these layers. At the full learning rate, a few weights then dominated all others regardless
+    # of geometry, and no suppression was learned.
     slower = ("query", "key")
 
 
@@ -145,7 +165,18 @@ def relation_heads(
     first_n: int,
     num_samples: int,
 ) -> RelationRoIHeads:
-    """The second stage on regions of `channels` maps, with the constants of the released code."""
+    """Return the second stage, with the constants of the released code.
+
+    Args:
+        pool: The pooling of regions.
+        channels: The number of channels of the pooled features.
+        hidden: The width of the two fully connected layers.
+        num_classes: The number of object classes, without the background.
+        relations: The numbers of relation modules after the first and after the second fully connected layer.
+        duplicate_removal: Whether a learned network removes duplicates.
+        first_n: The number of regions per class that duplicate removal considers.
+        num_samples: The number of regions per image with the largest loss, from which losses are computed.
+    """
     return RelationRoIHeads(
         pool,
         RelationHead(channels * pool.output_size**2, hidden, relations),
@@ -174,25 +205,63 @@ def relation_networks(
     scales: Sequence[float] = (4, 8, 16, 32),
     min_size: float = 0,
 ) -> RelationNetworks:
-    """Relation Networks on Faster R-CNN's one map. Published: ResNet-101 (with frozen_stages=2), where regions are
-    pooled of the fourth stage, dilated and reduced to 256 channels; here of the map that the RPN works on.
+    """Build Relation Networks: Faster R-CNN with object relation modules and learned duplicate removal.
+
+    The detector (Hu et al., https://arxiv.org/abs/1711.11575) uses one feature map. The paper uses ResNet-101 (with
+    frozen_stages=2) and pools regions from its fourth stage, dilated and reduced to 256 channels. Here, regions are
+    pooled from the map that the region proposal network (RPN) uses.
 
     Args:
-        num_classes: without the background.
-        backbone: as in `make_body`.
-        channels: of the RPN's convolution.
-        hidden: of the two fully connected layers, divisible by 16.
-        relations: how many relation modules are behind the first and the second of them.
-        duplicate_removal: the learned one; False: class-wise suppression above an IoU of .5.
-        proposals: of an image, in training and test.
-        proposal_nms: IoU of the RPN's own suppression; None: the best by score as they are, no suppression anywhere.
-            Objects have many duplicates then: duplicate removal is of all proposals in each class, otherwise of 100.
-        roi: "pool" (published) or "align".
-        num_samples: the regions of largest loss of an image, that losses of classes and boxes are of.
-        frozen_stages: of the backbone, not trained.
-        stride: of the map, 16 or, for small images, 8.
-        scales: of anchors, in strides.
-        min_size: of proposals, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
+            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
+            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
+            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default).
+        channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
+        hidden: Width of the two fully connected layers of the box head, divisible by 16.
+        relations: Numbers of object relation modules after the first and after the second fully connected layer.
+        duplicate_removal: Whether a learned network removes duplicates. If False, a detection is suppressed if its IoU
+            with a detection of the same class and a higher score exceeds 0.5.
+        proposals: Number of proposals per image, in training and in evaluation mode.
+        proposal_nms: IoU above which the RPN suppresses a proposal that overlaps another one with a higher score. None:
+            the RPN returns the proposals with the highest scores without suppression. Objects then have many
+            duplicates, so the learned duplicate removal considers all proposals in each class instead of the best 100.
+        roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
+        num_samples: Number of regions per image with the largest loss, from which the losses of classes and boxes are
+            computed.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        stride: Stride of the feature map in pixels: 16, as published, or 8 for small images. "zf" supports only 16.
+        scales: Scales of the anchors. An anchor of scale s has an area of (s * stride)^2 pixels.
+        min_size: Minimum width and height of proposals, in pixels. Smaller proposals are removed.
+
+    Returns:
+        A `RelationNetworks`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness", "rpn_boxes", "classes" and "boxes". If `duplicate_removal` is True, there is also the loss
+        "duplicates". In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per
+        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
+        padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
+        ValueError: If `stride` is not 16 or 8, or if it is 8 and `backbone` is "zf".
+        ValueError: If `roi` is unknown.
+        ValueError: If `hidden` is not divisible by 16 and there is at least one relation module.
+        ValueError: If `relations` does not have two entries.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.relation_networks(
+        ...     3, backbone="resnet18", channels=32, hidden=64, proposals=20, scales=(1, 2)
+        ... )
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes', 'duplicates', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 60, 4])
     """
     maps, size = single_map(backbone, frozen_stages, stride)
     rpn = make_rpn(
@@ -229,22 +298,59 @@ def relation_networks_fpn(
     frozen_stages: int = 0,
     sizes: Sequence[float] = (32, 64, 128, 256, 512),
 ) -> RelationNetworks:
-    """Relation Networks on a feature pyramid. The released code trains its RPN beforehand, and gives the second stage
-    1000 proposals; here it is trained along.
+    """Build Relation Networks on a feature pyramid, with relation modules and learned duplicate removal.
+
+    The detector (Hu et al., https://arxiv.org/abs/1711.11575) extends Faster R-CNN on a feature pyramid. The released
+    code trains the region proposal network (RPN) beforehand and passes 1000 proposals to the second stage. Here, the
+    RPN is trained jointly.
 
     Args:
-        num_classes: without the background.
-        backbone: a ResNet or LR-Net, as in `make_body`.
-        channels: of the pyramid and the RPN.
-        hidden: of the two fully connected layers, divisible by 16.
-        relations: how many relation modules are behind the first and the second of them.
-        duplicate_removal: the learned one; False: class-wise suppression above an IoU of .5.
-        proposals: of an image, in training and test.
-        proposal_nms: IoU of the RPN's own suppression; None: the best by score as they are, no suppression anywhere.
-            Objects have many duplicates then: duplicate removal is of all proposals in each class, otherwise of 150.
-        num_samples: the regions of largest loss of an image, that losses of classes and boxes are of.
-        frozen_stages: of the backbone, not trained.
-        sizes: of the anchors of each level, in pixels.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
+        hidden: Width of the two fully connected layers of the box head, divisible by 16.
+        relations: Numbers of object relation modules after the first and after the second fully connected layer.
+        duplicate_removal: Whether a learned network removes duplicates. If False, a detection is suppressed if its IoU
+            with a detection of the same class and a higher score exceeds 0.5.
+        proposals: Number of proposals per image, in training and in evaluation mode.
+        proposal_nms: IoU above which the RPN suppresses a proposal that overlaps another one with a higher score. None:
+            the RPN returns the proposals with the highest scores without suppression. Objects then have many
+            duplicates, so the learned duplicate removal considers all proposals in each class instead of the best 150.
+        num_samples: Number of regions per image with the largest loss, from which the losses of classes and boxes are
+            computed.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
+            size s has an area of s^2.
+
+    Returns:
+        A `RelationNetworks`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "rpn_objectness", "rpn_boxes", "classes" and "boxes". If `duplicate_removal` is True, there is also the loss
+        "duplicates". In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per
+        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
+        padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does
+            not support its width.
+        ValueError: If `sizes` does not have five entries.
+        ValueError: If `hidden` is not divisible by 16 and there is at least one relation module.
+        ValueError: If `relations` does not have two entries.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.relation_networks_fpn(3, backbone="resnet18", channels=32, hidden=64, proposals=20)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['boxes', 'classes', 'duplicates', 'rpn_boxes', 'rpn_objectness']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 60, 4])
     """
     maps, rpn = pyramid(
         backbone, channels, frozen_stages, sizes, post_nms=(proposals, proposals), nms_threshold=proposal_nms

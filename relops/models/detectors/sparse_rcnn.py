@@ -1,7 +1,7 @@
 """Sparse R-CNN (Sun et al., End-to-End Object Detection with Learnable Proposals, https://arxiv.org/abs/2011.12450).
 
-Sections are those of the paper's section 3. Parameters have the released code's names, but for the backbone, which has
-torchvision's.
+The titles of the first two sections below are from section 3 of the paper. Parameters have the names of the released
+code, except for the backbone, whose parameters have the names of torchvision.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from relops.models.parts.transformer import xavier_weights
 from relops.nn.dynamic_conv import DynamicConv
 from relops.ops.box_iou import box_iou
 
-HEADS = 8  # of the self-attention
-REGION = 7  # height and width that regions are pooled to
-LOG_CLAMP = math.log(100_000 / 16)  # of log w and log h
-LEAST_IOU = 1e-6  # in place of 0, so that its logarithm is finite
+HEADS = 8  # the number of heads of the self-attention
+REGION = 7  # the height and width of pooled regions
+LOG_CLAMP = math.log(100_000 / 16)  # the maximum growth of log w and log h
+MIN_IOU = 1e-6  # replaces an IoU of 0, so that its logarithm is finite
 INITS = "image", "center", "grid", "random"
 
 
 class SparseRCNN(SetDetector):
-    """A backbone's pyramid, learned proposals, and stages that each refine the boxes of the one before.
+    """A detector with learned proposals, whose boxes are refined in stages.
 
     Args:
-        backbone: images to maps, finest first, of which the first four are used.
-        proposals: their number Q.
-        stages: their number.
-        init: of the proposals' boxes, see `initial_boxes`.
-        hidden: of the stages' feed-forward network.
-        iou_attention: see `DynamicHead`.
+        num_classes: The number of object classes, without the background.
+        backbone: A feature pyramid with the finest map first. The first four maps are used.
+        proposals: The number Q of proposals per image.
+        stages: The number of stages, each of which refines the boxes of the previous one.
+        init: The initial boxes of the proposals: "image", "center", "grid" or "random".
+        hidden: The width of the feed-forward network of each stage.
+        iou_attention: Whether the weights of the self-attention are multiplied by the IoU of the two proposals.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class SparseRCNN(SetDetector):
         hidden: int,
         iou_attention: bool,
     ) -> None:
-        # Set prediction loss: focal loss, L1 and GIoU, with the same weights in costs and losses, of every stage.
-        super().__init__(SetLoss(corners=True), most=proposals)
+        # Set prediction loss: focal loss, L1 and GIoU of every stage, with the same weights in costs and losses.
+        super().__init__(SetLoss(corners=True), max_detections=proposals)
         channels = backbone.channels[0]
         self.backbone = backbone
         self.init_proposal_boxes = nn.Embedding(proposals, 4)
@@ -79,12 +80,17 @@ class SparseRCNN(SetDetector):
 
 
 def initial_boxes(init: str, proposals: int) -> Tensor:
-    """Center x, center y, width and height [Q,4], as fractions of an image.
+    """Return initial boxes [Q,4], which are center x, center y, width and height as fractions of an image.
 
     Args:
-        init: "image", the whole of it; "center", a tenth of its width and height in its middle; "grid", cells that
-            cover it; "random", by a normal distribution behind a sigmoid. (The paper's table 8.)
-        proposals: their number Q.
+        init: The kind of boxes, from table 8 of the paper: "image" for the whole image, "center" for a tenth of its
+            width and height in its center, "grid" for cells that cover it, and "random" for the sigmoid of normally
+            distributed numbers.
+        proposals: The number Q of proposals.
+
+    Raises:
+        ValueError: If `init` is unknown, or if `proposals` is less than 1.
+        TypeError: If `proposals` is not an int.
     """
     check_choice("models", "init", init, INITS)
     check_size("models", "proposals", proposals, 2**31 - 1)
@@ -92,7 +98,7 @@ def initial_boxes(init: str, proposals: int) -> Tensor:
         return torch.randn(proposals, 4).sigmoid()
     if init == "grid":
         rows = math.isqrt(proposals)
-        counts = [(proposals + i) // rows for i in range(rows)]  # of cells in each row
+        counts = [(proposals + i) // rows for i in range(rows)]  # the number of cells in each row
         return torch.tensor(
             [((x + 0.5) / n, (y + 0.5) / rows, 1 / n, 1 / rows) for y, n in enumerate(counts) for x in range(n)]
         )
@@ -104,10 +110,11 @@ def initial_boxes(init: str, proposals: int) -> Tensor:
 
 
 class DynamicHead(nn.Module):
-    """Stages in a row, each with parameters of its own: boxes are constants between them, features are not.
+    """A sequence of stages, each with its own parameters. Gradients pass through features, but not through boxes.
 
-    With iou_attention the weights of the self-attention are multiplied by the IoU of the two proposals, then divided by
-    their sum (Zhao et al., IoU-Enhanced Attention, https://arxiv.org/abs/2209.10391). It has no parameters.
+    With iou_attention, the weights of the self-attention are multiplied by the IoU of the two proposals and then
+    divided by their sum (Zhao et al., IoU-Enhanced Attention, https://arxiv.org/abs/2209.10391). This adds no
+    parameters.
     """
 
     def __init__(
@@ -120,26 +127,33 @@ class DynamicHead(nn.Module):
         self.head_series = nn.ModuleList(RCNNHead(num_classes, channels, hidden) for _ in range(stages))
 
     def forward(self, maps: list[Tensor], boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [L,N,Q,classes] and boxes [L,N,Q,4] in pixels of all stages (in evaluation mode of the last alone), of
-        the first one's boxes [N,Q,4] and features [N,Q,C]."""
+        """Return the logits [L,N,Q,classes] and the boxes [L,N,Q,4] in pixels of all stages.
+
+        In evaluation mode, L is 1 and only the last stage is included.
+
+        Args:
+            maps: The maps of the feature pyramid.
+            boxes: [N,Q,4] x1, y1, x2, y2 in pixels, the boxes of the proposals.
+            features: [N,Q,C], the features of the proposals.
+        """
         outputs = []
         for stage in self.head_series:
-            # The level and the samples of a region have no gradient by its box, nor has attention.
-            places = boxes.detach()
-            regions = self.box_roi_pool(maps, as_rows(places))
-            bias = log_iou(places).to(features.dtype) if self.iou_attention else None
+            # Neither pooling nor attention is differentiated with respect to the boxes.
+            constant_boxes = boxes.detach()
+            regions = self.box_roi_pool(maps, as_rows(constant_boxes))
+            bias = log_iou(constant_boxes).to(features.dtype) if self.iou_attention else None
             logits, refined, features = stage(features, regions, boxes, bias)
             outputs.append((logits, refined))
             boxes = refined.detach()
-        of_stages = zip(*(outputs if self.training else outputs[-1:]))
-        logits, boxes = (torch.stack(x) for x in of_stages)
+        outputs = outputs if self.training else outputs[-1:]
+        logits, boxes = (torch.stack(x) for x in zip(*outputs))
         return logits, boxes
 
 
 class RCNNHead(nn.Module):
-    """A stage: self-attention of proposal features, each one's interaction with its region, and its class and box."""
+    """A stage: self-attention between proposals, interaction of each proposal with its region, and prediction."""
 
-    WEIGHTS = 2.0, 1.0  # that deltas of center and of size are divided by
+    WEIGHTS = 2.0, 1.0  # the divisors of the deltas of center and size
 
     def __init__(self, num_classes: int, channels: int, hidden: int) -> None:
         super().__init__()
@@ -158,8 +172,14 @@ class RCNNHead(nn.Module):
     def forward(
         self, features: Tensor, regions: Tensor, boxes: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N,Q,classes], boxes [N,Q,4] and features [N,Q,C] of features [N,Q,C], regions [N*Q,C,7,7], boxes
-        [N,Q,4] and what is added to products of queries and keys, [N*8,Q,Q]."""
+        """Return the logits [N,Q,classes], the refined boxes [N,Q,4] and the new features [N,Q,C] of proposals.
+
+        Args:
+            features: [N,Q,C], the features of the proposals.
+            regions: [N*Q,C,7,7], the pooled features of their boxes.
+            boxes: [N,Q,4] x1, y1, x2, y2 in pixels.
+            bias: [N*8,Q,Q], which is added to the products of queries and keys; None: nothing is added.
+        """
         x = self.norm1(features + self.self_attn(features, features, features, attn_mask=bias, need_weights=False)[0])
         x = self.norm2(x + self.inst_interact(x.flatten(0, 1), regions).view_as(x))
         x = self.norm3(x + self.linear2(F.relu(self.linear1(x))))
@@ -168,14 +188,14 @@ class RCNNHead(nn.Module):
 
 
 def log_iou(boxes: Tensor) -> Tensor:
-    """[N*8,Q,Q], of boxes [N,Q,4] with each other, once for each head."""
+    """Return the logarithm [N*8,Q,Q] of the IoU of boxes [N,Q,4] with each other, repeated for each head."""
     iou = box_iou(boxes, boxes)
-    iou.diagonal(dim1=1, dim2=2).fill_(1)  # of a box without an area, too
-    return iou.clamp(min=LEAST_IOU).log().repeat_interleave(HEADS, 0)
+    iou.diagonal(dim1=1, dim2=2).fill_(1)  # the IoU of a box without area with itself would be 0
+    return iou.clamp(min=MIN_IOU).log().repeat_interleave(HEADS, 0)
 
 
 def tower(channels: int, layers: int) -> nn.Sequential:
-    """Linear layers, each normalized and rectified."""
+    """Return linear layers, each followed by layer normalization and ReLU."""
     parts = [
         part
         for _ in range(layers)
@@ -184,7 +204,7 @@ def tower(channels: int, layers: int) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-# ---- By name ----
+# ---- The detector ----
 
 
 def sparse_rcnn(
@@ -199,19 +219,55 @@ def sparse_rcnn(
     iou_attention: bool = False,
     frozen_stages: int = 0,
 ) -> SparseRCNN:
-    """Sparse R-CNN on a feature pyramid. The released weights load through `load_sparse_rcnn` (num_classes=80).
+    """Build Sparse R-CNN: learned proposals that are refined in stages and trained by set prediction.
+
+    The detector (Sun et al., https://arxiv.org/abs/2011.12450) uses a feature pyramid. `load_sparse_rcnn` loads the
+    released weights (num_classes=80 for COCO).
 
     Args:
-        num_classes: without the background.
-        backbone: a ResNet or LR-Net, as in `make_body`.
-        channels: of the pyramid and the proposals' features, divisible by the attention's eight heads. Dynamic filters
-            have a quarter between them.
-        hidden: of the stages' feed-forward network.
-        proposals: an image; as many detections it has at most.
-        stages: their number.
-        init: of the proposals' boxes: "image" (as published), "center", "grid" or "random", see `initial_boxes`.
-        iou_attention: proposals attend to each other by their IoU, too (not in the paper), see `DynamicHead`.
-        frozen_stages: of the backbone, not trained.
+        num_classes: Number of object classes, without the background.
+        backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
+            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
+            "lr_net26-32" (64 by default).
+        channels: Number of channels of the feature pyramid and of the features of proposals, divisible by 8. The width
+            between the two dynamic filters is a quarter of it.
+        hidden: Width of the feed-forward network of each stage.
+        proposals: Number of proposals per image, which is also the maximum number of detections.
+        stages: Number of stages, each of which refines the boxes of the previous one.
+        init: Initial boxes of the proposals: "image" (the whole image, as published), "center" (a tenth of the width
+            and of the height, in the center), "grid" (cells that cover the image) or "random".
+        iou_attention: Whether the attention weights between two proposals are multiplied by the IoU of their boxes
+            (https://arxiv.org/abs/2209.10391). The Sparse R-CNN paper does not do this.
+        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+
+    Returns:
+        A `SparseRCNN`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
+        "classes", "boxes" and "giou" of the last stage. If there are other stages, "auxiliary" is the sum of their
+        losses. In evaluation mode, `detector(images, sizes)` returns `Detections` with at most `proposals` objects per
+        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
+        padding), and `targets` is a `Targets`.
+
+    Raises:
+        ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does
+            not support its width.
+        ValueError: If `channels` is not divisible by 8.
+        ValueError: If `init` is unknown.
+        ValueError: If `proposals` or `stages` is less than 1.
+        TypeError: If `proposals` or `stages` is not an int.
+
+    Example:
+        >>> import torch, relops
+        >>> model = relops.models.sparse_rcnn(3, backbone="resnet18", channels=32, hidden=64, proposals=10, stages=2)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> targets = relops.models.Targets(torch.tensor([[[8.0, 8.0, 40.0, 48.0]]]), torch.tensor([[2]]))
+        >>> losses = model.train()(images, None, targets)
+        >>> sorted(losses)
+        ['auxiliary', 'boxes', 'classes', 'giou']
+        >>> with torch.no_grad():
+        ...     detections = model.eval()(images)
+        >>> detections.boxes.shape
+        torch.Size([1, 10, 4])
     """
     if channels % HEADS:
         raise ValueError(f"relops.models: channels must be divisible by {HEADS}, got {channels}")

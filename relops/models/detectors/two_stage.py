@@ -1,4 +1,4 @@
-"""What detectors of two stages have in common."""
+"""The class of two-stage detectors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from relops.models.structures import Detections, Targets
 
 
 class TwoStageDetector(BaseDetector):
-    """Backbone, region proposal network, and heads on regions.
+    """A detector that consists of a backbone, a region proposal network, and region heads.
 
     Args:
-        backbone: images to a list of maps.
-        rpn: proposals from maps.
-        roi_heads: losses and detections from maps and proposals.
-        box_gradients: non-approximate joint training: gradients of the second stage reach the RPN through the boxes,
-            too, by RoI Align (RoI warping), regression targets and clipping. Otherwise proposals are constants.
+        backbone: A module that computes a list of maps from images.
+        rpn: A module that computes proposals from maps.
+        roi_heads: A module that computes losses and detections from maps and proposals.
+        box_gradients: Whether gradients of the second stage also reach the RPN through the boxes, which is called
+            non-approximate joint training. They pass through RoI Align (RoI warping), the regression targets and
+            clipping. If False, proposals are constants for the second stage.
     """
 
     def __init__(self, backbone: Backbone, rpn: nn.Module, roi_heads: RoIHeads, *, box_gradients: bool = False) -> None:
@@ -32,6 +33,21 @@ class TwoStageDetector(BaseDetector):
     def forward(
         self, images: Tensor, sizes: Tensor | None = None, targets: Targets | None = None
     ) -> dict[str, Tensor] | Detections:
+        """Return the losses in training mode and the detections in evaluation mode.
+
+        Args:
+            images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
+            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            targets: The ground truth, which is required in training mode and ignored in evaluation mode.
+
+        Returns:
+            In training mode, a dict of scalar losses, which are added up for training. In evaluation mode,
+            `Detections`.
+
+        Raises:
+            ValueError: If `images`, `sizes` or `targets` has an invalid shape, or if `targets` is missing in training
+                mode.
+        """
         sizes = self.checked_sizes(images, sizes)
         if not self.training:
             maps = self.backbone(images)
@@ -42,7 +58,13 @@ class TwoStageDetector(BaseDetector):
         proposals, losses = self.rpn(maps, sizes, targets, box_gradients=self.box_gradients)
         return losses | self.roi_heads.losses(maps, proposals, sizes, targets)
 
-    def propose(self, images: Tensor, sizes: Tensor | None = None, most: int | None = None) -> Proposals:
-        """The RPN's proposals; `most` as in RPN.forward."""
+    def propose(self, images: Tensor, sizes: Tensor | None = None, max_proposals: int | None = None) -> Proposals:
+        """Return the proposals of the RPN.
+
+        Args:
+            images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
+            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            max_proposals: The maximum number of proposals per image. None: that of the RPN in its current mode.
+        """
         sizes = self.checked_sizes(images, sizes)
-        return self.rpn(self.backbone(images), sizes, most=most)[0]
+        return self.rpn(self.backbone(images), sizes, max_proposals=max_proposals)[0]

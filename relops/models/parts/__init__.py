@@ -1,1 +1,1 @@
-"""What detectors are made of: anchors, proposals, heads on regions, set prediction, and their arithmetic of boxes."""
+"""The building blocks of the detectors: anchors, proposals, region heads, set prediction and box arithmetic."""

@@ -11,13 +11,13 @@ RATIOS = 0.5, 1.0, 2.0  # height / width
 
 
 def paper_anchors(base: int = 16, scales: Sequence[float] = (8, 16, 32)) -> list[list[float]]:
-    """Anchors of Faster R-CNN (https://arxiv.org/abs/1506.01497), as the released code rounds them.
+    """Return the anchors of Faster R-CNN (https://arxiv.org/abs/1506.01497), rounded as in the released code.
 
-    That code counts pixels inclusively, from -83, -39 to 100, 56 in the first; here x2 and y2 are the far edge of the
-    last pixel, one more.
+    In the released code, x2 and y2 denote the last pixel inside the box: its first anchor is (-84, -40, 99, 55). Here,
+    they denote the far edge of that pixel, which adds one to both: (-84, -40, 100, 56).
 
     Returns:
-        len(RATIOS) * len(scales) of x1, y1, x2, y2, around the first pixel of the map.
+        len(RATIOS) * len(scales) boxes x1, y1, x2, y2 around the first pixel of the map.
     """
     center = (base - 1) / 2
     boxes = []
@@ -31,7 +31,7 @@ def paper_anchors(base: int = 16, scales: Sequence[float] = (8, 16, 32)) -> list
 
 
 def centered_anchors(size: float) -> list[list[float]]:
-    """Anchors of one level of a pyramid, of area size^2, as torchvision rounds them: around 0, 0."""
+    """Return the anchors of one pyramid level, centered at (0, 0) with an area of size^2, rounded as in torchvision."""
     boxes = []
     for ratio in RATIOS:
         width, height = round(size / ratio**0.5 / 2), round(size * ratio**0.5 / 2)
@@ -40,29 +40,29 @@ def centered_anchors(size: float) -> list[list[float]]:
 
 
 class Anchors(nn.Module):
-    """Places cell anchors at every pixel of maps.
+    """Copies of cell anchors at every pixel of maps.
 
     Args:
-        cells: of each level, k boxes around the first pixel. As many of each.
-        strides: of each level, in pixels of the image.
-        every: anchors only at every so many pixels of the map, down and across.
+        cells: For each level, k boxes around the first pixel. k is the same for all levels.
+        strides: The stride of each level, in pixels of the image.
+        step: Anchors are placed at every step-th pixel of a map, vertically and horizontally.
     """
 
     cells: Tensor
 
-    def __init__(self, cells: Sequence[Sequence[Sequence[float]]], strides: Sequence[int], every: int = 1) -> None:
+    def __init__(self, cells: Sequence[Sequence[Sequence[float]]], strides: Sequence[int], step: int = 1) -> None:
         super().__init__()
-        self.strides = [every * stride for stride in strides]
-        self.every = every
+        self.strides = [step * stride for stride in strides]
+        self.step = step
         self.per_cell = len(cells[0])
-        # Not in the state_dict: they are settings, not parameters.
+        # The cells are not in the state_dict, because they are settings and not parameters.
         self.register_buffer("cells", torch.tensor(cells), persistent=False)  # [L,k,4]
 
     def forward(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """[H * W * k,4] of each level of size (H, W): by row, column, cell anchor."""
+        """Return the anchors [H*W*k,4] of each level of size (H, W), ordered by row, column and cell anchor."""
         anchors = []
         for cells, stride, size in zip(self.cells, self.strides, sizes):
-            height, width = (-(-x // self.every) for x in size)
+            height, width = (-(-x // self.step) for x in size)
             y = torch.arange(height, device=cells.device, dtype=cells.dtype) * stride
             x = torch.arange(width, device=cells.device, dtype=cells.dtype) * stride
             corner = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).view(-1, 1, 2)

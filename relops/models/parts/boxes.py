@@ -1,4 +1,4 @@
-"""Geometry of boxes [...,4]: x1, y1, x2, y2 in pixels where nothing else is said."""
+"""Geometry of boxes [...,4], which are x1, y1, x2, y2 in pixels unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def centers_of(boxes: Tensor) -> Tensor:
 
 
 def image_extent(sizes: Tensor) -> Tensor:
-    """Convert sizes [N,2] (height, width) to [N,1,4] (width, height, width, height), to scale relative boxes."""
+    """Convert sizes [N,2] (height, width) to factors [N,1,4] (width, height, width, height) for relative boxes."""
     return sizes.flip(-1).repeat(1, 2)[:, None]
 
 
@@ -34,5 +34,5 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def smaller_than(boxes: Tensor, size: float) -> Tensor:
-    """Return [...] bool: whether a side of boxes [...,4] is shorter than size, or not a number."""
+    """Return a mask [...] of the boxes [...,4] with a side that is shorter than size or NaN."""
     return ~(boxes[..., 2:] - boxes[..., :2] >= size).all(-1)

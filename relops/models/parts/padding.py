@@ -1,4 +1,4 @@
-"""Conversion of padded batches [N,K,...] to rows, which the region ops take, and back."""
+"""Conversion of padded batches [N,K,...] to the rows that region ops take, and back."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ def as_rows(boxes: Tensor) -> Tensor:
 
 
 def present_rows(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Convert boxes [N,K,4] to rows as `as_rows` does, and leave out padding where that costs nothing.
+    """Convert boxes [N,K,4] to rows (image, x1, y1, x2, y2), and drop the padding if that costs nothing.
 
     Returns:
-        On the CPU the rows [R,5] of the boxes that are valid [N,K], and their places [R] in the flattened [N*K]. On
-        other devices, where counting them would wait for the device, all rows and None.
+        On the CPU, the rows [R,5] of the boxes that are True in valid [N,K], and their indices [R] into the flattened
+        [N*K] boxes. On other devices, where counting the valid boxes would wait for the device, and in a traced graph,
+        all rows [N*K,5] and None.
     """
     rows = as_rows(boxes)
     if not valid.is_cpu or not has_values(valid):
         return rows, None
-    place = valid.flatten().nonzero().squeeze(1)
-    return rows[place], place
+    row_index = valid.flatten().nonzero().squeeze(1)
+    return rows[row_index], row_index
 
 
-def at_places(x: Tensor, place: Tensor | None) -> Tensor:
-    """Return the rows [R,...] of x [N,K,...] that `present_rows` gave."""
+def select_rows(x: Tensor, row_index: Tensor | None) -> Tensor:
+    """Return the rows [R,...] of x [N,K,...] at the indices that `present_rows` returned."""
     x = x.flatten(0, 1)
-    return x if place is None else x[place]
+    return x if row_index is None else x[row_index]
 
 
-def spread(x: Tensor, place: Tensor | None, N: int, K: int) -> Tensor:
-    """Put rows [R,...] back to the places that `present_rows` took them from: [N,K,...], zeros elsewhere."""
-    if place is not None:
-        x = x.new_zeros(N * K, *x.shape[1:]).index_copy_(0, place, x)
+def scatter_rows(x: Tensor, row_index: Tensor | None, N: int, K: int) -> Tensor:
+    """Invert `select_rows`: return [N,K,...] with the rows [R,...] at their indices and zeros elsewhere."""
+    if row_index is not None:
+        x = x.new_zeros(N * K, *x.shape[1:]).index_copy_(0, row_index, x)
     return x.view(N, K, *x.shape[1:])

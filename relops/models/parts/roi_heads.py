@@ -1,4 +1,7 @@
-"""The second stage of detectors: classes and boxes of regions (Girshick, Fast R-CNN, https://arxiv.org/abs/1504.08083)."""
+"""The second stage of detectors, which classifies regions and refines their boxes.
+
+It is that of Fast R-CNN (Girshick, https://arxiv.org/abs/1504.08083).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from relops._dtypes import to_compute_dtype
 from relops.models.initialization import zero_bias
 from relops.models.parts.box_coding import decode_boxes, encode_boxes
 from relops.models.parts.boxes import clip_boxes, smaller_than
-from relops.models.parts.padding import at_places, gather_rows, present_rows, spread
+from relops.models.parts.padding import gather_rows, present_rows, scatter_rows, select_rows
 from relops.models.parts.rpn import Proposals
 from relops.models.parts.sampling import sample_candidates, target_overlaps
 from relops.models.structures import Detections, Targets
@@ -26,12 +29,12 @@ from relops.ops.roi_pool import roi_pool
 
 
 class Samples(NamedTuple):
-    """Regions that losses are of; chosen ones have the positive first.
+    """The regions that losses are computed from. Sampled regions are sorted with the positive ones first.
 
     Attributes:
-        boxes: [N,S,4].
-        classes: [N,S] int64: 0 background, c + 1 an object of class c; -1 padding, or neither.
-        matched: [N,S], the object that each overlaps most with.
+        boxes: [N,S,4] x1, y1, x2, y2 in pixels.
+        classes: [N,S] int64: 0 for background, c + 1 for an object of class c, and -1 for padding and ignored regions.
+        matched: [N,S], the index of the object with which each region overlaps most.
     """
 
     boxes: Tensor
@@ -40,16 +43,17 @@ class Samples(NamedTuple):
 
 
 class RegionPool(nn.Module):
-    """Features of regions from the maps of a backbone.
+    """Pooling of the features of regions from the maps of a backbone.
 
     Args:
-        kind: "align" or "pool", on the first map; "pyramid": RoI Align on the level that fits.
-        output_size: of each region.
-        strides: of the maps; one for "align" and "pool".
-        aligned: as in relops.roi_align.
+        kind: "align" for RoI Align or "pool" for RoI pooling, both on the first map, or "pyramid" for RoI Align on the
+            pyramid level that suits the size of the region.
+        output_size: The height and width of the pooled features.
+        strides: The strides of the maps in pixels of the image. "align" and "pool" use only the first one.
+        aligned: Whether RoI Align shifts boxes by half a pixel of the map (the `aligned` option of `relops.roi_align`).
     """
 
-    SAMPLING_RATIO = 2  # of "align" and "pyramid"
+    SAMPLING_RATIO = 2  # for "align" and "pyramid"
 
     def __init__(self, kind: str, output_size: int, strides: Sequence[int], *, aligned: bool = False) -> None:
         super().__init__()
@@ -60,7 +64,7 @@ class RegionPool(nn.Module):
         self.aligned = aligned
 
     def forward(self, maps: list[Tensor], rois: Tensor) -> Tensor:
-        """[R,C,output_size,output_size] of rows [R,5] (image, x1, y1, x2, y2)."""
+        """Return the features [R,C,output_size,output_size] of rows [R,5] (image, x1, y1, x2, y2)."""
         if self.kind == "pyramid":
             levels = maps[: len(self.scales)]
             return multi_scale_roi_align(levels, rois, self.output_size, self.scales, self.SAMPLING_RATIO, self.aligned)
@@ -70,7 +74,7 @@ class RegionPool(nn.Module):
 
 
 class TwoFC(nn.Module):
-    """Base of heads that have two fully connected layers, which a VGG-16 may have learned."""
+    """The base class of heads with two fully connected layers, which can be initialized from a VGG-16 classifier."""
 
     def __init__(self, in_features: int, hidden: int) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class TwoFC(nn.Module):
 
 
 class TwoFCHead(TwoFC):
-    """fc6 and fc7, each with ReLU, and dropout behind as in VGG where asked for."""
+    """The layers fc6 and fc7, each followed by ReLU and optionally by dropout, as in VGG."""
 
     def __init__(self, in_features: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__(in_features, hidden)
@@ -91,7 +95,7 @@ class TwoFCHead(TwoFC):
 
 
 class BoxPredictor(nn.Module):
-    """Scores of the background and of each class, and deltas of each class or one for all."""
+    """The layers that predict the scores of background and classes, and the deltas per class or for all classes."""
 
     def __init__(self, in_features: int, num_classes: int, class_agnostic: bool = False) -> None:
         super().__init__()
@@ -107,22 +111,23 @@ class BoxPredictor(nn.Module):
 
 
 class RoIHeads(nn.Module):
-    """Samples regions and computes losses of them in training, and makes detections of them at inference.
+    """Region heads, which sample regions and compute losses in training and return detections in evaluation mode.
 
     Args:
-        box_roi_pool: features of regions from maps, as RegionPool.
-        box_head: to vectors.
-        box_predictor: to scores and deltas, as BoxPredictor.
-        num_samples: regions an image that losses are of.
-        negative: (lowest, below) IoU of regions of the background.
-        beta: of smooth L1.
-        score_threshold, nms_threshold, most: detections have larger scores; IoU above which one gives way to a better
-            one of its class; so many an image at most.
+        box_roi_pool: A module that pools the features of regions from maps, such as RegionPool.
+        box_head: A module that turns pooled features into vectors.
+        box_predictor: A module that turns vectors into scores and deltas, such as BoxPredictor.
+        num_samples: The number of regions per image that losses are computed from.
+        negative: The range of the IoU of background regions, as (minimum, exclusive maximum).
+        beta: The distance at which smooth L1 changes from a parabola to a line.
+        score_threshold: Detections must have a larger score than this.
+        nms_threshold: The IoU above which a detection is suppressed by one of the same class with a higher score.
+        max_detections: The maximum number of detections per image.
     """
 
-    POSITIVE_FRACTION = 0.25  # so many of the samples at most overlap an object
-    POSITIVE = 0.5  # IoU from which on a region is of an object
-    WEIGHTS = 10.0, 5.0  # of deltas (center, size): the inverse of the standard deviations that targets are divided by
+    POSITIVE_FRACTION = 0.25  # the maximum fraction of samples that are positive
+    POSITIVE = 0.5  # the IoU from which a region is positive
+    WEIGHTS = 10.0, 5.0  # of the deltas of center and size, the inverse of the standard deviations of the targets
 
     def __init__(
         self,
@@ -135,7 +140,7 @@ class RoIHeads(nn.Module):
         beta: float = 1 / 9,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
-        most: int = 100,
+        max_detections: int = 100,
     ) -> None:
         super().__init__()
         self.box_roi_pool = box_roi_pool
@@ -146,44 +151,63 @@ class RoIHeads(nn.Module):
         self.beta = beta
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
-        self.most = most
+        self.max_detections = max_detections
 
     @property
-    def most_positive(self) -> int:
-        """Regions of objects among the samples of an image, at most."""
+    def max_positive(self) -> int:
+        """The maximum number of positive samples per image."""
         return int(self.num_samples * self.POSITIVE_FRACTION)
 
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [R,classes + 1], background first, and deltas [R,4] or [R,4 * (classes + 1)] of rows [R,5]."""
+        """Return the scores [R,classes+1] and the deltas [R,4] or [R,4*(classes+1)] of rows [R,5].
+
+        The background comes first.
+        """
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(maps, rois)))
         return to_compute_dtype(logits), to_compute_dtype(deltas)
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Of a batch: cross entropy of classes and smooth L1 of the positive regions' deltas."""
+        """Return the losses of a batch: cross entropy of classes and smooth L1 of the deltas of positive regions."""
         return self.losses_of(maps, self.sample(proposals, targets), targets)
 
     def losses_of(self, maps: list[Tensor], samples: Samples, targets: Targets) -> dict[str, Tensor]:
-        rois, place = present_rows(samples.boxes, samples.classes >= 0)
+        """Return the losses of samples."""
+        rois, row_index = present_rows(samples.boxes, samples.classes >= 0)
         logits, deltas = self.predict(maps, rois)
-        return self.box_losses(logits, deltas, samples, targets, place, self.WEIGHTS)
+        return self.box_losses(logits, deltas, samples, targets, row_index, self.WEIGHTS)
 
     def sample(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
-        """At most num_samples regions an image, POSITIVE_FRACTION of them positive at most, by chance."""
+        """Sample at most num_samples regions per image at random, at most max_positive of them positive.
+
+        Args:
+            proposals: The proposals of the batch.
+            targets: The ground truth.
+            positive: The minimum IoU of positive regions; all others are background. None: `POSITIVE` and `negative`
+                apply.
+        """
         boxes, classes, matched = self.regions(proposals, targets, positive)
-        index, _, there = sample_candidates(classes > 0, classes == 0, self.num_samples, self.most_positive)
-        classes = classes.gather(1, index).masked_fill(~there, -1)
+        index, _, valid = sample_candidates(classes > 0, classes == 0, self.num_samples, self.max_positive)
+        classes = classes.gather(1, index).masked_fill(~valid, -1)
         return Samples(gather_rows(boxes, index), classes, matched.gather(1, index))
 
     def regions(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
-        """All that samples are chosen of: proposals, and the objects themselves. `positive`: an IoU that divides them
-        into regions of objects and background, in place of the settings."""
-        above, (lowest, below) = (positive, (0.0, positive)) if positive is not None else (self.POSITIVE, self.negative)
+        """Return all candidates for sampling, which are the proposals followed by the objects themselves.
+
+        Args:
+            proposals: The proposals of the batch.
+            targets: The ground truth.
+            positive: The minimum IoU of positive regions; all others are background. None: `POSITIVE` and `negative`
+                apply.
+        """
+        min_positive, (min_negative, max_negative) = self.POSITIVE, self.negative
+        if positive is not None:
+            min_positive, (min_negative, max_negative) = positive, (0.0, positive)
         boxes = torch.cat([proposals.boxes, targets.boxes.to(proposals.boxes.dtype)], 1)
         valid = torch.cat([proposals.valid, targets.labels >= 0], 1)
         best, matched = target_overlaps(boxes, targets.boxes, targets.labels).max(1)
-        best = best.clamp(min=0)  # an image without objects is background
-        negative = (best >= lowest) & (best < below)
-        classes = torch.where(best >= above, targets.labels.gather(1, matched) + 1, negative.long() - 1)
+        best = best.clamp(min=0)  # all regions of an image without objects are background
+        negative = (best >= min_negative) & (best < max_negative)
+        classes = torch.where(best >= min_positive, targets.labels.gather(1, matched) + 1, negative.long() - 1)
         return Samples(boxes, classes.masked_fill(~valid, -1), matched)
 
     def box_losses(
@@ -192,26 +216,43 @@ class RoIHeads(nn.Module):
         deltas: Tensor,
         samples: Samples,
         targets: Targets,
-        place: Tensor | None,
+        row_index: Tensor | None,
         weights: tuple[float, float],
         suffix: str = "",
     ) -> dict[str, Tensor]:
-        """Means over the samples, of scores and deltas of the rows that `present_rows` made of them."""
-        entropy, distance = self.region_losses(logits, deltas, samples, targets, place, weights)
+        """Return the losses of the sampled rows, averaged over the samples.
+
+        Args:
+            logits, deltas: The predictions for the rows that `present_rows` returned for the samples.
+            samples: The sampled regions.
+            targets: The ground truth.
+            row_index: The indices that `present_rows` returned.
+            weights: The weights of the deltas of center and size.
+            suffix: A suffix of the names of the losses.
+        """
+        entropy, distance = self.region_losses(logits, deltas, samples, targets, row_index, weights)
         num = (samples.classes >= 0).sum().clamp(min=1)
         return {"classes" + suffix: entropy.sum() / num, "boxes" + suffix: distance.sum() / num}
 
     def hardest_losses(
-        self, logits: Tensor, deltas: Tensor, samples: Samples, targets: Targets, place: Tensor | None
+        self, logits: Tensor, deltas: Tensor, samples: Samples, targets: Targets, row_index: Tensor | None
     ) -> dict[str, Tensor]:
-        """Means over the num_samples regions of an image whose loss is largest, of the rows that `present_rows` made of
-        all (online hard example mining, Shrivastava et al., https://arxiv.org/abs/1604.03540)."""
-        entropy, distance = self.region_losses(logits, deltas, samples, targets, place, self.WEIGHTS)
+        """Return the losses averaged over the num_samples regions of each image that have the largest loss.
+
+        This is online hard example mining (Shrivastava et al., https://arxiv.org/abs/1604.03540).
+
+        Args:
+            logits, deltas: The predictions for the rows that `present_rows` returned for all regions.
+            samples: All regions.
+            targets: The ground truth.
+            row_index: The indices that `present_rows` returned.
+        """
+        entropy, distance = self.region_losses(logits, deltas, samples, targets, row_index, self.WEIGHTS)
         valid = samples.classes >= 0
-        hardness = spread((entropy + distance).detach(), place, *valid.shape).masked_fill(~valid, -1)
+        hardness = scatter_rows((entropy + distance).detach(), row_index, *valid.shape).masked_fill(~valid, -1)
         hardest = hardness.topk(min(self.num_samples, valid.shape[1]), 1).indices
         kept = torch.zeros_like(valid).scatter_(1, hardest, True) & valid
-        num, weight = kept.sum().clamp(min=1), at_places(kept, place)
+        num, weight = kept.sum().clamp(min=1), select_rows(kept, row_index)
         return {"classes": (entropy * weight).sum() / num, "boxes": (distance * weight).sum() / num}
 
     def region_losses(
@@ -220,41 +261,50 @@ class RoIHeads(nn.Module):
         deltas: Tensor,
         samples: Samples,
         targets: Targets,
-        place: Tensor | None,
+        row_index: Tensor | None,
         weights: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
-        """Cross entropy and smooth L1, [R] each, of every row; 0 where there is nothing to learn."""
-        classes = at_places(samples.classes, place)
-        boxes = at_places(samples.boxes, place)
-        objects = at_places(gather_rows(targets.boxes.to(boxes.dtype), samples.matched), place)
+        """Return the cross entropy [R] and the smooth L1 loss [R] of every row, which are 0 if a row has no target."""
+        classes = select_rows(samples.classes, row_index)
+        boxes = select_rows(samples.boxes, row_index)
+        objects = select_rows(gather_rows(targets.boxes.to(boxes.dtype), samples.matched), row_index)
         positive = (classes > 0)[:, None]
-        # What is not positive needs a target that is a number, as boxes may carry gradients: any box with an extent.
+        # The boxes may carry gradients, so the targets of regions that are not positive must be finite, too. They are
+        # computed from a unit box.
         unit = torch.arange(4, device=boxes.device).div(2, rounding_mode="floor").to(boxes.dtype)
-        wanted = encode_boxes(torch.where(positive, objects, unit), torch.where(positive, boxes, unit), weights)
+        target_deltas = encode_boxes(torch.where(positive, objects, unit), torch.where(positive, boxes, unit), weights)
         if deltas.shape[1] > 4:
-            of_class = classes.clamp(min=0)[:, None, None].expand(-1, 1, 4)
-            deltas = deltas.unflatten(1, (-1, 4)).gather(1, of_class).squeeze(1)
-        distance = F.smooth_l1_loss(deltas, wanted, reduction="none", beta=self.beta) * positive
+            class_index = classes.clamp(min=0)[:, None, None].expand(-1, 1, 4)
+            deltas = deltas.unflatten(1, (-1, 4)).gather(1, class_index).squeeze(1)
+        distance = F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=self.beta) * positive
         return F.cross_entropy(logits, classes, ignore_index=-1, reduction="none"), distance.sum(-1)
 
     def detect(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
-        """Detections of a batch."""
-        rois, place = present_rows(proposals.boxes, proposals.valid)
+        """Return the detections of a batch."""
+        rois, row_index = present_rows(proposals.boxes, proposals.valid)
         logits, deltas = self.predict(maps, rois)
         scores = logits.softmax(-1)[:, 1:]
         deltas = deltas.unflatten(1, (-1, 4))[:, -scores.shape[1] :]
         boxes = decode_boxes(deltas, rois[:, None, 1:], self.WEIGHTS)
         N, P = proposals.valid.shape
-        return self.select(spread(boxes, place, N, P), spread(scores, place, N, P), proposals, sizes)
+        boxes, scores = (scatter_rows(x, row_index, N, P) for x in (boxes, scores))
+        return self.select(boxes, scores, proposals, sizes)
 
     def select(self, boxes: Tensor, scores: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
-        """Suppression within classes: of boxes [N,P,classes or 1,4] and scores [N,P,classes]."""
+        """Return the detections that are left after suppression within classes.
+
+        Args:
+            boxes: [N,P,classes,4], or [N,P,1,4] if all classes share a box.
+            scores: [N,P,classes].
+            proposals: The proposals, of which only `valid` is used.
+            sizes: [N,2] height and width of each image, in pixels.
+        """
         N, P, C = scores.shape
         boxes = clip_boxes(boxes.expand(N, P, C, 4).reshape(N, P * C, 4), sizes)
-        gone = ~proposals.valid[..., None] | smaller_than(boxes, 1e-2).view(N, P, C)
-        scores = scores.masked_fill(gone, -math.inf).view(N, P * C)
+        removed = ~proposals.valid[..., None] | smaller_than(boxes, 1e-2).view(N, P, C)
+        scores = scores.masked_fill(removed, -math.inf).view(N, P * C)
         classes = torch.arange(C, device=scores.device).repeat(P).expand(N, -1)
-        keep, _ = nms_padded(boxes, scores, self.nms_threshold, self.most, classes, self.score_threshold)
+        keep, _ = nms_padded(boxes, scores, self.nms_threshold, self.max_detections, classes, self.score_threshold)
         valid = keep >= 0
         keep = keep.clamp(min=0)
         return Detections(

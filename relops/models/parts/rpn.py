@@ -1,4 +1,4 @@
-"""Region proposal network (Ren et al., Faster R-CNN, https://arxiv.org/abs/1506.01497, section 3.1)."""
+"""The region proposal network (Ren et al., Faster R-CNN, https://arxiv.org/abs/1506.01497, section 3.1)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from relops.ops.nms_padded import nms_padded
 
 
 class Proposals(NamedTuple):
-    """Of a batch, by descending score.
+    """The proposals of a batch of images, sorted by descending score.
 
     Attributes:
-        boxes: [N,P,4] in pixels; zeros = padding.
-        scores: [N,P], log-odds that there is an object.
-        valid: [N,P], False = padding.
+        boxes: [N,P,4] x1, y1, x2, y2 in pixels; zeros in padding.
+        scores: [N,P], the log-odds that the box contains an object.
+        valid: [N,P] bool, False in padding.
     """
 
     boxes: Tensor
@@ -37,15 +37,16 @@ class Proposals(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution, and behind it two 1x1: scores and deltas of the k anchors of each pixel.
+    """A 3x3 convolution followed by two 1x1 convolutions, for the scores and the deltas of the k anchors of each pixel.
 
     Args:
-        in_channels: of the maps.
-        hidden: channels of the 3x3 convolution.
-        k: anchors a pixel.
-        two_way: two scores an anchor, background and object, of which a softmax is taken, as the released code has it;
-            otherwise one, of which a sigmoid is. The softmax of two is the sigmoid of their difference, so that is what
-            comes out, and binary cross entropy of it is the loss of either.
+        in_channels: The number of channels of the maps.
+        hidden: The number of channels of the 3x3 convolution.
+        k: The number of anchors per pixel.
+        two_way: If True, each anchor has two scores, background and object, to which a softmax is applied, as in the
+            released code. If False, each anchor has one score, to which a sigmoid is applied. The softmax of two scores
+            is the sigmoid of their difference. The head therefore returns this difference, and binary cross entropy is
+            the right loss in both cases.
     """
 
     def __init__(self, in_channels: int, hidden: int, k: int, two_way: bool = False) -> None:
@@ -60,7 +61,7 @@ class RPNHead(nn.Module):
                 zero_bias(module)
 
     def forward(self, maps: list[Tensor], anchors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-odds [N,H * W * k] and deltas [N,H * W * k,4] of each map, in the order of the anchors."""
+        """Return the log-odds [N,H*W*k] and the deltas [N,H*W*k,4] of each map, in the order of the anchors."""
         logits, deltas = [], []
         for x in maps:
             x = self.conv(x)
@@ -74,31 +75,36 @@ class RPNHead(nn.Module):
 
 
 class RPN(nn.Module):
-    """Proposals of a batch of images, and the losses that teach it.
+    """A region proposal network, which proposes boxes for a batch of images and computes its own losses.
 
-    Targets (section 3.1.2): an anchor is positive if its IoU with an object is at least .7, or the largest that the
-    object has with any anchor (ties too), negative if its IoU with every object is below .3, and else ignored.
+    Targets (section 3.1.2): An anchor is positive if its IoU with an object is at least 0.7, or if it overlaps an
+    object and no other anchor has a larger IoU with that object. It is negative if it is not positive and its IoU with
+    every object is below 0.3. All other anchors are ignored.
 
-    Losses: binary cross entropy of the sampled anchors' scores, and smooth L1 of the positive ones' deltas.
+    Losses: binary cross entropy of the scores of sampled anchors, and smooth L1 of the deltas of the positive samples.
 
     Args:
-        head: gives scores and deltas of anchors from maps, as RPNHead does.
-        anchors: of the maps.
-        levels: so many of the maps given are looked at, from the first; None: all.
-        num_samples: anchors an image that the loss is of, at most half of them positive.
-        pre_nms, post_nms: proposals an image and level before suppression, and an image after it: (training, test).
-        nms_threshold: IoU above which a proposal gives way to one of higher score on the same level; None: none does.
-        min_size: shorter proposals are dropped, in pixels.
-        filter_first: the order of the released code: all boxes are decoded and clipped, and the small ones are gone
-            before the highest scores are taken. Otherwise the highest scores are taken first (faster).
-        ignore_outside: anchors that are not wholly in the image take no part in training.
-        balance: lambda, with the paper's normalization (there 10): the loss of deltas is divided by the number of
-            positions of the maps and multiplied by it. None: the released code's, divided by the number of samples.
+        head: A module that computes the scores and deltas of anchors from maps, such as RPNHead.
+        anchors: The anchors of the maps.
+        levels: The number of maps that the RPN uses, counted from the first; None: all.
+        num_samples: The number of anchors per image that are sampled for the losses. At most half of them are positive.
+        pre_nms: The maximum number of proposals per image and level before suppression, in (training, evaluation) mode.
+        post_nms: The maximum number of proposals per image after suppression, in (training, evaluation) mode.
+        nms_threshold: The IoU above which a proposal is suppressed by one of higher score on the same level; None: no
+            suppression.
+        min_size: The minimum width and height of proposals, in pixels.
+        filter_first: If True, all boxes are decoded and clipped, and small ones are removed, before the highest scores
+            are selected. The released code has this order. If False, the highest scores are selected first, which is
+            faster.
+        ignore_outside: Whether anchors that are not completely inside the image are ignored in training.
+        balance: The weight lambda of the loss of deltas in the paper's normalization (10 in the paper): this loss is
+            divided by the number of positions on the maps and multiplied by lambda. None: as in the released code, it
+            is divided by the number of samples.
     """
 
     POSITIVE, NEGATIVE = 0.7, 0.3
     WEIGHTS = (1.0, 1.0)
-    BETA = 1 / 9  # of smooth L1, where it turns from a parabola into a line (1 / sigma^2)
+    BETA = 1 / 9  # the distance at which smooth L1 changes from a parabola to a line (1 / sigma^2)
 
     def __init__(
         self,
@@ -134,17 +140,23 @@ class RPN(nn.Module):
         targets: Targets | None = None,
         *,
         box_gradients: bool = False,
-        most: int | None = None,
+        max_proposals: int | None = None,
     ) -> tuple[Proposals, dict[str, Tensor]]:
-        """Proposals of a batch, and with targets its losses.
+        """Return the proposals of a batch and, if targets are given, the losses.
 
         Args:
-            maps: of the backbone.
+            maps: The maps of the backbone.
             sizes: [N,2] height and width of each image, in pixels.
-            targets: ground truth; None: no losses.
-            box_gradients: proposals are differentiable by the deltas they were decoded from (through clipping; which
-                are kept is not differentiated), for non-approximate joint training.
-            most: proposals an image, in place of `post_nms`; no cut before suppression then.
+            targets: The ground truth; None: no losses.
+            box_gradients: Whether the proposals are differentiable with respect to the deltas that they were decoded
+                from, for non-approximate joint training. Gradients pass through clipping, but not through the selection
+                of proposals.
+            max_proposals: The maximum number of proposals per image. It replaces `post_nms`, and `pre_nms` then has no
+                effect. None: `pre_nms` and `post_nms` apply.
+
+        Returns:
+            The proposals, and a dict of the scalar losses "rpn_objectness" and "rpn_boxes", which is empty without
+            targets.
         """
         maps = maps[: self.levels]
         anchors = self.anchors([x.shape[-2:] for x in maps])
@@ -155,31 +167,37 @@ class RPN(nn.Module):
         losses = {} if targets is None else self.losses(logits, deltas, anchors, sizes, targets)
         if not box_gradients:
             deltas = deltas.detach()
-        return self.proposals(logits.detach(), deltas, anchors, counts, sizes, most), losses
+        return self.proposals(logits.detach(), deltas, anchors, counts, sizes, max_proposals), losses
 
     def proposals(
-        self, scores: Tensor, deltas: Tensor, anchors: Tensor, counts: list[int], sizes: Tensor, most: int | None
+        self,
+        scores: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        counts: list[int],
+        sizes: Tensor,
+        max_proposals: int | None,
     ) -> Proposals:
-        """Of scores [N,A], deltas [N,A,4] and anchors [A,4], of which counts belong to each level."""
+        """Select proposals, given scores [N,A], deltas [N,A,4], anchors [A,4] and the number of anchors per level."""
         stage = 0 if self.training else 1
         pre_nms, post_nms = self.pre_nms[stage], self.post_nms[stage]
-        if most is not None:
-            pre_nms, post_nms = scores.shape[1], most
+        if max_proposals is not None:
+            pre_nms, post_nms = scores.shape[1], max_proposals
         if self.filter_first:
             with torch.no_grad():
                 boxes = clip_boxes(decode_boxes(deltas, anchors, self.WEIGHTS), sizes)
                 scores = scores.masked_fill(smaller_than(boxes, self.min_size), -math.inf)
-        start, chosen, levels = 0, [], []
-        for level, of_level in enumerate(scores.split(counts, 1)):
-            chosen.append(start + of_level.topk(min(pre_nms, counts[level]), 1).indices)
-            levels.append(torch.full_like(chosen[-1], level))
+        start, selected, levels = 0, [], []
+        for level, level_scores in enumerate(scores.split(counts, 1)):
+            selected.append(start + level_scores.topk(min(pre_nms, counts[level]), 1).indices)
+            levels.append(torch.full_like(selected[-1], level))
             start += counts[level]
-        index = torch.cat(chosen, 1)
+        index = torch.cat(selected, 1)
         scores = scores.gather(1, index)
         boxes = clip_boxes(decode_boxes(gather_rows(deltas, index), anchors[index], self.WEIGHTS), sizes)
         scores = scores.masked_fill(smaller_than(boxes.detach(), self.min_size), -math.inf)
         if self.nms_threshold is None:
-            scores = torch.where(scores > -math.inf, scores, -math.inf)  # a NaN counts as none
+            scores = torch.where(scores > -math.inf, scores, -math.inf)  # also replaces NaN
             best, keep = scores.topk(min(post_nms, scores.shape[1]), 1)
             valid = best > -math.inf
         else:
@@ -194,21 +212,26 @@ class RPN(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor, targets: Targets
     ) -> dict[str, Tensor]:
-        """Of scores [N,A] and deltas [N,A,4] of anchors [A,4]."""
+        """Return the losses of scores [N,A] and deltas [N,A,4] for anchors [A,4]."""
         with torch.no_grad():
             positive, negative, matched = self.targets(anchors, sizes, targets)
             index, is_positive, valid = sample_candidates(positive, negative, self.num_samples, self.num_samples // 2)
-            at, objects = anchors[index], gather_rows(targets.boxes.to(anchors.dtype), matched.gather(1, index))
-            # What is no positive sample needs a target that is a number.
-            wanted = encode_boxes(torch.where(is_positive[..., None], objects, at), at, self.WEIGHTS)
+            samples = anchors[index]
+            objects = gather_rows(targets.boxes.to(anchors.dtype), matched.gather(1, index))
+            # The target of a sample that is not positive has no weight, but it must be finite.
+            objects = torch.where(is_positive[..., None], objects, samples)
+            target_deltas = encode_boxes(objects, samples, self.WEIGHTS)
             num = valid.sum().clamp(min=1)
         loss = F.binary_cross_entropy_with_logits(logits.gather(1, index), is_positive.float(), reduction="none")
-        distance = F.smooth_l1_loss(gather_rows(deltas, index), wanted, reduction="none", beta=self.BETA).sum(-1)
-        per = 1 / num if self.balance is None else self.balance * self.anchors.per_cell / logits.numel()
-        return {"rpn_objectness": (loss * valid).sum() / num, "rpn_boxes": (distance * is_positive).sum() * per}
+        distance = F.smooth_l1_loss(gather_rows(deltas, index), target_deltas, reduction="none", beta=self.BETA).sum(-1)
+        scale = 1 / num if self.balance is None else self.balance * self.anchors.per_cell / logits.numel()
+        return {"rpn_objectness": (loss * valid).sum() / num, "rpn_boxes": (distance * is_positive).sum() * scale}
 
     def targets(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Which anchors are positive and which negative, [N,A] bool, and the object each overlaps most with, [N,A]."""
+        """Return which anchors are positive and which are negative, and the object with which each overlaps most.
+
+        All three are [N,A]. The first two are masks, and the third one holds indices into the targets of the image.
+        """
         iou = target_overlaps(anchors[None], targets.boxes, targets.labels)
         inside = None
         if self.ignore_outside:
@@ -217,7 +240,7 @@ class RPN(nn.Module):
             iou.masked_fill_(~inside[:, None], -1)
         best, matched = iou.max(1)
         best_of_object = iou.amax(2, keepdim=True)
-        # Whatever has no overlap at all ties with everything else.
+        # An object that overlaps no anchor, and padding, would otherwise make every anchor positive.
         best_of_object.masked_fill_(best_of_object <= 0, 2)
         positive = (best >= self.POSITIVE) | (iou == best_of_object).any(1)
         negative = (best < self.NEGATIVE) & ~positive
@@ -233,14 +256,18 @@ def make_rpn(
     loss: str = "sigmoid",
     **options: Any,
 ) -> RPN:
-    """An RPN with its usual head.
+    """Return an RPN with the usual head.
 
     Args:
-        channels: of the maps.
-        hidden: channels of the head.
-        cells, strides: of its Anchors.
-        loss: "sigmoid", one score an anchor, or "softmax", two.
-        options: of RPN.
+        channels: The number of channels of the maps.
+        hidden: The number of channels of the head.
+        cells: For each level, the anchors around the first pixel of the map.
+        strides: The stride of each level, in pixels of the image.
+        loss: "sigmoid" for one score per anchor, or "softmax" for two.
+        options: Options of RPN.
+
+    Raises:
+        ValueError: If `loss` is unknown.
     """
     check_choice("models", "rpn_loss", loss, ("sigmoid", "softmax"))
     anchors = Anchors(cells, strides)

@@ -1,8 +1,11 @@
-"""Detection as prediction of a set (Carion et al., End-to-End Object Detection with Transformers,
-https://arxiv.org/abs/2005.12872): matching, losses, and what the detectors that are trained so have in common.
+"""Detection as set prediction: the matching, the losses, and the outputs of detectors that are trained this way.
 
-Q predictions of an image are paired with its objects, one to one, at the least cost; what is paired learns its object,
-all others the background. So no two predictions learn the same object, and nothing has to be suppressed.
+The method is that of DETR (Carion et al., End-to-End Object Detection with Transformers,
+https://arxiv.org/abs/2005.12872).
+
+The Q predictions for an image are paired one-to-one with its objects at minimum total cost. A paired prediction is
+trained to predict its object, and all others are trained to predict the background. No two predictions are trained to
+predict the same object, so no suppression is needed.
 """
 
 from __future__ import annotations
@@ -20,17 +23,18 @@ from relops.models.parts.boxes import corners_of
 from relops.ops.generalized_box_iou import generalized_box_iou
 from relops.ops.linear_sum_assignment import linear_sum_assignment
 
-ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
-PRIOR = 0.01  # probability of an object that classifiers begin with where the focal loss teaches them
+ALPHA, GAMMA = 0.25, 2.0  # the parameters of the focal loss
+PRIOR = 0.01  # the initial probability of each class, if the focal loss is used
 
 
 class SetPrediction(NamedTuple):
-    """Of L decoder layers, in evaluation mode of the last alone.
+    """The predictions of L decoder layers. In evaluation mode, L is 1 and only the last layer is included.
 
     Attributes:
         logits: [L,N,Q,C].
         boxes: [L,N,Q,4], as fractions of the image without its padding.
-        first: a SetPrediction of one layer that tells objects from background only, by class 0 (two-stage models).
+        first: The SetPrediction of the first stage of a two-stage model, with L = 1. It only distinguishes objects,
+            which are class 0, from background. None for other models.
     """
 
     logits: Tensor
@@ -39,13 +43,13 @@ class SetPrediction(NamedTuple):
 
 
 def focal_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the focal loss (https://arxiv.org/abs/1708.02002) of each logit, if its class is wanted and if not."""
+    """Return the focal loss (https://arxiv.org/abs/1708.02002) of each logit as a positive and as a negative."""
     p, log_p = logits.sigmoid(), F.logsigmoid(logits)
     return ALPHA * (1 - p) ** GAMMA * -log_p, (1 - ALPHA) * p**GAMMA * (logits - log_p)
 
 
 def mean_over_processes(count: Tensor) -> Tensor:
-    """At least 1. Nothing waits for a CUDA device."""
+    """Return the mean of a count over all processes, or 1 if it is smaller, without waiting for a CUDA device."""
     count = count.float()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
@@ -54,17 +58,19 @@ def mean_over_processes(count: Tensor) -> Tensor:
 
 
 class SetLoss:
-    """Matching and its losses, of a whole batch and of all layers at once, on the device that they are on.
+    """Matching and the resulting losses, computed on the device for the whole batch and all layers at once.
 
-    Classes, by focal loss or cross entropy, the L1 distance of boxes, and 1 - GIoU, each divided by the number of
-    objects (cross entropy: by its weights).
+    The losses are the focal loss or cross entropy of the classes, the L1 distance of boxes, and 1 - GIoU. Each one is
+    divided by the number of objects, except for the cross entropy, which is divided by the sum of its class weights.
 
     Args:
-        focal: a sigmoid a class and focal loss; otherwise a softmax, whose last class is the background.
-        weights: of classes, L1 and GIoU in the loss.
-        costs: the same in the cost of a pair.
-        corners: boxes are x1, y1, x2, y2, and so is their L1 distance; otherwise center and size.
-        background: weight of the background in the cross entropy.
+        focal: If True, each class has a sigmoid and the focal loss. If False, the classes have a softmax, the last
+            class is the background, and the loss is cross entropy.
+        weights: The weights of classes, L1 and GIoU in the loss.
+        costs: The weights of classes, L1 and GIoU in the cost of a pair.
+        corners: If True, boxes are x1, y1, x2, y2. If False, they are center x, center y, width and height. The L1
+            distance is computed in the same format.
+        background: The weight of the background class in the cross entropy.
     """
 
     def __init__(
@@ -80,70 +86,89 @@ class SetLoss:
         self.background = background
 
     def as_corners(self, boxes: Tensor) -> Tensor:
+        """Return predicted boxes [...,4] as x1, y1, x2, y2."""
         return boxes if self.corners else corners_of(boxes)
 
     def class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return what the class of each prediction costs as that of each object, [L,N,Q,T]; arguments as in `match`.
+        """Return the class cost [L,N,Q,T] of pairing each prediction with each object.
 
-        The classes of the objects are gathered first. Only the softmax needs the others.
+        The focal loss depends only on the logits of the objects' classes, which are therefore gathered first.
+
+        Args:
+            logits: [L,N,Q,C].
+            labels: [N,T], -1 in padding.
         """
         index = labels.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1)
         if not self.focal:
             return -logits.softmax(-1).gather(3, index)
-        wanted, unwanted = focal_losses(logits.gather(3, index))
-        return wanted - unwanted
+        as_positive, as_negative = focal_losses(logits.gather(3, index))
+        return as_positive - as_negative
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> Tensor:
-        """The prediction of each object, [L,N,T], -1 = none: of logits [L,N,Q,C], boxes [L,N,Q,4], labels [N,T] (-1 =
-        padding) and objects [N,T,4]."""
+        """Return the index of the prediction that is paired with each object, [L,N,T], or -1 if there is none.
+
+        Args:
+            logits: [L,N,Q,C].
+            boxes: [L,N,Q,4].
+            labels: [N,T], -1 in padding.
+            objects: [N,T,4], the boxes of the objects.
+        """
         L, N, _, _ = logits.shape
-        by_class, by_distance, by_overlap = self.costs
-        cost = by_class * self.class_cost(logits, labels)
-        cost += by_distance * (boxes[..., None, :] - objects[:, None]).abs().sum(-1)
+        class_weight, distance_weight, overlap_weight = self.costs
+        cost = class_weight * self.class_cost(logits, labels)
+        cost += distance_weight * (boxes[..., None, :] - objects[:, None]).abs().sum(-1)
         a, b = self.as_corners(boxes).flatten(0, 1), self.as_corners(objects).repeat(L, 1, 1)
-        cost -= by_overlap * generalized_box_iou(a, b).view_as(cost)
-        cost = cost.masked_fill((labels < 0)[:, None], math.inf)  # forbidden, as is what is not a number
+        cost -= overlap_weight * generalized_box_iou(a, b).view_as(cost)
+        cost = cost.masked_fill((labels < 0)[:, None], math.inf)  # inf forbids a pair, and so does NaN
         return linear_sum_assignment(cost.flatten(0, 1))[1].view(L, N, -1)
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> dict[str, Tensor]:
-        """Of arguments as in `match`: the last layer's three losses by name, and the sum of all others' as
-        "auxiliary" where there are others."""
+        """Return the losses "classes", "boxes" and "giou" of the last layer.
+
+        If there are several layers, "auxiliary" is the sum of the losses of all others.
+
+        Args:
+            logits: [L,N,Q,C].
+            boxes: [L,N,Q,4].
+            labels: [N,T], -1 in padding.
+            objects: [N,T,4], the boxes of the objects.
+        """
         logits, boxes = to_compute_dtype(logits), to_compute_dtype(boxes)
-        objects = torch.where(labels[..., None] >= 0, objects.to(boxes.dtype), 0.5)  # padding needs numbers
+        objects = torch.where(labels[..., None] >= 0, objects.to(boxes.dtype), 0.5)  # padding must be finite
         num_objects = mean_over_processes((labels >= 0).sum())
         L, N, Q, C = logits.shape
         pairs = self.match(logits, boxes, labels, objects)
         found = pairs >= 0
         pairs = pairs.clamp(min=0)
 
-        # The class of each prediction. Objects without one write to a place behind all of them, which is cut off.
+        # The target class of each prediction. Unpaired objects write to an extra slot at the end, which is dropped.
         classes = labels.new_full((L, N, Q + 1), C if self.focal else C - 1)
         classes.scatter_(2, pairs.masked_fill(~found, Q), labels.clamp(min=0).expand(L, N, -1))
         classes = classes[..., :Q]
         if self.focal:
-            wanted = classes[..., None] == torch.arange(C, device=classes.device)
-            of_classes = torch.where(wanted, *focal_losses(logits)).sum((1, 2, 3)) / num_objects
+            is_positive = classes[..., None] == torch.arange(C, device=classes.device)
+            class_loss = torch.where(is_positive, *focal_losses(logits)).sum((1, 2, 3)) / num_objects
         else:
             weight = logits.new_ones(C)
             weight[-1] = self.background
             entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view(L, -1)
-            of_classes = entropy.sum(1) / weight[classes].sum((1, 2))
+            class_loss = entropy.sum(1) / weight[classes].sum((1, 2))
 
         paired = boxes.gather(2, pairs[..., None].expand(-1, -1, -1, 4))
         objects = objects.expand_as(paired)
         distance = (paired - objects).abs().sum(-1)
         overlap = generalized_box_iou(*(self.as_corners(x).reshape(-1, 1, 4) for x in (paired, objects)))
-        of_boxes = (distance * found).sum((1, 2)) / num_objects
-        of_overlap = ((1 - overlap.view_as(distance)) * found).sum((1, 2)) / num_objects
+        box_loss = (distance * found).sum((1, 2)) / num_objects
+        overlap_loss = ((1 - overlap.view_as(distance)) * found).sum((1, 2)) / num_objects
 
-        each = [w * x for w, x in zip(self.weights, (of_classes, of_boxes, of_overlap))]
-        losses = {name: x[-1] for name, x in zip(("classes", "boxes", "giou"), each)}
+        layer_losses = [w * x for w, x in zip(self.weights, (class_loss, box_loss, overlap_loss))]  # [L] each
+        losses = {name: x[-1] for name, x in zip(("classes", "boxes", "giou"), layer_losses)}
         if L > 1:
-            losses["auxiliary"] = functools.reduce(torch.add, each)[:-1].sum()
+            losses["auxiliary"] = functools.reduce(torch.add, layer_losses)[:-1].sum()
         return losses
 
 
 def set_prior(classifier: nn.Linear) -> None:
-    """Its bias, so that at first every class has the probability PRIOR."""
+    """Initialize the bias of a classifier so that every class has the probability PRIOR."""
     nn.init.constant_(classifier.bias, -math.log((1 - PRIOR) / PRIOR))

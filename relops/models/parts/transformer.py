@@ -1,4 +1,4 @@
-"""What detectors with a transformer have in common: positions, padding, and the small networks on its outputs."""
+"""The common parts of detectors with a transformer: positional encodings, padding, and small networks."""
 
 from __future__ import annotations
 
@@ -14,45 +14,60 @@ TEMPERATURE = 10000.0
 
 
 class Extent(NamedTuple):
-    """Which rows [N,h] and columns [N,w] of a map are of the image, not of padding: bool."""
+    """The rows and columns of a map that belong to the image and not to its padding.
+
+    Attributes:
+        rows: [N,h] bool.
+        columns: [N,w] bool.
+    """
 
     rows: Tensor
     columns: Tensor
 
     @property
     def padding(self) -> Tensor:
-        """[N,h,w], True = padding."""
+        """The mask [N,h,w] of the pixels that are padding."""
         return ~(self.rows[:, :, None] & self.columns[:, None])
 
     @property
     def ratio(self) -> Tensor:
-        """[N,2], the share of columns and of rows that are of the image."""
+        """The fractions [N,2] of the columns and of the rows that belong to the image."""
         return torch.stack([x.float().mean(1) for x in (self.columns, self.rows)], 1)
 
 
 def extent_of(image_shape: Sequence[int], sizes: Tensor, map_shape: Sequence[int]) -> Extent:
-    """Of a map of a batch of images that are padded to image_shape [...,H,W], of which sizes [N,2] (height, width) are
-    images. The map's shape is [...,h,w].
+    """Return the extent of the images in a map of a padded batch.
 
-    A place belongs to the image if the pixel at its first corner does.
+    A pixel of the map belongs to the image if the image contains the upper left corner of that pixel.
+
+    Args:
+        image_shape: [...,H,W] of the padded images.
+        sizes: [N,2] height and width of each image without its padding.
+        map_shape: [...,h,w] of the map.
     """
     rows, columns = (
-        torch.arange(n, device=sizes.device) * whole // n < sizes[:, i : i + 1]
-        for i, (n, whole) in enumerate(zip(map_shape[-2:], image_shape[-2:]))
+        torch.arange(n, device=sizes.device) * padded // n < sizes[:, i : i + 1]
+        for i, (n, padded) in enumerate(zip(map_shape[-2:], image_shape[-2:]))
     )
     return Extent(rows, columns)
 
 
 def sinusoid(positions: Tensor, width: int) -> Tensor:
-    """Positions [...] in radians to [...,width]: sines and cosines in turn, wavelengths up to 10000 times as long."""
+    """Encode positions [...] in radians as alternating sines and cosines [...,width].
+
+    The longest wavelength approaches 10000 times the shortest one, which is 2 pi.
+    """
     index = torch.arange(width, device=positions.device)
     angles = positions[..., None] / TEMPERATURE ** (2 * (index // 2) / width)
     return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], -1).flatten(-2)
 
 
 def sine_positions(extent: Extent, channels: int, offset: float) -> Tensor:
-    """[N,h,w,channels] of a map: half of the row, half of the column, each counted from 1 + offset and brought to 2 pi
-    at the image's last."""
+    """Return the positional encoding [N,h,w,channels] of a map.
+
+    The first half of the channels encodes the row and the second half the column. Rows and columns of the image are
+    counted from 1 + offset, divided by their total number, and multiplied by 2 pi.
+    """
     rows, columns = (
         sinusoid((x.cumsum(1) + offset) / (x.sum(1, keepdim=True) + 1e-6) * (2 * math.pi), channels // 2)
         for x in extent
@@ -62,14 +77,14 @@ def sine_positions(extent: Extent, channels: int, offset: float) -> Tensor:
 
 
 def xavier_weights(module: nn.Module) -> None:
-    """All that is no vector in it, from Xavier's uniform distribution."""
+    """Initialize all parameters with two or more dimensions from Xavier's uniform distribution."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them, all of one width but the last."""
+    """Linear layers with ReLU between them. All except the last one have the width of the input."""
 
     def __init__(self, channels: int, out_channels: int, num_layers: int) -> None:
         super().__init__()
@@ -83,7 +98,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Base of encoder and decoder layers: their last half."""
+    """The base class of encoder and decoder layers, which provides their feed-forward network."""
 
     def __init__(self, channels: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -96,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class Layers(nn.Module):
-    """An encoder's or a decoder's."""
+    """The layers of an encoder or a decoder, which the detector calls one by one."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
