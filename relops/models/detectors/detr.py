@@ -88,7 +88,8 @@ class DETR(SetDetector):
     """
 
     def __init__(self, num_classes: int, backbone: Backbone, transformer: Transformer, queries: int) -> None:
-        # The weights and costs of classes, L1 and GIoU are from appendix A.4, the background's weight from section 3.1.
+        # The weights and costs of classes, L1 and GIoU are from appendix A.4. The weight of the background is from
+        # section 3.1.
         super().__init__(SetLoss(focal=False, weights=(1.0, 5.0, 2.0), costs=(1.0, 5.0, 2.0), background=0.1))
         self.backbone, self.transformer = backbone, transformer
         channels = transformer.channels

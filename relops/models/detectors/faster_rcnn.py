@@ -118,7 +118,7 @@ class AlternatingFasterRCNN(TwoStageDetector):
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
             sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
-            max_proposals: The maximum number of proposals per image. None: that of the RPN in its current mode.
+            max_proposals: The maximum number of proposals per image; None: `post_nms` of the RPN in its current mode.
         """
         return self._regions(images, self.checked_sizes(images, sizes), max_proposals)[1]
 

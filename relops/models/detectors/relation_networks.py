@@ -2,8 +2,8 @@
 
 Region features pass through two fully connected layers. After each layer, object relation modules let the regions of an
 image exchange information (section 4.2, equation 9). A learned duplicate removal network then decides which box of a
-class is the correct one for its object, instead of non-maximum suppression (section 4.3). The relation
-modules and the duplicate removal network are trained end-to-end with the rest of the detector (section 4.4).
+class is the correct one for its object, instead of non-maximum suppression (section 4.3). The relation modules and the
+duplicate removal network are trained end-to-end with the rest of the detector (section 4.4).
 """
 
 from __future__ import annotations

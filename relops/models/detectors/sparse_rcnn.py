@@ -57,7 +57,7 @@ class SparseRCNN(SetDetector):
         hidden: int,
         iou_attention: bool,
     ) -> None:
-        # Set prediction loss: focal loss, L1 and GIoU of every stage, with the same weights in costs and losses.
+        # Every stage has a set prediction loss of focal loss, L1 and GIoU. Their weights are the same in the costs.
         super().__init__(SetLoss(corners=True), max_detections=proposals)
         channels = backbone.channels[0]
         self.backbone = backbone

@@ -19,8 +19,8 @@ class TwoStageDetector(BaseDetector):
         rpn: A module that computes proposals from maps.
         roi_heads: A module that computes losses and detections from maps and proposals.
         box_gradients: Whether gradients of the second stage also reach the RPN through the boxes, which is called
-            non-approximate joint training. They pass through RoI Align (RoI warping), the regression targets and
-            clipping. If False, proposals are constants for the second stage.
+            non-approximate joint training. The gradients pass through RoI Align (RoI warping), the regression targets
+            and clipping. If False, proposals are constants for the second stage.
     """
 
     def __init__(self, backbone: Backbone, rpn: nn.Module, roi_heads: RoIHeads, *, box_gradients: bool = False) -> None:
@@ -64,7 +64,7 @@ class TwoStageDetector(BaseDetector):
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
             sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
-            max_proposals: The maximum number of proposals per image. None: that of the RPN in its current mode.
+            max_proposals: The maximum number of proposals per image; None: `post_nms` of the RPN in its current mode.
         """
         sizes = self.checked_sizes(images, sizes)
         return self.rpn(self.backbone(images), sizes, max_proposals=max_proposals)[0]

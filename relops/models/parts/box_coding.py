@@ -10,7 +10,7 @@ from torch import Tensor
 from relops._dtypes import to_compute_dtype
 from relops.models.parts.boxes import center_size
 
-# The maximum growth of log w and log h, which corresponds to a growth from 16 to 1000 pixels.
+# The maximum growth of log w and log h, which corresponds to growth from 16 to 1000 pixels.
 LOG_CLAMP = math.log(1000 / 16)
 
 

@@ -1,6 +1,6 @@
 """The second stage of detectors, which classifies regions and refines their boxes.
 
-It is that of Fast R-CNN (Girshick, https://arxiv.org/abs/1504.08083).
+The second stage is that of Fast R-CNN (Girshick, https://arxiv.org/abs/1504.08083).
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class RoIHeads(nn.Module):
     """
 
     POSITIVE_FRACTION = 0.25  # the maximum fraction of samples that are positive
-    POSITIVE = 0.5  # the IoU from which a region is positive
-    WEIGHTS = 10.0, 5.0  # of the deltas of center and size, the inverse of the standard deviations of the targets
+    POSITIVE = 0.5  # the minimum IoU of positive regions
+    WEIGHTS = 10.0, 5.0  # for the deltas of center and size, the inverse standard deviations of the targets
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class RoIHeads(nn.Module):
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores [R,classes+1] and the deltas [R,4] or [R,4*(classes+1)] of rows [R,5].
 
-        The background comes first.
+        The background is the first class.
         """
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(maps, rois)))
         return to_compute_dtype(logits), to_compute_dtype(deltas)
@@ -171,7 +171,7 @@ class RoIHeads(nn.Module):
         return self.losses_of(maps, self.sample(proposals, targets), targets)
 
     def losses_of(self, maps: list[Tensor], samples: Samples, targets: Targets) -> dict[str, Tensor]:
-        """Return the losses of samples."""
+        """Return the losses of the given samples."""
         rois, row_index = present_rows(samples.boxes, samples.classes >= 0)
         logits, deltas = self.predict(maps, rois)
         return self.box_losses(logits, deltas, samples, targets, row_index, self.WEIGHTS)
@@ -269,7 +269,7 @@ class RoIHeads(nn.Module):
         boxes = select_rows(samples.boxes, row_index)
         objects = select_rows(gather_rows(targets.boxes.to(boxes.dtype), samples.matched), row_index)
         positive = (classes > 0)[:, None]
-        # The boxes may carry gradients, so the targets of regions that are not positive must be finite, too. They are
+        # Boxes may carry gradients, so all targets must be finite. The targets of regions that are not positive are
         # computed from a unit box.
         unit = torch.arange(4, device=boxes.device).div(2, rounding_mode="floor").to(boxes.dtype)
         target_deltas = encode_boxes(torch.where(positive, objects, unit), torch.where(positive, boxes, unit), weights)

@@ -197,7 +197,7 @@ class RPN(nn.Module):
         boxes = clip_boxes(decode_boxes(gather_rows(deltas, index), anchors[index], self.WEIGHTS), sizes)
         scores = scores.masked_fill(smaller_than(boxes.detach(), self.min_size), -math.inf)
         if self.nms_threshold is None:
-            scores = torch.where(scores > -math.inf, scores, -math.inf)  # also replaces NaN
+            scores = torch.where(scores > -math.inf, scores, -math.inf)  # NaN also becomes -inf
             best, keep = scores.topk(min(post_nms, scores.shape[1]), 1)
             valid = best > -math.inf
         else:
@@ -240,7 +240,7 @@ class RPN(nn.Module):
             iou.masked_fill_(~inside[:, None], -1)
         best, matched = iou.max(1)
         best_of_object = iou.amax(2, keepdim=True)
-        # An object that overlaps no anchor, and padding, would otherwise make every anchor positive.
+        # Without this line, an object that overlaps no anchor would make every anchor positive, and so would padding.
         best_of_object.masked_fill_(best_of_object <= 0, 2)
         positive = (best >= self.POSITIVE) | (iou == best_of_object).any(1)
         negative = (best < self.NEGATIVE) & ~positive
