@@ -1,1 +1,1 @@
-"""Benchmarks of relops: `python -m benchmarks.run --quick`; see NOTES.md for how numbers are taken."""
+"""Benchmarks of relops, which `python -m benchmarks.run --quick` runs."""

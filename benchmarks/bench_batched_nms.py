@@ -1,7 +1,8 @@
-"""batched_nms: proposals in few classes, in COCO's 80, and in LVIS's 1203. See proposals.py.
+"""Benchmarks of batched_nms on the proposals of proposals.py, in the 80 classes of COCO and the 1203 of LVIS.
 
-On CUDA torchvision goes from one strategy to the other at 100,000 boxes over the number of classes it expects: both are
-timed. Moving classes apart by an offset rounds coordinates, so that it selects a few boxes otherwise.
+torchvision has two strategies: suppression class by class, and an offset that moves classes apart. It chooses by the
+number of boxes (on CUDA, class by class above 25,000 boxes), so on CUDA both strategies are timed. The offset rounds
+coordinates, which changes the selection of a few boxes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def torchvision_peers(device: str) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
-def row(K: int, classes: int, device: str, goal: float | None = None, **options: object) -> Bench:
+def row(K: int, classes: int, device: str, torchvision_target: float | None = None, **options: object) -> Bench:
     peers = torchvision_peers(device)
     return Bench(
         op="batched_nms",
@@ -41,7 +42,7 @@ def row(K: int, classes: int, device: str, goal: float | None = None, **options:
         relops=relops.batched_nms,
         pytorch=reference.batched_nms,
         peers=peers,
-        peer_targets={"torchvision": goal} if peers and goal is not None else {},
+        peer_targets={"torchvision": torchvision_target} if peers and torchvision_target is not None else {},
         selection=True,
         **options,
     )

@@ -1,4 +1,4 @@
-"""IoU and generalized IoU: anchors and proposals against ground truth, all pairs, the loss of a batch."""
+"""Benchmarks of box_iou and generalized_box_iou: anchors, proposals, all pairs of a large set, the loss of a batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
 from benchmarks.regions import torchvision_ops
 from relops import reference
 
-# Operations of a pair, counted in the definition: each side is a minimum, a maximum, a difference and a limit.
+# Operations per pair in the definition, where each side needs a minimum, a maximum, a difference and a clamp.
 FLOPS = {"box_iou": 12, "generalized_box_iou": 23}
 
 
 def draw(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Boxes of 16 to 256 pixels anywhere in an image of 1024."""
+    """Return boxes with sides of 16 to 256 pixels and corners at random positions in an image of 1024 pixels."""
     boxes = []
     for shape in shapes:
         corner, size = torch.rand(2, *shape, 2, generator=generator, device=generator.device)
@@ -43,7 +43,7 @@ def peers(op: str, batched: bool) -> dict[str, Callable[..., Tensor]]:
 def make(
     op: str,
     label: str,
-    sizes: tuple[int, ...],  # [N,]A,B
+    sizes: tuple[int, ...],  # (A, B) or (N, A, B)
     device: str,
     direction: str,
     dtype: torch.dtype = torch.float32,
@@ -52,8 +52,8 @@ def make(
     *N, A, B = sizes
     pairs, boxes = math.prod(sizes), math.prod(N) * (A + B) * 4
     forward = Model((boxes + pairs) * dtype.itemsize, pairs * FLOPS[op])
-    # Backward reads the boxes and the gradient of the output, and writes that of the boxes.
-    whole = Model(forward.bytes + (2 * boxes + pairs) * dtype.itemsize, 3 * forward.flops)
+    # The backward reads the boxes and the gradient of the output, and writes the gradient of the boxes.
+    forward_backward = Model(forward.bytes + (2 * boxes + pairs) * dtype.itemsize, 3 * forward.flops)
     return Bench(
         op=op,
         shape=f"{label} {'x'.join(map(str, sizes))}",
@@ -63,7 +63,7 @@ def make(
         make_inputs=functools.partial(draw, dtype, ((*N, A), (*N, B))),
         relops=getattr(relops, op),
         pytorch=getattr(reference, op),
-        model=forward if direction == FORWARD else whole,
+        model=forward if direction == FORWARD else forward_backward,
         peers=peers(op, bool(N)),
         quick=quick,
     )

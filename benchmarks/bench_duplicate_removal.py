@@ -1,11 +1,12 @@
-"""nn.DuplicateRemoval of one image: 300 objects, 80 classes, the 100 best of each; all, and those of a score over 0.01.
+"""Benchmarks of nn.DuplicateRemoval on one image with 300 objects, 80 classes and the 100 best objects of each class.
 
-The module is the same on either side, with `relops.relation_attention` or its twin in it. Boxes are those of
-proposals.py. An object has its score in its own class; of the rest, 9/10 go to the background, and 1/10 to the other
-classes, in proportion to exp(2 x) with a normal x, so that a few hundred pairs of object and class are over 0.01.
+One row removes duplicates among all objects, and one among those with a score above 0.01. Both sides run the same
+module, with `relops.relation_attention` or its twin in it. Boxes are the proposals of proposals.py. Each object has its
+score in its own class. The background gets 9/10 of the remaining probability, and the other classes share 1/10 in
+proportion to exp(2 x) with normal variables x, so that a few hundred pairs of an object and a class exceed 0.01.
 
-Greedy suppression, one call of `relops.nms` a class, is timed beside for information: it computes something else, and a
-lot less.
+Greedy suppression, with one call of `relops.nms` per class, is also timed for information. It computes something else
+and needs much less arithmetic.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def removal(score_threshold: float, device: str) -> relops.nn.DuplicateRemoval:
 
 
 def make_inputs(module: Callable[[], torch.nn.Module], generator: torch.Generator) -> tuple:
-    """Weights are inputs, so that float64 is a matter of casting."""
+    """Return random inputs, among them the weights of the module, so that a cast of the inputs computes in float64."""
     boxes, own, classes = images(1, K, generator, CLASSES)
     features = torch.randn(1, K, CHANNELS, generator=generator, device=boxes.device).relu()
     others = (2 * torch.randn(1, K, CLASSES, generator=generator, device=boxes.device)).softmax(-1)
@@ -57,8 +58,8 @@ def learned(
 def greedy(threshold: float, features: Tensor, scores: Tensor, boxes: Tensor, *weights: Tensor) -> Tensor:
     final = torch.zeros_like(scores)
     for c in range(CLASSES):
-        of_class = (scores[0, :, c] > threshold).nonzero()[:, 0]
-        kept = of_class[relops.nms(boxes[0, of_class], scores[0, of_class, c], 0.5)]
+        candidates = (scores[0, :, c] > threshold).nonzero()[:, 0]
+        kept = candidates[relops.nms(boxes[0, candidates], scores[0, candidates, c], 0.5)]
         final[0, kept, c] = scores[0, kept, c]
     return final
 
@@ -80,9 +81,9 @@ def benches(device: str) -> list[Bench]:
         shape = f"{name} 1x{K} C={CLASSES} first 100"
         rows += [
             row(shape=shape, quick=threshold > 0),
-            # Nothing is compared here: the row above has verified the network, and suppression gives other scores.
+            # This row compares no outputs. The row above verifies the module, and suppression gives other scores.
             row(
-                shape=f"{shape}, beside nms",
+                shape=f"{shape}, against nms",
                 peers={"relops.nms of each class": functools.partial(greedy, threshold)},
                 comparable=lambda outputs: (),
             ),

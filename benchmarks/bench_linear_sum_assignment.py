@@ -1,7 +1,8 @@
-"""Linear assignment: the matching of DETR's loss (plain, padded, many queries), and large problems of several kinds.
+"""Benchmarks of linear_sum_assignment: the matching of DETR's loss, and large problems of several kinds.
 
-Every contender gives the total cost of its matching, which verification compares: of equally good matchings any will
-do. SciPy is called in a loop over problems, on the CPU, as DETR does; on CUDA its time has the copies there and back.
+The DETR rows are plain, padded, or have many queries. Every contender returns the total cost of its matching, and
+verification compares these costs, because several matchings can be optimal. SciPy is called on the CPU in a loop over
+the problems, as DETR does. On CUDA, its time includes the copies from and to the device.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ CLASSES = 91
 
 
 def draw_boxes(B: int, count: int, generator: torch.Generator) -> Tensor:
-    """[B,count,4] of cx, cy, w, h in the unit square."""
+    """Return boxes [B,count,4] as (cx, cy, w, h) with centers in the unit square."""
     boxes = torch.rand(B, count, 4, generator=generator, device=generator.device)
     return torch.cat([boxes[..., :2], 0.02 + 0.4 * boxes[..., 2:]], -1)
 
 
 def draw_detr(B: int, R: int, C: int, padded: bool, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    """Costs of R queries and C objects: class, L1 and generalized IoU, weighted as in DETR."""
+    """Return the costs of R queries and C objects and the number of objects used, or None if the problem is not padded.
+
+    A cost is the sum of a class, an L1 and a generalized IoU term, weighted as in DETR.
+    """
     device = generator.device
     probabilities = torch.randn(B, R, CLASSES, generator=generator, device=device).softmax(-1)
     labels = torch.randint(CLASSES, (B, 1, C), generator=generator, device=device)
@@ -42,7 +46,7 @@ def draw_detr(B: int, R: int, C: int, padded: bool, dtype: torch.dtype, generato
 
 
 def draw_square(kind: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    """[1,n,n]."""
+    """Return a square cost matrix [1,n,n] of the given kind."""
     device = generator.device
     uniform = functools.partial(torch.rand, generator=generator, device=device)
     if kind == "uniform":
@@ -64,7 +68,7 @@ def total_costs(cost: Tensor, row_to_col: Tensor) -> Tensor:
     return torch.where(row_to_col >= 0, costs, 0).sum(-1)
 
 
-def of_total(assign: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor | None], Tensor]:
+def returning_cost(assign: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor | None], Tensor]:
     def call(cost: Tensor, num_cols: Tensor | None) -> Tensor:
         return total_costs(cost, assign(cost, num_cols=num_cols)[0])
 
@@ -86,7 +90,7 @@ def scipy_loop(cost: Tensor, num_cols: Tensor | None = None) -> tuple[Tensor, Te
 def bench(shape: str, device: str, draw: Callable, dtype: torch.dtype, B: int, R: int, C: int, **options: Any) -> Bench:
     peers = {}
     if importlib.util.find_spec("scipy") is not None:
-        peers["scipy"] = of_total(scipy_loop)
+        peers["scipy"] = returning_cost(scipy_loop)
     return Bench(
         op="linear_sum_assignment",
         shape=shape,
@@ -94,13 +98,13 @@ def bench(shape: str, device: str, draw: Callable, dtype: torch.dtype, B: int, R
         device=device,
         direction=FORWARD,
         make_inputs=draw,
-        relops=of_total(relops.linear_sum_assignment),
-        pytorch=of_total(reference.linear_sum_assignment),
-        # A cost is read, and compared at least once.
+        relops=returning_cost(relops.linear_sum_assignment),
+        pytorch=returning_cost(reference.linear_sum_assignment),
+        # Each cost is read once and compared at least once.
         model=Model(B * (R * C * dtype.itemsize + (R + C) * 8), B * R * C),
         peers=peers,
         min_rounds=3,
-        tolerance=1e-9,  # of a sum in float64, whatever the dtype of the costs
+        tolerance=1e-9,  # the total cost is summed in float64 for every dtype of the costs
         **options,
     )
 
@@ -114,8 +118,8 @@ def benches(device: str) -> list[Bench]:
 
     def square(kind: str, n: int = 1000, dtype: torch.dtype = torch.float32) -> Bench:
         draw = functools.partial(draw_square, kind, n, dtype)
-        goals = {"peer_targets": {"scipy": 1}} if device == "cpu" else {}
-        return bench(f"{kind} 1x{n}x{n}", device, draw, dtype, 1, n, n, **goals)
+        targets = {"peer_targets": {"scipy": 1}} if device == "cpu" else {}
+        return bench(f"{kind} 1x{n}x{n}", device, draw, dtype, 1, n, n, **targets)
 
     return [
         detr("DETR", 32, 300, 60, peer_targets={"scipy": 3}, quick=True),
@@ -125,6 +129,6 @@ def benches(device: str) -> list[Bench]:
         detr("DETR", 32, 300, 60, dtype=torch.bfloat16),
         detr("DETR", 32, 300, 60, dtype=torch.float64),
         *(square(kind) for kind in ("uniform", "ties", "distances", "low rank")),
-        square("products", n=400),  # of the twin's steps there are n * n / 2
+        square("products", n=400),  # the twin needs n * n / 2 steps
         square("uniform", dtype=torch.float64),
     ]

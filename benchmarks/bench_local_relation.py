@@ -1,4 +1,4 @@
-"""Local relation: the layers of an LR-Net at 224 x 224, windows from 3 to 15, both memory formats."""
+"""Benchmarks of local_relation: the layers of an LR-Net at 224 x 224, windows from 3 to 15, both memory formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from relops import reference
 
 @dataclass(frozen=True)
 class Case:
-    """`N` square maps of `size` pixels a side."""
+    """The sizes of one row: `N` square maps with sides of `size` pixels."""
 
     N: int
     C: int
@@ -44,12 +44,14 @@ class Case:
     def model(self, dtype: torch.dtype, direction: str) -> Model:
         inputs, outputs = self.N * self.size**2, self.N * self.output_size**2
         size = (inputs * (self.C + self.G) + outputs * (self.C + self.G)) * dtype.itemsize
-        # Per tap: of a channel a multiply-add; of a group the logit (3), a maximum, an exponential (1), a sum.
+        # Per tap, a channel needs one multiply-add, and a group 6 operations: 3 for the logit, and one each for the
+        # maximum, the exponential and the sum.
         taps = outputs * self.k**2
         forward = Model(size, taps * (2 * self.C + 6 * self.G))
         if direction == FORWARD:
             return forward
-        # Of a channel the gradients of weight and value; of a group those of logit, query, key and prior (2, 2, 2, 1).
+        # Per tap, a channel needs a multiply-add for each of the gradients of weight and value, and a group needs 7
+        # operations for those of logit (2), query (2), key (2) and prior (1).
         return Model(2 * size + inputs * self.C * dtype.itemsize, forward.flops + taps * (4 * self.C + 7 * self.G))
 
 
@@ -64,7 +66,7 @@ def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Te
     return query, key, value, prior.to(torch.promote_types(dtype, torch.float32))
 
 
-def called(op: Callable[..., Tensor], case: Case) -> Callable[..., Tensor]:
+def bind_options(op: Callable[..., Tensor], case: Case) -> Callable[..., Tensor]:
     return functools.partial(op, kernel_size=case.k, stride=case.stride, similarity=case.similarity)
 
 
@@ -80,38 +82,47 @@ def shifted(
     similarity: str = "squared_difference",
     border: str = "mask",
 ) -> Tensor:
-    """In PyTorch without unfolding values: a sum over taps of shifted maps. Squared differences under a mask only."""
+    """Compute local_relation in PyTorch as a sum of shifted maps over the taps, which does not unfold the values.
+
+    Only squared differences with masked borders are implemented.
+
+    Raises:
+        ValueError: If `similarity` or `border` has another value.
+    """
     if (similarity, border) != ("squared_difference", "mask"):
-        raise ValueError(f"not what shifted maps are for: similarity {similarity!r}, border {border!r}")
+        raise ValueError(
+            "shifted: similarity must be 'squared_difference' and border must be 'mask', got"
+            f" {similarity!r} and {border!r}"
+        )
     N, G, Ho, Wo = query.shape
     C, H, W = value.shape[1:]
     k, dtype_of_value = kernel_size, value.dtype
     dtype = torch.promote_types(dtype_of_value, torch.float32)
     before, reach = dilation * (k // 2), dilation * (k - 1) + 1
-    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # from the first pixel of a tap to its last
+    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # distance from the first pixel of a tap to its last, plus 1
     below, right = (span - 1 + reach - before - size for span, size in zip(spans, (H, W)))
     around = (before, right, before, below)
     inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=value.device), around)
-    ragged = -C % G  # the last groups may have fewer channels
-    query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), (*around, 0, ragged))
+    missing = -C % G  # channels that fill up the last groups
+    query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), (*around, 0, missing))
     prior = prior.to(dtype)
 
-    def place(i: int, j: int) -> tuple:
+    def pixels_of_tap(i: int, j: int) -> tuple:
         y, x = i * dilation, j * dilation
         return ..., slice(y, y + spans[0], stride), slice(x, x + spans[1], stride)
 
-    taps = [(i, j, place(i, j)) for i in range(k) for j in range(k)]
+    taps = [(i, j, pixels_of_tap(i, j)) for i in range(k) for j in range(k)]
     logits = torch.stack(
         [
-            (prior[:, i, j, None, None] - (query - key[at]).square()).masked_fill(~inside[at], -math.inf)
-            for i, j, at in taps
+            (prior[:, i, j, None, None] - (query - key[pixels]).square()).masked_fill(~inside[pixels], -math.inf)
+            for i, j, pixels in taps
         ]
     )
     weights = logits.softmax(0)
     value = value.unflatten(1, (G, -1))
     output = torch.zeros(N, G, value.shape[2], Ho, Wo, dtype=dtype, device=value.device)
-    for weight, (_, _, at) in zip(weights, taps):
-        output = torch.addcmul(output, weight.unsqueeze(2), value[at])
+    for weight, (_, _, pixels) in zip(weights, taps):
+        output = torch.addcmul(output, weight.unsqueeze(2), value[pixels])
     return output.flatten(1, 2)[:, :C].to(dtype_of_value)
 
 
@@ -126,8 +137,11 @@ def window_mask(size: int, k: int, device: str):
 
 @torch.compile(dynamic=False)
 def flex(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_size: int, **_: object) -> Tensor:
-    """Squared differences as products of [2q, 1] and [k, -k^2], with the prior in a score_mod and the window as a block
-    mask. Its heads are at least 16 wide: zeros fill them."""
+    """Compute local_relation with flex_attention.
+
+    Squared differences become products of [2q, 1] and [k, -k^2], a score_mod adds the prior, and a block mask defines
+    the window. Zeros pad the heads to a width of 16, the minimum of flex_attention.
+    """
     N, G, H, W = query.shape
     m = value.shape[1] // G
 
@@ -146,12 +160,12 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_siz
 def make(
     case: Case, device: str, dtype: torch.dtype, direction: str, target: dict[str, float] | None = None, **options
 ) -> Bench:
-    plain = case.similarity == "squared_difference"
-    peers = {"shifted maps": called(shifted, case)} if plain else {}
-    # It has no gradient for the prior that its score_mod captures.
-    whole = case.stride == 1 and case.C % case.G == 0
-    if plain and whole and device == "cuda" and direction == FORWARD and not case.channels_last:
-        peers["flex_attention"] = called(flex, case)
+    squared = case.similarity == "squared_difference"
+    peers = {"shifted maps": bind_options(shifted, case)} if squared else {}
+    # flex_attention computes no gradient for the prior that the score_mod captures.
+    regular = case.stride == 1 and case.C % case.G == 0
+    if squared and regular and device == "cuda" and direction == FORWARD and not case.channels_last:
+        peers["flex_attention"] = bind_options(flex, case)
     return Bench(
         op="local_relation",
         shape=case.label,
@@ -159,8 +173,8 @@ def make(
         device=device,
         direction=direction,
         make_inputs=functools.partial(draw, case, dtype),
-        relops=called(relops.local_relation, case),
-        pytorch=called(reference.local_relation, case),
+        relops=bind_options(relops.local_relation, case),
+        pytorch=bind_options(reference.local_relation, case),
         model=case.model(dtype, direction),
         peers=peers,
         target=(target or {}).get(device),
@@ -177,10 +191,10 @@ def benches(device: str) -> list[Bench]:
     cases = [
         Case(N, 256, 32, 56, channels_last=True),
         Case(N, 256, 32, 56, k=3),
-        Case(min(N, 4), 256, 32, 56, k=15),  # in float64, the twin takes 6 GB an image
+        Case(min(N, 4), 256, 32, 56, k=15),  # in float64, the twin takes 6 GB per image
         Case(N, 256, 32, 56, similarity="product"),
         Case(N, 256, 32, 56, similarity="absolute_difference"),
-        # Of LR-Net-50.
+        # The following cases are layers of LR-Net-50.
         Case(N, 64, 64, 224, stride=2),
         Case(N, 100, 13, 56),
         Case(N, 200, 25, 28),

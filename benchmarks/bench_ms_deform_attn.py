@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: encoder, decoder, fused, local, 16 bit, and a transformers encoder around it."""
+"""Benchmarks of ms_deform_attn and ms_deform_attn_fused: encoder, decoder, and an encoder of transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOCAL_SPREAD = 2.0  # pixels: standard deviation of the offsets of a "local" row
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one row. Q None: a query per pixel, as in an encoder."""
+    """The sizes of one row. If Q is None, there is a query per pixel, as in an encoder."""
 
     name: str
     levels: Levels
@@ -36,8 +36,8 @@ class Case:
     M: int = 8
     D: int = 32
     P: int = 4
-    local: bool = False  # locations around the query's own pixel, as a real encoder has them; else anywhere
-    boxes: bool = False  # fused only: reference boxes instead of points
+    local: bool = False  # locations around the pixel of the query, as in a real encoder, instead of uniform locations
+    boxes: bool = False  # reference boxes instead of reference points, for the fused op only
 
     @property
     def S(self) -> int:
@@ -55,8 +55,11 @@ class Case:
         return f"{self.name}{batch} {h}x{w}..{h_last}x{w_last} Q={queries} M{self.M} D{self.D} P{self.P}"
 
     def model(self, dtype: torch.dtype, coordinate_bytes: int, reference_bytes: int, direction: str) -> Model:
-        """A sample reads four corners of D values: D * 4 multiply-adds forward; backward as many again for the gradient
-        of value and for that of location and weight."""
+        """Return the compulsory work.
+
+        A sample reads four corners of D values, so it needs 4 * D multiply-adds in the forward. The backward needs the
+        same number for the gradient of value, and again for the gradients of the location and the weight.
+        """
         size = dtype.itemsize
         rows = self.N * self.queries * self.M
         samples = rows * len(self.levels) * self.P
@@ -72,7 +75,7 @@ class Case:
 
 
 def pixel_centers(levels: Levels, device: str) -> Tensor:
-    """[S,2] as (x,y) in [0,1]: the middle of each pixel of the pyramid."""
+    """Return the centers of all pixels of the pyramid [S,2] as (x,y) in [0,1]."""
     centers = []
     for h, w in levels:
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
@@ -81,15 +84,15 @@ def pixel_centers(levels: Levels, device: str) -> Tensor:
 
 
 def sizes_xy(levels: Levels, device: str) -> Tensor:
-    """[L,1,2] as (W,H), to lie against [...,L,P,2]."""
+    """Return the sizes of the levels [L,1,2] as (W,H), which broadcast against [...,L,P,2]."""
     return torch.tensor(levels, dtype=torch.float32, device=device).flip(-1)[:, None]
 
 
 def draw_points(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Reference points [N,Q,2] and sampling locations [N,Q,M,L,P,2], normalized, in float32.
+    """Return normalized reference points [N,Q,2] and sampling locations [N,Q,M,L,P,2] in float32.
 
-    Locations keep 1/20 of a pixel away from where the four corners change: there the gradient of the location jumps,
-    and a comparison with float64 would measure on which side rounding falls instead of what the op computes.
+    Locations keep a distance of 1/20 pixel from the lines where their four corners change. The gradient of the location
+    is discontinuous there, and a comparison with float64 would measure the direction of rounding instead of the op.
     """
     device = generator.device.type
     N, Q, M, L, P = case.N, case.queries, case.M, len(case.levels), case.P
@@ -119,15 +122,22 @@ def draw_logits(case: Case, generator: torch.Generator) -> Tensor:
 
 
 def unfused_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    """Locations and weights beside a 16-bit value are float32, as the op recommends."""
+    """Return random arguments of ms_deform_attn.
+
+    Locations and weights are float32 if value is 16-bit, as the op recommends.
+    """
     _, locations = draw_points(case, generator)
     weights = draw_logits(case, generator).flatten(-2).softmax(-1).unflatten(-1, (len(case.levels), case.P))
-    wide = compute_dtype(dtype)
-    return draw_value(case, dtype, generator), case.levels, None, locations.to(wide), weights.to(wide)
+    wide_dtype = compute_dtype(dtype)
+    return draw_value(case, dtype, generator), case.levels, None, locations.to(wide_dtype), weights.to(wide_dtype)
 
 
 def fused_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    """Offsets and logits come from linear layers, so they have the dtype of value; reference points do not."""
+    """Return random arguments of ms_deform_attn_fused.
+
+    Offsets and logits have the dtype of value, because in a network they come from linear layers. Reference points are
+    float32 if value is 16-bit.
+    """
     points, locations = draw_points(case, generator)
     points = points[:, :, None].expand(-1, -1, len(case.levels), -1)  # [N,Q,L,2]
     offsets = locations - points[:, :, None, :, None]
@@ -155,14 +165,14 @@ def locations_of(levels: Levels, points: Tensor, offsets: Tensor) -> Tensor:
 
 
 def relops_unfused(value: Tensor, levels: Levels, starts: None, points: Tensor, offsets: Tensor, logits: Tensor):
-    """What one writes with `relops.ms_deform_attn` alone; the fused op should beat it."""
-    wide = compute_dtype(value.dtype)
-    weights = logits.to(wide).flatten(-2).softmax(-1).view(logits.shape)
-    return relops.ms_deform_attn(value, levels, starts, locations_of(levels, points, offsets.to(wide)), weights)
+    """Compute the fused op with `relops.ms_deform_attn` and PyTorch, which the fused op should outperform."""
+    wide_dtype = compute_dtype(value.dtype)
+    weights = logits.to(wide_dtype).flatten(-2).softmax(-1).view(logits.shape)
+    return relops.ms_deform_attn(value, levels, starts, locations_of(levels, points, offsets.to(wide_dtype)), weights)
 
 
 def deformops_peers(fused: bool) -> dict[str, Callable]:
-    """https://pypi.org/project/deformops: its default back end on CUDA."""
+    """Return the default CUDA backend of https://pypi.org/project/deformops as a peer, if the package is installed."""
     if importlib.util.find_spec("deformops") is None:
         return {}
     from deformops.registry import msda
@@ -224,22 +234,23 @@ def make(case: Case, device: str, dtype: torch.dtype, direction: str, fused: boo
     )
 
 
-# ---- The real use: the encoder of transformers' Deformable DETR, from its configuration, with random weights ----
+# ---- The encoder of Deformable DETR in Hugging Face transformers, with random weights ----
 
 
 @functools.cache
 def transformers_encoders(layers: int, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The encoder as it is, and with relops in place of its sampling; the same weights."""
+    """Return two encoders with the same weights: the original, and one in which relops replaces the sampling."""
     from transformers import DeformableDetrConfig
     from transformers.models.deformable_detr import modeling_deformable_detr as modeling
 
-    # The backbone of the configuration is never built; it is named so that nothing is looked up.
+    # The default backbone of the configuration is never built, and its name needs no download.
     config = DeformableDetrConfig(encoder_layers=layers, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
     torch.manual_seed(0)
     plain = modeling.DeformableDetrEncoder(config).to(device).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            # They begin as zeros, with every location exactly on a pixel, where its gradient jumps.
+            # These weights are initialized with zeros, which puts all locations exactly on pixels, where the gradient
+            # is discontinuous.
             if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
                 parameter.normal_(std=0.05)
     swapped = modeling.DeformableDetrEncoder(config).to(device).eval()
@@ -249,7 +260,7 @@ def transformers_encoders(layers: int, device: str) -> tuple[torch.nn.Module, to
         if type(module).__name__ == "MultiScaleDeformableAttention":
             module.__class__ = relops.nn.MultiScaleDeformableAttention
             replaced += 1
-    assert replaced == layers, f"replaced the sampling of {replaced} of {layers} layers"
+    assert replaced == layers, f"relops replaced the sampling of {replaced} out of {layers} layers"
     return plain, swapped
 
 
@@ -261,7 +272,7 @@ def transformers_bench(device: str, layers: int, direction: str, min_rounds: int
     S = sum(h * w for h, w in levels)
     names: Sequence[str] = ()
 
-    # Weights are inputs, so that their gradients are computed and compared, and float64 is a matter of casting.
+    # Weights are inputs, so that their gradients are computed and compared, and a cast of the inputs gives float64.
     def make_inputs(generator: torch.Generator) -> tuple:
         nonlocal names
         plain, _ = transformers_encoders(layers, device)
@@ -292,8 +303,8 @@ def transformers_bench(device: str, layers: int, direction: str, min_rounds: int
         make_inputs=make_inputs,
         relops=functools.partial(call, 1),
         pytorch=functools.partial(call, 0),
-        # Of millions of locations and ReLUs a few fall on the other side of their jump in float32, which alone moves
-        # some gradients by 2e-3: PyTorch's too, whose error is in the record.
+        # Among millions of locations and ReLUs, rounding to float32 moves a few across a discontinuity. This alone
+        # changes some gradients by 2e-3, those of PyTorch too, whose error is in the record.
         tolerance=1e-2,
         min_rounds=min_rounds,
     )
@@ -306,7 +317,7 @@ def benches(device: str) -> list[Bench | Skipped]:
     f32 = torch.float32
 
     def target(ratio: float) -> float | None:
-        return ratio if device == "cpu" else None  # targets on CUDA are against peers, not against the twin
+        return ratio if device == "cpu" else None  # on CUDA, targets refer to peers instead of the twin
 
     rows: list[Bench | Skipped] = [
         make(encoder, device, f32, FORWARD, target=target(20), quick=True, compiled=True),
@@ -325,7 +336,7 @@ def benches(device: str) -> list[Bench | Skipped]:
     ]
     if device == "cuda":
         paper = Case("encoder", PAPER, N=2)
-        bevformer = Case("BEVFormer", BEVFORMER, Q=10000, N=6, P=8)  # 40000 queries, of which a camera sees few
+        bevformer = Case("BEVFormer", BEVFORMER, Q=10000, N=6, P=8)  # each of 6 cameras sees a part of 40,000 queries
         graph = replace(decoder, name="decoder, CUDA graph")
         rows += [
             make(graph, device, f32, FORWARD, graph=True),
@@ -337,7 +348,7 @@ def benches(device: str) -> list[Bench | Skipped]:
             make(bevformer, device, f32, FORWARD),
             make(bevformer, device, f32, FORWARD_BACKWARD),
         ]
-    # Backward, the baseline holds 2 GB a layer in float64 for verification; the CPU takes fewer layers.
+    # In the backward, the float64 twin of the verification holds 2 GB per layer, so the CPU runs fewer layers.
     rows += [
         transformers_bench(device, 6, FORWARD, min_rounds=5),
         transformers_bench(device, 6 if device == "cuda" else 2, FORWARD_BACKWARD, min_rounds=5),

@@ -1,4 +1,4 @@
-"""Multi-scale RoI Align: the box head and the mask head of a feature pyramid network."""
+"""Benchmarks of multi_scale_roi_align: the box head and the mask head of a feature pyramid network."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from benchmarks.regions import IMAGE, Case, draw_boxes, draw_maps, peer_targets,
 from relops import reference
 from relops._dtypes import compute_dtype
 
-# Of the boxes 58 % are of the first level, 27 %, 13 % and 2 % of the others.
+# The four levels receive 58 %, 27 %, 13 % and 2 % of the boxes.
 PYRAMID = Case("box head", strides=(4, 8, 16, 32), sides=(16.0, 600.0), logarithmic=True)
 
 
 def draw_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """The maps, then the boxes [Ki,4] of each image."""
+    """Return the maps of all levels, followed by the boxes [Ki,4] of each image."""
     boxes = draw_boxes(case, generator).to(compute_dtype(dtype))
     return (*draw_maps(case, dtype, generator), *(boxes[boxes[:, 0] == i, 1:] for i in range(case.N)))
 
@@ -34,7 +34,7 @@ def call(op: Callable[..., Tensor], case: Case, *inputs: Tensor) -> Tensor:
 
 
 def torchvision_peer(case: Case, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """Its module; with 16-bit maps it raises, and gets what its autocast makes of them."""
+    """Return torchvision's module as a peer. It raises on 16-bit maps, so these are cast to float32 as in autocast."""
     ops = torchvision_ops()
     if ops is None or case.box_gradients:
         return {}
@@ -56,7 +56,7 @@ def make(
     device: str,
     dtype: torch.dtype,
     direction: str,
-    goals: dict[str, float] | None = None,
+    torchvision_targets: dict[str, float] | None = None,
     **options: Any,
 ) -> Bench:
     op, levels = "multi_scale_roi_align", len(case.strides)
@@ -71,7 +71,7 @@ def make(
         pytorch=functools.partial(call, reference.multi_scale_roi_align, case),
         model=work(op, case, dtype, direction),
         peers=torchvision_peer(case, dtype),
-        peer_targets=peer_targets(goals, device),
+        peer_targets=peer_targets(torchvision_targets, device),
         differentiated=tuple(range(levels + case.N if case.box_gradients else levels)),
         **options,
     )

@@ -1,4 +1,4 @@
-"""nms: boxes as people time it, and proposals as detectors give them, from 100 to 400,000. See proposals.py."""
+"""Benchmarks of nms on 100 to 400,000 boxes, which are uniform or proposals as proposals.py defines them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.proposals import proposals, uniform
 from benchmarks.regions import torchvision_ops
 from relops import reference
 
-# torchvision's mask of all pairs has more bytes than an int of its CUDA kernel counts from here on.
+# From this number of boxes on, the byte count of torchvision's mask of all pairs overflows the int of its CUDA kernel.
 TOO_MANY_FOR_TORCHVISION = 370_000
 
 
-def row(kind: str, K: int, device: str, goal: float | None = None, **options: object) -> Bench:
+def row(kind: str, K: int, device: str, torchvision_target: float | None = None, **options: object) -> Bench:
     iou_threshold = {"uniform": 0.5, "proposals": 0.7}[kind]
 
     def make_inputs(generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
@@ -33,21 +33,21 @@ def row(kind: str, K: int, device: str, goal: float | None = None, **options: ob
         relops=relops.nms,
         pytorch=reference.nms,
         peers={} if theirs is None else {"torchvision": theirs.nms},
-        peer_targets={} if theirs is None or goal is None else {"torchvision": goal},
+        peer_targets={} if theirs is None or torchvision_target is None else {"torchvision": torchvision_target},
         selection=True,
         **options,
     )
 
 
 def benches(device: str) -> list[Bench]:
-    goals = {"cpu": {1000: 4, 12_000: 25}, "cuda": {100: 1, 1000: 3, 12_000: 3, 100_000: 3}}[device]
+    targets = {"cpu": {1000: 4, 12_000: 25}, "cuda": {100: 1, 1000: 3, 12_000: 3, 100_000: 3}}[device]
     rows = [
-        row(kind, K, device, goals.get(K), quick=(kind, K) == ("proposals", 1000))
+        row(kind, K, device, targets.get(K), quick=(kind, K) == ("proposals", 1000))
         for K in (100, 1000, 12_000)
         for kind in ("uniform", "proposals")
     ]
-    rows.append(row("proposals", 100_000, device, goals.get(100_000), min_rounds=3))
+    rows.append(row("proposals", 100_000, device, targets.get(100_000), min_rounds=3))
     if device == "cuda":
-        rows += [row("uniform", 100_000, device, goals.get(100_000), min_rounds=3)]
+        rows += [row("uniform", 100_000, device, targets.get(100_000), min_rounds=3)]
         rows += [row("proposals", 400_000, device, min_rounds=3)]
     return rows

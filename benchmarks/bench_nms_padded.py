@@ -1,6 +1,6 @@
-"""nms_padded: the proposals of two images, and the detections of eight in 80 classes. See proposals.py.
+"""Benchmarks of nms_padded: the proposals of two images, and detections of eight images in 80 classes (proposals.py).
 
-torchvision has no such op: a loop over images pads what its nms or batched_nms keeps.
+torchvision has no such op, so its peer is a loop over images that pads the result of torchvision's batched_nms.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def image_by_image(
     keep = idxs.new_full((len(boxes), max_output), -1)
     count = idxs.new_zeros(len(boxes))
     for b in range(len(boxes)):
-        of_image = (scores[b] > score_threshold).nonzero()[:, 0]
-        kept = batched_nms(boxes[b, of_image], scores[b, of_image], idxs[b, of_image], iou_threshold)[:max_output]
-        keep[b, : len(kept)] = of_image[kept]
+        candidates = (scores[b] > score_threshold).nonzero()[:, 0]
+        kept = batched_nms(boxes[b, candidates], scores[b, candidates], idxs[b, candidates], iou_threshold)[:max_output]
+        keep[b, : len(kept)] = candidates[kept]
         count[b] = len(kept)
     return keep, count
 

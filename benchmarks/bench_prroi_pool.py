@@ -1,4 +1,4 @@
-"""Precise RoI Pooling: a map of stride 16 and the headline map, with and without gradients to boxes."""
+"""Benchmarks of prroi_pool: a map of stride 16 and the headline map, with and without gradients for the boxes."""
 
 from __future__ import annotations
 

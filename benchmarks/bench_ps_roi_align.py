@@ -1,4 +1,4 @@
-"""Position-sensitive RoI Align: the head of R-FCN."""
+"""Benchmarks of ps_roi_align: the head of R-FCN."""
 
 from __future__ import annotations
 

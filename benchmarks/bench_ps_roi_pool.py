@@ -1,4 +1,4 @@
-"""Position-sensitive RoI Pool: the head of R-FCN."""
+"""Benchmarks of ps_roi_pool: the head of R-FCN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench
 from benchmarks.regions import RFCN, make
 
-# torchvision passes over the last row and column forward, but gives them a gradient: a box there, and it is left out.
+# torchvision's forward skips the last row and column, but its backward gives them a gradient. A box that reaches them
+# would fail the verification of torchvision, so boxes keep away from the border.
 POOLED = replace(RFCN, margin=32)
 
 

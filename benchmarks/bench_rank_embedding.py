@@ -1,4 +1,4 @@
-"""Sinusoidal embedding of ranks: the learned duplicate removal's, of its paper and of its code."""
+"""Benchmarks of rank_embedding: the sizes of learned duplicate removal in its paper and in its released code."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import relops
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
 from relops import reference
 
-# Operations of an angle, counted in the definition: the product, and a sine and a cosine of some 10 each.
+# Operations per angle in the definition: one product, and about 10 each for a sine and a cosine.
 FLOPS = 21
 
 
 def draw(shape: tuple[int, ...], dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Ranks below the number of boxes of a class, fractions among them where they are floating point."""
+    """Return random ranks below the number of boxes of a class, which are not integers if `dtype` is floating point."""
     ranks = shape[-1] * torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     return (ranks if dtype.is_floating_point else ranks.floor()).to(dtype), dim
 
 
 def make(
     label: str,
-    shape: tuple[int, ...],  # of the ranks
+    shape: tuple[int, ...],  # shape of the ranks
     dim: int,
     device: str,
     direction: str,
@@ -33,7 +33,7 @@ def make(
     ranks = torch.Size(shape).numel()
     size = dtype.itemsize if dtype.is_floating_point else 4
     forward = Model(ranks * (dtype.itemsize + dim * size), ranks * dim // 2 * FLOPS)
-    whole = Model(forward.bytes + ranks * (2 * dtype.itemsize + dim * size), 2 * forward.flops)
+    forward_backward = Model(forward.bytes + ranks * (2 * dtype.itemsize + dim * size), 2 * forward.flops)
     return Bench(
         op="rank_embedding",
         shape=f"{label} {'x'.join(map(str, shape))}, {dim} wide",
@@ -43,7 +43,7 @@ def make(
         make_inputs=functools.partial(draw, shape, dim, dtype),
         relops=relops.rank_embedding,
         pytorch=reference.rank_embedding,
-        model=forward if direction == FORWARD else whole,
+        model=forward if direction == FORWARD else forward_backward,
         quick=quick,
     )
 

@@ -1,4 +1,4 @@
-"""Relation attention: the modules of a detector's head, learned duplicate removal, batches, gradients of boxes."""
+"""Benchmarks of relation_attention: detector heads, learned duplicate removal, batches, gradients for boxes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ QUERY, KEY, VALUE, QUERY_BOXES, KEY_BOXES, WEIGHT, BIAS = range(7)  # positions 
 
 @dataclass(frozen=True)
 class Case:
-    """`N` sets of `K` objects that attend to each other. `kept`: the share of keys that key_mask leaves."""
+    """The sizes of one row: `N` sets of `K` objects that attend to each other.
+
+    `kept` is the fraction of keys that key_mask does not exclude.
+    """
 
     name: str
     K: int
@@ -43,7 +46,8 @@ class Case:
         features = objects * self.M * (2 * self.D + 2 * self.Dv) * dtype.itemsize
         boxes = 2 * objects * 4 * compute_dtype(dtype).itemsize
         pairs = objects * self.K * self.M
-        # Per pair and head: b, the logit, the output; the gradients of W_G, of p and value, of query and key.
+        # Per pair and head, the forward computes b, the logit and the output, and the backward computes the gradients
+        # of W_G, of p and value, and of query and key.
         forward = Model(features + boxes, 2 * pairs * (EMBEDDING + self.D + self.Dv))
         if direction == FORWARD:
             return forward
@@ -52,27 +56,30 @@ class Case:
 
 
 def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    """Boxes of 16 to 256 pixels anywhere in an image of 1024, at sixteenths of a pixel: there float32 subtracts centers
-    exactly. Elsewhere the twin's gradients of boxes are off by 5 %.
+    """Return random arguments of relation_attention.
 
-    b stays within (0.3, 1.7): where it meets its floor the gradient jumps, and a comparison with float64 would measure
-    on which side rounding falls.
+    Boxes have sides of 16 to 256 pixels in an image of 1024 pixels. Their coordinates are multiples of 1/16 pixel, so
+    that float32 subtracts their centers exactly. With other coordinates, the twin's gradients for boxes have an error
+    of 5 %.
+
+    b stays within (0.3, 1.7). Its gradient is discontinuous at its lower bound, where a comparison with float64 would
+    measure the direction of rounding.
     """
-    device, wide = generator.device, compute_dtype(dtype)
+    device, wide_dtype = generator.device, compute_dtype(dtype)
     features = [
         torch.randn(case.N, case.K, case.M, width, generator=generator, device=device).to(dtype)
         for width in (case.D, case.D, case.Dv)
     ]
-    (boxes,) = draw_boxes(wide, ((case.N, case.K),), generator)
+    (boxes,) = draw_boxes(wide_dtype, ((case.N, case.K),), generator)
     boxes = boxes.mul(16).round().div(16)
-    weight = 0.04 * (torch.rand(case.M, EMBEDDING, generator=generator, device=device) - 0.5).to(wide)
+    weight = 0.04 * (torch.rand(case.M, EMBEDDING, generator=generator, device=device) - 0.5).to(wide_dtype)
     mask = None
     if case.kept is not None:
         mask = torch.rand(case.N, case.K, generator=generator, device=device) > case.kept
-    return *features, boxes, boxes.clone(), weight, torch.ones(case.M, device=device, dtype=wide), mask
+    return *features, boxes, boxes.clone(), weight, torch.ones(case.M, device=device, dtype=wide_dtype), mask
 
 
-def called(op: Callable[..., Tensor], geometry: str) -> Callable[..., Tensor]:
+def bind_geometry(op: Callable[..., Tensor], geometry: str) -> Callable[..., Tensor]:
     def call(*inputs: Tensor) -> Tensor:
         return op(*inputs[:-1], key_mask=inputs[-1], geometry=geometry)
 
@@ -90,7 +97,7 @@ def flex(
     bias: Tensor,
     mask: None,
 ) -> Tensor:
-    """The geometry computed in a score_mod, with the width and height of the key."""
+    """Compute relation_attention with flex_attention, whose score_mod divides distances by the size of the key."""
 
     def sizes(boxes: Tensor) -> tuple[Tensor, ...]:
         x1, y1, x2, y2 = boxes.unbind(-1)
@@ -120,7 +127,7 @@ def make(
     case: Case, device: str, dtype: torch.dtype, direction: str, target: dict[str, float] | None = None, **options
 ) -> Bench:
     differentiated = [QUERY, KEY, VALUE, WEIGHT, BIAS] + [QUERY_BOXES, KEY_BOXES] * case.box_gradients
-    # It has no gradient for what a score_mod captures, and on the CPU none at all.
+    # flex_attention has no gradient for tensors that a score_mod captures, and no gradient at all on the CPU.
     expressible = direction == FORWARD and case.geometry == "paper" and case.kept is None
     return Bench(
         op="relation_attention",
@@ -129,8 +136,8 @@ def make(
         device=device,
         direction=direction,
         make_inputs=functools.partial(draw, case, dtype),
-        relops=called(relops.relation_attention, case.geometry),
-        pytorch=called(reference.relation_attention, case.geometry),
+        relops=bind_geometry(relops.relation_attention, case.geometry),
+        pytorch=bind_geometry(reference.relation_attention, case.geometry),
         model=case.model(dtype, direction),
         peers={"flex_attention": flex} if expressible and device == "cuda" else {},
         target=(target or {}).get(device),
@@ -142,7 +149,7 @@ def make(
 def benches(device: str) -> list[Bench]:
     f32, both = torch.float32, (FORWARD, FORWARD_BACKWARD)
     small, large = Case("self", 300), Case("self", 1000)
-    huge = Case("self", {"cpu": 2000, "cuda": 4000}[device])  # at 4000 the twin takes 12 GB, in float64 24
+    huge = Case("self", {"cpu": 2000, "cuda": 4000}[device])  # at 4000 boxes the twin takes 12 GB, or 24 GB in float64
     duplicates = Case("duplicate removal", 100, N=80, Dv=8)
     batch = Case("padded batch", 300, N=4, kept=0.7)
     rows = [

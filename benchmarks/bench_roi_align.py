@@ -1,4 +1,4 @@
-"""RoI Align: the headline map, channels_last, a mask head, a C4 head, dtypes, adaptive sampling, gradients to boxes."""
+"""Benchmarks of roi_align: several heads, memory formats and dtypes, adaptive sampling, gradients for boxes."""
 
 from __future__ import annotations
 

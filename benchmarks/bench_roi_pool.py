@@ -1,4 +1,4 @@
-"""RoI Pool: the headline map, channels_last, a C4 head, dtypes."""
+"""Benchmarks of roi_pool: the headline map, channels_last, a C4 head, dtypes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from benchmarks.harness import BACKWARD, FORWARD, FORWARD_BACKWARD, Bench
 from benchmarks.regions import C4, HEADLINE, make
 
-# Of boxes so many pixels wide or high an edge of the 7 bins is a pixel elsewhere in float64 than in float32.
+# Boxes of these widths or heights are avoided, because float32 and float64 would put an edge of their 7 bins on
+# different pixels.
 POOLED = replace(HEADLINE, avoided=(29, 57, 58))
 
 
@@ -17,7 +18,7 @@ def benches(device: str) -> list[Bench]:
     f32, both = torch.float32, (FORWARD, FORWARD_BACKWARD)
     channels_last = replace(POOLED, name="channels_last", channels_last=True)
     slow = {"min_rounds": 3}  # the twin takes seconds
-    exact = slow | {"tolerance": 0.0}  # a maximum does not round; gradients are sums
+    exact = slow | {"tolerance": 0.0}  # a maximum is exact, but gradients are sums
     rows = [
         make("roi_pool", POOLED, device, f32, FORWARD, {"cpu": 8, "cuda": 3}, quick=True, **exact),
         make("roi_pool", POOLED, device, f32, BACKWARD, {"cuda": 3}, **slow),

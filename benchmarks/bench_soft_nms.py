@@ -1,6 +1,6 @@
-"""soft_nms: proposals of one image, both methods, against the vectorized loop over kept boxes that the twin is.
+"""Benchmarks of soft_nms with both methods on the proposals of one image, as proposals.py defines them.
 
-See proposals.py. torchvision has no such op.
+The twin is a vectorized loop over the kept boxes. torchvision has no such op.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from relops import reference
 
 
 def by_index(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Where two scores decay to nearly the same rounding decides which comes first."""
+    """Sort the outputs by index, because rounding decides the order of two scores that are nearly equal."""
     order = outputs[0].argsort()
     return tuple(x[order] for x in outputs)
 

@@ -1,4 +1,4 @@
-"""Makes pytest-benchmark tests of every bench_*.py: `pytest benchmarks/ --benchmark-enable [-k quick]`."""
+"""The plugin that runs every bench_*.py under pytest-benchmark: `pytest benchmarks/ --benchmark-enable [-k quick]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 
 class BenchFile(pytest.Module):
-    """A bench file has rows, not tests: each is given this one."""
+    """A benchmark file, which defines rows instead of tests and therefore gets `test_bench` as its only test."""
 
     def _getobj(self):
         module = super()._getobj()
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for device in devices():
         for bench in metafunc.module.benches(device):
             if isinstance(bench, harness.Skipped):
-                mark = pytest.mark.skip(reason=bench.why)
+                mark = pytest.mark.skip(reason=bench.reason)
                 parameters.append(pytest.param(None, None, id=f"{bench.op}-{bench.shape}", marks=mark))
                 continue
             prefix = "quick-" if bench.quick else ""

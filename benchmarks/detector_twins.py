@@ -1,17 +1,18 @@
-"""Reference detectors against themselves in pure PyTorch: `python -m benchmarks.detector_twins [--quick]`.
+"""Benchmarks of whole detectors against themselves in pure PyTorch: `python -m benchmarks.detector_twins [--quick]`.
 
-The twin of a detector is the same module with the same weights, while every relops op that it calls is replaced by what
-people run without such ops (`TWINS`): grid_sample for deformable attention, bilinear samples gathered level by level
-for RoI Align, suppression in blocks on matrices of IoU, relation attention by scaled_dot_product_attention with its
-bias in memory, local relation as a sum over shifted maps (which is faster than unfolding), and for the assignment SciPy
-on the CPU, a problem at a time. All else of the model is shared, so that the ratio is one of whole detectors.
+The twin of a detector is the same module with the same weights, but every relops op that it calls is replaced by the
+usual implementation without such ops (`TWINS`): grid_sample for deformable attention, bilinear samples gathered level
+by level for RoI Align, blockwise suppression on IoU matrices, scaled_dot_product_attention with its bias in memory for
+relation attention, a sum of shifted maps (which is faster than unfolding) for local relation, and SciPy on the CPU, one
+problem at a time, for the assignment. The detector and its twin share all other code, so a ratio compares whole
+detectors.
 
-Two rows a detector: detection in one image, and the losses of a batch of four images with 13 objects each, with their
-gradients. (DETR detects without any of these ops, so it has the second only.) Before a row is timed, both sides must
-give the same detections, or the same losses and gradients of the same samples, and no op of relops may have run in the
-twin. Then peak memory of one pass each, beyond what was in use before it, as `harness.peak_bytes` has it: CUDA's
-allocator, or under Linux the growth of the peak resident set. Rounds alternate between the two; a ratio is the median
-of the ratios within rounds.
+Each detector has two rows: detection in one image, and the losses of a batch of four images with 13 objects each,
+together with their gradients. DETR has only the second row, because its detection uses none of these ops. Before a row
+is timed, both sides must return the same detections, or the same losses and gradients for the same samples, and the
+twin must not have run an op of relops. Next, `harness.peak_bytes` measures the peak memory of one pass of each side,
+beyond the memory that was in use before. Rounds alternate between the two sides, and a ratio is the median of the
+ratios within the rounds.
 """
 
 from __future__ import annotations
@@ -42,25 +43,27 @@ from relops.models.detectors.two_stage import TwoStageDetector
 TWINS: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in reference.__all__}
 TWINS |= {"linear_sum_assignment": scipy_loop, "local_relation": shifted}
 
-CLASSES = 80  # of detection
-DETECTION_SIZES = {"cpu": (480, 640), "cuda": (800, 1066)}  # height and width; of the CPU smaller, for its patience
+CLASSES = 80  # in the detection rows
+DETECTION_SIZES = {"cpu": (480, 640), "cuda": (800, 1066)}  # height and width, smaller on the CPU to save time
 TRAINING_SIZE, IMAGES, OBJECTS = (240, 320), 4, 13
 QUICK_SIZE = (96, 128)
-LOGIT_STD = 1.5  # of two-stage detectors' classes in detection
+LOGIT_STD = 1.5  # standard deviation of the class logits of two-stage detectors in the detection rows
 
-# How far the two sides may be apart, several times what rounding explains.
-LOSS_BOUND, BOX_BOUND = 1e-3, 0.1  # relative, pixels
-# Of the detections, those that may have no counterpart: whose scores are nearly the last one's, rounding selects.
+# The largest allowed differences between the two sides, several times what rounding explains.
+LOSS_BOUND, BOX_BOUND = 1e-3, 0.1  # relative, and in pixels
+# The fraction of detections that may have no counterpart, because rounding selects among the lowest scores.
 UNMATCHED = 0.02
 
 
 class Case(NamedTuple):
-    """A detector.
+    """The options of one detector.
 
     Attributes:
-        detection: options of the one that detects, of the published size on ResNet-50 or LR-Net-26; None: no such row.
-        training: options of the one that is trained, of about the size that the README trains on a CPU.
-        gradient_bound: relative RMS by which gradients may be apart.
+        detection: The options of the model in the detection row, which has the published size on ResNet-50 or
+            LR-Net-26. None if the detector has no such row.
+        training: The options of the model in the training row, which is about as small as the detectors that
+            train_cells.sh trains on a CPU.
+        gradient_bound: The largest allowed relative RMS difference of the gradients.
     """
 
     detection: dict[str, Any] | None
@@ -89,7 +92,7 @@ CASES = {
             "scales": (2, 5, 12),
             "min_size": 4,
         },
-        gradient_bound=0.1,  # normalization over a batch makes more of a rounding; float64 has 1e-15 (in the tests)
+        gradient_bound=0.1,  # batch normalization amplifies rounding, but in float64 the error is 1e-15
     ),
     "faster_rcnn_fpn": Case(_RESNET, _SMALL_FPN),
 }
@@ -100,7 +103,7 @@ CASES = {
 
 @contextlib.contextmanager
 def twins() -> Iterator[None]:
-    """Within it, modules of relops.models and relops.nn find the twins where they look for ops."""
+    """Replace the ops that modules of relops.models and relops.nn call by their twins, while the context is active."""
     replacements = {id(getattr(relops, name)): twin for name, twin in TWINS.items()}
     with contextlib.ExitStack() as stack:
         for module_name, module in list(sys.modules.items()):
@@ -112,7 +115,7 @@ def twins() -> Iterator[None]:
 
 
 class Calls(TorchDispatchMode):
-    """Counts the ops of relops that run within it, by name, those of backward passes too."""
+    """A mode that counts the ops of relops that run while it is active, by name, including those of backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,15 +128,20 @@ class Calls(TorchDispatchMode):
 
 
 def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]) -> tuple[float, dict[str, int]]:
-    """How far apart the two sides are by `check`, and how often relops ran each op. Raises harness.VerificationError
-    where that is too far, where relops ran none, or where the twin ran one."""
+    """Return the difference between the two sides that `check` computes, and how often relops ran each op.
+
+    Raises:
+        harness.VerificationError: If the difference is too large, if the detector ran no op of relops, or if its twin
+            ran one.
+    """
     with Calls() as ours:
         found = run()
     with twins(), Calls() as theirs:
         expected = run()
     if not ours.counts or theirs.counts:
         raise harness.VerificationError(
-            f"{name}: ops of relops that ran: {dict(ours.counts)}; in the twin: {dict(theirs.counts)}"
+            f"{name}: relops must run its ops and the twin must run none; relops ran {dict(ours.counts)}, and the ops"
+            f" in the twin: {dict(theirs.counts)}"
         )
     try:
         return check(found, expected), dict(ours.counts)
@@ -144,10 +152,13 @@ def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]
 # ---- Rows ----
 
 
-def lively(model: nn.Module) -> nn.Module:
-    """With weights that make its outputs differ from one another: those of a new model are nearly all of one score, and
-    its deformable attention samples the centers of pixels, where gradients jump."""
-    detectors.busy(model)
+def diversify_outputs(model: nn.Module) -> nn.Module:
+    """Change the weights so that the outputs of the model differ from one another, and set it to evaluation mode.
+
+    In a newly initialized model, nearly all scores are the same, and deformable attention samples the centers of
+    pixels, where gradients are discontinuous.
+    """
+    detectors.diversify_detections(model)
     with torch.no_grad():
         for name, x in model.state_dict().items():
             if name.endswith("weight") and ("class_embed" in name or "class_logits" in name):
@@ -155,14 +166,14 @@ def lively(model: nn.Module) -> nn.Module:
             elif name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
                 x.normal_(0, 0.05)
             elif name.endswith("weight") and ("bboxes_delta" in name or ("bbox_embed" in name and "layers.2" in name)):
-                x.normal_(0, 0.02)  # boxes that move, but not out of the image
-            elif name.endswith("bn3.weight"):  # of frozen ones busy does not know
+                x.normal_(0, 0.02)  # the boxes move, but stay in the image
+            elif name.endswith("bn3.weight"):  # in frozen normalization, which diversify_detections does not change
                 x.fill_(0.3)
     return model
 
 
 def smooth_images(count: int, size: tuple[int, int], device: str) -> list[Tensor]:
-    """[3,H,W] each, of blots about 20 pixels wide."""
+    """Return images [3,H,W] of random blobs that are about 20 pixels wide."""
     coarse = torch.rand(count, 3, size[0] // 20, size[1] // 20)
     images = nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
     return list(images.to(device))
@@ -171,18 +182,18 @@ def smooth_images(count: int, size: tuple[int, int], device: str) -> list[Tensor
 def detection(
     name: str, options: dict[str, Any], size: tuple[int, int], device: str
 ) -> tuple[Callable[[], Detections], tuple[int, ...]]:
-    """What detects, and the shape of its images."""
+    """Return a function that detects, and the shape of its images."""
     torch.manual_seed(0)
-    model = lively(relops.models.build(name, CLASSES, **options)).to(device)
+    model = diversify_outputs(relops.models.build(name, CLASSES, **options)).to(device)
     images, sizes, _ = relops.models.batch_images(smooth_images(1, size, device), min(size), max(size))
-    # A new network's statistics are not those of any image: its maps would be nearly nothing.
+    # The initial running statistics fit no image, and would make the maps nearly zero.
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         model.backbone.train()(images)
     model.eval()
-    # Scores of about the size that training gives them, so that some of each class are there to be suppressed.
+    # Scale the scores to about the size that training gives them, so that each class has boxes to suppress.
     if isinstance(model, TwoStageDetector):
         classifier, logits = model.roi_heads.box_predictor.cls_score, []
         with torch.no_grad(), classifier.register_forward_hook(lambda module, inputs, output: logits.append(output)):
@@ -199,9 +210,9 @@ def detection(
 def training(
     name: str, options: dict[str, Any], size: tuple[int, int], device: str
 ) -> tuple[Callable[[], tuple[dict[str, Tensor], Sequence[Tensor]]], tuple[int, ...]]:
-    """What gives losses and gradients, and the shape of its images. Samples are the same in every run."""
+    """Return a function that computes losses and gradients of the same samples in every call, and the image shape."""
     torch.manual_seed(0)
-    model = lively(relops.models.build(name, detectors.CLASSES, **options)).to(device).train()
+    model = diversify_outputs(relops.models.build(name, detectors.CLASSES, **options)).to(device).train()
     images, sizes, _ = relops.models.batch_images(smooth_images(IMAGES, size, device), min(size), max(size))
     objects = [detectors.random_objects(OBJECTS, *size) for _ in range(IMAGES)]
     targets = Targets(*(torch.stack(x).to(device) for x in zip(*objects)))
@@ -216,13 +227,13 @@ def training(
 
 
 def distance_of_detections(found: Detections, expected: Detections) -> float:
-    """The largest difference in pixels of detections and their counterparts, which are of the same label."""
+    """Return the largest difference in pixels between detections and their counterparts of the same label."""
     ours, theirs = (x.labels[0] >= 0 for x in (found, expected))
     if not 20 <= ours.sum() == theirs.sum():
-        raise harness.VerificationError(f"{ours.sum()} detections of relops, {theirs.sum()} of its twin")
-    far = (found.boxes[0, ours] - expected.boxes[0, theirs, None]).abs().amax(-1)
-    far += 1000 * (found.labels[0, ours] != expected.labels[0, theirs, None])
-    nearest = far.amin(1)
+        raise harness.VerificationError(f"relops has {ours.sum()} detections, its twin has {theirs.sum()}")
+    distance = (found.boxes[0, ours] - expected.boxes[0, theirs, None]).abs().amax(-1)
+    distance += 1000 * (found.labels[0, ours] != expected.labels[0, theirs, None])
+    nearest = distance.amin(1)
     matched = nearest <= BOX_BOUND
     if matched.float().mean() < 1 - UNMATCHED:
         raise harness.VerificationError(f"{(~matched).sum()} of {len(matched)} detections differ")
@@ -232,14 +243,20 @@ def distance_of_detections(found: Detections, expected: Detections) -> float:
 def distance_of_gradients(
     bound: float, found: tuple[dict, Sequence[Tensor]], expected: tuple[dict, Sequence[Tensor]]
 ) -> float:
-    """The relative RMS difference of all gradients together, at most `bound`."""
+    """Return the relative RMS difference of all gradients together.
+
+    Raises:
+        harness.VerificationError: If the losses differ, or if the difference of the gradients exceeds `bound`.
+    """
     for loss, value in expected[0].items():
         if not (found[0][loss] - value).abs() <= LOSS_BOUND * value.abs():
-            raise harness.VerificationError(f"loss {loss} is {found[0][loss]:.6g}, of the twin {value:.6g}")
+            raise harness.VerificationError(f"loss {loss} is {found[0][loss]:.6g}, but that of the twin is {value:.6g}")
     gradients = ([torch.cat([x.flatten() for x in side[1]])] for side in (found, expected))
     error = harness.relative_rms_error(*gradients)
     if not error <= bound:
-        raise harness.VerificationError(f"relative RMS error of gradients {error:.3g}, bound {bound}")
+        raise harness.VerificationError(
+            f"the relative RMS error of the gradients is {error:.3g}, which exceeds the bound {bound}"
+        )
     return error
 
 
@@ -247,7 +264,7 @@ def distance_of_gradients(
 
 
 def measure(name: str, direction: str, device: str, rounds: int, quick: bool) -> dict[str, Any]:
-    """A row, ready for `harness.Record`."""
+    """Measure one row and return it in the form that `harness.Record` stores."""
     case = CASES[name]
     options = case.training if quick or direction == harness.FORWARD_BACKWARD else case.detection
     if direction == harness.FORWARD:
@@ -305,13 +322,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.detector_twins", description=__doc__.splitlines()[0].split(":")[0]
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=list(CASES), help="this detector")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="small models, one round; prints, records nothing")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="the device to run on",
+    )
+    parser.add_argument("--only", choices=list(CASES), help="run only this detector")
+    parser.add_argument("--rounds", type=int, default=5, help="the number of rounds")
+    parser.add_argument("--quick", action="store_true", help="run small models for one round, and record nothing")
     options = parser.parse_args(argv)
     if importlib.util.find_spec("scipy") is None:
-        parser.error("scipy is missing, by which the twins solve assignments: pip install scipy")
+        parser.error("scipy is missing, which the twins need to solve assignments: pip install scipy")
     record = None
     if not options.quick:
         record = harness.Record(
@@ -325,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             try:
                 row = measure(name, direction, options.device, 1 if options.quick else options.rounds, options.quick)
-            except harness.VerificationError as error:  # the other rows are worth having
+            except harness.VerificationError as error:  # a failed row must not stop the others
                 failed = True
                 print(f"FAILED: {error}", file=sys.stderr)
                 continue

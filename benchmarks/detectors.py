@@ -1,9 +1,10 @@
-"""Whole detectors against torchvision's, with the same weights: `python -m benchmarks.detectors`, where torchvision is.
+"""Benchmarks of whole detectors against torchvision's with the same weights: `python -m benchmarks.detectors`.
 
-Three pairs: a training iteration of the small Faster R-CNN on a pyramid that the README trains (four images of 320x240,
-with what both do to images first, and AdamW), and detection in one image of 800x1066 by fasterrcnn_resnet50_fpn and by
-maskrcnn_resnet50_fpn. Before anything is timed, both must give the same losses of the same samples, or the same
-detections. Rounds alternate between the two; a ratio is the median of the ratios within rounds.
+There are three pairs. The first is a training iteration of a small Faster R-CNN on a feature pyramid (four images of
+320x240, with preprocessing and AdamW). The others are detection in one image of 800x1066 with fasterrcnn_resnet50_fpn
+and with maskrcnn_resnet50_fpn. Before a pair is timed, both detectors must return the same losses for the same samples,
+or the same detections. Rounds alternate between the two detectors, and a ratio is the median of the ratios within the
+rounds.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ def vision() -> object:
     try:
         from torchvision.models import detection
     except ImportError as error:
-        raise SystemExit("torchvision is missing, which this compares with") from error
+        raise SystemExit("torchvision is missing, which benchmarks.detectors needs: pip install torchvision") from error
     return detection
 
 
 class Body(nn.Module):
-    """Our pyramid, as torchvision's detectors want a backbone: the convolutions are the same."""
+    """An adapter that makes the feature pyramid of relops a backbone of torchvision's detectors.
+
+    The convolutions are the same.
+    """
 
     def __init__(self, backbone: nn.Module, channels: int) -> None:
         super().__init__()
@@ -63,8 +67,11 @@ def small_pair() -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
-def busy(model: nn.Module) -> nn.Module:
-    """With weights that make a hundred detections of many classes: those of a new model are all of one score."""
+def diversify_detections(model: nn.Module) -> nn.Module:
+    """Change the weights so that the model makes a hundred detections of many classes, and set it to evaluation mode.
+
+    All detections of a newly initialized model have the same score.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "cls_score" in name or "cls_logits" in name:
@@ -77,7 +84,7 @@ def busy(model: nn.Module) -> nn.Module:
 
 
 def random_objects(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """[count,4] boxes of 15 to 60 pixels, as the cells of the images that the README trains on, and their labels."""
+    """Return boxes [count,4] with sides of 15 to 60 pixels, like the blood cells of the training runs, and labels."""
     size = 15 + 45 * torch.rand(count, 2)
     corner = torch.rand(count, 2) * (torch.tensor([width, height]) - size)
     return torch.cat([corner, corner + size], 1), torch.randint(CLASSES, (count,))
@@ -101,7 +108,7 @@ def training_steps(device: str) -> tuple[Callable[[], None], Callable[[], None]]
         sum(losses().values()).backward()
         optimizer.step()
 
-    # Of all candidates there is no chance in the losses.
+    # If the samplers select all candidates, the losses are not random.
     samplers = theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler
     before = [s.batch_size_per_image for s in samplers]
     for module, sampler in zip((ours.rpn, ours.roi_heads), samplers):
@@ -109,7 +116,7 @@ def training_steps(device: str) -> tuple[Callable[[], None], Callable[[], None]]
     with torch.no_grad():
         found, expected = sum(our_losses().values()).item(), sum(theirs(images, targets).values()).item()
     if abs(found - expected) > 1e-3 * expected:
-        raise harness.VerificationError(f"losses differ: {found} of ours, {expected} of torchvision's")
+        raise harness.VerificationError(f"the losses differ: relops has {found}, torchvision has {expected}")
     for module, sampler, count in zip((ours.rpn, ours.roi_heads), samplers, before):
         module.num_samples = sampler.batch_size_per_image = count
     return lambda: step(our_losses, ours_optimizer), lambda: step(lambda: theirs(images, targets), theirs_optimizer)
@@ -118,7 +125,7 @@ def training_steps(device: str) -> tuple[Callable[[], None], Callable[[], None]]
 def detections(name: str, device: str) -> tuple[Callable[[], None], Callable[[], None]]:
     torch.manual_seed(0)
     theirs = getattr(vision(), f"{name}_resnet50_fpn")(weights=None, weights_backbone=None)
-    theirs = busy(theirs).to(device)
+    theirs = diversify_detections(theirs).to(device)
     ours = (relops.models.faster_rcnn_fpn if name == "fasterrcnn" else relops.models.mask_rcnn)(90)
     relops.models.load_torchvision(ours, theirs.state_dict())
     ours.to(device).eval()
@@ -134,10 +141,10 @@ def detections(name: str, device: str) -> tuple[Callable[[], None], Callable[[],
 
     found, expected = run_ours(), run_theirs()
     same = len(found["labels"]) == len(expected["labels"]) > 50
-    far = (found["boxes"][None] - expected["boxes"][:, None]).abs().amax(2)
-    far += 1000 * (found["labels"][None] != expected["labels"][:, None] - 1)
-    if not same or far.amin(1).max() > 0.1:
-        raise harness.VerificationError(f"{name}: detections differ, by up to {far.amin(1).max():.3f} pixels")
+    distance = (found["boxes"][None] - expected["boxes"][:, None]).abs().amax(2)
+    distance += 1000 * (found["labels"][None] != expected["labels"][:, None] - 1)
+    if not same or distance.amin(1).max() > 0.1:
+        raise harness.VerificationError(f"{name}: the detections differ by up to {distance.amin(1).max():.3f} pixels")
     return run_ours, run_theirs
 
 
@@ -151,7 +158,7 @@ def measure(ours: Callable[[], object], theirs: Callable[[], object], device: st
             run()
             harness.synchronize(device)
             seconds[run] = time.perf_counter() - start
-        if i > 0:  # the first warms up
+        if i > 0:  # the first round warms up
             times.append((seconds[ours], seconds[theirs]))
     return {
         "relops_ms": 1000 * statistics.median(a for a, _ in times),
@@ -163,8 +170,8 @@ def measure(ours: Callable[[], object], theirs: Callable[[], object], device: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="the device to run on")
+    parser.add_argument("--rounds", type=int, default=9, help="the number of rounds")
     options = parser.parse_args()
     rows = {
         "Faster R-CNN, ResNet-18-GN/2 FPN, 4 x 320x240, training iteration": lambda: training_steps(options.device),

@@ -1,13 +1,17 @@
-"""What every benchmark shares: a description of a row, verification, timing, memory, machine limits, records.
+"""Code that all benchmarks share: the description of a row, verification, timing, memory, machine limits, records.
 
-A `bench_<op>.py` has a function ``benches(device) -> list[Bench | Skipped]`` and nothing else that runs; `run.py`
-discovers it, and conftest.py makes pytest-benchmark tests of it.
+A `bench_<op>.py` defines a function ``benches(device) -> list[Bench | Skipped]`` and runs nothing by itself. `run.py`
+discovers these functions, and `conftest.py` turns their rows into pytest-benchmark tests.
 
-A row is measured in this order. (1) Verify: the relops call, in the dtype of the row, against the pure-PyTorch twin in
-float64 on the same inputs (of indices, in the dtype of the row and exactly); beyond a bound nothing is timed. (2) Peak
-memory of one call each. (3) Rounds: each draws fresh random inputs and runs every contender once on them, in rotating
-order, so that what the machine does meanwhile meets all of them. Times are medians over rounds, and a ratio is the
-median of the ratios within rounds.
+A row is measured in three steps:
+
+1. Verification: relops runs in the dtype of the row, and its outputs are compared with those of the pure-PyTorch twin
+   in float64 on the same inputs. Indices are compared exactly, with a twin that runs in the dtype of the row. If the
+   error exceeds the bound, the row is not timed.
+2. Peak memory: one call of each contender.
+3. Rounds: each round draws new random inputs and runs every contender once on them, in rotating order, so that other
+   load on the machine affects all contenders alike. Times are medians over the rounds, and a ratio is the median of the
+   ratios within the rounds.
 """
 
 from __future__ import annotations
@@ -39,9 +43,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FORWARD, BACKWARD, FORWARD_BACKWARD = "forward", "backward", "forward+backward"
 
-# Bounds on the relative RMS error of relops against the float64 twin: several times what rounding explains.
+# The largest allowed relative RMS error of relops against the float64 twin: several times what rounding explains.
 ERROR_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-# Bound on the share of indices that a peer selects otherwise: some round coordinates of their own.
+# The largest allowed fraction of indices that a peer selects differently, because some peers round the coordinates.
 PEER_SELECTION_BOUND = 0.01
 MIN_ROUNDS, QUICK_MIN_ROUNDS, MAX_ROUNDS = 5, 3, 100
 
@@ -51,9 +55,9 @@ class Model:
     """The work that no implementation can avoid.
 
     Attributes:
-        bytes: moved at least: each input read once, each output (and gradient) written once.
-        flops: floating point operations of the definition, a multiply-add being two.
-        gathered_bytes: read at least by a kernel that caches nothing, where that informs.
+        bytes: The bytes that must be moved if each input is read once and each output (and gradient) is written once.
+        flops: The floating point operations of the definition. A multiply-add counts as two.
+        gathered_bytes: The bytes that a kernel without a cache would read, or None if that figure is not informative.
     """
 
     bytes: int
@@ -63,7 +67,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Contender:
-    """A callable to time, and a context it needs around its forward and backward."""
+    """A callable to time, and the context manager in which its forward and backward run."""
 
     call: Callable[..., Any]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -71,29 +75,38 @@ class Contender:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """One row.
+    """The description of one row.
 
     Attributes:
-        op, shape, dtype, device, direction: what the row is; together its key. shape is a label for people. "backward"
-            runs the forward outside of what is timed.
-        make_inputs: generator (on the device) -> fresh random arguments, tensors or not, for every callable below.
-        relops, pytorch: the op and its pure-PyTorch twin. They return a tensor or a tuple of tensors.
-        model: compulsory work; None where it says nothing (a whole model).
-        peers: others to time beside them, by name. One that fails or is wrong is left out with a note.
-        compiled: also time the twin under torch.compile (not in the quick setting).
-        target: the ratio that the project wants to reach.
-        peer_targets: the same against peers, by name.
-        quick: part of the quick setting.
-        cold: flush the last-level cache before each call; None: on CUDA. On the CPU the layer before has usually just
-            written the input.
-        graph: time CUDA graph replays (forward only), for calls that are shorter than their launch.
-        tolerance: bound on the error, where that of the dtype does not fit.
-        min_rounds: fewer where the baseline takes minutes.
-        selection: outputs are indices, -1 being padding, and perhaps numbers. A rounding may decide who is selected, so
-            that they are compared with the twin in the dtype of the row: relops must equal it, but for `tolerance` on
-            the numbers, and peers select the same but for PEER_SELECTION_BOUND.
-        comparable: of outputs, what is compared.
-        differentiated: positions of the inputs that gradients are taken to; None: every floating point one.
+        op: The name of the op. The first five attributes together are the key of the row.
+        shape: A label that describes the input to people.
+        dtype: The dtype of the row.
+        device: "cpu" or "cuda".
+        direction: "forward", "backward" or "forward+backward". A "backward" row runs the forward before the clock
+            starts.
+        make_inputs: A function that takes a generator on the device and returns new random arguments, tensors or
+            others, for each of the callables below.
+        relops: The op. It returns a tensor or a tuple of tensors.
+        pytorch: The pure-PyTorch twin of the op, which returns the same.
+        model: The compulsory work, or None if that figure is meaningless (for a whole model).
+        peers: Other implementations to time, by name. A peer that fails or returns wrong results is left out with a
+            note.
+        compiled: Whether to time the twin under torch.compile too (not in the quick setting).
+        target: The ratio to PyTorch that the project wants to reach.
+        peer_targets: The ratios to peers that the project wants to reach, by name.
+        quick: Whether the row is part of the quick setting.
+        cold: Whether to flush the last-level cache before each call. None flushes it on CUDA only: on the CPU, the
+            preceding layer has usually just written the input.
+        graph: Whether to time CUDA graph replays (forward only), for calls that are shorter than their launch.
+        tolerance: The bound on the error, if that of the dtype does not fit.
+        min_rounds: The minimum number of rounds, which is lower if the baseline takes minutes.
+        selection: Whether the outputs are indices (-1 is padding), possibly followed by numbers. Rounding may decide
+            which indices are selected, so the outputs are compared with the twin in the dtype of the row. relops must
+            select the same indices, and its numbers may differ by `tolerance`. For peers, a fraction
+            PEER_SELECTION_BOUND of the indices may differ.
+        comparable: A function that maps the outputs to the tensors that are compared.
+        differentiated: The positions of the inputs that gradients are computed for. None stands for all floating
+            point inputs.
     """
 
     op: str
@@ -139,16 +152,16 @@ class Bench:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that cannot run here, and why."""
+    """A row that cannot run here, and the reason."""
 
     op: str
     shape: str
-    why: str
+    reason: str
     quick: bool = False
 
 
 class VerificationError(Exception):
-    """relops disagrees with its twin; timing it would mean nothing."""
+    """Raised if a contender's results differ from those of the twin, which would make its time meaningless."""
 
 
 # ---- Running one contender ----
@@ -172,9 +185,10 @@ def synchronize(device: str) -> None:
 
 
 def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor, ...]) -> Callable[[], tuple]:
-    """One call of the contender on these inputs, with nothing left to do but the work that is timed.
+    """Return a function that runs one call of the contender on these inputs and does only the work that is timed.
 
-    It gives (outputs, gradients of the inputs); without gradients for the forward direction. A backward runs once.
+    The function returns the outputs, followed by the gradients of the inputs unless the direction is "forward". It can
+    be called once only if the direction is "backward".
     """
     if bench.direction == FORWARD:
 
@@ -201,7 +215,7 @@ def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor,
 
     with contender.context():
         outputs = as_tuple(contender.call(*inputs))
-    # The layers after hand back gradients in the layout that they were given.
+    # In a network, the following layers return gradients in the memory layout of the outputs that they received.
     grads = tuple(torch.empty_like(output).copy_(grad) for output, grad in zip(outputs, grads))
 
     def backward() -> tuple:
@@ -212,12 +226,12 @@ def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor,
 
 
 class Inputs:
-    """Draws the inputs of a bench, and the gradients of its outputs once their shapes are known."""
+    """A source of random inputs for a bench, and of gradients of its outputs once their shapes are known."""
 
     def __init__(self, bench: Bench, seed: int = 0) -> None:
         self.bench = bench
         self.generator = torch.Generator(bench.device).manual_seed(seed)
-        self.outputs: list[Tensor] = []  # meta tensors: shapes and dtypes of the outputs
+        self.outputs: list[Tensor] = []  # meta tensors, which hold the shapes and dtypes of the outputs
 
     def draw(self) -> tuple[tuple, tuple[Tensor, ...]]:
         inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in self.bench.make_inputs(self.generator))
@@ -234,7 +248,7 @@ class Inputs:
 
 
 class Graph:
-    """A CUDA graph of a contender's forward: fresh inputs are copied into place, then it is replayed."""
+    """A CUDA graph of a contender's forward, which is replayed after new inputs are copied into its static inputs."""
 
     def __init__(self, contender: Contender, inputs: tuple) -> None:
         self.inputs = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
@@ -249,9 +263,9 @@ class Graph:
             self.outputs = as_tuple(contender.call(*self.inputs))
 
     def bind(self, inputs: tuple) -> Callable[[], tuple]:
-        for mine, new in zip(self.inputs, inputs):
-            if isinstance(mine, Tensor):
-                mine.copy_(new)
+        for static, new in zip(self.inputs, inputs):
+            if isinstance(static, Tensor):
+                static.copy_(new)
 
         def replay() -> tuple:
             self.graph.replay()
@@ -264,7 +278,10 @@ class Graph:
 
 
 def relative_rms_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest over tensors of RMS(found - expected) / RMS(expected); inf where shapes differ or NaN appears."""
+    """Return the maximum over the tensors of RMS(found - expected) / RMS(expected).
+
+    The error is inf if the shapes differ or if it would be NaN.
+    """
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape:
@@ -280,8 +297,11 @@ def relative_rms_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
 
 
 def selection_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The share of indices that one selects and the other does not, image by image; at least that of one index where
-    only their order differs. Where no index does, the relative RMS error of the numbers beside them."""
+    """Return the fraction of indices that only one of the two contenders selects, counted image by image.
+
+    If the two select the same indices in a different order, the result is the fraction of a single index. If all
+    indices are equal, the result is the relative RMS error of the numbers that accompany the indices.
+    """
     if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if not b.is_floating_point()):
         return relative_rms_error(*([x for x in outputs if is_float(x)] for outputs in (found, expected)))
     rows = zip(*(torch.atleast_2d(outputs[0]).tolist() for outputs in (found, expected)), strict=True)
@@ -291,7 +311,7 @@ def selection_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 
 
 def expected_of_twin(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What is compared of its outputs: in float64, but for selections."""
+    """Return the outputs of the twin that are compared, computed in float64 unless the row is a selection."""
     if bench.selection:
         return bench.comparable(bind(bench, Contender(bench.pytorch), inputs, grads)())
     run = bind(
@@ -306,20 +326,22 @@ def expected_of_twin(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> 
 def verify(
     bench: Bench, name: str, contender: Contender, inputs: tuple, grads: tuple, expected: Sequence[Tensor]
 ) -> float:
-    """The error of one contender, called `name`, against the twin.
+    """Return the error of one contender, called `name`, against the twin.
 
     Raises:
-        VerificationError: where it is beyond the bound of the row.
+        VerificationError: If the error exceeds the bound of the row.
     """
     outputs, bound = bench.comparable(bind(bench, contender, inputs, grads)()), bench.error_bound
     if bench.selection:
-        error, what = selection_error(outputs, expected), "share of indices other than those of the twin"
+        error, metric = selection_error(outputs, expected), "the fraction of indices that differ from the twin"
         if name not in ("relops", "pytorch"):
             bound = PEER_SELECTION_BOUND
     else:
-        error, what = relative_rms_error(outputs, expected), "relative RMS error against the float64 twin"
+        error, metric = relative_rms_error(outputs, expected), "the relative RMS error against the float64 twin"
     if not error <= bound:
-        raise VerificationError(f"{name}: {what} {error:.3g}, bound {bound:.3g}; not timed: {bench.label}")
+        raise VerificationError(
+            f"{name}: {metric} is {error:.3g}, which exceeds the bound {bound:.3g}; not timed: {bench.label}"
+        )
     return error
 
 
@@ -336,7 +358,7 @@ def _flush_buffer(device: str) -> Tensor:
 
 
 def flush_cache(device: str) -> None:
-    """Overwrites more memory than the last-level cache holds."""
+    """Overwrite more memory than the last-level cache holds."""
     _flush_buffer(device).zero_()
 
 
@@ -349,7 +371,7 @@ def last_level_cache_bytes() -> int | None:
 
 
 def time_once(run: Callable[[], Any], device: str, cold: bool) -> float:
-    """Seconds of one call: by CUDA events, after whatever was queued; by the clock on the CPU."""
+    """Return the duration of one call in seconds: by CUDA events after all queued work, or by the clock on the CPU."""
     if cold:
         flush_cache(device)
     if device == "cuda":
@@ -363,16 +385,17 @@ def time_once(run: Callable[[], Any], device: str, cold: bool) -> float:
         begin = time.perf_counter()
         outputs = run()
         seconds = time.perf_counter() - begin
-    del outputs  # freeing them is not part of the call
+    del outputs  # freeing the outputs is not part of the call
     return seconds
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Memory that one call takes at its peak beyond what was in use before it, its outputs included.
+    """Return the peak memory of one call, outputs included, beyond the memory that was in use before the call.
 
-    CUDA: torch's caching allocator. CPU under Linux: the growth of the peak resident set, which also sees what kernels
-    allocate for themselves; free heap pages are returned first, so that memory kept from an earlier call counts again.
-    Elsewhere on the CPU: torch's own allocations as its profiler records them, without kernels' scratch.
+    On CUDA, the figure comes from torch's caching allocator. On the CPU under Linux, it is the growth of the peak
+    resident set, which includes the scratch memory of kernels. Free heap pages are returned to the system first, so
+    that memory kept from an earlier call counts again. On other systems, the figure comes from torch's profiler, which
+    records torch's allocations but not the scratch memory of kernels.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -384,7 +407,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from VmRSS
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     except (OSError, AttributeError):
         return _peak_bytes_by_profiler(run)
     before = _proc_status_bytes("VmRSS")
@@ -419,9 +442,12 @@ def _best_seconds(run: Callable[[], Any], device: str, repeats: int = 7) -> floa
 
 @functools.cache
 def machine_limits(device: str, threads: int) -> dict[str, float]:
-    """What this machine can do, as the best of a few tries: a large copy (bytes read plus bytes written), and large
-    matrix products in float32 and float64 as the ceiling of arithmetic (TF32 stays off)."""
-    del threads  # only a key of the cache
+    """Return the speed limits of this machine, each the best of a few tries.
+
+    The limits are the bandwidth of a large copy (bytes read plus bytes written), and the rates of large matrix products
+    in float32 and float64 (with TF32 off) as the upper bounds of arithmetic.
+    """
+    del threads  # serves only as a key of the cache
     count, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 1536)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -433,7 +459,10 @@ def machine_limits(device: str, threads: int) -> dict[str, float]:
 
 
 def limit_ms(model: Model, dtype: torch.dtype, limits: Mapping[str, float]) -> tuple[float, str]:
-    """The time that the machine needs for the compulsory work, and what bounds it. 16-bit inputs count as float32."""
+    """Return the time that the machine needs for the compulsory work, and whether memory or arithmetic limits it.
+
+    Arithmetic on 16-bit inputs counts as float32.
+    """
     arithmetic = limits["float64_flops_per_s" if dtype == torch.float64 else "float32_flops_per_s"]
     times = {"memory": model.bytes / limits["copy_bytes_per_s"] * 1e3, "arithmetic": model.flops / arithmetic * 1e3}
     by = max(times, key=times.__getitem__)
@@ -448,16 +477,16 @@ def contenders_of(bench: Bench, quick: bool) -> dict[str, Contender]:
     for name, peer in bench.peers.items():
         found[name] = peer if isinstance(peer, Contender) else Contender(peer)
     if bench.compiled and not quick:
-        torch.compiler.reset()  # each row is a compilation of its own
+        torch.compiler.reset()  # each row compiles anew
         found["torch.compile"] = Contender(torch.compile(bench.pytorch, dynamic=False))
     return found
 
 
 def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
-    """Verifies and times one bench and gives its row, ready for JSON.
+    """Verify and time one bench, and return its row in a form that JSON can store.
 
     Raises:
-        VerificationError: relops disagrees with its twin.
+        VerificationError: If the results of relops differ from those of its twin.
     """
     budget_s, min_rounds = (2.0, min(bench.min_rounds, QUICK_MIN_ROUNDS)) if quick else (10.0, bench.min_rounds)
     source = Inputs(bench)
@@ -471,11 +500,11 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
         except Exception as error:
             if name in ("relops", "pytorch"):
                 raise
-            notes.append(f"{name} left out: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            notes.append(f"{name} was left out: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
             del contenders[name]
     del expected
 
-    # Verification has warmed everything up, so only the call itself is seen here.
+    # Verification has warmed everything up, so that only the memory of the call itself is measured here.
     peaks = {name: peak_bytes(bind(bench, c, inputs, grads), bench.device) for name, c in contenders.items()}
 
     graphs = {name: Graph(c, inputs) for name, c in contenders.items()} if bench.graph else {}
@@ -535,7 +564,7 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def release_memory(device: str) -> None:
-    """Between rows: what one leaves cached must not be missing for the next."""
+    """Free the memory that one row left in torch's cache, so that the next row can use it."""
     if device == "cuda":
         torch.cuda.empty_cache()
 
@@ -556,8 +585,11 @@ def cores() -> int:
 
 
 def machine_name(device: str) -> str:
-    """A folder name: 'amd-epyc-avx512-2-cores', 'nvidia-h200'. Under a hypervisor, processors of several generations
-    share a name, and it is the instruction set that tells them apart."""
+    """Return the name of the results folder of this machine, for example 'amd-epyc-avx512-2-cores' or 'nvidia-h200'.
+
+    The name of a CPU includes the instruction set, because under a hypervisor several generations of processors report
+    the same model name.
+    """
     cpu = f"{cpu_model()} {_library.build_info()['cpu_isa']} {cores()} cores"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -572,7 +604,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def describe_run(device: str) -> dict[str, Any]:
-    """Everything about a run that its rows share."""
+    """Return a description of the run, which all of its rows refer to."""
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     run: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -606,23 +638,26 @@ def row_key(row: Mapping[str, Any]) -> tuple:
 
 
 class Record:
-    """results/<machine>/<op>.json: rows, and the runs that they came from. A row replaces the one of the same key."""
+    """The file `results/<machine>/<op>.json`, which holds rows and the runs that they came from.
+
+    A new row replaces the row with the same key.
+    """
 
     def __init__(self, out: Path, device: str, op: str, run: dict[str, Any]) -> None:
         self.path = out / machine_name(device) / f"{op}.json"
         self.run = run
 
     def add(self, row: dict[str, Any]) -> None:
-        """Writes at once: an interrupted run keeps what it measured."""
+        """Add a row and write the file immediately, so that an interrupted run keeps its finished rows."""
         runs: dict[str, Any] = {}
         rows: list[dict[str, Any]] = []
         if self.path.exists():
             stored = json.loads(self.path.read_text())
             runs, rows = stored["runs"], stored["rows"]
         row = {**row, "run": self.run["date"]}
-        places = [i for i, old in enumerate(rows) if row_key(old) == row_key(row)]
-        if places:
-            rows[places[0]] = row
+        same_key = [i for i, old in enumerate(rows) if row_key(old) == row_key(row)]
+        if same_key:
+            rows[same_key[0]] = row
         else:
             rows.append(row)
         runs[row["run"]] = self.run
@@ -655,44 +690,56 @@ def format_fraction(fraction: float) -> str:
 
 SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHORT_DIRECTIONS = {FORWARD: "fwd", BACKWARD: "bwd", FORWARD_BACKWARD: "fwd+bwd"}
-HEADER = (
-    f"{'shape':47} {'dtype':5} {'pass':7} {'relops ms':>9} {'PyTorch ms':>10} {'ratio':>7}  {'target':11}"
-    f" {'peak, relops':>12} {'PyTorch':>7} {'error':>8} {'of limit':>8}"
-)
+TARGET_WIDTH = 13  # of the column of targets and the two spaces before it
 
 
-def format_target(ratio: float, target: float | None) -> str:
-    return "" if target is None else f"{target:g}x {'reached' if ratio >= target else 'MISSED'}"
+def table_header(targets: bool) -> str:
+    return (
+        f"{'shape':47} {'dtype':5} {'pass':7} {'relops ms':>9} {'PyTorch ms':>10} {'ratio':>7}"
+        f"{'  target' if targets else '':{TARGET_WIDTH if targets else 0}}"
+        f" {'peak, relops':>12} {'PyTorch':>7} {'error':>8} {'of limit':>8}"
+    )
 
 
-def table_line(row: Mapping[str, Any]) -> str:
-    target = format_target(row["ratio"], row["target"])
+def format_target(ratio: float, target: float | None, targets: bool) -> str:
+    """Return the column of targets, which is empty text without a width if `targets` is false."""
+    if not targets:
+        return ""
+    verdict = "" if target is None else f"  {target:g}x {'reached' if ratio >= target else 'MISSED'}"
+    return f"{verdict:{TARGET_WIDTH}}"
+
+
+def table_line(row: Mapping[str, Any], targets: bool) -> str:
     fraction = format_fraction(row["fraction_of_limit"]) if "fraction_of_limit" in row else ""
     return (
         f"{row['shape']:47} {SHORT_DTYPES.get(row['dtype'], row['dtype']):5} {SHORT_DIRECTIONS[row['direction']]:7}"
         f" {format_ms(row['ms']['relops']['median']):>9} {format_ms(row['ms']['pytorch']['median']):>10}"
-        f" {format_ratio(row['ratio']):>7}  {target:11} {format_bytes(row['peak_bytes']['relops']):>12}"
+        f" {format_ratio(row['ratio']):>7}{format_target(row['ratio'], row['target'], targets)}"
+        f" {format_bytes(row['peak_bytes']['relops']):>12}"
         f" {format_bytes(row['peak_bytes']['pytorch']):>7} {row['error']['relops']:>8.1e} {fraction:>8}"
     )
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows, a section per op and device, peers below the row that they were timed with."""
+def table(rows: Sequence[Mapping[str, Any]], targets: bool) -> str:
+    """Return the rows as text, with a section per op and device, and each peer below the row that it belongs to.
+
+    If `targets` is true, a column shows the ratios that the project wants to reach.
+    """
     lines: list[str] = []
     section = None
     for row in rows:
         if section != (row["op"], row["device"]):
             section = (row["op"], row["device"])
             cuda = row["device"] == "cuda"
-            where = torch.cuda.get_device_name() if cuda else f"{cpu_model()}, {row['threads']} threads"
-            lines += ["", f"{row['op']} on {row['device']} ({where})", HEADER, "-" * len(HEADER)]
-        lines.append(table_line(row))
+            machine = torch.cuda.get_device_name() if cuda else f"{cpu_model()}, {row['threads']} threads"
+            header = table_header(targets)
+            lines += ["", f"{row['op']} on {row['device']} ({machine})", header, "-" * len(header)]
+        lines.append(table_line(row, targets))
         for name, ratio in row["peer_ratio"].items():
-            target = format_target(ratio, row["peer_targets"].get(name))
             lines.append(
                 f"{'    against ' + name:60} {'':9} {format_ms(row['ms'][name]['median']):>10}"
-                f" {format_ratio(ratio):>7}  {target:11} {'':12} {format_bytes(row['peak_bytes'][name]):>7}"
-                f" {row['error'][name]:>8.1e}"
+                f" {format_ratio(ratio):>7}{format_target(ratio, row['peer_targets'].get(name), targets)}"
+                f" {'':12} {format_bytes(row['peak_bytes'][name]):>7} {row['error'][name]:>8.1e}"
             )
         lines += [f"    note: {note}" for note in row["notes"]]
     return "\n".join(lines)
@@ -714,8 +761,10 @@ def _verified_inputs(bench: Bench) -> Inputs:
 
 
 def run_in_pytest(benchmark: Any, bench: Bench, contender: Contender) -> None:
-    """One contender of one bench as a pytest-benchmark test; contenders of a bench share a group. Times are of the
-    clock, launches included: `python -m benchmarks.run` is the finer instrument."""
+    """Run one contender of one bench as a pytest-benchmark test. All contenders of a bench are in one group.
+
+    The times are wall-clock times that include launches, so `python -m benchmarks.run` is more precise.
+    """
     source = _verified_inputs(bench)
     inputs, _ = source.draw()
     graph = Graph(contender, inputs) if bench.graph else None

@@ -1,8 +1,8 @@
-"""Trains a small LR-Net and its convolutional twin from scratch on scikit-learn's digits.
+"""Train a small LR-Net and its convolutional twin from scratch on the digits of scikit-learn.
 
-The twin is the same network with a 3x3 convolution in place of every local relation, and narrower, so that it has as
-many parameters and multiply-adds. Both see the same images in the same order with the same optimizer. The 1797 images
-of 8x8 pixels, enlarged four times, are divided into 1347 to train with and 450 to test on.
+The twin is the same network with a 3x3 convolution in place of every local relation. It is narrower, so that it has
+nearly the same number of parameters and multiply-adds. Both networks see the same images in the same order with the
+same optimizer. The 1797 images of 8x8 pixels are enlarged four times and split into 1347 training and 450 test images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def twin() -> nn.Module:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """[1797,1,32,32] and [1797], shuffled."""
+    """Return the images [1797,1,32,32] and their labels [1797], shuffled."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -51,7 +51,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def multiply_adds(network: nn.Module) -> int:
-    """Of one image: convolutions, aggregation, classifier."""
+    """Return the multiply-adds for one image in convolutions, aggregation and classifier."""
 
     def aggregation(query, key, value, prior, kernel_size, *settings, out_shape, **_):
         return 2 * kernel_size**2 * out_shape.numel()
@@ -62,7 +62,7 @@ def multiply_adds(network: nn.Module) -> int:
 
 
 def train(make: Callable[[], nn.Module], epochs: int, seed: int) -> float:
-    """The share of test images that the trained network gets right."""
+    """Train a network and return its accuracy on the test images."""
     torch.manual_seed(seed)
     network = make()
     images, labels = digits()
@@ -80,24 +80,26 @@ def train(make: Callable[[], nn.Module], epochs: int, seed: int) -> float:
             schedule.step()
         print(f"\r  seed {seed}, epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}", end="", flush=True)
     with torch.no_grad():
-        right = network.eval()(images[:TEST]).argmax(1) == labels[:TEST]
-    return right.double().mean().item()
+        correct = network.eval()(images[:TEST]).argmax(1) == labels[:TEST]
+    return correct.double().mean().item()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=15, help="the number of epochs per run")
+    parser.add_argument("--seeds", type=int, default=3, help="the number of seeds, with one run per network and seed")
     options = parser.parse_args(argv)
     for name, make in (("LR-Net", lr_net), ("convolutional twin", twin)):
         network = make()
         parameters = sum(p.numel() for p in network.parameters())
-        print(f"{name}: {parameters:,} parameters, {multiply_adds(network) / 1e6:.2f} M multiply-adds an image")
+        print(f"{name}: {parameters:,} parameters, {multiply_adds(network) / 1e6:.2f} M multiply-adds per image")
         begin = time.perf_counter()
         accuracies = [train(make, options.epochs, seed) for seed in range(options.seeds)]
         minutes = (time.perf_counter() - begin) / 60 / options.seeds
-        each = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
-        print(f"\r  test accuracy {100 * statistics.mean(accuracies):.2f} % (seeds: {each}), {minutes:.1f} min a run")
+        per_seed = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
+        print(
+            f"\r  test accuracy {100 * statistics.mean(accuracies):.2f} % (seeds: {per_seed}), {minutes:.1f} min per run"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks of region ops share: sizes, boxes, compulsory work, torchvision as a peer."""
+"""Code that the benchmarks of region ops share: sizes, boxes, compulsory work, and torchvision as a peer."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from benchmarks.harness import BACKWARD, FORWARD, Bench, Model
 from relops import reference
 from relops._dtypes import compute_dtype
 
-IMAGE = (800, 1216)  # height and width that all boxes lie in
+IMAGE = (800, 1216)  # height and width of the image that contains all boxes
 POSITION_SENSITIVE = ("ps_roi_align", "ps_roi_pool")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one row: N x C maps of the whole image, K boxes, output x output bins."""
+    """The sizes of one row: N x C maps of the whole image, K boxes, output x output bins."""
 
     name: str
     N: int = 2
     C: int = 256
-    strides: tuple[int, ...] = (4,)  # a map each
+    strides: tuple[int, ...] = (4,)  # one per map
     K: int = 1000
-    sides: tuple[float, float] = (30.0, 300.0)  # of boxes, in image pixels
-    logarithmic: bool = False  # the logarithms of the sides are uniform, instead of the sides
+    sides: tuple[float, float] = (30.0, 300.0)  # range of the sides of boxes, in image pixels
+    logarithmic: bool = False  # whether the logarithms of the sides are uniform, instead of the sides
     output: int = 7
     sampling_ratio: int = 2
     aligned: bool = False
     channels_last: bool = False
-    margin: int = 0  # image pixels at the right and the bottom that no box reaches into
-    avoided: tuple[int, ...] = ()  # sizes in pixels of the map that no box has, once rounded; ascending
+    margin: int = 0  # width in image pixels of a border at the right and the bottom that boxes do not reach into
+    avoided: tuple[int, ...] = ()  # sizes in map pixels that no rounded box may have, in ascending order
     box_gradients: bool = False
 
     @property
@@ -51,7 +51,7 @@ class Case:
 
 
 HEADLINE = Case("headline")
-C4 = Case("C4", N=1, C=1024, strides=(16,), K=512)  # the last map of a ResNet before its fifth stage
+C4 = Case("C4", N=1, C=1024, strides=(16,), K=512)  # the output of the fourth stage of a ResNet
 RFCN = Case("R-FCN", N=1, C=21 * 49, strides=(16,), K=300)  # 20 classes and background, 7 x 7 bins
 
 
@@ -59,17 +59,18 @@ RFCN = Case("R-FCN", N=1, C=21 * 49, strides=(16,), K=300)  # 20 classes and bac
 
 
 def draw_boxes(case: Case, generator: torch.Generator) -> Tensor:
-    """[K,5] float32 boxes anywhere in the image, those of an image together, as detectors hand them over.
+    """Return [K,5] float32 boxes at random positions in the image, sorted by image as detectors return them.
 
-    For gradients to boxes, samples keep 1/128 of a pixel of the last map away from where their four corners change:
-    there that gradient jumps, and a comparison with float64 would measure on which side rounding falls. Corners on odd
-    multiples of 1/128 and sides that put samples on further odd multiples do that, on maps up to 32 times finer too.
+    If gradients with respect to the boxes are computed, every sample keeps a distance of 1/128 pixel of the last map
+    from the lines where its four corners change. That gradient is discontinuous there, and a comparison with float64
+    would measure the direction of rounding. Box corners on odd multiples of 1/128, and sides that put the samples on
+    odd multiples too, have this property, also on maps that are up to 32 times finer.
     """
     device, (low, high) = generator.device, case.sides
     index = torch.arange(case.K, device=device) * case.N // case.K
-    sides, places = torch.rand(2, case.K, 2, generator=generator, device=device)
+    sides, positions = torch.rand(2, case.K, 2, generator=generator, device=device)
     sides = low * (high / low) ** sides if case.logarithmic else low + (high - low) * sides
-    corners = places * (torch.tensor(IMAGE, device=device).flip(0) - case.margin - sides)
+    corners = positions * (torch.tensor(IMAGE, device=device).flip(0) - case.margin - sides)
     if case.box_gradients:
         grid = case.strides[-1] / 64
         unit = 2 * case.sampling_ratio * case.output * grid
@@ -91,7 +92,7 @@ def draw_maps(case: Case, dtype: torch.dtype, generator: torch.Generator) -> lis
 
 
 def draw_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The map, and boxes which beside 16-bit features are float32, as the ops recommend."""
+    """Return the map and the boxes. For 16-bit features the boxes are float32, as the ops recommend."""
     (features,) = draw_maps(case, dtype, generator)
     return features, draw_boxes(case, generator).to(compute_dtype(dtype))
 
@@ -100,10 +101,11 @@ def draw_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> t
 
 
 def taps_along_axis(op: str, case: Case) -> float:
-    """How many values a box reads along one axis of one channel, over all its bins, in the mean over sides.
+    """Return the number of values that a box reads along one axis of one channel, averaged over the sides of boxes.
 
-    By definition: two for each sample; every pixel of the box for maxima and means; every pixel under the tents of a
-    bin for the integral of the bilinear surface.
+    The definitions of the ops give these counts, summed over the bins of the box: two values for each bilinear sample,
+    every pixel of the box for a maximum or a mean, and every pixel whose bilinear basis function overlaps a bin for the
+    integral of the bilinear surface.
     """
     low, high = (side / case.strides[0] for side in case.sides)
     if op == "prroi_pool":
@@ -117,16 +119,18 @@ def taps_along_axis(op: str, case: Case) -> float:
 
 
 def work(op: str, case: Case, dtype: torch.dtype, direction: str) -> Model:
-    """What no implementation avoids.
+    """Return the compulsory work of a row.
 
-    Bytes: the input is read once, or as many values of it as all boxes together read where those are fewer; outputs are
-    written once. Backward reads the gradient of the outputs and writes that of the whole input; gradients to boxes read
-    the input again. Flops: a multiply-add for each value that a bin reads by the definition, for the output and for
-    each of the gradients; for roi_pool one comparison instead, and backward an addition an output; for ps_roi_pool one
-    addition.
+    Bytes: The forward reads the input once, or only the values that the boxes read if these are fewer, and writes the
+    outputs once. The backward reads the gradient of the outputs and writes that of the whole input. Gradients with
+    respect to the boxes read the input again.
+
+    Flops: Each value that a bin reads by definition costs one multiply-add for the output and one for each of the
+    gradients. It costs one comparison in roi_pool, whose backward needs one addition per output, and one addition in
+    ps_roi_pool.
     """
     bins, size = case.output**2, dtype.itemsize
-    channels = case.C // bins if op in POSITION_SENSITIVE else case.C  # that a bin reads
+    channels = case.C // bins if op in POSITION_SENSITIVE else case.C  # the channels that a bin reads
     outputs = case.K * channels * bins
     gathered = round(case.K * channels * taps_along_axis(op, case) ** 2)
     values = case.N * case.C * sum(h * w for h, w in case.sizes)
@@ -156,7 +160,7 @@ def torchvision_ops() -> Any | None:
 
 
 def torchvision_peers(call: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """A call of torchvision as it stands, and for 16 bits also what its autocast does."""
+    """Return torchvision's op as a peer and, for 16-bit dtypes, another that computes in float32 like autocast."""
 
     def same_dtype(features: Tensor, boxes: Tensor) -> Tensor:
         return call(features, boxes.to(features.dtype))
@@ -178,12 +182,14 @@ def make(
     device: str,
     dtype: torch.dtype,
     direction: str,
-    goals: dict[str, float] | None = None,
+    torchvision_targets: dict[str, float] | None = None,
     **options: Any,
 ) -> Bench:
-    """A row of an op that reads one map. `goals`: the ratios to reach against torchvision, by device.
+    """Return a row of an op that reads one map.
 
-    Gradients go to the map, and to boxes where the case says so; no peer has those.
+    `torchvision_targets` are the ratios to torchvision that the project wants to reach, by device. Gradients are
+    computed for the map and, if the case says so, for the boxes. No peer computes gradients for boxes, so a row with
+    these gradients has no peers.
     """
     arguments: dict[str, Any] = {"output_size": case.output, "spatial_scale": 1 / case.strides[0]}
     if op in ("roi_align", "ps_roi_align"):
@@ -202,11 +208,13 @@ def make(
         pytorch=functools.partial(getattr(reference, op), **arguments),
         model=work(op, case, dtype, direction),
         peers={} if theirs is None else torchvision_peers(functools.partial(theirs, **arguments), dtype),
-        peer_targets=peer_targets(goals, device),
+        peer_targets=peer_targets(torchvision_targets, device),
         differentiated=(0, 1) if case.box_gradients else (0,),
         **options,
     )
 
 
-def peer_targets(goals: dict[str, float] | None, device: str) -> dict[str, float]:
-    return {"torchvision": goals[device]} if goals and device in goals else {}
+def peer_targets(torchvision_targets: dict[str, float] | None, device: str) -> dict[str, float]:
+    if not torchvision_targets or device not in torchvision_targets:
+        return {}
+    return {"torchvision": torchvision_targets[device]}

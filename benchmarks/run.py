@@ -1,4 +1,7 @@
-"""python -m benchmarks.run [--quick] [--op NAME] [--device cpu|cuda] [--threads N] [--out DIR]"""
+"""The command that runs the benchmarks of the ops and records their results.
+
+Usage: python -m benchmarks.run [--quick] [--op NAME] [--device cpu|cuda] [--threads N] [--out DIR]
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from relops import _library
 
 
 def devices() -> list[str]:
-    """The devices that this build of relops has kernels for and this machine has."""
+    """Return the devices of this machine that this build of relops has kernels for."""
     cuda = torch.cuda.is_available() and _library.cuda_missing is None
     return ["cpu", "cuda"] if cuda else ["cpu"]
 
 
 def discover(device: str, quick: bool, op: str | None) -> Iterator[harness.Bench | harness.Skipped]:
-    """The rows of every bench_<stem>.py; `op` picks a stem or the name of an op."""
+    """Yield the rows of every `bench_<stem>.py`. If `op` is given, yield only the rows of this op or this stem."""
     for path in sorted(Path(__file__).parent.glob("bench_*.py")):
         module = importlib.import_module(f"benchmarks.{path.stem}")
         for bench in module.benches(device):
@@ -34,23 +37,23 @@ def discover(device: str, quick: bool, op: str | None) -> Iterator[harness.Bench
 
 
 def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, Any]], failures: list[str]) -> None:
-    """Appends to `rows` as they finish, so that an interrupt loses only the one under way."""
-    harness.progress(f"{device}: measuring the machine's limits")
+    """Measure all rows of a device. Each row is appended to `rows` when it is done, to survive an interrupt."""
+    harness.progress(f"{device}: measuring the limits of the machine")
     run = harness.describe_run(device)
     copy, flops = run["limits"]["copy_bytes_per_s"], run["limits"]["float32_flops_per_s"]
-    harness.progress(f"{device}: copies at {copy / 1e9:.4g} GB/s, float32 matmul at {flops / 1e9:.4g} GFLOP/s")
+    harness.progress(f"{device}: a copy runs at {copy / 1e9:.4g} GB/s, a float32 matmul at {flops / 1e9:.4g} GFLOP/s")
     benches = list(discover(device, options.quick, options.op))
     if not benches:
-        harness.progress(f"{device}: no rows for --op {options.op}")
+        harness.progress(f"{device}: --op {options.op} has no rows")
     for number, bench in enumerate(benches, 1):
         counter = f"[{number:>{len(str(len(benches)))}}/{len(benches)}]"
         if isinstance(bench, harness.Skipped):
-            harness.progress(f"{counter} {bench.op} | {bench.shape}: skipped, {bench.why}")
+            harness.progress(f"{counter} {bench.op} | {bench.shape}: skipped because {bench.reason}")
             continue
         harness.progress(f"{counter} {bench.label}: ", end="")
         try:
             row = harness.measure(bench, options.quick)
-        except Exception as error:  # one row's failure must not cost the others; the exit status tells
+        except Exception as error:  # a failed row must not stop the others, and the exit status reports it
             failures.append(f"{bench.label}: {type(error).__name__}: {error}")
             harness.progress(f"FAILED: {type(error).__name__}: {error}")
             continue
@@ -67,17 +70,23 @@ def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, An
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
-        description="Verifies relops against float64, times it against PyTorch, prints a table and records JSON.",
+        description="Verify relops against float64, time it against PyTorch, print a table and record the results.",
     )
-    parser.add_argument("--quick", action="store_true", help="the main rows, few rounds; prints, records nothing")
-    parser.add_argument("--op", help="only this op, e.g. ms_deform_attn_fused, or this file, e.g. ms_deform_attn")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: every device that relops can use here")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's)")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="default: benchmarks/results")
+    parser.add_argument(
+        "--quick", action="store_true", help="run only the main rows for a few rounds, and record nothing"
+    )
+    parser.add_argument(
+        "--op", help="run only this op (for example ms_deform_attn_fused) or this file (for example ms_deform_attn)"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="the device to run on (default: all devices that relops can use here)"
+    )
+    parser.add_argument("--threads", type=int, help="the number of CPU threads (default: that of torch)")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="the folder to record results in")
     options = parser.parse_args(argv)
     if options.device == "cuda" and "cuda" not in devices():
-        why = _library.cuda_missing or "loaded, but torch sees no GPU"
-        parser.error(f"--device cuda: relops._cuda is {why}")
+        reason = _library.cuda_missing or "loaded, but torch finds no GPU"
+        parser.error(f"--device cuda: relops._cuda is {reason}")
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -91,19 +100,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
 
-    print(harness.table(rows) if rows else "No rows measured.")
+    # The targets are goals of the project, so only the full run shows them.
+    print(harness.table(rows, targets=not options.quick) if rows else "No rows were measured.")
     print(
-        "\nMedians of rounds. Peak: memory of one call beyond its inputs. Error: relative RMS against float64; of ops"
-    )
-    print("that select, the share of indices that are not those of the twin in the same dtype.")
-    print(
-        f"Of limit: the time that memory bandwidth or arithmetic allow, over the time taken. {len(rows)} rows in "
-        f"{time.perf_counter() - begin:.0f} s."
+        "\nTimes are medians over rounds, and a ratio says how many times faster relops is. Peak is the memory of one"
+        "\ncall beyond its inputs. Error is the relative RMS error against float64 or, for ops that return indices, the"
+        "\nfraction of indices that differ from the twin. Of limit is the time that memory bandwidth or arithmetic"
+        f"\nwould allow, divided by the time taken. {len(rows)} rows took {time.perf_counter() - begin:.0f} s."
     )
     if options.quick:
-        print("This was the quick setting, nothing was recorded. The full run: python -m benchmarks.run")
+        print("This was the quick setting, which records nothing. The full run is: python -m benchmarks.run")
     elif rows:
-        print(f"Recorded under {options.out}; table and plots: python -m benchmarks.report")
+        print(f"The rows were recorded in {options.out}. To make a table and plots: python -m benchmarks.report")
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 130 if interrupted else 1 if failures else 0

@@ -61,7 +61,7 @@ def test_gradients_in_float64(name: str, device: str) -> None:
     """Of those whose bound in float32 proves little."""
     torch.manual_seed(0)
     model = relops.models.build(name, 3, **detector_twins.CASES[name].training)
-    model = detector_twins.lively(model).train().to(device, torch.float64)
+    model = detector_twins.diversify_outputs(model).train().to(device, torch.float64)
     images = torch.rand(2, 3, *SIZE, dtype=torch.float64, device=device)
     boxes = torch.tensor([[[5.0, 5, 40, 50], [50, 10, 90, 60]]], dtype=torch.float64, device=device).repeat(2, 1, 1)
     targets = Targets(boxes, torch.tensor([[0, 2], [1, 1]], device=device))
