@@ -87,7 +87,7 @@ def train(make: Callable[[], nn.Module], epochs: int, seed: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15, help="the number of epochs per run")
-    parser.add_argument("--seeds", type=int, default=3, help="the number of seeds, with one run per network and seed")
+    parser.add_argument("--seeds", type=int, default=3, help="the number of seeds")
     options = parser.parse_args(argv)
     for name, make in (("LR-Net", lr_net), ("convolutional twin", twin)):
         network = make()
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         minutes = (time.perf_counter() - begin) / 60 / options.seeds
         per_seed = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
         print(
-            f"\r  test accuracy {100 * statistics.mean(accuracies):.2f} % (seeds: {per_seed}), {minutes:.1f} min per run"
+            f"\r  test accuracy {100 * statistics.mean(accuracies):.2f} % (seeds: {per_seed}), {minutes:.1f} min each"
         )
 
 

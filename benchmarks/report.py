@@ -1,4 +1,7 @@
-"""python -m benchmarks.report [--out DIR]: a Markdown table of the recorded runs, and a plot beside each record."""
+"""The command that presents recorded results: as a table and plots, as docs/performance.md, or as a summary.
+
+Usage: python -m benchmarks.report [--out DIR] [--no-plots] [--page PATH | --summary]
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, performance
 
 RELOPS_COLOR, PEER_COLORS = "#1f5f99", ("#e08a3c", "#7a7a7a", "#5f9e6e", "#a8557d")
 
@@ -19,14 +22,14 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def machine_line(record: dict[str, Any]) -> str:
-    """What the rows ran on; rows of different runs are told apart by their commits."""
+    """Return a line that describes the machine, the versions and the commits of a record."""
     run = record["runs"][max(record["runs"])]
     if "gpu" in run["machine"]:
-        where = f"{run['machine']['gpu']}, CUDA {run['versions']['cuda']}"
+        machine = f"{run['machine']['gpu']}, CUDA {run['versions']['cuda']}"
     else:
-        where = f"{run['machine']['cpu']}, {run['threads']} threads, {run['cpu_isa']}"
-    commits = sorted({(r["commit"] or "unknown")[:10] + ("+" if r["dirty"] else "") for r in record["runs"].values()})
-    return f"{where}, torch {run['versions']['torch']}, {run['date'][:10]}, commit {', '.join(commits)}"
+        machine = f"{run['machine']['cpu']}, {run['threads']} threads, {run['cpu_isa']}"
+    commits = sorted({performance.commit_of(run) for run in record["runs"].values()})
+    return f"{machine}, torch {run['versions']['torch']}, {run['date'][:10]}, commit {', '.join(commits)}"
 
 
 def with_target(ratio: float, target: float | None) -> str:
@@ -36,6 +39,7 @@ def with_target(ratio: float, target: float | None) -> str:
 
 
 def markdown(record: dict[str, Any]) -> str:
+    """Return the rows of a record as a Markdown table that shows the targets of the project."""
     lines = [
         "| op | shape | dtype | pass | relops | PyTorch | ratio | others (relops against them) | peak memory | error |"
         " of limit |",
@@ -44,7 +48,7 @@ def markdown(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         ms, peak = row["ms"], row["peak_bytes"]
         ratio = with_target(row["ratio"], row["target"])
-        targets = row.get("peer_targets", {})  # older rows have none
+        targets = row.get("peer_targets", {})  # older rows do not have this key
         others = ", ".join(
             f"{name} {harness.format_ms(ms[name]['median'])} ms ({with_target(peer, targets.get(name))})"
             for name, peer in row["peer_ratio"].items()
@@ -60,21 +64,34 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """A bar per row: how many times faster than PyTorch relops is, and its peers are, on a logarithmic axis."""
+def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
         raise SystemExit(
-            "Plots need matplotlib: pip install 'relops[bench]' (or --no-plots for the table alone)"
+            "matplotlib is missing, which plots need: pip install 'relops[bench]' (or use --no-plots)"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def label_ratio_axis(axes: Any, smallest: float, largest: float) -> None:
+    """Make the x axis logarithmic, with a line at 1 and room for the labels of the bars."""
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, 0.7 * smallest), 2 * largest)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Draw bars that show how many times faster than PyTorch relops and its peers are, on a logarithmic axis."""
+    pyplot = load_pyplot()
     rows = record["rows"]
-    # A relops variant (deterministic, unfused) is no rival; its factor is in the table.
+    # A variant of relops (deterministic, unfused) is not a competitor, so only the table shows its ratio.
     peers = sorted({name for row in rows for name in row["peer_ratio"] if not name.startswith("relops")})
-    bars: list[tuple[float, float, str]] = []  # (height, times faster than PyTorch, who)
+    bars: list[tuple[float, float, str]] = []  # (y, times faster than PyTorch, contender)
     ticks: list[tuple[float, str]] = []
     targets: list[tuple[float, float]] = []
     y = 0.0
@@ -93,21 +110,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
     colors = {"relops": RELOPS_COLOR} | {name: PEER_COLORS[i % len(PEER_COLORS)] for i, name in enumerate(peers)}
 
     figure, axes = pyplot.subplots(figsize=(11, 1.4 + 0.24 * y), layout="constrained")
-    for who, color in colors.items():
-        mine = [(height, times) for height, times, name in bars if name == who]
-        heights, times = zip(*mine)
-        drawn = axes.barh(heights, times, height=0.9, color=color, label=who)
+    for contender, color in colors.items():
+        own_bars = [(height, times) for height, times, name in bars if name == contender]
+        heights, times = zip(*own_bars)
+        drawn = axes.barh(heights, times, height=0.9, color=color, label=contender)
         axes.bar_label(drawn, [harness.format_ratio(x) for x in times], padding=3, fontsize=8)
     for height, target in targets:
         axes.plot([target, target], [height - 0.45, height + 0.45], color="black", linewidth=2)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
     values = [times for _, times, _ in bars]
-    axes.set_xlim(min(0.5, *(0.7 * x for x in values)), 2 * max(values))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+    label_ratio_axis(axes, min(values), max(values))
     axes.set_yticks([height for height, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.set_ylim(y, -1)
-    axes.set_xlabel("times faster than pure PyTorch in the same run (black mark: target)")
+    axes.set_xlabel("times faster than pure PyTorch in the same run" + (" (black mark: target)" if targets else ""))
     axes.set_title(f"{path.stem}\n{machine_line(record)}", fontsize=9, loc="left")
     if peers:
         axes.legend(loc="lower right", fontsize=8)
@@ -115,14 +129,60 @@ def plot(record: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_summary(results: Path, path: Path) -> None:
+    """Draw how many times faster relops is than PyTorch and than a peer in the rows of the summary."""
+    pyplot = load_pyplot()
+    rows = performance.summary_rows(results)
+    figure, axes = pyplot.subplots(figsize=(9, 5.6), layout="constrained")
+    ticks, values = [], []
+    for i, (selected, row) in enumerate(rows):
+        peer = performance.summary_peer(row)
+        bars = [(row["ratio"], RELOPS_COLOR, "PyTorch")]
+        if peer is not None:
+            bars.append((peer[1], PEER_COLORS[0], peer[0]))
+        for j, (ratio, color, name) in enumerate(bars):
+            drawn = axes.barh(i + 0.38 * j - 0.19 * (len(bars) - 1), ratio, height=0.36, color=color)
+            axes.bar_label(drawn, [f"{performance.format_ratio(ratio)} ({name})"], padding=3, fontsize=8)
+            values.append(ratio)
+        ticks.append(f"{selected.op}, {selected.direction}\n{selected.description}")
+    label_ratio_axis(axes, min(values), 2 * max(values))
+    axes.set_xlim(left=min(1, 0.7 * min(values)))
+    axes.set_yticks(range(len(rows)), ticks, fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("speed-up of relops on two CPU cores, float32")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in (RELOPS_COLOR, PEER_COLORS[0])]
+    axes.legend(handles, ["against pure PyTorch", "against another implementation"], loc="upper right", fontsize=8)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def write_page(results: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(performance.page(results))
+    print(f"wrote {path}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Print a table of the recorded results, draw a plot next to each record, and write"
+        " docs/performance.md with its chart.",
+    )
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="the folder of results")
-    parser.add_argument("--no-plots", action="store_true", help="only print the table")
+    parser.add_argument("--no-plots", action="store_true", help="do not draw plots")
+    parser.add_argument("--page", type=Path, metavar="PATH", help="only write the page of performance to this file")
+    parser.add_argument("--summary", action="store_true", help="only print a table of ten rows for the README")
     options = parser.parse_args(argv)
+    if options.summary:
+        print(performance.summary(options.out), end="")
+        return 0
+    if options.page is not None:
+        write_page(options.out, options.page)
+        return 0
+
     paths = sorted(options.out.glob("*/*.json"))
     if not paths:
-        print(f"No records under {options.out}; make them with: python -m benchmarks.run", file=sys.stderr)
+        print(f"{options.out} has no records. To make them: python -m benchmarks.run", file=sys.stderr)
         return 1
     machine = None
     for path in paths:
@@ -134,6 +194,11 @@ def main(argv: list[str] | None = None) -> int:
         if not options.no_plots:
             plot(record, path.with_suffix(".png"))
             print(f"wrote {path.with_suffix('.png')}", file=sys.stderr)
+    if options.out == harness.RESULTS:
+        if not options.no_plots:
+            performance.IMAGES.mkdir(parents=True, exist_ok=True)
+            plot_summary(options.out, performance.IMAGES / "op_speedups.png")
+        write_page(options.out, performance.PAGE)
     return 0
 
 

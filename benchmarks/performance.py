@@ -1,0 +1,690 @@
+"""The page docs/performance.md and the summary for the README, generated from the records in benchmarks/results.
+
+`python -m benchmarks.report` writes the page. The text between the tables is part of this module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import harness
+
+PAGE = harness.ROOT / "docs" / "performance.md"
+IMAGES = PAGE.parent / "images"
+
+Record = dict[str, Any]
+
+
+# ---- Static text ----
+
+INTRODUCTION = """\
+# Performance
+
+This page compares every op of relops with the same computation in pure PyTorch and, if they exist, with other
+implementations such as those of torchvision and SciPy. The last section compares whole detectors.
+"""
+
+NO_GPU = """\
+**No GPU figures exist yet.** All figures on this page were measured on CPUs. The CUDA kernels have been tested on an
+emulation of CUDA only, and have not run on a GPU.
+"""
+
+OVERVIEW = """\
+![Bar chart of the speed-up of ten ops over PyTorch and other implementations](images/op_speedups.png)
+
+The chart shows one or two rows of each family of ops. The complete tables are below.
+"""
+
+METHOD = """\
+## How the figures are measured
+
+The command `python -m benchmarks.run` measures all ops and records the results in `benchmarks/results/`. This page is
+generated from the records by `python -m benchmarks.report`.
+
+- **Baseline.** "PyTorch" is the op in pure PyTorch, which is the function of the same name in `relops.reference`. The
+  text above each table describes its formulation.
+- **Verification.** Before a row is timed, every implementation runs in the dtype of the row and is compared with the
+  pure-PyTorch version in float64 on the same inputs. The comparison includes all outputs and, for rows with a backward,
+  all gradients. Indices, such as those that `nms` returns, are compared with the pure-PyTorch version in the same
+  dtype. An implementation that does not support the dtype or fails this check is missing from the row.
+- **Rounds.** Every round draws new random inputs and runs all implementations on them, in rotating order. A row has at
+  least five rounds, or fewer if PyTorch takes many seconds, and more rounds follow until ten seconds have passed. Times
+  are medians over the rounds. A ratio is the median of the ratios within the rounds, so that other load on the machine
+  affects both sides alike. It says how many times faster relops is.
+- **Clock.** On the CPU, the clock is the wall clock, and the inputs may still be in the cache, as they are in a network
+  where the preceding layer has just written them. On CUDA, times come from events, and the L2 cache is overwritten
+  before each call. The allocation of outputs is included, but freeing them is not. A "backward" row does not include
+  the forward.
+- **Peak memory** is the memory that one call needs beyond its inputs, including its outputs and gradients. On the CPU,
+  it is the growth of the peak resident set, which includes the scratch memory of kernels. On CUDA, it comes from
+  torch's allocator.
+
+Figures can be compared only if the machine, the number of threads and the versions are the same.
+"""
+
+
+class Machine(NamedTuple):
+    """The description of a results folder. Records do not contain the generation of the processor."""
+
+    short: str
+    description: str
+
+
+MACHINES = {
+    "amd-epyc-avx512-2-cores": Machine("Zen 4", "two cores of an AMD EPYC processor (Zen 4, AVX-512)"),
+    "amd-epyc-avx2-2-cores": Machine("Zen 1", "two cores of an older AMD EPYC processor (Zen 1, AVX2)"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Ops that share a table, and the text above it.
+
+    Attributes:
+        name: The heading.
+        ops: The ops, as the records name them.
+        text: The explanation of the inputs.
+        notes: Further text for single machines, by the name of the results folder.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    text: str
+    notes: Mapping[str, str]
+
+
+FAMILIES = (
+    Family(
+        "Deformable attention",
+        ("ms_deform_attn", "ms_deform_attn_fused"),
+        """\
+Encoder rows have levels of 100x152, 50x76, 25x38 and 13x19 pixels, a batch of N = 1, Q = S = 20,197 queries, M = 8
+heads of width D = 32, and P = 4 points. Decoder rows have Q = 300 queries, and "decoder boxes" rows have reference
+boxes instead of reference points. Sampling locations are uniform over the image, except in "local" rows, where they
+lie around the pixel of the query. "transformers encoder" is the whole encoder of Deformable DETR in Hugging Face
+transformers, including its linear layers, with only the attention replaced.
+
+"PyTorch" is the `grid_sample` formulation. It is the fastest in pure PyTorch here, because `torch.compile` makes it
+slower. "relops unfused" computes the fused op from `relops.ms_deform_attn` and PyTorch functions.
+""",
+        {},
+    ),
+    Family(
+        "Region ops",
+        ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "prroi_pool", "multi_scale_roi_align"),
+        """\
+An input such as "headline 2x256x200x304 K=1000 7x7" names the maps [N,C,H,W], the number of boxes K and the number of
+bins per box. The boxes of the headline rows have sides of 30 to 300 image pixels on a map of stride 4, with 2x2
+samples per bin. The other inputs are a mask head (100 boxes, 14x14 bins), the C4 map of a ResNet (stride 16, 512
+boxes), the score maps of R-FCN (1029 channels at stride 16, 300 boxes), a map of stride 16 with 300 boxes, and the box
+head of a feature pyramid (four levels of 256 channels, two images of 800x1216, 1000 boxes). "channels_last" rows have
+maps in that memory format. "adaptive" rows choose the number of samples by the size of the box, "aligned" rows use
+`aligned=True`, and "box gradients" rows also compute gradients with respect to the boxes.
+
+"PyTorch" is an embedding bag of pixel rows, the fastest of the formulations that were tried. "torchvision in float32"
+casts 16-bit features to float32, because torchvision does not support bfloat16 and fails the verification in float16.
+""",
+        {
+            "amd-epyc-avx512-2-cores": """\
+The version of torchvision is 0.29.1. The backward of the headline rows spends most of its time on the first access to
+the memory of a 124 MB gradient. This cost varied by a factor of two to three between runs on this machine.
+"""
+        },
+    ),
+    Family(
+        "Suppression",
+        ("nms", "batched_nms", "nms_padded", "soft_nms"),
+        """\
+K is the number of boxes, C is the number of classes, and the number after IoU is the threshold. "uniform" boxes are
+spread over the image, so that half of them or more are kept. "proposals" lie in clusters, like the output of a region
+proposal network (`benchmarks/proposals.py`). `nms_padded` processes 2 images with 2000 boxes each and keeps at most
+1000 boxes per image, or 8 images with 5000 boxes each and keeps at most 300.
+
+"PyTorch" suppresses blocks of boxes with IoU matrices. For `soft_nms`, it takes one step per kept box. torchvision has
+no op for a batch of images, so it runs in a loop over the images, and it has no `soft_nms`.
+""",
+        {"amd-epyc-avx512-2-cores": "The version of torchvision is 0.29.1.\n"},
+    ),
+    Family(
+        "IoU of all pairs",
+        ("box_iou", "generalized_box_iou"),
+        """\
+An input such as 20000x100 gives the numbers of boxes in the two sets, and 2x300x300 is a batch of two pairs of sets.
+"PyTorch" computes all pairs with broadcasting. torchvision takes no batch, so it runs in a loop over the batch.
+""",
+        {"amd-epyc-avx512-2-cores": "The version of torchvision is 0.29.1.\n"},
+    ),
+    Family(
+        "Linear assignment",
+        ("linear_sum_assignment",),
+        """\
+An input such as 32x300x60 gives the numbers of problems, rows and columns. The DETR rows match 300 queries to 60
+objects in 32 images, with class, L1 and generalized IoU costs. In padded rows, each problem uses a random number of
+its columns, from 1 to 60 (or to 100). The costs of the square problems are uniform numbers, integers from 0 to 99
+("ties"), distances between points, a matrix of low rank with noise, and the products i * j, which are the worst case
+of the method.
+
+"PyTorch" searches shortest paths one row at a time. SciPy runs in a loop over the problems.
+""",
+        {"amd-epyc-avx512-2-cores": "The version of SciPy is 1.17.1.\n"},
+    ),
+    Family(
+        "Relations between objects",
+        ("relation_attention", "rank_embedding", "duplicate_removal"),
+        """\
+For `relation_attention`, the input is N sets of K boxes. Every box attends to all boxes of its set, with M = 16 heads
+whose queries and keys have width D = 64 and whose values have width Dv. The padded batch masks 3 of 10 keys, and
+"official" computes the geometry as the released code does. `rank_embedding` embeds ranks in vectors that are 128 or
+1024 wide. `nn.DuplicateRemoval` is the whole module for 300 objects and 80 classes, which compares the 100 best
+objects of each class. It uses `relops.relation_attention` or its PyTorch version, and processes all objects or only
+those with a score above 0.01. "relops.nms of each class" is greedy suppression with one call of `relops.nms` per
+class, which needs much less arithmetic.
+
+"PyTorch" computes `relation_attention` from the sines and cosines of the embedding, matrix products with W_G, and
+`scaled_dot_product_attention` with the result as its mask. This is the fastest of eight formulations.
+""",
+        {
+            "amd-epyc-avx512-2-cores": """\
+Four fifths of the time of `relation_attention` go into products that run at the rate of torch's large matrix products,
+so these ratios are close to what the arithmetic allows. The ratios grow with the number of boxes. In a separate
+measurement on the same machine and date with 4000 boxes, forward and backward took 2.4 s and 130 MB beyond the inputs,
+while PyTorch took 27 s and 11 GB. After these measurements, `nn.DuplicateRemoval` and the AVX2 kernels became faster.
+The table for Zen 1 includes that change.
+""",
+            "amd-epyc-avx2-2-cores": """\
+The two cores multiply matrices at 86 GFLOP/s. At this rate, the products of the forward with 1000 boxes take 72 ms.
+""",
+        },
+    ),
+    Family(
+        "Local relation",
+        ("local_relation",),
+        """\
+An input such as "2x256x56x56 G32 k7" names the value [N,C,H,W], the number of channel groups and the size of the
+window, and "s2" stands for a stride of 2. The similarity is the squared difference unless the input names another one.
+The float32 rows from 2x64x224x224 (the stem) to 2x800x7x7 are layers of LR-Net-50.
+
+"PyTorch" unfolds the windows. "shifted maps" is a sum over k x k shifted copies of the maps, which is the fastest
+formulation in pure PyTorch here.
+""",
+        {"amd-epyc-avx2-2-cores": "The two cores multiplied matrices at 69 to 72 GFLOP/s on that day.\n"},
+    ),
+)
+
+OP_NAMES = {"duplicate_removal": "nn.DuplicateRemoval"}
+PEER_NAMES = {
+    "scipy": "SciPy",
+    "torchvision loop": "torchvision in a loop",
+    "torchvision, in a loop": "torchvision in a loop",
+}
+
+DETECTORS = """\
+## Detectors
+
+The ops are only a part of a detector. The rest is convolutions, matrix products and attention of torch, which both
+sides of the comparisons share.
+"""
+
+CELLS = {
+    "faster_rcnn_fpn": "Faster R-CNN on a feature pyramid",
+    "approximate": "Faster R-CNN, approximate joint training",
+    "joint": "Faster R-CNN, non-approximate joint training",
+    "alternating": "Faster R-CNN, alternating training",
+    "fast_rcnn": "Fast R-CNN on the proposals of `approximate`",
+    "mask_rcnn": "Mask R-CNN (boxes only, because the data has no masks)",
+    "cascade_rcnn": "Cascade R-CNN",
+    "r_fcn": "R-FCN",
+    "hypernet": "HyperNet",
+    "sparse_rcnn": "Sparse R-CNN",
+    "sparse_rcnn_iou": "Sparse R-CNN whose proposals also attend by their overlap (`iou_attention`)",
+    "deformable_detr": "Deformable DETR, two-stage",
+    "lr_net": "Faster R-CNN on an LR-Net-26 of half the width",
+    "relation_networks": "Relation Networks on a feature pyramid, with relation modules and learned duplicate removal",
+    "unsuppressed": "Relation Networks as above, without suppression of proposals",
+}
+
+CELLS_TEXT = """\
+### Training on photographs of blood cells
+
+`benchmarks/train_cells.sh DATA NAME` trains each detector from scratch at 320x240 on a
+[public data set](https://github.com/MahmudulAlam/Complete-Blood-Cell-Count-Dataset) of 300 training images and 60 test
+images with three classes. The runs used two cores of an AMD EPYC processor (Zen 1, AVX2) and torch 2.13.0+cpu on
+2026-11-26. AP is COCO's average precision on the test images. Logs and metrics are in `benchmarks/results/cells/`.
+"""
+
+CELLS_NOTES = """\
+- The first run had both cores to itself. Its AP50 is 0.945 after 4.8 minutes, and its AP is 0.602 after 7.2 minutes and
+  0.615 at its best.
+- Relation Networks exceed this AP after 12 minutes with 0.624, and reach 0.641 after 16 minutes. Their RPN suppresses
+  proposals above an IoU of 0.7, as in the paper, and nothing suppresses detections. If proposals are not suppressed
+  either (`unsuppressed`), AP is 0.621 after 17 minutes.
+- Sparse R-CNN with the published attention has AP 0.587 and AP50 0.853 after 23.7 minutes, and it finds platelets
+  twice until the end of training. With `iou_attention`, its AP50 is 0.893 after 24 minutes.
+- `hypernet`, `lr_net`, `relation_networks`, `unsuppressed` and `sparse_rcnn` also had both cores. The other runs shared
+  the cores, so their minutes are longer than necessary.
+- These evaluations left out one of the 908 test objects, a red cell whose box has neither width nor height. The command
+  `python -m relops eval` now counts this object as missed.
+
+![Photograph of blood cells with the boxes that Faster R-CNN found](images/blood_cells_faster_rcnn_fpn.jpg)
+
+*A test image with the detections of the run `faster_rcnn_fpn`.*
+
+![The same photograph with the boxes that Relation Networks found](images/blood_cells_relation_networks.jpg)
+
+*The same image with the detections of the run `relation_networks`, which suppresses no detections.*
+
+![The same photograph with the boxes that Sparse R-CNN found](images/blood_cells_sparse_rcnn_iou.jpg)
+
+*The same image with the detections of the run `sparse_rcnn_iou`.*
+
+![Training loss by iteration and average precision by minute](images/training_curves_relation_networks.png)
+
+*Training losses and average precision of the run `relation_networks`.*
+"""
+
+SHAPES = {"faster_rcnn_fpn": "Faster R-CNN on a feature pyramid", "mask_rcnn": "Mask R-CNN"}
+
+SHAPES_TEXT = """\
+### Training on drawn shapes
+
+The command `python -m relops train --data shapes` draws 1000 images of 160x128 pixels with four classes and trains on
+them. On the machine of the previous section, it takes 4.5 minutes, including start-up and evaluation. With the option
+`--model mask_rcnn`, it takes 9 minutes.
+"""
+
+TORCHVISION_TEXT = """\
+### Comparison with torchvision
+
+The command `python -m benchmarks.detectors` times detectors of relops and torchvision with the same weights. Before the
+timing, both must return the same losses or detections. Rounds alternate between the two.
+"""
+
+TWINS = {
+    "faster_rcnn": "Faster R-CNN on LR-Net-26",
+    "relation_networks_fpn": "Relation Networks on a feature pyramid",
+    "deformable_detr": "Deformable DETR, two-stage",
+    "sparse_rcnn": "Sparse R-CNN",
+    "faster_rcnn_fpn": "Faster R-CNN on a feature pyramid",
+    "detr": "DETR (only its losses, because its inference uses no op of relops)",
+}
+
+TWINS_TEXT = """\
+### Comparison with pure PyTorch
+
+The command `python -m benchmarks.detector_twins` times each detector against itself with every op replaced by pure
+PyTorch, or by SciPy for the assignment. Before the timing, both must return the same detections, or the same losses and
+gradients. Detection processes one image of 640x480 with ResNet-50 or LR-Net-26. Training is a forward and a backward of
+a small model on four images of 320x240. Peak memory is what a pass needs beyond the memory that was in use before.
+"""
+
+
+# ---- Formats ----
+
+
+def three_digits(value: float) -> str:
+    """Return the value with three significant digits, or without decimals if it is 100 or more."""
+    if value <= 0:
+        return f"{value:g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def format_ms(milliseconds: float) -> str:
+    return f"{three_digits(milliseconds)} ms"
+
+
+def format_ratio(ratio: float) -> str:
+    return f"{three_digits(ratio)}x"
+
+
+def format_bytes(count: int) -> str:
+    if count >= 1000 * 2**20:
+        return f"{three_digits(count / 2**30)} GiB"
+    if count >= 2**20:
+        return f"{three_digits(count / 2**20)} MiB"
+    return f"{three_digits(count / 2**10)} KiB"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table. A column whose name ends with ":" is aligned to the right."""
+    names = [column.removesuffix(":") for column in columns]
+    rules = ["---:" if column.endswith(":") else "---" for column in columns]
+    lines = [f"| {' | '.join(cells)} |" for cells in (names, rules, *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def op_name(op: str) -> str:
+    return f"`{OP_NAMES.get(op, op)}`"
+
+
+# ---- Ops ----
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def ops_records(results: Path) -> dict[str, dict[str, Record]]:
+    """Return the records of ops by machine and op. The machines that this module describes come first."""
+    folders = {path.parent.name for path in results.glob("*/*.json")}
+    order = [name for name in MACHINES if name in folders] + sorted(folders - MACHINES.keys())
+    return {name: {path.stem: load(path) for path in sorted((results / name).glob("*.json"))} for name in order}
+
+
+def machine_of(folder: str, run: Mapping[str, Any]) -> Machine:
+    """Return the description of a machine, from MACHINES or else from a run on it."""
+    machine = run["machine"]
+    if "gpu" in machine:
+        return Machine(machine["gpu"], f"an {machine['gpu']} with CUDA {run['versions']['cuda']}")
+    fallback = Machine(folder, f"{machine['cores']} cores of {machine['cpu']} ({run['cpu_isa']})")
+    return MACHINES.get(folder, fallback)
+
+
+def commit_of(run: Mapping[str, Any]) -> str:
+    """Return the abbreviated commit of a run, with a "+" if its working tree had changes."""
+    return (run["commit"] or "unknown")[:10] + ("+" if run["dirty"] else "")
+
+
+def measured(records: Mapping[str, Record]) -> str:
+    """Return a sentence with the date, the versions, the threads and the commits of the records of a table."""
+    runs = {op: list(record["runs"].values()) for op, record in records.items()}
+    every = [run for op in runs for run in runs[op]]
+    dates = sorted({run["date"][:10] for run in every})
+    versions = sorted({run["versions"]["torch"] for run in every})
+    threads = sorted({run["threads"] for run in every})
+    commits = {op: ", ".join(sorted({commit_of(run) for run in runs[op]})) for op in runs}
+    if len(set(commits.values())) == 1:
+        at_commits = f"commit {next(iter(commits.values()))}"
+    else:
+        at_commits = "commits " + ", ".join(f"{commit} ({op_name(op)})" for op, commit in commits.items())
+    return (
+        f"Measured on {' and '.join(dates)} with torch {' and '.join(versions)} and"
+        f" {' or '.join(map(str, threads))} threads at {at_commits}.\n"
+    )
+
+
+def peers_text(row: Mapping[str, Any]) -> str:
+    """Return the times of the peers of a row and, in parentheses, how many times faster relops is."""
+    return "; ".join(
+        f"{PEER_NAMES.get(name, name)} {format_ms(row['ms'][name]['median'])} ({format_ratio(ratio)})"
+        for name, ratio in row["peer_ratio"].items()
+    )
+
+
+def ops_table(records: Mapping[str, Record]) -> str:
+    rows = [row for record in records.values() for row in record["rows"]]
+    with_peers = any(row["peer_ratio"] for row in rows)
+    columns = ["op", "input", "dtype", "pass", "relops:", "PyTorch:", "ratio:"]
+    columns += ["other implementations (ratio)"] * with_peers + ["peak memory, relops:", "PyTorch:"]
+    cells = [
+        [
+            op_name(row["op"]),
+            row["shape"],
+            row["dtype"],
+            row["direction"],
+            format_ms(row["ms"]["relops"]["median"]),
+            format_ms(row["ms"]["pytorch"]["median"]),
+            format_ratio(row["ratio"]),
+            *[peers_text(row)] * with_peers,
+            format_bytes(row["peak_bytes"]["relops"]),
+            format_bytes(row["peak_bytes"]["pytorch"]),
+        ]
+        for row in rows
+    ]
+    return table(columns, cells)
+
+
+def machine_sections(folder: str, records: Mapping[str, Record], explained: dict[str, str]) -> list[str]:
+    """Return the section of one machine, with a subsection per family of ops.
+
+    The first section of each family explains its inputs. `explained` collects the headings of these sections by family,
+    and later sections refer to them.
+    """
+    runs = [run for record in records.values() for run in record["runs"].values()]
+    machine = machine_of(folder, runs[0])
+    sections = [f"## Ops on {machine.description}\n"]
+    described = {op for family in FAMILIES for op in family.ops}
+    others = Family("Other ops", tuple(op for op in records if op not in described), "", {})
+    for family in (*FAMILIES, others):
+        present = {op: records[op] for op in family.ops if op in records}
+        if not present:
+            continue
+        heading = f"{family.name}, {machine.short}"
+        sections.append(f"### {heading}\n")
+        if family.name in explained:
+            sections.append(f'The section "{explained[family.name]}" describes the inputs and the implementations.\n')
+        else:
+            sections.append(family.text)
+            explained[family.name] = heading
+        sections += [family.notes.get(folder, ""), measured(present), ops_table(present)]
+    return [text for text in sections if text]
+
+
+# ---- Detectors ----
+
+
+def training_table(folder: Path, names: Mapping[str, str], masks: bool = False) -> str:
+    """Return a table of the training runs in a folder, in the order of `names`, from their metrics and logs."""
+    columns = ["detector", "run", "iterations:", "minutes:", "AP:", "AP50:"]
+    columns += ["AP of masks:", "AP50 of masks:"] if masks else ["best AP:"]
+    rows = []
+    for name, description in names.items():
+        metrics = load(folder / name / "metrics.json")
+        entries = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+        row = [description, f"`{name}`", str(metrics["iteration"]), f"{metrics['minutes']:.1f}"]
+        row += [f"{metrics[key]:.3f}" for key in ("AP", "AP50")]
+        if masks:
+            row += [f"{metrics[key]:.3f}" if key in metrics else "" for key in ("mask_AP", "mask_AP50")]
+        else:
+            best = max((entry for entry in entries if "AP" in entry), key=lambda entry: entry["AP"])
+            row += [f"{best['AP']:.3f} after {best['minutes']:.1f} min"]
+        rows.append(row)
+    return table(columns, rows)
+
+
+def run_text(folder: str, run: Mapping[str, Any], rounds: Iterable[int], torchvision: str | None = None) -> str:
+    """Return a sentence that says how a table of whole detectors was measured."""
+    versions = f"torch {run['versions']['torch']}" + (f" and torchvision {torchvision}" if torchvision else "")
+    counts = " or ".join(map(str, sorted(set(rounds))))
+    return (
+        f"Measured on {run['date'][:10]} on {machine_of(folder, run).description} with {versions} and"
+        f" {run['threads']} threads\nat commit {commit_of(run)}. Times are medians of {counts} rounds.\n"
+    )
+
+
+def torchvision_section(folder: str, record: Record) -> list[str]:
+    rows = record["rows"]
+    cells = [
+        [name, format_ms(row["relops_ms"]), format_ms(row["torchvision_ms"]), format_ratio(row["ratio"])]
+        for name, row in rows.items()
+    ]
+    measured_with = run_text(folder, record, (row["rounds"] for row in rows.values()), record["torchvision"])
+    return [measured_with, table(["detector", "relops:", "torchvision:", "ratio:"], cells)]
+
+
+def twins_section(folder: str, record: Record) -> list[str]:
+    rows = {(row["op"], row["direction"]): row for row in record["rows"]}
+    cells = []
+    for name, description in TWINS.items():
+        cells.append([description])
+        for direction in (harness.FORWARD, harness.FORWARD_BACKWARD):
+            row = rows.get((name, direction))
+            if row is None:
+                cells[-1] += [""] * 4
+                continue
+            cells[-1] += [format_ms(row["ms"][side]) for side in ("relops", "pytorch")] + [format_ratio(row["ratio"])]
+            cells[-1].append(" / ".join(format_bytes(row["peak_bytes"][side]) for side in ("relops", "pytorch")))
+    columns = ["detector"]
+    for task in ("detection", "training"):
+        columns += [f"{task}, relops:", "PyTorch:", "ratio:", "peak memory, relops / PyTorch:"]
+    run = record["runs"][max(record["runs"])]
+    return [run_text(folder, run, (row["rounds"] for row in record["rows"])), table(columns, cells)]
+
+
+def detector_sections(results: Path) -> list[str]:
+    sections = [DETECTORS, CELLS_TEXT, training_table(results / "cells", CELLS), CELLS_NOTES]
+    sections += [SHAPES_TEXT, training_table(results / "shapes", SHAPES, masks=True)]
+    for file, text, section in (
+        ("speed.json", TORCHVISION_TEXT, torchvision_section),
+        ("twins.json", TWINS_TEXT, twins_section),
+    ):
+        sections.append(text)
+        for path in sorted(results.glob(f"*/detectors/{file}")):
+            sections += section(path.parent.parent.name, load(path))
+    return sections
+
+
+# ---- The page ----
+
+
+def page(results: Path = harness.RESULTS) -> str:
+    """Return the Markdown text of docs/performance.md."""
+    records = ops_records(results)
+    rows = (row for ops in records.values() for record in ops.values() for row in record["rows"])
+    sections = [INTRODUCTION]
+    if all(row["device"] == "cpu" for row in rows):
+        sections.append(NO_GPU)
+    sections += [OVERVIEW, METHOD]
+    explained: dict[str, str] = {}
+    for folder, ops in records.items():
+        sections += machine_sections(folder, ops, explained)
+    return "\n".join(sections + detector_sections(results))
+
+
+# ---- The summary for the README ----
+
+
+class Selected(NamedTuple):
+    """A row of the summary: where it is recorded, and the description of its input."""
+
+    machine: str
+    op: str
+    shape: str
+    direction: str
+    description: str
+
+
+SUMMARY = tuple(
+    Selected(machine, *rest)
+    for machine, *rest in (
+        (
+            "amd-epyc-avx512-2-cores",
+            "ms_deform_attn",
+            "encoder 100x152..13x19 Q=S M8 D32 P4",
+            harness.FORWARD,
+            "encoder with 4 levels, 20,197 queries",
+        ),
+        (
+            "amd-epyc-avx512-2-cores",
+            "ms_deform_attn_fused",
+            "encoder 100x152..13x19 Q=S M8 D32 P4",
+            harness.FORWARD_BACKWARD,
+            "encoder with 4 levels, 20,197 queries",
+        ),
+        (
+            "amd-epyc-avx512-2-cores",
+            "roi_align",
+            "headline 2x256x200x304 K=1000 7x7",
+            harness.FORWARD,
+            "2 x 256 x 200 x 304, 1000 boxes, 7 x 7",
+        ),
+        (
+            "amd-epyc-avx512-2-cores",
+            "multi_scale_roi_align",
+            "box head 2x256x200x304..25x38 K=1000 7x7",
+            harness.FORWARD_BACKWARD,
+            "pyramid of 4 levels, 1000 boxes, 7 x 7",
+        ),
+        ("amd-epyc-avx512-2-cores", "nms", "proposals K=12000 IoU 0.7", harness.FORWARD, "12,000 proposals"),
+        (
+            "amd-epyc-avx512-2-cores",
+            "generalized_box_iou",
+            "anchors 20000x100",
+            harness.FORWARD_BACKWARD,
+            "20,000 x 100 boxes",
+        ),
+        (
+            "amd-epyc-avx512-2-cores",
+            "linear_sum_assignment",
+            "DETR 32x300x60",
+            harness.FORWARD,
+            "32 images, 300 queries, 60 objects",
+        ),
+        (
+            "amd-epyc-avx512-2-cores",
+            "relation_attention",
+            "self N1 K1000 M16 D64 Dv64",
+            harness.FORWARD_BACKWARD,
+            "1000 boxes, 16 heads",
+        ),
+        (
+            "amd-epyc-avx512-2-cores",
+            "rank_embedding",
+            "paper, 80 classes 80x100, 128 wide",
+            harness.FORWARD,
+            "80 x 100 ranks, 128 wide",
+        ),
+        (
+            "amd-epyc-avx2-2-cores",
+            "local_relation",
+            "2x256x56x56 G32 k7",
+            harness.FORWARD_BACKWARD,
+            "2 x 256 x 56 x 56, 7 x 7 window",
+        ),
+    )
+)
+SUMMARY_DTYPE = "float32"
+# Peers of the summary, which leaves out variants of relops and of PyTorch's own formulation under torch.compile.
+SUMMARY_PEERS = ("torchvision", "scipy", "shifted maps")
+
+
+def summary_rows(results: Path = harness.RESULTS) -> list[tuple[Selected, Record]]:
+    """Return the rows of the summary with their records.
+
+    Raises:
+        KeyError: If a row is not recorded.
+    """
+    found = []
+    for selected in SUMMARY:
+        rows = {
+            (row["shape"], row["dtype"], row["direction"]): row
+            for row in load(results / selected.machine / f"{selected.op}.json")["rows"]
+        }
+        found.append((selected, rows[selected.shape, SUMMARY_DTYPE, selected.direction]))
+    return found
+
+
+def summary_peer(row: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the name of the peer that the summary shows, and how many times faster relops is."""
+    for name in SUMMARY_PEERS:
+        if name in row["peer_ratio"]:
+            return PEER_NAMES.get(name, name), row["peer_ratio"][name]
+    return None
+
+
+def summary(results: Path = harness.RESULTS) -> str:
+    """Return a Markdown table with ten representative rows, and a sentence about the machines."""
+    cells, dates = [], {}
+    for selected, row in summary_rows(results):
+        peer = summary_peer(row)
+        cells.append(
+            [
+                op_name(selected.op),
+                selected.description,
+                selected.direction,
+                format_ms(row["ms"]["relops"]["median"]),
+                format_ratio(row["ratio"]),
+                "" if peer is None else f"{format_ratio(peer[1])} ({peer[0]})",
+            ]
+        )
+        dates.setdefault((MACHINES[selected.machine].description, row["run"][:10]), []).append(op_name(selected.op))
+    machine, date = next(iter(dates))
+    text = f"All rows are {SUMMARY_DTYPE}. They were measured on {machine} on {date}"
+    for (machine, date), ops in list(dates.items())[1:]:
+        text += f",\nexcept {' and '.join(ops)}, measured on {machine} on {date}"
+    columns = ["op", "input", "pass", "relops:", "faster than PyTorch:", "faster than others:"]
+    return table(columns, cells) + f"\n{text}.\n"
