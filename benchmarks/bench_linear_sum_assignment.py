@@ -30,7 +30,7 @@ def draw_boxes(B: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_detr(B: int, R: int, C: int, padded: bool, dtype: torch.dtype, generator: torch.Generator) -> tuple:
-    """Return the costs of R queries and C objects and the number of objects used, or None if the problem is not padded.
+    """Return the costs of R queries and C objects, and the number of objects of each problem (None if it is always C).
 
     A cost is the sum of a class, an L1 and a generalized IoU term, weighted as in DETR.
     """

@@ -153,7 +153,7 @@ def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]
 
 
 def diversify_outputs(model: nn.Module) -> nn.Module:
-    """Change the weights so that the outputs of the model differ from one another, and set it to evaluation mode.
+    """Randomize weights so that the outputs of the model differ from one another, and set it to evaluation mode.
 
     In a newly initialized model, nearly all scores are the same, and deformable attention samples the centers of
     pixels, where gradients are discontinuous.

@@ -68,7 +68,7 @@ def small_pair() -> tuple[nn.Module, nn.Module]:
 
 
 def diversify_detections(model: nn.Module) -> nn.Module:
-    """Change the weights so that the model makes a hundred detections of many classes, and set it to evaluation mode.
+    """Randomize weights so that the model makes a hundred detections of many classes, and set it to evaluation mode.
 
     All detections of a newly initialized model have the same score.
     """

@@ -78,7 +78,8 @@ class Bench:
     """The description of one row.
 
     Attributes:
-        op: The name of the op. The first five attributes together are the key of the row.
+        op: The name of the op. It forms the key of the row, together with the next four attributes and the number of
+            threads.
         shape: A label that describes the input to people.
         dtype: The dtype of the row.
         device: "cpu" or "cuda".
@@ -280,7 +281,7 @@ class Graph:
 def relative_rms_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the maximum over the tensors of RMS(found - expected) / RMS(expected).
 
-    The error is inf if the shapes differ or if it would be NaN.
+    The result is inf if the shapes differ or if the error is NaN.
     """
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
@@ -371,7 +372,7 @@ def last_level_cache_bytes() -> int | None:
 
 
 def time_once(run: Callable[[], Any], device: str, cold: bool) -> float:
-    """Return the duration of one call in seconds: by CUDA events after all queued work, or by the clock on the CPU."""
+    """Return the duration of one call in seconds, measured with CUDA events or, on the CPU, with the clock."""
     if cold:
         flush_cache(device)
     if device == "cuda":
@@ -564,7 +565,7 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def release_memory(device: str) -> None:
-    """Free the memory that one row left in torch's cache, so that the next row can use it."""
+    """Free the memory that a row left in torch's cache, so that the next row can use it."""
     if device == "cuda":
         torch.cuda.empty_cache()
 
@@ -690,7 +691,7 @@ def format_fraction(fraction: float) -> str:
 
 SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHORT_DIRECTIONS = {FORWARD: "fwd", BACKWARD: "bwd", FORWARD_BACKWARD: "fwd+bwd"}
-TARGET_WIDTH = 13  # of the column of targets and the two spaces before it
+TARGET_WIDTH = 13  # width of the column of targets, including the two spaces before it
 
 
 def table_header(targets: bool) -> str:
@@ -702,7 +703,7 @@ def table_header(targets: bool) -> str:
 
 
 def format_target(ratio: float, target: float | None, targets: bool) -> str:
-    """Return the column of targets, which is empty text without a width if `targets` is false."""
+    """Return the text of the column of targets, or an empty string if `targets` is false."""
     if not targets:
         return ""
     verdict = "" if target is None else f"  {target:g}x {'reached' if ratio >= target else 'MISSED'}"

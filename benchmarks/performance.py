@@ -109,8 +109,9 @@ boxes instead of reference points. Sampling locations are uniform over the image
 lie around the pixel of the query. "transformers encoder" is the whole encoder of Deformable DETR in Hugging Face
 transformers, including its linear layers, with only the attention replaced.
 
-"PyTorch" is the `grid_sample` formulation. It is the fastest in pure PyTorch here, because `torch.compile` makes it
-slower. "relops unfused" computes the fused op from `relops.ms_deform_attn` and PyTorch functions.
+"PyTorch" is the `grid_sample` formulation in eager mode, which is the fastest in pure PyTorch here: the same function
+is slower under `torch.compile`. "relops unfused" computes the fused op from `relops.ms_deform_attn` and PyTorch
+functions.
 """,
         {},
     ),
@@ -258,11 +259,11 @@ images with three classes. The runs used two cores of an AMD EPYC processor (Zen
 """
 
 CELLS_NOTES = """\
-- The first run had both cores to itself. Its AP50 is 0.945 after 4.8 minutes, and its AP is 0.602 after 7.2 minutes and
-  0.615 at its best.
-- Relation Networks exceed this AP after 12 minutes with 0.624, and reach 0.641 after 16 minutes. Their RPN suppresses
-  proposals above an IoU of 0.7, as in the paper, and nothing suppresses detections. If proposals are not suppressed
-  either (`unsuppressed`), AP is 0.621 after 17 minutes.
+- `faster_rcnn_fpn` had both cores to itself. Its AP50 is 0.945 after 4.8 minutes, and its AP is 0.602 after 7.2 minutes
+  and 0.615 at its best.
+- `relation_networks` exceeds this AP after 12 minutes with 0.624, and reaches 0.641 after 16 minutes. Its RPN
+  suppresses proposals above an IoU of 0.7, as published, and nothing suppresses detections. If proposals are not
+  suppressed either (`unsuppressed`), AP is 0.621 after 17 minutes.
 - Sparse R-CNN with the published attention has AP 0.587 and AP50 0.853 after 23.7 minutes, and it finds platelets
   twice until the end of training. With `iou_attention`, its AP50 is 0.893 after 24 minutes.
 - `hypernet`, `lr_net`, `relation_networks`, `unsuppressed` and `sparse_rcnn` also had both cores. The other runs shared
@@ -559,7 +560,7 @@ def page(results: Path = harness.RESULTS) -> str:
 
 
 class Selected(NamedTuple):
-    """A row of the summary: where it is recorded, and the description of its input."""
+    """A row of the summary: the key of its record, and the description of its input."""
 
     machine: str
     op: str

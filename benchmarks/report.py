@@ -41,8 +41,7 @@ def with_target(ratio: float, target: float | None) -> str:
 def markdown(record: dict[str, Any]) -> str:
     """Return the rows of a record as a Markdown table that shows the targets of the project."""
     lines = [
-        "| op | shape | dtype | pass | relops | PyTorch | ratio | others (relops against them) | peak memory | error |"
-        " of limit |",
+        "| op | shape | dtype | pass | relops | PyTorch | ratio | others (ratio) | peak memory | error | of limit |",
         "|---|---|---|---|---:|---:|---:|---|---:|---:|---:|",
     ]
     for row in record["rows"]:

@@ -37,7 +37,7 @@ def discover(device: str, quick: bool, op: str | None) -> Iterator[harness.Bench
 
 
 def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, Any]], failures: list[str]) -> None:
-    """Measure all rows of a device. Each row is appended to `rows` when it is done, to survive an interrupt."""
+    """Measure all rows of a device. Each finished row is appended to `rows`, so that an interrupt keeps it."""
     harness.progress(f"{device}: measuring the limits of the machine")
     run = harness.describe_run(device)
     copy, flops = run["limits"]["copy_bytes_per_s"], run["limits"]["float32_flops_per_s"]
@@ -103,10 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     # The targets are goals of the project, so only the full run shows them.
     print(harness.table(rows, targets=not options.quick) if rows else "No rows were measured.")
     print(
-        "\nTimes are medians over rounds, and a ratio says how many times faster relops is. Peak is the memory of one"
-        "\ncall beyond its inputs. Error is the relative RMS error against float64 or, for ops that return indices, the"
-        "\nfraction of indices that differ from the twin. Of limit is the time that memory bandwidth or arithmetic"
-        f"\nwould allow, divided by the time taken. {len(rows)} rows took {time.perf_counter() - begin:.0f} s."
+        "\nTimes are medians over rounds, and a ratio says how many times faster relops is. The peak is the memory of"
+        "\none call beyond its inputs. The error is the relative RMS error against float64 or, for ops that return"
+        '\nindices, the fraction of indices that differ from the twin. The column "of limit" is the time that memory'
+        "\nbandwidth or arithmetic would allow, divided by the time taken."
+        f"\n{len(rows)} rows took {time.perf_counter() - begin:.0f} s."
     )
     if options.quick:
         print("This was the quick setting, which records nothing. The full run is: python -m benchmarks.run")
