@@ -1,5 +1,5 @@
-// ms_deform_attn and ms_deform_attn_fused on the CPU: results are allocated and arguments collected here; the work is
-// in cpu_kernel.h, which says who does it and what binds it.
+// ms_deform_attn and ms_deform_attn_fused on the CPU. This file allocates the results, collects the arguments and
+// registers the ops. The kernels are in cpu_kernel.h, which explains how the work is divided and what limits its speed.
 
 #include "deform_attn/cpu_args.h"
 
@@ -37,7 +37,7 @@ Tensor forward(const MsDeformAttnInputs& in) {
   return output;
 }
 
-// Sums do not depend on the order of threads: always deterministic.
+// The order of additions does not depend on the threads, so this backward is always deterministic.
 MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_output, MsDeformAttnNeeds needs) {
   const auto& z = in.sizes;
   const std::vector<Level> levels = read_levels(in.op, z, in.spatial_shapes, in.level_start_index);
@@ -45,7 +45,7 @@ MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_outp
   if (grad_output.numel() == 0) return zero_grads(in, needs);
   const Tensor grad = dense(grad_output);
   MsDeformAttnGrads grads = no_grads(in);
-  Tensor head_shares = grads.reference;
+  Tensor head_partials = grads.reference;
   const auto grad_like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
   if (needs.value) grads.value = grad_like(in.value);
   if (needs.sampling) {
@@ -54,7 +54,7 @@ MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_outp
   }
   if (needs.reference) {
     grads.reference = torch::stable::new_zeros(*in.reference_points, in.reference_points->sizes());
-    head_shares = torch::stable::new_empty(*in.reference_points, {z.N, z.M, z.Q, z.L, z.R});
+    head_partials = torch::stable::new_empty(*in.reference_points, {z.N, z.M, z.Q, z.L, z.R});
   }
   dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
     using T = typename decltype(t)::type;
@@ -67,7 +67,7 @@ MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_outp
       a.grad_locations = static_cast<U*>(grads.locations.mutable_data_ptr());
       a.grad_weights = static_cast<U*>(grads.weights.mutable_data_ptr());
     }
-    if (needs.reference) a.grad_reference = static_cast<Compute*>(head_shares.mutable_data_ptr());
+    if (needs.reference) a.grad_reference = static_cast<Compute*>(head_partials.mutable_data_ptr());
     RELOPS_CALL_ISA(ms_deform_attn_backward, a);
     if (!needs.reference) return;
     Compute* sum = static_cast<Compute*>(grads.reference.mutable_data_ptr());

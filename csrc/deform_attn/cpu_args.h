@@ -5,8 +5,8 @@
 
 namespace relops {
 
-// T: features. U: sampling locations and attention weights, or offsets and logits
-// where reference is set.
+// T is the type of the features. U is the type of the sampling locations and attention weights or, if `reference` is
+// set, of the sampling offsets and attention logits.
 template <class T, class U>
 struct MsDeformAttnArgs : MsDeformAttnSizes {
   using Compute = ComputeType<T>;
@@ -15,16 +15,16 @@ struct MsDeformAttnArgs : MsDeformAttnSizes {
   const T* value;            // [N,S,M,D]
   const U* locations;        // [N,Q,M,L,P,2]
   const U* weights;          // [N,Q,M,L,P]
-  const Compute* reference;  // [N,Q,L,R], null when not fused
-  const bool* mask;          // [N,S], null: nothing is masked
+  const Compute* reference;  // [N,Q,L,R]; null if not fused
+  const bool* mask;          // [N,S]; null if nothing is masked
 
-  T* output;  // [N,Q,M,D]; forward only
+  T* output;  // [N,Q,M,D]; only for the forward
 
-  const T* grad_output;     // [N,Q,M,D]; from here on backward only
-  T* grad_value;            // [N,S,M,D], null where not wanted, like the rest
+  const T* grad_output;     // [N,Q,M,D]; this and the following are only for the backward
+  T* grad_value;            // [N,S,M,D]; null if this gradient is not needed, like the following
   U* grad_locations;        // [N,Q,M,L,P,2]
   U* grad_weights;          // [N,Q,M,L,P]
-  Compute* grad_reference;  // [N,M,Q,L,R]: a share per head
+  Compute* grad_reference;  // [N,M,Q,L,R]: one partial sum per head
 };
 
 }  // namespace relops

@@ -1,5 +1,5 @@
-// ms_deform_attn and ms_deform_attn_fused on the CPU: the rows of value that samples read, in place or copied, and what
-// is summed over them, a vector of channels at a time.
+// ms_deform_attn and ms_deform_attn_fused on the CPU: access to the rows of value that samples read, in place or in a
+// copy, and the sums over these rows, computed one vector of channels at a time.
 #ifndef RELOPS_DEFORM_ATTN_ROWS
 #define RELOPS_DEFORM_ATTN_ROWS
 
@@ -11,21 +11,21 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Rows of one (image, head) where they lie. Row S, all zeros, stands for whatever is outside.
+// The rows of one (image, head) pair, used in place. Row S consists of zeros and stands for everything outside.
 template <class T>
-struct PlacedRows {
+struct StridedRows {
   T* base;
   int64_t stride;
   T* zero;
   int64_t S;
   T* operator[](int64_t i) const { return i == S ? zero : base + i * stride; }
   template <int64_t kWidth>
-  PlacedRows of_width() const {
+  StridedRows of_width() const {
     return *this;
   }
 };
 
-// Rows in an array of their own, row S among them. kWidth: their width where known when compiling, else 0.
+// Rows in a dense array, including row S. kWidth is their width if it is known at compile time, otherwise 0.
 template <class T, int64_t kWidth = 0>
 struct DenseRows {
   T* base;
@@ -37,13 +37,14 @@ struct DenseRows {
   }
 };
 
-// Whether to copy the rows of a head before gathering from them. In place, a row must be whole vectors.
+// Returns whether to copy the rows of a head before gathering from them. Rows can be read in place only if they consist
+// of whole vectors.
 template <class T, class U>
 bool worth_packing(const MsDeformAttnArgs<T, U>& a) {
   return a.D % kLanes<ComputeType<T>> != 0 || a.Q * a.L * a.P * 4 > 2 * a.S;
 }
 
-// Dense rows of (n, m), padded with zeros to whole vectors; masked rows and row S are zero.
+// Writes the dense rows of (n, m), padded with zeros to whole vectors. Masked rows and row S are zero.
 template <class T, class U, class Compute>
 void pack_rows(const MsDeformAttnArgs<T, U>& a, int64_t n, int64_t m, Compute* packed, int64_t width) {
   for (int64_t i = 0; i <= a.S; ++i) {
@@ -57,7 +58,7 @@ void pack_rows(const MsDeformAttnArgs<T, U>& a, int64_t n, int64_t m, Compute* p
   }
 }
 
-// What a thread reads rows from: either packed anew for each (n, m), or value in place.
+// The source from which a thread reads rows: either value itself, or a copy that is packed for each (n, m).
 template <class T, class U>
 class RowSource {
   using Compute = ComputeType<T>;
@@ -70,7 +71,7 @@ class RowSource {
     std::fill_n(zero_, width, T(0));
   }
 
-  // f(Rows) with the rows of (n, m).
+  // Calls f(rows) with the rows of (n, m).
   template <class F>
   void with(int64_t n, int64_t m, F f) {
     if (packs) {
@@ -78,11 +79,11 @@ class RowSource {
       n_ = n, m_ = m;
       f(DenseRows<const Compute>{packed_, width});
     } else {
-      f(PlacedRows<const T>{a_.value + (n * a_.S * a_.M + m) * a_.D, a_.M * a_.D, zero_, a_.S});
+      f(StridedRows<const T>{a_.value + (n * a_.S * a_.M + m) * a_.D, a_.M * a_.D, zero_, a_.S});
     }
   }
 
-  const bool* mask_in_place(int64_t n) const { return a_.mask && !packs ? a_.mask + n * a_.S : nullptr; }
+  const bool* mask_for_rows_in_place(int64_t n) const { return a_.mask && !packs ? a_.mask + n * a_.S : nullptr; }
 
  private:
   const MsDeformAttnArgs<T, U>& a_;
@@ -97,7 +98,7 @@ class RowSource {
   int64_t n_ = -1, m_ = -1;
 };
 
-// Calls f(constant number of vectors, whether they are all of a row, first channel) over the D channels of a row,
+// Calls f(number of vectors as a constant, whether they form a whole row, first channel) over the D channels of a row,
 // padded to whole vectors.
 template <class Compute, class F>
 void for_channels(int64_t D, F f) {
@@ -114,7 +115,7 @@ void for_channels(int64_t D, F f) {
   if (vectors & 1) f(one, std::false_type{}, d);
 }
 
-// Rows as for_channels' f best reads them.
+// Fixes the width of the rows at compile time if f of for_channels covers a whole row.
 template <bool kWhole, int64_t kWidth, class Rows>
 auto known_width(const Rows& rows) {
   if constexpr (kWhole)
@@ -130,11 +131,11 @@ void gather_item(const Rows& all_rows, const Samples<Compute>& s, int64_t count,
   for_channels<Compute>(D, [&](auto vectors, auto whole, int64_t d) {
     constexpr int kVectors = vectors;
     const auto rows = known_width<whole, kVectors * V>(all_rows);
-    // Separate sums break the chain of dependent additions: as many as registers allow.
+    // Several sums break the chain of dependent additions; their number is limited by the registers.
     constexpr int kSums = kVectors == 4 ? 2 : 4;
     Vec<Compute> sums[kSums][kVectors];
     for (int k = 0; k < kSums; ++k)
-      for (int v = 0; v < kVectors; ++v) sums[k][v] = Vec<Compute>{};  // = {} would be a memset
+      for (int v = 0; v < kVectors; ++v) sums[k][v] = Vec<Compute>{};  // {} instead of Vec<Compute>{} would be a memset
     for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
       for (int corner = 0; corner < 4; ++corner) {
@@ -157,13 +158,13 @@ void gather_item(const Rows& all_rows, const Samples<Compute>& s, int64_t count,
   });
 }
 
-// dot[corner][sample] = grad . row, and, with kScatter, sums[row] += corner_weight * grad.
-// grad is padded with zeros to whole vectors.
+// Computes dot[corner][sample] = grad . row and, if kScatter, sums[row] += corner_weight * grad. `grad` is padded with
+// zeros to whole vectors.
 template <bool kScatter, class Rows, class Sums, class Compute>
 void backward_item(const Rows& all_rows, const Sums& all_sums, const Samples<Compute>& s, int64_t count, int64_t D,
                    const Compute* grad) {
   constexpr int64_t V = kLanes<Compute>;
-  constexpr int kGroup = V < 4 ? 1 : V / 4;  // samples whose 4 dot products fill a vector
+  constexpr int kGroup = V < 4 ? 1 : V / 4;  // number of samples whose 4 dot products fill a vector
   for_channels<Compute>(D, [&](auto vectors, auto whole, int64_t d) {
     constexpr int kVectors = vectors;
     const auto rows = known_width<whole, kVectors * V>(all_rows);

@@ -1,5 +1,5 @@
-// ms_deform_attn and ms_deform_attn_fused on the CPU: the samples of an item, a vector of them at a time: from
-// locations to rows and weights, and from dot products back to the gradients of locations and weights.
+// ms_deform_attn and ms_deform_attn_fused on the CPU: the samples of an item, processed one vector of samples at a
+// time. Locations are converted to rows and weights, and dot products to the gradients of locations and weights.
 #ifndef RELOPS_DEFORM_ATTN_SAMPLES
 #define RELOPS_DEFORM_ATTN_SAMPLES
 
@@ -43,13 +43,13 @@ struct SampleConstants {
 // The samples of one item. Corners are numbered (top left, top right, bottom left, bottom right).
 template <class Compute>
 struct Samples {
-  Compute *x, *y;   // pixels
+  Compute *x, *y;   // in pixels
   Compute* weight;  // attention weight
   Compute *fraction_x, *fraction_y;
-  Int<Compute>* row[4];       // index of a corner's row; S outside
-  Compute* corner_weight[4];  // bilinear weight times attention weight; 0 where the whole sample is outside
-  Compute* dot[4];            // backward: gradient of the output times the corner's row
-  Compute* raw;               // locations or offsets as given, converted
+  Int<Compute>* row[4];       // index of a corner's row; S if the corner is outside
+  Compute* corner_weight[4];  // bilinear weight times attention weight; 0 if the whole sample is outside
+  Compute* dot[4];            // backward: dot product of the output gradient and the corner's row
+  Compute* raw;               // the given locations or offsets, converted
   Compute *grad_xy, *grad_weight;
 
   Samples(int64_t padded, bool backward, Scratch& scratch) {
@@ -64,7 +64,8 @@ struct Samples {
   }
 };
 
-// The pairs p[0..2 * count) as Compute, padded with zeros: p itself where nothing is to be converted or padded.
+// Returns the pairs p[0..2 * count) as Compute, padded with zeros. The result is p itself if it needs neither
+// conversion nor padding.
 template <class Compute, class U>
 const Compute* padded_pairs(const U* p, const SampleConstants<Compute>& k, Compute* buffer) {
   if constexpr (std::is_same_v<U, Compute>)
@@ -74,7 +75,7 @@ const Compute* padded_pairs(const U* p, const SampleConstants<Compute>& k, Compu
   return buffer;
 }
 
-// The reference point or box of each sample's level, a vector of samples at a time.
+// The reference point or box of each sample's level, for one vector of samples at a time.
 template <class Compute>
 class References {
  public:
@@ -88,7 +89,7 @@ class References {
     all_ = load(inside ? ref_ : few);
   }
 
-  // Coordinate c of the levels of samples i, i + 1, ...
+  // Returns coordinate c of the levels of samples i, i + 1, ...
   Vec<Compute> get(int64_t i, Int<Compute> c) const {
     const VecInt<Compute> at = load_int<Compute>(k_.level + i) * static_cast<Int<Compute>>(R_) + c;
     if (in_vector_) return __builtin_shuffle(all_, at);
@@ -105,7 +106,7 @@ class References {
   Vec<Compute> all_;
 };
 
-// Fills x, y (in pixels) and weight from the inputs of item (n, q, m).
+// Computes x, y (in pixels) and weight from the inputs of item (n, q, m).
 template <class T, class U, class Compute>
 void read_samples(const MsDeformAttnArgs<T, U>& a, const SampleConstants<Compute>& k, int64_t n, int64_t q, int64_t m,
                   const Samples<Compute>& s) {
@@ -137,7 +138,7 @@ void read_samples(const MsDeformAttnArgs<T, U>& a, const SampleConstants<Compute
   }
 }
 
-// From x, y and weight to rows and weights of corners. `mask` is given only where rows are read in place.
+// Computes the rows and weights of the corners from x, y and weight. `mask` is given only if rows are read in place.
 template <class Compute>
 void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* mask, const Samples<Compute>& s) {
   using Vector = Vec<Compute>;
@@ -146,12 +147,12 @@ void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* ma
   for (int64_t i = 0; i < k.padded; i += kLanes<Compute>) {
     Vector x = load(s.x + i), y = load(s.y + i);
     const Ints width = load_int<Compute>(k.width_int + i), height = load_int<Compute>(k.height_int + i);
-    // False for NaN; what remains fits an int.
+    // This is false for NaN. All other values that pass fit an int.
     const Ints inside = (x > Compute(-1)) & (x < load(k.width + i)) & (y > Compute(-1)) & (y < load(k.height + i));
     x = inside ? x : Vector{};
     y = inside ? y : Vector{};
     Ints left = __builtin_convertvector(x, Ints), top = __builtin_convertvector(y, Ints);
-    left += x < __builtin_convertvector(left, Vector);  // truncation to floor: a true comparison is -1
+    left += x < __builtin_convertvector(left, Vector);  // from truncation to floor: a true comparison is -1
     top += y < __builtin_convertvector(top, Vector);
     const Vector fx = x - __builtin_convertvector(left, Vector), fy = y - __builtin_convertvector(top, Vector);
     const Vector weight = inside ? load(s.weight + i) : Vector{};
@@ -176,7 +177,8 @@ void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* ma
       if (row[i] != S && mask[row[i]]) row[i] = S;
 }
 
-// From the dot products to the gradients of locations and weights (or offsets, logits and reference) of an item.
+// Computes the gradients of locations and weights (or of offsets, logits and reference points) of an item from the dot
+// products.
 template <class T, class U, class Compute>
 void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants<Compute>& k, int64_t n, int64_t q,
                           int64_t m, const Samples<Compute>& s) {
@@ -187,10 +189,10 @@ void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants
                        d3 = load(s.dot[3] + i);
     const Vec<Compute> dx = (1 - fy) * (d1 - d0) + fy * (d3 - d2), dy = (1 - fx) * (d2 - d0) + fx * (d3 - d1);
     store(s.grad_weight + i, (1 - fy) * ((1 - fx) * d0 + fx * d1) + fy * ((1 - fx) * d2 + fx * d3));
-    store(s.x + i, weight * dx);  // x and y are spent; from here on they hold the gradient in pixels
+    store(s.x + i, weight * dx);  // x and y are no longer needed and from here on hold the gradient in pixels
     store(s.y + i, weight * dy);
   }
-  // Written in place where the memory holds whole vectors of Compute.
+  // The result is written in place if its memory holds whole vectors of Compute.
   Compute *grad_xy = s.grad_xy, *grad_weight = s.grad_weight;
   bool in_place = false;
   if constexpr (std::is_same_v<U, Compute>)
@@ -216,7 +218,7 @@ void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants
     }
     const References<Compute> reference(a, n, q, k);
     const Compute half_per_point = Compute(0.5) / a.P;
-    // A sample that contributed nothing, a non-finite one among them, has no gradient.
+    // A sample that contributed nothing has no gradient. This includes non-finite samples.
     store_pairs(grad_xy + 2 * i,
                 dx != 0 ? dx * load(k.width + i) * half_per_point * reference.get(i, 2) : Vec<Compute>{},
                 dy != 0 ? dy * load(k.height + i) * half_per_point * reference.get(i, 3) : Vec<Compute>{});

@@ -1,16 +1,16 @@
-// ms_deform_attn and ms_deform_attn_fused on CUDA: what the forward, the backward and the deterministic
-// backward share.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the code that the forward, the backward and the deterministic
+// backward have in common.
 //
-// An item is one (image, query, head). A group of 2..32 neighboring lanes works on an item, each lane owning V
-// neighboring channels (16 bytes of them where D allows, so that a row of 32 floats is one 128-byte request of 8
-// lanes). The group's lanes first turn kChunk samples at a time into rows and weights, each lane its share, in
-// registers, and leave them in shared memory; then every lane walks the chunk and gathers its channels of the rows.
-// Nothing leaves the warp, so a __syncwarp is all the synchronization there is.
+// An item is one (image, query, head). A group of 2 to 32 neighboring lanes works on an item. Each lane owns V
+// neighboring channels: 16 bytes if D allows it, so that 8 lanes read a row of 32 floats in one 128-byte request. The
+// lanes of the group first convert kChunk samples, divided among the lanes, to rows and weights in registers and write
+// these to shared memory. Then every lane walks the chunk and gathers its channels of the rows. No data leaves the
+// warp, so __syncwarp is the only synchronization.
 //
-// Blocks take queries of one head of one image; heads follow one another, then images, so that at any time the whole
-// device gathers from one or two heads (2.8 MB of float32 at 800x1333), which L2 holds. Where queries are the pixels of
-// the pyramid themselves (Q = S, an encoder) a block takes a patch of 8 rows instead of a run of one row, because
-// neighbors in both directions sample the same rows: that is what L1 can reuse.
+// A block processes queries of one head of one image. Blocks are ordered by image, then by head, so at any time the
+// whole device gathers from one or two heads (2.8 MB of float32 at 800x1333), which L2 holds. If the queries are the
+// pixels of the pyramid themselves (Q = S, an encoder), a block processes a patch of 8 rows instead of a run in one
+// row, because neighbors in both directions sample the same rows of value, which L1 can then reuse.
 #pragma once
 
 #include <vector>
@@ -20,25 +20,25 @@
 
 namespace relops {
 
-constexpr int kChunk = 8;            // samples staged at a time
-constexpr int kStride = kChunk + 1;  // of an item's slots: keeps the items of a warp in different banks
-constexpr int kPatchRows = 8;        // of an encoder's block
-constexpr int kLevelsInParams = 16;  // more levels are read from device memory
+constexpr int kChunk = 8;            // number of samples that are staged at a time
+constexpr int kStride = kChunk + 1;  // staging slots per item; odd, so that the items of a warp use different banks
+constexpr int kPatchRows = 8;        // height of the patch that a block of an encoder processes
+constexpr int kLevelsInParams = 16;  // if there are more levels, they are read from device memory
 
 struct DeviceLevel {
   int height, width;
-  int start;   // where the level's rows begin in S
-  int offset;  // sum of the sizes before it: where its pixels begin among the queries of an encoder
+  int start;   // first row of the level in S
+  int offset;  // sum of the sizes of the preceding levels: the first query of the level in an encoder
 };
 
-// The levels as the host knows them, or as pointers to device memory that only the kernel reads.
+// The levels, either as values that the host knows or as pointers to device memory that only the kernel reads.
 struct LevelSource {
-  DeviceLevel known[kLevelsInParams];
-  const int64_t* shapes;  // [L,2], null: use known
+  DeviceLevel host_levels[kLevelsInParams];
+  const int64_t* shapes;  // [L,2]; null: use host_levels
   const int64_t* starts;  // [L] or null
 };
 
-// T: features. U: locations and weights, or offsets and logits where fused.
+// T is the type of the features. U is the type of the locations and weights or, if fused, of the offsets and logits.
 template <class T_, class U_>
 struct MsDeformAttnParams : MsDeformAttnSizes {
   using T = T_;
@@ -52,27 +52,28 @@ struct MsDeformAttnParams : MsDeformAttnSizes {
   const Compute* reference;  // [N,Q,L,R]
   const bool* mask;          // [N,S] or null
 
-  int group_log2;           // lanes per item, as a power of two
-  unsigned channel_blocks;  // blocks that share the channels of an item
-  unsigned tiles;           // blocks per (image, head, block of channels)
+  int group_log2;           // log2 of the number of lanes per item
+  unsigned channel_blocks;  // number of blocks among which the channels of an item are divided
+  unsigned tiles;           // number of blocks per (image, head, block of channels)
   Compute half_per_point;   // 0.5 / P
 
-  T* output;                  // [N,Q,M,D]
-  const T* grad_output;       // [N,Q,M,D]
-  Compute* grad_value;        // [N,S,M,D], summed by reductions to memory; null: not wanted here
-  U* grad_locations;          // [N,Q,M,L,P,2], null: no sampling gradient wanted
-  U* grad_weights;            // [N,Q,M,L,P]
-  Compute* raw_grad_weights;  // fused: [N,Q,M,L,P] before the softmax's derivative; may be grad_weights itself
-  Compute* grad_pixels;       // fused: [N,Q,M,L,P,2] or null: gradient of the location in pixels
+  T* output;             // [N,Q,M,D]
+  const T* grad_output;  // [N,Q,M,D]
+  Compute* grad_value;   // [N,S,M,D], summed by reductions to memory; null if this kernel does not compute it
+  U* grad_locations;     // [N,Q,M,L,P,2]; null if no sampling gradient is needed
+  U* grad_weights;       // [N,Q,M,L,P]
+  Compute*
+      raw_grad_weights;  // fused: [N,Q,M,L,P], gradient of the weights after the softmax; may be grad_weights itself
+  Compute* grad_pixels;  // fused: [N,Q,M,L,P,2] or null; gradient of the location in pixels
 };
 
-// Copies the levels into shared memory. False, with empty levels, where they do not fit S: known only on the device.
-// Begins and ends with all threads of the block together.
+// Copies the levels into shared memory. Returns false and leaves all levels empty if they do not fit S, which only the
+// device can check. All threads of the block must call this function; it begins and ends with a barrier.
 __device__ inline bool load_levels(const MsDeformAttnSizes& z, const LevelSource& source, DeviceLevel* levels) {
   __shared__ bool fit;
   const int L = static_cast<int>(z.L);
   if (source.shapes == nullptr) {
-    for (int l = threadIdx.x; l < L; l += blockDim.x) levels[l] = source.known[l];
+    for (int l = threadIdx.x; l < L; l += blockDim.x) levels[l] = source.host_levels[l];
     if (threadIdx.x == 0) fit = true;
     __syncthreads();
     return fit;
@@ -92,7 +93,7 @@ __device__ inline bool load_levels(const MsDeformAttnSizes& z, const LevelSource
       levels[l].offset = static_cast<int>(sum);
       if (source.starts == nullptr) levels[l].start = static_cast<int>(sum);
       sum += good ? int64_t(levels[l].height) * levels[l].width : 0;
-      good = good && sum <= z.S;  // also keeps offset inside an int
+      good = good && sum <= z.S;  // this also keeps offset within an int
     }
     fit = good && sum == z.S;
   }
@@ -103,7 +104,7 @@ __device__ inline bool load_levels(const MsDeformAttnSizes& z, const LevelSource
   return fit;
 }
 
-// The q-th query in the order of work: patch by patch where the queries are the pixels of the pyramid.
+// Returns the q-th query in processing order, which goes patch by patch if the queries are the pixels of the pyramid.
 __device__ inline int64_t query_in_patch_order(int64_t q, const MsDeformAttnSizes& z, const DeviceLevel* levels,
                                                bool levels_fit) {
   if (z.Q != z.S || !levels_fit) return q;
@@ -127,17 +128,17 @@ struct Sample {
   DeviceLevel level;
 };
 
-// What turns a logit into a weight: exp(logit - top) * scale.
+// The statistics that convert a logit to a weight: exp(logit - max_logit) * scale.
 template <class Compute>
 struct SoftmaxStats {
-  Compute top, scale;
+  Compute max_logit, scale;
 };
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
-// Softmax over the L * P logits at `logits`, by a group of lanes; lane is this lane's place in it. Every lane of the
-// warp must call it.
+// Computes the softmax statistics of the `count` = L * P logits at `logits` with a group of lanes. `lane` is the index
+// of this lane in the group. Every lane of the warp must call this function.
 template <class Compute, class U>
 __device__ inline SoftmaxStats<Compute> softmax_stats(const U* logits, int count, int lane, int group) {
   Compute top = -INFINITY;
@@ -173,7 +174,7 @@ __device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel
     }
     sample.x = ref[0] * width - Compute(0.5) + x * unit_x;
     sample.y = ref[1] * height - Compute(0.5) + y * unit_y;
-    sample.weight = exponential(weight - stats.top) * stats.scale;
+    sample.weight = exponential(weight - stats.max_logit) * stats.scale;
   } else {
     sample.x = x * width - Compute(0.5);
     sample.y = y * height - Compute(0.5);
@@ -182,14 +183,15 @@ __device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel
   return sample;
 }
 
-// The four rows under a sample: top left, top right, bottom left, bottom right; -1 outside the level or masked.
+// The four rows around a sample: top left, top right, bottom left, bottom right. A row is -1 if it is masked or outside
+// the level.
 template <class Compute>
 struct Corners {
   int4 row;
-  Compute fx, fy;  // how far the sample lies right of, below the top left one
+  Compute fx, fy;  // distance of the sample from its top left corner, to the right and downwards
 };
 
-// False for NaN and for what no corner of the level reaches; what remains fits an int.
+// Returns whether the sample touches any corner of its level; false for NaN. The coordinates that pass fit an int.
 template <class Compute>
 __device__ __forceinline__ bool is_inside(const Sample<Compute>& s) {
   return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height);
@@ -218,16 +220,16 @@ __device__ inline Corners<Compute> find_corners(const Sample<Compute>& s, const 
   return c;
 }
 
-// Four numbers of a staged sample.
+// Four values of a staged sample.
 template <class Compute>
 struct alignas(16) Quad {
   Compute x, y, z, w;
 };
 
-// Which item this lane works on. Lanes past the last query keep in step with their warp but touch nothing.
-struct Place {
-  int lane;   // within the group
-  int group;  // lanes per item
+// The item on which this lane works. Lanes after the last query stay in step with their warp but access nothing.
+struct WorkItem {
+  int lane;   // index within the group
+  int group;  // number of lanes per item
   int slot;   // first staging slot of the item
   int64_t n, m, q;
   int64_t channel_block;
@@ -235,24 +237,25 @@ struct Place {
 };
 
 template <class Params>
-__device__ inline Place find_place(const Params& p, const DeviceLevel* levels, bool levels_fit) {
-  Place place;
-  place.group = 1 << p.group_log2;
-  place.lane = threadIdx.x & (place.group - 1);
+__device__ inline WorkItem find_work_item(const Params& p, const DeviceLevel* levels, bool levels_fit) {
+  WorkItem work;
+  work.group = 1 << p.group_log2;
+  work.lane = threadIdx.x & (work.group - 1);
   const int in_block = threadIdx.x >> p.group_log2;
-  place.slot = in_block * kStride;
-  // 64-bit division is a call: the grid is numbered in 32 bits.
+  work.slot = in_block * kStride;
+  // A 64-bit division is a function call, so blocks are numbered in 32 bits.
   const unsigned tile = blockIdx.x % p.tiles, rest = blockIdx.x / p.tiles, pair = rest / p.channel_blocks;
-  place.channel_block = rest % p.channel_blocks;
-  place.m = pair % static_cast<unsigned>(p.M);
-  place.n = pair / static_cast<unsigned>(p.M);
+  work.channel_block = rest % p.channel_blocks;
+  work.m = pair % static_cast<unsigned>(p.M);
+  work.n = pair / static_cast<unsigned>(p.M);
   const int64_t q = int64_t{tile} * (blockDim.x >> p.group_log2) + in_block;
-  place.active = q < p.Q;
-  place.q = place.active ? query_in_patch_order(q, p, levels, levels_fit) : 0;
-  return place;
+  work.active = q < p.Q;
+  work.q = work.active ? query_in_patch_order(q, p, levels, levels_fit) : 0;
+  return work;
 }
 
-// Dynamic shared memory: the levels, then rows and numbers of the staged samples, kStride slots an item.
+// The layout of dynamic shared memory: the levels, then the rows and the values of the staged samples, kStride slots
+// per item.
 template <class Compute>
 struct Staging {
   DeviceLevel* levels;
@@ -278,52 +281,56 @@ struct Launch {
   size_t shared;
 };
 
-// Sets the lanes per item, enough for D channels at V a lane, and the numbering of blocks. With `split_channels` blocks
-// share the channels that a group of 32 lanes does not hold.
+// Sets the number of lanes per item such that V channels per lane cover D, and numbers the blocks. If `split_channels`,
+// channels beyond those of a group of 32 lanes are divided among blocks.
 template <class Params>
 Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
-  // At least 2 lanes (float) or 4 (double) keep the staging of 256 threads within the 48 KB every launch may have.
+  // With at least 2 lanes (float) or 4 lanes (double), the staging of 256 threads fits the 48 KB that every launch may
+  // use.
   p.group_log2 = sizeof(typename Params::Compute) == 8 ? 2 : 1;
   while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
   p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
   const int64_t rows = p.N * p.M * p.channel_blocks;
-  // Little work is cut into small blocks, so that it reaches all multiprocessors.
+  // A small amount of work is divided into small blocks so that it reaches all multiprocessors.
   const unsigned threads = (rows * p.Q) << p.group_log2 < (1 << 18) ? 64 : 256;
   p.tiles = grid_size(op, ceil_div(p.Q, threads >> p.group_log2));
   return {grid_size(op, rows * p.tiles), threads, staging_bytes<typename Params::Compute>(p.L, threads, p.group_log2)};
 }
 
-// Fills in what does not depend on the direction. What the pointers point to lives in `keep`.
+// Sets the parameters that the forward and the backward have in common. `keep_alive` holds the tensors to which the
+// pointers refer.
 template <class T, class U>
-MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<Tensor>& keep) {
+MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<Tensor>& keep_alive) {
   using Compute = ComputeType<T>;
   MsDeformAttnParams<T, U> p{};
   static_cast<MsDeformAttnSizes&>(p) = in.sizes;
   p.half_per_point = Compute(0.5) / p.P;
-  STD_TORCH_CHECK(in.value.is_cuda(), in.op, ": value must be on the device of the other inputs");
-  // 48 KB of shared memory, less the staging.
-  STD_TORCH_CHECK(p.L <= 512, in.op, ": more than 512 levels");
-  STD_TORCH_CHECK(p.M * p.D < 1 << 28, in.op, ": more than 2^28 channels");  // so that a row's bytes fit 32 bits
-  STD_TORCH_CHECK(p.L * p.P <= 1 << 20, in.op, ": more than 2^20 samples per query and head");
+  STD_TORCH_CHECK(in.value.is_cuda(), in.op, ": value must be a CUDA tensor like the other inputs");
+  // The levels and the staging must fit 48 KB of shared memory.
+  STD_TORCH_CHECK(p.L <= 512, in.op, ": at most 512 levels are supported, got L = ", p.L);
+  // With fewer than 2^28 channels the bytes of a row fit 32 bits.
+  STD_TORCH_CHECK(p.M * p.D < 1 << 28, in.op, ": value must have fewer than 2^28 channels, got ", p.M * p.D);
+  STD_TORCH_CHECK(p.L * p.P <= 1 << 20, in.op, ": at most 2^20 samples per query and head are supported, got ",
+                  p.L * p.P);
   Tensor shapes = in.spatial_shapes;
   std::optional<Tensor> starts = in.level_start_index;
   if (shapes.is_cpu() && (!starts || starts->is_cpu()) && p.L <= kLevelsInParams) {
     int offset = 0, l = 0;
     for (const Level& level : read_levels(in.op, in.sizes, shapes, starts)) {
-      p.levels.known[l++] = {int(level.height), int(level.width), int(level.start), offset};
+      p.levels.host_levels[l++] = {int(level.height), int(level.width), int(level.start), offset};
       offset += static_cast<int>(level.height * level.width);
     }
   } else {
     const auto to_device = [&](const Tensor& tensor) {
-      keep.push_back(torch::stable::to(tensor, in.value.device()));
-      return keep.back().const_data_ptr<int64_t>();
+      keep_alive.push_back(torch::stable::to(tensor, in.value.device()));
+      return keep_alive.back().const_data_ptr<int64_t>();
     };
     p.levels.shapes = to_device(shapes);
     if (starts) p.levels.starts = to_device(*starts);
   }
   const auto pointer = [&](const Tensor& tensor) {
-    keep.push_back(aligned(tensor));
-    return keep.back().const_data_ptr();
+    keep_alive.push_back(aligned(tensor));
+    return keep_alive.back().const_data_ptr();
   };
   p.value = static_cast<const T*>(pointer(in.value));
   p.locations = static_cast<const U*>(pointer(in.locations));
@@ -333,7 +340,8 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
   return p;
 }
 
-// Calls f(V, fused) with constants: channels per lane, 16 bytes of them where D allows.
+// Calls f(V, fused) with constants. V is the number of channels per lane: 16 bytes if D is divisible by them, otherwise
+// 1.
 template <class T, class F>
 void dispatch_launch(int64_t D, bool fused, F f) {
   constexpr int V = 16 / sizeof(T);
@@ -345,8 +353,8 @@ Tensor ms_deform_attn_forward_cuda(const MsDeformAttnInputs& in);
 MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, const Tensor& grad_output,
                                                MsDeformAttnNeeds needs);
 
-// The gradient of value by gathering, in the same order every time: cuda_backward_deterministic.cu. grad_value has
-// the dtype of value and need not be zeroed.
+// Computes the gradient of value by gathering in a fixed order; see cuda_backward_deterministic.cu. grad_value has the
+// dtype of value and need not be zeroed.
 void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const Tensor& grad_output,
                                              const Tensor& grad_value);
 

@@ -1,12 +1,12 @@
-// ms_deform_attn and ms_deform_attn_fused on CUDA: the backward. cuda.cuh says who does what work.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the backward. cuda.cuh explains how the work is divided.
 //
-// A group of lanes walks the samples of its item as the forward does. Per sample, four rows are gathered and multiplied
-// with the item's output gradient, and weight * gradient is added to the four rows of the value gradient by reductions
-// to memory, four floats at a time on Hopper. The derivatives by weight, x and y of a chunk of samples are then summed
-// over the group together: each exchange halves the samples a lane still sums, so that 4 samples cost 12 shuffles of a
-// group of 8 lanes and not 36. Reductions to memory are what bounds it (728 M floats at the encoder shape of 800x1333,
-// N = 2), so they are left out where value needs no gradient. 16-bit values have their gradient summed in float32 and
-// converted at the end.
+// A group of lanes walks the samples of its item as in the forward. For each sample it gathers four rows, multiplies
+// them with the output gradient of the item, and adds weight * gradient to the four rows of the value gradient by
+// reductions to memory, four floats at a time on Hopper. Then the derivatives with respect to weight, x and y of
+// several samples are summed over the group together. Each exchange halves the number of samples that a lane still
+// sums, so 4 samples in a group of 8 lanes need 12 shuffles instead of 36. The reductions to memory limit the speed
+// (728 M floats at the encoder shape of 800x1333, N = 2), so they are omitted if value needs no gradient. The gradients
+// of 16-bit values are summed in float32 and converted at the end.
 
 #include "deform_attn/cuda.cuh"
 
@@ -14,18 +14,21 @@ namespace relops {
 
 namespace {
 
-// Samples whose derivatives are summed together: more of them would need more registers than they save shuffles.
-constexpr int kTogether = 4;
+// The number of samples whose derivatives are summed together. A larger number would cost more in registers than it
+// saves in shuffles.
+constexpr int kReducedTogether = 4;
 
-// Sums x[j] over the lanes of a group, for all j, and leaves the sums with the lanes: 4, 2 or 1 of them in x[0..count),
-// those of samples first, first + 1, ... In groups of more than 4 lanes several hold the same.
+// Sums x[j] over the lanes of a group for all j and distributes the sums among the lanes. Each lane gets 4, 2 or 1 sums
+// in x[0..count), which belong to samples first, first + 1, ... In groups of more than 4 lanes, several lanes get the
+// same sum.
 template <class Compute>
-__device__ __forceinline__ void sum_and_share(Compute (&x)[kTogether][3], int lane, int group, int& first, int& count) {
+__device__ __forceinline__ void reduce_scatter(Compute (&x)[kReducedTogether][3], int lane, int group, int& first,
+                                               int& count) {
   first = 0;
-  count = kTogether;
+  count = kReducedTogether;
   int distance = group / 2;
 #pragma unroll
-  for (int half = kTogether / 2; half > 0; half /= 2) {
+  for (int half = kReducedTogether / 2; half > 0; half /= 2) {
     if (distance == 0) return;
     const bool upper = lane & distance;
 #pragma unroll
@@ -44,7 +47,7 @@ __device__ __forceinline__ void sum_and_share(Compute (&x)[kTogether][3], int la
     for (int k = 0; k < 3; ++k) x[0][k] += __shfl_xor_sync(kAll, x[0][k], distance);
 }
 
-// kOneStep: the group's lanes hold all D channels at once.
+// If kOneStep, the lanes of the group hold all D channels at once.
 template <class Params, int V, bool kFused, bool kOneStep>
 __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant__ Params p) {
   using T = typename Params::T;
@@ -54,39 +57,39 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
   const Staging<Compute> staging(memory, p.L, p.group_log2);
   const bool levels_fit = load_levels(p, p.levels, staging.levels);
 
-  const Place place = find_place(p, staging.levels, levels_fit);
-  const int64_t nq = place.n * p.Q + place.q, item = nq * p.M + place.m;
-  const int64_t first_row = (place.n * p.S * p.M + place.m) * p.D + place.lane * V;
+  const WorkItem work = find_work_item(p, staging.levels, levels_fit);
+  const int64_t nq = work.n * p.Q + work.q, item = nq * p.M + work.m;
+  const int64_t first_row = (work.n * p.S * p.M + work.m) * p.D + work.lane * V;
   const T* rows = p.value + first_row;
   const unsigned row_stride = static_cast<unsigned>(p.M * p.D * sizeof(T));
   const bool scatter = p.grad_value != nullptr, sampling_grad = p.grad_locations != nullptr;
   Compute* grad_rows = scatter ? p.grad_value + first_row : nullptr;
   const unsigned grad_row_stride = static_cast<unsigned>(p.M * p.D * sizeof(Compute));
-  const bool* mask = p.mask != nullptr ? p.mask + place.n * p.S : nullptr;
+  const bool* mask = p.mask != nullptr ? p.mask + work.n * p.S : nullptr;
   const int count = static_cast<int>(p.L * p.P);
-  int4* staged_rows = staging.rows + place.slot;
-  Quad<Compute>* staged_numbers = staging.numbers + place.slot;
+  int4* staged_rows = staging.rows + work.slot;
+  Quad<Compute>* staged_numbers = staging.numbers + work.slot;
 
   SoftmaxStats<Compute> stats{};
-  if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, place.lane, place.group);
+  if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, work.lane, work.group);
 
-  // The gradient of the output in V channels, `offset` from this lane's first.
+  // Loads the output gradient of V channels, starting `offset` after the first channel of this lane.
   const auto load_grad = [&](int offset, Compute(&grad)[V]) {
-    const int channel = place.lane * V + offset;
-    const Pack<T, V> pack = load_pack<T, V>(p.grad_output + item * p.D + channel, place.active && channel < p.D);
+    const int channel = work.lane * V + offset;
+    const Pack<T, V> pack = load_pack<T, V>(p.grad_output + item * p.D + channel, work.active && channel < p.D);
 #pragma unroll
     for (int v = 0; v < V; ++v) grad[v] = static_cast<Compute>(pack.x[v]);
   };
   Compute grad[V];
   load_grad(0, grad);
 
-  Compute expected = 0;  // fused: sum of weight * derivative by weight
+  Compute expected = 0;  // fused: sum of weight * derivative with respect to weight
   for (int first = 0; first < count; first += kChunk) {
-    __syncwarp();  // the chunk before has been read
-    for (int j = place.lane; j < kChunk; j += place.group) {
+    __syncwarp();  // the previous chunk has been read
+    for (int j = work.lane; j < kChunk; j += work.group) {
       Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
       Compute weight = 0;
-      if (place.active && first + j < count) {
+      if (work.active && first + j < count) {
         const Sample<Compute> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
         corners = find_corners(sample, mask);
         weight = sample.weight;
@@ -97,18 +100,18 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
     __syncwarp();
 
 #pragma unroll 1
-    for (int begin = 0; begin < kChunk; begin += kTogether) {
-      Compute derivatives[kTogether][3];  // by weight, x and y, of this lane's channels
+    for (int begin = 0; begin < kChunk; begin += kReducedTogether) {
+      Compute derivatives[kReducedTogether][3];  // with respect to weight, x and y, from the channels of this lane
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
+      for (int j = 0; j < kReducedTogether; ++j) {
         const int4 row = staged_rows[begin + j];
         const Quad<Compute> number = staged_numbers[begin + j];
         const Compute fx = number.x, fy = number.y, weight = number.z;
         const int row_of[4] = {row.x, row.y, row.z, row.w};
-        const Compute share[4] = {(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy};
+        const Compute bilinear[4] = {(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy};
         Compute dot[4] = {};
         const auto visit = [&](int offset) {
-          const bool owned = place.lane * V + offset < p.D;
+          const bool owned = work.lane * V + offset < p.D;
           Pack<T, V> values[4];
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner)
@@ -122,7 +125,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
           for (int corner = 0; corner < 4; ++corner) {
             Compute add[V];
 #pragma unroll
-            for (int v = 0; v < V; ++v) add[v] = weight * share[corner] * grad[v];
+            for (int v = 0; v < V; ++v) add[v] = weight * bilinear[corner] * grad[v];
             reduce_add<V>(row_at(grad_rows + offset, row_of[corner], grad_row_stride), add,
                           scatter && owned && row_of[corner] >= 0);
           }
@@ -135,32 +138,33 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
             visit(offset);
           }
         }
-        derivatives[j][0] = share[0] * dot[0] + share[1] * dot[1] + share[2] * dot[2] + share[3] * dot[3];
+        derivatives[j][0] = bilinear[0] * dot[0] + bilinear[1] * dot[1] + bilinear[2] * dot[2] + bilinear[3] * dot[3];
         derivatives[j][1] = weight * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
         derivatives[j][2] = weight * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
       }
       if (!sampling_grad) continue;
-      int mine, held;
-      sum_and_share(derivatives, place.lane, place.group, mine, held);
+      int first_sum, sum_count;
+      reduce_scatter(derivatives, work.lane, work.group, first_sum, sum_count);
       __syncwarp();  // all lanes have read their slots
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j)
-        if (j < held) {
-          Quad<Compute>& number = staged_numbers[begin + mine + j];
+      for (int j = 0; j < kReducedTogether; ++j)
+        if (j < sum_count) {
+          Quad<Compute>& number = staged_numbers[begin + first_sum + j];
           number = {derivatives[j][1], derivatives[j][2], number.z, derivatives[j][0]};
         }
     }
     if (!sampling_grad) continue;
     __syncwarp();
-    // Each sample's gradients are written by the lane that staged it, neighbors beside one another.
-    for (int j = place.lane; j < kChunk; j += place.group) {
+    // The gradients of a sample are written by the lane that staged it, so neighboring lanes write neighboring
+    // addresses.
+    for (int j = work.lane; j < kChunk; j += work.group) {
       const int s = first + j;
-      if (!place.active || s >= count) break;
+      if (!work.active || s >= count) break;
       const Quad<Compute> number = staged_numbers[j];
       const Compute by_x = number.x, by_y = number.y, weight = number.z, by_weight = number.w;
       const int64_t at = item * count + s;
       const int l = s / static_cast<int>(p.P);
-      Compute unit_x, unit_y;  // pixels per unit of what the gradient is for
+      Compute unit_x, unit_y;  // pixels per unit of the locations or offsets
       if constexpr (kFused) {
         unit_x = unit_y = 1;
         if (p.R == 4) {
@@ -176,20 +180,20 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
         unit_y = staging.levels[l].height;
         p.grad_weights[at] = static_cast<U>(by_weight);
       }
-      // What contributed nothing, non-finite locations among it, has no gradient whatever its unit.
+      // A sample that contributed nothing, such as one at a non-finite location, has no gradient, whatever its unit.
       const Compute grad_x = by_x == 0 ? Compute(0) : by_x * unit_x, grad_y = by_y == 0 ? Compute(0) : by_y * unit_y;
       store_pack<U, 2>(p.grad_locations + at * 2, {static_cast<U>(grad_x), static_cast<U>(grad_y)});
     }
   }
   if constexpr (kFused) {
     if (!sampling_grad) return;
-    expected = group_sum(expected, place.group);
-    if (!place.active) return;
-    // In the order of the loop above, so that each lane reads back what it wrote itself.
+    expected = group_sum(expected, work.group);
+    if (!work.active) return;
+    // This loop has the same order as the loop above, so each lane reads back what it wrote itself.
     for (int first = 0; first < count; first += kChunk)
-      for (int s = first + place.lane; s < min(first + kChunk, count); s += place.group) {
+      for (int s = first + work.lane; s < min(first + kChunk, count); s += work.group) {
         const int64_t at = item * count + s;
-        const Compute weight = exponential(static_cast<Compute>(p.weights[at]) - stats.top) * stats.scale;
+        const Compute weight = exponential(static_cast<Compute>(p.weights[at]) - stats.max_logit) * stats.scale;
         p.grad_weights[at] = static_cast<U>(weight * (p.raw_grad_weights[at] - expected));
       }
   }
@@ -207,7 +211,8 @@ void launch_backward(const char* op, Params p, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Gradient of the reference points: one thread a (image, query, level) adds up its heads and points in order.
+// Computes the gradient of the reference points: one thread per (image, query, level) adds its heads and points in
+// order.
 template <class Params>
 __global__ __launch_bounds__(256, 1) void reference_kernel(const __grid_constant__ Params p,
                                                            typename Params::Compute* grad_reference) {
@@ -215,7 +220,7 @@ __global__ __launch_bounds__(256, 1) void reference_kernel(const __grid_constant
   extern __shared__ __align__(16) char memory[];
   DeviceLevel* levels = reinterpret_cast<DeviceLevel*>(memory);
   load_levels(p, p.levels, levels);
-  // 32 bits: tensors with more queries than that do not fit a device.
+  // 32 bits suffice: tensors with more queries would not fit a device.
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= p.N * p.Q * p.L) return;
   const unsigned l = i % static_cast<unsigned>(p.L);
@@ -228,7 +233,7 @@ __global__ __launch_bounds__(256, 1) void reference_kernel(const __grid_constant
       const Compute grad_x = p.grad_pixels[at] * width, grad_y = p.grad_pixels[at + 1] * height;
       center_x += grad_x;
       center_y += grad_y;
-      // 0 * infinity must stay 0: see backward_kernel.
+      // 0 * infinity must be 0, as in backward_kernel.
       if (grad_x != 0) extent_x += grad_x * p.half_per_point * static_cast<Compute>(p.locations[at]);
       if (grad_y != 0) extent_y += grad_y * p.half_per_point * static_cast<Compute>(p.locations[at + 1]);
     }
@@ -273,7 +278,8 @@ MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, con
     grads.weights = torch::stable::new_empty(in.weights, in.weights.sizes());
     const bool same = in.weights.scalar_type() == compute;
     if (fused) raw_grad_weights = same ? grads.weights : in_compute_dtype(in.weights);
-    // For points in the compute type the gradient in pixels is that of the offsets.
+    // If the reference points have two coordinates, the gradient in pixels equals that of the offsets, whose tensor
+    // then serves for both if it has the compute dtype.
     if (needs.reference) grad_pixels = same && z.R == 2 ? grads.locations : in_compute_dtype(in.locations);
   }
   if (needs.reference) grads.reference = torch::stable::new_empty(*in.reference_points, in.reference_points->sizes());
@@ -283,8 +289,8 @@ MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, con
     using U = typename decltype(u)::type;
     using Compute = ComputeType<T>;
     if (!scatter && !needs.sampling) return;
-    std::vector<Tensor> keep;
-    auto p = make_params<T, U>(in, keep);
+    std::vector<Tensor> keep_alive;
+    auto p = make_params<T, U>(in, keep_alive);
     p.grad_output = static_cast<const T*>(grad.const_data_ptr());
     if (scatter) p.grad_value = static_cast<Compute*>(value_sums.mutable_data_ptr());
     if (needs.sampling) {

@@ -1,14 +1,15 @@
-// ms_deform_attn and ms_deform_attn_fused on CUDA: the gradient of value, bit-identical from run to run, by
-// gathering in a fixed order instead of adding atomically.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the deterministic gradient of value, which is identical from run to
+// run because it gathers in a fixed order instead of adding atomically.
 //
-//   1. Every sample gets the cell of the level it falls in as its key: the cell of (x, y) holds the samples whose top
-//      left corner is (x, y), -1 included, so a level has (H + 1)(W + 1) cells.
-//   2. A stable radix sort brings the samples of a cell together, in the order of their numbers.
-//   3. Each row of value finds the samples of the four cells around it by binary search (two ranges, since cells of a
-//      row are neighbors) and adds up weight * gradient of the output over them, in that order.
+//   1. Every sample gets a key, the cell of the level in which it lies. Cell (x, y) holds the samples whose top left
+//      corner is (x, y). Coordinates begin at -1, so a level has (H + 1)(W + 1) cells.
+//   2. A stable radix sort groups the samples by cell and keeps them in the order of their numbers.
+//   3. Each row of value finds the samples of the four cells around it by binary search (in two ranges, because cells
+//   of
+//      the same y are adjacent) and sums weight * output gradient over them in that order.
 //
-// No sums meet in memory, so nothing is zeroed, and 16-bit gradients are rounded once. The sort handles some heads of
-// one image at a time, which bounds its memory by about 16 bytes a sample of those heads.
+// No sum is accumulated in memory, so nothing needs zeroing, and 16-bit gradients are rounded only once. One sort
+// handles a limited number of heads of one image, which limits its memory to about 16 bytes per sample of these heads.
 
 #include <cub/device/device_radix_sort.cuh>
 
@@ -18,14 +19,15 @@ namespace relops {
 
 namespace {
 
-// The slice of the work that one sort handles: heads [first_head, first_head + heads) of image n.
+// The part of the work that one sort handles: heads [first_head, first_head + heads) of image n.
 struct Slice {
   int64_t n, first_head, heads;
-  int64_t cells;    // more than a head's cells; the key of a sample outside all levels is heads * cells
-  int64_t samples;  // heads * Q * L * P, numbered in the order (q, head, sample)
+  int64_t cells;    // an upper bound of the cells per head; the key of a sample outside its level is heads * cells
+  int64_t samples;  // heads * Q * L * P samples, numbered in the order (q, head, sample)
 };
 
-// More than the cells of one head, known without reading the levels: (H + 1)(W + 1) <= 2 H W + 2 for H, W >= 1.
+// Returns an upper bound of the cells per head that is known without reading the levels: (H + 1)(W + 1) <= 2 H W + 2
+// for H, W >= 1.
 int64_t cells_bound(const MsDeformAttnSizes& z) { return 2 * z.S + 2 * z.L; }
 
 __device__ __forceinline__ int64_t cells_of(const DeviceLevel& level) {
@@ -38,7 +40,7 @@ __device__ __forceinline__ SoftmaxStats<Compute> stats_of(const SoftmaxStats<Com
   return stats != nullptr ? stats[q * p.M + m] : SoftmaxStats<Compute>{};
 }
 
-// Fused: what turns the logits of image n into weights. One group of 8 lanes an item.
+// Fused only: computes the softmax statistics of all items of image n, with 8 lanes per item.
 template <class Params>
 __global__ __launch_bounds__(256, 1) void stats_kernel(const __grid_constant__ Params p, int64_t n,
                                                        SoftmaxStats<typename Params::Compute>* stats) {
@@ -78,7 +80,7 @@ __global__ __launch_bounds__(256, 1) void keys_kernel(const __grid_constant__ Pa
   numbers[i] = static_cast<uint32_t>(i);
 }
 
-// First place in the sorted keys whose key is not less.
+// Returns the first index in the sorted keys whose key is not less than `key`.
 __device__ inline int64_t lower_bound(const uint32_t* keys, int64_t size, int64_t key) {
   int64_t low = 0, high = size;
   while (low < high) {
@@ -91,7 +93,8 @@ __device__ inline int64_t lower_bound(const uint32_t* keys, int64_t size, int64_
   return low;
 }
 
-// One warp a row of value; a lane owns channels lane, lane + 32, ... Samples are looked up 32 at a time, one a lane.
+// One warp computes one row of value; a lane owns channels lane, lane + 32, ... Samples are looked up 32 at a time, one
+// per lane.
 template <class Params, bool kFused>
 __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ Params p, Slice slice,
                                                         const SoftmaxStats<typename Params::Compute>* stats,
@@ -104,7 +107,7 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
   load_levels(p, p.levels, levels);
   const int lane = threadIdx.x % 32;
   const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
-  if (row >= p.S) return;  // whole warps
+  if (row >= p.S) return;  // the row is the same in the whole warp
   const int64_t head = blockIdx.y, m = slice.first_head + head;
   const unsigned count = p.L * p.P, heads = slice.heads;
   T* out = grad_value + ((slice.n * p.S + row) * p.M + m) * p.D;
@@ -113,7 +116,8 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
   for (int64_t first_channel = 0; first_channel < p.D; first_channel += 32) {
     const int64_t channel = first_channel + lane;
     Compute sum = 0;
-    // Levels may overlap or leave gaps where level_start_index says so: a row takes part in each that holds it.
+    // With level_start_index, levels may overlap or leave gaps. A row gets a gradient from every level that contains
+    // it.
     int64_t base = head * slice.cells;
     for (int l = 0; l < p.L && !masked; base += cells_of(levels[l]), ++l) {
       const DeviceLevel level = levels[l];
@@ -121,7 +125,7 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
       if (local < 0 || local >= int64_t(level.height) * level.width) continue;
       const int y = static_cast<int>(local) / level.width, x = static_cast<int>(local) - y * level.width;
       for (int below = 0; below < 2; ++below) {
-        // Top left corners (x - 1, y - 1 + below) and (x, y - 1 + below).
+        // The samples whose top left corner is (x - 1, y - 1 + below) or (x, y - 1 + below).
         const int64_t cell = base + int64_t{y + below} * (level.width + 1) + x;
         const int64_t bound = lane < 2 ? lower_bound(keys, slice.samples, cell + 2 * lane) : 0;
         const int64_t begin = __shfl_sync(kAll, bound, 0), end = __shfl_sync(kAll, bound, 1);
@@ -194,20 +198,21 @@ void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const
   dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
     using T = typename decltype(t)::type;
     using Compute = ComputeType<T>;
-    std::vector<Tensor> keep;
-    auto p = make_params<T, typename decltype(u)::type>(in, keep);
+    std::vector<Tensor> keep_alive;
+    auto p = make_params<T, typename decltype(u)::type>(in, keep_alive);
     using Params = decltype(p);
     p.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
     T* out = static_cast<T*>(grad_value.mutable_data_ptr());
 
     const int64_t per_head = z.Q * z.L * z.P, cells = cells_bound(z), limit = 2147483647;
-    STD_TORCH_CHECK(per_head <= limit && cells < limit, in.op, ": too large for the deterministic backward: ", per_head,
-                    " samples and ", z.S, " rows a head");
+    STD_TORCH_CHECK(per_head <= limit && cells < limit, in.op,
+                    ": inputs are too large for the deterministic backward: ", per_head, " samples and ", z.S,
+                    " rows per head");
     const int64_t heads = std::max<int64_t>(1, std::min({z.M, limit / per_head, (limit - 1) / cells, int64_t{65535}}));
     SoftmaxStats<Compute>* stats = nullptr;
     if (in.reference_points) {
-      keep.push_back(torch::stable::new_empty(in.value, {z.Q * z.M * 2}, compute_dtype(in.value.scalar_type())));
-      stats = static_cast<SoftmaxStats<Compute>*>(keep.back().mutable_data_ptr());
+      keep_alive.push_back(torch::stable::new_empty(in.value, {z.Q * z.M * 2}, compute_dtype(in.value.scalar_type())));
+      stats = static_cast<SoftmaxStats<Compute>*>(keep_alive.back().mutable_data_ptr());
     }
     for (int64_t n = 0; n < z.N; ++n) {
       if (stats != nullptr) {
@@ -215,8 +220,8 @@ void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       }
       for (int64_t first = 0; first < z.M; first += heads) {
-        const int64_t some = std::min(heads, z.M - first);
-        const Slice slice{n, first, some, cells, some * per_head};
+        const int64_t slice_heads = std::min(heads, z.M - first);
+        const Slice slice{n, first, slice_heads, cells, slice_heads * per_head};
         if (stats != nullptr)
           launch_slice<Params, true>(in, p, slice, stats, out, stream);
         else

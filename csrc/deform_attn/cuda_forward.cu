@@ -1,9 +1,9 @@
-// ms_deform_attn and ms_deform_attn_fused on CUDA: the forward, and the registration of the ops and
-// their backward. cuda.cuh says who does what work.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the forward, and the registration of forward and backward. cuda.cuh
+// explains how the work is divided.
 //
-// Bound by L2 -> L1 traffic: at the encoder shape of 800x1333 the gathered rows are 2.9 GB of float32 against 159 MB
-// that must come from memory at all. So rows are requested 16 bytes a lane, kUnroll samples of 4 corners in flight, and
-// the order of blocks serves the caches.
+// The traffic from L2 to L1 limits the speed: at the encoder shape of 800x1333 the gathered rows amount to 2.9 GB of
+// float32, whereas only 159 MB must be read from memory. Therefore each lane requests 16 bytes of a row, kUnroll
+// samples with 4 corners each are in flight, and the order of blocks favors the caches.
 
 #include "deform_attn/cuda.cuh"
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kUnroll = 4;
 
-// A lane owns V channels of an item; where D exceeds what a group holds, blocks take a slice of channels each.
+// A lane owns V channels of an item. If D exceeds the channels of a group, they are divided among several blocks.
 template <class Params, int V, bool kFused>
 __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__ Params p) {
   using T = typename Params::T;
@@ -22,27 +22,27 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
   const Staging<Compute> staging(memory, p.L, p.group_log2);
   const bool levels_fit = load_levels(p, p.levels, staging.levels);
 
-  const Place place = find_place(p, staging.levels, levels_fit);
-  const int64_t channel = ((place.channel_block << p.group_log2) + place.lane) * V;
-  const bool owns_channels = place.active && channel < p.D;
-  const int64_t nq = place.n * p.Q + place.q, item = nq * p.M + place.m;
-  const T* rows = p.value + (place.n * p.S * p.M + place.m) * p.D + channel;
+  const WorkItem work = find_work_item(p, staging.levels, levels_fit);
+  const int64_t channel = ((work.channel_block << p.group_log2) + work.lane) * V;
+  const bool owns_channels = work.active && channel < p.D;
+  const int64_t nq = work.n * p.Q + work.q, item = nq * p.M + work.m;
+  const T* rows = p.value + (work.n * p.S * p.M + work.m) * p.D + channel;
   const unsigned row_stride = static_cast<unsigned>(p.M * p.D * sizeof(T));
-  const bool* mask = p.mask != nullptr ? p.mask + place.n * p.S : nullptr;
+  const bool* mask = p.mask != nullptr ? p.mask + work.n * p.S : nullptr;
   const int count = static_cast<int>(p.L * p.P);
-  int4* staged_rows = staging.rows + place.slot;
-  Quad<Compute>* staged_weights = staging.numbers + place.slot;
+  int4* staged_rows = staging.rows + work.slot;
+  Quad<Compute>* staged_weights = staging.numbers + work.slot;
 
   SoftmaxStats<Compute> stats{};
-  if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, place.lane, place.group);
+  if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, work.lane, work.group);
 
   Compute sum[V] = {};
   for (int first = 0; first < count; first += kChunk) {
-    __syncwarp();  // the chunk before has been read
-    for (int j = place.lane; j < kChunk; j += place.group) {
+    __syncwarp();  // the previous chunk has been read
+    for (int j = work.lane; j < kChunk; j += work.group) {
       Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
       Compute weight = 0;
-      if (place.active && first + j < count) {
+      if (work.active && first + j < count) {
         const Sample<Compute> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
         corners = find_corners(sample, mask);
         weight = sample.weight;
@@ -63,7 +63,7 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
       for (int corner = 0; corner < 4; ++corner) {
         const bool inside = row_of[corner] >= 0;
         const Pack<T, V> values = load_pack<T, V>(row_at(rows, row_of[corner], row_stride), inside);
-        const Compute w = inside ? weight_of[corner] : Compute(0);  // may be NaN by itself
+        const Compute w = inside ? weight_of[corner] : Compute(0);  // the weight itself may be NaN
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] += w * static_cast<Compute>(values.x[v]);
       }
@@ -92,8 +92,8 @@ Tensor ms_deform_attn_forward_cuda(const MsDeformAttnInputs& in) {
   if (output.numel() == 0) return output;
   dispatch_features_and_coordinates(in.op, in.value.scalar_type(), in.locations.scalar_type(), [&](auto t, auto u) {
     using T = typename decltype(t)::type;
-    std::vector<Tensor> keep;
-    auto p = make_params<T, typename decltype(u)::type>(in, keep);
+    std::vector<Tensor> keep_alive;
+    auto p = make_params<T, typename decltype(u)::type>(in, keep_alive);
     p.output = static_cast<T*>(output.mutable_data_ptr());
     dispatch_launch<T>(z.D, in.reference_points.has_value(), [&](auto width, auto fused) {
       launch_forward<decltype(p), width, fused>(in.op, p, current_stream(in.value.get_device_index()));

@@ -1,8 +1,8 @@
-// ms_deform_attn and ms_deform_attn_fused: what the CPU and the CUDA half share: sizes, their checks, and the
-// signatures of library.cpp.
+// ms_deform_attn and ms_deform_attn_fused: the sizes, their checks, and the op signatures of library.cpp, for both CPU
+// and CUDA.
 //
-// These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
-// people are raised by relops/ops/ms_deform_attn.py.
+// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/ms_deform_attn.py
+// raises the errors that are meant for users.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,10 +23,11 @@ struct MsDeformAttnSizes {
   int64_t Q;  // queries
   int64_t L;  // levels
   int64_t P;  // points per level
-  int64_t R;  // coordinates per reference point: 2 or 4; 0 where locations are given (not fused)
+  int64_t R;  // coordinates per reference point: 2 or 4, or 0 if locations are given (not fused)
 };
 
-// locations: sampling_locations, or sampling_offsets where reference_points is given; weights likewise logits.
+// `locations` are sampling_locations or, if reference_points is given, sampling_offsets. Likewise, `weights` are
+// attention weights or attention logits.
 inline MsDeformAttnSizes ms_deform_attn_sizes(const char* op, const Tensor& value, const Tensor& spatial_shapes,
                                               const std::optional<Tensor>& level_start_index, const Tensor& locations,
                                               const Tensor& weights, const std::optional<Tensor>& reference_points,
@@ -35,8 +36,10 @@ inline MsDeformAttnSizes ms_deform_attn_sizes(const char* op, const Tensor& valu
   STD_TORCH_CHECK(locations.dim() == 6, op, ": locations or offsets must be [N,Q,M,L,P,2]");
   MsDeformAttnSizes z{value.size(0),     value.size(1),     value.size(2),     value.size(3),
                       locations.size(1), locations.size(3), locations.size(4), 0};
-  STD_TORCH_CHECK(z.L > 0 && z.P > 0, op, ": needs at least one level and one point");
-  STD_TORCH_CHECK(z.S < std::numeric_limits<int32_t>::max(), op, ": more than 2^31 - 2 locations in value");
+  STD_TORCH_CHECK(z.L > 0 && z.P > 0, op, ": at least one level and one point are required, got L = ", z.L,
+                  ", P = ", z.P);
+  STD_TORCH_CHECK(z.S < std::numeric_limits<int32_t>::max(), op,
+                  ": value must have fewer than 2^31 - 1 rows, got S = ", z.S);
   check_shape(op, "spatial_shapes", spatial_shapes, {z.L, 2});
   STD_TORCH_CHECK(spatial_shapes.scalar_type() == ScalarType::Long, op, ": spatial_shapes must be int64");
   if (level_start_index) {
@@ -45,14 +48,15 @@ inline MsDeformAttnSizes ms_deform_attn_sizes(const char* op, const Tensor& valu
   }
   check_shape(op, "locations or offsets", locations, {z.N, z.Q, z.M, z.L, z.P, 2});
   check_shape(op, "weights or logits", weights, {z.N, z.Q, z.M, z.L, z.P});
-  STD_TORCH_CHECK(locations.scalar_type() == weights.scalar_type(), op, ": locations and weights differ in dtype");
+  STD_TORCH_CHECK(locations.scalar_type() == weights.scalar_type(), op,
+                  ": locations and weights must have the same dtype");
   if (reference_points) {
     STD_TORCH_CHECK(reference_points->dim() == 4, op, ": reference_points must be [N,Q,L,2] or [N,Q,L,4]");
     z.R = reference_points->size(3);
-    STD_TORCH_CHECK(z.R == 2 || z.R == 4, op, ": reference_points must have 2 or 4 coordinates");
+    STD_TORCH_CHECK(z.R == 2 || z.R == 4, op, ": reference_points must have 2 or 4 coordinates, got ", z.R);
     check_shape(op, "reference_points", *reference_points, {z.N, z.Q, z.L, z.R});
     STD_TORCH_CHECK(reference_points->scalar_type() == compute_dtype(value.scalar_type()), op,
-                    ": reference_points must be float32 (float64 beside a float64 value)");
+                    ": reference_points must be float32, or float64 if value is float64");
   }
   if (value_mask) {
     check_shape(op, "value_mask", *value_mask, {z.N, z.S});
@@ -61,7 +65,7 @@ inline MsDeformAttnSizes ms_deform_attn_sizes(const char* op, const Tensor& valu
   return z;
 }
 
-// One pyramid level, read on the host.
+// One pyramid level, as read on the host.
 struct Level {
   int64_t height, width, start;
 };
@@ -75,20 +79,20 @@ inline std::vector<Level> read_levels(const char* op, const MsDeformAttnSizes& z
   int64_t sum = 0;
   for (int64_t l = 0; l < z.L; ++l) {
     const int64_t h = hw[2 * l], w = hw[2 * l + 1];
-    // Bounding each factor by S first keeps the product inside 64 bits.
+    // Comparing each factor with S first keeps the product within 64 bits.
     STD_TORCH_CHECK(h >= 0 && w >= 0 && (h == 0 || w == 0 || (h <= z.S && w <= z.S && h * w <= z.S - sum)), op,
-                    ": spatial_shapes do not add up to S = ", z.S, ": level ", l, " is ", h, " x ", w);
+                    ": spatial_shapes must add up to S = ", z.S, ", got level ", l, " of ", h, " x ", w);
     const int64_t start = starts ? starts[l] : sum;
-    STD_TORCH_CHECK(start >= 0 && start <= z.S - h * w, op, ": level ", l, " of ", h, " x ", w, " at ", start,
+    STD_TORCH_CHECK(start >= 0 && start <= z.S - h * w, op, ": level ", l, " of ", h, " x ", w, " at row ", start,
                     " does not fit in S = ", z.S);
     levels[l] = {h, w, start};
     sum += h * w;
   }
-  STD_TORCH_CHECK(sum == z.S, op, ": spatial_shapes add up to ", sum, ", but value has S = ", z.S);
+  STD_TORCH_CHECK(sum == z.S, op, ": spatial_shapes must add up to S = ", z.S, ", got ", sum);
   return levels;
 }
 
-// The inputs of all four ops, checked and dense. locations and weights are offsets and logits where reference_points
+// The inputs of all four ops, checked and dense. `locations` and `weights` are offsets and logits if reference_points
 // is given.
 struct MsDeformAttnInputs {
   MsDeformAttnInputs(const char* op, const Tensor& value, const Tensor& spatial_shapes,
@@ -105,7 +109,7 @@ struct MsDeformAttnInputs {
         weights(dense(weights)),
         value_mask(dense(value_mask)) {
     const auto check_device = [&](const char* name, const Tensor& tensor) {
-      STD_TORCH_CHECK(tensor.device() == value.device(), op, ": ", name, " is not on the device of value");
+      STD_TORCH_CHECK(tensor.device() == value.device(), op, ": ", name, " must be on the device of value");
     };
     check_device("locations or offsets", locations);
     check_device("weights or logits", weights);
@@ -125,7 +129,8 @@ struct MsDeformAttnInputs {
   std::optional<Tensor> value_mask;
 };
 
-// Which gradients a backward computes. `sampling`: those of locations and weights, which one kernel finds together.
+// Which gradients a backward computes. `sampling` stands for the gradients of locations and weights, which one kernel
+// computes together.
 struct MsDeformAttnNeeds {
   bool value, sampling, reference, deterministic;
 };
@@ -138,7 +143,7 @@ inline MsDeformAttnGrads no_grads(const MsDeformAttnInputs& in) {
   return {none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
 }
 
-// The gradients where the output is empty.
+// Returns the gradients if the output is empty.
 inline MsDeformAttnGrads zero_grads(const MsDeformAttnInputs& in, MsDeformAttnNeeds needs) {
   const auto zeros = [](const Tensor& tensor) { return torch::stable::new_zeros(tensor, tensor.sizes()); };
   MsDeformAttnGrads grads = no_grads(in);
@@ -153,11 +158,11 @@ inline void check_grad_output(const MsDeformAttnInputs& in, const Tensor& grad_o
   const auto& z = in.sizes;
   check_shape(in.op, "grad_output", grad_output, {z.N, z.Q, z.M * z.D});
   STD_TORCH_CHECK(grad_output.scalar_type() == in.value.scalar_type(), in.op,
-                  ": grad_output differs from value in dtype");
-  STD_TORCH_CHECK(grad_output.device() == in.value.device(), in.op, ": grad_output is not on the device of value");
+                  ": grad_output must have the dtype of value");
+  STD_TORCH_CHECK(grad_output.device() == in.value.device(), in.op, ": grad_output must be on the device of value");
 }
 
-// The ops with the signatures of library.cpp, from a device's
+// The ops with the signatures of library.cpp, made of two functions of a device:
 //   Tensor forward(const MsDeformAttnInputs&) and
 //   MsDeformAttnGrads backward(const MsDeformAttnInputs&, const Tensor& grad_output, MsDeformAttnNeeds).
 template <auto kForward, auto kBackward>
@@ -199,7 +204,7 @@ struct MsDeformAttnOps {
     const MsDeformAttnInputs in("_ms_deform_attn_fused_backward", value, spatial_shapes, level_start_index,
                                 reference_points, sampling_offsets, attention_logits, value_mask);
     check_needs_grad(in.op, needs_grad, 4);
-    // The gradient of reference points is a sum of those of offsets.
+    // The gradient of a reference point is a sum of gradients of offsets.
     const bool sampling = needs_grad[1] || needs_grad[2] || needs_grad[3];
     const MsDeformAttnGrads grads = kBackward(in, grad_output, {needs_grad[0], sampling, needs_grad[1], deterministic});
     return {grads.value, grads.reference, only_if(needs_grad[2], grads.locations),
