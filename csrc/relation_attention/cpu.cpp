@@ -1,10 +1,12 @@
-// relation_attention on the CPU: the two directions, their work divided among threads, and the registration.
+// relation_attention on the CPU: the forward and the backward, the division of their work among threads, and the
+// registration of the ops.
 //
-// Forward: threads first pack the keys of some images tile by tile, then take blocks of up to 36 queries with all heads
-// (PackedKeys and ForwardWorker in cpu_forward.h). Backward: threads take some heads of an image (BackwardWorker in
-// cpu_backward.h) and leave partial sums for weights and boxes, which are added up here in a fixed order, so that
-// results do not depend on the number of threads. Both are bound by the multiply-adds of cpu_products.h; cpu_kernel.h
-// counts them. The sines and cosines of cpu_geometry.h come second.
+// In the forward, threads first pack the keys of some images tile by tile and then process blocks of up to 36 queries
+// with all heads (PackedKeys and ForwardWorker in cpu_forward.h). In the backward, each thread processes some heads of
+// an image (BackwardWorker in cpu_backward.h) and writes partial sums for weights and boxes. This file adds the partial
+// sums in a fixed order, so the results do not depend on the number of threads. The multiply-adds of cpu_products.h
+// limit the speed of both; cpu_kernel.h counts them. The sines and cosines of cpu_geometry.h are the second largest
+// cost.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,26 +24,26 @@ namespace {
 struct Kernels {
   template <class T>
   static void forward(const RelationAttention&, const RelationAttentionArgs<T>& a) {
-    const KeyIndex kept(a.N, a.Q, a.K, a.mask);
-    RELOPS_CALL_ISA(relation_attention_forward, a, kept);
+    const KeyIndex key_index(a.N, a.Q, a.K, a.mask);
+    RELOPS_CALL_ISA(relation_attention_forward, a, key_index);
   }
 
   template <class T>
   static void backward(const RelationAttention&, RelationAttentionArgs<T> a) {
     using Compute = ComputeType<T>;
-    const KeyIndex kept(a.N, a.Q, a.K, a.mask);
-    const bool of_boxes = a.grad_query_boxes != nullptr || a.grad_key_boxes != nullptr;
-    const int64_t threads = threads_for(relation_nanoseconds(a, of_boxes ? 4 : 2.3));
+    const KeyIndex key_index(a.N, a.Q, a.K, a.mask);
+    const bool needs_box_grads = a.grad_query_boxes != nullptr || a.grad_key_boxes != nullptr;
+    const int64_t threads = threads_for(relation_nanoseconds(a, needs_box_grads ? 4 : 2.3));
     std::vector<Compute> delta(a.N * a.Q * a.M);
     a.delta = delta.data();
-    if constexpr (sizeof(T) == 2) {  // delta by a forward: see RelationAttentionArgs
-      RELOPS_CALL_ISA(relation_attention_forward, a, kept);
+    if constexpr (sizeof(T) == 2) {  // a forward computes delta: see RelationAttentionArgs
+      RELOPS_CALL_ISA(relation_attention_forward, a, key_index);
     } else {
       const double work = static_cast<double>(a.N) * a.Q * a.M * (5 + 2 * vectors_of<Compute>(a.Dv));
       for_each_range(a.N * a.Q, threads_for(work),
                      [&](int64_t begin, int64_t end) { RELOPS_CALL_ISA(relation_attention_delta, a, begin, end); });
     }
-    // No more parts than the threads need, because every part computes the sines anew.
+    // The number of parts is not larger than the threads need, because every part computes the sines again.
     const int64_t parts = parts_for(a.N, 1, a.M, threads);
     std::vector<double> weight(a.grad_weight == nullptr ? 0 : a.N * a.M * kEmbedding);
     std::vector<double> bias(a.grad_bias == nullptr ? 0 : a.N * a.M);
@@ -49,7 +51,7 @@ struct Kernels {
     std::vector<Compute> key_boxes(a.grad_key_boxes == nullptr ? 0 : parts * a.N * a.K * 4);
     const RelationAttentionPartials<Compute> partials{parts, weight.data(), bias.data(), query_boxes.data(),
                                                       key_boxes.data()};
-    RELOPS_CALL_ISA(relation_attention_backward, a, kept, partials, threads);
+    RELOPS_CALL_ISA(relation_attention_backward, a, key_index, partials, threads);
     if (a.grad_weight != nullptr) sum_partials(partials.weight, a.N, a.M * kEmbedding, a.grad_weight);
     if (a.grad_bias != nullptr) sum_partials(partials.bias, a.N, a.M, a.grad_bias);
     if (a.grad_query_boxes != nullptr)
@@ -58,7 +60,7 @@ struct Kernels {
   }
 
  private:
-  // Sets sum[i] to the sum of partials [count,size] over count, in order.
+  // Sets sum[i] to the sum of partials [count,size] over count, added in order.
   template <class S, class Compute>
   static void sum_partials(const S* partials, int64_t count, int64_t size, Compute* sum) {
     for (int64_t i = 0; i < size; ++i) {
@@ -68,13 +70,14 @@ struct Kernels {
     }
   }
 
-  // Writes the gradients of boxes, from partials [parts,boxes,4] of those of centers and logarithms of sizes.
+  // Writes the gradients of boxes, given the partial gradients [parts,boxes,4] of their centers and of the logarithms
+  // of their sizes.
   template <class Compute>
   static void grad_of_boxes(Compute* partials, int64_t parts, int64_t count, const Compute* boxes, Compute* grad) {
     sum_partials(partials, parts, count * 4, grad);
     for (int64_t i = 0; i < count; ++i, boxes += 4, grad += 4) {
       const Compute x = grad[0] / 2, y = grad[1] / 2;
-      // The 0 of a masked key stays 0, whatever its box.
+      // The zero gradient of a masked key stays zero for any box.
       const Compute w = grad[2] == 0 ? 0 : grad[2] / (boxes[2] - boxes[0] + 1);
       const Compute h = grad[3] == 0 ? 0 : grad[3] / (boxes[3] - boxes[1] + 1);
       grad[0] = x - w;

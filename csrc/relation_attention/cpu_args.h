@@ -1,5 +1,5 @@
-// relation_attention on the CPU: what the kernels are called with besides RelationAttentionArgs (problem.h), and how
-// their work is divided.
+// relation_attention on the CPU: the arguments of the kernels in addition to RelationAttentionArgs (problem.h), and the
+// division of their work.
 #pragma once
 
 #include <array>
@@ -12,29 +12,29 @@
 
 namespace relops {
 
-// The largest number of queries in a block: some panels of six rows.
+// The largest number of queries in a block, a multiple of the six rows of a panel.
 constexpr int64_t kForwardBlock = 36, kBackwardBlock = 24;
 
-// The memory that packed keys may take per thread. Without a limit, the keys of all images of a large batch would lie
-// in new memory, whose page faults cost more than the packing.
+// The memory for packed keys per thread. Without a limit, the keys of all images of a large batch would need new
+// memory, whose page faults cost more than the packing.
 constexpr int64_t kPackedBytes = 2 << 20;
 
-// Returns into how many parts to divide each of N images: the smallest number from min_parts to max_parts that keeps
-// the threads evenly busy.
+// Returns the number of parts into which each of N images is divided: the smallest number from min_parts to max_parts
+// that keeps the threads evenly busy.
 inline int64_t parts_for(int64_t N, int64_t min_parts, int64_t max_parts, int64_t threads) {
   int64_t count = min_parts;
   while (count < max_parts && N * count < 4 * threads && N * count % threads != 0) ++count;
   return count;
 }
 
-// Returns the time that `times` forwards take one thread.
+// Returns the time of `times` forwards on one thread, in nanoseconds.
 template <class T>
 double relation_nanoseconds(const RelationAttentionArgs<T>& a, double times) {
   const double pairs = static_cast<double>(a.N) * a.Q * a.K;
   return times * vectors_of<ComputeType<T>>(pairs) * (60 + a.M * (35 + 0.5 * (a.D + a.Dv)));
 }
 
-// The indices of the keys of each image that are not masked, and those of all queries.
+// The indices of the unmasked keys of each image, and the indices of all queries.
 class KeyIndex {
  public:
   KeyIndex(int64_t N, int64_t Q, int64_t K, const bool* mask) : K_(K), index_(N * K), counts_(N), queries_(Q) {
@@ -54,15 +54,15 @@ class KeyIndex {
   std::vector<int32_t> queries_;
 };
 
-// Partial results of gradients that are sums over the images of a batch or over parts of the heads. cpu.cpp adds them
-// up at the end, in their order.
+// Partial gradients, which must be summed over the images of a batch or over parts of the heads. cpu.cpp adds them in
+// order at the end.
 template <class Compute>
 struct RelationAttentionPartials {
-  int64_t parts;          // into which the heads are divided
+  int64_t parts;          // number of parts into which the heads are divided
   double *weight, *bias;  // [N,M,64], [N,M]
   Compute *query_boxes,
-      *key_boxes;  // [parts,N,Q,4], [parts,N,K,4]: those of the center's x and y, and of the
-                   // logarithms of width and height
+      *key_boxes;  // [parts,N,Q,4], [parts,N,K,4]: gradients of the center's x and y and of
+                   // the logarithms of width and height
 };
 
 }  // namespace relops

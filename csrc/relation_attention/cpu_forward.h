@@ -1,5 +1,6 @@
-// relation_attention on the CPU: the forward. PackedKeys packs the keys of some images tile by tile; ForwardWorker
-// takes a block of queries with all heads over the tiles of its image, with a running maximum as in flash attention.
+// relation_attention on the CPU: the forward. PackedKeys packs the keys of some images tile by tile. ForwardWorker
+// processes a block of queries with all heads over the tiles of its image, with a running maximum as in flash
+// attention.
 #ifndef RELOPS_RELATION_ATTENTION_FORWARD
 #define RELOPS_RELATION_ATTENTION_FORWARD
 
@@ -10,7 +11,7 @@
 
 namespace relops::RELOPS_ISA {
 
-// Keys as products read them.
+// A tile of keys in the layout that the products read.
 template <class Compute>
 struct KeyTile {
   BoxTable<Compute> boxes;
@@ -18,39 +19,39 @@ struct KeyTile {
   Compute* values;   // [M,width,padded Dv]
 };
 
-// The packed keys of `images` images, from image `first` on, tile by tile.
+// The packed keys of `images` images, beginning with image `first`, tile by tile.
 template <class T>
 struct PackedKeys {
   using Compute = ComputeType<T>;
 
   const RelationAttentionArgs<T>& a;
-  const KeyIndex& kept;
-  int64_t of_image;     // tiles of an image
-  int64_t width;        // keys of a tile: kTile, or K rounded up to whole vectors if that is less
-  int64_t value_width;  // padded Dv
+  const KeyIndex& key_index;
+  int64_t tiles_per_image;  // number of tiles per image
+  int64_t width;            // keys per tile: kTile, or K rounded up to whole vectors if that is less
+  int64_t value_width;      // padded Dv
   int64_t images, first = 0;
   Scratch scratch;
   std::vector<KeyTile<Compute>> tiles;
 
-  PackedKeys(const RelationAttentionArgs<T>& a, const KeyIndex& kept, int64_t threads)
+  PackedKeys(const RelationAttentionArgs<T>& a, const KeyIndex& key_index, int64_t threads)
       : a(a),
-        kept(kept),
-        of_image(ceil_div(a.K, kTile<Compute>)),
+        key_index(key_index),
+        tiles_per_image(ceil_div(a.K, kTile<Compute>)),
         width(std::min(kTile<Compute>, round_up(a.K, kLanes<Compute>))),
         value_width(round_up(a.Dv, kLanes<Compute>)) {
-    const int64_t bytes = of_image * width * a.M * (a.D + value_width) * sizeof(Compute);
+    const int64_t bytes = tiles_per_image * width * a.M * (a.D + value_width) * sizeof(Compute);
     images = std::clamp<int64_t>(threads * kPackedBytes / bytes, 1, a.N);
-    for (int64_t i = 0; i < images * of_image; ++i)
+    for (int64_t i = 0; i < images * tiles_per_image; ++i)
       tiles.push_back({BoxTable<Compute>(width, scratch), scratch.take<Compute>(a.M * a.D * width),
                        scratch.take<Compute>(a.M * width * value_width)});
   }
 
   // Packs tile `item`.
   void operator()(int64_t item) {
-    const int64_t n = first + item / of_image, from = item % of_image * kTile<Compute>;
-    const int64_t count = std::min(kTile<Compute>, kept.count(n) - from);
+    const int64_t n = first + item / tiles_per_image, from = item % tiles_per_image * kTile<Compute>;
+    const int64_t count = std::min(kTile<Compute>, key_index.count(n) - from);
     if (count <= 0) return;
-    const int32_t* const index = kept.index(n) + from;
+    const int32_t* const index = key_index.index(n) + from;
     KeyTile<Compute>& tile = tiles[item];
     tile.boxes.fill(a.waves, a.key_boxes + n * a.K * 4, index, count);
     for (int64_t m = 0; m < a.M; ++m) {
@@ -60,7 +61,7 @@ struct PackedKeys {
   }
 };
 
-// A thread's work and memory for a block of queries with all heads.
+// The work and the memory of a thread for a block of queries with all heads.
 template <class T>
 struct ForwardWorker {
   using Compute = ComputeType<T>;
@@ -68,22 +69,22 @@ struct ForwardWorker {
 
   const RelationAttentionArgs<T>& a;
   const PackedKeys<T>& keys;
-  int64_t blocks;              // into which the queries of an image are divided
-  int64_t max_queries;         // of a block
+  int64_t blocks;              // number of blocks into which the queries of an image are divided
+  int64_t max_queries;         // largest number of queries in a block
   int64_t width, value_width;  // padded D and Dv
-  // The distance of queries in b. It is a vector more than their rows take, because these would otherwise compete for
-  // the same sets of the cache.
+  // The distance between queries in b. It is one vector larger than their rows, which would otherwise compete for the
+  // same sets of the cache.
   int64_t b_stride;
   Scratch scratch;
   BoxTable<Compute> queries;
-  Compute* query;    // [M,max_queries,padded D], scaled
-  Compute* rotated;  // [max_queries,M,32]
-  Compute* output;   // [M,max_queries,padded Dv]
-  Compute* top;      // [M,max_queries]: about the largest s of the keys so far
-  Compute* total;    // [M,max_queries,lanes]: sums of the weights in its scale
-  Compute* terms;    // [32,kTile]
-  Compute* b;        // [max_queries,M,kTile]
-  Compute* p;        // [max_queries,kTile]
+  Compute* query;        // [M,max_queries,padded D], multiplied by scale
+  Compute* rotated;      // [max_queries,M,32]
+  Compute* output;       // [M,max_queries,padded Dv]
+  Compute* running_max;  // [M,max_queries]: the largest s so far, within kSlack
+  Compute* total;        // [M,max_queries,lanes]: sums of the weights, relative to exp(running_max)
+  Compute* terms;        // [32,kTile]
+  Compute* b;            // [max_queries,M,kTile]
+  Compute* p;            // [max_queries,kTile]
 
   ForwardWorker(const RelationAttentionArgs<T>& a, const PackedKeys<T>& keys, int64_t blocks)
       : a(a),
@@ -97,7 +98,7 @@ struct ForwardWorker {
         query(scratch.take<Compute>(a.M * max_queries * width)),
         rotated(scratch.take<Compute>(max_queries * a.M * kHalf)),
         output(scratch.take<Compute>(a.M * max_queries * value_width)),
-        top(scratch.take<Compute>(a.M * max_queries)),
+        running_max(scratch.take<Compute>(a.M * max_queries)),
         total(scratch.take<Compute>(a.M * max_queries * V)),
         terms(scratch.take<Compute>(kHalf * kKeys)),
         b(scratch.take<Compute>(max_queries * b_stride)),
@@ -105,17 +106,17 @@ struct ForwardWorker {
 
   void operator()(int64_t item) {
     const int64_t image = item / blocks, n = keys.first + image;
-    // Blocks are whole panels of rows, because a smaller panel takes nearly as long as a whole one.
+    // Blocks consist of whole panels of rows, because a smaller panel takes nearly as long as a whole one.
     const auto from = [&](int64_t block) { return block * ceil_div(a.Q, kPanelRows) / blocks * kPanelRows; };
     const int64_t first = from(item % blocks), count = std::min(from(item % blocks + 1), a.Q) - first;
     load_queries(n, first, count);
-    for (int64_t i = 0; i * kKeys < keys.kept.count(n); ++i)
-      visit(count, keys.tiles[image * keys.of_image + i], std::min(kKeys, keys.kept.count(n) - i * kKeys));
+    for (int64_t i = 0; i * kKeys < keys.key_index.count(n); ++i)
+      visit(count, keys.tiles[image * keys.tiles_per_image + i], std::min(kKeys, keys.key_index.count(n) - i * kKeys));
     store_queries(n, first, count);
   }
 
   void load_queries(int64_t n, int64_t first, int64_t count) {
-    const int32_t* const index = keys.kept.every_query() + first;
+    const int32_t* const index = keys.key_index.every_query() + first;
     queries.fill(a.waves, a.query_boxes + n * a.Q * 4, index, count);
     for (int64_t m = 0; m < a.M; ++m) {
       pack_rows(a.query, n, m, index, count, a.D, a.scale, query + m * max_queries * width, width);
@@ -123,11 +124,11 @@ struct ForwardWorker {
         rotate(a.weight + m * kEmbedding, queries.term_rows + q * kHalf, rotated + (q * a.M + m) * kHalf);
     }
     std::fill_n(output, a.M * max_queries * value_width, Compute(0));
-    std::fill_n(top, a.M * max_queries, -std::numeric_limits<Compute>::infinity());
+    std::fill_n(running_max, a.M * max_queries, -std::numeric_limits<Compute>::infinity());
     std::fill_n(total, a.M * max_queries * V, Compute(0));
   }
 
-  // Adds what a tile of `count` keys gives to a block of queries.
+  // Adds the contribution of a tile of `count` keys to a block of queries.
   void visit(int64_t block, const KeyTile<Compute>& tile, int64_t count) {
     const int64_t vectors = ceil_div(count, V);
     for (int64_t q = 0; q < block; ++q)
@@ -137,7 +138,7 @@ struct ForwardWorker {
       const int64_t row = m * max_queries;
       multiply<Compute>({{query + row * width, width, 1}, tile.columns + m * a.D * keys.width, keys.width, a.D}, block,
                         vectors, p, kKeys);
-      // Keys do not fit into the second cache: those of the next head are fetched meanwhile, some lines per query.
+      // The keys do not fit into the L2 cache, so some lines of the next head's keys are prefetched with each query.
       const int64_t columns = a.D * keys.width, values = keys.width * value_width;
       const int64_t lines =
           m + 1 < a.M ? ceil_div(std::max(columns, values) * int64_t{sizeof(Compute)}, 64 * block) : 0;
@@ -151,26 +152,26 @@ struct ForwardWorker {
     }
   }
 
-  // Turns p, the logits s of one query and head (`row`) with a tile, into weights in the scale of the sums so far. The
-  // scale is changed only where s is much larger than before: a weight may be as large as exp(kSlack) times b.
+  // Converts p, the logits s of one query and head (`row`) with a tile, to weights relative to exp(running_max). The
+  // running maximum is updated only if s is much larger, so a weight may be as large as exp(kSlack) times b.
   void normalize(int64_t row, Compute bias, int64_t count, const Compute* b, Compute* p) {
     constexpr Compute kSlack = 16;
     mask_last(p, count);
-    Vec<Compute> tops = load(p);
-    for (int64_t k = V; k < count; k += V) tops = maximum(load(p + k), tops);
-    const Compute highest = fold<Compute>(tops, [](Vec<Compute> x, Vec<Compute> y) { return maximum(x, y); });
-    Compute& top = this->top[row];
+    Vec<Compute> maxima = load(p);
+    for (int64_t k = V; k < count; k += V) maxima = maximum(load(p + k), maxima);
+    const Compute tile_max = fold<Compute>(maxima, [](Vec<Compute> x, Vec<Compute> y) { return maximum(x, y); });
+    Compute& running_max = this->running_max[row];
     Vec<Compute> totals = load(total + row * V);
-    if (highest > top + kSlack) {
-      const Compute decay = std::exp(top - highest);
+    if (tile_max > running_max + kSlack) {
+      const Compute decay = std::exp(running_max - tile_max);
       totals *= decay;
       Compute* const sums = output + row * value_width;
       for (int64_t d = 0; d < value_width; d += V) store(sums + d, load(sums + d) * decay);
-      top = highest;
+      running_max = tile_max;
     }
     for_batches<Compute, kAtOnce>(count, [&](int64_t k, auto vectors) __attribute__((always_inline)) {
       constexpr int N = vectors;
-      const auto e = exponential(batch<Compute, N>([&](int i) { return load(p + k + i * V) - top; }));
+      const auto e = exponential(batch<Compute, N>([&](int i) { return load(p + k + i * V) - running_max; }));
       const auto weight =
           e * batch<Compute, N>([&](int i) { return above_floor<Compute>(load(b + k + i * V) + bias); });
 #pragma GCC unroll 4
@@ -182,13 +183,13 @@ struct ForwardWorker {
     store(total + row * V, totals);
   }
 
-  // Writes output and logsumexp; or delta, where it is asked for.
+  // Writes output and logsumexp, or only delta if it is requested.
   void store_queries(int64_t n, int64_t first, int64_t count) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t m = 0; m < a.M; ++m) {
         const int64_t row = m * max_queries + q, to = (n * a.Q + first + q) * a.M + m;
-        const bool none = keys.kept.count(n) == 0;
-        const Compute weight = sum<Compute>(load(total + row * V)), scale = none ? 0 : 1 / weight;
+        const bool no_keys = keys.key_index.count(n) == 0;
+        const Compute weight = sum<Compute>(load(total + row * V)), scale = no_keys ? 0 : 1 / weight;
         Compute* const sums = output + row * value_width;
         for (int64_t d = 0; d < value_width; d += V) store(sums + d, load(sums + d) * scale);
         if (a.delta != nullptr) {
@@ -196,7 +197,7 @@ struct ForwardWorker {
           continue;
         }
         convert(sums, a.output + to * a.Dv, a.Dv);
-        a.logsumexp[to] = none ? std::numeric_limits<Compute>::infinity() : top[row] + std::log(weight);
+        a.logsumexp[to] = no_keys ? std::numeric_limits<Compute>::infinity() : running_max[row] + std::log(weight);
       }
   }
 };

@@ -1,5 +1,6 @@
-// relation_attention on the CPU: the geometry of pairs. BoxTable has what depends on one box; geometry_of computes the
-// sines and cosines of pairs and, from these and the box tables, b of all heads. problem.h has the mathematics.
+// relation_attention on the CPU: the geometry of pairs. BoxTable holds what depends on one box. geometry_of computes
+// the sines and cosines of pairs and, from these and the box tables, b for all heads. problem.h explains the
+// mathematics.
 #ifndef RELOPS_RELATION_ATTENTION_GEOMETRY
 #define RELOPS_RELATION_ATTENTION_GEOMETRY
 
@@ -11,7 +12,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The number of vectors that go through a chain of operations side by side, so that none waits for the one before it.
+// The number of vectors that go through a chain of dependent operations side by side, which hides the latency of each
+// operation.
 constexpr int kAtOnce = 4;
 
 template <class Compute>
@@ -20,7 +22,7 @@ template <>
 struct Bits<float> {
   static constexpr int kMantissa = 23;
   static constexpr int32_t kSign = INT32_MIN, kRootHalf = 0x3f3504f3;
-  static constexpr float kRounder = 12582912.0f;  // added, leaves an integer in the low bits
+  static constexpr float kRounder = 12582912.0f;  // adding it leaves an integer in the low bits
 };
 template <>
 struct Bits<double> {
@@ -34,7 +36,7 @@ inline Vec<Compute> absolute(Vec<Compute> x) {
   return (Vec<Compute>)((VecInt<Compute>)x & ~Bits<Compute>::kSign);
 }
 
-// log2 of x > 0. That of 0 has an exponent below that of every number.
+// Returns log2 of x > 0. For x = 0, the exponent is smaller than that of every positive number.
 template <class Compute>
 inline Log2<Vec<Compute>> log2_of(Vec<Compute> x) {
   const VecInt<Compute> n = ((VecInt<Compute>)x - Bits<Compute>::kRootHalf) >> Bits<Compute>::kMantissa;
@@ -43,13 +45,13 @@ inline Log2<Vec<Compute>> log2_of(Vec<Compute> x) {
   return {__builtin_convertvector(n, Vec<Compute>), r * Series<Compute>::log2(r * r)};
 }
 
-// Writes the sines and cosines of one coordinate, whose log2 is given, to rows that lie `row` apart.
+// Writes the sines and cosines of one coordinate, given its log2, to rows that are `row` elements apart.
 template <class Compute>
 inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Compute* terms, int64_t row) {
   using F = Batch<Compute, kAtOnce>;
 #pragma GCC unroll 2
   for (int j = 0; j < kWaves; j += kAtOnce) {
-    const Wave<Compute>* const wave = waves.of + j;
+    const Wave<Compute>* const wave = waves.wave + j;
     const F exact = batch<Compute, kAtOnce>([&](int i) { return log2.n * wave[i].high; });
     const F rest = batch<Compute, kAtOnce>([&](int i) { return log2.n * wave[i].low + log2.l * wave[i].per_octave; });
     const F shifted = exact + rest + Bits<Compute>::kRounder;
@@ -57,7 +59,7 @@ inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Co
     const F sine = r * Series<Compute>::sine(u), cosine = Series<Compute>::cosine(u);
 #pragma GCC unroll 4
     for (int i = 0; i < kAtOnce; ++i) {
-      // An odd number of half turns changes both signs.
+      // An odd number of half turns changes the signs of both.
       const VecInt<Compute> sign = (VecInt<Compute>)shifted.v[i] << (8 * sizeof(Compute) - 1);
       store(terms + (j + i) * row, (Vec<Compute>)((VecInt<Compute>)sine.v[i] ^ sign));
       store(terms + (kWaves + j + i) * row, (Vec<Compute>)((VecInt<Compute>)cosine.v[i] ^ sign));
@@ -65,14 +67,14 @@ inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Co
   }
 }
 
-// What depends on one box, coordinate by coordinate, padded to whole vectors of boxes.
+// Values that depend on one box, stored coordinate by coordinate and padded to whole vectors of boxes.
 template <class Compute>
 struct BoxTable {
   int64_t padded;
   Compute *x_high, *x_low, *y_high, *y_low;  // centers
   Compute *width, *height;
   Compute *width_n, *width_l, *height_n, *height_l;  // log2
-  Compute *terms, *term_rows;  // [32,padded], [padded,32], of width and height; NaN for an invalid box
+  Compute *terms, *term_rows;  // [32,padded], [padded,32]: for width and height; NaN if the box is invalid
 
   BoxTable(int64_t count, Scratch& scratch) : padded(round_up(count, kLanes<Compute>)) {
     for (Compute** array :
@@ -82,18 +84,19 @@ struct BoxTable {
     term_rows = scratch.take<Compute>(kHalf * padded);
   }
 
-  // Fills the table: its box i is boxes[index[i]], for i < count. The last vector is padded with boxes of one pixel.
+  // Sets box i of the table to boxes[index[i]] for i < count. The last vector is padded with boxes of one pixel.
   void fill(const Waves<Compute>& waves, const Compute* boxes, const int32_t* index, int64_t count) {
     constexpr int64_t V = kLanes<Compute>;
     for (int64_t first = 0; first < count; first += V) {
-      alignas(64) Compute of[4][V] = {};
+      alignas(64) Compute coordinates[4][V] = {};
       for (int64_t i = 0; i < std::min(V, count - first); ++i)
-        for (int c = 0; c < 4; ++c) of[c][i] = boxes[4 * index[first + i] + c];
-      const Vec<Compute> x1 = load(of[0]), y1 = load(of[1]), x2 = load(of[2]), y2 = load(of[3]);
+        for (int c = 0; c < 4; ++c) coordinates[c][i] = boxes[4 * index[first + i] + c];
+      const Vec<Compute> x1 = load(coordinates[0]), y1 = load(coordinates[1]), x2 = load(coordinates[2]),
+                         y2 = load(coordinates[3]);
       const TwoPart<Vec<Compute>> x = middle(x1, x2), y = middle(y1, y2);
-      const Vec<Compute> w = x2 - x1 + 1, h = y2 - y1 + 1, none = {};
-      // A number that is not finite gives NaN, not 0, when multiplied by 0.
-      const VecInt<Compute> valid = (w > 0) & (h > 0) & ((x1 + y1 + x2 + y2 + w + h) * none == none);
+      const Vec<Compute> w = x2 - x1 + 1, h = y2 - y1 + 1, zeros = {};
+      // A non-finite number multiplied by 0 is NaN, not 0.
+      const VecInt<Compute> valid = (w > 0) & (h > 0) & ((x1 + y1 + x2 + y2 + w + h) * zeros == zeros);
       const Log2<Vec<Compute>> log2_w = log2_of<Compute>(w), log2_h = log2_of<Compute>(h);
       store(x_high + first, x.high);
       store(x_low + first, x.low);
@@ -122,8 +125,8 @@ struct BoxTable {
   }
 };
 
-// A query beside a vector of keys that begins at `first`: the differences of their centers, and the sizes that they are
-// divided by.
+// A query paired with the vector of keys that begins at `first`: the differences of their centers, and the sizes by
+// which these are divided.
 template <class Compute>
 struct Pairs {
   Vec<Compute> dx, dy, w, h;
@@ -146,7 +149,7 @@ struct Pairs {
   }
 };
 
-// log2 max(|d| / size, 1e-3)
+// Returns log2 max(|d| / size, 1e-3).
 template <class Compute>
 inline Log2<Vec<Compute>> log2_ratio(Vec<Compute> d, Log2<Vec<Compute>> size) {
   const Log2<Vec<Compute>> ratio = log2_of<Compute>(absolute<Compute>(d)) - size;
@@ -155,7 +158,7 @@ inline Log2<Vec<Compute>> log2_ratio(Vec<Compute> d, Log2<Vec<Compute>> size) {
   return {above ? ratio.n : broadcast(n), above ? ratio.l : broadcast(l)};
 }
 
-// Writes terms [32,kTile], the sines and cosines of dx and dy between query q and a tile of keys.
+// Writes terms [32,kTile]: the sines and cosines of dx and dy between query q and a tile of keys.
 template <class Compute>
 inline void pair_terms(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
                        const BoxTable<Compute>& keys, int64_t vectors, Compute* terms) {
@@ -167,8 +170,8 @@ inline void pair_terms(const Waves<Compute>& waves, bool by_query, const BoxTabl
   }
 }
 
-// Calls f(i, W_s, W_c, sine, cosine) for each wave of the separable half, where weight [64] is a head's, terms [32] are
-// a query's, and i is the index of the sine in terms.
+// Calls f(i, W_s, W_c, sine, cosine) for each wave of the separable half, where weight [64] belongs to a head, terms
+// [32] belong to a query, and i is the index of the sine in terms.
 template <class Compute, class F>
 inline void for_separable(const Compute* weight, const Compute* terms, F f) {
   for (int c = 0; c < 2; ++c)
@@ -179,7 +182,7 @@ inline void for_separable(const Compute* weight, const Compute* terms, F f) {
     }
 }
 
-// Writes out [32], the weights that the terms of a key's width and height have for a query and head.
+// Writes out [32]: the weights of the terms of a key's width and height for a query and head.
 template <class Compute>
 inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   for_separable(weight, terms, [out](int at, Compute of_sine, Compute of_cosine, Compute sine, Compute cosine) {
@@ -188,8 +191,8 @@ inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   });
 }
 
-// Writes b [heads,kTile], without biases, of query q and a tile of keys, and terms [32,kTile] as pair_terms does.
-// weight and rotated are those of the first head.
+// Writes b [heads,kTile], without biases, for query q and a tile of keys, and writes terms [32,kTile]: the sines and
+// cosines of dx and dy. `weight` and `rotated` begin at the first head.
 template <class Compute>
 inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
                         const BoxTable<Compute>& keys, int64_t vectors, int64_t heads, const Compute* weight,
@@ -200,7 +203,7 @@ inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTab
                     &separable);
 }
 
-// max(b, 1e-6), where NaN stays.
+// Returns max(b, 1e-6), and NaN if b is NaN.
 template <class Compute>
 inline Vec<Compute> above_floor(Vec<Compute> b) {
   return maximum(broadcast(static_cast<Compute>(kWeightFloor)), b);

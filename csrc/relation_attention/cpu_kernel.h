@@ -1,15 +1,17 @@
-// relation_attention on the CPU: the entry points of its kernels, compiled once per instruction set by foreach_isa.h.
+// relation_attention on the CPU: the entry points of its kernels. foreach_isa.h compiles this file once per instruction
+// set.
 //
-// Per pair and head, the forward takes 64 multiply-adds for the geometry, D for the logit and Dv for the output. The
-// backward takes these again, 64 for the weights of the geometry, Dv for the gradient of p, and D + D + Dv for the
-// gradients of query, key and value. In addition there are 16 sines and cosines per pair (not per head) and an
-// exponential per pair and head. All products run in one register-tiled kernel, `multiply`, which is what bounds both
-// directions.
+// For each pair and head, the forward needs 64 multiply-adds for the geometry, D for the logit and Dv for the output.
+// The backward repeats those of the geometry and the logit and needs another 64 for the gradients of the geometry's
+// weights, Dv for the gradient of p, and D + D + Dv for the gradients of query, key and value. In addition, both need
+// 16 sines and cosines per pair (not per head) and one exponential per pair and head. A single register-tiled kernel,
+// `multiply`, computes the products and limits the speed of both.
 //
-// A tile of keys, with kTile<Compute> keys in lanes, is packed head by head, without the masked keys, and transposed
-// where keys are the lanes of a product; then blocks of queries visit it. In the forward an item is some of the queries
-// of an image with all heads, so that the heads share the sines. In the backward an item is some of the heads: it owns
-// the gradients of their queries, keys and weights, so that no sum depends on which thread came first.
+// Keys are processed in tiles of kTile<Compute> keys. A tile is packed head by head without the masked keys, and
+// transposed for products that have keys in their lanes. Then it is combined with blocks of queries. In the forward, an
+// item consists of some queries of an image with all heads, so the heads share the sines. In the backward, an item
+// consists of some heads of an image. It owns the gradients of their queries, keys and weights, so no sum depends on
+// the order of threads.
 
 #include "common/cpu/simd.h"
 #include "relation_attention/cpu_args.h"
@@ -19,20 +21,20 @@
 
 namespace relops::RELOPS_ISA {
 
-// Writes output and logsumexp; or delta, where it is asked for.
+// Writes output and logsumexp, or only delta if it is requested.
 template <class T>
-void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyIndex& kept) {
+void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyIndex& key_index) {
   const int64_t threads = threads_for(relation_nanoseconds(a, 1));
-  PackedKeys<T> keys(a, kept, threads);
+  PackedKeys<T> keys(a, key_index, threads);
   for (; keys.first < a.N; keys.first += keys.images) {
     const int64_t images = std::min(keys.images, a.N - keys.first);
-    for_each_item(images * keys.of_image, threads, [&] { return [&](int64_t item) { keys(item); }; });
+    for_each_item(images * keys.tiles_per_image, threads, [&] { return [&](int64_t item) { keys(item); }; });
     const int64_t blocks = parts_for(images, ceil_div(a.Q, kForwardBlock), ceil_div(a.Q, kPanelRows), threads);
     for_each_item(images * blocks, threads, [&] { return ForwardWorker<T>(a, keys, blocks); });
   }
 }
 
-// Writes delta of the queries [begin,end), counted over all images.
+// Writes delta for the queries [begin,end), which are numbered over all images.
 template <class T>
 void relation_attention_delta(const RelationAttentionArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin * a.M; row < end * a.M; ++row) {
@@ -41,16 +43,16 @@ void relation_attention_delta(const RelationAttentionArgs<T>& a, int64_t begin, 
   }
 }
 
-// Writes the gradients of query, key and value that are asked for, and adds those of weights and boxes to `partials`.
+// Writes the requested gradients of query, key and value, and adds those of weights and boxes to `partials`.
 template <class T>
-void relation_attention_backward(const RelationAttentionArgs<T>& a, const KeyIndex& kept,
+void relation_attention_backward(const RelationAttentionArgs<T>& a, const KeyIndex& key_index,
                                  const RelationAttentionPartials<ComputeType<T>>& partials, int64_t threads) {
-  for_each_item(a.N * partials.parts, threads, [&] { return BackwardWorker<T>(a, kept, partials); });
+  for_each_item(a.N * partials.parts, threads, [&] { return BackwardWorker<T>(a, key_index, partials); });
 }
 
 }  // namespace relops::RELOPS_ISA
 
-// The next instruction set compiles the pieces again.
+// Each instruction set compiles these headers again.
 #undef RELOPS_RELATION_ATTENTION_PRODUCTS
 #undef RELOPS_RELATION_ATTENTION_GEOMETRY
 #undef RELOPS_RELATION_ATTENTION_FORWARD

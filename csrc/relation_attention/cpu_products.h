@@ -1,5 +1,6 @@
-// relation_attention on the CPU: rows of features. Rows are packed, converted to the compute type, into arrays in which
-// a product reads whole vectors; `multiply` and `multiply_lanes` are the register-tiled products of both directions.
+// relation_attention on the CPU: rows of features. They are converted to the compute type and packed into arrays from
+// which products read whole vectors. `multiply` and `multiply_lanes` are the register-tiled products of the forward and
+// the backward.
 #ifndef RELOPS_RELATION_ATTENTION_PRODUCTS
 #define RELOPS_RELATION_ATTENTION_PRODUCTS
 
@@ -14,7 +15,7 @@ namespace {
 template <class Compute>
 constexpr int64_t kTile = 256 / sizeof(Compute);
 
-// The panel of a product that is kept in registers: it takes 24 of AVX-512's 32 registers, 12 of the 16 elsewhere.
+// The panel of a product that is kept in registers. It takes 24 of the 32 registers of AVX-512, and 12 of 16 elsewhere.
 constexpr int kPanelRows = 6, kPanelVectors = RELOPS_VECTOR_BYTES == 64 ? 4 : 2;
 
 // Element (i, j) of a matrix is at data[i * row + j * step].
@@ -24,7 +25,7 @@ struct Matrix {
   int64_t row, step;
 };
 
-// The factors of a product a times b. The rows of b [depth, lanes] lie b_row apart.
+// The factors of a product a times b. The rows of b [depth, lanes] are b_row elements apart.
 template <class Compute>
 struct Factors {
   Matrix<Compute> a;
@@ -64,7 +65,7 @@ void multiply_panel(const Factors<Compute>& f, const Factors<Compute>* more, boo
     for (int v = 0; v < kVectors; ++v) store(out + r * out_row + v * kLanes<Compute>, sums[r][v]);
 }
 
-// multiply_panel for panels of every size: of[vectors - 1][rows - 1].
+// multiply_panel for panels of every size: table[vectors - 1][rows - 1].
 template <class Compute, class Rows = std::make_integer_sequence<int, kPanelRows>,
           class Vectors = std::make_integer_sequence<int, kPanelVectors>>
 struct Panels;
@@ -73,33 +74,33 @@ struct Panels<Compute, std::integer_sequence<int, kRows...>, std::integer_sequen
   using Panel = void (*)(const Factors<Compute>&, const Factors<Compute>*, bool, Compute*, int64_t);
   template <int kWidth>
   struct Row {
-    static constexpr Panel of[] = {multiply_panel<Compute, kRows + 1, kWidth>...};
+    static constexpr Panel table[] = {multiply_panel<Compute, kRows + 1, kWidth>...};
   };
-  static constexpr const Panel* of[] = {Row<kVectors + 1>::of...};
+  static constexpr const Panel* table[] = {Row<kVectors + 1>::table...};
 };
 
-// Calls f(first, height) for panels that make up `rows` and whose heights differ by at most 1.
+// Calls f(first, height) for panels that together have `rows` rows and whose heights differ by at most 1.
 template <class F>
 inline void for_panels(int64_t rows, F f) {
   int64_t first = 0;
-  for (int64_t left = ceil_div(rows, kPanelRows); left > 0; --left) {
-    const int64_t height = ceil_div(rows - first, left);
+  for (int64_t remaining = ceil_div(rows, kPanelRows); remaining > 0; --remaining) {
+    const int64_t height = ceil_div(rows - first, remaining);
     f(first, height);
     first += height;
   }
 }
 
-// Sets out [rows, vectors of lanes] to the product of the factors, plus that of `more` unless it is null. With `add`
-// the products are added to out.
+// Sets out [rows, vectors of lanes] to the product of the factors, plus the product of `more` unless it is null. If
+// `add`, the products are added to out.
 template <class Compute>
 inline void multiply(const Factors<Compute>& f, int64_t rows, int64_t vectors, Compute* out, int64_t out_row,
                      bool add = false, const Factors<Compute>* more = nullptr) {
   for (int64_t v = 0; v < vectors; v += kPanelVectors) {
-    const auto* const panels = Panels<Compute>::of[std::min<int64_t>(vectors - v, kPanelVectors) - 1];
-    const auto at = [&](Factors<Compute> of, int64_t r) {
-      of.a.data += r * of.a.row;
-      of.b += v * kLanes<Compute>;
-      return of;
+    const auto* const panels = Panels<Compute>::table[std::min<int64_t>(vectors - v, kPanelVectors) - 1];
+    const auto at = [&](Factors<Compute> factors, int64_t r) {
+      factors.a.data += r * factors.a.row;
+      factors.b += v * kLanes<Compute>;
+      return factors;
     };
     for_panels(rows, [&](int64_t r, int64_t height) {
       const Factors<Compute> second = more == nullptr ? Factors<Compute>{} : at(*more, r);
@@ -141,8 +142,8 @@ constexpr auto lanes_panels(std::integer_sequence<int, kRows...>) {
   return std::array{multiply_lanes_panel<Compute, kRows + 1>...};
 }
 
-// Adds to sums [rows, columns, lanes] the product of a [count, rows, kTile] and b [count, columns, kTile], lane by
-// lane, over the first `vectors` vectors of each tile. Entries of a and b lie a_stride and b_stride apart.
+// Adds the product of a [count, rows, kTile] and b [count, columns, kTile] to sums [rows, columns, lanes], lane by lane
+// over the first `vectors` vectors of each tile. Entries of a and b are a_stride and b_stride elements apart.
 template <class Compute>
 inline void multiply_lanes(int64_t rows, int64_t columns, int64_t count, int64_t vectors, const Compute* a,
                            int64_t a_stride, const Compute* b, int64_t b_stride, Compute* sums) {
@@ -155,7 +156,7 @@ inline void multiply_lanes(int64_t rows, int64_t columns, int64_t count, int64_t
   });
 }
 
-// Sets out[i][0..padded) to scale times the row of entry index[i], with zeros after its D elements.
+// Sets out[i][0..padded) to scale times the row of entry index[i], followed by zeros after its D elements.
 template <class Compute, class T>
 inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count, int64_t D,
                       Compute scale, Compute* out, int64_t padded) {
@@ -167,8 +168,8 @@ inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int
   }
 }
 
-// Sets out[d][i] to element d of entry index[i], and to zero for i from count to the end of its vector. Rows of out lie
-// `row` apart.
+// Sets out[d][i] to element d of entry index[i], and to zero for i from count to the end of its vector. The rows of out
+// are `row` elements apart.
 template <class Compute, class T>
 inline void pack_columns(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count,
                          int64_t D, Compute* out, int64_t row) {
@@ -190,7 +191,7 @@ inline Compute dot(const A* a, const B* b, int64_t n) {
   return sum<Compute>(products);
 }
 
-// Fetches `lines` cache lines of p[0..size), from line `first` on, into the second cache.
+// Prefetches `lines` cache lines of p[0..size), beginning with line `first`, into the L2 cache.
 template <class Compute>
 inline void prefetch_lines(const Compute* p, int64_t size, int64_t first, int64_t lines) {
   constexpr int64_t kLine = 64 / sizeof(Compute);
@@ -198,14 +199,14 @@ inline void prefetch_lines(const Compute* p, int64_t size, int64_t first, int64_
     __builtin_prefetch(p + i, 0, 2);
 }
 
-// Writes minus infinity to the lanes of the last vector of the logits p[0..count) that belong to no key.
+// Writes minus infinity to those lanes of the last vector of the logits p[0..count) that have no key.
 template <class Compute>
 inline void mask_last(Compute* p, int64_t count) {
   constexpr int64_t V = kLanes<Compute>;
-  const Int<Compute> left = static_cast<Int<Compute>>(count % V);
-  if (left == 0) return;
-  Compute* const last = p + count - left;
-  const VecInt<Compute> key = lanes<Compute>([](Int<Compute> j) { return j; }) < left;
+  const Int<Compute> remaining = static_cast<Int<Compute>>(count % V);
+  if (remaining == 0) return;
+  Compute* const last = p + count - remaining;
+  const VecInt<Compute> key = lanes<Compute>([](Int<Compute> j) { return j; }) < remaining;
   store(last, key ? load(last) : broadcast(-std::numeric_limits<Compute>::infinity()));
 }
 

@@ -1,14 +1,15 @@
-// relation_attention on CUDA: who does what in the forward and the backward. cuda_geometry.cuh has the geometry of
-// pairs, cuda_products.cuh the products of rows of features.
+// relation_attention on CUDA: how the forward and the backward divide their work. cuda_geometry.cuh contains the
+// geometry of pairs, cuda_products.cuh the products of rows of features.
 //
-// In both directions a block has 16 `own` rows, or a multiple of that, of up to 8 heads. They are queries, or keys in
-// the kernel that computes the gradients of keys, values and key boxes. The block goes over the `others` in tiles. A
-// step takes a tile through stages, each of which is on another tile, so that there is one barrier a step:
-//   1. the boxes of the tile: logarithms of sizes, and their sines and cosines;
-//   2. b of all pairs and heads, to shared memory: a warp has an other and all own rows; the 32 features of a pair, of
-//      dx and dy, are computed in the registers where a tensor core wants them;
-//   3. the products of features: a warp has a head;
-//   4. in the backward, the gradients that go through b: warps have others again.
+// In the forward and the backward, a block owns 16 rows, or a multiple of 16, of up to 8 heads. These own rows are
+// queries, or keys in the kernel that computes the gradients of keys, values and key boxes. The block iterates over the
+// rows of the other side, called the other rows, in tiles. The following stages form a pipeline: in each step, every
+// stage processes a different tile, so one barrier per step suffices.
+//   1. The boxes of the tile: compute the logarithms of sizes, and their sines and cosines.
+//   2. b of all pairs and heads: a warp combines one other row with all own rows and writes to shared memory. The 32
+//      features of dx and dy of a pair are computed in the registers from which a tensor core reads them.
+//   3. The products of features: a warp processes one head.
+//   4. The gradients that flow through b, in the backward: a warp again processes one other row at a time.
 #pragma once
 
 #include "common/cuda/mma.cuh"
@@ -17,10 +18,10 @@
 namespace relops {
 
 constexpr int kOwnRows = 16;
-constexpr int kHeads = 8;  // of a block
+constexpr int kHeads = 8;  // number of heads in a block
 constexpr int kHeadThreads = 32 * kHeads;
 
-// Pairs and heads: Compute tile[kHeads][kOwnRows][others], padded against bank conflicts.
+// The layout of values per pair and head: Compute tile[kHeads][kOwnRows][others], padded against bank conflicts.
 template <int kOthers>
 struct TileLayout {
   static constexpr int kRow = kOthers + 1, kHead = kOwnRows * kRow + 4, kSize = kHeads * kHead;
@@ -32,16 +33,17 @@ struct RelationParams {
   using Compute = ComputeType<T>;
 
   RelationAttentionArgs<T> a;
-  bool vector;                          // rows of features can be loaded 16 bytes at a time
-  int row_tiles;                        // of kOwnRows, of a block
-  unsigned row_blocks, groups, chunks;  // of own rows, of heads, of channels
-  // Backward:
-  const Compute* delta;  // [N,Q,M], sum over channels of grad_output * output
-  Compute* of_weight;    // [N,row_blocks,65 M], partial gradients of weights, then biases; or null
-  Compute* of_boxes;     // [groups,N,own rows,4], partial gradients of the own boxes; or null
+  bool vector;                          // whether rows of features can be loaded 16 bytes at a time
+  int row_tiles;                        // number of groups of kOwnRows own rows in a block
+  unsigned row_blocks, groups, chunks;  // numbers of blocks of own rows, groups of heads, and chunks of channels
+  // Only for the backward:
+  const Compute* delta;      // [N,Q,M]: sum over channels of grad_output * output
+  Compute* weight_partials;  // [N,row_blocks,65 M]: partial gradients of weights, then of biases; or null
+  Compute* box_partials;     // [groups,N,own rows,4]: partial gradients of the own boxes; or null
 };
 
-// What a block works on. Row blocks are numbered fastest, because those of a head read the same rows of the other side.
+// The work of a block. The index of the row block varies fastest, because the row blocks of a head read the same
+// other rows.
 struct RelationBlock {
   template <class T>
   __device__ RelationBlock(const RelationParams<T>& p, int64_t own_rows) {
@@ -53,19 +55,19 @@ struct RelationBlock {
     chunk = block % p.chunks;
     n = block / p.chunks;
     first = int64_t{row_block} * p.row_tiles * kOwnRows + threadIdx.x / kHeadThreads * kOwnRows;
-    const int64_t left = own_rows - first;
-    rows = left < 0 ? 0 : left < kOwnRows ? static_cast<int>(left) : kOwnRows;
+    const int64_t remaining = own_rows - first;
+    rows = remaining < 0 ? 0 : remaining < kOwnRows ? static_cast<int>(remaining) : kOwnRows;
     head = group * kHeads;
     heads = static_cast<int>(p.a.M - head < kHeads ? p.a.M - head : kHeads);
   }
   unsigned row_block, group, chunk;
-  int64_t n, first;  // image; first own row of these eight warps
-  int rows;          // how many of the kOwnRows rows exist
+  int64_t n, first;  // image, and first own row of these eight warps
+  int rows;          // number of existing rows among the kOwnRows rows
   int64_t head;
   int heads;
 };
 
-// Calls f(exact) with a std::bool_constant that says whether products of float32 are as exact as float32 is.
+// Calls f(exact) with a std::bool_constant that says whether products of float32 must be as exact as float32.
 template <class T, class F>
 void dispatch_exact(bool allow_tf32, F f) {
   if constexpr (std::is_same_v<T, float>)
@@ -73,12 +75,12 @@ void dispatch_exact(bool allow_tf32, F f) {
   f(std::true_type{});
 }
 
-// In cuda_backward.cu.
+// This function is defined in cuda_backward.cu.
 template <class T>
 void relation_attention_backward(const RelationAttention& r, const RelationAttentionArgs<T>& a);
 
-// In cuda_forward.cu, for 16-bit features: writes the partial sums [chunks of kColumns<T> channels,N,Q,M] of delta, by
-// the forward.
+// Uses the forward to write the partial sums [chunks of kColumns<T> channels,N,Q,M] of delta for 16-bit features. This
+// function is defined in cuda_forward.cu.
 template <class T>
 void launch_delta(RelationAttentionArgs<T> a, float* partials, cudaStream_t stream);
 

@@ -1,18 +1,19 @@
-// relation_attention on CUDA: the backward, without atomic additions, so that it is bit-identical from run to run.
+// relation_attention on CUDA: the backward. It has no atomic additions and is therefore bit-identical from run to run.
 //
-// The same kernel runs twice: with queries as own rows, for the gradients of queries, weights, biases and query boxes,
-// and with keys as own rows, for those of keys, values and key boxes. With e = exp(s - logsumexp), p = e max(b, 1e-6)
-// and delta the sum over channels of output times its gradient,
-//   ds = p (grad_output . value - delta),  db = b > 1e-6 ? e (grad_output . value - delta) : 0,
-// own rows' gradients are products of ds (for values, p) with the other rows, and db takes the place of b in shared
-// memory, from where warps that have an other box each compute what goes through the features:
+// The same kernel runs twice: with queries as own rows for the gradients of queries, weights, biases and query boxes,
+// and with keys as own rows for the gradients of keys, values and key boxes. With e = exp(s - logsumexp),
+// p = e max(b, 1e-6), and delta the sum over channels of output times its gradient,
+//   ds = p (grad_output . value - delta),  db = b > 1e-6 ? e (grad_output . value - delta) : 0.
+// The gradients of own rows are products of ds (of p for values) with the other rows. db replaces b in shared memory.
+// From there the warps, each of which processes one other box at a time, compute the gradients that flow through the
+// features:
 //
-// - weights: features times db, summed over pairs; those of sizes with the own box's sines, turned by the other's angle
-//   afterwards.
-// - boxes: db times weights, summed over heads, is a feature's gradient.
+// - Weights: features times db, summed over pairs. For the features of sizes, the sum is computed with the sines of the
+//   own box and afterwards rotated by the angle of the other box.
+// - Boxes: db times weights, summed over heads, is the gradient of a feature.
 //
-// A lane has a wave there, so gradients of a logarithm are summed over lanes, and over warps, once at the end. The
-// partial sums of blocks are added up in their order by a second launch.
+// Each lane handles one wave in this computation, so the gradients of a logarithm are summed over lanes and over warps
+// once at the end. A second launch adds the partial sums of blocks in order.
 
 #include <algorithm>
 
@@ -38,19 +39,19 @@ struct BackwardShared {
   unsigned active[kBackwardRing];
   union {
     Compute tile[kBackwardRing - 1][TileLayout<kOthers>::kSize];
-    struct {  // at the end
+    struct {  // used at the end
       Compute weights_of_warps[kHeads][4][4][32], biases_of_warps[kHeads][kHeads];
     };
     Compute boxes_of_warps[kHeads][kOwnRows][4];
   };
 };
 
-// What a lane, with g = lane / 4 and t = lane % 4, has of the sums of its warp.
+// The sums of a warp that one lane holds, with g = lane / 4 and t = lane % 4.
 template <class Compute>
 struct GeometryGrads {
-  Compute weights[4][4];   // coordinate; sine of wave g, heads 2t and 2t + 1, then its cosine
-  Compute bias;            // head g
-  Compute boxes[2][2][4];  // own row 8 i + 2t + j; by x, y, log w, log h; from wave g
+  Compute weights[4][4];   // [coordinate][sine of wave g for heads 2t and 2t + 1, then its cosine]
+  Compute bias;            // for head g
+  Compute boxes[2][2][4];  // [i][j] is own row 8 i + 2t + j; gradients of x, y, log w, log h from wave g
 };
 
 template <int kSize, class Compute>
@@ -74,20 +75,20 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
 #pragma unroll 1
   for (int o = warp; o < kOthers; o += kHeads) {
     const BoxTerms<Compute>& other = others[o];
-    // Lanes share the logarithms: lane i has own row i % 16, coordinate i / 16.
-    const BoxTerms<Compute>& mine = own[lane % kOwnRows];
+    // The lanes divide the logarithms among them: lane i computes own row i % 16 and coordinate i / 16.
+    const BoxTerms<Compute>& own_box = own[lane % kOwnRows];
     const int coordinate = lane / kOwnRows;
-    const Compute distance = difference(mine.center[coordinate], other.center[coordinate]);
+    const Compute distance = difference(own_box.center[coordinate], other.center[coordinate]);
     bool at_floor;
-    const Log2<Compute> shared =
-        log2_ratio(distance, by_own ? mine.size[coordinate] : other.size[coordinate], at_floor);
+    const Log2<Compute> lane_ratio =
+        log2_ratio(distance, by_own ? own_box.size[coordinate] : other.size[coordinate], at_floor);
     const Compute inverse = at_floor ? 0 : 1 / distance;
-    Compute turned[2][4];
-    set_zero(turned);
+    Compute rotated[2][4];
+    set_zero(rotated);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int first = 8 * half;
-      OperandB<Compute, true> by_row, by_head;  // db: rows heads, depth own rows; rows own rows, depth heads
+      OperandB<Compute, true> by_row, by_head;  // db; by_row: rows are heads, depth is own rows; by_head: the reverse
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const Compute db = tile[Layout::at(g, first + 2 * t + e, o)];
@@ -97,14 +98,14 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        __syncwarp();  // keeps the compiler from loading everything first, for which registers do not suffice
+        __syncwarp();  // prevents the compiler from loading everything first, for which there are too few registers
         Compute sine[2], cosine[2];
-        OperandA<Compute, true> features;  // rows: sine and cosine of wave g; depth own rows
+        OperandA<Compute, true> features;  // rows: sine and cosine of wave g; depth: own rows
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int row = first + 2 * t + e;
           if (c < 2) {
-            sine_cosine(shuffle(shared, c * kOwnRows + row), wave, sine[e], cosine[e]);
+            sine_cosine(shuffle(lane_ratio, c * kOwnRows + row), wave, sine[e], cosine[e]);
           } else {
             sine[e] = own[row].sine[c - 2][g];
             cosine[e] = own[row].cosine[c - 2][g];
@@ -112,31 +113,31 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
           features.set_stored(0, e, sine[e]);
           features.set_stored(1, e, cosine[e]);
         }
-        if constexpr (kWeights) multiply<false>(c < 2 ? grads.weights[c] : turned[c - 2], features, by_row);
+        if constexpr (kWeights) multiply<false>(c < 2 ? grads.weights[c] : rotated[c - 2], features, by_row);
         if constexpr (!kBoxes) continue;
         __syncwarp();
-        OperandA<Compute, true> weights;  // rows: of the sine and cosine of wave g; depth heads
+        OperandA<Compute, true> weights;  // rows: weights of the sine and cosine of wave g; depth: heads
         const Compute s = c < 2 ? 0 : other.sine[c - 2][g], k = c < 2 ? 1 : other.cosine[c - 2][g];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const Compute of_sine = w.of[t + 4 * e][w.feature(c, false, g)],
-                        of_cosine = w.of[t + 4 * e][w.feature(c, true, g)];
+          const Compute of_sine = w.weight[t + 4 * e][w.feature(c, false, g)],
+                        of_cosine = w.weight[t + 4 * e][w.feature(c, true, g)];
           weights.set_stored(0, e, c < 2 ? of_sine : of_sine * k + of_cosine * s);
           weights.set_stored(1, e, c < 2 ? of_cosine : of_cosine * k - of_sine * s);
         }
-        Compute of_features[4];
-        set_zero(of_features);
-        multiply<false>(of_features, weights, by_head);
+        Compute grad_features[4];
+        set_zero(grad_features);
+        multiply<false>(grad_features, weights, by_head);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const Compute of_log = wave.radians * (cosine[e] * of_features[e] - sine[e] * of_features[2 + e]);
+          const Compute grad_log = wave.radians * (cosine[e] * grad_features[e] - sine[e] * grad_features[2 + e]);
           Compute(&sums)[4] = grads.boxes[half][e];
           if (c < 2) {
             const Compute slope = __shfl_sync(kAll, inverse, c * kOwnRows + first + 2 * t + e);
-            sums[c] += of_log * slope;
-            if (by_own && slope != 0) sums[2 + c] -= of_log;
+            sums[c] += grad_log * slope;
+            if (by_own && slope != 0) sums[2 + c] -= grad_log;
           } else {
-            sums[c] += of_log;
+            sums[c] += grad_log;
           }
         }
       }
@@ -147,28 +148,28 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const Compute s = other.sine[c][g], k = other.cosine[c][g];
-          grads.weights[2 + c][i] += turned[c][i] * k - turned[c][2 + i] * s;
-          grads.weights[2 + c][2 + i] += turned[c][2 + i] * k + turned[c][i] * s;
+          grads.weights[2 + c][i] += rotated[c][i] * k - rotated[c][2 + i] * s;
+          grads.weights[2 + c][2 + i] += rotated[c][2 + i] * k + rotated[c][i] * s;
         }
   }
 }
 
-// Weights and boxes in one launch do not always fit in 255 registers.
-template <class T, bool kOfKeys, bool kOfBoxes>
-constexpr bool kOfWeights = !kOfKeys && !(kOfBoxes && sizeof(T) == 8);
+// The gradients of weights and boxes together do not always fit in 255 registers.
+template <class T, bool kOwnKeys, bool kBoxGrads>
+constexpr bool kWeightGrads = !kOwnKeys && !(kBoxGrads && sizeof(T) == 8);
 
-// Whether 128 registers per thread suffice, so that a multiprocessor has two blocks.
+// Whether 128 registers per thread suffice, so that two blocks fit on a multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-template <class T, bool kOfKeys, bool kOfBoxes>
-constexpr bool kTwoBlocks = !kOfBoxes && (sizeof(T) == 4 || (sizeof(T) == 2 && !kOfKeys));
+template <class T, bool kOwnKeys, bool kBoxGrads>
+constexpr bool kTwoBlocks = !kBoxGrads && (sizeof(T) == 4 || (sizeof(T) == 2 && !kOwnKeys));
 #else
-template <class T, bool kOfKeys, bool kOfBoxes>
+template <class T, bool kOwnKeys, bool kBoxGrads>
 constexpr bool kTwoBlocks = false;
 #endif
 
-template <class T, bool kExact, bool kOfKeys, bool kOfBoxes>
+template <class T, bool kExact, bool kOwnKeys, bool kBoxGrads>
 __global__ __launch_bounds__(
-    kHeadThreads, kTwoBlocks<T, kOfKeys, kOfBoxes>
+    kHeadThreads, kTwoBlocks<T, kOwnKeys, kBoxGrads>
                       ? 2
                       : 1) void relation_attention_backward_kernel(const __grid_constant__ RelationParams<T> p) {
   using Compute = ComputeType<T>;
@@ -177,34 +178,34 @@ __global__ __launch_bounds__(
   extern __shared__ __align__(16) char memory[];
   BackwardShared<Compute>& shared = *reinterpret_cast<BackwardShared<Compute>*>(memory);
   const RelationAttentionArgs<T>& a = p.a;
-  const int64_t own_rows = kOfKeys ? a.K : a.Q, other_rows = kOfKeys ? a.Q : a.K;
+  const int64_t own_rows = kOwnKeys ? a.K : a.Q, other_rows = kOwnKeys ? a.Q : a.K;
   const RelationBlock block(p, own_rows);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int64_t m = block.head + warp;
   const bool has_head = warp < block.heads;
   const bool* mask = a.mask == nullptr ? nullptr : a.mask + block.n * a.K;
-  const bool *own_mask = kOfKeys ? mask : nullptr, *other_mask = kOfKeys ? nullptr : mask;
-  const Compute* own_boxes = (kOfKeys ? a.key_boxes : a.query_boxes) + 4 * block.n * own_rows;
-  const Compute* other_boxes = (kOfKeys ? a.query_boxes : a.key_boxes) + 4 * block.n * other_rows;
-  const bool by_own = kOfKeys ? !a.by_query : a.by_query;
-  const bool of_weights = kOfWeights<T, kOfKeys, kOfBoxes> && p.of_weight != nullptr && block.chunk == 0;
-  const bool of_boxes = kOfBoxes && block.chunk == 0;
+  const bool *own_mask = kOwnKeys ? mask : nullptr, *other_mask = kOwnKeys ? nullptr : mask;
+  const Compute* own_boxes = (kOwnKeys ? a.key_boxes : a.query_boxes) + 4 * block.n * own_rows;
+  const Compute* other_boxes = (kOwnKeys ? a.query_boxes : a.key_boxes) + 4 * block.n * other_rows;
+  const bool by_own = kOwnKeys ? !a.by_query : a.by_query;
+  const bool needs_weights = kWeightGrads<T, kOwnKeys, kBoxGrads> && p.weight_partials != nullptr && block.chunk == 0;
+  const bool needs_boxes = kBoxGrads && block.chunk == 0;
 
-  load_head_weights(shared.weights, a, block.head, block.heads, kOfKeys);
+  load_head_weights(shared.weights, a, block.head, block.heads, kOwnKeys);
   __syncthreads();
   load_boxes(shared.own, kOwnRows, own_boxes, block.first, own_rows, own_mask, shared.weights.waves, threadIdx.x,
              kHeadThreads);
 
-  // own a times other a is s; own b times other b the gradient of p.
-  const FeatureRows<const T>&own_a = kOfKeys ? a.key : a.query, &own_b = kOfKeys ? a.value : a.grad_output;
-  const FeatureRows<const T>&other_a = kOfKeys ? a.query : a.key, &other_b = kOfKeys ? a.grad_output : a.value;
-  T* grad_a = kOfKeys ? a.grad_key : a.grad_query;
-  T* grad_b = kOfKeys ? a.grad_value : nullptr;
+  // The product of own_a and other_a is s; the product of own_b and other_b is the gradient of p.
+  const FeatureRows<const T>&own_a = kOwnKeys ? a.key : a.query, &own_b = kOwnKeys ? a.value : a.grad_output;
+  const FeatureRows<const T>&other_a = kOwnKeys ? a.query : a.key, &other_b = kOwnKeys ? a.grad_output : a.value;
+  T* grad_a = kOwnKeys ? a.grad_key : a.grad_query;
+  T* grad_b = kOwnKeys ? a.grad_value : nullptr;
   const unsigned own_active = active_bits(kOwnRows, block.first, own_rows, own_mask);
   const int channel = block.chunk * kColumns<T>;
   const Compute scale = a.scale * kLog2E;
-  const int64_t statistics = block.n * a.Q * a.M + m;  // [N,Q,M]
-  Compute sums_a[kColumns<T> / 8][4], sums_b[kOfKeys ? kColumns<T> / 8 : 1][4];
+  const int64_t statistics = block.n * a.Q * a.M + m;  // offset in tensors [N,Q,M]
+  Compute sums_a[kColumns<T> / 8][4], sums_b[kOwnKeys ? kColumns<T> / 8 : 1][4];
   set_zero(sums_a);
   set_zero(sums_b);
   GeometryGrads<Compute> grads;
@@ -250,25 +251,25 @@ __global__ __launch_bounds__(
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = g + i / 2 * 8, o = 8 * j + 2 * t + i % 2;
-          const bool counts = own_active >> row & active >> o & 1;
-          const int64_t q = kOfKeys ? first + o : block.first + row;
-          const Compute logsumexp = counts ? a.logsumexp[statistics + q * a.M] : 0;
-          const Compute delta = counts ? p.delta[statistics + q * a.M] : 0;
+          const bool is_active = own_active >> row & active >> o & 1;
+          const int64_t q = kOwnKeys ? first + o : block.first + row;
+          const Compute logsumexp = is_active ? a.logsumexp[statistics + q * a.M] : 0;
+          const Compute delta = is_active ? p.delta[statistics + q * a.M] : 0;
           Compute& b = tile[Layout::at(warp, row, o)];
           const Compute e = exp2(scores[j][i] * scale - logsumexp * kLog2E), weight = e * floored(b);
-          const Compute of_p = products[j][i] - delta;
-          scores[j][i] = counts ? weight * of_p : 0;
-          products[j][i] = counts ? weight : 0;
-          b = counts && !(b <= static_cast<Compute>(kWeightFloor)) ? e * of_p : 0;
+          const Compute grad_p = products[j][i] - delta;
+          scores[j][i] = is_active ? weight * grad_p : 0;
+          products[j][i] = is_active ? weight : 0;
+          b = is_active && !(b <= static_cast<Compute>(kWeightFloor)) ? e * grad_p : 0;
         }
       if (grad_a != nullptr) add_rows<kOthers, kExact>(sums_a, scores, others(other_a, a.D), channel);
       __syncwarp();
-      if constexpr (kOfKeys)
+      if constexpr (kOwnKeys)
         if (grad_b != nullptr) add_rows<kOthers, kExact>(sums_b, products, others(other_b, a.Dv), channel);
     }
     active = step < 3 ? 0 : shared.active[(slot + 1) % kBackwardRing];
-    if (active != 0 && (of_weights || of_boxes))
-      add_geometry_grads<kOfWeights<T, kOfKeys, kOfBoxes>, kOfBoxes>(
+    if (active != 0 && (needs_weights || needs_boxes))
+      add_geometry_grads<kWeightGrads<T, kOwnKeys, kBoxGrads>, kBoxGrads>(
           shared.weights, shared.own, shared.others[(slot + 1) % kBackwardRing], by_own, shared.tile[step % 3], grads);
     __syncthreads();
   }
@@ -279,13 +280,13 @@ __global__ __launch_bounds__(
     if (grad_a != nullptr)
       store_rows<T>(sums_a, by_scale, grad_a + row * a.D, a.M * a.D, block.rows, own_active, channel,
                     static_cast<int>(a.D), p.vector);
-    if constexpr (kOfKeys)
+    if constexpr (kOwnKeys)
       if (grad_b != nullptr)
         store_rows<T>(sums_b, by_one, grad_b + row * a.Dv, a.M * a.Dv, block.rows, own_active, channel,
                       static_cast<int>(a.Dv), p.vector);
   }
 
-  if (of_weights) {
+  if (needs_weights) {
 #pragma unroll
     for (int c = 0; c < 4; ++c)
 #pragma unroll
@@ -293,15 +294,15 @@ __global__ __launch_bounds__(
     const Compute bias = group_sum(grads.bias, 4);
     if (t == 0) shared.biases_of_warps[warp][g] = bias;
     __syncthreads();
-    Compute* partial = p.of_weight + (block.n * p.row_blocks + block.row_block) * a.M * (kEmbedding + 1);
+    Compute* partial = p.weight_partials + (block.n * p.row_blocks + block.row_block) * a.M * (kEmbedding + 1);
     for (int i = threadIdx.x; i < kHeads * (kEmbedding + 1); i += kHeadThreads) {
       const int h = i % kHeads, feature = i / kHeads;
       if (h >= block.heads) continue;
       Compute sum = 0;
-      for (int of = 0; of < kHeads; ++of)
+      for (int from = 0; from < kHeads; ++from)
         sum += feature == kEmbedding
-                   ? shared.biases_of_warps[of][h]
-                   : shared.weights_of_warps[of][feature / kTerms][feature % kTerms / kWaves * 2 + h % 2]
+                   ? shared.biases_of_warps[from][h]
+                   : shared.weights_of_warps[from][feature / kTerms][feature % kTerms / kWaves * 2 + h % 2]
                                             [feature % kWaves * 4 + h / 2];
       partial[feature == kEmbedding ? kEmbedding * a.M + block.head + h : (block.head + h) * kEmbedding + feature] =
           sum;
@@ -309,7 +310,7 @@ __global__ __launch_bounds__(
     __syncthreads();
   }
 
-  if (of_boxes) {
+  if (needs_boxes) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -325,21 +326,21 @@ __global__ __launch_bounds__(
     if (static_cast<int>(threadIdx.x) < 2 * block.rows) {
       const int row = threadIdx.x / 2, c = threadIdx.x % 2;
       Compute center = 0, size = 0;
-      for (int of = 0; of < kHeads; ++of) {
-        center += shared.boxes_of_warps[of][row][c];
-        size += shared.boxes_of_warps[of][row][2 + c];
+      for (int from = 0; from < kHeads; ++from) {
+        center += shared.boxes_of_warps[from][row][c];
+        size += shared.boxes_of_warps[from][row][2 + c];
       }
       const Compute* box = own_boxes + 4 * (block.first + row);
-      if (size != 0) size /= box[2 + c] - box[c] + 1;  // the box of a query without keys may be anything
-      const bool counts = own_active >> row & 1;
-      Compute* grad = p.of_boxes + 4 * ((block.group * a.N + block.n) * own_rows + block.first + row);
-      grad[c] = counts ? center / 2 - size : 0;
-      grad[2 + c] = counts ? center / 2 + size : 0;
+      if (size != 0) size /= box[2 + c] - box[c] + 1;  // a query without keys may have an invalid box
+      const bool is_active = own_active >> row & 1;
+      Compute* grad = p.box_partials + 4 * ((block.group * a.N + block.n) * own_rows + block.first + row);
+      grad[c] = is_active ? center / 2 - size : 0;
+      grad[2 + c] = is_active ? center / 2 + size : 0;
     }
   }
 }
 
-// Writes delta[row] of the rows [N,Q,M], a warp per row.
+// Writes delta for the rows [N,Q,M], with one warp per row.
 template <class T>
 __global__ __launch_bounds__(kDeltaThreads) void relation_delta_kernel(
     const __grid_constant__ RelationAttentionArgs<T> a, ComputeType<T>* delta) {
@@ -355,52 +356,54 @@ __global__ __launch_bounds__(kDeltaThreads) void relation_delta_kernel(
   if (threadIdx.x % 32 == 0) delta[row] = sum;
 }
 
-template <class T, bool kExact, bool kOfKeys, bool kOfBoxes>
+template <class T, bool kExact, bool kOwnKeys, bool kBoxGrads>
 void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_boxes, cudaStream_t stream) {
   using Compute = ComputeType<T>;
   const RelationAttentionArgs<T>& a = p.a;
-  const int64_t own_rows = kOfKeys ? a.K : a.Q;
+  const int64_t own_rows = kOwnKeys ? a.K : a.Q;
   p.row_tiles = 1;
   p.row_blocks = static_cast<unsigned>(ceil_div(own_rows, kOwnRows));
   p.groups = static_cast<unsigned>(ceil_div(a.M, kHeads));
-  const int64_t width_a = (kOfKeys ? a.grad_key : a.grad_query) == nullptr ? 0 : a.D;
-  const int64_t width_b = kOfKeys && a.grad_value != nullptr ? a.Dv : 0;
+  const int64_t width_a = (kOwnKeys ? a.grad_key : a.grad_query) == nullptr ? 0 : a.D;
+  const int64_t width_b = kOwnKeys && a.grad_value != nullptr ? a.Dv : 0;
   p.chunks = static_cast<unsigned>(std::max<int64_t>(ceil_div(std::max(width_a, width_b), kColumns<T>), 1));
   const int64_t count = a.N * p.row_blocks, size = a.M * (kEmbedding + 1);
-  const bool of_weights = kOfWeights<T, kOfKeys, kOfBoxes> && (a.grad_weight != nullptr || a.grad_bias != nullptr);
-  const Tensor weights = torch::stable::new_empty(like, {of_weights ? count * size : 0});
-  p.of_weight = of_weights ? static_cast<Compute*>(weights.mutable_data_ptr()) : nullptr;
+  const bool needs_weights =
+      kWeightGrads<T, kOwnKeys, kBoxGrads> && (a.grad_weight != nullptr || a.grad_bias != nullptr);
+  const Tensor weights = torch::stable::new_empty(like, {needs_weights ? count * size : 0});
+  p.weight_partials = needs_weights ? static_cast<Compute*>(weights.mutable_data_ptr()) : nullptr;
   const int64_t boxes = a.N * own_rows * 4;
   const bool split = grad_boxes != nullptr && p.groups > 1;
-  const Tensor of_groups = torch::stable::new_empty(like, {split ? p.groups * boxes : 0});
-  p.of_boxes = split ? static_cast<Compute*>(of_groups.mutable_data_ptr()) : grad_boxes;
+  const Tensor group_partials = torch::stable::new_empty(like, {split ? p.groups * boxes : 0});
+  p.box_partials = split ? static_cast<Compute*>(group_partials.mutable_data_ptr()) : grad_boxes;
 
   const unsigned blocks = grid_size("relops.relation_attention", a.N * p.row_blocks * p.groups * p.chunks);
   constexpr size_t kBytes = sizeof(BackwardShared<Compute>);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(relation_attention_backward_kernel<T, kExact, kOfKeys, kOfBoxes>,
+  STD_CUDA_CHECK(cudaFuncSetAttribute(relation_attention_backward_kernel<T, kExact, kOwnKeys, kBoxGrads>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
-  relation_attention_backward_kernel<T, kExact, kOfKeys, kOfBoxes><<<blocks, kHeadThreads, kBytes, stream>>>(p);
+  relation_attention_backward_kernel<T, kExact, kOwnKeys, kBoxGrads><<<blocks, kHeadThreads, kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (split)
-    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_boxes, p.groups, boxes, boxes, grad_boxes, stream);
-  if (of_weights && a.grad_weight != nullptr)
-    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight, count, size, a.M * kEmbedding, a.grad_weight,
-                                    stream);
-  if (of_weights && a.grad_bias != nullptr)
-    launch_sum_of_partials<Compute>(RelationAttention::op, p.of_weight + a.M * kEmbedding, count, size, a.M,
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.box_partials, p.groups, boxes, boxes, grad_boxes, stream);
+  if (needs_weights && a.grad_weight != nullptr)
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.weight_partials, count, size, a.M * kEmbedding,
+                                    a.grad_weight, stream);
+  if (needs_weights && a.grad_bias != nullptr)
+    launch_sum_of_partials<Compute>(RelationAttention::op, p.weight_partials + a.M * kEmbedding, count, size, a.M,
                                     a.grad_bias, stream);
 }
 
-// Gradients of boxes, which are seldom asked for, take registers that would halve the blocks of a multiprocessor.
-template <class T, bool kOfKeys>
+// The gradients of boxes have their own kernel: they are rarely needed, and their registers would halve the number of
+// blocks per multiprocessor.
+template <class T, bool kOwnKeys>
 void launch_side(const RelationAttention& r, RelationParams<T> p, ComputeType<T>* grad_boxes, cudaStream_t stream) {
   if (grad_boxes != nullptr) {
-    launch_side<T, true, kOfKeys, true>(p, r.query_boxes, grad_boxes, stream);
-    if (kOfKeys || kOfWeights<T, kOfKeys, true> || (p.a.grad_weight == nullptr && p.a.grad_bias == nullptr)) return;
+    launch_side<T, true, kOwnKeys, true>(p, r.query_boxes, grad_boxes, stream);
+    if (kOwnKeys || kWeightGrads<T, kOwnKeys, true> || (p.a.grad_weight == nullptr && p.a.grad_bias == nullptr)) return;
     p.a.grad_query = nullptr;
   }
   dispatch_exact<T>(r.allow_tf32,
-                    [&](auto exact) { launch_side<T, exact, kOfKeys, false>(p, r.query_boxes, nullptr, stream); });
+                    [&](auto exact) { launch_side<T, exact, kOwnKeys, false>(p, r.query_boxes, nullptr, stream); });
 }
 
 }  // namespace

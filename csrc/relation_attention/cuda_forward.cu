@@ -1,11 +1,11 @@
 // relation_attention on CUDA: the forward.
 //
-// A block has 16 or 32 queries and 8 heads; a warp has a head and 16 queries and keeps their running maxima and sums,
-// as in flash attention. See cuda.cuh for the stages. Bound by the issue of instructions: a warp has
-// about 330 for b of 16 pairs and 8 heads, 24 of them products on tensor cores.
+// A block has 16 or 32 queries and 8 heads. A warp has one head and 16 queries and keeps their running maxima and sums,
+// as in flash attention. cuda.cuh explains the stages. The issue of instructions limits the speed: a warp needs about
+// 330 instructions for b of 16 pairs and 8 heads, 24 of which are products on tensor cores.
 //
-// The running maximum is that of s and the exponent of b together. Thus what is multiplied with values is never above 2
-// and somewhere at least 1, as its 16-bit form needs, without a logarithm.
+// The running maximum is the maximum of s plus the exponent of b. The weights that multiply the values are therefore at
+// most 2, and the largest is at least 1, as their conversion to 16 bits requires. No logarithm of b is needed for this.
 
 #include <algorithm>
 
@@ -17,7 +17,7 @@ namespace relops {
 
 namespace {
 
-// Of a tile; b of two tiles is in shared memory.
+// The number of keys in a tile. Shared memory holds b of two tiles.
 template <class Compute>
 constexpr int kForwardKeys = sizeof(Compute) == 8 ? 16 : 32;
 constexpr int kForwardRing = 3;
@@ -28,7 +28,7 @@ struct ForwardShared {
   HeadWeights<Compute> weights;
   BoxTerms<Compute> keys[kForwardRing][kKeys];
   unsigned active[kForwardRing];
-  // For every 16 queries; the last of these may be more than one.
+  // Values per 16 queries. A block may have more than one of these, which is why `rows` is the last member.
   struct Rows {
     BoxTerms<Compute> queries[kOwnRows];
     Compute tile[kForwardRing - 1][TileLayout<kKeys>::kSize];
@@ -36,7 +36,7 @@ struct ForwardShared {
   alignas(16) Rows rows[1];
 };
 
-// floor(log2(x)) of a positive number.
+// Returns floor(log2(x)) of a positive number.
 __device__ __forceinline__ float exponent(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(x) >> 23 | 0x4b000000u) - (8388608.0f + 127.0f);
 }
@@ -142,7 +142,10 @@ __global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) v
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     total[i] = group_sum(total[i], 4);
-    factor[i] = total[i] == 0 ? 0 : 1 / total[i];  // zero: no key, as the highest weight is at least 1
+    factor[i] =
+        total[i] == 0
+            ? 0
+            : 1 / total[i];  // a total of 0 means that there are no keys, because the largest weight is at least 1
   }
   if constexpr (sizeof(T) == 2) {
     if (a.delta != nullptr) {
@@ -172,7 +175,8 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
   p.vector = are_packs(a.query, a.D) && are_packs(a.key, a.D) && are_packs(a.value, a.Dv);
   p.groups = static_cast<unsigned>(ceil_div(a.M, kHeads));
   p.chunks = static_cast<unsigned>(ceil_div(a.Dv, kColumns<T>));
-  // Twice the queries read keys and values half as often from L2, where that leaves blocks enough.
+  // With twice the queries per block, keys and values are read half as often from L2. This is done if enough blocks
+  // remain.
   constexpr int64_t kManyBlocks = 256;
   const int64_t others = a.N * p.groups * p.chunks, tiles = ceil_div(a.Q, kOwnRows);
   p.row_tiles = sizeof(T) < 8 && others * tiles >= kManyBlocks && tiles > 1 ? 2 : 1;

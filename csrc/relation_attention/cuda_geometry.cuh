@@ -1,5 +1,5 @@
-// relation_attention on CUDA: the geometry of pairs. load_boxes computes what depends on one box, compute_logits then b
-// of all pairs of a tile, with products on tensor cores. problem.h has the mathematics.
+// relation_attention on CUDA: the geometry of pairs. load_boxes computes what depends on one box. compute_logits then
+// computes b of all pairs of a tile, with products on tensor cores. problem.h explains the mathematics.
 #pragma once
 
 #include <bit>
@@ -30,9 +30,9 @@ __device__ __forceinline__ Log2<Compute> log2_parts(Compute x) {
   }
 }
 
-// Sine and cosine of the angle of a wave, of a logarithm in parts.
+// Computes the sine and cosine of the angle of a wave, given a logarithm in two parts.
 __device__ __forceinline__ void sine_cosine(Log2<float> x, const Wave<float>& wave, float& sine, float& cosine) {
-  constexpr float kEven = 3 << 23;  // floats near it are even numbers: adding it rounds to whole turns
+  constexpr float kEven = 3 << 23;  // floats near this value are even integers, so adding it rounds to whole turns
   const float part = fmaf(x.n, wave.low, x.l * wave.per_octave);
   const float turns = (fmaf(x.n, wave.high, part) + kEven) - kEven;
   const float angle = 3.14159265f * (fmaf(x.n, wave.high, -turns) + part);
@@ -47,9 +47,9 @@ __device__ __forceinline__ void sine_cosine(Log2<double> x, const Wave<double>& 
   cosine = sign * Series<double>::cosine(r * r);
 }
 
-// Sets the terms that belong to wave j of a coordinate of the size; those that belong to no wave are set with the
-// first. box: null for a box that is to have no influence, whatever it is. A box that is not finite, or whose size is
-// not positive, gets the size NaN, which makes NaN of all its pairs.
+// Sets the sine and cosine of wave j for one coordinate of a box; j = 0 also sets the center and the logarithm of the
+// size. `box` is null if the box must not have any influence. The size of a box that is not finite or not positive is
+// set to NaN, so all its pairs become NaN.
 template <class Compute>
 __device__ __forceinline__ void set_box_terms(BoxTerms<Compute>& terms, const Compute* box, int coordinate, int j,
                                               const Wave<Compute>& wave) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void set_box_terms(BoxTerms<Compute>& terms, const Co
     to = box[coordinate + 2];
     const Compute width = box[2] - box[0] + 1, height = box[3] - box[1] + 1;
     constexpr Compute kInfinity = std::numeric_limits<Compute>::infinity();
-    valid = width > 0 && width < kInfinity && height > 0 && height < kInfinity;  // thus finite
+    valid = width > 0 && width < kInfinity && height > 0 && height < kInfinity;  // which implies that the box is finite
   }
   Log2<Compute> size = log2_parts(to - from + 1);
   if (!valid) size.l = std::numeric_limits<Compute>::quiet_NaN();
@@ -73,9 +73,9 @@ __device__ __forceinline__ void set_box_terms(BoxTerms<Compute>& terms, const Co
 
 template <class Compute>
 struct HeadWeights {
-  // The weights W, one column per feature of a pair. The columns of sizes are for log(own / other), also where the
+  // The weights W, with one column per feature of a pair. The columns of sizes apply to log(own / other), even if the
   // other box is the query.
-  Compute of[kHeads][kEmbedding + 4];
+  Compute weight[kHeads][kEmbedding + 4];
   Compute bias[kHeads];
   Wave<Compute> waves[kWaves];
 
@@ -84,23 +84,23 @@ struct HeadWeights {
   }
 };
 
-// Loads the weights of some heads, with all threads of the block; a barrier must follow.
+// Loads the weights of some heads with all threads of the block. A barrier must follow.
 template <class T>
 __device__ void load_head_weights(HeadWeights<ComputeType<T>>& w, const RelationAttentionArgs<T>& a, int64_t head,
                                   int heads, bool own_keys) {
   for (int i = threadIdx.x; i < kHeads * kEmbedding; i += blockDim.x) {
     const int h = i / kEmbedding, feature = i % kEmbedding;
-    const bool turns = own_keys && feature >= kHalf && feature % kTerms < kWaves;
+    const bool negate = own_keys && feature >= kHalf && feature % kTerms < kWaves;
     const ComputeType<T> value = h < heads ? a.weight[head * kEmbedding + i] : 0;
-    w.of[h][feature] = turns ? -value : value;
+    w.weight[h][feature] = negate ? -value : value;
   }
   if (threadIdx.x < kHeads)
     w.bias[threadIdx.x] = static_cast<int>(threadIdx.x) < heads && a.bias != nullptr ? a.bias[head + threadIdx.x] : 0;
-  if (threadIdx.x < kWaves) w.waves[threadIdx.x] = a.waves.of[threadIdx.x];
+  if (threadIdx.x < kWaves) w.waves[threadIdx.x] = a.waves.wave[threadIdx.x];
 }
 
-// Computes the terms of `count` boxes, from `first` of boxes [total,4] on, with `threads` threads. masked: the mask of
-// the boxes, or null.
+// Computes the terms of `count` boxes, beginning at `first` of boxes [total,4], with `threads` threads. `masked` is the
+// mask of the boxes or null.
 template <class Compute>
 __device__ __forceinline__ void load_boxes(BoxTerms<Compute>* terms, int count, const Compute* boxes, int64_t first,
                                            int64_t total, const bool* masked, const Wave<Compute>* waves, int thread,
@@ -113,7 +113,8 @@ __device__ __forceinline__ void load_boxes(BoxTerms<Compute>* terms, int count, 
   }
 }
 
-// log2 of the ratio of a distance of centers and the size it is divided by. at_floor: whether it is at its floor.
+// Returns log2 of the ratio of a distance between centers and the size by which it is divided, and sets at_floor if the
+// ratio is at most its lower limit.
 template <class Compute>
 __device__ __forceinline__ Log2<Compute> log2_ratio(Compute distance, Log2<Compute> size, bool& at_floor) {
   constexpr Compute kExponent = kRatioFloorExponent, kMantissa = kRatioFloorMantissa;
@@ -127,22 +128,23 @@ __device__ __forceinline__ Log2<Compute> shuffle(Log2<Compute> x, int lane) {
   return {__shfl_sync(kAll, x.n, lane), __shfl_sync(kAll, x.l, lane)};
 }
 
-// Computes b of all pairs and heads of a tile, with eight warps. by_own: distances are divided by the own size. Widths
-// come first, then heights, then distances, so that registers have to hold the operands of only one of them.
+// Computes b of all pairs and heads of a tile with eight warps. If by_own, distances are divided by the size of the own
+// box. Widths are processed first, then heights, then distances, so that registers hold the operands of only one of
+// them at a time.
 template <int kOthers, class Compute>
 __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, const BoxTerms<Compute>* own,
                                                const BoxTerms<Compute>* others, bool by_own, Compute* tile) {
   using Layout = TileLayout<kOthers>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kHeads, g = lane / 4, t = lane % 4;
-  // In a, rows are own boxes and the depth waves t and t + 4; in b, rows are heads.
+  // In operand a, rows are own boxes and the depth consists of waves t and t + 4. In operand b, rows are heads.
 #pragma unroll 1
   for (int c = 0; c < 2; ++c) {
     OperandA<Compute, true> sines, cosines;
     Compute of_sine[2], of_cosine[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      of_sine[e] = w.of[g][w.feature(2 + c, false, t + 4 * e)];
-      of_cosine[e] = w.of[g][w.feature(2 + c, true, t + 4 * e)];
+      of_sine[e] = w.weight[g][w.feature(2 + c, false, t + 4 * e)];
+      of_cosine[e] = w.weight[g][w.feature(2 + c, true, t + 4 * e)];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         sines.set_stored(row, e, own[g + 8 * row].sine[c][t + 4 * e]);
@@ -176,19 +178,19 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, co
     waves[e] = w.waves[t + 4 * e];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      of_sine[c].set_stored(e, w.of[g][w.feature(c, false, t + 4 * e)]);
-      of_cosine[c].set_stored(e, w.of[g][w.feature(c, true, t + 4 * e)]);
+      of_sine[c].set_stored(e, w.weight[g][w.feature(c, false, t + 4 * e)]);
+      of_cosine[c].set_stored(e, w.weight[g][w.feature(c, true, t + 4 * e)]);
     }
   }
-  // The four lanes of two rows share their four logarithms: lane t has row t % 2, coordinate t / 2.
+  // The four lanes of two rows divide the four logarithms among them: lane t computes row t % 2 and coordinate t / 2.
   const int coordinate = t / 2;
-  const BoxTerms<Compute>& mine = own[g + t % 2 * 8];
+  const BoxTerms<Compute>& own_box = own[g + t % 2 * 8];
 #pragma unroll 1
   for (int o = warp; o < kOthers; o += kHeads) {
     const BoxTerms<Compute>& other = others[o];
     bool at_floor;
-    const Log2<Compute> shared = log2_ratio(difference(mine.center[coordinate], other.center[coordinate]),
-                                            by_own ? mine.size[coordinate] : other.size[coordinate], at_floor);
+    const Log2<Compute> lane_ratio = log2_ratio(difference(own_box.center[coordinate], other.center[coordinate]),
+                                                by_own ? own_box.size[coordinate] : other.size[coordinate], at_floor);
     Compute b[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i] = tile[Layout::at(2 * t + i % 2, g + i / 2 * 8, o)];
@@ -197,7 +199,7 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, co
       OperandA<Compute, true> sines, cosines;
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const Log2<Compute> ratio = shuffle(shared, g * 4 + 2 * c + row);
+        const Log2<Compute> ratio = shuffle(lane_ratio, g * 4 + 2 * c + row);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           Compute sine, cosine;
@@ -214,7 +216,7 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, co
   }
 }
 
-// max(b, 1e-6), where NaN stays.
+// Returns max(b, 1e-6), and NaN if b is NaN.
 template <class Compute>
 __device__ __forceinline__ Compute floored(Compute b) {
   return b <= static_cast<Compute>(kWeightFloor) ? static_cast<Compute>(kWeightFloor) : b;

@@ -1,4 +1,4 @@
-// relation_attention on CUDA: products of rows of features on tensor cores, and how rows are read and written.
+// relation_attention on CUDA: products of rows of features on tensor cores, and reading and writing of these rows.
 #pragma once
 
 #include <cstdint>
@@ -7,28 +7,29 @@
 
 namespace relops {
 
-// Channels of a row that a block sums up, in accumulators [kColumns / 8][4].
+// The number of channels of a row that a block sums in accumulators [kColumns / 8][4].
 template <class T>
 constexpr int kColumns = sizeof(T) == 8 ? 16 : 64;
 
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
-// Returns bits, of which bit i says that other first + i exists and is not masked. Called by the whole warp.
+// Returns bits, of which bit i says whether row first + i exists and is not masked. The whole warp must call this
+// function.
 __device__ __forceinline__ unsigned active_bits(int count, int64_t first, int64_t total, const bool* masked) {
   const int lane = threadIdx.x % 32;
   const bool exists = lane < count && first + lane < total;
   return __ballot_sync(kAll, exists && (masked == nullptr || !masked[first + lane]));
 }
 
-// Rows of one head of an image, from the first of a tile on.
+// Rows of one head of an image, beginning with the first row of a tile.
 template <class T>
 struct TileRows {
   static constexpr int V = kPack<T>;
 
   const T* data;
   int64_t stride;
-  unsigned active;  // the rows that are read; others count as zeros
+  unsigned active;  // the rows that are read; all others count as zeros
   int width;
   bool vector;
 
@@ -36,7 +37,7 @@ struct TileRows {
                       bool vector)
       : data(rows.at(n, i, m)), stride(rows.i_stride), active(active), width(static_cast<int>(width)), vector(vector) {}
 
-  // packs[i] = V channels of row row_of(i). One branch for all, so that all loads are in flight together.
+  // Sets packs[i] to V channels of row row_of(i). A single branch covers all rows, so all loads are in flight together.
   template <int kCount, class RowOf>
   __device__ __forceinline__ void load(Pack<T, V> (&packs)[kCount], int channel, RowOf row_of) const {
     if (vector) {
@@ -55,8 +56,8 @@ struct TileRows {
   }
 };
 
-// Adds to sums[j] the products of own rows with other rows 8j to 8j + 7. A lane has 16 of every 64 bytes of a row, so
-// that the channels that are multiplied in one step are not those numbered one after another.
+// Adds the products of own rows with other rows 8j to 8j + 7 to sums[j]. A lane loads 16 of every 64 bytes of a row, so
+// the channels that are multiplied in one step are not consecutive.
 template <int kOthers, bool kExact, class T>
 __device__ __forceinline__ void dot_rows(ComputeType<T> (&sums)[kOthers / 8][4], const TileRows<T>& own,
                                          const TileRows<T>& others) {
@@ -85,13 +86,13 @@ __device__ __forceinline__ void dot_rows(ComputeType<T> (&sums)[kOthers / 8][4],
   }
 }
 
-// Adds to sums p times other rows, for the channels from `first` on, with p as dot_rows leaves its sums. Column 8 (i V
-// + v) + g of the sums is channel first + (8 i + g) V + v.
+// Adds p times other rows to sums, for the channels beginning with `first`. p has the layout of the sums of dot_rows.
+// Column 8 (i V + v) + g of the sums is channel first + (8 i + g) V + v.
 template <int kOthers, bool kExact, class T>
 __device__ __forceinline__ void add_rows(ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                          const ComputeType<T> (&p)[kOthers / 8][4], const TileRows<T>& others,
                                          int first) {
-  constexpr int V = kPack<T>, kDepth = kLaneDepth<T>, kTiles = kDepth / 2;  // kTiles: of p, in a step
+  constexpr int V = kPack<T>, kDepth = kLaneDepth<T>, kTiles = kDepth / 2;  // kTiles: tiles of p per step
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int step = 0; step < kOthers / 8 / kTiles; ++step) {
@@ -116,8 +117,8 @@ __device__ __forceinline__ void add_rows(ComputeType<T> (&sums)[kColumns<T> / 8]
   }
 }
 
-// Writes the sums of add_rows, times factor[g or g + 8], to dense rows [.., width] whose first is `out`; those that are
-// not active get zeros.
+// Multiplies the sums of add_rows by factor[g or g + 8] and writes them to dense rows [.., width] that begin at `out`.
+// Rows that are not active are set to zero.
 template <class T>
 __device__ __forceinline__ void store_rows(const ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                            const ComputeType<T> (&factor)[2], T* out, int64_t stride, int rows,
@@ -149,8 +150,8 @@ __device__ __forceinline__ void store_rows(const ComputeType<T> (&sums)[kColumns
   }
 }
 
-// dots[i] = sum, over the channels of these sums, of the sums of own row g + 8 i, times factor[i], with row g + 8 i of
-// `others`. All lanes of the warp have them.
+// Computes dots[i], the dot product of own row g + 8 i of the sums, multiplied by factor[i], with row g + 8 i of
+// `others`, over the channels of these sums. All lanes of a group get the result.
 template <class T>
 __device__ __forceinline__ void dot_sums(const ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                          const ComputeType<T> (&factor)[2], const T* others, int64_t stride, int rows,
@@ -173,7 +174,7 @@ __device__ __forceinline__ void dot_sums(const ComputeType<T> (&sums)[kColumns<T
   }
 }
 
-// Whether all rows are of whole packs and aligned to them.
+// Returns whether all rows consist of whole packs and are aligned to them.
 template <class T>
 bool are_packs(const FeatureRows<const T>& rows, int64_t width) {
   constexpr int V = kPack<T>;

@@ -1,21 +1,21 @@
-// relation_attention, the object relation module of Relation Networks: what the CPU and the CUDA half share.
+// relation_attention, the object relation module of Relation Networks: the code that CPU and CUDA have in common.
 //
 //   output[q,m] = sum over keys of p * value,  p = softmax over keys of log(max(b, 1e-6)) + s
 //   s = scale * query . key,  b = W[m] . e + bias[m]
 //   e = sines and cosines of f_j times each of (log max(|dx|/w, 1e-3), log max(|dy|/h, 1e-3), log wq/wk, log hq/hk)
 //
-// Since exp(log b + s) = b exp(s), no kernel takes that logarithm: p is max(b, 1e-6) exp(s), normalized.
+// Since exp(log b + s) = b exp(s), no kernel computes this logarithm: p is max(b, 1e-6) exp(s), normalized.
 //
-// Angles reach 1000 radians, so they are kept in two parts until whole turns are gone. A logarithm to base 2 is the
-// exponent n, an integer, and l, that of the mantissa; an angle in half turns is (n + l) times the wave's number of
-// half turns per octave, whose leading bits, times n, are exact. Centers are sums of two numbers, so that the
-// difference of near ones is as exact as the boxes are. This leaves errors of about 1e-5 in e for float32 boxes, most
-// of it from 100 times the rounding of dx.
+// Angles reach 1000 radians, so they are kept in two parts until whole turns have been removed. A base-2 logarithm is
+// stored as n + l, where n is the integer exponent and l is the logarithm of the mantissa. An angle in half turns is
+// (n + l) times the number of half turns per octave of the wave, and the product of n with the leading bits of this
+// number is exact. Centers are sums of two numbers, so the difference of close centers is as exact as the boxes are.
+// The remaining error of e is about 1e-5 for float32 boxes. Most of it is the rounding error of dx, multiplied by 100.
 //
-// The half of e that is of widths and heights separates: with a and b the angles of the query and the key,
-//   W_s sin(a - b) + W_c cos(a - b) = sin b (W_c sin a - W_s cos a) + cos b (W_s sin a + W_c cos a),
-// so pairs need sines only for dx and dy; for the rest it is a dot product of 32 terms of the query and head (`rotated`
-// weights) and 32 of the key.
+// The half of e that depends on widths and heights is separable: with a and b the angles of the query and the key,
+//   W_s sin(a - b) + W_c cos(a - b) = sin b (W_c sin a - W_s cos a) + cos b (W_s sin a + W_c cos a).
+// Therefore pairs need sines only for dx and dy. The separable half is a dot product of 32 terms of the query and head
+// (the `rotated` weights) with 32 terms of the key.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,26 +37,26 @@
 
 namespace relops {
 
-constexpr int kWaves = 8;           // wavelengths of a coordinate
-constexpr int kTerms = 2 * kWaves;  // of a coordinate: sines, then cosines
-constexpr int kHalf = 2 * kTerms;   // of two coordinates: the pair's (dx, dy), or the separable ones (w, h)
+constexpr int kWaves = 8;           // number of wavelengths per coordinate
+constexpr int kTerms = 2 * kWaves;  // number of terms per coordinate: sines, then cosines
+constexpr int kHalf = 2 * kTerms;   // terms of two coordinates: (dx, dy) of the pair, or the separable (w, h)
 constexpr int kEmbedding = 2 * kHalf;
 
 constexpr double kWeightFloor = 1e-6;
-// log2(1e-3), the least |dx|/w, in parts.
+// log2(1e-3), the lower limit of log2(|dx|/w), in two parts.
 constexpr double kRatioFloorExponent = -10, kRatioFloorMantissa = 0.034215715337912984;
 
-// One wavelength. Angles are in half turns, logarithms to base 2.
+// One wavelength. Angles are in half turns, logarithms to base 2 unless stated otherwise.
 template <class Compute>
 struct Wave {
-  Compute per_octave;  // half turns
-  Compute high, low;   // the same in two parts: high times an exponent is exact
-  Compute radians;     // per unit of the natural logarithm
+  Compute per_octave;  // half turns per octave
+  Compute high, low;   // the same number in two parts: high times an exponent is exact
+  Compute radians;     // radians per unit of the natural logarithm
 };
 
 template <class Compute>
 struct Waves {
-  Wave<Compute> of[kWaves];
+  Wave<Compute> wave[kWaves];
 };
 
 template <class Compute>
@@ -65,16 +65,17 @@ Waves<Compute> make_waves(double wavelength) {
   for (int j = 0; j < kWaves; ++j) {
     const double radians = 100 / std::pow(wavelength, j / double{kWaves});
     const double per_octave = radians * 0.69314718055994530942 / 3.14159265358979323846;
-    // Exponents and their differences have 9 bits (12 for double); what is kept has the rest of the significand.
+    // Exponents and their differences have 9 bits (12 for double), so `high` is limited to the remaining bits of the
+    // significand.
     const double unit = std::ldexp(1.0, std::ilogb(per_octave) - (sizeof(Compute) == 4 ? 13 : 39));
     const double high = std::round(per_octave / unit) * unit;
-    waves.of[j] = {static_cast<Compute>(per_octave), static_cast<Compute>(high),
-                   static_cast<Compute>(per_octave - high), static_cast<Compute>(radians)};
+    waves.wave[j] = {static_cast<Compute>(per_octave), static_cast<Compute>(high),
+                     static_cast<Compute>(per_octave - high), static_cast<Compute>(radians)};
   }
   return waves;
 }
 
-// log2 of something positive, n + l.
+// The base-2 logarithm n + l of a positive number.
 template <class F>
 struct Log2 {
   F n, l;
@@ -85,13 +86,13 @@ RELOPS_HOST_DEVICE_INLINE Log2<F> operator-(Log2<F> a, Log2<F> b) {
   return {a.n - b.n, a.l - b.l};
 }
 
-// A number in two parts.
+// A number that is the sum of two parts.
 template <class F>
 struct TwoPart {
   F high, low;
 };
 
-// (a + b) / 2, exactly.
+// Returns exactly (a + b) / 2.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE TwoPart<F> middle(F a, F b) {
   a = a * 0.5f;
@@ -105,7 +106,7 @@ RELOPS_HOST_DEVICE_INLINE F difference(TwoPart<F> a, TwoPart<F> b) {
   return (a.high - b.high) + (a.low - b.low);
 }
 
-// Rows [N,I,M] of features, each dense; strides in elements.
+// Rows [N,I,M] of features, each of which is dense. Strides are in elements.
 template <class T>
 struct FeatureRows {
   T* data;
@@ -121,12 +122,12 @@ FeatureRows<T> rows_of(const Tensor& tensor) {
           tensor.stride(2)};
 }
 
-// [N,I,M,D] whose rows are dense.
+// Returns the tensor [N,I,M,D] with dense rows.
 inline Tensor with_dense_rows(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : dense(tensor);
 }
 
-// The checked arguments of the forward. Letters as in relops/ops/relation_attention.py.
+// The checked arguments of the forward. The letters of the sizes are those of relops/ops/relation_attention.py.
 struct RelationAttention {
   RelationAttention(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& query_boxes_,
                     const Tensor& key_boxes_, const Tensor& geometry_weight_,
@@ -146,7 +147,7 @@ struct RelationAttention {
     if (geometry_bias_) check_shape(op, "geometry_bias", *geometry_bias_, {M});
     if (key_mask_) check_shape(op, "key_mask", *key_mask_, {N, K});
     STD_TORCH_CHECK(std::isfinite(wavelength) && wavelength > 0 && std::isfinite(scale), op,
-                    ": wavelength must be positive, and it and scale finite");
+                    ": wavelength must be positive and finite, and scale must be finite");
     const auto check = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
       STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.device() == query_.device(), op, ": ", name,
                       " has the wrong dtype or device");
@@ -177,15 +178,15 @@ struct RelationAttention {
 
   static constexpr const char* op = "relops.relation_attention";
   int64_t N, Q, K, M, D, Dv;
-  Tensor query, key, value;  // rows dense
+  Tensor query, key, value;  // with dense rows
   Tensor query_boxes, key_boxes, geometry_weight;
   std::optional<Tensor> geometry_bias, key_mask;
-  bool by_query;  // geometry "official": dx and dy are divided by the size of the query's box, not of the key's
+  bool by_query;  // geometry "official": dx and dy are divided by the size of the query's box instead of the key's
   double wavelength, scale;
   bool allow_tf32;
 };
 
-// What kernels are given. Outputs and gradients are dense; a gradient that was not asked for is null.
+// The arguments of the kernels. Outputs and gradients are dense; a gradient that is not requested is null.
 template <class T>
 struct RelationAttentionArgs {
   using Compute = ComputeType<T>;
@@ -194,8 +195,8 @@ struct RelationAttentionArgs {
   FeatureRows<const T> query, key, value;
   const Compute *query_boxes, *key_boxes;  // [N,Q,4], [N,K,4]
   const Compute* weight;                   // [M,64]
-  const Compute* bias;                     // [M], null: zeros
-  const bool* mask;                        // [N,K], null: no key is ignored
+  const Compute* bias;                     // [M]; null for zeros
+  const bool* mask;                        // [N,K]; null if no key is masked
   bool by_query;
   Compute scale;
   Waves<Compute> waves;
@@ -203,9 +204,10 @@ struct RelationAttentionArgs {
   T* output;           // [N,Q,M,Dv]
   Compute* logsumexp;  // [N,Q,M]; infinite for a query without keys
 
-  FeatureRows<const T> grad_output;  // backward only, from here on
-  // [N,Q,M]: grad_output . output. Gradients of the geometry are sums that cancel, so that the rounding of a 16-bit
-  // output would show in them: for these types it is taken from an output computed once more.
+  FeatureRows<const T> grad_output;  // this and the following are only for the backward
+  // [N,Q,M]: grad_output . output. The gradients of the geometry are sums with much cancellation, in which the rounding
+  // of a 16-bit output would be noticeable. For 16-bit types delta is therefore computed from a second, unrounded
+  // output.
   Compute* delta;
   T *grad_query, *grad_key, *grad_value;
   Compute *grad_query_boxes, *grad_key_boxes, *grad_weight, *grad_bias;
@@ -243,8 +245,8 @@ struct RelationAttentionArgs {
 
 using RelationAttentionGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The ops with the signatures of library.cpp, from the static functions of a device's Kernels, which are not called
-// where there is no pair of a query and a key, or no output:
+// The ops with the signatures of library.cpp, made of the static functions of a device's Kernels. These are not called
+// if there is no pair of a query and a key, or if the output is empty:
 //   template <class T> void forward(const RelationAttention&, const RelationAttentionArgs<T>&)
 //   template <class T> void backward(const RelationAttention&, const RelationAttentionArgs<T>&)
 template <class Kernels>
@@ -293,16 +295,16 @@ struct RelationAttentionOps {
     STD_TORCH_CHECK(needs_grad.size() == 7, r.op, ": needs_grad must have 7 flags");
     needs_grad[6] = needs_grad[6] && r.geometry_bias;
     const Tensor grad_output = with_dense_rows(grad_output_), output = dense(output_), logsumexp = dense(logsumexp_);
-    const Tensor of[] = {r.query,
-                         r.key,
-                         r.value,
-                         r.query_boxes,
-                         r.key_boxes,
-                         r.geometry_weight,
-                         needs_grad[6] ? *r.geometry_bias : r.geometry_weight};
+    const Tensor inputs[] = {r.query,
+                             r.key,
+                             r.value,
+                             r.query_boxes,
+                             r.key_boxes,
+                             r.geometry_weight,
+                             needs_grad[6] ? *r.geometry_bias : r.geometry_weight};
     std::vector<Tensor> grads;
     for (int i = 0; i < 7; ++i)
-      grads.push_back(needs_grad[i] ? torch::stable::new_empty(of[i], of[i].sizes()) : none_like(of[i]));
+      grads.push_back(needs_grad[i] ? torch::stable::new_empty(inputs[i], inputs[i].sizes()) : none_like(inputs[i]));
     if (r.K == 0 || output.numel() == 0) {
       for (const Tensor& grad : grads) torch::stable::fill_(grad, 0);
     } else {
