@@ -1,11 +1,12 @@
-// local_relation on the CPU: the two directions, their work divided among threads, and the registration.
+// local_relation on the CPU: the forward and the backward, the division of their work among threads, and the
+// registration of the ops.
 //
-// An item is a strip of output rows of some groups of an image (LocalRelationItems in cpu_args.h); threads take items
-// one at a time. Both directions are bound by what a tap costs per vector of outputs: about 13 operations for its
-// exponential, 6 for its logit, and per channel a multiply-add that loads; the backward takes about three times the
-// work of the forward. cpu_kernel.h says how. Every item writes the gradients of its own queries, keys and values;
-// partial sums of the gradient of the prior are added up here, in the order of the strips, so that results do not
-// depend on the number of threads.
+// An item is a strip of output rows of some groups of an image (LocalRelationItems in cpu_args.h). Threads process
+// items one at a time. The cost of a tap per vector of outputs limits the speed: about 13 operations for its
+// exponential, 6 for its logit, and one multiply-add with a load per channel. The backward takes about three times as
+// long as the forward. cpu_kernel.h describes both algorithms. Every item writes the gradients of its own queries, keys
+// and values. This file adds the partial sums of the gradient of the prior in the order of the strips, so the results
+// do not depend on the number of threads.
 
 #include <tuple>
 #include <vector>
@@ -20,7 +21,7 @@ namespace relops {
 namespace {
 
 struct Kernels {
-  // Returns the time that `times` forwards take one thread.
+  // Returns the time of `times` forwards on one thread, in nanoseconds.
   template <class T>
   static double nanoseconds(const LocalRelationArgs<T>& a, double times) {
     const double logits = static_cast<double>(a.N) * a.G * a.Ho * a.Wo * a.k * a.k;
@@ -38,7 +39,7 @@ struct Kernels {
 
   template <class T>
   static void backward(const LocalRelation& r, const LocalRelationArgs<T>& a, const LocalRelationGrads& grads) {
-    // Where windows may leave pixels out, the kernel does not write their gradients.
+    // If windows may skip pixels, the kernel does not write the gradients of the skipped pixels.
     const bool all_read = a.stride == 1 || (a.dilation == 1 && (a.k + 1) / 2 >= a.stride);
     if (!all_read) {
       torch::stable::fill_(std::get<1>(grads), 0);

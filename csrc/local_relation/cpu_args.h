@@ -1,5 +1,5 @@
-// local_relation on the CPU: where windows lie in lines of memory, and how the work is divided; what the kernels are
-// called with besides LocalRelationArgs (problem.h).
+// local_relation on the CPU: the positions of windows in lines of memory, and the division of the work. The kernels
+// need these in addition to LocalRelationArgs (problem.h).
 #pragma once
 
 #include <algorithm>
@@ -11,11 +11,12 @@
 
 namespace relops {
 
-// Where the columns that taps read are, in lines of memory. The taps of neighboring outputs are `stride` pixels apart;
-// a line of inputs is a row of the map dealt out to one part per remainder of the column modulo the stride (its phase),
-// so that they are neighbors there. All lines have zeros on both sides, as far as whole vectors and taps reach.
+// The positions, in lines of memory, of the columns that taps read. The taps of neighboring outputs are `stride` pixels
+// apart. Therefore a line of inputs is a row of the map that is split into parts, one per remainder of the column
+// modulo the stride (its phase), so that the taps of neighboring outputs are adjacent. All lines are padded with zeros
+// on both sides, as far as whole vectors and taps reach.
 struct WindowColumns {
-  // phase -1: no output has this tap on the map. Else output w reads column w + shift of its phase.
+  // If phase is -1, no output has this tap on the map. Otherwise output w reads column w + shift of its phase.
   struct Tap {
     int64_t phase, part, shift;
   };
@@ -54,19 +55,19 @@ struct WindowColumns {
     }
   }
 
-  // The place in a line of inputs that output 0 reads by this tap.
+  // Returns the position in a line of inputs that output 0 reads with this tap.
   int64_t input_at(const Tap& tap) const { return tap.part * part_size + left + tap.shift; }
-  // The place in a line of outputs of the output that reads column 0 of its phase by this tap.
+  // Returns the position, in a line of outputs, of the output that reads column 0 of its phase with this tap.
   int64_t output_at(const Tap& tap) const { return output_left - tap.shift; }
 
-  int64_t width;  // of a row of outputs, rounded up to whole vectors
+  int64_t width;  // length of a row of outputs, rounded up to whole vectors
   std::vector<Tap> taps;
   std::vector<Part> parts;
-  std::vector<bool> inside_map;  // per vector of outputs: no tap leaves the map
+  std::vector<bool> inside_map;  // per vector of outputs: whether all taps are on the map
   int64_t left, part_size, line, output_left, output_line;
 };
 
-// Which rows of the map the windows of the outputs ho read, and which outputs read a row.
+// The rows of the map that the window of output row ho reads, and the output rows that read a row of the map.
 struct WindowRows {
   int64_t H, Ho, k, stride, dilation;
 
@@ -75,12 +76,13 @@ struct WindowRows {
   int64_t end(int64_t ho) const { return std::min(tap(ho, k - 1) + 1, H); }
   int64_t max_inputs() const { return std::min(dilation * (k - 1) + 1, H); }
 
-  // Returns the output that reads row y by tap i, or -1.
+  // Returns the output row that reads row y with tap i, or -1.
   int64_t output(int64_t y, int64_t i) const {
     const int64_t at = y - dilation * (i - k / 2);
     return at >= 0 && at % stride == 0 && at / stride < Ho ? at / stride : -1;
   }
-  // The outputs that read row y are among these. With a stride there may be none.
+  // The output rows that read row y are between first_output(y) and last_output(y). With a stride, it is possible that
+  // no output row reads row y.
   int64_t first_output(int64_t y) const {
     return ceil_div(std::max<int64_t>(y - dilation * (k - 1 - k / 2), 0), stride);
   }
@@ -88,21 +90,23 @@ struct WindowRows {
   int64_t max_outputs() const { return std::min(dilation * (k - 1) / stride + 1, Ho); }
 };
 
-// The work is divided into strips of output rows, each with the input rows from `stride` times its first on, and
-// bundles of groups. It does not depend on the number of threads, so that sums over it do not.
+// The division of the work into strips of output rows and bundles of groups. A strip also owns the input rows that
+// begin at `stride` times its first output row. The division does not depend on the number of threads, and therefore
+// neither do sums over it.
 struct LocalRelationItems {
   template <class T>
   explicit LocalRelationItems(const LocalRelationArgs<T>& a, const WindowRows& rows)
       : Ho(a.Ho), H(a.H), stride(a.stride), G(a.G) {
-    // Where a pixel's channels lie side by side, the groups of a cache line are done together.
+    // If the channels of a pixel are adjacent, the groups of a cache line are processed together.
     constexpr int64_t kCacheLine = 64;
-    const bool side_by_side = a.value.w_stride != 1;
-    bundle = side_by_side ? std::clamp<int64_t>(kCacheLine / (a.m * static_cast<int64_t>(sizeof(T))), 1, G) : 1;
+    const bool has_adjacent_channels = a.value.w_stride != 1;
+    bundle =
+        has_adjacent_channels ? std::clamp<int64_t>(kCacheLine / (a.m * static_cast<int64_t>(sizeof(T))), 1, G) : 1;
     bundles = ceil_div(G, bundle);
-    // Strips must not be too low, because each computes anew what it shares with its neighbors.
-    constexpr int64_t kEnoughItems = 32, kLowest = 8;
-    const int64_t highest = std::max<int64_t>(Ho / std::max(kLowest, 2 * rows.max_outputs()), 1);
-    strips = std::clamp<int64_t>(ceil_div(kEnoughItems, a.N * bundles), 1, highest);
+    // Strips have a minimum height, because each recomputes the values that it shares with its neighbors.
+    constexpr int64_t kEnoughItems = 32, kMinRows = 8;
+    const int64_t max_strips = std::max<int64_t>(Ho / std::max(kMinRows, 2 * rows.max_outputs()), 1);
+    strips = std::clamp<int64_t>(ceil_div(kEnoughItems, a.N * bundles), 1, max_strips);
     strip_rows = ceil_div(Ho, strips);
     strips = ceil_div(Ho, strip_rows);
     count = a.N * strips * bundles;
@@ -111,7 +115,7 @@ struct LocalRelationItems {
   struct Item {
     int64_t n, strip, g, g_end, begin, end;
   };
-  // Neighboring groups come one after another: their channels may lie in the same rows of memory.
+  // Neighboring groups have consecutive numbers, because their channels may be in the same rows of memory.
   Item at(int64_t i) const {
     Item item;
     item.g = i % bundles * bundle;

@@ -1,5 +1,5 @@
-// local_relation on the CPU: the backward. Rows of outputs go down a strip; the gradients of a row of inputs follow as
-// soon as the last output that reads it is done.
+// local_relation on the CPU: the backward. It processes the output rows of a strip from top to bottom, and writes the
+// gradients of a row of inputs as soon as the last output row that reads this row has been processed.
 #ifndef RELOPS_LOCAL_RELATION_BACKWARD
 #define RELOPS_LOCAL_RELATION_BACKWARD
 
@@ -56,8 +56,8 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   }
 
  private:
-  // A tap by which outputs read the row of inputs at hand. All pointers belong to the output that reads column 0 of the
-  // phase: its weight and the gradient of its logit in the rings, its query and its gradient.
+  // A tap with which outputs read the current row of inputs. All pointers refer to the output that reads column 0 of
+  // the phase: to its weight and the gradient of its logit in the rings, to its query, and to its output gradient.
   struct Read {
     const Compute *weight, *logit, *query, *grad;
   };
@@ -70,29 +70,29 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
       last = std::max(last, rows_.last_output(end - 1));
     }
     for (int64_t ho = first; ho <= last; ++ho) {
-      row(ho, ho >= item.begin && ho < item.end);
+      process_row(ho, ho >= item.begin && ho < item.end);
       if (!needs_inputs_) continue;
       for (int64_t i = 0; i < a_.k && keeps_sums_; ++i)
         if (const int64_t row = rows_.tap(ho, i); row >= items_.input_begin(item) && row < end) add_inputs(row, i);
-      for (; y < end && rows_.last_output(y) <= ho; ++y) inputs(y);
+      for (; y < end && rows_.last_output(y) <= ho; ++y) write_inputs(y);
     }
   }
 
   int64_t sums_size() const { return (1 + a_.m) * columns_.width; }
 
-  // Returns the sums of the gradients of a row of inputs, where they are kept: they are 0 between strips.
+  // Returns the sums of the gradients of a row of inputs if keeps_sums_ is set. They are 0 between strips.
   Compute* sums_of(int64_t y, int64_t part) const {
     return sums_ + (y % this->ring_ * static_cast<int64_t>(columns_.parts.size()) + part) * sums_size();
   }
 
-  // Adds what row i of the taps of the output at hand gives to a row of inputs.
+  // Adds the contribution of row i of the taps of the current output row to the gradients of a row of inputs.
   void add_inputs(int64_t y, int64_t i) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part)
       sum_reads(find_reads(y, part, i, i + 1), y, part, sums_of(y, part), true);
   }
 
-  // Does everything that depends on a row of outputs. own: the row is this strip's, not a neighbor's.
-  void row(int64_t ho, bool own) {
+  // Processes a row of outputs. `own` says whether the row belongs to this strip and not to a neighbor.
+  void process_row(int64_t ho, bool own) {
     const int64_t output_line = columns_.output_line, slot = ho % output_ring_;
     Compute* const query = query_ring_ + slot * output_line + columns_.output_left;
     Compute* const grad = grad_ring_ + slot * a_.m * output_line + columns_.output_left;
@@ -114,12 +114,12 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
                 a_.grad_query.w_stride);
   }
 
-  // Divides weights_ by their sum, keeps them in the ring, and leaves the gradients of weights in grads_. Returns
+  // Divides weights_ by their sum, stores them in the ring, and writes the gradients of the weights to grads_. Returns
   // delta.
   Vec<Compute> grads_of_weights(int64_t w, Vec<Compute> scale, const Compute* grad, Compute* ring) {
-    const int64_t count = this->count_, reaching = this->reaching_, line = columns_.output_line;
+    const int64_t count = this->count_, map_taps = this->map_taps_, line = columns_.output_line;
     Compute *const weights = weights_, *const grads = grads_;
-    if (w + V > a_.Wo) {  // past the end of the row is no output: what was computed for these lanes is discarded
+    if (w + V > a_.Wo) {  // lanes after the end of the row have no output, so their results are discarded
       const VecInt<Compute> valid = lanes<Compute>([](Int<Compute> j) { return j; }) <
                                     broadcast_int<Compute>(static_cast<Int<Compute>>(a_.Wo - w));
       for (int64_t i = 0; i < count; ++i) store(weights + i * V, valid ? load(weights + i * V) : Vec<Compute>{});
@@ -128,7 +128,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     for (int64_t i = 0; i < count; ++i) {
       const Vec<Compute> p = load(weights + i * V) * scale;
       store(weights + i * V, p);
-      if (ring != nullptr && i < reaching) store(ring + tap_[i] * line + w, p);
+      if (ring != nullptr && i < map_taps) store(ring + tap_[i] * line + w, p);
     }
     if (!needs_logits_) return scale;
     for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
@@ -146,43 +146,43 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
         store(grads + i * V, sum + odd);
       };
       if (c == 0)
-        for (int64_t i = 0; i < reaching; ++i) add(i, Vec<Compute>{});
+        for (int64_t i = 0; i < map_taps; ++i) add(i, Vec<Compute>{});
       else
-        for (int64_t i = 0; i < reaching; ++i) add(i, load(grads + i * V));
+        for (int64_t i = 0; i < map_taps; ++i) add(i, load(grads + i * V));
     });
-    return sum_over<Compute>(reaching, [&](int64_t i) __attribute__((always_inline)) {
+    return sum_over<Compute>(map_taps, [&](int64_t i) __attribute__((always_inline)) {
       return load(weights + i * V) * load(grads + i * V);
     });
   }
 
-  // Puts the gradients of logits into the ring, and sums them over taps (gradients of queries) and over outputs (of the
-  // prior).
+  // Stores the gradients of the logits in the ring. Sums them over taps for the gradients of queries, and over outputs
+  // for the gradient of the prior.
   void grads_of_logits(int64_t w, Vec<Compute> q, Vec<Compute> delta, Compute* ring, bool own) {
-    const int64_t line = columns_.output_line, reaching = this->reaching_;
+    const int64_t line = columns_.output_line, map_taps = this->map_taps_;
     const Compute *const weights = weights_, *const grads = grads_;
     const Compute* const* const key_at = key_at_;
     const int32_t* const taps = tap_;
     Compute* const prior = own ? prior_ : nullptr;
-    const auto add = [&](int64_t i, Vec<Compute> of_weight) __attribute__((always_inline)) {
-      const Vec<Compute> l = load(weights + i * V) * (of_weight - delta), k = load(key_at[i] + w);
+    const auto add = [&](int64_t i, Vec<Compute> grad_weight) __attribute__((always_inline)) {
+      const Vec<Compute> l = load(weights + i * V) * (grad_weight - delta), k = load(key_at[i] + w);
       if (prior != nullptr) {
         Compute* const sum = prior + taps[i] * V;
         store(sum, load(sum) + l);
       }
-      if (ring != nullptr && i < reaching) store(ring + taps[i] * line + w, l);
+      if (ring != nullptr && i < map_taps) store(ring + taps[i] * line + w, l);
       if constexpr (kSimilarity == Similarity::kProduct)
         return l * k;
       else
         return -l * slope<kSimilarity, Vec<Compute>>(q - k);
     };
     Vec<Compute> grad = sum_over<Compute>(
-        reaching, [&](int64_t i) __attribute__((always_inline)) { return add(i, load(grads + i * V)); });
-    for (int64_t i = reaching; i < this->count_; ++i) grad += add(i, Vec<Compute>{});
+        map_taps, [&](int64_t i) __attribute__((always_inline)) { return add(i, load(grads + i * V)); });
+    for (int64_t i = map_taps; i < this->count_; ++i) grad += add(i, Vec<Compute>{});
     if (own) store(query_sums_ + w, grad * Compute(kSlopeScale<kSimilarity>));
   }
 
-  // Writes the gradients of a row of inputs. Where no output reads the row, or a phase of it, they are zero already.
-  void inputs(int64_t y) {
+  // Writes the gradients of a row of inputs. If no output reads the row, or a phase of it, they are already zero.
+  void write_inputs(int64_t y) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part) {
       Compute* const sums = keeps_sums_ ? sums_of(y, part) : sums_;
       if (!keeps_sums_) {
@@ -202,20 +202,21 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     }
   }
 
-  // Sets sums [1+m,width] to the gradients of the key and of the values of a row of inputs, summed over the reads at
-  // hand. With `more` they are added to sums.
-  void sum_reads(int64_t count, int64_t y, int64_t part, Compute* sums, bool more) {
+  // Sets sums [1+m,width] to the gradients of the key and of the values of a row of inputs, summed over the first
+  // `count` reads. If `accumulate`, they are added to sums.
+  void sum_reads(int64_t count, int64_t y, int64_t part, Compute* sums, bool accumulate) {
     const int64_t columns = columns_.parts[part].columns;
     const Compute* const key =
         this->key_ring_ + y % this->ring_ * columns_.line + part * columns_.part_size + columns_.left;
     for (int64_t j = 0; needs_key_ && j < columns; j += V) {
       const Vec<Compute> grad = grad_of_keys(count, j, key);
-      store(sums + j, more ? load(sums + j) + grad : grad);
+      store(sums + j, accumulate ? load(sums + j) + grad : grad);
     }
-    for (int64_t j = 0; needs_value_ && j < columns; j += V) grad_of_values(count, j, sums + columns_.width + j, more);
+    for (int64_t j = 0; needs_value_ && j < columns; j += V)
+      grad_of_values(count, j, sums + columns_.width + j, accumulate);
   }
 
-  // Finds the outputs that read a row of inputs by rows [begin, end) of taps, and returns their number.
+  // Finds the outputs that read a row of inputs with rows [begin, end) of the taps, and returns their number.
   int64_t find_reads(int64_t y, int64_t part, int64_t begin, int64_t end) {
     const int64_t line = columns_.output_line;
     int64_t count = 0;
@@ -226,9 +227,10 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
       for (int64_t j = 0; j < a_.k; ++j) {
         const WindowColumns::Tap& tap = columns_.taps[j];
         if (tap.phase < 0 || tap.part != part) continue;
-        const int64_t at = columns_.output_at(tap), of_tap = (slot * taps_ + i * a_.k + j) * line + at;
-        reads_[count++] = {needs_value_ ? weight_ring_ + of_tap : nullptr, needs_key_ ? logit_ring_ + of_tap : nullptr,
-                           query_ring_ + slot * line + at, grad_ring_ + slot * a_.m * line + at};
+        const int64_t at = columns_.output_at(tap), tap_offset = (slot * taps_ + i * a_.k + j) * line + at;
+        reads_[count++] = {needs_value_ ? weight_ring_ + tap_offset : nullptr,
+                           needs_key_ ? logit_ring_ + tap_offset : nullptr, query_ring_ + slot * line + at,
+                           grad_ring_ + slot * a_.m * line + at};
       }
     }
     return count;
@@ -247,7 +249,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     return grad * Compute(kSlopeScale<kSimilarity>);
   }
 
-  void grad_of_values(int64_t count, int64_t j, Compute* to, bool more) {
+  void grad_of_values(int64_t count, int64_t j, Compute* to, bool accumulate) {
     for_each_eight(channels_, [&](int64_t c, auto n) __attribute__((always_inline)) {
       constexpr int R = n;
       const Batch<Compute, R> sums = weighted_sums<Compute, R>(
@@ -257,12 +259,12 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Compute* const p = to + (c + r) * columns_.width;
-        store(p, more ? load(p) + sums.v[r] : sums.v[r]);
+        store(p, accumulate ? load(p) + sums.v[r] : sums.v[r]);
       }
     });
   }
 
-  // Zeroes the gradients of a group without channels, which has no influence.
+  // Sets the gradients of a group without channels to zero, because such a group has no influence.
   void clear(const Item& item) {
     const auto rows = [&](const Map<T>& grad, int64_t begin, int64_t end, int64_t columns) {
       if (grad.data == nullptr) return;
@@ -276,13 +278,13 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   const LocalRelationItems& items_;
   double* const prior_partials_;  // [N,strips,G,k,k]
   bool needs_key_, needs_value_, needs_logits_, needs_inputs_;
-  bool keeps_sums_;                   // of the gradients of inputs, instead of the weights of outputs
+  bool keeps_sums_;                   // whether sums of input gradients are kept instead of output weights
   int64_t output_ring_;               // row ho of outputs is in slot ho % output_ring
   Compute *query_ring_, *grad_ring_;  // [ring,line], [ring,m,line]
   Compute *weight_ring_ = nullptr, *logit_ring_ = nullptr;  // [ring,k*k,line]
   Compute *grads_, *query_sums_;                            // [k*k,V], [width]
-  Compute* sums_;             // [1+m,width] or, where these are kept, [ring,parts,1+m,width]
-  Compute* prior_ = nullptr;  // [k*k,V]
+  Compute* sums_;                                           // [1+m,width], or [ring,parts,1+m,width] if keeps_sums_
+  Compute* prior_ = nullptr;                                // [k*k,V]
   Read* reads_;
 };
 

@@ -1,5 +1,5 @@
-// local_relation on the CPU: the forward. Per row of outputs and vector of it: weights, then the sums of up to eight
-// channels of values at a time.
+// local_relation on the CPU: the forward. For each vector of a row of outputs, it computes the weights and then the
+// weighted sums of values, up to eight channels at a time.
 #ifndef RELOPS_LOCAL_RELATION_FORWARD
 #define RELOPS_LOCAL_RELATION_FORWARD
 
@@ -28,12 +28,12 @@ class LocalRelationForward : LocalRelationWorker<kSimilarity, T> {
     for (int64_t g = item.g; g < item.g_end; ++g) {
       this->start(item.n, g);
       if (channels_ == 0) return;
-      for (int64_t ho = item.begin; ho < item.end; ++ho) row(ho);
+      for (int64_t ho = item.begin; ho < item.end; ++ho) process_row(ho);
     }
   }
 
  private:
-  void row(int64_t ho) {
+  void process_row(int64_t ho) {
     const int64_t width = columns_.width, line = columns_.line;
     this->unpack_inputs(ho);
     unpack_line(a_.query.at(n_, this->g_, ho), a_.query.c_stride, a_.query.w_stride, 1, a_.Wo, query_, width);
@@ -43,7 +43,7 @@ class LocalRelationForward : LocalRelationWorker<kSimilarity, T> {
       for_each_eight(channels_, [&](int64_t c, auto count) __attribute__((always_inline)) {
         constexpr int R = count;
         const Batch<Compute, R> sums = weighted_sums<Compute, R>(
-            this->reaching_, line, [&](int64_t i) __attribute__((always_inline)) { return load(weights_ + i * V); },
+            this->map_taps_, line, [&](int64_t i) __attribute__((always_inline)) { return load(weights_ + i * V); },
             [&](int64_t i) __attribute__((always_inline)) { return value_at_[i] + c * line + w; });
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) store(output_ + (c + r) * width + w, sums.v[r] * scale);

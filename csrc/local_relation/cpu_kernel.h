@@ -1,17 +1,20 @@
-// local_relation on the CPU: the entry points of its kernels, compiled once per instruction set by foreach_isa.h.
+// local_relation on the CPU: the entry points of its kernels. foreach_isa.h compiles this file once per instruction
+// set.
 //
-// Lanes are neighboring outputs of a row. Rows of the map are unpacked into lines, in the compute type and with zeros
-// on both sides (WindowColumns); a ring of lines holds what the windows of a row of outputs reach, so that each row is
-// unpacked once per group and then stays in the L1 or L2 cache.
+// The lanes of a vector are neighboring outputs of a row. Rows of the map are unpacked into lines, which have the
+// compute type and zeros on both sides (WindowColumns). A ring of lines holds what the windows of a row of outputs
+// read, so each row is unpacked once per group and then stays in the L1 or L2 cache.
 //
-// Forward: per vector of outputs, the logits of all taps go into a small buffer, where they become weights, and these
-// multiply the values of up to eight channels whose sums stay in registers. Per tap and vector of 8 channels there are
-// about 13 operations for the exponential, 6 for the logit and 8 multiply-adds, each of which loads.
+// In the forward, the logits of all taps of a vector of outputs are written to a small buffer and converted to weights
+// there. The weights multiply the values of up to eight channels, whose sums stay in registers. For each tap and vector
+// of 8 channels there are about 13 operations for the exponential, 6 for the logit and 8 multiply-adds, each with a
+// load.
 //
-// Backward: the same per row of outputs, whose weights and gradients of logits go into rings of their own. As soon as
-// the last output that reads a row of inputs is done, the gradients of its keys and values are sums over taps from
-// these rings. For large windows that would be too much to keep: then only the weights of one row of outputs are kept,
-// and added at once to the sums of all rows of inputs that it reads.
+// The backward does the same for each row of outputs and stores the weights and the gradients of the logits in rings of
+// their own. As soon as the last output row that reads a row of inputs has been processed, the gradients of the keys
+// and values of that row are computed as sums over taps from these rings. For large windows the rings would need too
+// much memory. In that case, only the weights of one row of outputs are kept, and their contributions are added
+// immediately to the sums of all rows of inputs that this row reads.
 
 #include "common/cpu/simd.h"
 #include "local_relation/cpu_args.h"
@@ -43,7 +46,7 @@ void local_relation_backward(const LocalRelationArgs<T>& a, const WindowRows& ro
 
 }  // namespace relops::RELOPS_ISA
 
-// The next instruction set compiles the pieces again.
+// Each instruction set compiles these headers again.
 #undef RELOPS_LOCAL_RELATION_LINES
 #undef RELOPS_LOCAL_RELATION_WINDOW
 #undef RELOPS_LOCAL_RELATION_FORWARD

@@ -1,5 +1,5 @@
-// local_relation on the CPU: lines of memory, into which rows of the map are unpacked and from which rows are packed,
-// and sums over vectors of them.
+// local_relation on the CPU: lines of memory. Rows of the map are unpacked into lines and packed from lines; sums are
+// computed over vectors of lines.
 #ifndef RELOPS_LOCAL_RELATION_LINES
 #define RELOPS_LOCAL_RELATION_LINES
 
@@ -8,7 +8,7 @@
 
 namespace relops::RELOPS_ISA {
 
-// Calls f(first, count) for the numbers [0, n), `count` at a time: count is a constant, 8, or 4, 2 and 1 for the rest.
+// Calls f(first, count) for ranges that make up [0, n). `count` is a constant: 8, and then 4, 2 and 1 for the rest.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE void for_each_eight(int64_t n, F f) {
   int64_t i = 0;
@@ -18,8 +18,8 @@ RELOPS_HOST_DEVICE_INLINE void for_each_eight(int64_t n, F f) {
   if (n - i >= 1) f(i, std::integral_constant<int, 1>{});
 }
 
-// Returns R sums: sum r is that over i < count of weight(i) times the vector at row(i) + r * line. If R is small, each
-// sum is kept in several parts, because every addition of a chain waits for the one before it.
+// Returns R sums. Sum r is the sum over i < count of weight(i) times the vector at row(i) + r * line. If R is small,
+// each sum is split into several parts, because every addition in a chain waits for the previous one.
 template <class Compute, int R, class Weight, class Row>
 RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t line, Weight weight, Row row) {
   constexpr int U = 8 / R;
@@ -40,7 +40,7 @@ RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t
   return parts[0];
 }
 
-// Returns the sum of f(i) over i < count, likewise in several parts.
+// Returns the sum of f(i) over i < count, which is also split into several parts.
 template <class Compute, class F>
 RELOPS_HOST_DEVICE_INLINE Vec<Compute> sum_over(int64_t count, F f) {
   constexpr int U = 4;
@@ -53,7 +53,7 @@ RELOPS_HOST_DEVICE_INLINE Vec<Compute> sum_over(int64_t count, F f) {
   return (parts.v[0] + parts.v[1]) + (parts.v[2] + parts.v[3]);
 }
 
-// Sets dst[0..n) to src[0..n), converted. A row may be shorter than a vector.
+// Sets dst[0..n) to src[0..n), converted to the type of dst. The row may be shorter than a vector.
 template <class To, class From>
 inline void convert_row(const From* src, To* dst, int64_t n) {
   if constexpr (std::is_same_v<To, From>)
@@ -62,7 +62,7 @@ inline void convert_row(const From* src, To* dst, int64_t n) {
     convert(src, dst, n);
 }
 
-// Sets to[c * line + j] to row[c * c_stride + j * w_stride], converted.
+// Sets to[c * line + j] to row[c * c_stride + j * w_stride], converted to Compute.
 template <class T, class Compute>
 inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_t channels, int64_t count, Compute* to,
                         int64_t line) {
@@ -93,7 +93,8 @@ inline void unpack_line(const T* row, int64_t c_stride, int64_t w_stride, int64_
     for (int64_t j = 0; j < count; ++j) to[c * line + j] = static_cast<Compute>(row[c * c_stride + j * w_stride]);
 }
 
-// Sets row[c * c_stride + j * w_stride] to from[c * line + j], converted. Lines are readable up to whole vectors.
+// Sets row[c * c_stride + j * w_stride] to from[c * line + j], converted to T. Lines must be readable up to whole
+// vectors.
 template <class T, class Compute>
 inline void pack_line(const Compute* from, int64_t line, int64_t channels, int64_t count, T* row, int64_t c_stride,
                       int64_t w_stride) {

@@ -1,4 +1,4 @@
-// local_relation on the CPU: the softmax over windows, which the forward and the backward compute alike.
+// local_relation on the CPU: the softmax over windows, which the forward and the backward have in common.
 #ifndef RELOPS_LOCAL_RELATION_WINDOW
 #define RELOPS_LOCAL_RELATION_WINDOW
 
@@ -8,14 +8,14 @@
 
 namespace relops::RELOPS_ISA {
 
-// A thread's memory and the steps that both directions take: unpacking the rows that windows reach, finding the taps of
-// a row of outputs, and computing the weights of a vector of outputs.
+// The memory of a thread and the steps that the forward and the backward have in common: unpacking the rows that
+// windows read, finding the taps of a row of outputs, and computing the weights of a vector of outputs.
 template <Similarity kSimilarity, class T>
 class LocalRelationWorker {
  public:
   using Compute = ComputeType<T>;
   static constexpr int64_t V = kLanes<Compute>;
-  static constexpr int kBatch = 4;  // taps whose exponentials are computed side by side
+  static constexpr int kBatch = 4;  // number of taps whose exponentials are computed side by side
   using Item = LocalRelationItems::Item;
 
   LocalRelationWorker(const LocalRelationArgs<T>& a, const WindowRows& rows, const WindowColumns& columns)
@@ -41,7 +41,7 @@ class LocalRelationWorker {
     return p;
   }
 
-  // Begins another group or strip.
+  // Begins a new group or strip.
   void start(int64_t n, int64_t g) {
     n_ = n;
     g_ = g;
@@ -59,8 +59,8 @@ class LocalRelationWorker {
     loaded_ = std::max(loaded_, rows_.end(ho));
   }
 
-  // Finds the taps of a row of outputs: first those that some output has on the map, then, where they count, the
-  // others.
+  // Finds the taps of a row of outputs: first the taps that are on the map for at least one output, then, if
+  // zero_border is set, the other taps.
   void find_taps(int64_t ho) {
     const int64_t k = a_.k, line = columns_.line;
     const Compute* const prior = a_.prior == nullptr ? nullptr : a_.prior + g_ * taps_;
@@ -85,7 +85,7 @@ class LocalRelationWorker {
         add(i * k + j, keys + at);
       }
     }
-    reaching_ = count;
+    map_taps_ = count;
     if (a_.zero_border)
       for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < k; ++j)
@@ -93,33 +93,35 @@ class LocalRelationWorker {
     count_ = count;
   }
 
-  // Fills weights_ for the outputs [w, w + V) with queries q, not yet divided by their sum, which it returns.
+  // Computes weights_ for the outputs [w, w + V) with queries q. The weights are not yet divided by their sum, which
+  // this function returns.
   Vec<Compute> weigh(int64_t w, Vec<Compute> q) {
-    // These are copied to locals, because the compiler cannot tell that the stores below do not change them.
+    // These members are copied to local variables, because the compiler cannot tell that the stores below do not change
+    // them.
     const int64_t count = count_;
     const Compute* const* const key_at = key_at_;
     const Compute* const* const inside_at = inside_at_;
     const Compute* const prior_at = prior_at_;
     Compute* const weights = weights_;
-    const Vec<Compute> none = broadcast(-std::numeric_limits<Compute>::infinity());
-    Vec<Compute> largest = none;
+    const Vec<Compute> minus_infinity = broadcast(-std::numeric_limits<Compute>::infinity());
+    Vec<Compute> max_logit = minus_infinity;
     const auto logit = [&](int64_t i) __attribute__((always_inline)) {
       return similarity<kSimilarity, Vec<Compute>>(q, load(key_at[i] + w)) + prior_at[i];
     };
-    const auto keep = [&](int64_t i, Vec<Compute> x) __attribute__((always_inline)) {
+    const auto store_logit = [&](int64_t i, Vec<Compute> x) __attribute__((always_inline)) {
       store(weights + i * V, x);
-      largest = maximum(x, largest);
+      max_logit = maximum(x, max_logit);
     };
     if (a_.zero_border || columns_.inside_map[w / V])
-      for (int64_t i = 0; i < count; ++i) keep(i, logit(i));
+      for (int64_t i = 0; i < count; ++i) store_logit(i, logit(i));
     else
-      for (int64_t i = 0; i < count; ++i) keep(i, logit(i) + load(inside_at[i] + w));
-    for (int64_t i = count; i % kBatch != 0; ++i) store(weights + i * V, none);
+      for (int64_t i = 0; i < count; ++i) store_logit(i, logit(i) + load(inside_at[i] + w));
+    for (int64_t i = count; i % kBatch != 0; ++i) store(weights + i * V, minus_infinity);
     Batch<Compute, kBatch> total = {};
     for (int64_t i = 0; i < count; i += kBatch) {
       Compute* const p = weights + i * V;
       const auto e = exponential_of_softmax(
-          batch<Compute, kBatch>([&](int j) __attribute__((always_inline)) { return load(p + j * V) - largest; }));
+          batch<Compute, kBatch>([&](int j) __attribute__((always_inline)) { return load(p + j * V) - max_logit; }));
 #pragma GCC unroll 4
       for (int j = 0; j < kBatch; ++j) store(p + j * V, e.v[j]);
       total = total + e;
@@ -127,7 +129,7 @@ class LocalRelationWorker {
     return (total.v[0] + total.v[1]) + (total.v[2] + total.v[3]);
   }
 
-  // Unpacks a row of the map, dealt out by phases, to to[c * line + part * part_size + left ...].
+  // Unpacks a row of the map, split by phases, to to[c * line + part * part_size + left ...].
   void unpack_row(const Map<const T>& map, int64_t c, int64_t y, int64_t channels, Compute* to) const {
     for (const WindowColumns::Part& part : columns_.parts) {
       unpack_line(map.at(n_, c, y, part.phase), map.c_stride, map.w_stride * a_.stride, channels, part.columns,
@@ -143,13 +145,13 @@ class LocalRelationWorker {
   const int64_t taps_, ring_;
   Scratch scratch_;
   Compute *key_ring_, *value_ring_;  // [ring,line], [ring,m,line]: row y is in slot y % ring
-  Compute *zero_line_, *inside_;     // inside_: 0 on the map, else -inf
+  Compute *zero_line_, *inside_;     // inside_: 0 on the map, -inf elsewhere
 
   int64_t n_, g_, first_channel_, channels_, loaded_;
 
-  int64_t count_, reaching_;  // taps of the row of outputs, and those of them that some output has on the map
+  int64_t count_, map_taps_;  // taps of the row of outputs; those on the map for at least one output
   int32_t* tap_;
-  const Compute **key_at_, **value_at_, **inside_at_;  // of output 0
+  const Compute **key_at_, **value_at_, **inside_at_;  // positions for output 0
   Compute *prior_at_, *weights_;                       // weights_: [count,V]
 };
 

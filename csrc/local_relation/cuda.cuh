@@ -1,9 +1,11 @@
-// local_relation on CUDA: who does what in the forward and the backward, and what the kernels share.
+// local_relation on CUDA: how the forward and the backward divide their work, and the code that their kernels have in
+// common.
 //
-// A thread has some neighboring outputs (backward: also inputs) of a column and one group; a block has a tile of them.
-// With stride and dilation 1 what the windows of a tile reach is in shared memory, values eight channels at a time, and
-// a row that a thread reads from there serves each of its outputs: going down a column of taps, tap i of output r is
-// row r + i. Otherwise ("direct") a thread has one output and reads taps from global memory, that is, mostly from L1.
+// A thread computes several neighboring outputs (in the backward also inputs) of a column for one group. A block
+// computes a tile of them. If stride and dilation are 1, the windows of a tile are read from shared memory, values in
+// steps of eight channels. A row that a thread reads from there serves each of its outputs: in a column of taps, tap i
+// of output r is row r + i. Otherwise, in direct mode, a thread has one output and reads taps from global memory, which
+// means mostly from L1.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +17,9 @@
 namespace relops {
 
 constexpr int kLocalThreads = 256;
-constexpr int kChannels = 8;  // of a group that are worked on together
+constexpr int kChannels = 8;  // number of channels of a group that are processed together
 
-// Values in shared memory: packs of 16 bytes, [kPacks][pixels of the tile].
+// Values in shared memory are packs of 16 bytes, [kPacks][pixels of the tile].
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 template <class T>
@@ -31,23 +33,23 @@ constexpr int kRows = !kTiled          ? 1
 template <class T>
 struct LocalRelationParams {
   LocalRelationArgs<T> a;
-  int width, groups;                 // of a block: columns, and groups of kRows rows
-  int columns;                       // of the map, by which blocks are counted
-  int tiles_x, tiles_y;              // blocks of a map
-  int chunks;                        // forward only: of kChannels channels, each with blocks of its own
-  bool packs;                        // what is staged has its channels side by side, and whole packs of them
-  ComputeType<T>*logsumexp, *delta;  // [N,G,Ho,Wo], backward only; logarithms to base 2
-  ComputeType<T>* partials;          // [N,tiles,G,k,k] of the gradient of the prior, or null
+  int width, groups;                 // columns of a block, and its groups of kRows rows
+  int columns;                       // columns of the map, from which the number of blocks follows
+  int tiles_x, tiles_y;              // number of blocks of a map in each direction
+  int chunks;                        // forward only: number of chunks of kChannels channels, each with its own blocks
+  bool packs;                        // whether the staged map has adjacent channels that form whole packs
+  ComputeType<T>*logsumexp, *delta;  // [N,G,Ho,Wo], only for the backward; logarithms to base 2
+  ComputeType<T>* partials;          // [N,tiles,G,k,k]: partial gradients of the prior; or null
 };
 
-// Which tile of which map and group a block has.
+// The tile, the map and the group of a block.
 struct LocalBlock {
   int64_t n, g;
-  int chunk, tile, y, x;  // y, x: its first output, or input
+  int chunk, tile, y, x;  // y, x: its first output or input
 
   template <class T>
   __device__ LocalBlock(const LocalRelationParams<T>& p, int rows) {
-    // Groups first: their channels may lie side by side.
+    // Groups vary fastest, because their channels may be adjacent.
     int64_t b = blockIdx.x;
     chunk = static_cast<int>(b % p.chunks), b /= p.chunks;
     g = b % p.a.G, b /= p.a.G;
@@ -57,7 +59,8 @@ struct LocalBlock {
   }
 };
 
-// Which column and rows of a tile a thread has. One beyond the last group idles, at the place of the first.
+// The column and the rows of a tile that a thread computes. A thread after the last group is idle and has the position
+// of the first thread.
 struct LocalThread {
   int column, row;
   bool active;
@@ -74,7 +77,7 @@ struct LocalThread {
 template <class Compute>
 constexpr Compute kLog2E = 1.44269504088896340736;
 
-// Rows and columns around a tile, from (y, x) on, that lie in a map of height x width. Pixels outside are zeros.
+// The rows and columns around a tile, beginning at (y, x), in a map of height x width. Pixels outside the map are zero.
 struct TileArea {
   int y, x, rows, columns, height, width;
 };
@@ -88,7 +91,7 @@ __device__ void stage(Compute* to, const Map<T>& map, int64_t n, int64_t c, cons
   }
 }
 
-// Stages the channels [c, c + channels), at most kChannels, followed by zeros.
+// Stages the channels [c, c + channels), at most kChannels, and fills up with zeros.
 template <class T>
 __device__ void stage_packs(Pack<T, kPack<T>>* to, const Map<const T>& map, int64_t n, int64_t c, int channels,
                             bool packs, const TileArea& area) {
@@ -121,7 +124,7 @@ __device__ __forceinline__ void read_packs(ComputeType<T> (&to)[kChannels], cons
   }
 }
 
-// Reads the same of one pixel from global memory.
+// Reads kChannels channels of one pixel from global memory. Those after the first `channels` are zero.
 template <class T>
 __device__ __forceinline__ void read_channels(ComputeType<T> (&to)[kChannels], const Map<const T>& map, int64_t n,
                                               int64_t c, int64_t y, int64_t x, int channels) {
@@ -140,7 +143,7 @@ __device__ __forceinline__ void write_channels(const ComputeType<T> (&from)[kCha
     if (j < channels) to[j * map.c_stride] = static_cast<T>(from[j]);
 }
 
-// Stages the prior of a group, to base 2.
+// Stages the prior of a group, converted to base 2.
 template <class T, class Compute>
 __device__ void stage_prior(Compute* to, const LocalRelationArgs<T>& a, int64_t g) {
   const int taps = static_cast<int>(a.k * a.k);
@@ -148,9 +151,9 @@ __device__ void stage_prior(Compute* to, const LocalRelationArgs<T>& a, int64_t 
     to[i] = a.prior == nullptr ? Compute(0) : a.prior[g * taps + i] * kLog2E<Compute>;
 }
 
-// Calls, for each row of each column of the taps of outputs (ho, wo) to (ho + R - 1, wo): load(at, y, x, inside), with
-// the pixel's place in the tile and on the map, and then f(r, key, tap) for each output r that has it. at: of the pixel
-// that tap (0, 0) of output 0 reads.
+// Visits the taps of outputs (ho, wo) to (ho + R - 1, wo). For each row of each column of taps, calls load(pixel, y, x,
+// inside) with the position of the pixel in the tile and on the map, and then f(r, key, tap) for each output r that has
+// this tap. `at` is the position in the tile of the pixel that tap (0, 0) of output 0 reads.
 template <bool kTiled, int R, class T, class Compute, class Load, class F>
 __device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const LocalBlock& block, const Compute* keys,
                                            int columns, int at, int ho, int wo, Load load, F f) {
@@ -173,14 +176,14 @@ __device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const 
   }
 }
 
-// Adds up `x` of the threads of a warp and leaves the sum in sums[tap], which is this warp's own.
+// Sums `x` over the threads of a warp and adds the sum to sums[tap]. Each warp has its own `sums`.
 template <class Compute>
 __device__ __forceinline__ void add_to_tap(Compute* sums, int tap, Compute x) {
   x = group_sum(x, 32);
   if (threadIdx.x % 32 == 0) sums[tap] += x;
 }
 
-// Adds up what the warps of a block have added, and writes it to the partial sums of the block.
+// Sums the values of the warps of a block and writes them to the partial gradients of the block.
 template <class T, class Compute>
 __device__ void write_partial(const LocalRelationParams<T>& p, const LocalBlock& block, const Compute* sums) {
   const int taps = static_cast<int>(p.a.k * p.a.k), warps = blockDim.x / 32;
@@ -193,22 +196,23 @@ __device__ void write_partial(const LocalRelationParams<T>& p, const LocalBlock&
   }
 }
 
-// What is in shared memory: numbers of the compute type, [k,k] of the prior, `per_pixel` for each pixel of a tile and,
-// where gradients of the prior are added up, [warps,k,k]; then the packs of the pixels.
+// The contents of shared memory: values of the compute type, then the packs of the pixels. The values are [k,k] of the
+// prior, `per_pixel` for each pixel of a tile and, if gradients of the prior are summed, [warps,k,k].
 template <class Compute>
 struct LocalMemory {
   int taps, warps;
-  int pixels;  // 0: direct
+  int pixels;  // 0 in direct mode
   int per_pixel;
   bool sums;
 
   __host__ __device__ int numbers() const {
     const int n = taps * (sums ? 1 + warps : 1) + pixels * per_pixel;
-    return (n + 15) / 16 * 16;  // packs follow
+    return (n + 15) / 16 * 16;  // the packs that follow must be aligned
   }
 };
 
-// How a map of rows x columns is divided among blocks; direct, columns are counted otherwise.
+// The division of a map of rows x columns among blocks. In direct mode, the columns are counted by direct_columns
+// instead.
 template <class T>
 struct LocalLaunch {
   LocalRelationParams<T> p;
@@ -217,31 +221,31 @@ struct LocalLaunch {
   int threads;
   size_t bytes;
 
-  // per_pixel, sums: of LocalMemory.
+  // per_pixel and sums are the members of LocalMemory.
   LocalLaunch(const LocalRelationParams<T>& p_, int rows, int columns, int direct_columns, int per_pixel, bool sums)
       : p(p_) {
     using Compute = ComputeType<T>;
-    constexpr size_t kMost = 96 << 10;  // leaves room for two blocks
+    constexpr size_t kMaxBytes = 96 << 10;  // so that two blocks fit on a multiprocessor
     const LocalRelationArgs<T>& a = p.a;
     const int k = static_cast<int>(a.k);
     const auto fits = [&](int pixels, int threads) {
       const LocalMemory<Compute> memory{k * k, threads / 32, pixels, per_pixel, sums};
       bytes = memory.numbers() * sizeof(Compute) + size_t{16} * kPacks<T> * pixels;
-      return bytes <= kMost;
+      return bytes <= kMaxBytes;
     };
-    const auto choose = [&](int of_thread, int map_columns, int halo) {
+    const auto choose = [&](int thread_rows, int map_columns, int halo) {
       p.columns = map_columns;
-      // Columns evenly over tiles of at most 32.
+      // The columns are divided evenly among tiles of at most 32 columns.
       p.width = static_cast<int>(ceil_div(map_columns, ceil_div(map_columns, 32)));
-      p.groups = static_cast<int>(std::min<int64_t>(kLocalThreads / p.width, ceil_div(rows, of_thread)));
+      p.groups = static_cast<int>(std::min<int64_t>(kLocalThreads / p.width, ceil_div(rows, thread_rows)));
       for (;; p.groups = (p.groups + 1) / 2) {
         threads = static_cast<int>(ceil_div(p.width * p.groups, 32) * 32);
-        const int pixels = halo < 0 ? 0 : (p.groups * of_thread + halo) * (p.width + halo);
+        const int pixels = halo < 0 ? 0 : (p.groups * thread_rows + halo) * (p.width + halo);
         if (fits(pixels, threads)) break;
         if (p.groups == 1) return false;
       }
       p.tiles_x = static_cast<int>(ceil_div(map_columns, p.width));
-      p.tiles_y = static_cast<int>(ceil_div(rows, p.groups * of_thread));
+      p.tiles_y = static_cast<int>(ceil_div(rows, p.groups * thread_rows));
       return true;
     };
     tiled = a.stride == 1 && a.dilation == 1 && choose(kRows<T, true>, columns, k - 1);
@@ -268,7 +272,7 @@ bool has_packs(const Map<const T>& map, int64_t m) {
          map.n_stride % kPack<T> == 0 && map.h_stride % kPack<T> == 0 && map.w_stride % kPack<T> == 0;
 }
 
-// In cuda_backward.cu.
+// This function is defined in cuda_backward.cu.
 template <class T>
 void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>& a);
 

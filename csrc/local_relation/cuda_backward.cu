@@ -1,14 +1,16 @@
-// local_relation on CUDA: the backward. See cuda.cuh for who does what.
+// local_relation on CUDA: the backward. cuda.cuh explains how the work is divided.
 //
-// Two kernels, neither of which adds to what another thread adds to. That of the outputs computes the softmax anew:
-// with weights e not yet divided by their sum S and gradients of weights d,
+// The backward has two kernels. In neither of them do two threads add to the same value. The kernel of the outputs
+// computes the softmax again. With weights e before the division by their sum S, and gradients d of the weights,
 //   delta = sum of e d / S,  grad_query = sum of e d s / S - delta * sum of e s / S
-// where s is the derivative of the logit by the query, so one pass suffices after that for the largest logit. It leaves
-// delta and the logarithm of the sum for the kernel of the inputs, which visits, per pixel, the outputs whose windows
-// hold it. That one also adds up the gradients of the prior: per tap over a thread's pixels, the warp's, the block's,
-// and, in a kernel of its own, those of all blocks.
+// where s is the derivative of the logit with respect to the query. Therefore a single pass suffices after the pass
+// that finds the largest logit. This kernel writes delta and the logarithm of the sum for the kernel of the inputs,
+// which visits, for each pixel, the outputs whose windows contain the pixel. The kernel of the inputs also sums the
+// gradients of the prior: for each tap over the pixels of a thread, over a warp, over a block, and finally, in a
+// separate kernel, over all blocks.
 //
-// Taps outside the map have no pixel. Where they count (border "zero") the kernel of the outputs adds their part.
+// Taps outside the map have no pixel. If they take part in the softmax (border "zero"), the kernel of the outputs adds
+// their contribution.
 
 #include "common/cuda/partial_sums.cuh"
 #include "local_relation/cuda.cuh"
@@ -29,7 +31,7 @@ __global__ __launch_bounds__(kLocalThreads,
   const LocalThread thread(p, R);
   const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
   const int64_t first = block.g * a.m;
-  const int64_t of_group = max(min(a.C - first, a.m), int64_t{0});
+  const int64_t group_channels = max(min(a.C - first, a.m), int64_t{0});
 
   const TileArea area{block.y - before, block.x - before, p.groups * R + k - 1, p.width + k - 1, H, W};
   const int pixels = area.rows * area.columns;
@@ -45,12 +47,12 @@ __global__ __launch_bounds__(kLocalThreads,
 
   const int ho = block.y + thread.row, wo = block.x + thread.column;
   const bool active = thread.active && wo < a.Wo;
-  Compute q[R], largest[R], total[R], of_weights[R], of_query[R], slopes[R];
+  Compute q[R], max_logit[R], total[R], delta_sums[R], query_sums[R], slope_sums[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     q[r] = active && ho + r < a.Ho ? static_cast<Compute>(*a.query.at(block.n, block.g, ho + r, wo)) : Compute(0);
-    largest[r] = -kInfinity;
-    total[r] = of_weights[r] = of_query[r] = slopes[r] = 0;
+    max_logit[r] = -kInfinity;
+    total[r] = delta_sums[r] = query_sums[r] = slope_sums[r] = 0;
   }
 
   const int at = thread.row * area.columns + thread.column;
@@ -61,9 +63,9 @@ __global__ __launch_bounds__(kLocalThreads,
   if (active)
     visit_taps<kTiled, R>(
         a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
-        [&](int r, Compute key, int tap) { largest[r] = max(largest[r], logit_of(r, key, tap)); });
-  for (int64_t c = 0; c < of_group; c += kChannels) {
-    const int channels = static_cast<int>(min(of_group - c, int64_t{kChannels}));
+        [&](int r, Compute key, int tap) { max_logit[r] = max(max_logit[r], logit_of(r, key, tap)); });
+  for (int64_t c = 0; c < group_channels; c += kChannels) {
+    const int channels = static_cast<int>(min(group_channels - c, int64_t{kChannels}));
     if constexpr (kTiled) {
       if (c > 0) __syncthreads();
       stage_packs(values, a.value, block.n, first + c, channels, p.packs, area);
@@ -85,18 +87,18 @@ __global__ __launch_bounds__(kLocalThreads,
             read_channels<T>(value, a.value, block.n, first + c, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
         },
         [&](int r, Compute key, int tap) {
-          const Compute weight = exp2(logit_of(r, key, tap) - largest[r]);
-          Compute of_weight = 0;
+          const Compute weight = exp2(logit_of(r, key, tap) - max_logit[r]);
+          Compute grad_weight = 0;
 #pragma unroll
-          for (int i = 0; i < kChannels; ++i) of_weight += grad[r][i] * value[i];
+          for (int i = 0; i < kChannels; ++i) grad_weight += grad[r][i] * value[i];
           Compute s = key;
           if constexpr (kSimilarity != Similarity::kProduct) s = -slope<kSimilarity>(q[r] - key);
           if (c == 0) {
             total[r] += weight;
-            slopes[r] += weight * s;
+            slope_sums[r] += weight * s;
           }
-          of_weights[r] += weight * of_weight;
-          of_query[r] += weight * of_weight * s;
+          delta_sums[r] += weight * grad_weight;
+          query_sums[r] += weight * grad_weight * s;
         });
   }
 
@@ -104,22 +106,22 @@ __global__ __launch_bounds__(kLocalThreads,
   Compute logsumexp[R], delta[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    logsumexp[r] = largest[r] + log2(total[r]);
-    delta[r] = of_weights[r] / total[r];
+    logsumexp[r] = max_logit[r] + log2(total[r]);
+    delta[r] = delta_sums[r] / total[r];
     if (!active || ho + r >= a.Ho) continue;
-    if (of_group > 0) {
+    if (group_channels > 0) {
       p.logsumexp[row + r * a.Wo] = logsumexp[r];
       p.delta[row + r * a.Wo] = delta[r];
     }
     if (a.grad_query.data == nullptr) continue;
-    const Compute grad = (of_query[r] - delta[r] * slopes[r]) / total[r] * Compute(kSlopeScale<kSimilarity>);
-    *a.grad_query.at(block.n, block.g, ho + r, wo) = static_cast<T>(of_group > 0 ? grad : Compute(0));
+    const Compute grad = (query_sums[r] - delta[r] * slope_sums[r]) / total[r] * Compute(kSlopeScale<kSimilarity>);
+    *a.grad_query.at(block.n, block.g, ho + r, wo) = static_cast<T>(group_channels > 0 ? grad : Compute(0));
   }
 
   if (p.partials == nullptr) return;
   for (int i = threadIdx.x; i < static_cast<int>(blockDim.x / 32) * k * k; i += blockDim.x) sums[i] = 0;
   __syncthreads();
-  for (int j = 0; j < k && of_group > 0; ++j)
+  for (int j = 0; j < k && group_channels > 0; ++j)
     for (int i = 0; i < k; ++i) {
       const int64_t x = a.stride * wo + a.dilation * (j - before);
       Compute grad = 0;
@@ -145,9 +147,9 @@ __global__ __launch_bounds__(kLocalThreads,
   const LocalBlock block(p, R);
   const LocalThread thread(p, R);
   const int k = static_cast<int>(a.k), Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
-  const int after = k - 1 - k / 2;  // where i and j count outputs, taps are k - 1 - i and k - 1 - j
+  const int after = k - 1 - k / 2;  // i and j count outputs, so the taps are k - 1 - i and k - 1 - j
   const int64_t first = block.g * a.m;
-  const int64_t of_group = max(min(a.C - first, a.m), int64_t{0});
+  const int64_t group_channels = max(min(a.C - first, a.m), int64_t{0});
 
   const TileArea area{block.y - after, block.x - after, p.groups * R + k - 1, p.width + k - 1, Ho, Wo};
   const int pixels = area.rows * area.columns;
@@ -158,20 +160,21 @@ __global__ __launch_bounds__(kLocalThreads,
   Compute *const logsumexps = queries + pixels, *const deltas = logsumexps + pixels;
   Compute* const sums = queries + (kTiled ? 3 * pixels : 0);  // [warps,k,k]
   auto* const grads = reinterpret_cast<Pack<T, kPack<T>>*>(prior + layout.numbers());
-  const Map<const Compute> of_logsumexp{p.logsumexp, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
-  const Map<const Compute> of_delta{p.delta, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
+  const Map<const Compute> logsumexp_map{p.logsumexp, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
+  const Map<const Compute> delta_map{p.delta, a.G * Ho * Wo, int64_t{Ho} * Wo, Wo, 1};
   stage_prior(prior, a, block.g);
   if constexpr (kTiled) {
     stage(queries, a.query, block.n, block.g, area);
-    stage(logsumexps, of_logsumexp, block.n, block.g, area);
-    stage(deltas, of_delta, block.n, block.g, area);
+    stage(logsumexps, logsumexp_map, block.n, block.g, area);
+    stage(deltas, delta_map, block.n, block.g, area);
   }
-  Compute* const of_warp = sums + threadIdx.x / 32 * k * k;
+  Compute* const warp_sums = sums + threadIdx.x / 32 * k * k;
   if (p.partials != nullptr)
-    for (int i = threadIdx.x % 32; i < k * k; i += 32) of_warp[i] = 0;
+    for (int i = threadIdx.x % 32; i < k * k; i += 32) warp_sums[i] = 0;
   __syncthreads();
 
-  // Direct, the columns of a map are dealt out by their remainder modulo the stride: neighbors then meet the same taps.
+  // In direct mode, the columns of a map are ordered by their remainder modulo the stride, so neighboring threads have
+  // the same taps.
   const int y = block.y + thread.row, column = block.x + thread.column;
   const int x = kTiled ? column : static_cast<int>(column % Wo * a.stride + column / Wo);
   const bool active = thread.active && column < p.columns && x < a.W;
@@ -181,8 +184,8 @@ __global__ __launch_bounds__(kLocalThreads,
     key[r] = active && y + r < a.H ? static_cast<Compute>(*a.key.at(block.n, block.g, y + r, x)) : Compute(0);
     grad_key[r] = 0;
   }
-  for (int64_t c = 0; c < of_group; c += kChannels) {
-    const int channels = static_cast<int>(min(of_group - c, int64_t{kChannels}));
+  for (int64_t c = 0; c < group_channels; c += kChannels) {
+    const int channels = static_cast<int>(min(group_channels - c, int64_t{kChannels}));
     if constexpr (kTiled) {
       if (c > 0) __syncthreads();
       stage_packs(grads, a.grad_output, block.n, first + c, channels, p.packs, area);
@@ -197,8 +200,8 @@ __global__ __launch_bounds__(kLocalThreads,
       for (int i = 0; i < kChannels; ++i) grad_value[r][i] = 0;
     }
     for (int j = 0; j < k; ++j) {
-      // of_taps[r]: of the tap i - r, over the pixels 0 to r.
-      Compute of_taps[R] = {};
+      // tap_sums[r] is the sum of tap i - r over the pixels 0 to r.
+      Compute tap_sums[R] = {};
       const int64_t from_x = kTiled ? x + j - after : x + a.dilation * (j - after);
       const int wo = static_cast<int>(kTiled ? from_x : from_x / a.stride);
       const bool inside_x = active && from_x >= 0 && wo < Wo && (kTiled || from_x % a.stride == 0);
@@ -207,8 +210,8 @@ __global__ __launch_bounds__(kLocalThreads,
         const int ho = static_cast<int>(kTiled ? from_y : from_y / a.stride);
         const bool inside = inside_x && from_y >= 0 && ho < Ho && (kTiled || from_y % a.stride == 0);
 #pragma unroll
-        for (int r = R - 1; r > 0; --r) of_taps[r] = of_taps[r - 1];
-        of_taps[0] = 0;
+        for (int r = R - 1; r > 0; --r) tap_sums[r] = tap_sums[r - 1];
+        tap_sums[0] = 0;
         if (inside) {
           const int at = (thread.row + i) * area.columns + thread.column + j;
           Compute query, logsumexp, delta, grad[kChannels];
@@ -217,32 +220,32 @@ __global__ __launch_bounds__(kLocalThreads,
             read_packs<T>(grad, grads + at, pixels);
           } else {
             query = static_cast<Compute>(*a.query.at(block.n, block.g, ho, wo));
-            logsumexp = *of_logsumexp.at(block.n, block.g, ho, wo);
-            delta = *of_delta.at(block.n, block.g, ho, wo);
+            logsumexp = *logsumexp_map.at(block.n, block.g, ho, wo);
+            delta = *delta_map.at(block.n, block.g, ho, wo);
             read_channels<T>(grad, a.grad_output, block.n, first + c, ho, wo, channels);
           }
-          if (c > 0) delta = 0;  // taken off once
+          if (c > 0) delta = 0;  // delta is subtracted only once
 #pragma unroll
           for (int r = 0; r < R; ++r) {
             if (static_cast<unsigned>(i - r) >= static_cast<unsigned>(k) || y + r >= a.H) continue;
             const int tap = (k - 1 - (i - r)) * k + k - 1 - j;
             const Compute weight =
                 exp2(similarity<kSimilarity>(query, key[r]) * kLog2E<Compute> + prior[tap] - logsumexp);
-            Compute of_weight = -delta;
+            Compute grad_weight = -delta;
 #pragma unroll
-            for (int n = 0; n < kChannels; ++n) of_weight += value[r][n] * grad[n];
-            const Compute of_logit = weight * of_weight;
+            for (int n = 0; n < kChannels; ++n) grad_weight += value[r][n] * grad[n];
+            const Compute grad_logit = weight * grad_weight;
             if constexpr (kSimilarity == Similarity::kProduct)
-              grad_key[r] += of_logit * query;
+              grad_key[r] += grad_logit * query;
             else
-              grad_key[r] += of_logit * slope<kSimilarity>(query - key[r]);
+              grad_key[r] += grad_logit * slope<kSimilarity>(query - key[r]);
 #pragma unroll
             for (int n = 0; n < kChannels; ++n) grad_value[r][n] += weight * grad[n];
-            of_taps[r] += of_logit;
+            tap_sums[r] += grad_logit;
           }
         }
         if (p.partials != nullptr && i >= R - 1)
-          add_to_tap(of_warp, (k - 1 - (i - R + 1)) * k + k - 1 - j, of_taps[R - 1]);
+          add_to_tap(warp_sums, (k - 1 - (i - R + 1)) * k + k - 1 - j, tap_sums[R - 1]);
       }
     }
     if (a.grad_value.data != nullptr)
@@ -277,18 +280,18 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
   params.packs = has_packs(a.value, a.m);
   LocalLaunch<T> outputs(params, Ho, Wo, Wo, 1, prior_outside);
   params.packs = has_packs(a.grad_output, a.m);
-  const int dealt = static_cast<int>(std::min<int64_t>(a.stride, W)) * Wo;
-  LocalLaunch<T> inputs(params, H, W, dealt, 3, prior);
+  const int direct_columns = static_cast<int>(std::min<int64_t>(a.stride, W)) * Wo;
+  LocalLaunch<T> inputs(params, H, W, direct_columns, 3, prior);
 
   const int64_t size = a.N * a.G * a.Ho * a.Wo, taps = a.G * a.k * a.k;
   const Tensor memory = new_empty(2 * size);
   outputs.p.logsumexp = inputs.p.logsumexp = static_cast<Compute*>(memory.mutable_data_ptr());
   outputs.p.delta = inputs.p.delta = outputs.p.logsumexp + size;
-  const int64_t of_inputs = prior ? inputs.partials() : 0;
-  const int64_t of_outputs = prior_outside ? outputs.partials() : 0;
-  const Tensor partials = new_empty((of_inputs + of_outputs) * taps);
-  if (of_inputs > 0) inputs.p.partials = static_cast<Compute*>(partials.mutable_data_ptr());
-  if (of_outputs > 0) outputs.p.partials = inputs.p.partials + of_inputs * taps;
+  const int64_t input_partials = prior ? inputs.partials() : 0;
+  const int64_t output_partials = prior_outside ? outputs.partials() : 0;
+  const Tensor partials = new_empty((input_partials + output_partials) * taps);
+  if (input_partials > 0) inputs.p.partials = static_cast<Compute*>(partials.mutable_data_ptr());
+  if (output_partials > 0) outputs.p.partials = inputs.p.partials + input_partials * taps;
 
   dispatch_similarity(r.similarity, [&](auto similarity) {
     outputs.run(local_relation_outputs_kernel<T, similarity(), true>,
@@ -298,7 +301,8 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
                  local_relation_inputs_kernel<T, similarity(), false>, stream);
   });
   if (prior)
-    launch_sum_of_partials<Compute>(r.op, inputs.p.partials, of_inputs + of_outputs, taps, taps, a.grad_prior, stream);
+    launch_sum_of_partials<Compute>(r.op, inputs.p.partials, input_partials + output_partials, taps, taps, a.grad_prior,
+                                    stream);
 }
 
 template void local_relation_backward(const LocalRelation&, const LocalRelationArgs<double>&);

@@ -1,8 +1,9 @@
-// local_relation on CUDA: the forward. See cuda.cuh for who does what.
+// local_relation on CUDA: the forward. cuda.cuh explains how the work is divided.
 //
-// Two passes over the window: the largest logit of each output, then exponentials, their sum and eight sums of values.
-// Bound, at 7 x 7 taps, by what both share: per tap and output an exponential, some 16 operations, and, with four
-// outputs a thread, 36 bytes of shared memory for 2.8 of them. At 3 x 3 by memory.
+// A thread passes over the window twice. The first pass finds the largest logit of each output; the second computes
+// exponentials, their sum, and eight sums of values. With 7 x 7 taps, what both passes need per tap and output limits
+// the speed: an exponential, about 16 operations, and, with four outputs per thread, 36 bytes of shared memory for
+// every 2.8 taps. With 3 x 3 taps, memory limits the speed.
 
 #include "local_relation/cuda.cuh"
 
@@ -41,11 +42,11 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
 
   const int ho = block.y + thread.row, wo = block.x + thread.column;
   if (!thread.active || wo >= a.Wo) return;
-  Compute q[R], largest[R], total[R], sums[R][kChannels];
+  Compute q[R], max_logit[R], total[R], sums[R][kChannels];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     q[r] = ho + r < a.Ho ? static_cast<Compute>(*a.query.at(block.n, block.g, ho + r, wo)) : Compute(0);
-    largest[r] = -kInfinity;
+    max_logit[r] = -kInfinity;
     total[r] = 0;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) sums[r][c] = 0;
@@ -57,7 +58,7 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
   };
   visit_taps<kTiled, R>(
       a, block, keys, area.columns, at, ho, wo, [](int, int, int, bool) {},
-      [&](int r, Compute key, int tap) { largest[r] = max(largest[r], logit_of(r, key, tap)); });
+      [&](int r, Compute key, int tap) { max_logit[r] = max(max_logit[r], logit_of(r, key, tap)); });
   Compute value[kChannels];
   visit_taps<kTiled, R>(
       a, block, keys, area.columns, at, ho, wo,
@@ -68,7 +69,7 @@ __global__ __launch_bounds__(kLocalThreads) void local_relation_kernel(
           read_channels<T>(value, a.value, block.n, first, inside ? y : 0, inside ? x : 0, inside ? channels : 0);
       },
       [&](int r, Compute key, int tap) {
-        const Compute weight = exp2(logit_of(r, key, tap) - largest[r]);
+        const Compute weight = exp2(logit_of(r, key, tap) - max_logit[r]);
         total[r] += weight;
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) sums[r][c] += weight * value[c];

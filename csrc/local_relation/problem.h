@@ -1,16 +1,16 @@
-// local_relation, the aggregation layer of LR-Net: what the CPU and the CUDA half share.
+// local_relation, the aggregation layer of LR-Net: the code that CPU and CUDA have in common.
 //
-//   output[c, o] = sum over taps t of p_t value[c, x_t],  p = softmax over taps of similarity(query[g,o], key[g,x_t]) +
-//   prior[g,t]
+//   output[c, o] = sum over taps t of p_t value[c, x_t],
+//   p = softmax over taps of similarity(query[g,o], key[g,x_t]) + prior[g,t]
 //
-// for the channels c of group g. Output o = (ho, wo) sees k x k taps: tap i of an axis is the pixel
-// stride * o + dilation * (i - k / 2). Taps outside the map leave the softmax (border "mask"), or have key 0 and value
-// 0 (border "zero").
+// for the channels c of group g. Output o = (ho, wo) has k x k taps. Tap i of an axis is the pixel stride * o +
+// dilation * (i - k / 2). Taps outside the map are excluded from the softmax (border "mask"), or have key 0 and value 0
+// (border "zero").
 //
-// Let p~ be the gradient of p: p~_t is the sum over c of grad_output[c] value[c, x_t]. Then that of the logit is
+// Let p~ be the gradient of p: p~_t is the sum over c of grad_output[c] value[c, x_t]. The gradient of the logit is
 //   l_t = p_t (p~_t - delta),  delta = sum over t of p_t p~_t
-// and what follows is linear in p and l. A pixel meets an output at most once per tap, so that gradients of keys and
-// values are sums over taps, as those of queries are: no two threads add to the same number.
+// and all other gradients are linear in p and l. For each tap, at most one output reads a given pixel. Therefore the
+// gradients of keys and values are sums over taps, like those of queries, and no two threads add to the same value.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -29,11 +29,11 @@
 
 namespace relops {
 
-constexpr int kMaxKernelSize = 63;  // bounds the work of a pixel; MAX_KERNEL_SIZE in relops/ops/local_relation.py
+constexpr int kMaxKernelSize = 63;  // limits the work per pixel; MAX_KERNEL_SIZE in relops/ops/local_relation.py
 
 enum class Similarity { kSquaredDifference, kAbsoluteDifference, kProduct };
 
-// F: float, double or a vector of them.
+// Returns the similarity of a query and a key. F is float, double or a vector of either.
 template <Similarity kSimilarity, class F>
 RELOPS_HOST_DEVICE_INLINE F similarity(F q, F k) {
   if constexpr (kSimilarity == Similarity::kProduct) {
@@ -47,19 +47,20 @@ RELOPS_HOST_DEVICE_INLINE F similarity(F q, F k) {
   }
 }
 
-// Its derivative by k and, but for the sign, by q: twice d (kSlopeScale, left to the end of sums) or the sign of d. A
-// product is not handled here: that derivative is the other factor.
+// Returns the derivative of the similarity with respect to k, given d = q - k. The derivative with respect to q has the
+// opposite sign. For squared differences the result lacks the factor 2 (kSlopeScale), which is applied at the end of
+// sums. A product does not use this function, because its derivative is the other factor.
 template <Similarity kSimilarity, class F>
 RELOPS_HOST_DEVICE_INLINE F slope(F d) {
   if constexpr (kSimilarity == Similarity::kSquaredDifference)
     return d;
   else
-    return d > 0 ? F{} + 1 : d < 0 ? F{} - 1 : d;  // d: 0 or NaN
+    return d > 0 ? F{} + 1 : d < 0 ? F{} - 1 : d;  // d is 0 or NaN
 }
 template <Similarity kSimilarity>
 constexpr int kSlopeScale = kSimilarity == Similarity::kSquaredDifference ? 2 : 1;
 
-// [N,C,H,W] by strides in elements; along the row or along the channels they are 1.
+// A map [N,C,H,W] with strides in elements. The stride along the row or along the channels is 1.
 template <class T>
 struct Map {
   T* data = nullptr;
@@ -76,7 +77,7 @@ Map<T> map_of(const Tensor& x) {
 
 inline Tensor as_map(const Tensor& x) { return x.stride(3) == 1 || x.stride(1) == 1 ? x : dense(x); }
 
-// The checked arguments of the forward. Letters as in relops/ops/local_relation.py.
+// The checked arguments of the forward. The letters of the sizes are those of relops/ops/local_relation.py.
 struct LocalRelation {
   LocalRelation(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& prior_,
                 int64_t k, int64_t stride, int64_t dilation, const std::string& similarity_, const std::string& border)
@@ -89,11 +90,11 @@ struct LocalRelation {
                     ": query, key and value must have 4 dimensions");
     N = value_.size(0), C = value_.size(1), H = value_.size(2), W = value_.size(3), G = key_.size(1);
     constexpr int64_t kMaxStep = 1 << 24;
-    const auto in = [](int64_t x, int64_t largest) { return x >= 1 && x <= largest; };
-    STD_TORCH_CHECK(in(k, kMaxKernelSize) && in(stride, kMaxStep) && in(dilation, kMaxStep), op,
+    const auto in_range = [](int64_t x, int64_t max) { return x >= 1 && x <= max; };
+    STD_TORCH_CHECK(in_range(k, kMaxKernelSize) && in_range(stride, kMaxStep) && in_range(dilation, kMaxStep), op,
                     ": kernel_size, stride or dilation is out of range");
-    STD_TORCH_CHECK(H <= kMaxStep && W <= kMaxStep, op, ": a map of more than ", kMaxStep, " rows or columns");
-    STD_TORCH_CHECK(G > 0 || C == 0, op, ": channels need a group");
+    STD_TORCH_CHECK(H <= kMaxStep && W <= kMaxStep, op, ": the map must have at most ", kMaxStep, " rows and columns");
+    STD_TORCH_CHECK(G > 0 || C == 0, op, ": key must have at least one group if value has channels");
     Ho = ceil_div(H, stride), Wo = ceil_div(W, stride);
     m = G > 0 ? ceil_div(C, G) : 0;
     check_shape(op, "query", query_, {N, G, Ho, Wo});
@@ -133,16 +134,16 @@ struct LocalRelation {
 
   static constexpr const char* op = "relops.local_relation";
   int64_t N, C, G, H, W, Ho, Wo;
-  int64_t m;  // channels of a group; the last groups may have fewer, or none
+  int64_t m;  // channels per group; the last groups may have fewer channels or none
   int64_t k, stride, dilation;
   Similarity similarity;
-  bool zero_border;  // border "zero": taps outside the map have key 0 and value 0, and do not leave the softmax
+  bool zero_border;  // border "zero": taps outside the map have key 0 and value 0 and remain in the softmax
   bool channels_last;
   Tensor query, key, value;
   std::optional<Tensor> prior;
 };
 
-// What kernels are given. A gradient that was not asked for has no data.
+// The arguments of the kernels. A gradient that is not requested has no data.
 template <class T>
 struct LocalRelationArgs {
   using Compute = ComputeType<T>;
@@ -151,10 +152,10 @@ struct LocalRelationArgs {
   int64_t k, stride, dilation;
   bool zero_border;
   Map<const T> query, key, value;  // [N,G,Ho,Wo], [N,G,H,W], [N,C,H,W]
-  const Compute* prior;            // [G,k,k], null: zeros
-  Map<T> output;                   // [N,C,Ho,Wo]; forward only
+  const Compute* prior;            // [G,k,k]; null for zeros
+  Map<T> output;                   // [N,C,Ho,Wo]; only for the forward
 
-  Map<const T> grad_output;  // backward only, from here on
+  Map<const T> grad_output;  // this and the following are only for the backward
   Map<T> grad_query, grad_key, grad_value;
   Compute* grad_prior;
 
@@ -177,7 +178,7 @@ struct LocalRelationArgs {
         prior(r.prior ? static_cast<const Compute*>(r.prior->const_data_ptr()) : nullptr),
         grad_prior(nullptr) {}
 
-  // The first channel of group g, or C if no channel is left for it.
+  // Returns the first channel of group g, or C if no channels remain for this group.
   RELOPS_HOST_DEVICE int64_t first_channel(int64_t g) const { return g * m < C ? g * m : C; }
 };
 
@@ -195,8 +196,8 @@ void dispatch_similarity(Similarity similarity, F f) {
 
 using LocalRelationGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The ops with the signatures of library.cpp, from the static functions of a device's Kernels, which are not called
-// where there is no channel or no pixel:
+// The ops with the signatures of library.cpp, made of the static functions of a device's Kernels. These are not called
+// if there are no channels or no pixels:
 //   template <class T> void forward(const LocalRelation&, const LocalRelationArgs<T>&)
 //   template <class T> void backward(const LocalRelation&, const LocalRelationArgs<T>&, const LocalRelationGrads&)
 template <class Kernels>
@@ -226,9 +227,9 @@ struct LocalRelationOps {
     STD_TORCH_CHECK(needs_grad.size() == 4, r.op, ": needs_grad must have 4 flags");
     needs_grad[3] = needs_grad[3] && r.prior;
     const Tensor grad_output = as_map(grad_output_);
-    const Tensor* const of[] = {&query, &key, &value};
+    const Tensor* const inputs[] = {&query, &key, &value};
     const auto new_grad = [&](int i) {
-      const Tensor& x = *of[i];
+      const Tensor& x = *inputs[i];
       return !needs_grad[i] ? none_like(x)
                             : torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
                                                    memory_format(is_channels_last(x)));
