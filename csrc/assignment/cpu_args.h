@@ -5,13 +5,13 @@
 
 namespace relops {
 
-// T: costs.
+// T is the type of the costs.
 template <class T>
 struct AssignmentArgs {
   int64_t B, R, C;
   const T* cost;            // [B,R,C]
-  const int64_t* num_rows;  // [B], null: all
-  const int64_t* num_cols;  // [B], null: all
+  const int64_t* num_rows;  // [B]; null: all rows
+  const int64_t* num_cols;  // [B]; null: all columns
   bool maximize;
   int64_t* row_to_col;  // [B,R]
   int64_t* col_to_row;  // [B,C]

@@ -1,9 +1,9 @@
-// linear_sum_assignment on the CPU; compiled once per instruction set by foreach_isa.h.
+// linear_sum_assignment on the CPU. foreach_isa.h compiles this file once per instruction set.
 //
-// An item of work is a problem. Its costs are first packed: the smaller side as rows, float64 for float64 costs and
-// else float32, rows of whole vectors that end in infinite costs, which no minimum takes. The search then scans rows,
-// a vector of columns at a time: five operations a vector, with the row coming from the second-level cache in the
-// usual sizes, and distances, prices and predecessors from the first.
+// A work item is one problem. First, its costs are packed: the smaller side becomes the rows, the dtype is float64 for
+// float64 costs and float32 otherwise, and rows are padded to whole vectors with infinite costs, which no minimum
+// selects. Then the search scans rows, one vector of columns at a time, with five operations per vector. For the usual
+// sizes, rows are read from the L2 cache, and distances, prices and predecessors from the L1 cache.
 
 #include "assignment/cpu_args.h"
 #include "common/cpu/simd.h"
@@ -15,10 +15,10 @@ namespace {
 constexpr int64_t kWide = kLanes<double>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// A vector of float64 from packed costs.
+// Loads a vector of float64 from packed costs.
 inline Vec<double> load_cost(const double* p) { return load(p); }
 inline Vec<double> load_cost(const float* p) {
-#if RELOPS_VECTOR_BYTES == 64  // GCC would convert it in two halves
+#if RELOPS_VECTOR_BYTES == 64  // GCC would convert the vector in two halves
   return (Vec<double>)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
 #else
   typedef float Narrow __attribute__((vector_size(RELOPS_VECTOR_BYTES / 2)));
@@ -32,14 +32,14 @@ inline double lowest_lane(Vec<double> v) {
   return fold<double>(v, [](Vec<double> a, Vec<double> b) { return minimum(a, b); });
 }
 
-// Of the columns whose value is `wanted`, the first one without a row; if there is none, the first one. value(j) gives
-// those of columns j.. .
+// Returns the first column without a row among the columns whose value is `target`, or the first of these columns if
+// all of them have rows. value(j) returns the values of the vector of columns that begins at j.
 template <class F>
-inline int pick_column(double wanted, int64_t columns, const int* row_of, F value) {
-  const Vec<double> wanted_lanes = broadcast(wanted);
+inline int pick_column(double target, int64_t columns, const int* row_of, F value) {
+  const Vec<double> target_lanes = broadcast(target);
   int first = -1;
   for (int64_t j = 0; j < columns; j += 2 * kWide)
-    for (unsigned bits = equal_bits(value(j), wanted_lanes) | equal_bits(value(j + kWide), wanted_lanes) << kWide;
+    for (unsigned bits = equal_bits(value(j), target_lanes) | equal_bits(value(j + kWide), target_lanes) << kWide;
          bits != 0; bits &= bits - 1) {
       const int column = static_cast<int>(j) + __builtin_ctz(bits);
       if (row_of[column] < 0) return column;
@@ -48,15 +48,15 @@ inline int pick_column(double wanted, int64_t columns, const int* row_of, F valu
   return first;
 }
 
-// See assign_rows in problem.h. S: type of packed costs.
+// See assign_rows in problem.h. S is the type of the packed costs.
 template <class S>
 class Search {
  public:
-  // Arrays for problems of up to n rows and `columns`, a multiple of two vectors, columns.
+  // Allocates arrays for problems of up to n rows and `columns` columns, which must be a multiple of two vectors.
   Search(Scratch& scratch, int64_t n, int64_t columns)
       : price_(scratch.take<double>(columns)),
         distance_(scratch.take<double>(columns)),
-        from_(scratch.take<int64_t>(columns)),
+        predecessor_(scratch.take<int64_t>(columns)),
         row_of_(scratch.take<int>(columns)),
         column_of_(scratch.take<int>(n)),
         settled_(scratch.take<Settled>(n)) {}
@@ -89,7 +89,7 @@ class Search {
     const double lowest = lowest_lane(first);
     const int lane = __builtin_ctz(equal_bits(first, broadcast(lowest)));
     int column = static_cast<int>(first_at[lane]) + lane;
-    // Without that lane: its second lowest instead of its lowest.
+    // The second lowest value of this lane takes the place of its lowest value.
     first[lane] = second[lane];
     const double next = lowest_lane(first);
     if (next == lowest)
@@ -108,25 +108,26 @@ class Search {
     const S* cost = costs_ + i * columns_;
     const double* price = price_;
     double* distance = distance_;
-    int64_t* from = from_;
+    int64_t* predecessor = predecessor_;
     const int64_t columns = columns_;
     settled_count_ = 0;
     Vec<double> nearest = broadcast(kInfinity);
     for (int64_t j = 0; j < columns; j += kWide) {
       const Vec<double> x = load_cost(cost + j) - load(price + j);
       store(distance + j, x);
-      store_int<double>(from + j, broadcast_int<double>(i));
+      store_int<double>(predecessor + j, broadcast_int<double>(i));
       nearest = minimum(x, nearest);
     }
     return pick(nearest);
   }
 
-  // A settled column has the price -inf and the distance inf until the search is over: no other distance to it is less.
+  // Until the end of the search, a settled column has the price -inf and the distance inf, so no row can lower its
+  // distance.
   Nearest extend(const Nearest& at) {
     const S* cost = costs_ + at.row * columns_;
     const double* price = price_;
     double* distance = distance_;
-    int64_t* from = from_;
+    int64_t* predecessor = predecessor_;
     const int64_t columns = columns_;
     const int row = at.row;
     const double offset = at.distance - (cost[at.column] - price_[at.column]);
@@ -138,7 +139,7 @@ class Search {
       const Vec<double> x = load_cost(cost + j) - load(price + j) + offset;
       const Vec<double> old = load(distance + j), now = minimum(x, old);
       store(distance + j, now);
-      store_int<double>(from + j, x < old ? broadcast_int<double>(row) : load_int<double>(from + j));
+      store_int<double>(predecessor + j, x < old ? broadcast_int<double>(row) : load_int<double>(predecessor + j));
       nearest = minimum(now, nearest);
     }
     return pick(nearest);
@@ -148,7 +149,7 @@ class Search {
     for (int64_t k = 0; k < settled_count_; ++k)
       price_[settled_[k].column] = settled_[k].price + (settled_[k].distance - end.distance);
     for (int column = end.column, row = -1; row != i;) {
-      row = static_cast<int>(from_[column]);
+      row = static_cast<int>(predecessor_[column]);
       row_of_[column] = row;
       std::swap(column, column_of_[row]);
     }
@@ -170,48 +171,50 @@ class Search {
   const S* costs_ = nullptr;
   int64_t columns_ = 0, settled_count_ = 0;
   double *price_, *distance_;
-  int64_t* from_;  // the row by which a column was reached
+  int64_t* predecessor_;  // the row from which a column was reached
   int *row_of_, *column_of_;
   Settled* settled_;
 };
 
-// Costs as they are packed: negated for a maximum, infinite where forbidden; and what the scale depends on. By value in
-// the loops below: behind a reference, GCC would write it to memory at every step.
+// Converts costs for packing: negates them if `maximize` is set, and makes forbidden costs infinite. It also collects
+// the values on which the scale depends. The loops below pass this object by value, because GCC would write it to
+// memory in every iteration if they passed it by reference.
 template <class Compute>
 struct Packing {
   const VecInt<Compute> sign;
-  Vec<Compute> largest = {};           // magnitude of permitted costs
+  Vec<Compute> max_magnitude = {};     // the largest magnitude of the permitted costs
   VecInt<Compute> any_forbidden = {};  // a mask
 
   explicit Packing(bool maximize) : sign((VecInt<Compute>)broadcast(maximize ? Compute(-0.0) : Compute(0.0))) {}
 
-  // Lanes from n on are not of the problem. Selections only: GCC 12 combines two masks bit by bit.
+  // Lanes from n on do not belong to the problem. This function uses only selections, because GCC 12 combines two masks
+  // bit by bit.
   Vec<Compute> operator()(Vec<Compute> x, int64_t n) {
     constexpr Compute kForbidden = std::numeric_limits<Compute>::infinity();
     const VecInt<Compute> lane = lanes<Compute>([](Int<Compute> j) { return j; }), count = broadcast_int<Compute>(n);
     x = lane < count ? x : Vec<Compute>{};
     const Vec<Compute> magnitude = (Vec<Compute>)((VecInt<Compute>)x & ~(VecInt<Compute>)broadcast(Compute(-0.0)));
     const Vec<Compute> permitted = magnitude < kForbidden ? magnitude : Vec<Compute>{};
-    largest = permitted > largest ? permitted : largest;
+    max_magnitude = permitted > max_magnitude ? permitted : max_magnitude;
     any_forbidden |= magnitude < kForbidden ? VecInt<Compute>{} : broadcast_int<Compute>(-1);
     x = magnitude < kForbidden ? (Vec<Compute>)((VecInt<Compute>)x ^ sign) : broadcast(kForbidden);
     return lane < count ? x : broadcast(kForbidden);
   }
 };
 
-// The vector at p of a tensor that ends at `end`, where n of the lanes are wanted.
+// Loads the vector at p of a tensor that ends at `end`. Only the first n lanes are used.
 template <class T>
 inline Vec<ComputeType<T>> load_before(const T* p, int64_t n, const T* end) {
   return end - p >= kLanes<ComputeType<T>> ? load(p) : load_first(p, n);
 }
 
-// Of a problem as it is searched: its smaller side as rows.
+// The size of a problem in the search, which has the smaller side as rows.
 struct Size {
-  int64_t n, m, columns;  // columns: m, rounded up
+  int64_t n, m, columns;  // columns is m, rounded up to a multiple of two vectors
   bool columns_are_rows;
 };
 
-// Rows as they lie, of a tensor that ends at `end`.
+// Packs rows of a tensor that ends at `end`.
 template <class T, class Compute>
 Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
                            Compute* out) {
@@ -221,7 +224,7 @@ Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Si
   return packing;
 }
 
-// Columns become rows, by squares of as many as a vector has lanes.
+// Packs columns as rows. It transposes squares whose side is the number of lanes of a vector.
 template <class T, class Compute>
 Packing<Compute> pack_columns(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
                               Compute* out) {
@@ -239,7 +242,7 @@ Packing<Compute> pack_columns(const T* cost, int64_t stride, const T* end, const
   return packing;
 }
 
-// Packed costs for the search, where some are forbidden or too large.
+// Converts packed costs for the search if some of them are forbidden or too large.
 template <class Compute, class S>
 void apply_scale(const Compute* packed, const Size& size, const CostScale& scale, S* out) {
   for (int64_t i = 0; i < size.n; ++i, packed += size.columns, out += size.columns)
@@ -256,10 +259,10 @@ class Solver {
 
   explicit Solver(const AssignmentArgs<T>& args)
       : a_(args),
-        most_rows_(std::min(args.R, args.C)),
-        most_columns_(round_up(std::max(args.R, args.C), 2 * kWide)),
-        packed_(scratch_.template take<Compute>(most_rows_ * most_columns_)),
-        search_(scratch_, most_rows_, most_columns_) {}
+        max_rows_(std::min(args.R, args.C)),
+        max_columns_(round_up(std::max(args.R, args.C), 2 * kWide)),
+        packed_(scratch_.template take<Compute>(max_rows_ * max_columns_)),
+        search_(scratch_, max_rows_, max_columns_) {}
 
   void operator()(int64_t b) {
     const int64_t r = a_.num_rows == nullptr ? a_.R : a_.num_rows[b];
@@ -273,15 +276,16 @@ class Solver {
     const Packing<Compute> start(a_.maximize);
     const Packing<Compute> packing = size.columns_are_rows ? pack_columns(cost, a_.C, end, size, start, packed_)
                                                            : pack_rows(cost, a_.C, end, size, start, packed_);
-    const double largest = fold<Compute>(packing.largest, [](Vec<Compute> x, Vec<Compute> y) { return maximum(x, y); });
-    const bool forbids = mask_bits<Compute>(packing.any_forbidden) != 0;
-    const CostScale scale = cost_scale(largest, static_cast<int>(size.n));
-    if (!forbids && scale.scale == 1.0) return solve(search_, packed_, b, size, kInfinity);
+    const double max_magnitude =
+        fold<Compute>(packing.max_magnitude, [](Vec<Compute> x, Vec<Compute> y) { return maximum(x, y); });
+    const bool any_forbidden = mask_bits<Compute>(packing.any_forbidden) != 0;
+    const CostScale scale = cost_scale(max_magnitude, static_cast<int>(size.n));
+    if (!any_forbidden && scale.scale == 1.0) return solve(search_, packed_, b, size, kInfinity);
     if (scale.forbidden <= std::numeric_limits<Compute>::max()) {
       apply_scale(packed_, size, scale, packed_);
       return solve(search_, packed_, b, size, scale.forbidden);
     }
-    // What stands for a forbidden pair is too large for float32.
+    // The cost of a forbidden pair is too large for float32.
     Scratch scratch;
     double* wide = scratch.take<double>(size.n * size.columns);
     Search<double> search(scratch, size.n, size.columns);
@@ -294,18 +298,18 @@ class Solver {
   void solve(Search<S>& search, const S* costs, int64_t b, const Size& size, double forbidden) {
     search.reset(costs, size.n, size.columns);
     assign_rows(search, static_cast<int>(size.n), static_cast<int>(size.m));
-    int64_t *of_row = a_.row_to_col + b * a_.R, *of_column = a_.col_to_row + b * a_.C;
-    if (size.columns_are_rows) std::swap(of_row, of_column);
+    int64_t *row_matches = a_.row_to_col + b * a_.R, *column_matches = a_.col_to_row + b * a_.C;
+    if (size.columns_are_rows) std::swap(row_matches, column_matches);
     for (int64_t i = 0; i < size.n; ++i) {
       const int64_t j = search.columns_of_rows()[i];
       if (costs[i * size.columns + j] >= forbidden) continue;
-      of_row[i] = j;
-      of_column[j] = i;
+      row_matches[i] = j;
+      column_matches[j] = i;
     }
   }
 
   const AssignmentArgs<T>& a_;
-  int64_t most_rows_, most_columns_;
+  int64_t max_rows_, max_columns_;
   Scratch scratch_;
   Compute* packed_;
   Search<Compute> search_;

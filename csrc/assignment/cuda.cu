@@ -1,10 +1,11 @@
 // linear_sum_assignment on CUDA.
 //
-// A block solves a problem; where the problem has more rows than columns, from a transposed copy, so that a row of the
-// search lies in one piece. A thread owns columns: what the search keeps of them, in shared memory where there is room,
-// is read by others only after a barrier. A step of the search is one pass over a row, a thread's loads in flight
-// together, and one reduction over the block, which has the one barrier of the step: it is bound by the latency of
-// L2 and of shuffles, steps follow one another, and only problems run beside one another.
+// A block solves one problem. If the problem has more rows than columns, it uses a transposed copy of the costs, so
+// that a row of the search is contiguous. A thread owns some columns. Other threads read their search state, which is
+// in shared memory if it fits, only after a barrier. A step of the search consists of one pass over a row, in which the
+// loads of a thread are in flight together, and one reduction over the block, which contains the only barrier of the
+// step. The latency of L2 and of shuffles limits the speed: steps run one after another, and only different problems
+// run in parallel.
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,9 +19,9 @@ namespace relops {
 
 namespace {
 
-constexpr int kMostThreads = 512;
-constexpr int kColumnsPerThread = 4;               // in flight together
-constexpr int64_t kStateInSharedBytes = 44 << 10;  // of the 48 KB that need no attribute; reductions take some
+constexpr int kMaxThreads = 512;
+constexpr int kColumnsPerThread = 4;               // number of loads that are in flight together
+constexpr int64_t kStateInSharedBytes = 44 << 10;  // part of the 48 KB that need no attribute; reductions use the rest
 constexpr int kTile = 32;
 constexpr int kTransposeThreads = 256;
 
@@ -28,12 +29,12 @@ template <class T>
 struct AssignmentParams {
   int R, C;
   const T* cost;            // [B,R,C]
-  const T* transposed;      // [B,C,R], of problems with more rows than columns; null: there are none
-  const int64_t* num_rows;  // [B], null: all
-  const int64_t* num_cols;  // [B], null: all
+  const T* transposed;      // [B,C,R]; for problems with more rows than columns; null if there are none
+  const int64_t* num_rows;  // [B]; null: all rows
+  const int64_t* num_cols;  // [B]; null: all columns
   bool maximize;
-  int64_t state_bytes;  // of a problem
-  char* state;          // [B,state_bytes], null: in shared memory
+  int64_t state_bytes;  // size of the state of a problem
+  char* state;          // [B,state_bytes]; null: in shared memory
   int64_t* row_to_col;  // [B,R]
   int64_t* col_to_row;  // [B,C]
 };
@@ -42,7 +43,7 @@ struct UsedSizes {
   int r, c;
 };
 
-// Nothing of a problem whose sizes do not fit.
+// Returns the sizes of a problem, or zeros if they do not fit the tensor.
 __device__ __forceinline__ UsedSizes used_sizes(const int64_t* num_rows, const int64_t* num_cols, int R, int C,
                                                 int64_t b) {
   const int64_t r = num_rows == nullptr ? R : num_rows[b], c = num_cols == nullptr ? C : num_cols[b];
@@ -50,16 +51,16 @@ __device__ __forceinline__ UsedSizes used_sizes(const int64_t* num_rows, const i
   return {fits ? static_cast<int>(r) : 0, fits ? static_cast<int>(c) : 0};
 }
 
-// out[b,j,i] = cost[b,i,j] for the used part of problems with more rows than columns. A block moves a tile.
+// Sets out[b,j,i] to cost[b,i,j] for the used part of problems with more rows than columns. A block copies one tile.
 template <class Bits>
 __global__ __launch_bounds__(kTransposeThreads) void transpose_kernel(const Bits* cost, const int64_t* num_rows,
                                                                       const int64_t* num_cols, int R, int C,
                                                                       int tiles_down, int tiles_across, Bits* out) {
   __shared__ Bits tile[kTile][kTile + 1];
   const int64_t b = blockIdx.x / (int64_t{tiles_down} * tiles_across);
-  const int place = static_cast<int>(blockIdx.x - b * tiles_down * tiles_across);
+  const int tile_index = static_cast<int>(blockIdx.x - b * tiles_down * tiles_across);
   const UsedSizes used = used_sizes(num_rows, num_cols, R, C, b);
-  const int i0 = place / tiles_across * kTile, j0 = place % tiles_across * kTile;
+  const int i0 = tile_index / tiles_across * kTile, j0 = tile_index % tiles_across * kTile;
   if (used.r <= used.c || i0 >= used.r || j0 >= used.c) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int k = warp; k < kTile; k += kTransposeThreads / 32)
@@ -69,7 +70,7 @@ __global__ __launch_bounds__(kTransposeThreads) void transpose_kernel(const Bits
     if (j0 + k < used.c && i0 + lane < used.r) out[(b * C + j0 + k) * R + i0 + lane] = tile[lane][k];
 }
 
-// A column and its row, ordered as equal values prefer them: without a row first, then by index.
+// The key of a column and its row. It orders equal values: columns without a row come first, then the index decides.
 __device__ __forceinline__ uint64_t column_key(int column, int row) {
   return uint64_t{row >= 0} << 63 | uint64_t{static_cast<unsigned>(column)} << 32 | static_cast<unsigned>(row);
 }
@@ -81,11 +82,11 @@ __device__ __forceinline__ bool precedes(const X& a, const X& b) {
   return a.first < b.first || (a.first == b.first && a.key < b.key);
 }
 
-// What is reduced over a block: the lowest value and its column,
+// A value that is reduced over a block: the lowest value and its column.
 struct LowestOne {
   double first;
   uint64_t key;
-  __device__ static LowestOne none() { return {INFINITY, ~uint64_t{0}}; }
+  __device__ static LowestOne empty() { return {INFINITY, ~uint64_t{0}}; }
   __device__ static LowestOne of(double x, uint64_t key) { return {x, key}; }
   __device__ void merge(const LowestOne& other) {
     if (precedes(other, *this)) *this = other;
@@ -95,11 +96,11 @@ struct LowestOne {
   }
 };
 
-// or also the second lowest.
+// A value that is reduced over a block: the lowest value, its column, and the second lowest value.
 struct LowestTwo {
   double first, second;
   uint64_t key;
-  __device__ static LowestTwo none() { return {INFINITY, INFINITY, ~uint64_t{0}}; }
+  __device__ static LowestTwo empty() { return {INFINITY, INFINITY, ~uint64_t{0}}; }
   __device__ static LowestTwo of(double x, uint64_t key) { return {x, INFINITY, key}; }
   __device__ void merge(const LowestTwo& other) {
     const bool better = precedes(other, *this);
@@ -113,17 +114,18 @@ struct LowestTwo {
   }
 };
 
-// Merged over the block, for all threads. `parity` alternates between calls: who is late still reads the other half.
+// Merges x over the block and returns the result to all threads. `parity` alternates between calls, so that a slow
+// thread can still read the results of the previous call.
 template <class X>
 __device__ X merge_over_block(X x, int parity) {
-  constexpr int kMostWarps = kMostThreads / 32;
-  __shared__ X of_warps[2][kMostWarps];
-  const int lane = threadIdx.x % 32, slot = lane % kMostWarps;
+  constexpr int kMaxWarps = kMaxThreads / 32;
+  __shared__ X warp_results[2][kMaxWarps];
+  const int lane = threadIdx.x % 32, slot = lane % kMaxWarps;
   for (int mask = 16; mask > 0; mask /= 2) x.merge(x.from_lane(mask));
-  if (lane == 0) of_warps[parity][threadIdx.x / 32] = x;
+  if (lane == 0) warp_results[parity][threadIdx.x / 32] = x;
   __syncthreads();
-  x = slot < blockDim.x / 32 ? of_warps[parity][slot] : X::none();
-  for (int mask = kMostWarps / 2; mask > 0; mask /= 2) x.merge(x.from_lane(mask));
+  x = slot < blockDim.x / 32 ? warp_results[parity][slot] : X::empty();
+  for (int mask = kMaxWarps / 2; mask > 0; mask /= 2) x.merge(x.from_lane(mask));
   return x;
 }
 
@@ -140,8 +142,8 @@ class BlockSearch {
         maximize_(maximize),
         price_(reinterpret_cast<double*>(state)),
         distance_(price_ + m),
-        from_(reinterpret_cast<int*>(distance_ + m)),
-        row_of_(from_ + m),
+        predecessor_(reinterpret_cast<int*>(distance_ + m)),
+        row_of_(predecessor_ + m),
         column_of_(row_of_ + m),
         settled_(reinterpret_cast<bool*>(column_of_ + n)) {
     for (int j = threadIdx.x; j < m; j += blockDim.x) {
@@ -149,15 +151,15 @@ class BlockSearch {
       row_of_[j] = -1;
     }
     for (int i = threadIdx.x; i < n; i += blockDim.x) column_of_[i] = -1;
-    double largest = 0;
+    double max_magnitude = 0;
     for (int i = threadIdx.x / 32; i < n; i += blockDim.x / 32)
 #pragma unroll 4
       for (int j = threadIdx.x % 32; j < m; j += 32) {
         const double magnitude = fabs(stored(i, j));
-        if (permitted(magnitude) && magnitude > largest) largest = magnitude;
+        if (permitted(magnitude) && magnitude > max_magnitude) max_magnitude = magnitude;
       }
-    // As a minimum, of which there is a reduction.
-    scale_ = cost_scale(-merge_over_block(LowestOne::of(-largest, 0), 0).first, n);
+    // The maximum is computed as a minimum, because a reduction exists only for the minimum.
+    scale_ = cost_scale(-merge_over_block(LowestOne::of(-max_magnitude, 0), 0).first, n);
   }
 
   __device__ bool permits(int i, int j) const { return permitted(fabs(stored(i, j))); }
@@ -166,10 +168,10 @@ class BlockSearch {
   __device__ void bids_done() const { __syncthreads(); }
 
   __device__ Lowest lowest(int i) {
-    LowestTwo mine = LowestTwo::none();
-    scan(i, [&](int j, double cost) { mine.merge(LowestTwo::of(cost - price_[j], column_key(j, row_of_[j]))); });
-    const LowestTwo all = merge_over_block(mine, parity_ ^= 1);
-    return {all.first, all.second, column_of_key(all.key), row_of_key(all.key)};
+    LowestTwo thread_best = LowestTwo::empty();
+    scan(i, [&](int j, double cost) { thread_best.merge(LowestTwo::of(cost - price_[j], column_key(j, row_of_[j]))); });
+    const LowestTwo block_best = merge_over_block(thread_best, parity_ ^= 1);
+    return {block_best.first, block_best.second, column_of_key(block_best.key), row_of_key(block_best.key)};
   }
 
   __device__ void assign(int i, const Lowest& to) {
@@ -183,59 +185,59 @@ class BlockSearch {
   }
 
   __device__ Nearest start(int i) {
-    LowestOne mine = LowestOne::none();
+    LowestOne thread_best = LowestOne::empty();
     scan(i, [&](int j, double cost) {
       distance_[j] = cost - price_[j];
-      from_[j] = i;
+      predecessor_[j] = i;
       settled_[j] = false;
-      mine.merge(LowestOne::of(distance_[j], column_key(j, row_of_[j])));
+      thread_best.merge(LowestOne::of(distance_[j], column_key(j, row_of_[j])));
     });
-    return nearest(mine);
+    return nearest(thread_best);
   }
 
   __device__ Nearest extend(const Nearest& at) {
     const double offset = at.distance - (scaled(stored(at.row, at.column)) - price_[at.column]);
-    LowestOne mine = LowestOne::none();
+    LowestOne thread_best = LowestOne::empty();
     scan(at.row, [&](int j, double cost) {
       if (j == at.column) settled_[j] = true;
       if (settled_[j]) return;
       const double x = cost - price_[j] + offset;
       if (x < distance_[j]) {
         distance_[j] = x;
-        from_[j] = at.row;
+        predecessor_[j] = at.row;
       }
-      mine.merge(LowestOne::of(distance_[j], column_key(j, row_of_[j])));
+      thread_best.merge(LowestOne::of(distance_[j], column_key(j, row_of_[j])));
     });
-    return nearest(mine);
+    return nearest(thread_best);
   }
 
-  // Prices are read by all threads only in the next search, rows of columns and columns of rows too.
+  // Other threads read prices, rows of columns and columns of rows only in the next search, after the barrier.
   __device__ void finish(int i, const Nearest& end) {
     for (int j = threadIdx.x; j < m_; j += blockDim.x)
       if (settled_[j]) price_[j] += distance_[j] - end.distance;
     if (threadIdx.x == 0)
       for (int column = end.column, row = -1; row != i;) {
-        row = from_[column];
+        row = predecessor_[column];
         row_of_[column] = row;
-        const int before = column_of_[row];
+        const int previous = column_of_[row];
         column_of_[row] = column;
-        column = before;
+        column = previous;
       }
     __syncthreads();
   }
 
  private:
-  __device__ static bool permitted(double magnitude) { return magnitude < INFINITY; }  // not for NaN
+  __device__ static bool permitted(double magnitude) { return magnitude < INFINITY; }  // false for NaN
 
-  __device__ double stored(int i, int j, bool wanted = true) const {
-    return static_cast<double>(static_cast<ComputeType<T>>(load_pack<T, 1>(cost_ + i * stride_ + j, wanted).x[0]));
+  __device__ double stored(int i, int j, bool valid = true) const {
+    return static_cast<double>(static_cast<ComputeType<T>>(load_pack<T, 1>(cost_ + i * stride_ + j, valid).x[0]));
   }
 
   __device__ double scaled(double cost) const {
     return permitted(fabs(cost)) ? product(maximize_ ? -cost : cost, scale_.scale) : scale_.forbidden;
   }
 
-  // f(j, cost of row i at column j) for the columns of this thread.
+  // Calls f(j, cost of row i at column j) for the columns of this thread.
   template <class F>
   __device__ __forceinline__ void scan(int i, F f) const {
     for (int first = threadIdx.x; first < m_; first += kColumnsPerThread * blockDim.x) {
@@ -253,9 +255,9 @@ class BlockSearch {
     }
   }
 
-  __device__ Nearest nearest(const LowestOne& mine) {
-    const LowestOne all = merge_over_block(mine, parity_ ^= 1);
-    return {all.first, column_of_key(all.key), row_of_key(all.key)};
+  __device__ Nearest nearest(const LowestOne& thread_best) {
+    const LowestOne block_best = merge_over_block(thread_best, parity_ ^= 1);
+    return {block_best.first, column_of_key(block_best.key), row_of_key(block_best.key)};
   }
 
   const T* cost_;
@@ -264,17 +266,17 @@ class BlockSearch {
   bool maximize_;
   CostScale scale_;
   double *price_, *distance_;
-  int *from_, *row_of_, *column_of_;  // from: the row by which a column was reached
+  int *predecessor_, *row_of_, *column_of_;  // predecessor_: the row from which a column was reached
   bool* settled_;
 };
 
 template <class T, bool kStateInShared>
-__global__ __launch_bounds__(kMostThreads, 1) void assign_kernel(const __grid_constant__ AssignmentParams<T> p) {
+__global__ __launch_bounds__(kMaxThreads, 1) void assign_kernel(const __grid_constant__ AssignmentParams<T> p) {
   extern __shared__ __align__(16) char memory[];
   const int64_t b = blockIdx.x;
-  int64_t *of_row = p.row_to_col + b * p.R, *of_column = p.col_to_row + b * p.C;
-  for (int i = threadIdx.x; i < p.R; i += blockDim.x) of_row[i] = -1;
-  for (int j = threadIdx.x; j < p.C; j += blockDim.x) of_column[j] = -1;
+  int64_t *row_matches = p.row_to_col + b * p.R, *column_matches = p.col_to_row + b * p.C;
+  for (int i = threadIdx.x; i < p.R; i += blockDim.x) row_matches[i] = -1;
+  for (int j = threadIdx.x; j < p.C; j += blockDim.x) column_matches[j] = -1;
   const UsedSizes used = used_sizes(p.num_rows, p.num_cols, p.R, p.C, b);
   const int n = min(used.r, used.c), m = max(used.r, used.c);
   if (n == 0) return;
@@ -285,8 +287,8 @@ __global__ __launch_bounds__(kMostThreads, 1) void assign_kernel(const __grid_co
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     const int j = search.column_of(i);
     if (!search.permits(i, j)) continue;
-    (columns_are_rows ? of_column : of_row)[i] = j;
-    (columns_are_rows ? of_row : of_column)[j] = i;
+    (columns_are_rows ? column_matches : row_matches)[i] = j;
+    (columns_are_rows ? row_matches : column_matches)[j] = i;
   }
 }
 
@@ -322,21 +324,21 @@ std::tuple<Tensor, Tensor> linear_sum_assignment(const Tensor& cost, const std::
     a.row_to_col = static_cast<int64_t*>(row_to_col.mutable_data_ptr());
     a.col_to_row = static_cast<int64_t*>(col_to_row.mutable_data_ptr());
     const bool more_rows_than_columns = p.R > p.C || p.num_cols;
-    std::optional<Tensor> keep_transposed, keep_state;
+    std::optional<Tensor> transposed_copy, state_memory;
     if (more_rows_than_columns && p.cost.numel() > 0) {
-      keep_transposed = transposed<T>(p, stream);
-      a.transposed = static_cast<const T*>(keep_transposed->const_data_ptr());
+      transposed_copy = transposed<T>(p, stream);
+      a.transposed = static_cast<const T*>(transposed_copy->const_data_ptr());
     }
-    const int64_t most = std::max(p.R, p.C);
-    const int threads =
-        static_cast<int>(std::clamp<int64_t>(ceil_div(ceil_div(most, kColumnsPerThread), 32) * 32, 32, kMostThreads));
-    a.state_bytes = BlockSearch<T>::bytes(std::min(p.R, p.C), most);
+    const int64_t max_size = std::max(p.R, p.C);
+    const int threads = static_cast<int>(
+        std::clamp<int64_t>(ceil_div(ceil_div(max_size, kColumnsPerThread), 32) * 32, 32, kMaxThreads));
+    a.state_bytes = BlockSearch<T>::bytes(std::min(p.R, p.C), max_size);
     const unsigned blocks = grid_size(kAssignmentOp, p.B);
     if (a.state_bytes <= kStateInSharedBytes) {
       assign_kernel<T, true><<<blocks, threads, a.state_bytes, stream>>>(a);
     } else {
-      keep_state = torch::stable::new_empty(p.cost, {p.B * a.state_bytes}, ScalarType::Byte);
-      a.state = static_cast<char*>(keep_state->mutable_data_ptr());
+      state_memory = torch::stable::new_empty(p.cost, {p.B * a.state_bytes}, ScalarType::Byte);
+      a.state = static_cast<char*>(state_memory->mutable_data_ptr());
       assign_kernel<T, false><<<blocks, threads, 0, stream>>>(a);
     }
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,11 +1,12 @@
-// linear_sum_assignment: what both devices share, so that they take the same steps to the same assignment.
+// linear_sum_assignment: the code that CPU and CUDA have in common, so that both take the same steps to the same
+// assignment.
 //
-// A problem of n rows and m columns has n <= m: where it has more rows than columns, these change places. The search
-// is that of Jonker and Volgenant (1987), for rectangular problems as Crouse (2016) has it. Columns have prices v <= 0,
-// and a column without a row has the price 0. First rows take their cheapest columns, one after the other, lowering
-// the price of a column to where the row's second choice would be as good, and so displacing one another. Each row that
-// is then without a column gets one by a shortest augmenting path (Dijkstra). Everything is float64, and nothing is
-// multiplied in the search, so that there is nothing to fuse and both devices round alike.
+// A problem of n rows and m columns has n <= m: if it has more rows than columns, the two are exchanged. The search is
+// the algorithm of Jonker and Volgenant (1987), which Crouse (2016) describes for rectangular problems. Columns have
+// prices v <= 0, and a column without a row has price 0. First, the rows take their cheapest columns one after another.
+// A row lowers the price of its column until its second choice would be equally good, and displaces the row that had
+// the column before. Then each row without a column gets one by a shortest augmenting path (Dijkstra). All values are
+// float64. The search does not multiply, so no operations can be fused and both devices round identically.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,8 +22,8 @@ namespace relops {
 constexpr const char* kAssignmentOp = "relops.linear_sum_assignment";
 constexpr int kBidsPerRow = 4;
 
-// The argument checks that keep the kernels inside their tensors, and dense tensors. Errors meant for people are raised
-// by relops/ops/linear_sum_assignment.py.
+// The argument checks that keep the kernels inside their tensors, and the dense tensors.
+// relops/ops/linear_sum_assignment.py raises the errors that are meant for users.
 struct AssignmentProblems {
   AssignmentProblems(const Tensor& cost_, const std::optional<Tensor>& num_rows_,
                      const std::optional<Tensor>& num_cols_)
@@ -31,16 +32,17 @@ struct AssignmentProblems {
     B = cost.dim() == 3 ? cost.size(0) : 1;
     R = cost.size(-2);
     C = cost.size(-1);
-    STD_TORCH_CHECK(R < 1 << 30 && C < 1 << 30, kAssignmentOp, ": more than 2^30 rows or columns");
+    STD_TORCH_CHECK(R < 1 << 30 && C < 1 << 30, kAssignmentOp, ": cost must have fewer than 2^30 rows and columns");
     for (const std::optional<Tensor>& sizes : {num_rows, num_cols}) {
       if (!sizes) continue;
       STD_TORCH_CHECK(sizes->scalar_type() == ScalarType::Long, kAssignmentOp, ": num_rows and num_cols must be int64");
-      STD_TORCH_CHECK(sizes->device() == cost.device(), kAssignmentOp, ": tensors on several devices");
+      STD_TORCH_CHECK(sizes->device() == cost.device(), kAssignmentOp,
+                      ": num_rows and num_cols must be on the device of cost");
       STD_TORCH_CHECK(sizes->dim() <= 1 && sizes->numel() == B, kAssignmentOp, ": num_rows and num_cols must be [B]");
     }
   }
 
-  // Of row_to_col, or of col_to_row.
+  // Returns a new tensor for row_to_col or col_to_row.
   Tensor new_output(int64_t size) const {
     return cost.dim() == 3 ? torch::stable::new_empty(cost, {B, size}, ScalarType::Long)
                            : torch::stable::new_empty(cost, {size}, ScalarType::Long);
@@ -55,57 +57,60 @@ inline const int64_t* sizes_or_null(const std::optional<Tensor>& sizes) {
   return sizes ? static_cast<const int64_t*>(sizes->const_data_ptr()) : nullptr;
 }
 
-// Costs as the search sees them: times `scale`, where otherwise sums of them would overflow, and `forbidden` for pairs
-// that are. That is more than the costs of all n rows can differ by, so that as few forbidden pairs as possible are
-// taken; a power of two, so that it is exact in any dtype that has the range.
+// The conversion of costs for the search. Costs are multiplied by `scale` so that their sums do not overflow.
+// `forbidden` is the cost of forbidden pairs. It is larger than any difference between total costs of the n rows, so
+// the search selects as few forbidden pairs as possible. It is a power of two, so it is exact in any dtype that has
+// sufficient range.
 struct CostScale {
   double scale, forbidden;
 };
 
-// `largest`: of the magnitudes of permitted costs.
-RELOPS_HOST_DEVICE inline CostScale cost_scale(double largest, int n) {
-  const double scale = largest > 0x1p900 ? 0x1p-200 : 1.0;
-  int exponent, more;
-  frexp(largest * scale, &exponent);
-  frexp(2.0 * n + 3.0, &more);
-  return {scale, ldexp(1.0, exponent + more)};
+// Returns the scale for costs whose largest permitted magnitude is max_magnitude.
+RELOPS_HOST_DEVICE inline CostScale cost_scale(double max_magnitude, int n) {
+  const double scale = max_magnitude > 0x1p900 ? 0x1p-200 : 1.0;
+  int exponent, n_exponent;
+  frexp(max_magnitude * scale, &exponent);
+  frexp(2.0 * n + 3.0, &n_exponent);
+  return {scale, ldexp(1.0, exponent + n_exponent)};
 }
 
-// The lowest cost minus price of a row, its column, the row of that column or -1, and the second lowest. Where they are
-// equal, the column is the first one of them that has no row, if there is one.
+// The lowest value of cost minus price in a row, its column, the row of that column or -1, and the second lowest value.
+// If both values are equal, the column is the first column with this value that has no row, if such a column exists.
 struct Lowest {
   double first, second;
   int column, row;
 };
 
-// The nearest column that is not settled yet, and its row or -1. Of equally near ones, the first one without a row, if
-// there is one; else the first one.
+// The nearest column that is not settled yet, and its row or -1. Among equally near columns, it is the first one
+// without a row, or the first one if all have rows.
 struct Nearest {
   double distance;
   int column, row;
 };
 
-// Search has the costs of a problem and its state, and does what touches all columns:
+// Assigns a column to every row. Search holds the costs and the state of a problem and implements the steps that access
+// all columns:
 //
-//   has_column(i)                         whether row i has one
-//   lowest(i)                             of row i
-//   assign(i, lowest)                     gives row i that column, takes it from its row, lowers its price by
-//                                         second - first
-//   bids_done()                           between the last assign and the first has_column
-//   start(i)                              distances from row i, and the nearest column
-//   extend(nearest)                       settles that column and relaxes distances by its row; the nearest column then
-//   finish(i, nearest)                    prices of the columns settled; exchanges columns along the path from row i
+//   has_column(i)       returns whether row i has a column
+//   lowest(i)           returns the lowest values of row i
+//   assign(i, lowest)   assigns the lowest column to row i, removes it from its previous row, and lowers its price by
+//                       second - first
+//   bids_done()         is called between the last assign and the first has_column
+//   start(i)            computes the distances from row i and returns the nearest column
+//   extend(nearest)     settles this column, relaxes the distances with its row, and returns the next nearest column
+//   finish(i, nearest)  updates the prices of the settled columns and exchanges columns along the path from row i
 //
-// On CUDA all threads of a block take the same way through here.
+// On CUDA, all threads of a block follow the same path through this function.
 template <class Search>
 RELOPS_HOST_DEVICE void assign_rows(Search& search, int n, int m) {
-  // Rows may outbid one another for long, by less and less: then the paths are quicker.
+  // Rows may outbid one another for a long time with ever smaller amounts. Then the paths are faster, so bids are
+  // limited.
   int64_t bids = m == 1 ? 0 : int64_t{kBidsPerRow} * n;
   for (int i = 0; i < n; ++i)
     for (int row = i; row >= 0 && bids > 0; --bids) {
       const Lowest lowest = search.lowest(row);
       if (lowest.second == lowest.first && lowest.row >= 0)
-        break;  // it would displace a row without lowering the price
+        break;  // the bid would displace a row without lowering the price
       search.assign(row, lowest);
       row = lowest.row;
     }

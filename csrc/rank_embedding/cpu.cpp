@@ -1,5 +1,5 @@
-// rank_embedding on the CPU: the powers of the wavelength are computed once, and each thread takes a range of ranks;
-// the loops are in cpu_kernel.h.
+// rank_embedding on the CPU: this file computes the powers of the wavelength once and gives each thread a range of
+// ranks. The loops are in cpu_kernel.h.
 
 #include "rank_embedding/problem.h"
 
@@ -11,13 +11,13 @@ namespace relops {
 namespace {
 
 struct Kernels {
-  // A multiple of any vector's lanes; what is past the end repeats the last one.
+  // Returns the frequencies, padded with copies of the last one to a multiple of the lanes of any vector.
   template <class T, class O>
   static std::vector<double> frequencies(const RankEmbeddingArgs<T, O>& args) {
-    std::vector<double> all(round_up<int64_t>(args.half, 8));
-    for (int64_t j = 0; j < static_cast<int64_t>(all.size()); ++j)
-      all[j] = frequency(args.wavelength, std::min(j, args.half - 1), args.half);
-    return all;
+    std::vector<double> padded(round_up<int64_t>(args.half, 8));
+    for (int64_t j = 0; j < static_cast<int64_t>(padded.size()); ++j)
+      padded[j] = frequency(args.wavelength, std::min(j, args.half - 1), args.half);
+    return padded;
   }
 
   template <class T, class O, class F>
@@ -28,18 +28,18 @@ struct Kernels {
 
   template <class T, class O>
   static void forward(const char*, const Tensor&, const RankEmbeddingArgs<T, O>& args) {
-    const std::vector<double> all = frequencies(args);
+    const std::vector<double> padded = frequencies(args);
     use_huge_pages(args.output, args.count * 2 * args.half * sizeof(O));
     parallel(args, 7, [&](int64_t begin, int64_t end) {
-      RELOPS_CALL_ISA(rank_embedding_forward, args, all.data(), begin, end);
+      RELOPS_CALL_ISA(rank_embedding_forward, args, padded.data(), begin, end);
     });
   }
 
   template <class T>
   static void backward(const char*, const Tensor&, const RankEmbeddingArgs<T, T>& args) {
-    const std::vector<double> all = frequencies(args);
+    const std::vector<double> padded = frequencies(args);
     parallel(args, 13, [&](int64_t begin, int64_t end) {
-      RELOPS_CALL_ISA(rank_embedding_backward, args, all.data(), begin, end);
+      RELOPS_CALL_ISA(rank_embedding_backward, args, padded.data(), begin, end);
     });
   }
 };

@@ -1,5 +1,5 @@
-// rank_embedding on the CPU: the loops, whose lanes are along the frequencies of a rank. They are bound by arithmetic,
-// all of it in double.
+// rank_embedding on the CPU: the loops, in which the lanes of a vector are frequencies of a rank. Their speed is
+// limited by arithmetic, which is all in double precision.
 
 #include "common/cpu/simd.h"
 #include "rank_embedding/problem.h"
@@ -21,14 +21,14 @@ inline Vec<double> load_as_double(const float* p) {
   return __builtin_convertvector(narrow, Vec<double>);
 }
 
-// sines and cosines [padded] of the angles of a rank.
+// Computes the sines and cosines [padded] of the angles of a rank.
 template <class Compute>
 inline void store_sines(double rank, const double* frequencies, int64_t half, Compute* sines, Compute* cosines) {
   constexpr int64_t V = kLanes<double>;
   using S = std::conditional_t<sizeof(Compute) == 8, Series<double>, SeriesForFloat>;
-  // Frequencies fall or rise from the first to the last.
+  // Frequencies either increase or decrease with j, so the first or the last is the largest.
   const bool small = std::fabs(rank) * std::max(frequencies[0], frequencies[half - 1]) < kLargeAngle;
-  if (!small) {  // or NaN
+  if (!small) {  // large or NaN
     for (int64_t j = 0; j < half; ++j) {
       sines[j] = static_cast<Compute>(std::sin(rank * frequencies[j]));
       cosines[j] = static_cast<Compute>(std::cos(rank * frequencies[j]));
@@ -62,8 +62,8 @@ void rank_embedding_forward(const RankEmbeddingArgs<T, O>& p, const double* freq
   }
 }
 
-// grad_ranks[i] = sum over j of frequency j times (cosine times the gradient of the sine - sine times that of the
-// cosine).
+// Computes grad_ranks[i], the sum over j of frequency j times (cosine times the gradient of the sine - sine times the
+// gradient of the cosine).
 template <class T>
 void rank_embedding_backward(const RankEmbeddingArgs<T, T>& p, const double* frequencies, int64_t begin, int64_t end) {
   using Compute = ComputeType<T>;

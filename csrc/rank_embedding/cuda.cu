@@ -1,10 +1,10 @@
 // rank_embedding on CUDA.
 //
-// Forward: a thread keeps a frequency, whose power it computes once, and takes ranks, so that a warp writes neighboring
-// outputs; where there are few frequencies a warp spans several ranks. Bound by writing, or, where double is slow, by
-// some 30 operations in it per angle.
+// In the forward, a thread has one frequency, whose power it computes once, and processes several ranks, so that a warp
+// writes neighboring outputs. If there are few frequencies, a warp covers several ranks. The speed is limited by
+// writing or, on devices with slow double precision, by about 30 operations in double precision per angle.
 //
-// Backward: a warp sums the frequencies of a rank over its lanes.
+// In the backward, a warp processes a rank and sums over its frequencies.
 
 #include <algorithm>
 
@@ -17,29 +17,30 @@ namespace {
 
 constexpr int kRankThreads = 256;
 constexpr int kRankWarps = kRankThreads / 32;
-constexpr int64_t kWantedBlocks = 1024;
+constexpr int64_t kRequestedBlocks = 1024;
 
 __device__ __forceinline__ void sin_cos_of_any(double angle, double& s, double& c) {
   if (fabs(angle) < kLargeAngle) {
     sin_cos(angle, s, c);
-  } else {  // or NaN
+  } else {  // large or NaN
     s = sin(angle);
     c = cos(angle);
   }
 }
 
-// A block takes `ranks` ranks, `height` at a time, with `width` frequencies; width * height is the number of threads.
+// A block processes `ranks` ranks with `width` frequencies, and `height` ranks at a time. width * height is the number
+// of threads.
 template <class T, class O>
 __global__ __launch_bounds__(256, 2) void rank_embedding_kernel(const __grid_constant__ RankEmbeddingArgs<T, O> p,
                                                                 int64_t tiles, int width, int64_t ranks) {
   const int64_t j = blockIdx.x % tiles * width + threadIdx.x % width;
   if (j >= p.half) return;
-  const double by = frequency(p.wavelength, j, p.half);
+  const double w = frequency(p.wavelength, j, p.half);
   const int height = blockDim.x / width;
   const int64_t first = blockIdx.x / tiles * ranks, end = min(first + ranks, p.count);
   for (int64_t i = first + threadIdx.x / width; i < end; i += height) {
     double s, c;
-    sin_cos_of_any(static_cast<double>(p.ranks[i]) * by, s, c);
+    sin_cos_of_any(static_cast<double>(p.ranks[i]) * w, s, c);
     O* const out = p.output + i * 2 * p.half + j;
     out[0] = static_cast<O>(static_cast<ComputeType<O>>(s));
     out[p.half] = static_cast<O>(static_cast<ComputeType<O>>(c));
@@ -57,10 +58,10 @@ __global__ __launch_bounds__(256,
     const double rank = static_cast<double>(static_cast<Compute>(p.ranks[i]));
     const T* const grad = p.grad_output + i * 2 * p.half;
     for (int64_t j = lane; j < p.half; j += 32) {
-      const double by = frequency(p.wavelength, j, p.half);
+      const double w = frequency(p.wavelength, j, p.half);
       double s, c;
-      sin_cos_of_any(rank * by, s, c);
-      total += by * (c * static_cast<Compute>(grad[j]) - s * static_cast<Compute>(grad[p.half + j]));
+      sin_cos_of_any(rank * w, s, c);
+      total += w * (c * static_cast<Compute>(grad[j]) - s * static_cast<Compute>(grad[p.half + j]));
     }
   }
   total = group_sum(total, 32);
@@ -72,9 +73,10 @@ void launch_forward(const char* op, const RankEmbeddingArgs<T, O>& args, cudaStr
   int width = 1;
   while (width < kRankThreads && width < args.half) width *= 2;
   const int64_t tiles = ceil_div(args.half, width);
-  // A frequency costs as much as several angles, so that a thread takes more ranks than one if there are blocks enough.
-  const int64_t per_thread = std::clamp<int64_t>(args.count * tiles * width / (kRankThreads * kWantedBlocks), 1, 16);
-  const int64_t ranks = per_thread * (kRankThreads / width);
+  // Computing a frequency costs as much as several angles, so a thread processes several ranks if enough blocks remain.
+  const int64_t ranks_per_thread =
+      std::clamp<int64_t>(args.count * tiles * width / (kRankThreads * kRequestedBlocks), 1, 16);
+  const int64_t ranks = ranks_per_thread * (kRankThreads / width);
   const unsigned blocks = grid_size(op, tiles * ceil_div(args.count, ranks));
   rank_embedding_kernel<T, O><<<blocks, kRankThreads, 0, stream>>>(args, tiles, width, ranks);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
