@@ -1,11 +1,12 @@
-"""Builds relops._C (CPU kernels, schemas) and, where nvcc is found, relops._cuda (CUDA kernels).
+"""The build of relops._C (CPU kernels and schemas) and, if nvcc is found, of relops._cuda (CUDA kernels).
 
-One ninja file builds both, so that objects of both compile side by side, header dependencies are tracked
-for C++ and CUDA alike also on a CPU-only torch (where torch.utils.cpp_extension tracks none for .cu files),
-and the ptxas report of each .cu file is kept beside its object for tests/test_build.py to read.
+A single ninja file builds both libraries. Therefore C++ and CUDA sources compile in parallel, and header
+dependencies are tracked for both even with a CPU-only torch, with which torch.utils.cpp_extension does not track
+them for .cu files. The ptxas report of each .cu file is stored next to its object, where tests/test_build.py
+reads it.
 
-Environment: RELOPS_CUDA=1 (nvcc required) or 0 (skip the CUDA half); TORCH_CUDA_ARCH_LIST; MAX_JOBS; CUDA_HOME;
-CXX; CFLAGS and NVCC_APPEND_FLAGS are passed on.
+Environment variables: RELOPS_CUDA is 1 (nvcc is required) or 0 (skip the CUDA kernels). TORCH_CUDA_ARCH_LIST,
+MAX_JOBS, CUDA_HOME and CXX have their usual meanings. CFLAGS and NVCC_APPEND_FLAGS are passed to the compilers.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"relops: building needs PyTorch >= {'.'.join(map(str, MINIMUM_TORCH))}; importing it failed: {error}\n"
-        "  Install it first (https://pytorch.org/get-started), then either\n"
-        "    pip install --no-build-isolation .     # build against the torch you have\n"
-        "  or let pip bring its own for the build:\n"
+        "  Either install it first (https://pytorch.org/get-started) and then run\n"
+        "    pip install --no-build-isolation .     # build with the installed torch\n"
+        "  or let pip install a torch of its own for the build:\n"
         "    pip install ."
     ) from error
 
 
 def find_cuda_home() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else the home that the nvcc on PATH reports, else /usr/local/cuda."""
+    """Return CUDA_HOME or CUDA_PATH, otherwise the home that the nvcc on PATH reports, otherwise /usr/local/cuda."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             return Path(os.environ[name])
     if nvcc := shutil.which("nvcc"):
-        # nvcc may be a wrapper script elsewhere on PATH, so it is asked, not its path looked at.
+        # nvcc may be a wrapper script elsewhere on PATH, so ask nvcc for its home instead of deriving it from the path.
         dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         if top := re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE):
             return Path(top[1].strip()).resolve()
@@ -58,20 +59,20 @@ def find_cuda_home() -> Path | None:
 
 
 def cuda_plan() -> tuple[Path | None, str]:
-    """The CUDA home to build with (None: no CUDA half) and, in words, why."""
-    wanted = os.environ.get("RELOPS_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"relops: RELOPS_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if wanted == "0":
+    """Return the CUDA home for the build, or None to skip the CUDA kernels, and the reason in words."""
+    requested = os.environ.get("RELOPS_CUDA", "")
+    if requested not in ("", "0", "1"):
+        raise SystemExit(f"relops: RELOPS_CUDA must be 0, 1 or unset, got {requested!r}")
+    if requested == "0":
         return None, "skipped (RELOPS_CUDA=0)"
     home = find_cuda_home()
     if home is not None and (home / "bin/nvcc").exists():
         return home, f"built with {home}/bin/nvcc"
-    if wanted == "1":
+    if requested == "1":
         raise SystemExit(
             "relops: RELOPS_CUDA=1, but no nvcc was found"
             + (f" under CUDA_HOME={home}" if home else " (CUDA_HOME and CUDA_PATH unset, none on PATH)")
-            + ".\n  Install the CUDA toolkit and set CUDA_HOME to it, or build the CPU half alone with RELOPS_CUDA=0."
+            + ".\n  Install the CUDA toolkit and set CUDA_HOME to it, or build only the CPU kernels with RELOPS_CUDA=0."
         )
     return None, "skipped: no nvcc found (set CUDA_HOME, or RELOPS_CUDA=1 to make this an error)"
 
@@ -81,28 +82,31 @@ def version() -> str:
 
 
 class NinjaBuild(build_ext):
-    """Writes one build.ninja for all extensions and runs it; an unchanged source is not compiled again."""
+    """A build_ext command that writes one build.ninja for all extensions and runs it.
+
+    Ninja does not compile unchanged sources again.
+    """
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # A fixed place per Python and torch, also where pip (editable or not) would use a temporary folder:
-        # that is what makes a second build incremental.
+        # The folder is fixed for each Python and torch, even if pip (editable or not) would use a temporary one, so
+        # that a second build is incremental.
         self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
-        self.into_source = bool(self.inplace)  # which setuptools takes back while it builds
+        self.into_source = bool(self.inplace)  # setuptools resets inplace during the build
 
     def build_extensions(self) -> None:
-        # Beside this Python first: it need not be on PATH where an environment is used without being activated.
+        # Look next to this Python first, because ninja may not be on PATH if a virtual environment is not activated.
         ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
         if ninja is None:
-            raise SystemExit("relops: building needs ninja: pip install ninja")
+            raise SystemExit("relops: building needs ninja; install it with: pip install ninja")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         cxx = os.environ.get("CXX", "g++")
         if shutil.which(shlex.split(cxx)[0]) is None:
-            raise SystemExit(f"relops: building needs a C++ compiler; {cxx} is not there: install g++, or set CXX")
+            raise SystemExit(f"relops: building needs a C++ compiler, but {cxx} was not found; install g++ or set CXX")
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         cuda_home, cuda_words = cuda_plan()
         if cuda_home is None:
-            # What an earlier build in place left would be loaded as if it were of this one.
+            # A library from an earlier in-place build would be loaded as if it belonged to this build.
             for stale in (ROOT / "relops").glob("_cuda.*") if self.into_source else ():
                 stale.unlink()
             self.extensions = [e for e in self.extensions if e.name != "relops._cuda"]
@@ -132,11 +136,11 @@ class NinjaBuild(build_ext):
         )
         if subprocess.run([ninja, "-C", str(temp), "-j", jobs]).returncode:
             raise SystemExit(
-                "relops: the build failed; the message is above. See 'Troubleshooting builds' in README.md."
+                "relops: the build failed; see the messages above and 'Troubleshooting builds' in README.md."
             )
 
     def ninja_edges(self, temp: Path, facts: dict[str, str]) -> list[str]:
-        """One edge an object, one a library."""
+        """Return the ninja build statements: one per object file and one per library."""
         defines = " ".join(shlex.quote(f'-DRELOPS_{key}="{value}"') for key, value in facts.items())
         edges = []
         for extension in self.extensions:
@@ -147,7 +151,7 @@ class NinjaBuild(build_ext):
                 objects.append(escape(obj))
                 rule = "cxx" if source.endswith(".cpp") else "nvcc"
                 edges.append(f"build {objects[-1]}: {rule} {escape(ROOT / source)}\n  name = {source}")
-                if source == "csrc/module.cpp":  # what only it prints must not make the kernels compile again
+                if source == "csrc/module.cpp":  # a change of these defines must not recompile the kernels
                     edges.append(f"  defines = {defines.replace('$', '$$')}")
             library = Path(self.get_ext_fullpath(extension.name)).resolve()
             library.parent.mkdir(parents=True, exist_ok=True)
@@ -159,14 +163,14 @@ class NinjaBuild(build_ext):
 def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
     import pybind11
 
-    # pybind11 comes first: torch has a copy of it, which some versions refuse to compile for the stable ABI.
+    # pybind11 comes first: torch contains a copy that, in some versions, does not compile for the stable ABI.
     system = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
     includes = " ".join([f"-I{shlex.quote(str(CSRC))}", *(f"-isystem {shlex.quote(path)}" for path in system)])
     target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))
     common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
     cflags = f"{common} -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
     paths = " ".join(f"-L{shlex.quote(p)} -Wl,-rpath-link,{shlex.quote(p)}" for p in cpp_extension.library_paths())
-    # Without --no-as-needed the linker drops libtorch, and with it what brings libtorch_cuda on a torch with CUDA.
+    # Without --no-as-needed the linker drops libtorch, which loads libtorch_cuda if torch has CUDA.
     link = f"{cxx} -shared $in -o $out -Wl,--no-as-needed {paths} -ltorch -ltorch_cpu -lc10"
     rules = [
         "ninja_required_version = 1.3",
@@ -180,7 +184,7 @@ def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
     archs = " ".join(cpp_extension._get_cuda_arch_flags())
     flags = f"{common} -DUSE_CUDA -O3 {archs} -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr -Xptxas -v"
     lib = next((d for d in ("lib64", "lib") if (cuda_home / d / "libcudart_static.a").exists()), "lib64")
-    # The runtime is linked statically: the build must not depend on which CUDA the user's torch brings.
+    # The CUDA runtime is linked statically, so that the build does not depend on the CUDA version of the user's torch.
     cudart = f"-L{shlex.quote(str(cuda_home / lib))} -lcudart_static -lrt -ldl -lpthread"
     return [
         *rules,

@@ -123,7 +123,7 @@ print(*[name for name, devices in _library.op_kernels().items() if "CUDA" in dev
         (
             {"RELOPS_CUDA": "1", "CUDA_HOME": "{empty}"},
             "relops: RELOPS_CUDA=1, but no nvcc was found under CUDA_HOME={empty}. Install the CUDA toolkit and set "
-            "CUDA_HOME to it, or build the CPU half alone with RELOPS_CUDA=0.",
+            "CUDA_HOME to it, or build only the CPU kernels with RELOPS_CUDA=0.",
         ),
         ({"RELOPS_CUDA": "7"}, "relops: RELOPS_CUDA must be 0, 1 or unset, got '7'"),
         ({"RELOPS_CUDA": "0", "CXX": "no-such-compiler"}, "relops: building needs a C++ compiler"),

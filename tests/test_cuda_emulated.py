@@ -1,4 +1,4 @@
-"""What the CUDA kernels compute, on a CPU emulation of CUDA: the check that needs no GPU. See cuda_emulation/."""
+"""Tests of the results of the CUDA kernels on a CPU emulation of CUDA (cuda_emulation/), which need no GPU."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for na
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, sample", SAMPLES)
-def test_outputs_and_gradients(op: Op, sample, dtype: torch.dtype) -> None:
-    """The emulation takes blocks and threads in another order in every launch, which what is deterministic ignores."""
+def test_outputs_and_gradients_match_the_reference(op: Op, sample, dtype: torch.dtype) -> None:
+    """Every launch runs blocks and threads in another order, which must not change deterministic results."""
     inputs = op.draw(sample, dtype=dtype)
     expected = op.run_twin(inputs)
-    for deterministic in (False, True) if op in (PLAIN, FUSED) else (True,):  # the others have no other kernels
+    # Only deformable attention has separate deterministic kernels.
+    for deterministic in (False, True) if op in (PLAIN, FUSED) else (True,):
         with determinism(deterministic):
             actual = op.run(inputs)
             again = op.run(inputs) if deterministic and dtype == torch.float32 else actual
@@ -59,29 +60,29 @@ def test_outputs_and_gradients(op: Op, sample, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("op, sample", [param for param in SAMPLES if param.values[0] in (PLAIN, FUSED)])
-def test_coordinates_of_16_bits(op: Op, sample, dtype: torch.dtype) -> None:
-    """Kernels of the other ops are given float32."""
+def test_16_bit_coordinates_match_the_reference(op: Op, sample, dtype: torch.dtype) -> None:
+    """The kernels of all other ops get float32 coordinates."""
     assert_matches_twin(op, op.cast(op.draw(sample), dtype, dtype), dtype)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_empty_inputs(op: Op) -> None:
+def test_empty_inputs_give_zeros(op: Op) -> None:
     for name, sample in op.empty.items():
         inputs = op.draw(sample)
-        for key, got in op.run(inputs).items():
-            assert not got.any(), (name, key)
-            assert key == "output" or got.shape == inputs[key].shape
+        for key, actual in op.run(inputs).items():
+            assert not actual.any(), (name, key)
+            assert key == "output" or actual.shape == inputs[key].shape
 
 
 # ---- Deformable attention ----
 
 
-@pytest.mark.parametrize("wanted", [("value",), ("sampling_locations",), ("attention_weights",)])
-def test_only_what_is_wanted(wanted: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("needs_grad", [("value",), ("sampling_locations",), ("attention_weights",)])
+def test_single_gradients_of_deformable_attention(needs_grad: tuple[str, ...]) -> None:
     inputs = PLAIN.draw(PLAIN.samples["typical"])
-    everything = PLAIN.run(inputs)
-    for name, got in PLAIN.run(inputs, wanted=wanted).items():
-        assert_matches(got, everything[name].double(), name)
+    expected = PLAIN.run(inputs)
+    for name, actual in PLAIN.run(inputs, wanted=needs_grad).items():
+        assert_matches(actual, expected[name].double(), name)
 
 
 @pytest.mark.parametrize("D", [40, 200, 260], ids=lambda D: f"D{D}")
@@ -92,21 +93,21 @@ def test_heads_wider_than_a_group_of_lanes(D: int) -> None:
 
 
 def test_encoder_whose_patches_end_inside_a_level() -> None:
-    """Queries that are the pixels of the pyramid are worked on in patches of 8 rows: each must be visited once."""
+    """Queries that are the pixels of the pyramid are processed in patches of 8 rows; each must be visited once."""
     levels = ((17, 9), (8, 3), (3, 11), (1, 2))
     case = DeformAttn(levels=levels, N=2, Q=sum(h * w for h, w in levels), M=2, D=16, P=2)
     assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
 
 
 @pytest.mark.parametrize("starts", [None, "in order"])
-def test_levels_read_by_the_kernel(starts: str | None) -> None:
-    """More levels than travel as parameters take the path of sizes in device memory."""
+def test_levels_that_the_kernel_reads(starts: str | None) -> None:
+    """If there are more levels than fit the kernel parameters, the kernel reads their sizes from device memory."""
     case = DeformAttn(levels=((2, 3),) * 17, P=1, starts=starts)
     assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
 
 
 def test_levels_that_do_not_fit_give_nan() -> None:
-    """The kernel's own check: the host cannot see sizes in device memory."""
+    """The kernel checks the sizes itself, because the host does not read device memory."""
     case = DeformAttn(levels=((2, 3),) * 17, P=1)
     inputs = PLAIN.draw(case.plain)
     for wrong in ([(2, 3)] * 16 + [(2, 4)], [(2, 3)] * 16 + [(-2, -3)], [(2**40, 2**40)] + [(0, 0)] * 16):
@@ -115,7 +116,7 @@ def test_levels_that_do_not_fit_give_nan() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
-def test_samples_that_are_not_finite_give_nothing(deterministic: bool) -> None:
+def test_nonfinite_samples_contribute_nothing(deterministic: bool) -> None:
     inputs = PLAIN.draw(PLAIN.samples["typical"])
     clean = inputs["sampling_locations"]
     for value in (float("nan"), float("inf"), -float("inf"), 1e30, -1e30):
@@ -124,19 +125,20 @@ def test_samples_that_are_not_finite_give_nothing(deterministic: bool) -> None:
         away = clean.clone()
         away[:, ::2, :, 0, 1] = 9.0
         with determinism(deterministic):
-            got, expected = (PLAIN.run(inputs | {"sampling_locations": locations}) for locations in (dirty, away))
-        for name, x in got.items():
+            actual, expected = (PLAIN.run(inputs | {"sampling_locations": locations}) for locations in (dirty, away))
+        for name, x in actual.items():
             if deterministic:
                 assert torch.equal(x, expected[name]), (name, value)
-            else:  # atomic sums differ in their order
+            else:  # the order of atomic additions differs
                 assert_matches(x, expected[name].double(), f"{name}, {value}")
 
 
 # ---- Regions ----
 
-# Each leaves a path that the samples take: "wide", the rows of columns in shared memory; "bins" and "boxes", what a
-# tile looks at in one go; "channels", what a block does, of the maps' gradient and of the boxes'.
-BEYOND = {
+# Each case exceeds a limit that the samples do not reach: "wide" the number of column sums in shared memory; "bins" and
+# "boxes" the numbers of bins and boxes that a tile processes at once; "channels" the number of channels of a block, for
+# the gradients of both maps and boxes.
+LARGE_REGIONS = {
     "wide": Regions(N=1, C=2, H=3, W=800, K=4, spatial_scale=1.0),
     "bins": Regions(N=1, C=2, H=5, W=40, K=2, output_size=(2, 35), spatial_scale=0.5, sampling_ratio=1),
     "boxes": Regions(C=1, H=6, W=40, K=300, output_size=(1, 1), sampling_ratio=1, aligned=True),
@@ -145,17 +147,17 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
-@pytest.mark.parametrize("case", BEYOND.values(), ids=BEYOND)
+@pytest.mark.parametrize("case", LARGE_REGIONS.values(), ids=LARGE_REGIONS)
 @pytest.mark.parametrize("op", REGION_OPS, ids=lambda op: op.name)
-def test_regions_beyond_what_fits(op: Op, case: Regions, channels_last: bool) -> None:
+def test_regions_that_exceed_a_block(op: Op, case: Regions, channels_last: bool) -> None:
     case = replace(case, channels_last=channels_last)
     assert_matches_twin(op, op.draw(lambda generator: getattr(case, op.name)(generator)))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("op", REGION_OPS, ids=lambda op: op.name)
-def test_maps_whose_taps_may_not_fit(op: Op, channels_last: bool) -> None:
-    """Taps have a place in shared memory for the largest region there may be, which on such maps is too much."""
+def test_maps_whose_taps_may_exceed_shared_memory(op: Op, channels_last: bool) -> None:
+    """Shared memory must hold the taps of the largest possible region, which is impossible for such wide maps."""
     case = Regions(N=1, C=2, K=3)
     inputs = op.draw(lambda generator: getattr(case, op.name)(generator))
     for name in op.features:
@@ -166,8 +168,8 @@ def test_maps_whose_taps_may_not_fit(op: Op, channels_last: bool) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("op", REGION_OPS, ids=lambda op: op.name)
-def test_regions_that_are_none(op: Op, channels_last: bool) -> None:
-    """Where the CPU raises an error CUDA gives NaN, in that row alone, and no gradient."""
+def test_invalid_regions_give_nan(op: Op, channels_last: bool) -> None:
+    """If the CPU would raise an error, CUDA sets only the row of that region to NaN and adds no gradient."""
     case = Regions(channels_last=channels_last)
     inputs = op.draw(lambda generator: getattr(case, op.name)(generator))
     boxes, outside = inputs["boxes"], torch.tensor([2.0, -1.0, float("nan"), -1.5])
@@ -185,7 +187,7 @@ def test_regions_that_are_none(op: Op, channels_last: bool) -> None:
 
 
 def test_boxes_far_larger_than_the_map() -> None:
-    """Bounded time, whatever the number of samples of the definition."""
+    """The time is bounded, whatever number of samples the definition requires."""
     for op in REGION_OPS:
         inputs = op.draw(op.samples["typical"])
         inputs["boxes"][:, 1:] = torch.tensor([-1e9, -1e30, 1e9, 1e30])
@@ -197,7 +199,7 @@ def test_boxes_far_larger_than_the_map() -> None:
 
 
 def assignment_problems(R: int, C: int, forbidden: float | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Costs with ties, and used sizes, of which the first are everything."""
+    """Return costs with ties, and the used sizes; the first problem uses all rows and columns."""
     generator = torch.Generator().manual_seed(R + C)
     cost = torch.randint(-20, 20, (3, R, C), generator=generator).to(dtype)
     if forbidden is not None:
@@ -207,8 +209,8 @@ def assignment_problems(R: int, C: int, forbidden: float | None, dtype: torch.dt
     return cost, *sizes
 
 
-# The last ones have more columns than a thread looks at in one go with 32 and with 512 threads; of those, the search of
-# the last does not fit in shared memory.
+# (200, 6) needs more than 32 threads. (8, 2100) has more columns than 512 threads process at once, and its search state
+# does not fit in shared memory.
 ASSIGNMENTS = [
     (R, C, forbidden, dtype)
     for R, C in [(1, 1), (1, 7), (7, 1), (5, 6), (20, 70), (70, 20), (40, 40), (200, 6), (8, 2100)]
@@ -219,7 +221,7 @@ ASSIGNMENTS = [
 
 @pytest.fixture(scope="module")
 def assigned() -> dict[tuple[tuple, bool], tuple[torch.Tensor, ...]]:
-    """By the CPU kernel, before the ops lead to the CUDA kernels."""
+    """Return the results of the CPU kernel, computed before the CUDA kernels replace it."""
     return {
         (case, maximize): relops.linear_sum_assignment(*assignment_problems(*case), maximize)
         for case in ASSIGNMENTS
@@ -229,37 +231,38 @@ def assigned() -> dict[tuple[tuple, bool], tuple[torch.Tensor, ...]]:
 
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("case", ASSIGNMENTS, ids=str)
-def test_assignments_of_the_cpu_kernel(case: tuple, maximize: bool, assigned: dict) -> None:
-    """The same steps on both devices: not only the same sum, but the same pairs."""
-    found = relops.linear_sum_assignment(*assignment_problems(*case), maximize)
-    assert all(torch.equal(*pair) for pair in zip(found, assigned[case, maximize]))
+def test_assignments_equal_those_of_the_cpu_kernel(case: tuple, maximize: bool, assigned: dict) -> None:
+    """Both devices take the same steps, so not only the total costs but also the pairs are equal."""
+    actual = relops.linear_sum_assignment(*assignment_problems(*case), maximize)
+    assert all(torch.equal(*pair) for pair in zip(actual, assigned[case, maximize]))
 
 
 def test_assignments_of_fractions_and_large_numbers() -> None:
-    """Where rounding decides and sums would overflow; and one problem, without sizes."""
+    """Rounding decides, and sums of large costs would overflow; the costs are a single problem without sizes."""
     for scale in (1e-310, 1.0, 1e308):
         for R, C in ((12, 30), (30, 12)):
             cost = torch.randn(R, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
             cost[cost.abs() > 1.5 * scale] = float("inf")
             row_to_col, _ = relops.linear_sum_assignment(cost)
             expected, _ = reference.linear_sum_assignment(cost)
-            assert torch.equal(row_to_col, expected)  # with real numbers only one assignment is the best
+            assert torch.equal(row_to_col, expected)  # random real costs have only one optimal assignment
 
 
-def test_assignments_of_sizes_out_of_range() -> None:
+def test_assignments_with_sizes_out_of_range() -> None:
     cost, *_ = assignment_problems(9, 4, None, torch.float32)
     for value in (-1, 10, 2**40, -(2**63)):
         for which in ("num_rows", "num_cols"):
             sizes = {which: torch.tensor([4, value, 2])}
-            found = torch.ops.relops.linear_sum_assignment(cost, **sizes)
+            actual = torch.ops.relops.linear_sum_assignment(cost, **sizes)
             expected = relops.linear_sum_assignment(cost[::2], **{which: [4, 2]})
-            for x, y in zip(found, expected):
+            for x, y in zip(actual, expected):
                 assert (x[1] == -1).all() and torch.equal(x[::2], y)
 
 
 # ---- IoU ----
 
-# Beyond what the samples reach: sums in slices, along either side; more tiles than blocks.
+# These cases exceed the sizes of the samples: sums over either side are split into slices, and there are more tiles
+# than blocks.
 MANY_PAIRS = {
     "columns": BoxPairs(A=3, B=700),
     "rows": BoxPairs(A=700, B=3),
@@ -276,8 +279,8 @@ def test_many_pairs(op: Op, case: BoxPairs) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
-def test_overlap_is_that_of_plain_arithmetic(op: Op, dtype: torch.dtype) -> None:
-    """To the bit, as on the CPU: what is not finite, has no area or is inverted included."""
+def test_overlap_equals_plain_arithmetic(op: Op, dtype: torch.dtype) -> None:
+    """The results are bit-identical as on the CPU, even for boxes that are not finite, have no area or are inverted."""
     numbers = [-float("inf"), -2.0, 0.0, 0.3, 1.1, 1e30, float("nan")]
     boxes = torch.cartesian_prod(*[torch.tensor(numbers, dtype=dtype)] * 4)
     a, b = boxes[torch.randperm(len(boxes))][:300].split([100, 200])
@@ -286,7 +289,7 @@ def test_overlap_is_that_of_plain_arithmetic(op: Op, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "row expanded", "column expanded"])
 @pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
-def test_layouts_of_the_gradient_of_pairs(op: Op, layout: str) -> None:
+def test_layouts_of_the_output_gradient_of_pairs(op: Op, layout: str) -> None:
     inputs = op.draw(BoxPairs(A=70, B=90).arguments)
     grad = grad_like(torch.empty(70, 90))
     grad = {
@@ -302,8 +305,9 @@ def test_layouts_of_the_gradient_of_pairs(op: Op, layout: str) -> None:
 
 # ---- Relations ----
 
-# Beyond what the samples reach: groups of 8 heads, chunks of channels, and tiles of which nothing is left.
-RELATED = {
+# These cases exceed the sizes of the samples: several groups of 8 heads, several chunks of channels, and sizes that are
+# exact multiples of a tile.
+LARGE_RELATIONS = {
     "heads": Relations(N=1, M=17, K=18, mask="some"),
     "wide": Relations(N=1, Q=3, K=5, M=1, D=100, Dv=100),
     "wide features": Relations(N=1, Q=3, K=5, M=2, D=72, Dv=5),
@@ -314,13 +318,13 @@ RELATED = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", RELATED.values(), ids=RELATED)
-def test_relations_of_other_sizes(case: Relations, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", LARGE_RELATIONS.values(), ids=LARGE_RELATIONS)
+def test_relations_of_larger_sizes(case: Relations, dtype: torch.dtype) -> None:
     assert_matches_twin(RELATION, RELATION.draw(case.relation_attention, dtype=dtype))
 
 
-def test_relations_of_many_blocks() -> None:
-    """From 256 blocks on, one has 32 queries."""
+def test_relations_with_many_blocks() -> None:
+    """A block processes 32 queries instead of 16 if there are at least 256 blocks."""
     inputs = RELATION.draw(Relations(N=86, Q=33, K=2, M=1, D=4, Dv=4).relation_attention)
     expected = RELATION.run(RELATION.cast(inputs, torch.float64, torch.float64), RELATION.reference, wanted=())
     assert_matches(RELATION.run(inputs, wanted=())["output"], expected["output"], noise=RELATION.noise)
@@ -328,7 +332,7 @@ def test_relations_of_many_blocks() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_relations_in_tf32(offset: int) -> None:
-    """Close to the exact products, but not those; whether or not rows are aligned."""
+    """The results are close to those of exact products, but not equal, whether or not the rows are aligned."""
     inputs = RELATION.draw(Relations(N=1, Q=17, K=40, D=16 + offset, Dv=16).relation_attention)
     inputs["query"] = inputs["query"][..., offset:]
     inputs["key"] = inputs["key"][..., offset:]
@@ -340,33 +344,33 @@ def test_relations_in_tf32(offset: int) -> None:
 
 
 @pytest.mark.parametrize("M", [3, 9])
-@pytest.mark.parametrize("wanted", RELATION.differentiable)
-def test_one_gradient_of_relations(wanted: str, M: int) -> None:
+@pytest.mark.parametrize("needs_grad", RELATION.differentiable)
+def test_single_gradients_of_relations(needs_grad: str, M: int) -> None:
     inputs = RELATION.draw(Relations(N=1, M=M, mask="some").relation_attention, dtype=torch.float64)
-    expected = RELATION.run_twin(inputs)[wanted]
-    assert_matches(RELATION.run(inputs, wanted=(wanted,))[wanted], expected, wanted)
+    expected = RELATION.run_twin(inputs)[needs_grad]
+    assert_matches(RELATION.run(inputs, wanted=(needs_grad,))[needs_grad], expected, needs_grad)
 
 
 def test_masked_keys_have_no_influence() -> None:
-    """Whatever they are; nor have tiles of nothing else."""
+    """Masked keys may have any values, and whole tiles may be masked."""
     inputs = RELATION.draw(Relations(N=1, Q=5, K=100).relation_attention)
     masked = torch.zeros(1, 100, dtype=torch.bool)
     masked[:, 10:95] = True
     dirty = {name: inputs[name].clone() for name in ("key", "value", "key_boxes")}
     for x in dirty.values():
         x[masked] = float("nan")
-    got = RELATION.run(inputs | dirty | {"key_mask": masked})
-    kept = RELATION.run(inputs | {name: inputs[name][:, ~masked[0]] for name in dirty})
-    for name, x in got.items():
+    actual = RELATION.run(inputs | dirty | {"key_mask": masked})
+    expected = RELATION.run(inputs | {name: inputs[name][:, ~masked[0]] for name in dirty})
+    for name, x in actual.items():
         if name in dirty:
             assert not x[masked].any()
             x = x[:, ~masked[0]]
-        assert_matches(x, kept[name].double(), name)
+        assert_matches(x, expected[name].double(), name)
 
 
 @pytest.mark.parametrize("box", [(0, 0, float("nan"), 9), (0, 0, float("inf"), 9), (5, 0, 4, 9), (0, 9, 9, 2)], ids=str)
-def test_boxes_that_are_none(box: tuple[float, ...]) -> None:
-    """As a query it spoils its row, as a key its image."""
+def test_invalid_boxes_give_nan(box: tuple[float, ...]) -> None:
+    """An invalid query box sets its row to NaN, and an invalid key box sets its image to NaN."""
     inputs = RELATION.draw(Relations(N=2, Q=20, K=40).relation_attention)
     clean = RELATION.run(inputs)
     inputs["query_boxes"][0, 3] = torch.tensor(box)
@@ -382,9 +386,10 @@ def test_boxes_that_are_none(box: tuple[float, ...]) -> None:
 
 # ---- Local relation ----
 
-# Beyond what the samples take: "tiles", several in both directions, the last of them narrow; "chunks", of channels, and
-# of a tile that shared memory does not hold at full height; "direct", taps that are not in shared memory.
-WINDOWS_BEYOND = {
+# These cases exceed the sizes of the samples: "tiles" has several tiles in both directions, and the last one is narrow;
+# "chunks" has several chunks of channels, and tiles too large for shared memory at full height; "direct" has taps that
+# are not in shared memory.
+LARGE_WINDOWS = {
     "tiles": Windows(N=1, C=9, G=2, H=69, W=67, k=3),
     "chunks": Windows(N=1, C=19, G=1, H=40, W=33, k=13, similarity="product", border="zero"),
     "packs": Windows(N=1, C=32, G=2, H=40, W=18, k=2, channels_last=True),
@@ -394,17 +399,17 @@ WINDOWS_BEYOND = {
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("case", WINDOWS_BEYOND.values(), ids=WINDOWS_BEYOND)
-def test_windows_beyond_a_tile(case: Windows, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", LARGE_WINDOWS.values(), ids=LARGE_WINDOWS)
+def test_windows_that_exceed_a_tile(case: Windows, dtype: torch.dtype) -> None:
     assert_matches_twin(LOCAL, LOCAL.draw(case.local_relation, dtype=dtype))
 
 
-@pytest.mark.parametrize("wanted", LOCAL.differentiable)
+@pytest.mark.parametrize("needs_grad", LOCAL.differentiable)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_one_gradient_of_windows(wanted: str, stride: int) -> None:
+def test_single_gradients_of_windows(needs_grad: str, stride: int) -> None:
     inputs = LOCAL.draw(Windows(C=20, G=2, stride=stride, border="zero").local_relation, dtype=torch.float64)
-    got, everything = LOCAL.run(inputs, wanted=(wanted,)), LOCAL.run(inputs)
-    assert torch.equal(got[wanted], everything[wanted])
+    actual, expected = LOCAL.run(inputs, wanted=(needs_grad,)), LOCAL.run(inputs)
+    assert torch.equal(actual[needs_grad], expected[needs_grad])
 
 
 # ---- Selections ----
@@ -415,12 +420,12 @@ def test_one_gradient_of_windows(wanted: str, stride: int) -> None:
     "op, sample",
     [pytest.param(op, sample, id=f"{op.name}-{name}") for op in SELECTIONS for name, sample in op.samples.items()],
 )
-def test_selections(op: Selection, sample, dtype: torch.dtype) -> None:
+def test_selections_match_the_reference(op: Selection, sample, dtype: torch.dtype) -> None:
     assert_matches_selection(op, op.draw(sample, dtype=dtype))
 
 
 @pytest.mark.parametrize("op", SELECTIONS, ids=lambda op: op.name)
-def test_selections_of_nothing(op: Selection) -> None:
+def test_selections_of_empty_inputs(op: Selection) -> None:
     for sample in op.empty.values():
         inputs = op.draw(sample)
         assert_same_selection(op.run(inputs), op.run_twin(inputs))
@@ -432,13 +437,13 @@ def test_small_suppression_problems() -> None:
 
 @pytest.mark.parametrize("K", [1, 63, 64, 65, 129, 1024, 1025])
 def test_suppression_of_any_number_of_boxes(K: int) -> None:
-    """Around the sizes of tiles and blocks."""
+    """The numbers of boxes are close to the sizes of tiles and blocks."""
     boxes, scores, _ = (x.float() for x in clustered([K], boxes_per_object=8, seed=K))
     scores = (100 * scores).floor() / 100
     assert torch.equal(relops.nms(boxes, scores, 0.4), reference.nms(boxes, scores, 0.4))
 
 
-def test_suppression_of_more_boxes_than_a_block_looks_at_in_one_go() -> None:
+def test_suppression_of_more_boxes_than_a_block_processes_at_once() -> None:
     images = [clustered([6000], boxes_per_object=8, seed=seed)[:2] for seed in range(4)]
     boxes, scores = (torch.stack(x).float() for x in zip(*images))
     results = [op(boxes, scores, 0.4, max_output=5000) for op in (relops.nms_padded, reference.nms_padded)]
@@ -450,7 +455,7 @@ def test_suppression_in_classes_of_very_different_sizes() -> None:
     boxes, scores = boxes.float(), (500 * scores).floor().float()
     assert torch.equal(relops.batched_nms(boxes, scores, idxs, 0.4), reference.batched_nms(boxes, scores, idxs, 0.4))
     names = torch.randperm(5000) - 2500
-    idxs = names[torch.randint(5000, (len(boxes),))]  # hardly two boxes in one
+    idxs = names[torch.randint(5000, (len(boxes),))]  # two boxes are rarely in the same class
     assert torch.equal(relops.batched_nms(boxes, scores, idxs, 0.4), reference.batched_nms(boxes, scores, idxs, 0.4))
 
 

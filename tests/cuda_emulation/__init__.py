@@ -1,4 +1,4 @@
-"""Builds the CUDA sources for the CPU, on the emulation in cuda_runtime.h, as ops of the namespace relops_emulated."""
+"""A build of the CUDA sources for the CPU with the emulation of cuda_runtime.h, as ops of namespace relops_emulated."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ in_use = False
 
 
 def translate(source: str) -> str:
-    """The few constructs of CUDA that macros cannot express: launches, dynamic shared memory, registration."""
+    """Translate the CUDA constructs that macros cannot express: launches, dynamic shared memory and registration."""
     source = re.sub(
         r"(\w+_kernel(?:<[^;]*?>)?)\s*<<<([^;]*?)>>>\(([^;]*?)\);",
         r"emulation::launch(\2, [&] { \1(\3); });",
         source,
     )
-    assert "<<<" not in source, "a launch in a form that translate() does not know"
+    assert "<<<" not in source, "translate() does not support the form of a launch"
     source = source.replace(
         "extern __shared__ __align__(16) char memory[];", "char* memory = emulation::dynamic_shared();"
     )
@@ -44,7 +44,7 @@ def translate(source: str) -> str:
 
 
 def write_translated(folder: Path) -> list[Path]:
-    """Writes what differs from the last time, in the layout of csrc, and gives the sources to compile."""
+    """Write the translated files that have changed, in the layout of csrc, and return the sources to compile."""
     sources = []
     for path in [CSRC / "library.cpp", *sorted(CSRC.rglob("*.cu")), *sorted(CSRC.rglob("*.cuh"))]:
         source, translated = translate(path.read_text()), folder / path.relative_to(CSRC)
@@ -57,7 +57,7 @@ def write_translated(folder: Path) -> list[Path]:
 
 
 def build() -> Path:
-    """Compiles what changed since the last time, and gives the library to load with torch.ops.load_library."""
+    """Compile what has changed and return the path of the library for torch.ops.load_library."""
     folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"lib{NAMESPACE}.so"
@@ -75,7 +75,7 @@ def build() -> Path:
         "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = g++ -shared $in -o $out {paths} -ltorch -ltorch_cpu -lc10",
     ]
-    with FileLock(folder / "lock"):  # of the processes of one run of the tests the first builds
+    with FileLock(folder / "lock"):  # of several test processes, the first one builds and the others wait
         objects = []
         for source in write_translated(folder):
             name = source.relative_to(folder)
@@ -91,13 +91,13 @@ def build() -> Path:
 
 @contextlib.contextmanager
 def instead_of_cpu_kernels() -> Iterator[None]:
-    """Ops given CPU tensors run the CUDA kernels, under the same checks and autograd."""
+    """Run the CUDA kernels for CPU tensors, with the same argument checks and autograd."""
     global in_use
     torch.ops.load_library(str(build()))
     emulated = getattr(torch.ops, NAMESPACE)
     library = torch.library.Library("relops", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the override, which is meant
+        warnings.simplefilter("ignore")  # torch warns about the override, which is intended
         for name in _library.op_kernels():
             library.impl(name, getattr(emulated, name), "CPU", allow_override=True)
     in_use = True

@@ -1,10 +1,11 @@
-// Enough of CUDA to run the CUDA sources on a CPU, in tests, where there is no GPU: it checks what kernels compute, not
-// how fast.
+// The parts of CUDA that are needed to run the CUDA sources on a CPU in tests, on machines without a GPU. The emulation
+// checks what kernels compute, not how fast they are.
 //
-// Blocks run one after the other. The threads of a block are fibers, switched only where they wait for one another
-// (__syncthreads, __syncwarp, shuffles), so a missing barrier shows as a wrong result: a thread runs on to its next
-// wait before the others move at all. Blocks come in random order, and each takes its threads in another one, half of
-// them warp by warp, so that what depends on an order differs from run to run.
+// Blocks run one after another. The threads of a block are fibers, which are switched only where they wait for one
+// another (__syncthreads, __syncwarp, shuffles). A missing barrier therefore shows as a wrong result: a thread
+// continues to its next wait before the others run at all. Blocks run in random order. Each block runs its threads in
+// another random order, and half of the blocks run them warp by warp, so that a result that depends on an order differs
+// from run to run.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -41,9 +42,9 @@
 
 namespace emulation {
 
-inline int guards;  // that are alive
+inline int guards;  // number of existing guards
 
-// What CUDA does to the current device is done to the wrong one of several where no guard has made it that of the
+// On a machine with several devices, CUDA calls affect the wrong device unless a guard has selected the device of the
 // tensors.
 inline void check_guarded(const char* call) {
   if (guards == 0) throw std::runtime_error(std::string(call) + " outside of a DeviceGuard");
@@ -126,7 +127,7 @@ namespace emulation {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
 
-// Threads that wait for one another: all of a block, or of a warp. A thread that has returned counts as arrived.
+// Threads that wait for one another: all threads of a block or of a warp. A thread that has returned counts as arrived.
 struct Barrier {
   int members = 0, arrived = 0, generation = 0;
   void arrive() {
@@ -142,29 +143,29 @@ struct Barrier {
   }
 };
 
-// Where to go on: frame, address and stack. Switching is most of what the emulation does, and GCC's own setjmp needs
-// for it neither a system call nor the C library.
-using Place = void* [5];
+// The frame, address and stack with which a fiber continues. The emulation spends most of its time on switching; GCC's
+// built-in setjmp needs neither a system call nor the C library.
+using ResumePoint = void* [5];
 
 struct Fiber {
-  Place where;
-  std::unique_ptr<char[]> stack;  // from when it is first entered
-  const Barrier* barrier;         // that it waits at, while the barrier is in this generation; or null
+  ResumePoint resume_point;
+  std::unique_ptr<char[]> stack;  // allocated when the fiber is first entered
+  const Barrier* barrier;         // the fiber waits here while the barrier has this generation; or null
   int generation;
   bool done;
   bool waits() const { return done || (barrier != nullptr && barrier->generation == generation); }
 };
 
-inline Place scheduler;
+inline ResumePoint scheduler;
 inline Fiber fibers[1024];
 inline std::vector<Barrier> warps;
 inline Barrier block;
-inline unsigned current, step;  // the thread whose turn it is, and by how much the next one's number is larger
-inline bool warps_run_ahead;    // of the others: before them comes the rest of the warp
+inline unsigned current, step;  // the running thread, and the difference to the number of the next thread
+inline bool warps_run_ahead;    // whether the rest of the warp runs before the other warps
 inline std::mt19937 order;
 inline const std::function<void()>* body;
 inline std::vector<char> shared_memory;
-inline size_t shared_limit = 48 << 10;  // of the next launch
+inline size_t shared_limit = 48 << 10;  // for the next launch
 inline uint64_t exchanged[2][1024];
 
 inline char* dynamic_shared() {
@@ -173,12 +174,12 @@ inline char* dynamic_shared() {
 
 void run_fiber();
 
-// Never inlined: __builtin_longjmp must not be in the function of the __builtin_setjmp.
+// This function is never inlined: __builtin_longjmp must not be in the function that calls __builtin_setjmp.
 [[gnu::noinline]] inline void enter(unsigned thread) {
   current = thread;
   threadIdx = dim3(thread);
   Fiber& fiber = fibers[thread];
-  if (fiber.stack != nullptr) __builtin_longjmp(fiber.where, 1);
+  if (fiber.stack != nullptr) __builtin_longjmp(fiber.resume_point, 1);
   fiber.stack.reset(new char[kStackBytes]);
   ucontext_t context;
   getcontext(&context);
@@ -191,13 +192,13 @@ void run_fiber();
 
 [[gnu::noinline]] inline void leave_block() {
   if (block.members > 0) {
-    std::fprintf(stderr, "emulated launch: %d threads wait for one another for ever\n", block.members);
+    std::fprintf(stderr, "emulated launch: %d threads wait for one another forever\n", block.members);
     std::abort();
   }
   __builtin_longjmp(scheduler, 1);
 }
 
-// The next thread, in turn, that need not wait; the current one if all must.
+// Returns the next thread that need not wait, or the current one if all threads must wait.
 inline unsigned next_ready() {
   if (warps_run_ahead)
     for (unsigned k = 1; k < kWarp; ++k) {
@@ -210,10 +211,10 @@ inline unsigned next_ready() {
   return thread;
 }
 
-// To the next thread; returns when it is this one's turn again.
+// Switches to the next thread. Returns when the current thread continues.
 [[gnu::noinline]] inline void next_thread() {
   const unsigned next = next_ready();
-  if (__builtin_setjmp(fibers[current].where) == 0) {
+  if (__builtin_setjmp(fibers[current].resume_point) == 0) {
     if (fibers[next].waits()) leave_block();
     enter(next);
   }
@@ -238,7 +239,7 @@ inline void wait(Barrier& barrier) {
 }
 
 [[gnu::noinline]] inline void run_block() {
-  // A step that has no factor in common with the number of threads leads to all of them.
+  // A step that is coprime to the number of threads reaches all of them.
   do step = 1 + order() % blockDim.x;
   while (std::gcd(step, blockDim.x) != 1);
   warps_run_ahead = order() % 2;
@@ -247,7 +248,7 @@ inline void wait(Barrier& barrier) {
 
 inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
   check_guarded("a launch");
-  // Poisoned, as nothing may rely on what shared memory holds at first.
+  // The memory is poisoned, because no kernel may rely on the initial contents of shared memory.
   shared_memory.assign(shared + 16, static_cast<char>(0xcd));
   if (shared > shared_limit || threads > 1024 || grid.y > 65535) {
     std::fprintf(stderr, "emulated launch: %zu bytes of shared memory, %u threads, %u blocks in y\n", shared, threads,
@@ -274,23 +275,24 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
   }
 }
 
-// What each lane of the warp gave, as long as the caller does not wait again.
+// Returns the values that the lanes of the warp passed. They are valid until the caller waits again.
 template <class T>
 const uint64_t* exchange(T x) {
   const unsigned warp = current / kWarp;
-  // Two places in turn: who writes one again has waited for all to have read it, at the exchange between.
-  uint64_t* places = exchanged[warps[warp].generation % 2];
-  std::memcpy(&places[current], &x, sizeof(T));
+  // Two slots are used in turn: between two writes to the same slot there is another exchange, which waits until all
+  // lanes have read the slot.
+  uint64_t* slots = exchanged[warps[warp].generation % 2];
+  std::memcpy(&slots[current], &x, sizeof(T));
   wait(warps[warp]);
-  return &places[warp * kWarp];
+  return &slots[warp * kWarp];
 }
 
 template <class T>
-T shuffle(T x, int from_lane) {
-  const uint64_t* given = exchange(x);
-  T got;
-  std::memcpy(&got, &given[from_lane], sizeof(T));
-  return got;
+T shuffle(T x, int source_lane) {
+  const uint64_t* values = exchange(x);
+  T result;
+  std::memcpy(&result, &values[source_lane], sizeof(T));
+  return result;
 }
 
 }  // namespace emulation
@@ -298,7 +300,7 @@ T shuffle(T x, int from_lane) {
 template <class Kernel>
 void cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   emulation::check_guarded("cudaFuncSetAttribute");
-  emulation::shared_limit = min<size_t>(bytes, 163 << 10);  // what sm_80 has
+  emulation::shared_limit = min<size_t>(bytes, 163 << 10);  // the limit of sm_80
 }
 
 inline void __syncthreads() { emulation::wait(emulation::block); }
@@ -311,9 +313,9 @@ template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulation::shuffle(x, static_cast<int>(emulation::current % emulation::kWarp) ^ mask);
 }
-inline unsigned __ballot_sync(unsigned, bool wanted) {
-  const uint64_t* given = emulation::exchange(uint64_t{wanted});
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  const uint64_t* values = emulation::exchange(uint64_t{predicate});
   unsigned bits = 0;
-  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= static_cast<unsigned>(given[lane]) << lane;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) bits |= static_cast<unsigned>(values[lane]) << lane;
   return bits;
 }

@@ -1,4 +1,4 @@
-// cub::DeviceRadixSort, as far as csrc uses it, for the emulation of CUDA in tests.
+// The part of cub::DeviceRadixSort that csrc uses, for the emulation of CUDA in tests.
 #pragma once
 
 #include <algorithm>

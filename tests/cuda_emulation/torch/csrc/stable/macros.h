@@ -1,5 +1,5 @@
-// torch's own, but for the checks of CUDA calls, which need a torch with CUDA. Some versions have no guard of their
-// own.
+// torch's own header, without the checks of CUDA calls, which need a torch with CUDA. The header of some versions of
+// torch has no include guard.
 #pragma once
 
 #include_next <torch/csrc/stable/macros.h>
