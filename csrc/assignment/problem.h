@@ -103,8 +103,7 @@ struct Nearest {
 // On CUDA, all threads of a block follow the same path through this function.
 template <class Search>
 RELOPS_HOST_DEVICE void assign_rows(Search& search, int n, int m) {
-  // Rows may outbid one another for a long time with ever smaller amounts. Then the paths are faster, so bids are
-  // limited.
+  // Rows may outbid one another for a long time by ever smaller amounts. Paths are faster then, so bids are limited.
   int64_t bids = m == 1 ? 0 : int64_t{kBidsPerRow} * n;
   for (int i = 0; i < n; ++i)
     for (int row = i; row >= 0 && bids > 0; --bids) {

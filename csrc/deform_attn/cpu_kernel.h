@@ -41,8 +41,8 @@ inline int64_t packing_parts(int64_t threads, int64_t pairs, int64_t enough) {
 }
 
 // Prefetches p[first..first + count). The address is computed as an integer because it may lie outside of any
-// allocation. The function is always_inline because GCC removes calls of a function that only prefetches: it sees no
-// side effect.
+// allocation. The function is always_inline because GCC sees no side effect in a function that only prefetches, and
+// removes its calls.
 template <class X>
 [[gnu::always_inline]] inline void prefetch(const X* p, int64_t first, int64_t count) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p) + first * sizeof(X);

@@ -115,7 +115,7 @@ void for_channels(int64_t D, F f) {
   if (vectors & 1) f(one, std::false_type{}, d);
 }
 
-// Fixes the width of the rows at compile time if f of for_channels covers a whole row.
+// Returns the rows with a width that is constant at compile time if for_channels covers whole rows (kWhole).
 template <bool kWhole, int64_t kWidth, class Rows>
 auto known_width(const Rows& rows) {
   if constexpr (kWhole)

@@ -57,18 +57,18 @@ struct MsDeformAttnParams : MsDeformAttnSizes {
   unsigned tiles;           // number of blocks per (image, head, block of channels)
   Compute half_per_point;   // 0.5 / P
 
-  T* output;             // [N,Q,M,D]
-  const T* grad_output;  // [N,Q,M,D]
-  Compute* grad_value;   // [N,S,M,D], summed by reductions to memory; null if this kernel does not compute it
-  U* grad_locations;     // [N,Q,M,L,P,2]; null if no sampling gradient is needed
-  U* grad_weights;       // [N,Q,M,L,P]
-  Compute*
-      raw_grad_weights;  // fused: [N,Q,M,L,P], gradient of the weights after the softmax; may be grad_weights itself
-  Compute* grad_pixels;  // fused: [N,Q,M,L,P,2] or null; gradient of the location in pixels
+  T* output;                  // [N,Q,M,D]
+  const T* grad_output;       // [N,Q,M,D]
+  Compute* grad_value;        // [N,S,M,D], summed by reductions to memory; null if this kernel does not compute it
+  U* grad_locations;          // [N,Q,M,L,P,2]; null if no sampling gradient is needed
+  U* grad_weights;            // [N,Q,M,L,P]
+  Compute* raw_grad_weights;  // fused: [N,Q,M,L,P], gradient of the softmax's output; may be grad_weights itself
+  Compute* grad_pixels;       // fused: [N,Q,M,L,P,2] or null; gradient of the location in pixels
 };
 
-// Copies the levels into shared memory. Returns false and leaves all levels empty if they do not fit S, which only the
-// device can check. All threads of the block must call this function; it begins and ends with a barrier.
+// Copies the levels into shared memory. Returns false and leaves all levels empty if they do not fit S, which the host
+// cannot check for levels in device memory. All threads of the block must call this function, which ends with a
+// barrier.
 __device__ inline bool load_levels(const MsDeformAttnSizes& z, const LevelSource& source, DeviceLevel* levels) {
   __shared__ bool fit;
   const int L = static_cast<int>(z.L);
@@ -191,7 +191,7 @@ struct Corners {
   Compute fx, fy;  // distance of the sample from its top left corner, to the right and downwards
 };
 
-// Returns whether the sample touches any corner of its level; false for NaN. The coordinates that pass fit an int.
+// Returns whether any corner of the sample is in its level; false for NaN. The coordinates that pass fit an int.
 template <class Compute>
 __device__ __forceinline__ bool is_inside(const Sample<Compute>& s) {
   return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height);
@@ -285,8 +285,7 @@ struct Launch {
 // channels beyond those of a group of 32 lanes are divided among blocks.
 template <class Params>
 Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
-  // With at least 2 lanes (float) or 4 lanes (double), the staging of 256 threads fits the 48 KB that every launch may
-  // use.
+  // With at least 2 lanes (float) or 4 lanes (double), the staging of 256 threads fits the 48 KB of every launch.
   p.group_log2 = sizeof(typename Params::Compute) == 8 ? 2 : 1;
   while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
   p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
@@ -340,8 +339,8 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
   return p;
 }
 
-// Calls f(V, fused) with constants. V is the number of channels per lane: 16 bytes if D is divisible by them, otherwise
-// 1.
+// Calls f(V, fused) with constants. V is the number of channels per lane: those of 16 bytes if D allows it,
+// otherwise 1.
 template <class T, class F>
 void dispatch_launch(int64_t D, bool fused, F f) {
   constexpr int V = 16 / sizeof(T);

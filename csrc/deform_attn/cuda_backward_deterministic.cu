@@ -4,9 +4,8 @@
 //   1. Every sample gets a key, the cell of the level in which it lies. Cell (x, y) holds the samples whose top left
 //      corner is (x, y). Coordinates begin at -1, so a level has (H + 1)(W + 1) cells.
 //   2. A stable radix sort groups the samples by cell and keeps them in the order of their numbers.
-//   3. Each row of value finds the samples of the four cells around it by binary search (in two ranges, because cells
-//   of
-//      the same y are adjacent) and sums weight * output gradient over them in that order.
+//   3. Each row of value finds the samples of the four cells around it by binary search (in two ranges, because the
+//      cells of a row are adjacent) and sums weight * output gradient over them in that order.
 //
 // No sum is accumulated in memory, so nothing needs zeroing, and 16-bit gradients are rounded only once. One sort
 // handles a limited number of heads of one image, which limits its memory to about 16 bytes per sample of these heads.
@@ -116,8 +115,7 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
   for (int64_t first_channel = 0; first_channel < p.D; first_channel += 32) {
     const int64_t channel = first_channel + lane;
     Compute sum = 0;
-    // With level_start_index, levels may overlap or leave gaps. A row gets a gradient from every level that contains
-    // it.
+    // With level_start_index, levels may overlap or leave gaps. Every level that contains a row adds to its gradient.
     int64_t base = head * slice.cells;
     for (int l = 0; l < p.L && !masked; base += cells_of(levels[l]), ++l) {
       const DeviceLevel level = levels[l];

@@ -1,5 +1,4 @@
-// local_relation on CUDA: how the forward and the backward divide their work, and the code that their kernels have in
-// common.
+// local_relation on CUDA: how the forward and the backward divide their work, and the code that both kernels use.
 //
 // A thread computes several neighboring outputs (in the backward also inputs) of a column for one group. A block
 // computes a tile of them. If stride and dilation are 1, the windows of a tile are read from shared memory, values in
@@ -211,8 +210,7 @@ struct LocalMemory {
   }
 };
 
-// The division of a map of rows x columns among blocks. In direct mode, the columns are counted by direct_columns
-// instead.
+// The division of a map of rows x columns among blocks. In direct mode, direct_columns replaces columns.
 template <class T>
 struct LocalLaunch {
   LocalRelationParams<T> p;

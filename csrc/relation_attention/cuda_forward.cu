@@ -175,8 +175,7 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
   p.vector = are_packs(a.query, a.D) && are_packs(a.key, a.D) && are_packs(a.value, a.Dv);
   p.groups = static_cast<unsigned>(ceil_div(a.M, kHeads));
   p.chunks = static_cast<unsigned>(ceil_div(a.Dv, kColumns<T>));
-  // With twice the queries per block, keys and values are read half as often from L2. This is done if enough blocks
-  // remain.
+  // With twice the queries per block, keys and values are read half as often from L2, if enough blocks remain.
   constexpr int64_t kManyBlocks = 256;
   const int64_t others = a.N * p.groups * p.chunks, tiles = ceil_div(a.Q, kOwnRows);
   p.row_tiles = sizeof(T) < 8 && others * tiles >= kManyBlocks && tiles > 1 ? 2 : 1;
