@@ -22,7 +22,7 @@ namespace relops {
 constexpr const char* kAssignmentOp = "relops.linear_sum_assignment";
 constexpr int kBidsPerRow = 4;
 
-// The argument checks that keep the kernels inside their tensors, and the dense tensors.
+// The dense tensors of the problems. The checks keep the kernels from accessing memory outside of these tensors;
 // relops/ops/linear_sum_assignment.py raises the errors that are meant for users.
 struct AssignmentProblems {
   AssignmentProblems(const Tensor& cost_, const std::optional<Tensor>& num_rows_,

@@ -18,9 +18,9 @@ struct MsDeformAttnArgs : MsDeformAttnSizes {
   const Compute* reference;  // [N,Q,L,R]; null if not fused
   const bool* mask;          // [N,S]; null if nothing is masked
 
-  T* output;  // [N,Q,M,D]; only for the forward
+  T* output;  // [N,Q,M,D]; only for the forward pass
 
-  const T* grad_output;     // [N,Q,M,D]; this and the following are only for the backward
+  const T* grad_output;     // [N,Q,M,D]; this and the following are only for the backward pass
   T* grad_value;            // [N,S,M,D]; null if this gradient is not needed, like the following
   U* grad_locations;        // [N,Q,M,L,P,2]
   U* grad_weights;          // [N,Q,M,L,P]

@@ -12,9 +12,9 @@
 // samples at a time. Then their rows are accumulated, one vector of channels at a time. A corner outside its level
 // refers to a row of zeros, so the inner loop has no branch. Sampled values are never stored.
 //
-// In the backward, one thread owns the gradient of an (image, head) pair, so the sums need neither locks nor atomics
-// and are identical in every run. If there are fewer pairs than threads, the queries are split into a few parts with
-// their own sums, which are added in a fixed order at the end.
+// In the backward pass, one thread owns the gradient of an (image, head) pair, so the sums need neither locks nor
+// atomics and are identical in every run. If there are fewer pairs than threads, the queries are split into a few parts
+// with their own sums, which are added in a fixed order at the end.
 
 #include "common/cpu/simd.h"
 #include "deform_attn/cpu_args.h"
@@ -25,8 +25,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Estimates the time of a forward or backward in nanoseconds. `sampled` and `of_value` are the nanoseconds per vector
-// of a sampled row and per vector of value.
+// Estimates the time of a forward or backward pass in nanoseconds. `sampled` and `of_value` are the nanoseconds per
+// vector of a sampled row and per vector of value.
 template <class T, class U>
 double nanoseconds(const MsDeformAttnArgs<T, U>& a, double sampled, double of_value) {
   const double vectors = ceil_div(a.D, kLanes<ComputeType<T>>), items = static_cast<double>(a.N) * a.M;
@@ -50,10 +50,10 @@ template <class X>
     __builtin_prefetch(reinterpret_cast<const void*>(address + byte));
 }
 
-// Prefetches what the backward of item (n, q, m) reads and writes. Consecutive items of a head are separated by those
-// of all other heads, a stride that hardware prefetchers do not follow, and an item is too much work for out-of-order
-// execution to reach the next one. The item may not exist and a gradient may not be needed: prefetching an invalid
-// address is harmless.
+// Prefetches what the backward pass of item (n, q, m) reads and writes. Consecutive items of a head are separated by
+// those of all other heads, a stride that hardware prefetchers do not follow, and an item is too much work for
+// out-of-order execution to reach the next one. The item may not exist and a gradient may not be needed: prefetching an
+// invalid address is harmless.
 template <class T, class U>
 [[gnu::always_inline]] inline void prefetch_item(const MsDeformAttnArgs<T, U>& a, int64_t n, int64_t q, int64_t m) {
   const int64_t item = (n * a.Q + q) * a.M + m, samples = a.L * a.P;

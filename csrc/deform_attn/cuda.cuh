@@ -1,5 +1,5 @@
-// ms_deform_attn and ms_deform_attn_fused on CUDA: the code that the forward, the backward and the deterministic
-// backward have in common.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the code that the forward, backward and deterministic backward
+// passes have in common.
 //
 // An item is one (image, query, head). A group of 2 to 32 neighboring lanes works on an item. Each lane owns V
 // neighboring channels: 16 bytes if D allows it, so that 8 lanes read a row of 32 floats in one 128-byte request. The
@@ -296,7 +296,7 @@ Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
   return {grid_size(op, rows * p.tiles), threads, staging_bytes<typename Params::Compute>(p.L, threads, p.group_log2)};
 }
 
-// Sets the parameters that the forward and the backward have in common. `keep_alive` holds the tensors to which the
+// Sets the parameters that the forward and backward passes have in common. `keep_alive` holds the tensors to which the
 // pointers refer.
 template <class T, class U>
 MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<Tensor>& keep_alive) {

@@ -1,9 +1,9 @@
-// ms_deform_attn and ms_deform_attn_fused on CUDA: the backward. cuda.cuh explains how the work is divided.
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the backward pass. cuda.cuh explains how the work is divided.
 //
-// A group of lanes walks the samples of its item as in the forward. For each sample it gathers four rows, multiplies
-// them with the output gradient of the item, and adds weight * gradient to the four rows of the value gradient by
-// reductions to memory, four floats at a time on Hopper. Then the derivatives with respect to weight, x and y of
-// several samples are summed over the group together. Each exchange halves the number of samples that a lane still
+// A group of lanes walks the samples of its item as in the forward pass. For each sample it gathers four rows,
+// multiplies them with the output gradient of the item, and adds weight * gradient to the four rows of the value
+// gradient by reductions to memory, four floats at a time on Hopper. Then the derivatives with respect to weight, x and
+// y of several samples are summed over the group together. Each exchange halves the number of samples that a lane still
 // sums, so 4 samples in a group of 8 lanes need 12 shuffles instead of 36. The reductions to memory limit the speed
 // (728 M floats at the encoder shape of 800x1333, N = 2), so they are omitted if value needs no gradient. The gradients
 // of 16-bit values are summed in float32 and converted at the end.

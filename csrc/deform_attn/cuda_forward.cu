@@ -1,4 +1,4 @@
-// ms_deform_attn and ms_deform_attn_fused on CUDA: the forward, and the registration of forward and backward. cuda.cuh
+// ms_deform_attn and ms_deform_attn_fused on CUDA: the forward pass, and the registration of both passes. cuda.cuh
 // explains how the work is divided.
 //
 // The traffic from L2 to L1 limits the speed: at the encoder shape of 800x1333 the gathered rows amount to 2.9 GB of

@@ -1,8 +1,8 @@
 // ms_deform_attn and ms_deform_attn_fused: the sizes, their checks, and the op signatures of library.cpp, for both CPU
 // and CUDA.
 //
-// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/ms_deform_attn.py
-// raises the errors that are meant for users.
+// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// relops/ops/ms_deform_attn.py raises the errors that are meant for users.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -129,8 +129,8 @@ struct MsDeformAttnInputs {
   std::optional<Tensor> value_mask;
 };
 
-// Which gradients a backward computes. `sampling` stands for the gradients of locations and weights, which one kernel
-// computes together.
+// Which gradients a backward pass computes. `sampling` stands for the gradients of locations and weights, which one
+// kernel computes together.
 struct MsDeformAttnNeeds {
   bool value, sampling, reference, deterministic;
 };
@@ -162,7 +162,7 @@ inline void check_grad_output(const MsDeformAttnInputs& in, const Tensor& grad_o
   STD_TORCH_CHECK(grad_output.device() == in.value.device(), in.op, ": grad_output must be on the device of value");
 }
 
-// The ops with the signatures of library.cpp, made of two functions of a device:
+// The ops with the signatures of library.cpp, built from two functions of a device:
 //   Tensor forward(const MsDeformAttnInputs&) and
 //   MsDeformAttnGrads backward(const MsDeformAttnInputs&, const Tensor& grad_output, MsDeformAttnNeeds).
 template <auto kForward, auto kBackward>

@@ -1,12 +1,12 @@
-// local_relation on the CPU: the forward and the backward, the division of their work among threads, and the
+// local_relation on the CPU: the forward and backward passes, the division of their work among threads, and the
 // registration of the ops.
 //
 // An item is a strip of output rows of some groups of an image (LocalRelationItems in cpu_args.h). Threads process
 // items one at a time. The cost of a tap per vector of outputs limits the speed: about 13 operations for its
-// exponential, 6 for its logit, and one multiply-add with a load per channel. The backward takes about three times as
-// long as the forward. cpu_kernel.h describes both algorithms. Every item writes the gradients of its own queries, keys
-// and values. This file adds the partial sums of the gradient of the prior in the order of the strips, so the results
-// do not depend on the number of threads.
+// exponential, 6 for its logit, and one multiply-add with a load per channel. The backward pass takes about three times
+// as long as the forward pass. cpu_kernel.h describes both algorithms. Every item writes the gradients of its own
+// queries, keys and values. This file adds the partial sums of the gradient of the prior in the order of the strips, so
+// the results do not depend on the number of threads.
 
 #include <tuple>
 #include <vector>
@@ -21,7 +21,7 @@ namespace relops {
 namespace {
 
 struct Kernels {
-  // Returns the time of `times` forwards on one thread, in nanoseconds.
+  // Returns the time of `times` forward passes on one thread, in nanoseconds.
   template <class T>
   static double nanoseconds(const LocalRelationArgs<T>& a, double times) {
     const double logits = static_cast<double>(a.N) * a.G * a.Ho * a.Wo * a.k * a.k;

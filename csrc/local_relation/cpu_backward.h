@@ -1,5 +1,5 @@
-// local_relation on the CPU: the backward. It processes the output rows of a strip from top to bottom, and writes the
-// gradients of a row of inputs as soon as the last output row that reads this row has been processed.
+// local_relation on the CPU: the backward pass. It processes the output rows of a strip from top to bottom, and writes
+// the gradients of a row of inputs as soon as the last output row that reads this row has been processed.
 #ifndef RELOPS_LOCAL_RELATION_BACKWARD
 #define RELOPS_LOCAL_RELATION_BACKWARD
 

@@ -1,4 +1,4 @@
-// local_relation on the CPU: the softmax over windows, which the forward and the backward have in common.
+// local_relation on the CPU: the softmax over windows, which the forward and backward passes have in common.
 #ifndef RELOPS_LOCAL_RELATION_WINDOW
 #define RELOPS_LOCAL_RELATION_WINDOW
 
@@ -8,7 +8,7 @@
 
 namespace relops::RELOPS_ISA {
 
-// The memory of a thread and the steps that the forward and the backward have in common: unpacking the rows that
+// The memory of a thread and the steps that the forward and backward passes have in common: unpacking the rows that
 // windows read, finding the taps of a row of outputs, and computing the weights of a vector of outputs.
 template <Similarity kSimilarity, class T>
 class LocalRelationWorker {

@@ -1,6 +1,6 @@
-// local_relation on CUDA: how the forward and the backward divide their work, and the code that both kernels use.
+// local_relation on CUDA: how the forward and backward passes divide their work, and the code that both use.
 //
-// A thread computes several neighboring outputs (in the backward also inputs) of a column for one group. A block
+// A thread computes several neighboring outputs (in the backward pass also inputs) of a column for one group. A block
 // computes a tile of them. If stride and dilation are 1, the windows of a tile are read from shared memory, values in
 // steps of eight channels. A row that a thread reads from there serves each of its outputs: in a column of taps, tap i
 // of output r is row r + i. Otherwise, in direct mode, a thread has one output and reads taps from global memory, which
@@ -37,7 +37,7 @@ struct LocalRelationParams {
   int tiles_x, tiles_y;              // number of blocks of a map in each direction
   int chunks;                        // forward only: number of chunks of kChannels channels, each with its own blocks
   bool packs;                        // whether the staged map has adjacent channels that form whole packs
-  ComputeType<T>*logsumexp, *delta;  // [N,G,Ho,Wo], only for the backward; logarithms to base 2
+  ComputeType<T>*logsumexp, *delta;  // [N,G,Ho,Wo], only for the backward pass; logarithms to base 2
   ComputeType<T>* partials;          // [N,tiles,G,k,k]: partial gradients of the prior; or null
 };
 

@@ -1,6 +1,6 @@
-// local_relation on CUDA: the backward. cuda.cuh explains how the work is divided.
+// local_relation on CUDA: the backward pass. cuda.cuh explains how the work is divided.
 //
-// The backward has two kernels. In neither of them do two threads add to the same value. The kernel of the outputs
+// The backward pass has two kernels. In neither of them do two threads add to the same value. The kernel of the outputs
 // computes the softmax again. With weights e before the division by their sum S, and gradients d of the weights,
 //   delta = sum of e d / S,  grad_query = sum of e d s / S - delta * sum of e s / S
 // where s is the derivative of the logit with respect to the query. Therefore a single pass suffices after the pass

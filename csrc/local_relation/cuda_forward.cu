@@ -1,4 +1,4 @@
-// local_relation on CUDA: the forward. cuda.cuh explains how the work is divided.
+// local_relation on CUDA: the forward pass. cuda.cuh explains how the work is divided.
 //
 // A thread passes over the window twice. The first pass finds the largest logit of each output; the second computes
 // exponentials, their sum, and eight sums of values. With 7 x 7 taps, what both passes need per tap and output limits

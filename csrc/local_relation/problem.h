@@ -77,7 +77,7 @@ Map<T> map_of(const Tensor& x) {
 
 inline Tensor as_map(const Tensor& x) { return x.stride(3) == 1 || x.stride(1) == 1 ? x : dense(x); }
 
-// The checked arguments of the forward. The letters of the sizes are those of relops/ops/local_relation.py.
+// The checked arguments of the forward pass. The letters of the sizes are those of relops/ops/local_relation.py.
 struct LocalRelation {
   LocalRelation(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& prior_,
                 int64_t k, int64_t stride, int64_t dilation, const std::string& similarity_, const std::string& border)
@@ -153,9 +153,9 @@ struct LocalRelationArgs {
   bool zero_border;
   Map<const T> query, key, value;  // [N,G,Ho,Wo], [N,G,H,W], [N,C,H,W]
   const Compute* prior;            // [G,k,k]; null for zeros
-  Map<T> output;                   // [N,C,Ho,Wo]; only for the forward
+  Map<T> output;                   // [N,C,Ho,Wo]; only for the forward pass
 
-  Map<const T> grad_output;  // this and the following are only for the backward
+  Map<const T> grad_output;  // this and the following are only for the backward pass
   Map<T> grad_query, grad_key, grad_value;
   Compute* grad_prior;
 
@@ -196,8 +196,8 @@ void dispatch_similarity(Similarity similarity, F f) {
 
 using LocalRelationGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The ops with the signatures of library.cpp, made of the static functions of a device's Kernels. These are not called
-// if there are no channels or no pixels:
+// The ops with the signatures of library.cpp, built from the static functions of a device's Kernels. These are not
+// called if there are no channels or no pixels:
 //   template <class T> void forward(const LocalRelation&, const LocalRelationArgs<T>&)
 //   template <class T> void backward(const LocalRelation&, const LocalRelationArgs<T>&, const LocalRelationGrads&)
 template <class Kernels>

@@ -1,10 +1,10 @@
 // rank_embedding on CUDA.
 //
-// In the forward, a thread has one frequency, whose power it computes once, and processes several ranks, so that a warp
-// writes neighboring outputs. If there are few frequencies, a warp covers several ranks. The speed is limited by
+// In the forward pass, a thread has one frequency, whose power it computes once, and processes several ranks, so that a
+// warp writes neighboring outputs. If there are few frequencies, a warp covers several ranks. The speed is limited by
 // writing or, on devices with slow double precision, by about 30 operations in double precision per angle.
 //
-// In the backward, a warp processes a rank and sums over its frequencies.
+// In the backward pass, a warp processes a rank and sums over its frequencies.
 
 #include <algorithm>
 

@@ -1,8 +1,8 @@
 // rank_embedding: the code that CPU and CUDA have in common: sine and cosine, and the signatures of library.cpp with
 // their checks.
 //
-// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/rank_embedding.py
-// raises the errors that are meant for users.
+// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// relops/ops/rank_embedding.py raises the errors that are meant for users.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -47,7 +47,7 @@ RELOPS_HOST_DEVICE_INLINE void sin_cos(F x, F& sine, F& cosine) {
   cosine = sign * S::cosine(u);
 }
 
-// Returns the frequency of coordinate j of `half`.
+// Returns the frequency of coordinate j of `half` coordinates.
 RELOPS_HOST_DEVICE inline double frequency(double wavelength, int64_t j, int64_t half) {
   return 1 / pow(wavelength, static_cast<double>(j) / static_cast<double>(half));
 }
@@ -59,14 +59,14 @@ struct RankEmbeddingArgs {
   double wavelength;
   const T* ranks;
 
-  O* output;  // [count,2*half]; only for the forward
+  O* output;  // [count,2*half]; only for the forward pass
 
-  const O* grad_output;  // [count,2*half]; this and the following are only for the backward
+  const O* grad_output;  // [count,2*half]; this and the following are only for the backward pass
   T* grad_ranks;
 };
 
-// The ops with the signatures of library.cpp, made of the static functions of a device's Kernels. These are not called
-// if there are no ranks:
+// The ops with the signatures of library.cpp, built from the static functions of a device's Kernels. These are not
+// called if there are no ranks:
 //   void forward(const char* op, const Tensor& ranks, const RankEmbeddingArgs<T, O>&)
 //   void backward(const char* op, const Tensor& ranks, const RankEmbeddingArgs<T, T>&)
 template <class Kernels>

@@ -1,12 +1,12 @@
-// relation_attention on the CPU: the forward and the backward, the division of their work among threads, and the
+// relation_attention on the CPU: the forward and backward passes, the division of their work among threads, and the
 // registration of the ops.
 //
-// In the forward, threads first pack the keys of some images tile by tile and then process blocks of up to 36 queries
-// with all heads (PackedKeys and ForwardWorker in cpu_forward.h). In the backward, each thread processes some heads of
-// an image (BackwardWorker in cpu_backward.h) and writes partial sums for weights and boxes. This file adds the partial
-// sums in a fixed order, so the results do not depend on the number of threads. The multiply-adds of cpu_products.h
-// limit the speed of both; cpu_kernel.h counts them. The sines and cosines of cpu_geometry.h are the second largest
-// cost.
+// In the forward pass, threads first pack the keys of some images tile by tile and then process blocks of up to 36
+// queries with all heads (PackedKeys and ForwardWorker in cpu_forward.h). In the backward pass, each thread processes
+// some heads of an image (BackwardWorker in cpu_backward.h) and writes partial sums for weights and boxes. This file
+// adds the partial sums in a fixed order, so the results do not depend on the number of threads. The multiply-adds of
+// cpu_products.h limit the speed of both; cpu_kernel.h counts them. The sines and cosines of cpu_geometry.h are the
+// second largest cost.
 
 #include <algorithm>
 #include <cstdint>
@@ -36,7 +36,7 @@ struct Kernels {
     const int64_t threads = threads_for(relation_nanoseconds(a, needs_box_grads ? 4 : 2.3));
     std::vector<Compute> delta(a.N * a.Q * a.M);
     a.delta = delta.data();
-    if constexpr (sizeof(T) == 2) {  // a forward computes delta: see RelationAttentionArgs
+    if constexpr (sizeof(T) == 2) {  // a forward pass computes delta: see RelationAttentionArgs
       RELOPS_CALL_ISA(relation_attention_forward, a, key_index);
     } else {
       const double work = static_cast<double>(a.N) * a.Q * a.M * (5 + 2 * vectors_of<Compute>(a.Dv));

@@ -27,7 +27,7 @@ inline int64_t parts_for(int64_t N, int64_t min_parts, int64_t max_parts, int64_
   return count;
 }
 
-// Returns the time of `times` forwards on one thread, in nanoseconds.
+// Returns the time of `times` forward passes on one thread, in nanoseconds.
 template <class T>
 double relation_nanoseconds(const RelationAttentionArgs<T>& a, double times) {
   const double pairs = static_cast<double>(a.N) * a.Q * a.K;

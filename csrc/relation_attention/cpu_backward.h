@@ -1,6 +1,6 @@
-// relation_attention on the CPU: the backward. BackwardWorker processes some heads of an image. It iterates over the
-// tiles of keys and, for each tile, over blocks of queries. The gradients of keys are therefore complete at the end of
-// their tile, and those of queries at the end of the image.
+// relation_attention on the CPU: the backward pass. BackwardWorker processes some heads of an image. It iterates over
+// the tiles of keys and, for each tile, over blocks of queries. The gradients of keys are therefore complete at the end
+// of their tile, and those of queries at the end of the image.
 #ifndef RELOPS_RELATION_ATTENTION_BACKWARD
 #define RELOPS_RELATION_ATTENTION_BACKWARD
 

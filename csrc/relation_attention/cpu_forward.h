@@ -1,4 +1,4 @@
-// relation_attention on the CPU: the forward. PackedKeys packs the keys of some images tile by tile. ForwardWorker
+// relation_attention on the CPU: the forward pass. PackedKeys packs the keys of some images tile by tile. ForwardWorker
 // processes a block of queries with all heads over the tiles of its image, with a running maximum as in flash
 // attention.
 #ifndef RELOPS_RELATION_ATTENTION_FORWARD
@@ -26,9 +26,9 @@ struct PackedKeys {
 
   const RelationAttentionArgs<T>& a;
   const KeyIndex& key_index;
-  int64_t tiles_per_image;  // number of tiles per image
-  int64_t width;            // keys per tile: kTile, or K rounded up to whole vectors if that is less
-  int64_t value_width;      // padded Dv
+  int64_t tiles_per_image;
+  int64_t width;        // keys per tile: kTile, or K rounded up to whole vectors if that is less
+  int64_t value_width;  // padded Dv
   int64_t images, first = 0;
   Scratch scratch;
   std::vector<KeyTile<Compute>> tiles;
@@ -72,8 +72,8 @@ struct ForwardWorker {
   int64_t blocks;              // number of blocks into which the queries of an image are divided
   int64_t max_queries;         // largest number of queries in a block
   int64_t width, value_width;  // padded D and Dv
-  // The distance between queries in b. It is one vector larger than their rows, which would otherwise compete for the
-  // same sets of the cache.
+  // The distance between queries in b. It is one vector larger than the rows of a query, because these would otherwise
+  // compete for the same sets of the cache.
   int64_t b_stride;
   Scratch scratch;
   BoxTable<Compute> queries;

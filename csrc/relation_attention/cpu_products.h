@@ -1,6 +1,6 @@
 // relation_attention on the CPU: rows of features. They are converted to the compute type and packed into arrays from
 // which products read whole vectors. `multiply` and `multiply_lanes` are the register-tiled products of the forward and
-// the backward.
+// backward passes.
 #ifndef RELOPS_RELATION_ATTENTION_PRODUCTS
 #define RELOPS_RELATION_ATTENTION_PRODUCTS
 

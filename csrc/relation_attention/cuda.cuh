@@ -1,7 +1,7 @@
-// relation_attention on CUDA: how the forward and the backward divide their work. cuda_geometry.cuh contains the
+// relation_attention on CUDA: how the forward and backward passes divide their work. cuda_geometry.cuh contains the
 // geometry of pairs, cuda_products.cuh the products of rows of features.
 //
-// In the forward and the backward, a block owns 16 rows, or a multiple of 16, of up to 8 heads. These own rows are
+// In the forward and backward passes, a block owns 16 rows, or a multiple of 16, of up to 8 heads. These own rows are
 // queries, or keys in the kernel that computes the gradients of keys, values and key boxes. The block iterates over the
 // rows of the other side, called the other rows, in tiles. The following stages form a pipeline: in each step, every
 // stage processes a different tile, so one barrier per step suffices.
@@ -9,7 +9,7 @@
 //   2. b of all pairs and heads: a warp combines one other row with all own rows and writes to shared memory. The 32
 //      features of dx and dy of a pair are computed in the registers from which a tensor core reads them.
 //   3. The products of features: a warp processes one head.
-//   4. The gradients that flow through b, in the backward: a warp again processes one other row at a time.
+//   4. The gradients that flow through b, in the backward pass: a warp again processes one other row at a time.
 #pragma once
 
 #include "common/cuda/mma.cuh"
@@ -36,7 +36,7 @@ struct RelationParams {
   bool vector;                          // whether rows of features can be loaded 16 bytes at a time
   int row_tiles;                        // number of groups of kOwnRows own rows in a block
   unsigned row_blocks, groups, chunks;  // numbers of blocks of own rows, groups of heads, and chunks of channels
-  // Only for the backward:
+  // Only for the backward pass:
   const Compute* delta;      // [N,Q,M]: sum over channels of grad_output * output
   Compute* weight_partials;  // [N,row_blocks,65 M]: partial gradients of weights, then of biases; or null
   Compute* box_partials;     // [groups,N,own rows,4]: partial gradients of the own boxes; or null
@@ -79,8 +79,8 @@ void dispatch_exact(bool allow_tf32, F f) {
 template <class T>
 void relation_attention_backward(const RelationAttention& r, const RelationAttentionArgs<T>& a);
 
-// Uses the forward to write the partial sums [chunks of kColumns<T> channels,N,Q,M] of delta for 16-bit features. This
-// function is defined in cuda_forward.cu.
+// Uses the forward pass to write the partial sums [chunks of kColumns<T> channels,N,Q,M] of delta for 16-bit features.
+// This function is defined in cuda_forward.cu.
 template <class T>
 void launch_delta(RelationAttentionArgs<T> a, float* partials, cudaStream_t stream);
 

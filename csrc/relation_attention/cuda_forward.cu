@@ -1,4 +1,4 @@
-// relation_attention on CUDA: the forward.
+// relation_attention on CUDA: the forward pass.
 //
 // A block has 16 or 32 queries and 8 heads. A warp has one head and 16 queries and keeps their running maxima and sums,
 // as in flash attention. cuda.cuh explains the stages. The issue of instructions limits the speed: a warp needs about

@@ -127,7 +127,7 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : dense(tensor);
 }
 
-// The checked arguments of the forward. The letters of the sizes are those of relops/ops/relation_attention.py.
+// The checked arguments of the forward pass. The letters of the sizes are those of relops/ops/relation_attention.py.
 struct RelationAttention {
   RelationAttention(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& query_boxes_,
                     const Tensor& key_boxes_, const Tensor& geometry_weight_,
@@ -204,7 +204,7 @@ struct RelationAttentionArgs {
   T* output;           // [N,Q,M,Dv]
   Compute* logsumexp;  // [N,Q,M]; infinite for a query without keys
 
-  FeatureRows<const T> grad_output;  // this and the following are only for the backward
+  FeatureRows<const T> grad_output;  // this and the following are only for the backward pass
   // [N,Q,M]: grad_output . output. The gradients of the geometry are sums with much cancellation, in which the rounding
   // of a 16-bit output would be noticeable. For 16-bit types delta is therefore computed from a second, unrounded
   // output.
@@ -245,8 +245,8 @@ struct RelationAttentionArgs {
 
 using RelationAttentionGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The ops with the signatures of library.cpp, made of the static functions of a device's Kernels. These are not called
-// if there is no pair of a query and a key, or if the output is empty:
+// The ops with the signatures of library.cpp, built from the static functions of a device's Kernels. These are not
+// called if there is no pair of a query and a key, or if the output is empty:
 //   template <class T> void forward(const RelationAttention&, const RelationAttentionArgs<T>&)
 //   template <class T> void backward(const RelationAttention&, const RelationAttentionArgs<T>&)
 template <class Kernels>
