@@ -129,7 +129,7 @@ struct MsDeformAttnInputs {
   std::optional<Tensor> value_mask;
 };
 
-// Which gradients a backward pass computes. `sampling` stands for the gradients of locations and weights, which one
+// The gradients that a backward pass computes. `sampling` stands for the gradients of locations and weights, which one
 // kernel computes together.
 struct MsDeformAttnNeeds {
   bool value, sampling, reference, deterministic;

@@ -1,9 +1,8 @@
-// relation_attention on CUDA: the backward pass. It has no atomic additions and is therefore bit-identical from run to
-// run.
+// relation_attention on CUDA: the backward pass. It is bit-identical from run to run, as it has no atomic additions.
 //
 // The same kernel runs twice: with queries as own rows for the gradients of queries, weights, biases and query boxes,
-// and with keys as own rows for the gradients of keys, values and key boxes. With e = exp(s - logsumexp), p = e max(b,
-// 1e-6), and delta the sum over channels of output times its gradient,
+// and with keys as own rows for the gradients of keys, values and key boxes. With e = exp(s - logsumexp),
+// p = e max(b, 1e-6), and delta the sum over channels of output times its gradient,
 //   ds = p (grad_output . value - delta),  db = b > 1e-6 ? e (grad_output . value - delta) : 0.
 // The gradients of own rows are products of ds (of p for values) with the other rows. db replaces b in shared memory.
 // From there the warps, each of which processes one other box at a time, compute the gradients that flow through the
@@ -159,7 +158,7 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
 template <class T, bool kOwnKeys, bool kBoxGrads>
 constexpr bool kWeightGrads = !kOwnKeys && !(kBoxGrads && sizeof(T) == 8);
 
-// Whether 128 registers per thread suffice, so that two blocks fit on a multiprocessor.
+// True if 128 registers per thread suffice, so that two blocks fit on a multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 template <class T, bool kOwnKeys, bool kBoxGrads>
 constexpr bool kTwoBlocks = !kBoxGrads && (sizeof(T) == 4 || (sizeof(T) == 2 && !kOwnKeys));
