@@ -1,10 +1,10 @@
-"""relops: C++/CUDA operators for region- and relation-based object detection, as autograd-aware torch ops."""
+"""C++ and CUDA operators for region- and relation-based object detection, as torch ops with autograd."""
 
 from relops import _library
 
 _library.load()
 
-from relops import models, nn, ops, reference  # noqa: E402  (the ops must be loaded before anything that uses them)
+from relops import models, nn, ops, reference  # noqa: E402  (these modules need the loaded ops)
 from relops.ops import (  # noqa: E402
     batched_nms,
     box_iou,

@@ -1,7 +1,7 @@
-"""Annotations of the region ops and of the modules on them.
+"""Type annotations of the region ops and of their modules.
 
-torch.jit.script compiles those that have them. It reads annotations as objects, so neither this file nor theirs import
-annotations from __future__.
+torch.jit.script compiles the functions that use these annotations. It evaluates annotations at run time, so neither
+this file nor the files of those functions may import annotations from __future__.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from torch import Tensor
 
-Boxes = Tensor | list[Tensor]  # [K,5] of (batch index, x1, y1, x2, y2), or per image [Ki,4]
+Boxes = Tensor | list[Tensor]  # [K,5] with rows (batch index, x1, y1, x2, y2), or one [Ki,4] for each image
 
 if TYPE_CHECKING:
     T = TypeVar("T")
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 else:
 
     class BroadcastingList2:
-        """`BroadcastingList2[int]` is one int for both, or two.
+        """An annotation for a pair of values: `BroadcastingList2[int]` is one int for both, or a sequence of two.
 
-        torch.jit.script recognizes the annotation by its name. That of torch.jit.annotations evaluates to None, which
-        signatures would show.
+        torch.jit.script recognizes this annotation by its name. The class of the same name in torch.jit.annotations is
+        not used, because it evaluates to None, which signatures would then show.
         """
 
         def __class_getitem__(cls, item: type) -> UnionType:

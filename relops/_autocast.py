@@ -1,4 +1,4 @@
-"""Reconciliation of dtypes under autocast, which makes some tensors 16 bit and leaves others as they are."""
+"""Dtype conversions under autocast, which casts some arguments of an op to 16 bits and leaves others unchanged."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from relops._dtypes import FEATURE_DTYPES, compute_dtype
 
 
 def is_autocasting(tensor: Tensor) -> bool:
-    """Return whether autocast is on for the device of the tensor. For meta tensors torch cannot tell."""
+    """Return whether autocast is enabled on the device of the tensor; always False for meta tensors."""
+    # torch.is_autocast_enabled raises an error for the meta device.
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 @overload
-def under_autocast(features: Tensor, *coordinates: Tensor) -> list[Tensor]: ...
+def coordinates_under_autocast(features: Tensor, *coordinates: Tensor) -> list[Tensor]: ...
 
 
 @overload
-def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Tensor | None]: ...
+def coordinates_under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Tensor | None]: ...
 
 
-def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Any]:
-    """Convert coordinates under autocast to a dtype that is allowed beside the features, without rounding."""
+def coordinates_under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Any]:
+    """Under autocast, convert coordinates to a dtype that the op accepts with these features, without rounding them."""
     if not (isinstance(features, Tensor) and is_autocasting(features)):
         return list(coordinates)
     wide = compute_dtype(features.dtype)
@@ -35,8 +36,8 @@ def under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Any]:
     ]
 
 
-def widest_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Convert all features under autocast to the widest of their dtypes."""
+def promote_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, convert all features to the dtype that torch promotes their dtypes to."""
     if not all(isinstance(x, Tensor) and x.dtype in FEATURE_DTYPES for x in features):
         return features
     if not is_autocasting(features[0]):

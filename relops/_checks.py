@@ -1,4 +1,4 @@
-"""Argument checks of ops, modules and models: each error names the op, the argument, the rule and what was got."""
+"""Argument checks of ops, modules and models. Every message names the op, the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -11,31 +11,29 @@ from torch import Tensor
 
 from relops._dtypes import FEATURE_DTYPES, compute_dtype
 
-SMALLEST, LARGEST = math.ulp(0.0), sys.float_info.max  # of positive and finite numbers
+MIN_POSITIVE, MAX_FINITE = math.ulp(0.0), sys.float_info.max
 
 
 def is_int(x: object) -> TypeGuard[int]:
-    """Return whether x is an int, or stands for one in a graph. A bool is likely misplaced."""
+    """Return whether x is an int or a symbolic int of a traced graph. A bool is rejected as a probable mistake."""
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
 
 
 def is_real(x: object) -> TypeGuard[float]:
-    """Return whether x is a number, or stands for one in a graph. A bool is not."""
+    """Return whether x is a number or a symbolic float of a traced graph. A bool does not count as a number."""
     return isinstance(x, (float, int, torch.SymFloat)) and not isinstance(x, bool)
 
 
 def check_number(op: str, name: str, number: object, rule: str, low: float, high: float) -> None:
-    """Check that a number is in [low,high], which `rule` says in words. NaN never is."""
+    """Check that a number is in [low,high]. NaN is rejected. `rule` describes valid numbers in the message."""
     if not is_real(number) or not low <= number <= high:
-        raise (ValueError if is_real(number) else TypeError)(
-            f"relops.{op}: {name} must be a number {rule}, got {number!r}"
-        )
+        raise (ValueError if is_real(number) else TypeError)(f"relops.{op}: {name} must be {rule}, got {number!r}")
 
 
-def check_size(op: str, name: str, number: object, most: int) -> None:
-    if not is_int(number) or not 1 <= number <= most:
+def check_size(op: str, name: str, number: object, max_size: int) -> None:
+    if not is_int(number) or not 1 <= number <= max_size:
         raise (ValueError if is_int(number) else TypeError)(
-            f"relops.{op}: {name} must be an int from 1 to {most}, got {number!r}"
+            f"relops.{op}: {name} must be an int from 1 to {max_size}, got {number!r}"
         )
 
 
@@ -67,7 +65,7 @@ def check_features_or_integers(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_features_like(op: str, name: str, tensor: Tensor, letters: str, features_name: str, features: Tensor) -> None:
-    """Check what the tensor shares with the features: dtype, device and number of dimensions."""
+    """Check that the tensor has the same dtype, device and number of dimensions as the features."""
     check_tensor(op, name, tensor)
     if tensor.dtype != features.dtype:
         raise TypeError(
@@ -79,13 +77,13 @@ def check_features_like(op: str, name: str, tensor: Tensor, letters: str, featur
 
 
 def check_coordinates(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:
-    """Check that coordinates have the dtype of the features, or are float32 beside 16-bit ones, on one device."""
+    """Check that coordinates are on the device of the features and have their dtype or its compute dtype."""
     check_tensor(op, name, tensor)
     allowed = {features.dtype, compute_dtype(features.dtype)}
     if tensor.dtype not in allowed:
         words = " or ".join(sorted(str(dtype) for dtype in allowed))
         raise TypeError(
-            f"relops.{op}: {name} must be {words} where {features_name} is {features.dtype}, got {tensor.dtype}"
+            f"relops.{op}: {name} must be {words} when {features_name} is {features.dtype}, got {tensor.dtype}"
         )
     check_device(op, name, tensor, features_name, features)
 
@@ -98,17 +96,17 @@ def check_device(op: str, name: str, tensor: Tensor, features_name: str, feature
 
 
 def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int | tuple[int, ...]) -> None:
-    """Check a shape. `expected` holds a size, or several allowed ones, for each dimension of `letters`."""
+    """Check a shape. `expected` has one size, or a tuple of the allowed sizes, for each dimension of `letters`."""
     ok = tensor.dim() == len(expected) and all(
-        size in want if isinstance(want, tuple) else size == want for size, want in zip(tensor.shape, expected)
+        size in sizes if isinstance(sizes, tuple) else size == sizes for size, sizes in zip(tensor.shape, expected)
     )
     if not ok:
-        words = ["/".join(map(str, want)) if isinstance(want, tuple) else str(want) for want in expected]
+        words = ["/".join(map(str, sizes)) if isinstance(sizes, tuple) else str(sizes) for sizes in expected]
         raise ValueError(f"relops.{op}: {name} must be {letters} = [{','.join(words)}], got shape {list(tensor.shape)}")
 
 
 def check_mask(op: str, name: str, mask: Tensor, letters: str, *shape: int, meaning: str = "") -> None:
-    """Check dtype and shape of a mask. `meaning` says in the message what True means."""
+    """Check the dtype and the shape of a mask. `meaning` is added to the message and explains True."""
     check_tensor(op, name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"relops.{op}: {name} must be bool{meaning}, got {mask.dtype}")

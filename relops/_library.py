@@ -1,4 +1,4 @@
-"""Loads the compiled halves of relops and says what is in them."""
+"""Loading of the compiled libraries of relops, and information about them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from pathlib import Path
 
 import torch
 
-# The oldest torch whose stable ABI the sources use; setup.py reads it here. A build runs on it and on every later one.
+# The oldest torch that has the stable ABI of the sources. A build runs on it and on every later torch. setup.py reads
+# this number.
 MINIMUM_TORCH = (2, 10)
 
-# Why relops._cuda is not loaded: None where it is.
-cuda_missing: str | None = "not tried yet"
+# The reason why relops._cuda is not loaded, or None if it is loaded.
+cuda_missing: str | None = "not loaded yet"
 
 
 def load() -> None:
-    """Registers the schemas and CPU kernels, and the CUDA kernels where this torch has CUDA.
+    """Register the schemas and CPU kernels, and the CUDA kernels if this torch has CUDA.
+
+    A build without relops._cuda is not an error. Its ops work on the CPU, and raise an error that names the missing
+    library when they get a CUDA tensor.
 
     Raises:
-        ImportError: naming the remedy, where the CPU half is missing or torch is too old, or where torch has CUDA and
-            relops._cuda is there but does not load. A build without relops._cuda is no error: its ops work on the
-            CPU, and on a CUDA tensor say what is missing.
+        ImportError: If torch is too old, if relops._C is missing or does not load, or if torch has CUDA and
+            relops._cuda exists but does not load. The message says what to do.
     """
     global cuda_missing
     found = tuple(int("".join(filter(str.isdigit, part))) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -37,15 +40,15 @@ def load() -> None:
                 "pip install --force-reinstall --no-deps --no-build-isolation <the relops source>"
             ) from error
         raise ImportError(
-            "relops._C is not built. In the source tree: `make build`, or `pip install --no-build-isolation .`; "
-            "do not run Python in the source folder of an installed relops."
+            "relops._C is not built. In the source tree, run `make build`, or `pip install --no-build-isolation .`. "
+            "If relops is installed, do not run Python in its source folder."
         ) from error
 
     library = cuda_library()
     if library is None:
-        cuda_missing = "not built (build with nvcc on PATH or CUDA_HOME set; RELOPS_CUDA=1 makes its absence an error)"
+        cuda_missing = "not built (build with nvcc on PATH or CUDA_HOME set; RELOPS_CUDA=1 makes nvcc a requirement)"
     elif torch.version.cuda is None:
-        cuda_missing = f"built, not loaded: torch {torch.__version__} has no CUDA"
+        cuda_missing = f"built but not loaded, because torch {torch.__version__} has no CUDA"
     else:
         try:
             torch.ops.load_library(str(library))
@@ -53,25 +56,25 @@ def load() -> None:
             raise ImportError(
                 f"relops._cuda does not load on torch {torch.__version__} (CUDA {torch.version.cuda}): {error}\n"
                 "Build it again with this torch installed (pip install --force-reinstall --no-deps "
-                "--no-build-isolation <the relops source>), or without its CUDA half (RELOPS_CUDA=0)."
+                "--no-build-isolation <the relops source>), or build it without its CUDA kernels (RELOPS_CUDA=0)."
             ) from error
         cuda_missing = None
 
 
 def cuda_library() -> Path | None:
-    """The file of relops._cuda, where it was built."""
+    """Return the file of relops._cuda, or None if it was not built."""
     return next(iter(sorted(Path(__file__).parent.glob("_cuda.*so"))), None)
 
 
 def build_info() -> dict[str, str]:
-    """What relops was built with, and the instruction set its CPU kernels chose here."""
+    """Return what relops was built with, and the instruction set that its CPU kernels use on this machine."""
     from relops import _C
 
     return _C.build_info()
 
 
 def op_kernels() -> dict[str, list[str]]:
-    """For every op of the library, public and backward: the devices it has a kernel for, as the dispatcher sees it."""
+    """Map the name of every op, public or backward, to the devices for which the dispatcher has a kernel."""
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("relops::"))
     return {
         name.removeprefix("relops::"): [
@@ -82,6 +85,6 @@ def op_kernels() -> dict[str, list[str]]:
 
 
 def check_device_has_kernels(op: str, device: torch.device) -> None:
-    """A clear error instead of the dispatcher's, where a CUDA tensor meets a build without CUDA kernels."""
+    """Raise a clearer error than the dispatcher would if the device is CUDA and the CUDA kernels are not loaded."""
     if device.type == "cuda" and cuda_missing is not None:
-        raise RuntimeError(f"relops.{op}: CUDA tensors, but relops._cuda is {cuda_missing}")
+        raise RuntimeError(f"relops.{op}: got CUDA tensors, but relops._cuda is {cuda_missing}")

@@ -10,7 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def has_values(*tensors: Tensor | None) -> bool:
-    """Return whether the host may read values: fake tensors have none, and a traced graph must not depend on them."""
+    """Return whether code may read the values of tensors.
+
+    Fake tensors have no values, and a traced graph must not depend on values.
+    """
     if torch.compiler.is_compiling() or FakeTensor in map(type, tensors):
         return False
     if torch._C._len_torch_dispatch_stack() == 0:
@@ -20,7 +23,7 @@ def has_values(*tensors: Tensor | None) -> bool:
 
 
 def int_tensor(ints: Sequence[int]) -> Tensor:
-    """Make an int64 tensor on the CPU. In a graph that is being traced, symbolic sizes stay symbolic."""
+    """Return an int64 tensor on the CPU. While a graph is traced, symbolic ints stay symbolic."""
     if torch.SymInt in map(type, ints):
         return torch.stack([torch.scalar_tensor(x, dtype=torch.int64, device="cpu") for x in ints])
     return torch.tensor(ints, dtype=torch.int64, device="cpu")

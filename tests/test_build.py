@@ -196,7 +196,7 @@ except RuntimeError as error:
     done = python("-c", program, cwd=copied, path=copied)
     missing, error = done.stdout.splitlines()
     assert missing.startswith("not built (build with nvcc on PATH or CUDA_HOME set")
-    assert error == f"relops.some_op: CUDA tensors, but relops._cuda is {missing}"
+    assert error == f"relops.some_op: got CUDA tensors, but relops._cuda is {missing}"
 
 
 def test_command_info(tmp_path: Path) -> None:

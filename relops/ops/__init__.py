@@ -1,6 +1,6 @@
-"""The public ops. One file per op: checks, fake kernels, autograd, autocast and vmap.
+"""The public ops. The file of an op holds its checks, fake kernels, autograd, autocast and vmap.
 
-`relops.ops.<op>` is the function; its file is `relops.ops.<op>` to an import statement alone.
+The attribute `relops.ops.<op>` is the function. Only an import statement reaches the file of the same name.
 """
 
 from relops.ops.batched_nms import batched_nms

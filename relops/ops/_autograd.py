@@ -1,5 +1,4 @@
-"""Registration of what differentiable ops have in Python: their fakes and the formula for reverse mode; and for all ops
-alike the errors of forward mode and of second derivatives."""
+"""Registration of fake kernels and backward formulas, and of errors for forward-mode AD and second derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 class _Library(torch.library.Library):
-    """Register autograd kernels that look for tangents first: torch itself drops the tangents without an error."""
+    """A library whose autograd kernels refuse tangents, which torch itself would drop without an error."""
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         op = op_name.removeprefix("_").removesuffix("_backward")
@@ -29,7 +28,7 @@ _library = _Library("relops", "IMPL")
 
 
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-    """Register a formula as torch.library.register_autograd does, and make forward mode raise RuntimeError."""
+    """Register a backward formula like torch.library.register_autograd, and make forward-mode AD raise an error."""
     torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context, lib=_library)
 
 
@@ -40,7 +39,7 @@ def register_differentiable(
     setup_context: Callable[..., Any],
     backward: Callable[..., Any],
 ) -> None:
-    """Register an op whose backward is the op _<op>_backward: the fakes of both, and the formula that joins them."""
+    """Register the backward formula of `op`, which calls `_<op>_backward`, and the fake kernels of both ops."""
     torch.library.register_fake(f"relops::{op}", fake)
     torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
     register_autograd(op, backward, setup_context=setup_context)
@@ -48,21 +47,21 @@ def register_differentiable(
 
 
 def fresh_gradients(tensors: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor, ...]:
-    """Return a new tensor for the gradient of each tensor, of its shape if it is needed and else empty."""
+    """Return a new tensor for the gradient of each tensor, with no elements if the gradient is not needed."""
     return tuple(tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs_grad))
 
 
 def only_needed(grads: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor | None, ...]:
-    """Return the gradients that a backward op has returned, with None for those that are not needed."""
+    """Replace each gradient that is not needed, which a backward op returns as an empty tensor, by None."""
     return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad))
 
 
 def register_no_double_backward(op: str) -> None:
-    """Make the backward of the op's backward raise, where silence would give a wrong higher-order gradient."""
+    """Make second derivatives of the op raise an error. Without an error, they would be silently wrong."""
 
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
-            f"relops.{op}: its backward is not differentiable (double backward is not provided). Call backward "
+            f"relops.{op}: its backward is not differentiable, so it has no second derivatives. Call backward "
             "without create_graph=True."
         )
 
@@ -70,7 +69,7 @@ def register_no_double_backward(op: str) -> None:
 
 
 def register_no_gradient(op: str) -> None:
-    """Make all outputs of the op constants, whatever its inputs require, and forward mode raise RuntimeError."""
+    """Make the outputs of the op require no gradient, and make forward-mode AD raise a RuntimeError."""
     overload = getattr(torch.ops.relops, op).default
 
     def fall_through(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -88,7 +87,7 @@ def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
-    """Yield all tensors of the arguments, and those that the transforms of torch.func have wrapped in them."""
+    """Yield all tensors in the arguments, and the tensors inside of the wrappers of torch.func transforms."""
     for x in args:
         if isinstance(x, (list, tuple)):
             yield from _tensors(x)

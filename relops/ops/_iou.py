@@ -1,7 +1,7 @@
-"""What box_iou and generalized_box_iou share: all but what they compute.
+"""Checks, dtype conversion and registration of box_iou and generalized_box_iou.
 
-torch.jit.script compiles `computed_pair`. It reads annotations as objects, so this file does not import annotations
-from __future__.
+torch.jit.script compiles `to_common_compute_dtype`. It evaluates annotations at run time, so this file must not import
+annotations from __future__.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,22 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
     both_floating = a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point()
     if both_floating and compute_dtype(a.dtype) != compute_dtype(b.dtype):
         allowed = "float64" if a.dtype == torch.float64 else "float16, bfloat16 or float32"
-        raise TypeError(f"relops.{op}: b must be {allowed} where a is {a.dtype}, got {b.dtype}")
+        raise TypeError(f"relops.{op}: b must be {allowed} when a is {a.dtype}, got {b.dtype}")
     check_device(op, "b", b, "a", a)
     if a.shape[:-2] != b.shape[:-2]:
-        rule = "[B,4] as a is [A,4]" if a.dim() == 2 else f"[N,B,4] with the N of a, {a.size(0)}"
+        rule = "[B,4] when a is [A,4]" if a.dim() == 2 else f"[N,B,4] with N = {a.size(0)} as in a"
         raise ValueError(f"relops.{op}: b must be {rule}, got shape {list(b.shape)}")
     check_device_has_kernels(op, a.device)
 
 
-def computed_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert both to the dtype that kernels compute in."""
+def to_common_compute_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert both tensors to the dtype in which the kernels compute."""
     dtype = common_compute_dtype(a, b)
     return a.to(dtype), b.to(dtype)
 
 
 def register_box_pair(op: str) -> None:
-    """An op(a [..,A,4], b [..,B,4]) -> [..,A,B]."""
+    """Register an op that maps a [..,A,4] and b [..,B,4] to [..,A,B]."""
 
     def fake(a: Tensor, b: Tensor) -> Tensor:
         return a.new_empty(*a.shape[:-1], b.size(-2))
@@ -59,7 +59,7 @@ def register_box_pair(op: str) -> None:
         )
 
     def vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-        """Its dimension is folded into N."""
+        """Fold the vmapped dimension into N."""
         a, b = (mapped_first(boxes, dim, info.batch_size) for boxes, dim in zip((a, b), in_dims))
         output = getattr(torch.ops.relops, op)(a.flatten(0, -3), b.flatten(0, -3))
         return output.unflatten(0, a.shape[:-2]), 0

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def is_channels_last(input: Tensor) -> bool:
-    """The rule of the kernels: a map that is consumed as it lies, and whose output and gradient lie likewise."""
+    """Return whether the kernels read the map as channels_last; its output and gradient are then channels_last too.
+
+    This is the same rule as in the kernels.
+    """
     return input.dim() == 4 and not input.is_contiguous() and input.size(1) > 1 and input.stride(1) == 1
 
 

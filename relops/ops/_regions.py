@@ -1,7 +1,7 @@
-"""What the region ops share: checks, boxes as rows, memory formats, fakes, autograd and vmap.
+"""Code that the region ops have in common: checks, conversion of boxes, fake kernels, autograd and vmap.
 
-torch.jit.script compiles the public functions and `as_rows`. It reads annotations as objects, so neither this file nor
-those of the ops import annotations from __future__.
+torch.jit.script compiles the public functions and `as_rows`. It evaluates annotations at run time, so neither this file
+nor the files of the ops may import annotations from __future__.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from relops._annotations import Boxes
-from relops._autocast import under_autocast
+from relops._autocast import coordinates_under_autocast
 from relops._checks import check_coordinates, check_features
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
@@ -20,11 +20,11 @@ from relops.ops._autograd import only_needed, register_differentiable
 from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
-MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio of the kernels: bounds their loops
+MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio in the kernels, where it bounds loops
 
 
 class BoxesShapeError(ValueError, AssertionError):
-    """Boxes of the wrong shape. Also an AssertionError, which callers of torchvision's ops know to expect."""
+    """Boxes have the wrong shape. This is also an AssertionError, because torchvision's ops raise one."""
 
 
 # ---- Checks ----
@@ -38,10 +38,10 @@ def check_map(op: str, name: str, tensor: Tensor) -> None:
 
 
 def checked_boxes(op: str, boxes: object, features_name: str, features: Tensor) -> Boxes:
-    """The boxes as given, for `as_rows`; under autocast in a dtype that fits the features."""
+    """Check boxes and return them for `as_rows`, under autocast in a dtype that the op accepts."""
     if isinstance(boxes, Tensor):
-        (boxes,) = under_autocast(features, boxes)
-        _check_columns(op, "boxes", boxes, "[K,5], rows of (batch index, x1, y1, x2, y2)", 5, features_name, features)
+        (boxes,) = coordinates_under_autocast(features, boxes)
+        _check_columns(op, "boxes", boxes, "[K,5] with rows (batch index, x1, y1, x2, y2)", 5, features_name, features)
         return boxes
     if not isinstance(boxes, (list, tuple)):
         raise TypeError(
@@ -52,26 +52,26 @@ def checked_boxes(op: str, boxes: object, features_name: str, features: Tensor) 
             f"relops.{op}: boxes must be a list of N = {features.size(0)} Tensors, one per image of {features_name}, "
             f"got {len(boxes)}"
         )
-    boxes = under_autocast(features, *boxes)
-    for i, each in enumerate(boxes):
-        _check_columns(op, f"boxes[{i}]", each, "[Ki,4], rows of (x1, y1, x2, y2)", 4, features_name, features)
+    boxes = coordinates_under_autocast(features, *boxes)
+    for i, image_boxes in enumerate(boxes):
+        _check_columns(op, f"boxes[{i}]", image_boxes, "[Ki,4] with rows (x1, y1, x2, y2)", 4, features_name, features)
     return boxes
 
 
 def _check_columns(
-    op: str, name: str, boxes: Tensor, words: str, columns: int, features_name: str, features: Tensor
+    op: str, name: str, boxes: Tensor, rule: str, columns: int, features_name: str, features: Tensor
 ) -> None:
     check_coordinates(op, name, boxes, features_name, features)
     if boxes.dim() != 2 or boxes.size(1) != columns:
-        raise BoxesShapeError(f"relops.{op}: {name} must be {words}, got shape {list(boxes.shape)}")
+        raise BoxesShapeError(f"relops.{op}: {name} must be {rule}, got shape {list(boxes.shape)}")
 
 
 def checked_output_size(op: str, output_size: object) -> list[int]:
-    """(height, width)."""
+    """Check output_size and return it as [height, width]."""
     sizes = [output_size, output_size] if isinstance(output_size, int) else output_size
     if not _are_ints(sizes) or len(sizes) != 2 or min(sizes) < 1:
         raise (ValueError if _are_ints(sizes) else TypeError)(
-            f"relops.{op}: output_size must be a positive int or two, (height, width), got {output_size!r}"
+            f"relops.{op}: output_size must be a positive int or two positive ints (height, width), got {output_size!r}"
         )
     return list(sizes)
 
@@ -88,34 +88,34 @@ def check_positive(op: str, name: str, number: object) -> None:
 
 
 def check_sampling_ratio(op: str, sampling_ratio: object) -> None:
-    if not _is_whole(sampling_ratio) or sampling_ratio > MAX_SAMPLING_RATIO:
-        raise (ValueError if _is_whole(sampling_ratio) else TypeError)(
+    if not _is_int(sampling_ratio) or sampling_ratio > MAX_SAMPLING_RATIO:
+        raise (ValueError if _is_int(sampling_ratio) else TypeError)(
             f"relops.{op}: sampling_ratio must be an int of at most {MAX_SAMPLING_RATIO}, got {sampling_ratio!r}"
         )
 
 
-def _is_whole(x: object) -> TypeGuard[int]:
-    """A bool here is `aligned` in the wrong place."""
+def _is_int(x: object) -> TypeGuard[int]:
+    """Return whether x is an int but not a bool, which is probably `aligned` at the wrong position."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def check_type(op: str, name: str, value: object, wanted: type) -> None:
-    if not isinstance(value, wanted):
-        raise TypeError(f"relops.{op}: {name} must be of type {wanted.__name__}, got {value!r}")
+def check_type(op: str, name: str, value: object, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(f"relops.{op}: {name} must be of type {expected.__name__}, got {value!r}")
 
 
 def check_divisible(op: str, input: Tensor, output_size: Sequence[int]) -> None:
     if input.size(1) % (output_size[0] * output_size[1]):
         raise ValueError(
-            f"relops.{op}: input must have a number of channels C that output_size, {output_size[0]} x "
-            f"{output_size[1]}, divides, got C = {input.size(1)}"
+            f"relops.{op}: input must have a number of channels divisible by the number of bins, {output_size[0]} x "
+            f"{output_size[1]}, got C = {input.size(1)}"
         )
 
 
 def checked_region(
     op: str, input: Tensor, boxes: object, output_size: object, spatial_scale: object
 ) -> tuple[Boxes, list[int]]:
-    """The checks of every op with one input; gives the boxes and the output size in the form that the op takes."""
+    """Check the arguments of an op with one input, and return boxes and output_size as the op expects them."""
     check_map(op, "input", input)
     boxes = checked_boxes(op, boxes, "input", input)
     check_positive(op, "spatial_scale", spatial_scale)
@@ -126,21 +126,22 @@ def checked_region(
 
 
 def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
-    """[K,5] in the dtype that kernels compute in."""
+    """Return boxes as rows [K,5] in the dtype in which the kernels compute."""
     dtype = compute_dtype(input.dtype)
     if isinstance(boxes, Tensor):
         rows = boxes
     elif len(boxes) == 0:
         rows = torch.empty([0, 5], dtype=dtype, device=input.device)
     else:
-        # As many launches whatever the number of images: expanding costs none. The indices are never rounded to 16 bit.
+        # The number of kernel launches does not depend on the number of images, because expand needs none. The dtype
+        # has at least 32 bits, so that batch indices are not rounded.
         images = torch.arange(len(boxes), dtype=dtype, device=input.device)[:, None].unbind(0)
-        indices = torch.cat([image.expand(each.size(0)) for image, each in zip(images, boxes)])
+        indices = torch.cat([image.expand(image_boxes.size(0)) for image, image_boxes in zip(images, boxes)])
         rows = torch.cat([indices[:, None], torch.cat(boxes)], 1)
     return rows.to(dtype)
 
 
-# ---- Fakes ----
+# ---- Fake kernels ----
 
 
 def fake_forward(input: Tensor, boxes: Tensor, output_size: Sequence[int], *_: object) -> Tensor:
@@ -166,11 +167,11 @@ def fake_backward(
 
 
 def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> None:
-    """An op(input, boxes, output_size, *options) with gradients to input and boxes."""
+    """Register an op with arguments (input, boxes, output_size, *options) and gradients for input and boxes."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, boxes, _, *ctx.options = inputs
-        # The gradient of the input is linear in it: only that of the boxes reads its values.
+        # The op is linear in the input, so only the gradient of the boxes depends on the values of the input.
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, boxes)
         ctx.input_shape, ctx.channels_last = input.shape, is_channels_last(input)
 
@@ -187,7 +188,7 @@ def register_differentiable_boxes(op: str, fake: Callable = fake_forward) -> Non
 
 
 def register_vmap(op: str) -> None:
-    """vmap folds its dimension into N and K."""
+    """Register a vmap rule that folds the vmapped dimension into N and K."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], input: Tensor, boxes: Tensor, *rest: Any) -> tuple[Tensor, int]:
         N = None
@@ -202,19 +203,22 @@ def register_vmap(op: str) -> None:
     torch.library.register_vmap(f"relops::{op}", rule)
 
 
-def _image(index: Tensor) -> Tensor:
-    """Return the image that a batch index names, as region_image of the kernels does."""
+def _image_index(index: Tensor) -> Tensor:
+    """Convert batch indices to whole numbers in the same way as region_image in the kernels."""
     nearest = index.round()
     return torch.where((index - nearest).abs() <= 2**-10, nearest, index.trunc())
 
 
 def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | None) -> Tensor:
-    """[B,K,5] for vmap. N: images per entry, where every entry has its own; None where all look at the same."""
+    """Return the boxes of all vmap entries as [B,K,5], with batch indices into the folded batch.
+
+    N is the number of images of each entry, or None if all entries have the same images.
+    """
     boxes = mapped_first(boxes, dim, batch_size)
     if N is None:
         return boxes
-    index = _image(boxes[..., :1])
-    first = N * torch.arange(batch_size, dtype=boxes.dtype, device=boxes.device)[:, None, None]
-    # An image that the entry does not have must not become one of its neighbor's.
-    index = torch.where((index >= 0) & (index < N), index + first, -1)
+    index = _image_index(boxes[..., :1])
+    offset = N * torch.arange(batch_size, dtype=boxes.dtype, device=boxes.device)[:, None, None]
+    # A batch index outside of [0,N) must stay invalid, and not select an image of another entry.
+    index = torch.where((index >= 0) & (index < N), index + offset, -1)
     return torch.cat([index, boxes[..., 1:]], -1)

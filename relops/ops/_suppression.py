@@ -1,7 +1,7 @@
-"""What the suppression ops share: checks of their arguments, and sizes that fakes cannot know.
+"""Argument checks of the suppression ops, and the symbolic output size of their fake kernels.
 
-torch.jit.script compiles `nms` and `batched_nms`. It reads annotations as objects, so the files of these do not import
-annotations from __future__.
+torch.jit.script compiles `nms` and `batched_nms`. It evaluates annotations at run time, so the files of these two ops
+must not import annotations from __future__.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def _check_per_box(op: str, name: str, tensor: Tensor, boxes: Tensor) -> None:
 
 
 def check_iou_threshold(op: str, iou_threshold: object) -> None:
-    check_number(op, "iou_threshold", iou_threshold, "in [0,1]", 0.0, 1.0)
+    check_number(op, "iou_threshold", iou_threshold, "a number in [0,1]", 0.0, 1.0)
 
 
 def unknown_count(boxes: Tensor) -> int | torch.SymInt:
-    """For fakes: how many boxes are kept. Of none, none: inductor cannot index them by an unknown number of indices."""
+    """Return the number of kept boxes for fake kernels: a new symbolic size, or 0 if there are no boxes."""
     K = boxes.size(0)
+    # Inductor cannot index a tensor without boxes by an unknown number of indices.
     return 0 if isinstance(K, int) and K == 0 else torch.library.get_ctx().new_dynamic_size()

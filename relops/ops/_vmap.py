@@ -1,4 +1,4 @@
-"""What the vmap rules share."""
+"""Helper of the vmap rules."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def mapped_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """With the mapped dimension first, which a tensor without one (dim None) is expanded by."""
+    """Move the vmapped dimension to the front. If `dim` is None, expand the tensor by that dimension instead."""
     return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

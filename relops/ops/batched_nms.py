@@ -1,4 +1,4 @@
-"""Non-maximum suppression within classes."""
+"""Non-maximum suppression within classes (https://arxiv.org/abs/1311.2524)."""
 
 import torch
 from torch import Tensor
@@ -8,31 +8,49 @@ from relops.ops._suppression import check_boxes, check_idxs, check_iou_threshold
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """`relops.nms` among the boxes of each class, in one call.
+    """Apply non-maximum suppression to the boxes of each class separately, in one call.
 
-    It equals a loop over classes exactly: idxs are compared, and boxes are not moved apart by an offset, which rounds
-    coordinates and goes wrong with negative or huge ones. Arguments and their order are those of
-    torchvision.ops.batched_nms.
+    Within a class, each box is kept unless it overlaps a kept box with a higher score by more than `iou_threshold`.
+    Boxes are visited in the order of descending scores, and boxes with equal scores in the order of their indices. The
+    result is exactly that of a loop over classes with `relops.nms`. The op compares `idxs`, and does not move the
+    classes apart by adding an offset to the coordinates, which would round them and fail for negative or huge
+    coordinates.
+
+    The definition is the greedy non-maximum suppression of R-CNN (Girshick et al. 2014,
+    https://arxiv.org/abs/1311.2524, section 2.2). The arguments and their order are those of
+    `torchvision.ops.batched_nms`. The comparison with `iou_threshold` uses the dtype of the IoU, so a float32 IoU of
+    3/10 does not exceed a threshold of 0.3. The CPU kernel of torchvision compares in float64, where the float32 number
+    nearest to 3/10 is larger than 0.3, and therefore suppresses such a box. The CUDA kernel of torchvision does not.
 
     Args:
-        boxes: [K,4], as in `relops.nms`.
-        scores: [K], as in `relops.nms`.
-        idxs: [K], the class (or image, or level) of each box: any values of an integer dtype.
-        iou_threshold: as in `relops.nms`, also in how an IoU that equals it differs from torchvision.
+        boxes: A tensor [K,4] with rows (x1, y1, x2, y2) in any unit, of dtype float64, float32, float16, bfloat16 or an
+            integer dtype. 64-bit integers are computed in float64, and 16-bit floats and all other integers in float32.
+        scores: A tensor [K] of dtype float64, float32, float16 or bfloat16, which may differ from that of `boxes`. An
+            entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and it
+            suppresses no other box.
+        idxs: A tensor [K] with the class (or image, or level) of each box: any values of an integer dtype.
+        iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. A box is kept if its IoU
+            equals the threshold.
 
     Returns:
-        [kept] int64: indices of the kept boxes of all classes together, by descending score, of equal scores the lower
-        index first. On CUDA this waits for the device once; `relops.nms_padded` does not.
+        An int64 tensor [kept] with the indices of the kept boxes of all classes in the order of descending scores.
+        Equal scores are in the order of their indices. On CUDA, the call waits for the device once, because the host
+        must know the number of kept boxes. `relops.nms_padded` does not wait.
 
-    Gradients: none, the result is indices.
+    Gradients:
+        The result consists of indices and has no gradient.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, an iou_threshold out of its range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or `iou_threshold` is out of its range.
 
     Example:
+        >>> import torch, relops
         >>> boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [1.0, 0.0, 9.0, 8.0], [0.0, 0.0, 8.0, 8.0]])
-        >>> relops.batched_nms(boxes, torch.tensor([0.6, 0.9, 0.3]), torch.tensor([7, 7, -1]), 0.5)  # tensor([1, 2])
+        >>> scores, classes = torch.tensor([0.6, 0.9, 0.3]), torch.tensor([7, 7, -1])
+        >>> keep = relops.batched_nms(boxes, scores, classes, 0.5)
+        >>> keep.tolist()
+        [1, 2]
     """
     if not torch.jit.is_scripting():
         check_boxes("batched_nms", boxes)

@@ -1,44 +1,54 @@
-"""Intersection over union of boxes (the Jaccard index), every one of a with every one of b."""
+"""Intersection over union (Jaccard index) of all pairs of boxes (https://doi.org/10.1007/s11263-009-0275-4)."""
 
 import torch
 from torch import Tensor
 
-from relops.ops._iou import check_box_pair, computed_pair, register_box_pair
+from relops.ops._iou import check_box_pair, register_box_pair, to_common_compute_dtype
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union (the Jaccard index) of every box of a with every box of b.
+    """Compute the intersection over union (IoU, Jaccard index) of every box of `a` with every box of `b`.
 
-    The area of the intersection, over that of the union. It is 0 where the union has no area. Values are those of
-    torchvision's op of this name, and the same bit for bit on CPU and CUDA.
+    The IoU of two boxes is the area of their intersection divided by the area of their union. It is 0 if the union has
+    no area. The definition is that of the PASCAL VOC challenge (Everingham et al. 2010,
+    https://doi.org/10.1007/s11263-009-0275-4). The values agree with `torchvision.ops.box_iou`, and are bit-identical
+    on CPU and CUDA.
 
     Args:
-        a: [A,4] or [N,A,4]: x1, y1, x2, y2 in any unit, x1 <= x2 and y1 <= y2. float64, float32, float16, bfloat16 or
-            integers. 64-bit integers are computed in float64, 16-bit floats and all other integers in float32, under
-            autocast as well.
-        b: [B,4], or [N,B,4] with the N of a. float64 where a is, or any of the others; integers beside any.
+        a: A tensor [A,4] or [N,A,4] with rows (x1, y1, x2, y2) in any unit, where x1 <= x2 and y1 <= y2, of dtype
+            float64, float32, float16, bfloat16 or an integer dtype. 64-bit integers are computed in float64, and 16-bit
+            floats and all other integers in float32, also under autocast.
+        b: A tensor [B,4], or [N,B,4] with the N of `a`. If `a` is float64, `b` must be float64 or an integer dtype, and
+            if `a` is float32, float16 or bfloat16, `b` must have one of these three dtypes or an integer dtype. If `a`
+            has an integer dtype, `b` may have any of the supported dtypes.
 
     Returns:
-        [A,B], or [N,A,B] of a[n] with b[n]. In the dtype that is computed in. A NaN coordinate makes the
-        row or column of its box NaN. Infinite coordinates give what arithmetic makes of them, and so do inverted boxes,
-        whose area is negative if they are inverted in one direction.
+        A tensor [A,B], or [N,A,B] with the values of ``a[n]`` and ``b[n]``, in the dtype in which they are computed.
+        The row or column of a box with a NaN coordinate is NaN. Infinite coordinates and inverted boxes get no special
+        treatment: a box that is inverted along one axis has a negative area.
 
-    Gradients: to a and b where they require it; only those asked for are computed, and no [A,B] intermediate is made.
-    Two equal coordinates share their gradient half and half; boxes that touch have that of boxes that overlap; where
-    the union has no area it is zero. Second derivatives and forward-mode AD raise RuntimeError. Backward is
-    bit-identical from run to run.
+    Gradients:
+        Gradients flow to `a` and `b` if they require them. Only the gradients that are needed are computed, and no
+        intermediate tensor of the size [A,B] is allocated. If two coordinates are equal, each gets half of the
+        gradient. Boxes that only touch get the gradient of overlapping boxes. The gradient is zero if the union has no
+        area. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run
+        to run.
 
     Raises:
-        TypeError: a dtype, or an argument that is no tensor.
-        ValueError: a shape or a device.
+        TypeError: If an argument is not a tensor or has the wrong dtype.
+        ValueError: If an argument has the wrong shape or device.
 
     Example:
+        >>> import torch, relops
         >>> a = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
-        >>> relops.box_iou(a, torch.tensor([[1.0, 0.0, 3.0, 2.0], [2.0, 2.0, 3.0, 3.0]]))  # [[1/3, 0]]
+        >>> b = torch.tensor([[1.0, 0.0, 3.0, 2.0], [2.0, 2.0, 3.0, 3.0]])
+        >>> iou = relops.box_iou(a, b)
+        >>> iou.shape, [round(x, 4) for x in iou[0].tolist()]
+        (torch.Size([1, 2]), [0.3333, 0.0])
     """
     if not torch.jit.is_scripting():
         check_box_pair("box_iou", a, b)
-    return torch.ops.relops.box_iou(*computed_pair(a, b))
+    return torch.ops.relops.box_iou(*to_common_compute_dtype(a, b))
 
 
 register_box_pair("box_iou")

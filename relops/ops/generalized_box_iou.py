@@ -1,45 +1,55 @@
-"""Generalized intersection over union (https://arxiv.org/abs/1902.09630), every box of a with every one of b."""
+"""Generalized intersection over union of all pairs of boxes (https://arxiv.org/abs/1902.09630)."""
 
 import torch
 from torch import Tensor
 
-from relops.ops._iou import check_box_pair, computed_pair, register_box_pair
+from relops.ops._iou import check_box_pair, register_box_pair, to_common_compute_dtype
 
 
 def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalized intersection over union (https://arxiv.org/abs/1902.09630) of every box of a with every box of b.
+    """Compute the generalized intersection over union (GIoU) of every box of `a` with every box of `b`.
 
-    IoU - (C - U) / C, with U the area of the union and C that of the smallest box around both: from -1 for boxes far
-    apart to 1 for equal ones, with a gradient also where they are disjoint. The first term is 0 where U is, the second
-    where C is. Values are those of torchvision's op of this name, and the same bit for bit on CPU and CUDA.
+    The value is ``IoU - (C - U) / C``, where U is the area of the union of the two boxes, and C is the area of the
+    smallest box around both. It ranges from -1 for boxes far apart to 1 for equal boxes, and has a gradient even if the
+    boxes are disjoint. The first term is 0 if U is 0, and the second term is 0 if C is 0. The definition is that of
+    Generalized IoU (Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630). The values agree with
+    `torchvision.ops.generalized_box_iou`, and are bit-identical on CPU and CUDA.
 
     Args:
-        a: [A,4] or [N,A,4]: x1, y1, x2, y2 in any unit, x1 <= x2 and y1 <= y2. float64, float32, float16, bfloat16 or
-            integers. 64-bit integers are computed in float64, 16-bit floats and all other integers in float32, under
-            autocast as well.
-        b: [B,4], or [N,B,4] with the N of a. float64 where a is, or any of the others; integers beside any.
+        a: A tensor [A,4] or [N,A,4] with rows (x1, y1, x2, y2) in any unit, where x1 <= x2 and y1 <= y2, of dtype
+            float64, float32, float16, bfloat16 or an integer dtype. 64-bit integers are computed in float64, and 16-bit
+            floats and all other integers in float32, also under autocast.
+        b: A tensor [B,4], or [N,B,4] with the N of `a`. If `a` is float64, `b` must be float64 or an integer dtype, and
+            if `a` is float32, float16 or bfloat16, `b` must have one of these three dtypes or an integer dtype. If `a`
+            has an integer dtype, `b` may have any of the supported dtypes.
 
     Returns:
-        [A,B], or [N,A,B] of a[n] with b[n]. In the dtype that is computed in. A NaN coordinate makes the
-        row or column of its box NaN. Infinite coordinates give what arithmetic makes of them, and so do inverted boxes,
-        whose area is negative if they are inverted in one direction.
+        A tensor [A,B], or [N,A,B] with the values of ``a[n]`` and ``b[n]``, in the dtype in which they are computed.
+        The row or column of a box with a NaN coordinate is NaN. Infinite coordinates and inverted boxes get no special
+        treatment: a box that is inverted along one axis has a negative area.
 
-    Gradients: to a and b where they require it; only those asked for are computed, and no [A,B] intermediate is made.
-    Two equal coordinates share their gradient half and half; boxes that touch have that of boxes that overlap; a term
-    that is 0 because it would be divided by 0 has none. Second derivatives and forward-mode AD raise RuntimeError.
-    Backward is bit-identical from run to run.
+    Gradients:
+        Gradients flow to `a` and `b` if they require them. Only the gradients that are needed are computed, and no
+        intermediate tensor of the size [A,B] is allocated. If two coordinates are equal, each gets half of the
+        gradient. Boxes that only touch get the gradient of overlapping boxes. A term that is 0 because its denominator
+        is 0 has no gradient. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is
+        bit-identical from run to run.
 
     Raises:
-        TypeError: a dtype, or an argument that is no tensor.
-        ValueError: a shape or a device.
+        TypeError: If an argument is not a tensor or has the wrong dtype.
+        ValueError: If an argument has the wrong shape or device.
 
     Example:
+        >>> import torch, relops
         >>> a = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
-        >>> relops.generalized_box_iou(a, torch.tensor([[1.0, 0.0, 3.0, 2.0], [2.0, 2.0, 3.0, 3.0]]))  # [[1/3, -4/9]]
+        >>> b = torch.tensor([[1.0, 0.0, 3.0, 2.0], [2.0, 2.0, 3.0, 3.0]])
+        >>> giou = relops.generalized_box_iou(a, b)
+        >>> giou.shape, [round(x, 4) for x in giou[0].tolist()]
+        (torch.Size([1, 2]), [0.3333, -0.4444])
     """
     if not torch.jit.is_scripting():
         check_box_pair("generalized_box_iou", a, b)
-    return torch.ops.relops.generalized_box_iou(*computed_pair(a, b))
+    return torch.ops.relops.generalized_box_iou(*to_common_compute_dtype(a, b))
 
 
 register_box_pair("generalized_box_iou")

@@ -1,4 +1,4 @@
-"""linear_sum_assignment: the checks, fake kernel and vmap rule around the C++ and CUDA kernels."""
+"""Linear sum assignment: minimum-cost matching of rows and columns."""
 
 from __future__ import annotations
 
@@ -23,37 +23,51 @@ def linear_sum_assignment(
     num_cols: Tensor | Sequence[int] | int | None = None,
     maximize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Linear assignment problems: pairs each row with at most one column, and each column with at most one row, so that
-    as many as possible are paired and the sum of their costs is the least.
+    """Solve linear assignment problems, which match rows to columns with the minimum sum of costs.
 
-    The result is optimal, as scipy.optimize.linear_sum_assignment's is; of several optimal ones, which is returned may
-    differ from SciPy's, not between CPU and CUDA. Shortest augmenting paths (Jonker and Volgenant 1987,
-    https://doi.org/10.1007/BF02278710; Crouse 2016, https://doi.org/10.1109/TAES.2016.140952), in float64 whatever the
-    dtype of cost.
+    Each row is matched with at most one column, and each column with at most one row. The number of matched pairs is
+    the maximum possible, and among all such matchings the sum of their costs is the minimum. The result is optimal,
+    like that of `scipy.optimize.linear_sum_assignment`. If a problem has several optimal matchings, the result may
+    differ from SciPy's, but it is the same on CPU and CUDA.
+
+    The algorithm finds shortest augmenting paths (Jonker and Volgenant 1987, https://doi.org/10.1007/BF02278710; Crouse
+    2016, https://doi.org/10.1109/TAES.2016.140952). It computes in float64 for every dtype of `cost`. On CUDA, it runs
+    on the device without a synchronization, with one block for each problem. On the CPU, problems run in parallel on
+    several threads.
 
     Args:
-        cost: [B,R,C], a problem each, or [R,C]; float64, float32, float16, bfloat16, or integers, which are converted
-            to float64. Pairs whose cost is NaN, inf or -inf are forbidden: they are never in the result.
-        num_rows: [B] rows of each problem that are used, in [0,R]: int64 or int32 on the device of cost, or a list of
-            ints; for cost [R,C] one int, [] or [1]. Rows from there on are ignored, whatever they hold. None: all.
-        num_cols: the same of columns, in [0,C].
-        maximize: the largest sum instead of the least.
+        cost: A tensor [R,C] with the cost of each pair, or [B,R,C] for a batch of problems, of dtype float64, float32,
+            float16, bfloat16, or an integer dtype, which is converted to float64. Pairs whose cost is NaN, inf or -inf
+            are forbidden and never matched.
+        num_rows: The number of rows of each problem, in [0,R], if a batch is padded. Further rows are ignored, whatever
+            values they contain. An int64 or int32 tensor [B] on the device of `cost`, or a list of B ints. For a single
+            problem, an int or a tensor [] or [1]. If None, all rows are used.
+        num_cols: The number of columns of each problem, in [0,C], if a batch is padded. Further columns are ignored,
+            whatever values they contain. An int64 or int32 tensor [B] on the device of `cost`, or a list of B ints. For
+            a single problem, an int or a tensor [] or [1]. If None, all columns are used.
+        maximize: If True, the sum of the costs is maximized instead of minimized.
 
     Returns:
-        row_to_col, int64 [B,R] (or [R]): the column of each row, -1 where it has none.
-        col_to_row, int64 [B,C] (or [C]): the row of each column, -1 where it has none.
+        A tuple ``(row_to_col, col_to_row)``.
 
-    Gradients: none; cost may require them. On CUDA it runs on the device without synchronizing, a block per problem;
-    on the CPU problems run in parallel on threads.
+        - ``row_to_col``, an int64 tensor [R] or [B,R], has the column of each row, or -1 if the row is not matched.
+        - ``col_to_row``, an int64 tensor [C] or [B,C], has the row of each column, or -1 if the column is not matched.
+
+    Gradients:
+        The result consists of indices and has no gradient. `cost` may require gradients.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, a value of num_rows outside [0,R] or of num_cols outside [0,C]. On CUDA finding
-            that in a tensor would cost a synchronization; such a problem gives -1 everywhere instead.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or a value of `num_rows` is outside of [0,R] or a
+            value of `num_cols` outside of [0,C]. On CUDA, checking the values of a tensor would require a
+            synchronization, so the result for such a problem is -1 everywhere instead.
 
     Example:
-        >>> row_to_col, col_to_row = relops.linear_sum_assignment(torch.tensor([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0]]))
-        >>> row_to_col, col_to_row  # (tensor([1, 0]), tensor([1, 0, -1])): costs 1 + 2
+        >>> import torch, relops
+        >>> cost = torch.tensor([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0]])
+        >>> row_to_col, col_to_row = relops.linear_sum_assignment(cost)  # costs 1 + 2
+        >>> row_to_col.tolist(), col_to_row.tolist()
+        ([1, 0], [1, 0, -1])
     """
     check_tensor(OP, "cost", cost)
     if cost.is_complex() or (cost.is_floating_point() and cost.dtype not in FEATURE_DTYPES):
@@ -70,13 +84,13 @@ def linear_sum_assignment(
 
 
 def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: int) -> Tensor | None:
-    """int64 [B], B = 1 for one problem."""
+    """Check num_rows or num_cols and return them as int64 [B], where B is 1 for a single problem."""
     if sizes is None:
         return None
     batched = cost.dim() == 3
     B = cost.size(0) if batched else 1
 
-    def words() -> str:  # called for an error only: to format a symbolic size is to fix it
+    def shape_rule() -> str:  # only called for errors, because formatting a symbolic size specializes the graph to it
         return f"[B] = [{B}]" if batched else "[] or [1]"
 
     if isinstance(sizes, Tensor):
@@ -84,20 +98,20 @@ def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: i
             raise TypeError(f"relops.{OP}: {name} must be int64 or int32, got {sizes.dtype}")
         check_device(OP, name, sizes, "cost", cost)
         if sizes.dim() > 1 or (batched and sizes.dim() == 0) or sizes.numel() != B:
-            raise ValueError(f"relops.{OP}: {name} must be {words()}, got shape {list(sizes.shape)}")
+            raise ValueError(f"relops.{OP}: {name} must be {shape_rule()}, got shape {list(sizes.shape)}")
         return sizes.long().reshape(B)
     ints = [sizes] if is_int(sizes) and not batched else sizes
     if not isinstance(ints, (list, tuple)) or not all(is_int(size) for size in ints):
         raise TypeError(
-            f"relops.{OP}: {name} must be a Tensor {words()}, {'a list of ints' if batched else 'an int'} or None, got "
-            f"{sizes!r}"
+            f"relops.{OP}: {name} must be a Tensor {shape_rule()}, {'a list of ints' if batched else 'an int'} or "
+            f"None, got {sizes!r}"
         )
     if len(ints) != B:
-        raise ValueError(f"relops.{OP}: {name} must be {words()}, got {len(ints)} ints")
+        raise ValueError(f"relops.{OP}: {name} must be {shape_rule()}, got {len(ints)} ints")
     for b, size in enumerate(ints):
         if not 0 <= size <= limit:
             raise ValueError(f"relops.{OP}: {name} must be in [0,{letter}] = [0,{limit}], got {size} for problem {b}")
-    # Without waiting for the copy, which blocking ones do.
+    # A blocking copy would wait for the device.
     return int_tensor(ints).to(cost.device, non_blocking=True)
 
 
@@ -117,11 +131,10 @@ def _vmap(
     num_cols: Tensor | None = None,
     maximize: bool = False,
 ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """vmap folds its dimension into B."""
-
+    """Fold the vmapped dimension into B."""
     V = info.batch_size
     cost = mapped_first(cost, in_dims[0], V)
-    # torch leaves out arguments at the end that have their default values, and their dimensions.
+    # torch omits trailing arguments that have their default values, and their dimensions.
     dims = (*in_dims[1:], None, None)
     sizes = [None if x is None else mapped_first(x, dim, V).flatten() for x, dim in zip((num_rows, num_cols), dims)]
     outputs = torch.ops.relops.linear_sum_assignment(cost.flatten(0, -3), *sizes, maximize)

@@ -1,4 +1,4 @@
-"""Local relation: windows aggregated with weights of similarity and geometry (https://arxiv.org/abs/1904.11491)."""
+"""Local relation: aggregation over windows by similarity and position (https://arxiv.org/abs/1904.11491)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relops._autocast import under_autocast, widest_under_autocast
+from relops._autocast import coordinates_under_autocast, promote_under_autocast
 from relops._checks import check_choice, check_coordinates, check_features, check_features_like, check_shape, check_size
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
@@ -15,7 +15,7 @@ from relops.ops._autograd import only_needed, register_differentiable
 from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
-MAX_KERNEL_SIZE = 63  # kMaxKernelSize of the kernels
+MAX_KERNEL_SIZE = 63  # kMaxKernelSize in the kernels
 MAX_STEP = 2**24  # of stride and dilation
 SIMILARITIES = ("squared_difference", "absolute_difference", "product")
 BORDERS = ("mask", "zero")
@@ -33,51 +33,67 @@ def local_relation(
     similarity: str = "squared_difference",
     border: str = "mask",
 ) -> Tensor:
-    """Means of values over windows of k x k pixels, weighted by how similar queries and keys are and where they lie.
+    """Aggregate values over k x k windows with weights that depend on similarity and relative position.
 
-    ``output[n,c,ho,wo] = sum over taps t of softmax over t(phi(query[n,g,ho,wo], key[n,g,y,x]) + prior[g,t])
-    value[n,c,y,x]``, g being the group of channel c. Queries and keys are one number per pixel and group. Tap (i, j) of
-    output (ho, wo) is pixel ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``: the
-    window is centered, an even k having one more tap before the center than after. With m = ceil(C / G), group g owns
-    channels [g * m, min((g + 1) * m, C)): C need not be a multiple of G. The definition is that of Local Relation
-    Networks (https://arxiv.org/abs/1904.11491). Neither windows nor weights are in memory, in either direction.
+    The output is a weighted mean over the taps t of a window::
+
+        weight[t] = softmax over t of (phi(query[n,g,ho,wo], key[n,g,y,x]) + prior[g,t])
+        output[n,c,ho,wo] = sum over t of weight[t] * value[n,c,y,x]
+
+    Here (y, x) is the pixel of tap t, and g is the group of channel c. Queries and keys are one number per pixel and
+    group. Tap (i, j) of output (ho, wo) is the pixel ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation *
+    (j - k // 2))``. The window is centered, and an even k has one more tap before the center than after it. With
+    ``m = ceil(C / G)``, group g owns the channels from ``g * m`` to ``min((g + 1) * m, C) - 1``, so C need not be a
+    multiple of G. The definition is that of Local Relation Networks (https://arxiv.org/abs/1904.11491). Neither the
+    forward nor the backward pass stores windows or weights in memory.
 
     Args:
-        query: [N,G,Ho,Wo] with Ho = ceil(H / stride) and Wo = ceil(W / stride), in the dtype of value.
-        key: [N,G,H,W] in the dtype of value.
-        value: [N,C,H,W], float64, float32, float16 or bfloat16. channels_last is read as it lies.
-        prior: [G,k,k], in the dtype of value, or float32 beside 16-bit values; None: zeros.
-        kernel_size: k, from 1 to 63.
-        stride: pixels from an output to the next, from 1 to 2^24.
-        dilation: pixels from a tap to the next, from 1 to 2^24.
-        similarity: phi, "squared_difference": -(q - k)^2; "absolute_difference": -|q - k|; "product": q * k.
-        border: taps outside the map leave the softmax ("mask"), or have key 0 and value 0 ("zero").
+        query: A tensor [N,G,Ho,Wo] in the dtype of `value`, where ``Ho = ceil(H / stride)`` and
+            ``Wo = ceil(W / stride)``.
+        key: A tensor [N,G,H,W] in the dtype of `value`.
+        value: A tensor [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last values are read without
+            a copy.
+        prior: A tensor [G,k,k] in the dtype of `value`, or float32 if `value` has 16 bits. If None, the prior is zero.
+        kernel_size: The window size k, from 1 to 63.
+        stride: The distance in pixels between neighboring outputs, from 1 to 2^24.
+        dilation: The distance in pixels between neighboring taps, from 1 to 2^24.
+        similarity: The function phi(q, k). "squared_difference" is ``-(q - k)^2``, "absolute_difference" is
+            ``-|q - k|``, and "product" is ``q * k``.
+        border: The treatment of taps outside of the map. "mask" excludes them from the softmax, and "zero" gives them
+            key 0 and value 0.
 
     Returns:
-        [N,C,Ho,Wo] in the dtype of value, channels_last if value is. Sums are in float32 for 16-bit values.
+        A tensor [N,C,Ho,Wo] in the dtype of `value`, channels_last if `value` is. For 16-bit values, sums are computed
+        in float32.
 
-    Gradients: to query, key, value and prior; only those asked for are computed. That of |q - k| at 0 is 0. Second
-    derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
+    Gradients:
+        Gradients flow to `query`, `key`, `value` and `prior`. Only the gradients that are needed are computed. The
+        derivative of ``|q - k|`` at 0 is 0. Second derivatives and forward-mode AD raise a RuntimeError. The backward
+        pass is bit-identical from run to run.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, a name that is unknown, a number out of its range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, `similarity` or `border` is unknown, or a number is
+            out of its range.
 
     Example:
-        >>> query, key, value = torch.randn(2, 32, 56, 56), torch.randn(2, 32, 56, 56), torch.randn(2, 256, 56, 56)
-        >>> relops.local_relation(query, key, value, torch.zeros(32, 7, 7), kernel_size=7)  # [2,256,56,56]
+        >>> import torch, relops
+        >>> query, key, value = torch.randn(2, 4, 14, 14), torch.randn(2, 4, 14, 14), torch.randn(2, 32, 14, 14)
+        >>> out = relops.local_relation(query, key, value, torch.zeros(4, 7, 7), kernel_size=7)
+        >>> out.shape
+        torch.Size([2, 32, 14, 14])
     """
     op = "local_relation"
-    query, key, value = widest_under_autocast(query, key, value)
+    query, key, value = promote_under_autocast(query, key, value)
     check_features(op, "value", value)
     if value.dim() != 4:
         raise ValueError(f"relops.{op}: value must be [N,C,H,W], got shape {list(value.shape)}")
-    for name, number, most in (
+    for name, number, max_size in (
         ("kernel_size", kernel_size, MAX_KERNEL_SIZE),
         ("stride", stride, MAX_STEP),
         ("dilation", dilation, MAX_STEP),
     ):
-        check_size(op, name, number, most)
+        check_size(op, name, number, max_size)
     check_features_like(op, "query", query, "[N,G,Ho,Wo]", "value", value)
     check_features_like(op, "key", key, "[N,G,H,W]", "value", value)
     N, C, H, W = value.shape
@@ -86,7 +102,7 @@ def local_relation(
     check_shape(op, "query", query, "[N,G,Ho,Wo]", N, G, (H + stride - 1) // stride, (W + stride - 1) // stride)
     if G == 0 and C != 0:
         raise ValueError(f"relops.{op}: key must have at least one group for the C = {C} channels of value, got G = 0")
-    (prior,) = under_autocast(value, prior)
+    (prior,) = coordinates_under_autocast(value, prior)
     if prior is not None:
         check_coordinates(op, "prior", prior, "value", value)
         check_shape(op, "prior", prior, "[G,k,k]", G, kernel_size, kernel_size)
@@ -124,7 +140,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 def _vmap(
     info: Any, in_dims: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, prior: Tensor | None, *settings: Any
 ) -> tuple[Tensor, int]:
-    """Its dimension is folded into N."""
+    """Fold the vmapped dimension into N."""
     if in_dims[3] is not None:
         raise ValueError("relops.local_relation: vmap over prior is not supported")
     maps = [mapped_first(x, dim, info.batch_size).flatten(0, 1) for x, dim in zip((query, key, value), in_dims)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relops._autocast import under_autocast
+from relops._autocast import coordinates_under_autocast
 from relops._checks import check_coordinates, check_device, check_features, check_mask, check_shape, check_tensor
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
@@ -26,42 +26,56 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Weighted sum of bilinear samples of a feature pyramid, per query and head.
+    """Compute weighted sums of bilinear samples of a feature pyramid, for each query and head.
 
-    ``output[n,q,m] = sum over l, p of attention_weights[n,q,m,l,p] * sample(level l of value[n,:,m], location)``, with
-    the sampling of ``grid_sample(align_corners=False, padding_mode="zeros")``: pixel = location * size - 0.5, and what
-    lies outside the level is zero. The definition is that of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
+    The output is a sum over all levels l and points p::
+
+        location = sampling_locations[n,q,m,l,p]
+        output[n,q,m] = sum over l, p of attention_weights[n,q,m,l,p] * sample(level l of value[n,:,m], location)
+
+    Samples are those of ``torch.nn.functional.grid_sample`` with ``align_corners=False`` and ``padding_mode="zeros"``:
+    the pixel coordinate is ``location * size - 0.5``, and pixels outside of the level are zero. The definition is that
+    of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
 
     Args:
-        value: [N,S,M,D], float64, float32, float16 or bfloat16. S is the sum of all H * W, level after level, each in
-            row-major order.
-        spatial_shapes: [L,2] int64, rows (H,W), or a list of such pairs. A list or a CPU tensor beside CUDA inputs
-            spares the kernel reading them from memory and lets the host check them.
-        level_start_index: [L] int64, where each level begins in S; None: one after the other.
-        sampling_locations: [N,Q,M,L,P,2], (x,y) normalized to [0,1] over the level, in the dtype of value, or float32
-            beside a 16-bit value (recommended: a bfloat16 location is off by a pixel at 200). Computed in float32
-            or better. A location that is not finite contributes zero and gets zero gradient.
-        attention_weights: [N,Q,M,L,P], dtype as for sampling_locations.
+        value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
+            The levels are concatenated along S, each in row-major order.
+        spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
+            tensor is faster than a CUDA tensor, because the kernel need not read it from memory, and the host can check
+            it.
+        level_start_index: An int64 tensor [L] with the index in S at which each level begins. If None, each level
+            begins where the previous one ends.
+        sampling_locations: A tensor [N,Q,M,L,P,2] with coordinates (x,y) normalized to [0,1] over the level, in the
+            dtype of `value`, or float32 if `value` has 16 bits. float32 is recommended, because bfloat16 locations near
+            pixel 200 have a resolution of only one pixel. Locations are computed in float32 or better. A non-finite
+            location contributes zero to the output and gets a gradient of zero.
+        attention_weights: A tensor [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has 16 bits.
 
     Returns:
-        [N,Q,M*D] in the dtype of value. Sums are in float32 for 16-bit values.
+        A tensor [N,Q,M*D] in the dtype of `value`. For 16-bit values, sums are computed in float32.
 
-    Gradients: to value, sampling_locations and attention_weights; only those asked for are computed. Second derivatives
-    and forward-mode AD raise RuntimeError. Under torch.use_deterministic_algorithms(True) the gradient of value is
-    bit-identical from run to run (on the CPU it always is).
+    Gradients:
+        Gradients flow to `value`, `sampling_locations` and `attention_weights`. Only the gradients that are needed are
+        computed. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from
+        run to run on the CPU, and on CUDA with ``torch.use_deterministic_algorithms(True)``; otherwise the gradient of
+        `value` may vary.
 
     Raises:
-        TypeError: a dtype, or a non-tensor.
-        ValueError: a shape, a device, or levels that do not add up to S. Where spatial_shapes is a CUDA tensor the
-            last would cost a synchronization; the output is NaN instead.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or the levels do not add up to S. If `spatial_shapes`
+            is a CUDA tensor, checking the levels would require a synchronization, so the output is NaN instead.
 
     Example:
+        >>> import torch, relops
         >>> value, shapes = torch.randn(1, 20, 8, 32), [(4, 4), (2, 2)]
-        >>> relops.ms_deform_attn(value, shapes, None, torch.rand(1, 5, 8, 2, 4, 2), torch.full((1, 5, 8, 2, 4), 1 / 8))
+        >>> locations, weights = torch.rand(1, 5, 8, 2, 4, 2), torch.full((1, 5, 8, 2, 4), 1 / 8)
+        >>> out = relops.ms_deform_attn(value, shapes, None, locations, weights)
+        >>> out.shape
+        torch.Size([1, 5, 256])
     """
     op = "ms_deform_attn"
     check_features(op, "value", value)
-    sampling_locations, attention_weights = under_autocast(value, sampling_locations, attention_weights)
+    sampling_locations, attention_weights = coordinates_under_autocast(value, sampling_locations, attention_weights)
     shapes = _check_sampling(
         op,
         value,
@@ -85,35 +99,61 @@ def ms_deform_attn_fused(
     attention_logits: Tensor,
     value_mask: Tensor | None = None,
 ) -> Tensor:
-    """`ms_deform_attn` with the softmax, the sampling locations and the padding mask computed inside the kernel.
+    """Compute `relops.ms_deform_attn` with the softmax, sampling locations and padding mask inside the kernel.
 
-    Equal to ``ms_deform_attn(value with masked rows zero, ..., locations, softmax(attention_logits over L*P))`` with
-    ``locations = reference + offset / (W,H)`` for points and ``reference_xy + offset / P * reference_wh * 0.5`` for
-    boxes; none of these is ever in memory, forward or backward.
+    The result is the same as that of the following steps, but neither the forward nor the backward pass stores their
+    intermediate results in memory::
+
+        value = value with the rows of value_mask set to zero
+        locations = reference + offset / (W,H)                              # for reference points
+        locations = reference_xy + offset / P * reference_wh * 0.5          # for reference boxes
+        weights = softmax of attention_logits over L * P
+        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+
+    The op ``ms_deform_attn`` computes sums of bilinear samples of a feature pyramid with these weights. The definition
+    is that of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
 
     Args:
-        value, spatial_shapes, level_start_index: as in `ms_deform_attn`.
-        reference_points: [N,Q,L,2] points (x,y) or [N,Q,L,4] boxes (center x, center y, width, height), normalized;
-            float32 (float64 beside a float64 value), or the dtype of value.
-        sampling_offsets: [N,Q,M,L,P,2], in pixels of the level for points, in half box sizes per P for boxes; the dtype
-            of value, or float32 beside a 16-bit value.
-        attention_logits: [N,Q,M,L,P], dtype as for sampling_offsets.
-        value_mask: [N,S] bool, True = padding, which counts as zero; or None.
+        value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
+            The levels are concatenated along S, each in row-major order.
+        spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
+            tensor is faster than a CUDA tensor, because the kernel need not read it from memory, and the host can check
+            it.
+        level_start_index: An int64 tensor [L] with the index in S at which each level begins. If None, each level
+            begins where the previous one ends.
+        reference_points: A tensor [N,Q,L,2] with points (x,y), or [N,Q,L,4] with boxes (center x, center y, width,
+            height), normalized to [0,1] over the level. The dtype is that of `value`, or float32 if `value` has 16
+            bits.
+        sampling_offsets: A tensor [N,Q,M,L,P,2] in the dtype of `value`, or float32 if `value` has 16 bits. The unit is
+            pixels of the level for points, and half of the box size divided by P for boxes.
+        attention_logits: A tensor [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has 16 bits.
+        value_mask: A bool tensor [N,S] that is True for padding, which counts as zero. If None, there is no padding.
 
     Returns:
-        [N,Q,M*D] in the dtype of value.
+        A tensor [N,Q,M*D] in the dtype of `value`. For 16-bit values, sums are computed in float32.
 
-    Gradients: to value (zero where masked), reference_points, sampling_offsets and attention_logits; otherwise as
-    `ms_deform_attn`, errors likewise.
+    Gradients:
+        Gradients flow to `value`, `reference_points`, `sampling_offsets` and `attention_logits`. Only the gradients
+        that are needed are computed. The gradient of masked values is zero. Second derivatives and forward-mode AD
+        raise a RuntimeError. The backward pass is bit-identical from run to run on the CPU, and on CUDA with
+        ``torch.use_deterministic_algorithms(True)``; otherwise the gradient of `value` may vary.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or the levels do not add up to S. If `spatial_shapes`
+            is a CUDA tensor, checking the levels would require a synchronization, so the output is NaN instead.
 
     Example:
+        >>> import torch, relops
         >>> value, shapes = torch.randn(1, 20, 8, 32), [(4, 4), (2, 2)]
         >>> reference, offsets = torch.rand(1, 5, 2, 2), torch.randn(1, 5, 8, 2, 4, 2)
-        >>> relops.ms_deform_attn_fused(value, shapes, None, reference, offsets, torch.randn(1, 5, 8, 2, 4))
+        >>> out = relops.ms_deform_attn_fused(value, shapes, None, reference, offsets, torch.randn(1, 5, 8, 2, 4))
+        >>> out.shape
+        torch.Size([1, 5, 256])
     """
     op = "ms_deform_attn_fused"
     check_features(op, "value", value)
-    sampling_offsets, attention_logits, reference_points = under_autocast(
+    sampling_offsets, attention_logits, reference_points = coordinates_under_autocast(
         value, sampling_offsets, attention_logits, reference_points
     )
     shapes = _check_sampling(
@@ -154,7 +194,7 @@ def _check_sampling(
     weights_name: str,
     weights: Tensor,
 ) -> Tensor:
-    """Checks what both ops share and gives spatial_shapes as a tensor."""
+    """Check the arguments that both ops have in common, and return spatial_shapes as a tensor."""
     if value.dim() != 4:
         raise ValueError(f"relops.{op}: value must be [N,S,M,D], got shape {list(value.shape)}")
     check_coordinates(op, locations_name, locations, "value", value)
@@ -174,7 +214,7 @@ def _check_sampling(
         try:
             sizes = [size for h, w in spatial_shapes for size in (h, w)]
             if any(isinstance(size, float) for size in sizes):
-                raise TypeError("torch.tensor would cut fractions off")
+                raise TypeError("torch.tensor would truncate fractions")
             spatial_shapes = int_tensor(sizes).view(-1, 2)
         except (TypeError, ValueError) as error:
             raise TypeError(
@@ -192,7 +232,7 @@ def _check_sampling(
         check_shape(op, name, tensor, letters, *shape)
         if tensor.device.type != "cpu":
             check_device(op, name, tensor, "value", value)
-    # The kernel checks again.
+    # The kernel repeats this check for calls of torch.ops.
     if spatial_shapes.device.type == "cpu" and has_values(spatial_shapes, level_start_index):
         _check_levels(op, S, spatial_shapes, level_start_index)
     check_device_has_kernels(op, value.device)
@@ -253,7 +293,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_context_fused(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    # The dispatcher leaves out a value_mask that is None, the default.
+    # The dispatcher omits value_mask if it has its default value, None.
     ctx.save_for_backward(*inputs, *[None] * (7 - len(inputs)))
 
 
@@ -262,7 +302,7 @@ def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gradients(ctx: Any, backward_op: Callable[..., Any], grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Return a gradient for each input. The shapes and starts of levels, and a mask at the end, have none."""
+    """Return a gradient for each input, which is None for the shapes and starts of levels and for the mask."""
     needs_value, _, _, *needs_others = ctx.needs_input_grad[:6]
     needs_grad = [needs_value, *needs_others]
     grads = backward_op(grad_output, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled(), needs_grad)
@@ -271,7 +311,7 @@ def _gradients(ctx: Any, backward_op: Callable[..., Any], grad_output: Tensor) -
 
 
 def _vmap(op: Any, batched_arguments: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
-    """vmap folds its dimension into N; levels cannot differ between the entries."""
+    """Return a vmap rule that folds the vmapped dimension into N. All entries must have the same levels."""
 
     def fold(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         if any(dim is not None for i, dim in enumerate(in_dims) if i not in batched_arguments):

@@ -37,37 +37,63 @@ def multi_scale_roi_align(
     canonical_box_size: float = 224.0,
     canonical_level: int = 4,
 ) -> Tensor:
-    """`roi_align` of each box on the level of a pyramid that fits its size, in one launch.
+    """Compute RoIAlign of each box on the level of a feature pyramid that fits its size, in a single launch.
 
-    A box is taken from level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size) + 1e-6)``, or from the
-    nearest of those given, where level l has spatial_scale 2^-l. The definition is that of Feature Pyramid Networks
-    (https://arxiv.org/abs/1612.03144, eq. 1), values are those of torchvision's MultiScaleRoIAlign.
+    Level l of the pyramid has a spatial scale of 2^-l. A box is assigned to level ``floor(canonical_level +
+    log2(sqrt(area) / canonical_box_size) + 1e-6)``, or to the nearest level in `inputs` if that level is missing. The
+    box is then multiplied by the scale of its level and divided into PH x PW equal bins. The value of a bin is the mean
+    of the bilinear samples at the centers of the n x n cells of a grid. A sample more than one pixel outside of the
+    level is zero, and a sample at most one pixel outside takes the value at the border. The definition is that of
+    Feature Pyramid Networks (https://arxiv.org/abs/1612.03144, eq. 1), and the values agree with
+    `torchvision.ops.MultiScaleRoIAlign`.
 
     Args:
-        inputs: the levels, finest first: L tensors [N,C,Hl,Wl] of one dtype, float64, float32, float16 or bfloat16,
-            with N and C in common. Where one is channels_last, all are read so, as they lie if they are. At most 16 on
-            CUDA.
-        boxes: as in `roi_align`, in image pixels.
-        output_size: (PH,PW), or one int for both.
-        spatial_scales: L numbers, pixels of the level per pixel of the image: powers of 1/2, each half the one before.
-        sampling_ratio, aligned: as in `roi_align`.
-        canonical_box_size: the side of a square box, in image pixels, that belongs to canonical_level.
-        canonical_level: the level of such a box; 4 is the level of spatial_scale 1/16.
+        inputs: A list of L feature maps [N,C,Hl,Wl], finest level first, with the same N, C and dtype, which is
+            float64, float32, float16 or bfloat16. If at least one level is channels_last, all levels are read as
+            channels_last, and levels that already have this format are not copied. CUDA supports at most 16 levels.
+        boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `inputs`, or float32 if `inputs`
+            have 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
+            pixel. Coordinates are computed in float32 or better. A batch index within 2^-10 of an integer is rounded to
+            that integer, and any other batch index is truncated toward zero.
+        output_size: The number of bins (PH,PW), or one int for both.
+        spatial_scales: A list of L numbers, the number of level pixels per image pixel for each level. They must be
+            powers of 1/2, each half of the previous one.
+        sampling_ratio: The number n of samples along each axis of a bin, at most 65536. If it is not positive, the
+            number of samples along an axis is the size of the bin in pixels of the level, rounded up.
+        aligned: If True, boxes are shifted by half a pixel, so that the center of pixel 0 has the coordinate 0.5, and
+            boxes smaller than one pixel keep their size. If False, the center of pixel 0 has the coordinate 0, and
+            boxes are widened to at least one pixel of the level.
+        canonical_box_size: The side, in image pixels, of a square box that is assigned to `canonical_level`.
+        canonical_level: The level to which a square box with the side `canonical_box_size` is assigned. Level 4 has the
+            spatial scale 1/16.
 
     Returns:
-        [K,C,PH,PW] in the dtype of inputs, channels_last if a level is. Sums are in float32 for 16-bit inputs. A box
-        with a coordinate that is not finite gives zeros.
+        A tensor [K,C,PH,PW] in the dtype of `inputs`, channels_last if at least one level is. For 16-bit inputs, sums
+        are computed in float32. The output of a box with a non-finite coordinate is zero.
 
-    Gradients: to inputs, and to boxes where they require it, as in `roi_align`; the choice of the level is not
-    differentiated. Errors as there.
+    Gradients:
+        Gradients flow to `inputs`, and to `boxes` if they require them. Only the gradients that are needed are
+        computed. The gradient of a batch index is zero, and so is the gradient of a box with a non-finite coordinate.
+        The choice of the level is not differentiated. Second derivatives and forward-mode AD raise a RuntimeError. The
+        backward pass is bit-identical from run to run.
 
     Raises:
-        TypeError, ValueError, IndexError: as `roi_align`; ValueError also for levels that do not go together and for
-            spatial_scales that break the rule.
+        TypeError: If an argument has the wrong type or dtype, or the levels differ in dtype.
+        ValueError: If an argument has the wrong shape or device, `inputs` is empty, the levels differ in N, C or
+            device, a number is out of its range, or `spatial_scales` are not powers of 1/2, each half of the previous
+            one. The error for boxes of a wrong shape is also an AssertionError, as in torchvision.
+        IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+            require a synchronization, so the output of the box is NaN instead.
 
     Example:
-        >>> levels, boxes = [torch.randn(2, 256, 200 >> i, 272 >> i) for i in range(4)], [torch.rand(9, 4) * 800] * 2
-        >>> relops.multi_scale_roi_align(levels, boxes, 7, [1 / 4, 1 / 8, 1 / 16, 1 / 32])
+        >>> import torch, relops
+        >>> levels = [torch.randn(2, 16, 64 >> i, 80 >> i) for i in range(4)]
+        >>> corners = torch.rand(9, 2) * 200
+        >>> boxes = torch.cat([corners, corners + 50], dim=1)  # the same boxes for both images
+        >>> out = relops.multi_scale_roi_align(levels, [boxes, boxes], 7, [1 / 4, 1 / 8, 1 / 16, 1 / 32])
+        >>> out.shape
+        torch.Size([18, 16, 7, 7])
     """
     if not torch.jit.is_scripting():
         inputs = _checked_levels(inputs)
@@ -102,18 +128,20 @@ def _checked_levels(inputs: object) -> list[Tensor]:
         check_device(OP, name, level, "inputs[0]", first)
         if level.shape[:2] != first.shape[:2]:
             raise ValueError(
-                f"relops.{OP}: {name} must be [N,C,Hl,Wl] with N, C = {first.size(0)}, {first.size(1)} of inputs[0], "
-                f"got shape {list(level.shape)}"
+                f"relops.{OP}: {name} must be [N,C,Hl,Wl] with N, C = {first.size(0)}, {first.size(1)} as in "
+                f"inputs[0], got shape {list(level.shape)}"
             )
     if is_autocasting(first):
-        # Layers that made the levels need not agree on a dtype there.
+        # Under autocast, the layers that computed the levels may return different dtypes.
         dtype = first.dtype
         for level in inputs:
             dtype = torch.promote_types(dtype, level.dtype)
         return [level.to(dtype) for level in inputs]
     for i, level in enumerate(inputs):
         if level.dtype != first.dtype:
-            raise TypeError(f"relops.{OP}: inputs[{i}] must be {first.dtype} as inputs[0] is, got {level.dtype}")
+            raise TypeError(
+                f"relops.{OP}: inputs[{i}] must be {first.dtype}, the dtype of inputs[0], got {level.dtype}"
+            )
     return list(inputs)
 
 
@@ -130,7 +158,8 @@ def _check_scales(spatial_scales: object, levels: int) -> None:
     halving = all(scale == spatial_scales[0] / 2**i for i, scale in enumerate(spatial_scales))
     if math.frexp(spatial_scales[0])[0] != 0.5 or not halving:
         raise ValueError(
-            f"relops.{OP}: spatial_scales must be powers of 1/2, each half the one before, got {list(spatial_scales)}"
+            f"relops.{OP}: spatial_scales must be powers of 1/2, each half of the previous one, got "
+            f"{list(spatial_scales)}"
         )
 
 
@@ -143,7 +172,7 @@ def _fake_forward(inputs: list[Tensor], boxes: Tensor, output_size: Sequence[int
 
 
 def _level_shapes(input_shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """From [N,C,H0,W0,H1,W1,..]."""
+    """Return the shapes of the levels from [N,C,H0,W0,H1,W1,..]."""
     N, C, *sizes = input_shape
     return [(N, C, H, W) for H, W in zip(sizes[::2], sizes[1::2])]
 
@@ -163,7 +192,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     levels, boxes, _, *ctx.options = inputs
-    # Here, unlike in backward, needs_input_grad lists the levels one by one.
+    # Unlike in backward, needs_input_grad is flat here and has an element for each level.
     needs_boxes = ctx.needs_input_grad[len(levels)]
     ctx.save_for_backward(boxes, *(levels if needs_boxes else []))
     ctx.input_shape = [*levels[0].shape[:2], *(size for level in levels for size in level.shape[2:])]
@@ -184,7 +213,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], inputs: list[Tensor], boxes: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    """Folds its dimension into N, of all levels if of any, and K."""
+    """Fold the vmapped dimension into N of all levels, if at least one level is vmapped, and into K."""
     N = None
     if any(dim is not None for dim in in_dims[0]):
         inputs = [mapped_first(level, dim, info.batch_size) for level, dim in zip(inputs, in_dims[0])]

@@ -1,4 +1,4 @@
-"""Non-maximum suppression."""
+"""Non-maximum suppression (https://arxiv.org/abs/1311.2524)."""
 
 import torch
 from torch import Tensor
@@ -8,36 +8,46 @@ from relops.ops._suppression import check_boxes, check_iou_threshold, check_scor
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Keeps a box unless it overlaps a kept box of higher score by more than iou_threshold.
+    """Keep each box unless it overlaps a kept box with a higher score by more than `iou_threshold`.
 
-    Boxes are taken by descending score, of equal scores the lower index first; the intersection over union (IoU) of two
-    is one expression in float32 (float64 for float64 boxes), the same on both devices, and 0 for two boxes without
-    area. Arguments and their order are those of torchvision.ops.nms.
+    Boxes are visited in the order of descending scores, and boxes with equal scores in the order of their indices. The
+    intersection over union (IoU) of two boxes is computed with the same float32 operations on both devices (float64 for
+    float64 boxes), and is 0 for two boxes without area. The definition is the greedy non-maximum suppression of R-CNN
+    (Girshick et al. 2014, https://arxiv.org/abs/1311.2524, section 2.2). The arguments and their order are those of
+    `torchvision.ops.nms`, with which the result agrees except in two cases:
 
-    IoU is compared with iou_threshold in its own dtype: an IoU of exactly 3/10 is not larger than 0.3. torchvision's
-    CPU kernel compares them in float64, where the float32 number next to 3/10 is larger than 0.3, and suppresses such a
-    box; its CUDA kernel does not. It leaves open which of two boxes with equal scores comes first.
+    - The comparison with `iou_threshold` uses the dtype of the IoU, so a float32 IoU of 3/10 does not exceed a
+      threshold of 0.3. The CPU kernel of torchvision compares in float64, where the float32 number nearest to 3/10 is
+      larger than 0.3, and therefore suppresses such a box. The CUDA kernel of torchvision does not.
+    - torchvision does not specify the order of two boxes with equal scores.
 
     Args:
-        boxes: [K,4], rows of (x1, y1, x2, y2) in any unit; float64, float32, float16, bfloat16 or integers. 64-bit
-            integers are computed in float64, 16-bit floats and all other integers in float32.
-        scores: [K], one of these floating dtypes, not necessarily that of boxes. An entry with a NaN score, or a box
-            that is not finite, is as if absent: it is not kept and suppresses nothing.
-        iou_threshold: in [0,1], rounded to the dtype that IoU is computed in. A box whose IoU equals it is kept.
+        boxes: A tensor [K,4] with rows (x1, y1, x2, y2) in any unit, of dtype float64, float32, float16, bfloat16 or an
+            integer dtype. 64-bit integers are computed in float64, and 16-bit floats and all other integers in float32.
+        scores: A tensor [K] of dtype float64, float32, float16 or bfloat16, which may differ from that of `boxes`. An
+            entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and it
+            suppresses no other box.
+        iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. A box is kept if its IoU
+            equals the threshold.
 
     Returns:
-        [kept] int64: indices of the kept boxes, by descending score. Its length has to be known to the host, so that on
-        CUDA this waits for the device once; `relops.nms_padded` does not.
+        An int64 tensor [kept] with the indices of the kept boxes in the order of descending scores. On CUDA, the call
+        waits for the device once, because the host must know the number of kept boxes. `relops.nms_padded` does not
+        wait.
 
-    Gradients: none, the result is indices.
+    Gradients:
+        The result consists of indices and has no gradient.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, an iou_threshold out of its range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or `iou_threshold` is out of its range.
 
     Example:
+        >>> import torch, relops
         >>> boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [1.0, 0.0, 9.0, 8.0], [20.0, 0.0, 30.0, 5.0]])
-        >>> relops.nms(boxes, torch.tensor([0.6, 0.9, 0.3]), 0.5)  # tensor([1, 2])
+        >>> keep = relops.nms(boxes, torch.tensor([0.6, 0.9, 0.3]), 0.5)
+        >>> keep.tolist()
+        [1, 2]
     """
     if not torch.jit.is_scripting():
         check_boxes("nms", boxes)

@@ -1,4 +1,4 @@
-"""Non-maximum suppression whose output has a size known beforehand."""
+"""Non-maximum suppression with an output of known size (https://arxiv.org/abs/1311.2524)."""
 
 import math
 from typing import Any
@@ -20,49 +20,72 @@ def nms_padded(
     idxs: Tensor | None = None,
     score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`relops.nms` or `relops.batched_nms`, of one image or each of a batch, cut or padded to max_output boxes.
+    """Apply non-maximum suppression to one image or a batch, and return exactly `max_output` indices per image.
 
-    As its shapes depend on no value, it never waits for a CUDA device, can be captured in a CUDA graph, and can be
-    mapped by torch.vmap. It gives what the other two give, image by image, of the entries whose score is larger than
-    score_threshold.
+    In each image, each box is kept unless it overlaps a kept box of the same class and a higher score by more than
+    `iou_threshold`. The indices of the kept boxes are truncated or padded to `max_output`. For each image, the result
+    is that of `relops.nms`, or of `relops.batched_nms` if `idxs` are given, for the entries with a score above
+    `score_threshold`. The shapes of the output do not depend on values, so the op never waits for a CUDA device, and it
+    works in CUDA graphs and with `torch.vmap`.
+
+    The definition is the greedy non-maximum suppression of R-CNN (Girshick et al. 2014,
+    https://arxiv.org/abs/1311.2524, section 2.2). The comparison with `iou_threshold` uses the dtype of the IoU, so a
+    float32 IoU of 3/10 does not exceed a threshold of 0.3. The CPU kernel of torchvision compares in float64, where the
+    float32 number nearest to 3/10 is larger than 0.3, and therefore suppresses such a box. The CUDA kernel of
+    torchvision does not.
 
     Args:
-        boxes: [K,4] or [B,K,4], as in `relops.nms`. Images with fewer boxes than K can be filled up with scores of NaN.
-        scores: [K] or [B,K], as in `relops.nms`.
-        iou_threshold: as in `relops.nms`, also in how an IoU that equals it differs from torchvision.
-        max_output: how many indices are wanted of each image, at least 0; it may be more than K.
-        idxs: [K] or [B,K], as in `relops.batched_nms`; None: all boxes of an image are of one class.
-        score_threshold: an entry whose score is not larger is as if absent; None: all count. Rounded to the dtype that
-            scores are compared in, float64 for float64 scores and else float32.
+        boxes: A tensor [K,4], or [B,K,4] for a batch, with rows (x1, y1, x2, y2) in any unit, of dtype float64,
+            float32, float16, bfloat16 or an integer dtype. 64-bit integers are computed in float64, and 16-bit floats
+            and all other integers in float32. Images with fewer than K boxes can be padded with boxes whose score is
+            NaN.
+        scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16, which may differ from that of
+            `boxes`. An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and
+            it suppresses no other box.
+        iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. A box is kept if its IoU
+            equals the threshold.
+        max_output: The number of indices that are returned for each image, at least 0. It may be larger than K.
+        idxs: A tensor [K] or [B,K] with the class of each box: any values of an integer dtype. If None, all boxes of an
+            image have the same class.
+        score_threshold: Entries whose score is not larger than this number are ignored. If None, there is no threshold.
+            The number is rounded to the dtype in which scores are compared, which is float64 for float64 scores and
+            float32 for all others.
 
     Returns:
-        keep [max_output] or [B,max_output] int64: indices into the image's boxes by descending score, of equal scores
-        the lower index first, then -1; and count [] or [B] int64: how many of them are no padding.
+        A tuple ``(keep, count)``.
 
-    Gradients: none, the result is indices.
+        - ``keep``, an int64 tensor [max_output] or [B,max_output], has the indices of the kept boxes within their
+          image, in the order of descending scores, followed by -1. Equal scores are in the order of their indices.
+        - ``count``, an int64 tensor [] or [B], is the number of indices in ``keep`` that are not padding.
+
+    Gradients:
+        The result consists of indices and has no gradient.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, a number out of its range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or a number is out of its range.
 
     Example:
+        >>> import torch, relops
         >>> boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [1.0, 0.0, 9.0, 8.0], [20.0, 0.0, 30.0, 5.0]])
-        >>> keep, count = relops.nms_padded(boxes, torch.tensor([0.6, 0.9, 0.3]), 0.5, 3)  # [1, 2, -1], 2
+        >>> keep, count = relops.nms_padded(boxes, torch.tensor([0.6, 0.9, 0.3]), 0.5, max_output=3)
+        >>> keep.tolist(), count.item()
+        ([1, 2, -1], 2)
     """
     op = "nms_padded"
     check_boxes(op, boxes, batched=True)
     check_scores(op, scores, boxes)
     check_iou_threshold(op, iou_threshold)
-    whole = is_int(max_output)
-    if not whole or max_output < 0:
-        raise (ValueError if whole else TypeError)(
+    is_integer = is_int(max_output)
+    if not is_integer or max_output < 0:
+        raise (ValueError if is_integer else TypeError)(
             f"relops.{op}: max_output must be an int of at least 0, got {max_output!r}"
         )
     if idxs is not None:
         check_idxs(op, idxs, boxes)
         idxs = idxs.to(torch.int64)
     if score_threshold is not None:
-        check_number(op, "score_threshold", score_threshold, "or None", -math.inf, math.inf)
+        check_number(op, "score_threshold", score_threshold, "a number or None", -math.inf, math.inf)
     return torch.ops.relops.nms_padded(
         to_compute_dtype(boxes.detach()),
         to_compute_dtype(scores.detach()),
@@ -97,11 +120,11 @@ def _vmap(
     idxs: Tensor | None = None,
     score_threshold: float | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """vmap is a batch, or folds its dimension into the one there is."""
+    """Use the vmapped dimension as the batch, or fold it into an existing batch."""
     V = info.batch_size
     boxes, scores = mapped_first(boxes, in_dims[0], V), mapped_first(scores, in_dims[1], V)
-    images = boxes.shape[:-2]  # V, or V and B
+    batch = boxes.shape[:-2]  # [V] or [V,B]
     boxes, scores = boxes.flatten(0, -3), scores.flatten(0, -2)
     idxs = None if idxs is None else mapped_first(idxs, in_dims[4], V).flatten(0, -2)
     keep, count = torch.ops.relops.nms_padded(boxes, scores, iou_threshold, max_output, idxs, score_threshold)
-    return (keep.unflatten(0, images), count.unflatten(0, images)), (0, 0)
+    return (keep.unflatten(0, batch), count.unflatten(0, batch)), (0, 0)

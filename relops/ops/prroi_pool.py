@@ -8,31 +8,48 @@ from relops.ops._regions import as_rows, checked_region, register_differentiable
 
 
 def prroi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
-    """Mean of the bilinear surface over each bin of each box, as an exact integral.
+    """Compute the mean of the bilinearly interpolated map over each bin of each box, as an exact integral.
 
-    The box, times spatial_scale, is divided into PH x PW equal bins, and each bin is the integral, over it, of the
-    surface that interpolates the pixels bilinearly, divided by the area of the bin: no sampling, and gradients to the
-    boxes that are continuous. The center of pixel 0 is 0, and the surface falls to zero within a pixel outside of the
-    map. An empty bin is zero. The definition is that of IoU-Net (https://arxiv.org/abs/1807.11590).
+    Each box is multiplied by `spatial_scale` and divided into PH x PW equal bins. The value of a bin is the integral
+    over the bin of the surface that interpolates the pixels bilinearly, divided by the area of the bin. No samples are
+    taken, and the gradients with respect to the boxes are continuous. The center of pixel 0 has the coordinate 0, and
+    the surface falls to zero within one pixel outside of the map. An empty bin is zero. The definition is Precise RoI
+    Pooling of IoU-Net (https://arxiv.org/abs/1807.11590).
 
     Args:
-        input: [N,C,H,W], float64, float32, float16 or bfloat16. channels_last is read as it lies.
-        boxes: as in `roi_align`.
-        output_size: (PH,PW), or one int for both.
-        spatial_scale: pixels of the map per pixel of the image.
+        input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
+            without a copy.
+        boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
+            has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
+            pixel. Coordinates are computed in float32 or better. A batch index within 2^-10 of an integer is rounded to
+            that integer, and any other batch index is truncated toward zero.
+        output_size: The number of bins (PH,PW), or one int for both.
+        spatial_scale: The number of feature map pixels per image pixel.
 
     Returns:
-        [K,C,PH,PW] in the dtype of input, channels_last if input is. Sums are in float32 for 16-bit input. A box with
-        a coordinate that is not finite gives zeros.
+        A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. For 16-bit inputs, sums are computed
+        in float32. The output of a box with a non-finite coordinate is zero.
 
-    Gradients: to input, and to boxes where they require it, as in `roi_align`; errors likewise.
+    Gradients:
+        Gradients flow to `input`, and to `boxes` if they require them. Only the gradients that are needed are computed.
+        The gradient of a batch index is zero, and so is the gradient of a box with a non-finite coordinate. Second
+        derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run to run.
 
     Raises:
-        TypeError, ValueError, IndexError: as `roi_align`.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or a number is out of its range. The error for boxes
+            of a wrong shape is also an AssertionError, as in torchvision.
+        IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+            require a synchronization, so the output of the box is NaN instead.
 
     Example:
+        >>> import torch, relops
         >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]], requires_grad=True)
-        >>> relops.prroi_pool(torch.randn(1, 256, 50, 68), boxes, 7, spatial_scale=1 / 4).sum().backward()
+        >>> out = relops.prroi_pool(torch.randn(1, 256, 50, 68), boxes, 7, spatial_scale=1 / 4)
+        >>> out.sum().backward()
+        >>> out.shape, boxes.grad.shape
+        (torch.Size([1, 256, 7, 7]), torch.Size([1, 5]))
     """
     if not torch.jit.is_scripting():
         boxes, output_size = checked_region("prroi_pool", input, boxes, output_size, spatial_scale)

@@ -21,29 +21,52 @@ def ps_roi_align(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
 ) -> Tensor:
-    """`roi_align` in which every bin looks at channels of its own.
+    """Compute RoIAlign with separate input channels for each bin.
 
-    ``output[k,c,ph,pw]`` is what ``roi_align(..., aligned=True)`` gives for channel ``(c * PH + ph) * PW + pw`` in bin
-    (ph,pw). The definition is that of Light-Head R-CNN (https://arxiv.org/abs/1711.07264), values are those of
-    torchvision's op of this name.
+    ``output[k,c,ph,pw]`` is the mean of bilinear samples of input channel ``(c * PH + ph) * PW + pw`` in bin (ph,pw) of
+    box k. Each box is multiplied by `spatial_scale` and shifted by half a pixel, so that the center of pixel 0 has the
+    coordinate 0.5. It is then divided into PH x PW equal bins. The samples are at the centers of the n x n cells of a
+    grid in the bin. A sample more than one pixel outside of the map is zero, and a sample at most one pixel outside
+    takes the value at the border. For each channel and bin, the value is the same as that of `relops.roi_align` with
+    ``aligned=True``. The definition is that of Light-Head R-CNN (https://arxiv.org/abs/1711.07264), and the values
+    agree with `torchvision.ops.ps_roi_align`.
 
     Args:
-        input: [N,C,H,W] with C divisible by PH * PW, float64, float32, float16 or bfloat16. channels_last is read as it
-            lies.
-        boxes, output_size, spatial_scale, sampling_ratio: as in `roi_align`.
+        input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. C must be divisible by PH * PW.
+            channels_last inputs are read without a copy.
+        boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
+            has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
+            pixel. Coordinates are computed in float32 or better. A batch index within 2^-10 of an integer is rounded to
+            that integer, and any other batch index is truncated toward zero.
+        output_size: The number of bins (PH,PW), or one int for both.
+        spatial_scale: The number of feature map pixels per image pixel.
+        sampling_ratio: The number n of samples along each axis of a bin, at most 65536. If it is not positive, the
+            number of samples along an axis is the size of the bin in feature map pixels, rounded up.
 
     Returns:
-        [K,C/(PH*PW),PH,PW] in the dtype of input, channels_last if input is. Sums are in float32 for 16-bit input. A
-        box with a coordinate that is not finite gives zeros.
+        A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. For 16-bit inputs, sums are
+        computed in float32. The output of a box with a non-finite coordinate is zero.
 
-    Gradients: to input, and to boxes where they require it, as in `roi_align`; errors likewise.
+    Gradients:
+        Gradients flow to `input`, and to `boxes` if they require them. Only the gradients that are needed are computed.
+        The gradient of a batch index is zero, and so is the gradient of a box with a non-finite coordinate. Second
+        derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run to run.
 
     Raises:
-        TypeError, ValueError, IndexError: as `roi_align`; ValueError also where PH * PW does not divide C.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, a number is out of its range, or C is not divisible by
+            PH * PW. The error for boxes of a wrong shape is also an AssertionError, as in torchvision.
+        IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+            require a synchronization, so the output of the box is NaN instead.
 
     Example:
+        >>> import torch, relops
+        >>> input = torch.randn(1, 10 * 7 * 7, 50, 68)
         >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
-        >>> relops.ps_roi_align(torch.randn(1, 10 * 7 * 7, 50, 68), boxes, 7, spatial_scale=1 / 4, sampling_ratio=2)
+        >>> out = relops.ps_roi_align(input, boxes, 7, spatial_scale=1 / 4, sampling_ratio=2)
+        >>> out.shape
+        torch.Size([1, 10, 7, 7])
     """
     if not torch.jit.is_scripting():
         boxes, output_size = checked_region("ps_roi_align", input, boxes, output_size, spatial_scale)

@@ -13,32 +13,47 @@ from relops.ops._regions import as_rows, check_divisible, checked_region, fake_f
 
 
 def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
-    """Mean over the pixels of each bin of each box, in which every bin looks at channels of its own.
+    """Compute the mean over the pixels of each bin of each box, with separate input channels for each bin.
 
-    The corners of the box, times spatial_scale, are rounded to whole pixels, the last not included, the box is divided
-    into PH x PW bins, each rounded outwards to pixels, and ``output[k,c,ph,pw]`` is the mean of channel
-    ``(c * PH + ph) * PW + pw`` over bin (ph,pw); a bin without pixels is zero. The definition is that of R-FCN
-    (https://arxiv.org/abs/1605.06409), values are those of torchvision's op of this name, whose bins leave out the last
-    row and the last column of the map.
+    ``output[k,c,ph,pw]`` is the mean of input channel ``(c * PH + ph) * PW + pw`` over the pixels of bin (ph,pw) of box
+    k. The corners of each box are multiplied by `spatial_scale` and rounded to whole pixels. The first corner pixel
+    belongs to the box, and the second does not. The box is divided into PH x PW bins, whose edges are rounded outward
+    to whole pixels. A bin without pixels is zero. The definition is that of R-FCN (https://arxiv.org/abs/1605.06409).
+    The values agree with `torchvision.ops.ps_roi_pool`, whose bins exclude the last row and the last column of the map.
 
     Args:
-        input: [N,C,H,W] with C divisible by PH * PW, float64, float32, float16 or bfloat16. channels_last is read as it
-            lies.
-        boxes, output_size, spatial_scale: as in `roi_pool`.
+        input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. C must be divisible by PH * PW.
+            channels_last inputs are read without a copy.
+        boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
+            has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
+            pixel. Coordinates are computed in float32 or better. A batch index within 2^-10 of an integer is rounded to
+            that integer, and any other batch index is truncated toward zero.
+        output_size: The number of bins (PH,PW), or one int for both.
+        spatial_scale: The number of feature map pixels per image pixel.
 
     Returns:
-        [K,C/(PH*PW),PH,PW] in the dtype of input, channels_last if input is. Sums are in float32 for 16-bit input. A
-        box with a coordinate that is not finite gives zeros.
+        A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. For 16-bit inputs, sums are
+        computed in float32. The output of a box with a non-finite coordinate is zero.
 
-    Gradients: to input. None to boxes: rounding has no useful gradient, and boxes.grad stays None. Second derivatives
-    and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
+    Gradients:
+        Gradients flow to `input`. Rounding has no useful gradient, so none flows to `boxes`, and ``boxes.grad`` stays
+        None. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run
+        to run.
 
     Raises:
-        TypeError, ValueError, IndexError: as `roi_align`; ValueError also where PH * PW does not divide C.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, a number is out of its range, or C is not divisible by
+            PH * PW. The error for boxes of a wrong shape is also an AssertionError, as in torchvision.
+        IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+            require a synchronization, so the output of the box is NaN instead.
 
     Example:
+        >>> import torch, relops
         >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
-        >>> relops.ps_roi_pool(torch.randn(1, 21 * 7 * 7, 50, 68), boxes, 7, spatial_scale=1 / 4)
+        >>> out = relops.ps_roi_pool(torch.randn(1, 21 * 7 * 7, 50, 68), boxes, 7, spatial_scale=1 / 4)
+        >>> out.shape
+        torch.Size([1, 21, 7, 7])
     """
     if not torch.jit.is_scripting():
         boxes, output_size = checked_region("ps_roi_pool", input, boxes, output_size, spatial_scale)

@@ -1,4 +1,4 @@
-"""Sinusoidal embedding of ranks, as the learned duplicate removal of relation networks has it."""
+"""Sinusoidal embedding of ranks (https://arxiv.org/abs/1711.11575, section 4.3)."""
 
 from __future__ import annotations
 
@@ -7,38 +7,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relops._checks import LARGEST, SMALLEST, check_number, check_tensor, is_int
+from relops._checks import MAX_FINITE, MIN_POSITIVE, check_number, check_tensor, is_int
 from relops._dtypes import FEATURE_DTYPES
 from relops._library import check_device_has_kernels
 from relops.ops._autograd import register_differentiable
 
 
 def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) -> Tensor:
-    """Sines and cosines of ranks: what tells a network the place of an entry in an order.
+    """Compute sines and cosines of ranks, which tell a network the position of an entry in an order.
 
-    ``output[.., j] = sin(a_j)`` and ``output[.., dim / 2 + j] = cos(a_j)``, j from 0 to dim / 2 - 1, with
-    ``a_j = ranks / wavelength^(2 j / dim)``. The definition is that of Relation Networks for Object Detection
-    (https://arxiv.org/abs/1711.11575, section 4.3) and of Attention Is All You Need (https://arxiv.org/abs/1706.03762),
-    here with all sines first.
+    For j from 0 to ``dim / 2 - 1``, the embedding of a rank is::
+
+        angle[j] = rank / wavelength^(2 j / dim)
+        output[.., j] = sin(angle[j])
+        output[.., dim / 2 + j] = cos(angle[j])
+
+    The definition is that of Relation Networks for Object Detection (https://arxiv.org/abs/1711.11575, section 4.3) and
+    of Attention Is All You Need (https://arxiv.org/abs/1706.03762), except that all sines come first here.
 
     Args:
-        ranks: [..] of any integer dtype, float64, float32, float16 or bfloat16; 0 is the first. bfloat16 has no odd
-            numbers beyond 256.
-        dim: even, at least 2.
-        wavelength: finite and positive: the slowest sine repeats after nearly 2 pi times as many ranks.
+        ranks: A tensor of any shape and any integer dtype, or float64, float32, float16 or bfloat16. The first rank is
+            0. bfloat16 cannot represent odd numbers larger than 256.
+        dim: The size of an embedding, an even number of at least 2.
+        wavelength: A finite positive number. The slowest sine has a period of nearly ``2 * pi * wavelength`` ranks.
 
     Returns:
-        [..,dim], float32 for integers, otherwise in the dtype of ranks. Angles are float64 for every dtype, so that
-        large ranks keep their place. A rank that is not finite gives NaN.
+        A tensor [..,dim], in the dtype of `ranks` if it is a floating-point dtype, and in float32 otherwise. Angles are
+        computed in float64 for every dtype, so that the embeddings of large ranks are accurate. The embedding of a
+        non-finite rank is NaN.
 
-    Gradients: to ranks where they are floating point. Second derivatives and forward-mode AD raise RuntimeError.
+    Gradients:
+        Gradients flow to `ranks` if they are floating-point numbers. Second derivatives and forward-mode AD raise a
+        RuntimeError.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: dim or wavelength out of its range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If `dim` or `wavelength` is out of its range.
 
     Example:
-        >>> relops.rank_embedding(torch.arange(100), 128)  # [100,128]
+        >>> import torch, relops
+        >>> embedding = relops.rank_embedding(torch.arange(100), 128)
+        >>> embedding.shape
+        torch.Size([100, 128])
     """
     op = "rank_embedding"
     check_tensor(op, "ranks", ranks)
@@ -51,7 +61,7 @@ def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) ->
         raise TypeError(f"relops.{op}: dim must be an int, got {dim!r}")
     if dim < 2 or dim % 2 != 0:
         raise ValueError(f"relops.{op}: dim must be even and at least 2, got {dim!r}")
-    check_number(op, "wavelength", wavelength, "positive and finite", SMALLEST, LARGEST)
+    check_number(op, "wavelength", wavelength, "a finite positive number", MIN_POSITIVE, MAX_FINITE)
     check_device_has_kernels(op, ranks.device)
     return torch.ops.relops.rank_embedding(ranks if floating else ranks.to(torch.int64), dim, wavelength)
 

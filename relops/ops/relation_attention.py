@@ -1,4 +1,4 @@
-"""Attention between boxes, weighted by their geometry: the object relation module (https://arxiv.org/abs/1711.11575)."""
+"""Attention among boxes with weights from features and geometry (https://arxiv.org/abs/1711.11575)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relops._autocast import under_autocast, widest_under_autocast
+from relops._autocast import coordinates_under_autocast, promote_under_autocast
 from relops._checks import (
-    LARGEST,
-    SMALLEST,
+    MAX_FINITE,
+    MIN_POSITIVE,
     check_choice,
     check_coordinates,
     check_device,
@@ -43,53 +43,72 @@ def relation_attention(
     wavelength: float = 1000.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Multi-head attention among boxes whose weights depend on features and on relative geometry.
+    """Compute multi-head attention among boxes, with weights that depend on features and relative geometry.
 
-    ``output[n,q,m] = sum over k of softmax over k(log(max(b, 1e-6)) + scale * query[n,q,m] . key[n,k,m]) value[n,k,m]``
-    where ``b = geometry_weight[m] . e(q, k) + geometry_bias[m]`` and e is an embedding, of 64 numbers, of the four
-    coordinates ``log max(|dx| / w, 1e-3), log max(|dy| / h, 1e-3), log(wq / wk), log(hq / hk)``: coordinate after
-    coordinate, the 8 sines and then the 8 cosines of ``coordinate * 100 / wavelength^(j / 8)``. dx and dy are between
-    the centers of the boxes, widths are x2 - x1 + 1, and w, h are those of the key's box or of the query's (geometry).
-    The definition is that of Relation Networks for Object Detection (https://arxiv.org/abs/1711.11575, eq. 2 to 5). The
-    embeddings of all pairs are never in memory, in neither direction.
+    The output is a weighted sum over the keys k::
+
+        b[n,q,m,k] = geometry_weight[m] . e(q, k) + geometry_bias[m]
+        logit[n,q,m,k] = log(max(b[n,q,m,k], 1e-6)) + scale * query[n,q,m] . key[n,k,m]
+        output[n,q,m] = sum over k of (softmax over k of logit[n,q,m,k]) * value[n,k,m]
+
+    The embedding e(q, k) has 64 numbers. It consists of the 8 sines and then the 8 cosines of
+    ``coordinate * 100 / wavelength^(j / 8)``, j from 0 to 7, of each of these four coordinates in turn::
+
+        log(max(|dx| / w, 1e-3)), log(max(|dy| / h, 1e-3)), log(wq / wk), log(hq / hk)
+
+    Here dx and dy are the differences between the centers of the two boxes. The width of a box is x2 - x1 + 1 and its
+    height y2 - y1 + 1. wq and hq are the size of the query's box, wk and hk that of the key's box, and `geometry`
+    selects which of them are w and h. The definition is that of Relation Networks for Object Detection
+    (https://arxiv.org/abs/1711.11575, eq. 2 to 5). Neither the forward nor the backward pass stores the embeddings of
+    all pairs in memory.
 
     Args:
-        query: [N,Q,M,D], float64, float32, float16 or bfloat16.
-        key: [N,K,M,D] in the dtype of query.
-        value: [N,K,M,Dv] in the dtype of query.
-        query_boxes: [N,Q,4]: x1, y1, x2, y2 in pixels, in the dtype of query, or float32 beside 16-bit features
-            (recommended: a bfloat16 coordinate is pixels off). Computed in float32 or better.
-        key_boxes: [N,K,4], likewise.
-        geometry_weight: [M,64], in the dtype of query, or float32 beside 16-bit features.
-        geometry_bias: [M], likewise; None: 0.
-        key_mask: [N,K] bool, True = ignore: whatever its features and box are, such a key has no influence. None: no
-            key is ignored.
-        geometry: what dx and dy are divided by, "paper": the size of the key's box, as eq. 5 has it; "official": that
-            of the query's, as the code that its authors released does.
-        wavelength: finite and positive.
-        scale: finite; None: 1 / sqrt(D).
+        query: A tensor [N,Q,M,D] of dtype float64, float32, float16 or bfloat16.
+        key: A tensor [N,K,M,D] in the dtype of `query`.
+        value: A tensor [N,K,M,Dv] in the dtype of `query`.
+        query_boxes: A tensor [N,Q,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`, or float32 if
+            `query` has 16 bits. float32 is recommended, because bfloat16 coordinates can be wrong by several pixels.
+            Boxes are computed in float32 or better.
+        key_boxes: A tensor [N,K,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`, or float32 if `query`
+            has 16 bits.
+        geometry_weight: A tensor [M,64] in the dtype of `query`, or float32 if `query` has 16 bits.
+        geometry_bias: A tensor [M] in the dtype of `query`, or float32 if `query` has 16 bits. If None, the bias is 0.
+        key_mask: A bool tensor [N,K] that is True for keys to ignore. Such a key has no influence on the output,
+            whatever values its features and box have. If None, no key is ignored.
+        geometry: "paper" divides dx and dy by the size of the key's box, as in eq. 5. "official" divides them by the
+            size of the query's box, as in the code that the authors released.
+        wavelength: A finite positive number.
+        scale: A finite number, or None for ``1 / sqrt(D)``.
 
     Returns:
-        [N,Q,M,Dv] in the dtype of query; sums are in float32 for 16-bit features. A query that has no key, because K is
-        0 or all are masked, gets zeros. A box that is not finite, or whose width or height is not positive, has no
-        logarithm: it makes NaN of the row of its query, or, as a key that is not masked, of all rows of its image.
+        A tensor [N,Q,M,Dv] in the dtype of `query`. For 16-bit features, sums are computed in float32. The output of a
+        query without keys is zero, either because K is 0 or because all keys are masked. A box has no valid logarithm
+        if a coordinate is not finite or its width or height is not positive. Such a box in `query_boxes` makes the
+        output of its query NaN. In `key_boxes`, unless its key is masked, it makes all outputs of its image NaN.
 
-    Gradients: to query, key, value, query_boxes, key_boxes, geometry_weight and geometry_bias; only those asked for are
-    computed. None passes where a maximum above takes its constant: where b <= 1e-6 to geometry_weight, geometry_bias
-    and boxes, where |dx| / w <= 1e-3 through that coordinate. Masked keys, and queries without keys, have zero
-    gradient. Second derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
+    Gradients:
+        Gradients flow to `query`, `key`, `value`, `query_boxes`, `key_boxes`, `geometry_weight` and `geometry_bias`.
+        Only the gradients that are needed are computed. No gradient flows through a maximum that has the value of its
+        constant: if ``b <= 1e-6``, none flows to `geometry_weight`, `geometry_bias` and the boxes, and if
+        ``|dx| / w <= 1e-3`` or ``|dy| / h <= 1e-3``, none flows through that coordinate. The gradients of masked keys
+        and of queries without keys are zero. Second derivatives and forward-mode AD raise a RuntimeError. The backward
+        pass is bit-identical from run to run.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, an unknown geometry, a number out of its range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, `geometry` is unknown, or a number is out of its
+            range.
 
     Example:
-        >>> x, corner = torch.randn(1, 300, 16, 64), torch.rand(1, 300, 2) * 800
-        >>> boxes, weight = torch.cat([corner, corner + 50], -1), torch.randn(16, 64) * 0.1
-        >>> relops.relation_attention(x, x, x, boxes, boxes, weight, torch.ones(16))  # [1,300,16,64]
+        >>> import torch, relops
+        >>> x, corner = torch.randn(1, 30, 4, 16), torch.rand(1, 30, 2) * 800
+        >>> boxes, weight = torch.cat([corner, corner + 50], -1), torch.randn(4, 64) * 0.1
+        >>> out = relops.relation_attention(x, x, x, boxes, boxes, weight, torch.ones(4))
+        >>> out.shape
+        torch.Size([1, 30, 4, 16])
     """
     op = "relation_attention"
-    query, key, value = widest_under_autocast(query, key, value)
+    query, key, value = promote_under_autocast(query, key, value)
     check_features(op, "query", query)
     if query.dim() != 4:
         raise ValueError(f"relops.{op}: query must be [N,Q,M,D], got shape {list(query.shape)}")
@@ -100,8 +119,8 @@ def relation_attention(
     check_shape(op, "key", key, "[N,K,M,D]", N, K, M, D)
     check_shape(op, "value", value, "[N,K,M,Dv]", N, K, M, value.shape[3])
 
-    query_boxes, key_boxes, geometry_weight = under_autocast(query, query_boxes, key_boxes, geometry_weight)
-    (geometry_bias,) = under_autocast(query, geometry_bias)
+    query_boxes, key_boxes, geometry_weight = coordinates_under_autocast(query, query_boxes, key_boxes, geometry_weight)
+    (geometry_bias,) = coordinates_under_autocast(query, geometry_bias)
     for name, x, letters, shape in (
         ("query_boxes", query_boxes, "[N,Q,4]", (N, Q, 4)),
         ("key_boxes", key_boxes, "[N,K,4]", (N, K, 4)),
@@ -116,9 +135,9 @@ def relation_attention(
         check_mask(op, "key_mask", key_mask, "[N,K]", N, K, meaning=" (True = ignore)")
         check_device(op, "key_mask", key_mask, "query", query)
     check_choice(op, "geometry", geometry, GEOMETRIES)
-    check_number(op, "wavelength", wavelength, "positive and finite", SMALLEST, LARGEST)
+    check_number(op, "wavelength", wavelength, "a finite positive number", MIN_POSITIVE, MAX_FINITE)
     if scale is not None:
-        check_number(op, "scale", scale, "finite, or None", -LARGEST, LARGEST)
+        check_number(op, "scale", scale, "a finite number or None", -MAX_FINITE, MAX_FINITE)
     check_device_has_kernels(op, query.device)
 
     wide = compute_dtype(query.dtype)
@@ -139,10 +158,10 @@ def relation_attention(
     return output
 
 
-# The compiler cannot trace the getter, but compiles again when the setting changes.
+# The compiler cannot trace the getter of this setting, but it recompiles when the setting changes.
 @torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
-    """Whether matrix products of float32 may be computed in TF32, by whichever of torch's settings it was said."""
+    """Return whether any of torch's settings allows matrix products of float32 tensors in TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -160,7 +179,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, ctx.settings = inputs[:8], inputs[8:]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # of logsumexp, which has none
+    ctx.set_materialize_grads(False)  # logsumexp has no gradient
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -172,7 +191,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | N
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    """Its dimension is folded into N."""
+    """Fold the vmapped dimension into N."""
     for i, name in ((5, "geometry_weight"), (6, "geometry_bias")):
         if in_dims[i] is not None:
             raise ValueError(f"relops.relation_attention: vmap over {name} is not supported")

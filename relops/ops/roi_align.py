@@ -15,42 +15,52 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    """Mean of bilinear samples on a grid in each bin of each box.
+    """Compute the mean of bilinear samples on a grid in each bin of each box.
 
-    The box, times spatial_scale, is divided into PH x PW equal bins, and each bin is the mean of the bilinear samples
-    at the centers of a grid of n x n cells. A sample more than one pixel outside of the map is zero; nearer ones are
-    taken from the border. The definition is that of Mask R-CNN (https://arxiv.org/abs/1703.06870), values are those of
-    torchvision's op of this name.
+    Each box is multiplied by `spatial_scale` and divided into PH x PW equal bins. The value of a bin is the mean of the
+    bilinear samples at the centers of the n x n cells of a grid. A sample more than one pixel outside of the map is
+    zero, and a sample at most one pixel outside takes the value at the border. The definition is RoIAlign of Mask R-CNN
+    (https://arxiv.org/abs/1703.06870), and the values agree with `torchvision.ops.roi_align`.
 
     Args:
-        input: [N,C,H,W], float64, float32, float16 or bfloat16. channels_last is read as it lies.
-        boxes: [K,5], rows of (batch index, x1, y1, x2, y2) in image pixels; or a list of N tensors [Ki,4] without the
-            index. In the dtype of input, or float32 beside a 16-bit input (recommended: a bfloat16 coordinate is off by
-            a pixel at 200). Computed in float32 or better.
-            A batch index within 2^-10 of an integer is that integer, any other is truncated toward zero.
-        output_size: (PH,PW), or one int for both.
-        spatial_scale: pixels of the map per pixel of the image.
-        sampling_ratio: n, at most 65536; if not positive, the size of the bin in pixels, rounded up, on each axis.
-        aligned: True shifts boxes by half a pixel, so that the center of pixel 0 is 0.5, and takes boxes of less than
-            a pixel as they are; False widens them to one.
+        input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
+            without a copy.
+        boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
+            has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
+            pixel. Coordinates are computed in float32 or better. A batch index within 2^-10 of an integer is rounded to
+            that integer, and any other batch index is truncated toward zero.
+        output_size: The number of bins (PH,PW), or one int for both.
+        spatial_scale: The number of feature map pixels per image pixel.
+        sampling_ratio: The number n of samples along each axis of a bin, at most 65536. If it is not positive, the
+            number of samples along an axis is the size of the bin in feature map pixels, rounded up.
+        aligned: If True, boxes are shifted by half a pixel, so that the center of pixel 0 has the coordinate 0.5, and
+            boxes smaller than one pixel keep their size. If False, the center of pixel 0 has the coordinate 0, and
+            boxes are widened to at least one pixel of the feature map.
 
     Returns:
-        [K,C,PH,PW] in the dtype of input, channels_last if input is. Sums are in float32 for 16-bit input. A box with
-        a coordinate that is not finite gives zeros.
+        A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. For 16-bit inputs, sums are computed
+        in float32. The output of a box with a non-finite coordinate is zero.
 
-    Gradients: to input, and to boxes where they require it; only those asked for are computed. The batch index gets
-    zero, and so does a box that is not finite. Second derivatives and forward-mode AD raise RuntimeError. Backward is
-    bit-identical from run to run.
+    Gradients:
+        Gradients flow to `input`, and to `boxes` if they require them. Only the gradients that are needed are computed.
+        The gradient of a batch index is zero, and so is the gradient of a box with a non-finite coordinate. Second
+        derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run to run.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, a number out of its range. Of the shape of boxes it is an AssertionError too.
-        IndexError: a batch index outside [0,N), on the CPU. On CUDA finding it would cost a synchronization; the row is
-            NaN instead.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or a number is out of its range. The error for boxes
+            of a wrong shape is also an AssertionError, as in torchvision.
+        IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+            require a synchronization, so the output of the box is NaN instead.
 
     Example:
+        >>> import torch, relops
+        >>> input = torch.randn(1, 256, 50, 68)
         >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
-        >>> relops.roi_align(torch.randn(1, 256, 50, 68), boxes, 7, spatial_scale=1 / 4, sampling_ratio=2, aligned=True)
+        >>> out = relops.roi_align(input, boxes, 7, spatial_scale=1 / 4, sampling_ratio=2, aligned=True)
+        >>> out.shape
+        torch.Size([1, 256, 7, 7])
     """
     if not torch.jit.is_scripting():
         boxes, output_size = checked_region("roi_align", input, boxes, output_size, spatial_scale)

@@ -12,31 +12,46 @@ from relops.ops._regions import as_rows, checked_region, fake_forward, register_
 
 
 def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
-    """Maximum over the pixels of each bin of each box.
+    """Compute the maximum over the pixels of each bin of each box.
 
-    The box, times spatial_scale, is rounded to whole pixels, both ends included, and divided into PH x PW bins, each
-    rounded outwards to pixels, so that neighbors may overlap. A bin without pixels is zero. The definition is that of
-    Fast R-CNN (https://arxiv.org/abs/1504.08083), values are those of torchvision's op of this name.
+    The corners of each box are multiplied by `spatial_scale` and rounded to whole pixels. Both corner pixels belong to
+    the box. The box is divided into PH x PW bins. The edges of a bin are rounded outward to whole pixels, so
+    neighboring bins may overlap. A bin without pixels is zero. The definition is RoI pooling of Fast R-CNN
+    (https://arxiv.org/abs/1504.08083), and the values agree with `torchvision.ops.roi_pool`.
 
     Args:
-        input: [N,C,H,W], float64, float32, float16 or bfloat16. channels_last is read as it lies.
-        boxes: as in `roi_align`.
-        output_size: (PH,PW), or one int for both.
-        spatial_scale: pixels of the map per pixel of the image.
+        input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
+            without a copy.
+        boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
+            has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
+            pixel. Coordinates are computed in float32 or better. A batch index within 2^-10 of an integer is rounded to
+            that integer, and any other batch index is truncated toward zero.
+        output_size: The number of bins (PH,PW), or one int for both.
+        spatial_scale: The number of feature map pixels per image pixel.
 
     Returns:
-        [K,C,PH,PW] in the dtype of input, channels_last if input is. A box with a coordinate that is not finite gives
-        zeros.
+        A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. The output of a box with a non-finite
+        coordinate is zero.
 
-    Gradients: to input, at the first of equal maxima. None to boxes: rounding has no useful gradient, and boxes.grad
-    stays None. Second derivatives and forward-mode AD raise RuntimeError. Backward is bit-identical from run to run.
+    Gradients:
+        Gradients flow to `input`. If several pixels of a bin have the maximum, the gradient goes to the first of them.
+        Rounding has no useful gradient, so none flows to `boxes`, and ``boxes.grad`` stays None. Second derivatives and
+        forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run to run.
 
     Raises:
-        TypeError, ValueError, IndexError: as `roi_align`.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, or a number is out of its range. The error for boxes
+            of a wrong shape is also an AssertionError, as in torchvision.
+        IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+            require a synchronization, so the output of the box is NaN instead.
 
     Example:
+        >>> import torch, relops
         >>> boxes = torch.tensor([[0, 8.0, 8.0, 120.0, 72.0]])
-        >>> relops.roi_pool(torch.randn(1, 256, 50, 68), boxes, (7, 7), spatial_scale=1 / 4)
+        >>> out = relops.roi_pool(torch.randn(1, 256, 50, 68), boxes, (7, 7), spatial_scale=1 / 4)
+        >>> out.shape
+        torch.Size([1, 256, 7, 7])
     """
     if not torch.jit.is_scripting():
         boxes, output_size = checked_region("roi_pool", input, boxes, output_size, spatial_scale)
@@ -49,7 +64,7 @@ def _fake_backward(grad_output: Tensor, input: Tensor, *_: object) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     input, boxes, _, ctx.spatial_scale = inputs
-    # The places of the maxima are found again from their values: cheaper than an index per element of the output.
+    # The backward pass finds the maxima again from their values, which is cheaper than an index per output element.
     ctx.save_for_backward(input, boxes, output)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from relops._checks import LARGEST, SMALLEST, check_choice, check_number
+from relops._checks import MAX_FINITE, MIN_POSITIVE, check_choice, check_number
 from relops._dtypes import common_compute_dtype
 from relops.ops._autograd import register_no_gradient
 from relops.ops._suppression import check_boxes, check_idxs, check_iou_threshold, check_scores, unknown_count
@@ -20,47 +20,60 @@ def soft_nms(
     score_threshold: float = 1e-3,
     idxs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Suppression that lowers the scores of overlapping boxes instead of dropping them.
+    """Apply Soft-NMS, which lowers the scores of overlapping boxes instead of removing the boxes.
 
-    The box of the highest score is kept, the lower index of equal ones, and the scores of the others of its class are
-    multiplied by 1 - IoU where IoU > iou_threshold ("linear"), or by exp(-IoU^2 / sigma) ("gaussian"); then the same
-    among the others, as long as there is one whose score is larger than score_threshold. The definition is that of
-    Bodla et al. 2017 (https://arxiv.org/abs/1704.04503), IoU that of `relops.nms`.
+    The box with the highest score is kept. Among equal scores, this is the box with the lowest index. The scores of all
+    other boxes of its class are then multiplied by ``1 - IoU`` if the IoU exceeds `iou_threshold` (method "linear"), or
+    by ``exp(-IoU^2 / sigma)`` (method "gaussian"). These two steps are repeated with the remaining boxes until no score
+    is larger than `score_threshold`. The IoU of two boxes is their intersection over union, and is 0 for two boxes
+    without area. The definition is that of Soft-NMS (Bodla et al. 2017, https://arxiv.org/abs/1704.04503).
 
     Args:
-        boxes: [K,4] or [B,K,4], as in `relops.nms`. Give a batch, boxes[None], where nothing may wait for the device:
-            its result has a size known beforehand, so that it can be captured in a CUDA graph.
-        scores: [K] or [B,K], as in `relops.nms`. If boxes are float64 or 64-bit integers, or scores float64, both
-            are computed in float64, else in float32.
+        boxes: A tensor [K,4], or [B,K,4] for a batch, with rows (x1, y1, x2, y2) in any unit, of dtype float64,
+            float32, float16, bfloat16 or an integer dtype. For a batch, the output has a known size, so the call does
+            not wait for a CUDA device and can be captured in a CUDA graph. Pass ``boxes[None]`` and ``scores[None]`` to
+            get this for one image.
+        scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16, which may differ from that of
+            `boxes`. An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and
+            it suppresses no other box. Boxes and scores are computed in float64 if the boxes are float64 or 64-bit
+            integers or the scores are float64, and in float32 otherwise.
         method: "gaussian" or "linear".
-        iou_threshold: of "linear", in [0,1]; "gaussian" does not use it.
-        sigma: of "gaussian", a finite positive number; "linear" does not use it.
-        score_threshold: finite and at least 0. An entry whose score is not larger is as if absent, from the beginning
-            or once it has been lowered so far.
-        idxs: [K] or [B,K], as in `relops.batched_nms`; None: all boxes of an image are of one class.
+        iou_threshold: The threshold of "linear", a number in [0,1]. "gaussian" does not use it.
+        sigma: The parameter of "gaussian", a finite positive number. "linear" does not use it.
+        score_threshold: A finite number of at least 0. A box is ignored if its score is not larger than this number,
+            initially or after it was lowered.
+        idxs: A tensor [K] or [B,K] with the class of each box: any values of an integer dtype. If None, all boxes of an
+            image have the same class.
 
     Returns:
-        For boxes [K,4]: keep [kept] int64, indices by descending decayed score, and those scores [kept]; on CUDA their
-        length makes this wait for the device once. For a batch: keep [B,K] padded with -1, and scores [B,K] padded
-        with 0. Scores have the dtype of the scores given.
+        A tuple ``(keep, decayed)``. ``keep`` is int64, and ``decayed`` has the dtype of `scores`.
 
-    Gradients: none, neither to boxes nor to scores. Forward-mode AD raises RuntimeError.
+        - For boxes [K,4], ``keep`` [kept] has the indices of the kept boxes in the order of descending decayed scores,
+          and ``decayed`` [kept] has these scores. On CUDA, the call waits for the device once, because the host must
+          know the number of kept boxes.
+        - For boxes [B,K,4], ``keep`` is [B,K], padded with -1, and ``decayed`` is [B,K], padded with 0.
+
+    Gradients:
+        No gradients flow to `boxes` or `scores`. Forward-mode AD raises a RuntimeError.
 
     Raises:
-        TypeError: a dtype, or an argument of another type.
-        ValueError: a shape, a device, an unknown method, a number out of its range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or device, `method` is unknown, or a number is out of its range.
 
     Example:
+        >>> import torch, relops
         >>> boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [1.0, 0.0, 9.0, 8.0], [20.0, 0.0, 30.0, 5.0]])
-        >>> keep, decayed = relops.soft_nms(boxes, torch.tensor([0.6, 0.9, 0.3]))  # [1, 2, 0], [0.9, 0.3, 0.18]
+        >>> keep, decayed = relops.soft_nms(boxes, torch.tensor([0.6, 0.9, 0.3]))
+        >>> keep.tolist(), [round(score, 2) for score in decayed.tolist()]
+        ([1, 2, 0], [0.9, 0.3, 0.18])
     """
     op = "soft_nms"
     check_boxes(op, boxes, batched=True)
     check_scores(op, scores, boxes)
     check_choice(op, "method", method, METHODS)
     check_iou_threshold(op, iou_threshold)
-    check_number(op, "sigma", sigma, "positive and finite", SMALLEST, LARGEST)
-    check_number(op, "score_threshold", score_threshold, "finite and at least 0", 0.0, LARGEST)
+    check_number(op, "sigma", sigma, "a finite positive number", MIN_POSITIVE, MAX_FINITE)
+    check_number(op, "score_threshold", score_threshold, "a finite number of at least 0", 0.0, MAX_FINITE)
     if idxs is not None:
         check_idxs(op, idxs, boxes)
         idxs = idxs.to(torch.int64)

@@ -186,5 +186,5 @@ def bad_numbers(name: str, rule: str, *values: Any) -> Iterator[Bad]:
     """The kernels compute with any."""
     for value in values:
         error = ValueError if type(value) in (float, int) else TypeError
-        message = rf"{name} must be a number {rule}, got {re.escape(repr(value))}"
+        message = rf"{name} must be {rule}, got {re.escape(repr(value))}"
         yield Bad(f"{name} {value!r}", put(name, value), error, message, harmless=True)

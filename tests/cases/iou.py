@@ -71,26 +71,26 @@ BAD_BOX_PAIRS = (
     Bad("a 1-D", change("a", lambda x: x[0]), ValueError, r"a must be \[A,4\] or \[N,A,4\], got shape \[4\]"),
     Bad("b 4-D", change("b", lambda x: x[None, None]), ValueError, r"b must be \[B,4\] or \[N,B,4\], got .*1, 5, 4\]"),
     Bad("b of 3", change("b", lambda x: x[:, 1:]), ValueError, r"b must be \[B,4\] or \[N,B,4\], got shape \[5, 3\]"),
-    Bad("b wider", change("b", Tensor.double), TypeError, "b must be .*float32 where a is torch.float32, .*float64"),
-    Bad("a wider", change("a", Tensor.double), TypeError, "b must be float64 where a is torch.float64, got .*float32"),
+    Bad("b wider", change("b", Tensor.double), TypeError, "b must be .*float32 when a is torch.float32, .*float64"),
+    Bad("a wider", change("a", Tensor.double), TypeError, "b must be float64 when a is torch.float64, got .*float32"),
     Bad("b elsewhere", change("b", elsewhere), ValueError, "b must be on the device of a.*got"),
     Bad(
         "a alone batched",
         change("a", lambda x: x[None]),
         ValueError,
-        r"b must be \[N,B,4\] with the N of a, 1, got shape \[5, 4\]",
+        r"b must be \[N,B,4\] with N = 1 as in a, got shape \[5, 4\]",
     ),
     Bad(
         "b alone batched",
         change("b", lambda x: x[None]),
         ValueError,
-        r"b must be \[B,4\] as a is \[A,4\], got shape \[1, 5, 4\]",
+        r"b must be \[B,4\] when a is \[A,4\], got shape \[1, 5, 4\]",
     ),
     Bad(
         "batches differ",
         lambda x: {"a": x["a"].expand(2, -1, -1), "b": x["b"].expand(3, -1, -1)},
         ValueError,
-        r"b must be \[N,B,4\] with the N of a, 2, got shape \[3, 5, 4\]",
+        r"b must be \[N,B,4\] with N = 2 as in a, got shape \[3, 5, 4\]",
     ),
 )
 

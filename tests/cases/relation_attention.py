@@ -140,10 +140,10 @@ def bad_relations() -> Iterator[Bad]:
     yield Bad("mask short", change(mask, lambda x: x[:, 1:]), ValueError, r"key_mask must be \[N,K\] = \[2,9\], got")
     yield Bad("mask flat", change(mask, lambda x: x[0]), ValueError, r"key_mask must be \[N,K\] = \[2,9\], got .*\[9\]")
     yield from bad_options("geometry", ValueError, "query", None, 1, harmless=True)
-    yield from bad_numbers("wavelength", "positive and finite", 0.0, -1.0, math.nan, math.inf, True)
-    yield from bad_numbers("scale", "finite, or None", math.nan, math.inf, True)
+    yield from bad_numbers("wavelength", "a finite positive number", 0.0, -1.0, math.nan, math.inf, True)
+    yield from bad_numbers("scale", "a finite number or None", math.nan, math.inf, True)
     for name in ("wavelength", "scale"):
-        yield Bad(f"{name} str", put(name, "1"), TypeError, f"{name} must be a number.*got '1'")
+        yield Bad(f"{name} str", put(name, "1"), TypeError, f"{name} must be a finite .*number.*got '1'")
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,6 @@ RANK_EMBEDDING = Op(
     coordinates=(),
     differentiable=("ranks",),
     vmapped=("ranks",),
-    bad=(*BAD_RANKS, *bad_numbers("wavelength", "positive and finite", 0.0, -1.0, math.nan, math.inf, True)),
+    bad=(*BAD_RANKS, *bad_numbers("wavelength", "a finite positive number", 0.0, -1.0, math.nan, math.inf, True)),
 )
 OPS = [RELATION_ATTENTION, RANK_EMBEDDING]

@@ -157,7 +157,7 @@ def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
         ),
         Bad("scores 2-D", change("scores", lambda x: x[:, None]), ValueError, r"scores must be .*got shape \[40, 1\]"),
         Bad("scores elsewhere", change("scores", elsewhere), ValueError, "scores must be on the device of boxes.*got"),
-        *bad_numbers("iou_threshold", r"in \[0,1\]", -0.1, 1.1, math.nan, math.inf, 2, True),
+        *bad_numbers("iou_threshold", r"a number in \[0,1\]", -0.1, 1.1, math.nan, math.inf, 2, True),
         Bad("iou_threshold str", put("iou_threshold", "0.5"), TypeError, "iou_threshold must be a number.*got '0.5'"),
         *more,
     )
@@ -195,15 +195,15 @@ BAD_PADDED = (
     *bad_options("max_output", ValueError, -1),
     *bad_options("max_output", TypeError, 2.5, "3", None),
     *bad_options("max_output", TypeError, True, harmless=True),
-    *bad_numbers("score_threshold", "or None", math.nan, True),
+    *bad_numbers("score_threshold", "a number or None", math.nan, True),
 )
 BAD_SOFT = (
     *BAD_IDXS,
     *BAD_BATCH,
     *bad_options("method", ValueError, "hard", ""),
     *bad_options("method", ValueError, None, 3),
-    *bad_numbers("sigma", "positive and finite", 0.0, -1.0, math.nan, math.inf, True),
-    *bad_numbers("score_threshold", "finite and at least 0", -0.1, math.nan, math.inf, True),
+    *bad_numbers("sigma", "a finite positive number", 0.0, -1.0, math.nan, math.inf, True),
+    *bad_numbers("score_threshold", "a finite number of at least 0", -0.1, math.nan, math.inf, True),
 )
 
 
