@@ -23,10 +23,11 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     nearest to 3/10 is larger than 0.3, and therefore suppresses such a box. The CUDA kernel of torchvision does not.
 
     Args:
-        boxes: A tensor [K,4] with rows (x1, y1, x2, y2) in any unit, of dtype float64, float32, float16, bfloat16 or an
-            integer dtype. 64-bit integers are computed in float64, and 16-bit floats and all other integers in float32.
-        scores: A tensor [K] of dtype float64, float32, float16 or bfloat16, which may differ from that of `boxes`. An
-            entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and it
+        boxes: A tensor [K,4] with rows (x1, y1, x2, y2) in any unit. The dtype is float64, float32, float16, bfloat16
+            or an integer dtype. 64-bit integers are computed in float64, and 16-bit floats and all other integers in
+            float32.
+        scores: A tensor [K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of `boxes`.
+            An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and it
             suppresses no other box.
         idxs: A tensor [K] with the class (or image, or level) of each box: any values of an integer dtype.
         iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. A box is kept if its IoU

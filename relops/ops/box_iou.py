@@ -15,17 +15,17 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     on CPU and CUDA.
 
     Args:
-        a: A tensor [A,4] or [N,A,4] with rows (x1, y1, x2, y2) in any unit, where x1 <= x2 and y1 <= y2, of dtype
+        a: A tensor [A,4] or [N,A,4] with rows (x1, y1, x2, y2) in any unit, where x1 <= x2 and y1 <= y2. The dtype is
             float64, float32, float16, bfloat16 or an integer dtype. 64-bit integers are computed in float64, and 16-bit
             floats and all other integers in float32, also under autocast.
-        b: A tensor [B,4], or [N,B,4] with the N of `a`. If `a` is float64, `b` must be float64 or an integer dtype, and
-            if `a` is float32, float16 or bfloat16, `b` must have one of these three dtypes or an integer dtype. If `a`
-            has an integer dtype, `b` may have any of the supported dtypes.
+        b: A tensor [B,4], or [N,B,4] with the N of `a`, with rows (x1, y1, x2, y2). If `a` is float64, `b` must be
+            float64 or an integer dtype. If `a` is float32, float16 or bfloat16, `b` must have one of these three dtypes
+            or an integer dtype. If `a` has an integer dtype, `b` may have any of the supported dtypes.
 
     Returns:
         A tensor [A,B], or [N,A,B] with the values of ``a[n]`` and ``b[n]``, in the dtype in which they are computed.
         The row or column of a box with a NaN coordinate is NaN. Infinite coordinates and inverted boxes get no special
-        treatment: a box that is inverted along one axis has a negative area.
+        treatment. For example, a box that is inverted along one axis has a negative area.
 
     Gradients:
         Gradients flow to `a` and `b` if they require them. Only the gradients that are needed are computed, and no

@@ -39,12 +39,12 @@ def linear_sum_assignment(
         cost: A tensor [R,C] with the cost of each pair, or [B,R,C] for a batch of problems, of dtype float64, float32,
             float16, bfloat16, or an integer dtype, which is converted to float64. Pairs whose cost is NaN, inf or -inf
             are forbidden and never matched.
-        num_rows: The number of rows of each problem, in [0,R], if a batch is padded. Further rows are ignored, whatever
-            values they contain. An int64 or int32 tensor [B] on the device of `cost`, or a list of B ints. For a single
-            problem, an int or a tensor [] or [1]. If None, all rows are used.
-        num_cols: The number of columns of each problem, in [0,C], if a batch is padded. Further columns are ignored,
-            whatever values they contain. An int64 or int32 tensor [B] on the device of `cost`, or a list of B ints. For
-            a single problem, an int or a tensor [] or [1]. If None, all columns are used.
+        num_rows: The number of rows of each problem that are used, in [0,R]. The remaining rows are ignored, whatever
+            values they contain. For a batch, this is an int64 or int32 tensor [B] on the device of `cost`, or a list of
+            B ints. For a single problem, it is an int, or a tensor [] or [1]. If None, all rows are used.
+        num_cols: The number of columns of each problem that are used, in [0,C]. The remaining columns are ignored,
+            whatever values they contain. For a batch, this is an int64 or int32 tensor [B] on the device of `cost`, or
+            a list of B ints. For a single problem, it is an int, or a tensor [] or [1]. If None, all columns are used.
         maximize: If True, the sum of the costs is maximized instead of minimized.
 
     Returns:

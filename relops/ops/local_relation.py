@@ -41,11 +41,12 @@ def local_relation(
         output[n,c,ho,wo] = sum over t of weight[t] * value[n,c,y,x]
 
     Here (y, x) is the pixel of tap t, and g is the group of channel c. Queries and keys are one number per pixel and
-    group. Tap (i, j) of output (ho, wo) is the pixel ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation *
-    (j - k // 2))``. The window is centered, and an even k has one more tap before the center than after it. With
-    ``m = ceil(C / G)``, group g owns the channels from ``g * m`` to ``min((g + 1) * m, C) - 1``, so C need not be a
-    multiple of G. The definition is that of Local Relation Networks (https://arxiv.org/abs/1904.11491). Neither the
-    forward nor the backward pass stores windows or weights in memory.
+    group. Tap (i, j) of output (ho, wo) is the pixel
+    ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``. The window is centered, and an
+    even k has one more tap before the center than after it. With ``m = ceil(C / G)``, group g owns the channels from
+    ``g * m`` to ``min((g + 1) * m, C) - 1``, so C need not be a multiple of G. The definition is that of Local Relation
+    Networks (https://arxiv.org/abs/1904.11491). Neither the forward nor the backward pass stores windows or weights in
+    memory.
 
     Args:
         query: A tensor [N,G,Ho,Wo] in the dtype of `value`, where ``Ho = ceil(H / stride)`` and

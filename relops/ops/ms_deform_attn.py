@@ -41,8 +41,8 @@ def ms_deform_attn(
         value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
             The levels are concatenated along S, each in row-major order.
         spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
-            tensor is faster than a CUDA tensor, because the kernel need not read it from memory, and the host can check
-            it.
+            tensor is faster than a CUDA tensor, because the kernel does not have to read it from memory, and the host
+            can check it.
         level_start_index: An int64 tensor [L] with the index in S at which each level begins. If None, each level
             begins where the previous one ends.
         sampling_locations: A tensor [N,Q,M,L,P,2] with coordinates (x,y) normalized to [0,1] over the level, in the
@@ -56,9 +56,8 @@ def ms_deform_attn(
 
     Gradients:
         Gradients flow to `value`, `sampling_locations` and `attention_weights`. Only the gradients that are needed are
-        computed. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from
-        run to run on the CPU, and on CUDA with ``torch.use_deterministic_algorithms(True)``; otherwise the gradient of
-        `value` may vary.
+        computed. Second derivatives and forward-mode AD raise a RuntimeError. The gradient of `value` is bit-identical
+        from run to run on the CPU, and also on CUDA under ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -99,7 +98,7 @@ def ms_deform_attn_fused(
     attention_logits: Tensor,
     value_mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute `relops.ms_deform_attn` with the softmax, sampling locations and padding mask inside the kernel.
+    """Compute multi-scale deformable attention with the softmax, sampling locations and padding mask in the kernel.
 
     The result is the same as that of the following steps, but neither the forward nor the backward pass stores their
     intermediate results in memory::
@@ -110,15 +109,17 @@ def ms_deform_attn_fused(
         weights = softmax of attention_logits over L * P
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
 
-    The op ``ms_deform_attn`` computes sums of bilinear samples of a feature pyramid with these weights. The definition
-    is that of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
+    For each query and head, `relops.ms_deform_attn` sums the bilinear samples of all levels at these locations,
+    multiplied by the weights. Samples are those of ``torch.nn.functional.grid_sample`` with ``align_corners=False`` and
+    ``padding_mode="zeros"``: the pixel coordinate is ``location * size - 0.5``, and pixels outside of the level are
+    zero. The definition is that of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
 
     Args:
         value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
             The levels are concatenated along S, each in row-major order.
         spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
-            tensor is faster than a CUDA tensor, because the kernel need not read it from memory, and the host can check
-            it.
+            tensor is faster than a CUDA tensor, because the kernel does not have to read it from memory, and the host
+            can check it.
         level_start_index: An int64 tensor [L] with the index in S at which each level begins. If None, each level
             begins where the previous one ends.
         reference_points: A tensor [N,Q,L,2] with points (x,y), or [N,Q,L,4] with boxes (center x, center y, width,
@@ -135,8 +136,8 @@ def ms_deform_attn_fused(
     Gradients:
         Gradients flow to `value`, `reference_points`, `sampling_offsets` and `attention_logits`. Only the gradients
         that are needed are computed. The gradient of masked values is zero. Second derivatives and forward-mode AD
-        raise a RuntimeError. The backward pass is bit-identical from run to run on the CPU, and on CUDA with
-        ``torch.use_deterministic_algorithms(True)``; otherwise the gradient of `value` may vary.
+        raise a RuntimeError. The gradient of `value` is bit-identical from run to run on the CPU, and also on CUDA
+        under ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -243,7 +244,7 @@ def _check_levels(op: str, S: int, spatial_shapes: Tensor, level_start_index: Te
     shapes = spatial_shapes.tolist()
     if any(h < 0 or w < 0 for h, w in shapes) or sum(h * w for h, w in shapes) != S:
         raise ValueError(
-            f"relops.{op}: spatial_shapes must add up to S = {S}, the second size of value, got "
+            f"relops.{op}: spatial_shapes must add up to S = {S}, the second dimension of value, got "
             f"{[tuple(shape) for shape in shapes]} = {sum(h * w for h, w in shapes)}"
         )
     if level_start_index is None or level_start_index.device.type != "cpu":
@@ -251,7 +252,7 @@ def _check_levels(op: str, S: int, spatial_shapes: Tensor, level_start_index: Te
     for level, (start, (h, w)) in enumerate(zip(level_start_index.tolist(), shapes)):
         if not 0 <= start <= S - h * w:
             raise ValueError(
-                f"relops.{op}: level_start_index must leave each level inside S = {S}, got {start} for level {level} "
+                f"relops.{op}: level_start_index must keep each level within S = {S}, got {start} for level {level} "
                 f"of {h} x {w}"
             )
 

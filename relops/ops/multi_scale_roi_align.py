@@ -39,12 +39,12 @@ def multi_scale_roi_align(
 ) -> Tensor:
     """Compute RoIAlign of each box on the level of a feature pyramid that fits its size, in a single launch.
 
-    Level l of the pyramid has a spatial scale of 2^-l. A box is assigned to level ``floor(canonical_level +
-    log2(sqrt(area) / canonical_box_size) + 1e-6)``, or to the nearest level in `inputs` if that level is missing. The
-    box is then multiplied by the scale of its level and divided into PH x PW equal bins. The value of a bin is the mean
-    of the bilinear samples at the centers of the n x n cells of a grid. A sample more than one pixel outside of the
-    level is zero, and a sample at most one pixel outside takes the value at the border. The definition is that of
-    Feature Pyramid Networks (https://arxiv.org/abs/1612.03144, eq. 1), and the values agree with
+    Level l of the pyramid has a spatial scale of 2^-l. A box is assigned to level
+    ``floor(canonical_level + log2(sqrt(area) / canonical_box_size) + 1e-6)``, or to the nearest level in `inputs` if
+    that level is missing. The box is then multiplied by the scale of its level and divided into PH x PW equal bins. The
+    value of a bin is the mean of the bilinear samples at the centers of the n x n cells of a grid. A sample more than
+    one pixel outside of the level is zero, and a sample at most one pixel outside takes the value at the border. The
+    definition is that of Feature Pyramid Networks (https://arxiv.org/abs/1612.03144, eq. 1), and the values agree with
     `torchvision.ops.MultiScaleRoIAlign`.
 
     Args:

@@ -22,7 +22,7 @@ def nms_padded(
 ) -> tuple[Tensor, Tensor]:
     """Apply non-maximum suppression to one image or a batch, and return exactly `max_output` indices per image.
 
-    In each image, each box is kept unless it overlaps a kept box of the same class and a higher score by more than
+    In each image, each box is kept unless it overlaps a kept box of the same class with a higher score by more than
     `iou_threshold`. The indices of the kept boxes are truncated or padded to `max_output`. For each image, the result
     is that of `relops.nms`, or of `relops.batched_nms` if `idxs` are given, for the entries with a score above
     `score_threshold`. The shapes of the output do not depend on values, so the op never waits for a CUDA device, and it
@@ -35,11 +35,11 @@ def nms_padded(
     torchvision does not.
 
     Args:
-        boxes: A tensor [K,4], or [B,K,4] for a batch, with rows (x1, y1, x2, y2) in any unit, of dtype float64,
+        boxes: A tensor [K,4], or [B,K,4] for a batch, with rows (x1, y1, x2, y2) in any unit. The dtype is float64,
             float32, float16, bfloat16 or an integer dtype. 64-bit integers are computed in float64, and 16-bit floats
             and all other integers in float32. Images with fewer than K boxes can be padded with boxes whose score is
             NaN.
-        scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16, which may differ from that of
+        scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of
             `boxes`. An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and
             it suppresses no other box.
         iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. A box is kept if its IoU

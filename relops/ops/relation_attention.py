@@ -56,11 +56,11 @@ def relation_attention(
 
         log(max(|dx| / w, 1e-3)), log(max(|dy| / h, 1e-3)), log(wq / wk), log(hq / hk)
 
-    Here dx and dy are the differences between the centers of the two boxes. The width of a box is x2 - x1 + 1 and its
-    height y2 - y1 + 1. wq and hq are the size of the query's box, wk and hk that of the key's box, and `geometry`
-    selects which of them are w and h. The definition is that of Relation Networks for Object Detection
-    (https://arxiv.org/abs/1711.11575, eq. 2 to 5). Neither the forward nor the backward pass stores the embeddings of
-    all pairs in memory.
+    Here dx and dy are the differences between the centers of the two boxes. The width of a box is x2 - x1 + 1, and its
+    height is y2 - y1 + 1. The query's box has width wq and height hq, and the key's box has width wk and height hk. The
+    argument `geometry` selects whether w and h are the size of the key's box or of the query's box. The definition is
+    that of Relation Networks for Object Detection (https://arxiv.org/abs/1711.11575, eq. 2 to 5). Neither the forward
+    nor the backward pass stores the embeddings of all pairs in memory.
 
     Args:
         query: A tensor [N,Q,M,D] of dtype float64, float32, float16 or bfloat16.
@@ -82,9 +82,10 @@ def relation_attention(
 
     Returns:
         A tensor [N,Q,M,Dv] in the dtype of `query`. For 16-bit features, sums are computed in float32. The output of a
-        query without keys is zero, either because K is 0 or because all keys are masked. A box has no valid logarithm
-        if a coordinate is not finite or its width or height is not positive. Such a box in `query_boxes` makes the
-        output of its query NaN. In `key_boxes`, unless its key is masked, it makes all outputs of its image NaN.
+        query without keys is zero, either because K is 0 or because all keys are masked. The logarithms are undefined
+        for a box with a non-finite coordinate, or with a width or height that is not positive. Such a box in
+        `query_boxes` makes the output of its query NaN. Such a box in `key_boxes` makes all outputs of its image NaN,
+        unless its key is masked.
 
     Gradients:
         Gradients flow to `query`, `key`, `value`, `query_boxes`, `key_boxes`, `geometry_weight` and `geometry_bias`.

@@ -1,7 +1,9 @@
-"""Pure-PyTorch twins of the ops: oracle of the tests, baseline of the benchmarks, written to be read.
+"""Pure-PyTorch twins of the ops, written to be easy to read.
 
-`relops.reference.<op>` is the function; its file is `relops.reference.<op>` to an import statement alone. Twins use
-nothing of the ops, so that an error in what these share cannot be in both.
+The tests compare the ops with their twins, and the benchmarks use the twins as a baseline. Twins use no code of the
+ops, so that an error in that code cannot be in both.
+
+The attribute `relops.reference.<op>` is the function. Only an import statement reaches the file of the same name.
 """
 
 from relops.reference.batched_nms import batched_nms

@@ -1,4 +1,4 @@
-"""The dtype that twins compute in."""
+"""The dtypes in which twins compute."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return float64 if any is float64 or of 64-bit integers, else float32."""
+    """Return float64 if at least one tensor is float64 or has 64-bit integers, and float32 otherwise."""
     wide = any(x.dtype in (torch.float64, torch.int64, torch.uint64) for x in tensors)
     return torch.float64 if wide else torch.float32

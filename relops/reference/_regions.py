@@ -1,7 +1,8 @@
-"""What the twins of the region ops share.
+"""Code that the twins of the region ops have in common.
 
-Every op but roi_pool is a weighted mean that factors into one over rows and one over columns. Per axis an op is thus
-given by its taps: for bin p of box k, the pixels it reads and their weights, padded to one length T.
+Every op except roi_pool is a weighted mean whose weights are the product of a row weight and a column weight. The code
+therefore describes each axis by its taps: the pixels that bin p of box k reads, and their weights, padded to a common
+length T.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ from relops.reference._dtypes import compute_dtype
 
 Taps = tuple[Tensor, Tensor]  # pixels [K,P,T] int64, weights [K,P,T]
 
-CHUNK = 2**24  # taps held at once, products of those of the two axes: bounds the memory
+CHUNK = 2**24  # maximum number of two-dimensional taps in memory at once
 
 
-def pair(output_size: int | Sequence[int]) -> tuple[int, int]:
+def size_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     return (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
 
 
-def box_rows(boxes: Tensor | Sequence[Tensor]) -> Tensor:  # [K,5]
-    """A list holds the boxes [Ki,4] of each image."""
+def box_rows(boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return boxes as rows [K,5]. A list has the boxes [Ki,4] of each image."""
     if isinstance(boxes, Tensor):
         return boxes
-    return torch.cat([F.pad(of_image, (1, 0), value=n) for n, of_image in enumerate(boxes)])
+    return torch.cat([F.pad(image_boxes, (1, 0), value=n) for n, image_boxes in enumerate(boxes)])
 
 
 def split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Image of each box [K], its x1, y1, x2, y2 [K,4], and whether these are finite [K].
+    """Return the batch index [K] and the corners [K,4] of each box, and whether all its corners are finite [K].
 
-    Where they are not, they are replaced by 0 before any arithmetic: a NaN would come back in the gradients.
+    The corners of a non-finite box are replaced by 0 before any arithmetic, because NaN would reach the gradients.
     """
     boxes = box_rows(boxes)
     index = boxes[:, 0].detach().to(compute_dtype(input))
-    # Within 2^-10 of an integer it is that; else its fraction is dropped.
+    # A batch index within 2^-10 of an integer is rounded, and any other is truncated.
     batch = torch.where((index - index.round()).abs() <= 2**-10, index.round(), index.trunc())
     outside = ~((batch >= 0) & (batch < len(input)))
     if outside.any():
@@ -46,82 +47,91 @@ def split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor
     return batch.long(), torch.where(finite[:, None], boxes[:, 1:].to(compute_dtype(input)), 0), finite
 
 
-def drop_boxes(taps: Taps, kept: Tensor) -> Taps:
-    """Weights of 0 where not kept [K]."""
-    return taps[0], taps[1] * kept[:, None, None]
+def zero_boxes(taps: Taps, finite: Tensor) -> Taps:  # finite: bool [K]
+    """Set the weights of the boxes that are not finite to 0."""
+    return taps[0], taps[1] * finite[:, None, None]
 
 
-def numbers(n: int, like: Tensor) -> Tensor:
+def arange_like(n: int, like: Tensor) -> Tensor:
     return torch.arange(n, dtype=like.dtype, device=like.device)
 
 
-def longest(lengths: Tensor) -> int:
+def max_length(lengths: Tensor) -> int:
     return int(lengths.max()) if lengths.numel() else 0
 
 
-# ---- Taps of one axis: boxes that begin at start [K] and are size [K] long, in P bins, on a map of n pixels ----
+# ---- Taps of one axis, for boxes of size [K] that begin at start [K], with P bins, on a map of n pixels ----
 
 
 def sampled_taps(start: Tensor, size: Tensor, P: int, sampling_ratio: int, n: int) -> Taps:
-    """The mean of linearly interpolated samples, those more than a pixel outside the map counting as 0."""
+    """Return taps for the mean of linearly interpolated samples; samples more than a pixel outside of the map are 0."""
     bins = size[:, None] / P  # [K,1]
-    edges = start[:, None] + numbers(P, start) * bins  # [K,P]
+    edges = start[:, None] + arange_like(P, start) * bins  # [K,P]
     if sampling_ratio > 0:
         grid = torch.full_like(bins, sampling_ratio)
-        sample = numbers(sampling_ratio, start)  # [S]
+        sample = arange_like(sampling_ratio, start)  # [S]
     else:
         grid = bins.detach().ceil()
-        # Samples are more than half a pixel apart: of a box far larger than the map, those on the map are enough.
+        # Samples outside of the map are not needed. Those on it are more than half a pixel apart, so their number is
+        # limited even for a huge box.
         spacing = torch.where(grid > 0, bins.detach() / grid, 1)
         first = ((-1 - edges.detach()) / spacing - 0.5).floor().clamp(min=0)
-        sample = first[..., None] + numbers(longest(grid.clamp(0, 2 * n + 6)), start)  # [K,P,S]
+        sample = first[..., None] + arange_like(max_length(grid.clamp(0, 2 * n + 6)), start)  # [K,P,S]
     bins, grid = bins[..., None], grid[..., None]
     positions = edges[..., None] + (sample + 0.5) * bins / torch.where(grid > 0, grid, 1)  # [K,P,S]
-    counts = (sample < grid) & (positions >= -1) & (positions <= n)
+    valid = (sample < grid) & (positions >= -1) & (positions <= n)
 
-    # Beyond the centers of the outer pixels the surface is flat.
-    positions = limited((positions > 0) & (positions < n - 1), positions, 0, max(n - 1, 0))
+    # The surface is constant beyond the centers of the outer pixels.
+    positions = clamp_where((positions > 0) & (positions < n - 1), positions, 0, max(n - 1, 0))
     low = positions.detach().floor()
     fraction = positions - low
     pixels = torch.cat([low, (low + 1).clamp(max=max(n - 1, 0))], -1).long()
-    weights = torch.cat([1 - fraction, fraction], -1) * torch.where(counts, 1 / grid, 0).repeat(1, 1, 2)
-    return (pixels, weights) if sampling_ratio > 0 else merged(pixels, weights, n)
+    weights = torch.cat([1 - fraction, fraction], -1) * torch.where(valid, 1 / grid, 0).repeat(1, 1, 2)
+    return (pixels, weights) if sampling_ratio > 0 else merge_taps(pixels, weights, n)
 
 
-def limited(moves: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """x clamped, with a gradient where it moves: at the limits, that of torch.clamp changes with the version."""
-    return torch.where(moves, x, x.detach().clamp(low, high))
+def clamp_where(differentiable: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Clamp x, with a gradient only if `differentiable`.
+
+    The gradient of torch.clamp at the limits is not used, because it depends on the version of torch.
+    """
+    return torch.where(differentiable, x, x.detach().clamp(low, high))
 
 
-def merged(pixels: Tensor, weights: Tensor, n: int) -> Taps:
-    """Neighboring samples share pixels: each is to be read once."""
+def merge_taps(pixels: Tensor, weights: Tensor, n: int) -> Taps:
+    """Merge taps of neighboring samples that read the same pixel, so that each pixel is read once."""
     first = pixels.amin(-1, keepdim=True) if pixels.shape[-1] else pixels.new_zeros(*pixels.shape[:2], 1)
-    T = longest(pixels - first) + 1
+    T = max_length(pixels - first) + 1
     weights = weights.new_zeros(*pixels.shape[:2], T).scatter_add(-1, pixels - first, weights)
-    return (first + numbers(T, pixels)).clamp(max=max(n - 1, 0)), weights
+    return (first + arange_like(T, pixels)).clamp(max=max(n - 1, 0)), weights
 
 
-def rounded(x: Tensor) -> Tensor:
-    """To the nearest integer, halves away from zero as C rounds; torch.round takes halves to even."""
-    whole = x.trunc()
-    return whole + torch.where((x - whole).abs() >= 0.5, x.sign(), 0)
+def round_half_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, and halves away from zero like C. torch.round rounds halves to even."""
+    truncated = x.trunc()
+    return truncated + torch.where((x - truncated).abs() >= 0.5, x.sign(), 0)
 
 
-def whole_bins(start: Tensor, size: Tensor, P: int, limit: int) -> tuple[Tensor, Tensor]:
-    """The pixels [first, end) of each bin, both [K,P] and in [0,limit]; bins overlap where P does not divide size."""
+def integer_bins(start: Tensor, size: Tensor, P: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Return first and end [K,P] of the pixels [first, end) of each bin, clamped to [0,limit].
+
+    Bins overlap if their size is not an integer.
+    """
     bins = size[:, None] / P
-    first = (numbers(P, bins) * bins).floor() + start[:, None]
-    end = ((numbers(P, bins) + 1) * bins).ceil() + start[:, None]
+    first = (arange_like(P, bins) * bins).floor() + start[:, None]
+    end = ((arange_like(P, bins) + 1) * bins).ceil() + start[:, None]
     return first.clamp(0, limit).long(), end.clamp(0, limit).long()
 
 
 # ---- Pooling ----
 
 
-def pool(input: Tensor, batch: Tensor, y: Taps, x: Taps, position_sensitive: bool = False) -> Tensor:  # [K,C,PH,PW]
-    """Every bin is a weighted sum of pixels, which are rows of C numbers: an embedding bag.
+def pool(input: Tensor, batch: Tensor, y: Taps, x: Taps, position_sensitive: bool = False) -> Tensor:
+    """Compute the weighted sum of the pixels of each bin, as an embedding bag over a table of pixels.
 
-    Position-sensitive: output channel c of bin b reads input channel c * bins + b; a pixel then has a row for each bin.
+    The result is [K,C,PH,PW], or [K,C/(PH*PW),PH,PW] if position-sensitive. A row of the table has the C channels of a
+    pixel. If position-sensitive, output channel c of bin b reads input channel c * bins + b, and the table has a row
+    for each pixel and bin.
     """
     N, C, H, W = input.shape
     (rows, row_weights), (columns, column_weights) = y, x
@@ -130,19 +140,19 @@ def pool(input: Tensor, batch: Tensor, y: Taps, x: Taps, position_sensitive: boo
     bins = PH * PW if position_sensitive else 1
     table = input.to(compute_dtype(input)).unflatten(1, (C // bins, bins)).permute(0, 3, 4, 2, 1)  # [N,H,W,bins,C/bins]
     table = table.reshape(N * H * W * bins, C // bins)
-    own = numbers(bins, batch).view(PH, PW, 1, 1) if position_sensitive else 0
+    bin_index = arange_like(bins, batch).view(PH, PW, 1, 1) if position_sensitive else 0
 
     output = []
-    for k in numbers(K, batch).split(max(1, CHUNK // max(1, PH * PW * TY * TX))):
+    for k in arange_like(K, batch).split(max(1, CHUNK // max(1, PH * PW * TY * TX))):
         pixels = (batch[k, None, None] * H + rows[k])[:, :, None, :, None] * W + columns[k][:, None, :, None]
         weights = row_weights[k][:, :, None, :, None] * column_weights[k][:, None, :, None]  # [k,PH,PW,TY,TX]
-        output.append(weighted_rows(table, (pixels * bins + own).flatten(3), weights.flatten(3)))
+        output.append(weighted_rows(table, (pixels * bins + bin_index).flatten(3), weights.flatten(3)))
     return torch.cat(output).permute(0, 3, 1, 2).to(input.dtype)
 
 
 def weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums of rows of table [R,C], at the places `rows` [...,T], times their weights: [...,C]."""
-    if not table.numel() or not rows.numel():  # an embedding bag wants something in it
+    """Return weighted sums [...,C] of rows of the table [R,C]; `rows` and `weights` are [...,T]."""
+    if not table.numel() or not rows.numel():  # embedding_bag rejects empty tensors
         return weights.sum(-1, keepdim=True) * table.sum(0)
     bags = rows.flatten(0, -2), weights.flatten(0, -2)
     return F.embedding_bag(bags[0], table, mode="sum", per_sample_weights=bags[1]).view(*rows.shape[:-1], -1)

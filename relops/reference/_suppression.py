@@ -1,65 +1,72 @@
-"""What the twins of the suppression ops share: which entries count, and who is kept of boxes in order."""
+"""Code that the twins of the suppression ops have in common: valid entries, and suppression of sorted boxes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from relops.reference._iou import intersection_and_union, pairs
+from relops.reference._iou import broadcast_pairs, intersection_and_union
 
-# Boxes settled at a time, and later ones they are compared with at a time: what the caches of a CPU hold, and on a GPU
-# few launches.
+# Boxes are processed in blocks, and a block is compared with one tile of later boxes at a time. The sizes fit into the
+# caches of a CPU and need few launches on a GPU.
 BLOCK, TILE_CPU, TILE_CUDA = 256, 256, 65536
 
 
-def overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:  # [A,4], [B,4] -> bool [A,B]
-    """IoU > iou_threshold. NaN, as of two boxes without area, is not."""
-    intersection, union = intersection_and_union(*pairs(a, b))
+def overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
+    """Return [A,B], whether the IoU of boxes a [A,4] and b [B,4] exceeds iou_threshold.
+
+    The IoU of two boxes without area is NaN, which does not exceed the threshold.
+    """
+    intersection, union = intersection_and_union(*broadcast_pairs(a, b))
     return intersection.div_(union) > iou_threshold
 
 
 def present(boxes: Tensor, scores: Tensor, score_threshold: float | None = None) -> Tensor:
-    """Which entries count."""
-    counts = boxes.isfinite().all(-1) & ~scores.isnan()
-    return counts if score_threshold is None else counts & (scores > score_threshold)
+    """Return which entries take part: their boxes are finite, and their scores are not NaN and exceed the threshold."""
+    valid = boxes.isfinite().all(-1) & ~scores.isnan()
+    return valid if score_threshold is None else valid & (scores > score_threshold)
 
 
-def kept_in_order(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:  # [K,4], [K] -> bool [K]
-    """Who is kept of boxes that are sorted by group, and in a group by descending score.
+def suppress_sorted(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """Return [K], whether each box is kept, for boxes [K,4] sorted by group [K] and then by descending score.
 
-    A block of boxes is settled among itself; those of it that are kept then suppress what follows in the group of the
-    last, and what is left of that is the next block. A block may hold many small groups.
+    First, the boxes of a block suppress one another. Then the kept boxes of the block suppress all later boxes in the
+    group of its last box. The remaining boxes of that group form the next blocks. A block may contain many small
+    groups.
     """
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    everything = torch.arange(len(boxes), device=boxes.device)
+    indices = torch.arange(len(boxes), device=boxes.device)
     ends = torch.unique_consecutive(groups, return_counts=True)[1].cumsum(0)
     tile = TILE_CUDA if boxes.is_cuda else TILE_CPU
     start = 0
     while start < len(boxes):
-        block = everything[start : start + BLOCK]
+        block = indices[start : start + BLOCK]
         last = groups[block[-1]]
         start = int(ends[torch.searchsorted(ends, block[-1], right=True)])
-        rest = everything[block[-1] + 1 : start]
+        rest = indices[block[-1] + 1 : start]
         while len(block):
-            winners = block[settled(overlaps(boxes[block], boxes[block], iou_threshold) & same(groups[block]))]
-            keep[winners] = True
-            rivals = boxes[winners[groups[winners] == last]]
-            beaten = [overlaps(rivals, part, iou_threshold).any(0) for part in boxes[rest].split(tile)]
-            rest = rest[~torch.cat(beaten)] if beaten else rest
+            kept = block[survivors(overlaps(boxes[block], boxes[block], iou_threshold) & same_group(groups[block]))]
+            keep[kept] = True
+            kept_of_last = boxes[kept[groups[kept] == last]]
+            suppressed = [overlaps(kept_of_last, part, iou_threshold).any(0) for part in boxes[rest].split(tile)]
+            rest = rest[~torch.cat(suppressed)] if suppressed else rest
             block, rest = rest[:BLOCK], rest[BLOCK:]
     return keep
 
 
-def same(groups: Tensor) -> Tensor:
+def same_group(groups: Tensor) -> Tensor:
     return groups[:, None] == groups
 
 
-def settled(suppresses: Tensor) -> Tensor:  # bool [K,K] -> bool [K]
-    """Who is kept where i suppresses a later j if it is kept itself: repeated until nothing changes."""
+def survivors(suppresses: Tensor) -> Tensor:
+    """Return [K], whether each box is kept. A kept box i suppresses all later boxes j with suppresses[i,j].
+
+    The loop starts with all boxes kept, and repeats the suppression until nothing changes.
+    """
     earlier = suppresses.triu(1)
     keep = torch.ones(len(earlier), dtype=torch.bool, device=earlier.device)
     while True:
-        changed = ~(earlier & keep[:, None]).any(0)
-        if torch.equal(changed, keep):
+        updated = ~(earlier & keep[:, None]).any(0)
+        if torch.equal(updated, keep):
             return keep
-        keep = changed
+        keep = updated

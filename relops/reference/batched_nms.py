@@ -1,4 +1,4 @@
-"""Non-maximum suppression within classes, in blocks of boxes."""
+"""Non-maximum suppression within classes (https://arxiv.org/abs/1311.2524), in blocks of boxes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relops.reference._dtypes import compute_dtype
-from relops.reference._suppression import kept_in_order, present
+from relops.reference._suppression import present, suppress_sorted
 
 
 def batched_nms(
@@ -15,11 +15,17 @@ def batched_nms(
     idxs: Tensor,  # [K]
     iou_threshold: float,
 ) -> Tensor:  # [kept]
-    """Boxes of 16 bits are computed in float32, of 64-bit integers in float64, of other integers in float32."""
+    """Apply greedy non-maximum suppression to the boxes of each class separately.
+
+    In the order of descending scores [K], each box [K,4] is kept unless its IoU with a kept box of the same class in
+    `idxs` [K] exceeds `iou_threshold`. The result [kept] has the indices of the kept boxes of all classes in the order
+    of descending scores. Equal scores are in the order of their indices. Entries with a NaN score or a non-finite box
+    are ignored. 16-bit boxes are computed in float32, 64-bit integers in float64, and all other integers in float32.
+    """
     boxes = boxes.detach().to(compute_dtype(boxes))
     order = scores.detach().argsort(descending=True, stable=True)
     order = order[present(boxes, scores)[order]]
     by_class = order[idxs[order].argsort(stable=True)]
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    keep[by_class] = kept_in_order(boxes[by_class], idxs[by_class], iou_threshold)
+    keep[by_class] = suppress_sorted(boxes[by_class], idxs[by_class], iou_threshold)
     return order[keep[order]]

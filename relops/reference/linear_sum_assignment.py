@@ -1,4 +1,4 @@
-"""The linear assignment problem by shortest augmenting paths (Crouse 2016, https://doi.org/10.1109/TAES.2016.140952)."""
+"""Linear assignment problems by shortest augmenting paths (Crouse 2016, https://doi.org/10.1109/TAES.2016.140952)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ def linear_sum_assignment(
     num_cols: Tensor | Sequence[int] | int | None = None,  # [B]; one for [R,C]
     maximize: bool = False,
 ) -> tuple[Tensor, Tensor]:  # row_to_col [B,R] or [R], col_to_row [B,C] or [C]; -1 = unmatched
-    """In float64 on the CPU. What a row does to all columns is vectorized; the search is a Python loop."""
+    """Match rows with columns so that the number of pairs is the maximum and the sum of their costs is the minimum.
+
+    `cost` is [R,C] or [B,R,C]. Pairs with a non-finite cost are never matched. Problem b uses only its first
+    ``num_rows[b]`` rows and ``num_cols[b]`` columns. If `maximize` is True, the sum of the costs is maximized instead.
+    The results are the column of each row, [R] or [B,R], and the row of each column, [C] or [B,C]. They are -1 for rows
+    and columns without a partner.
+
+    All problems are solved in float64 on the CPU. The update of all columns by one row is vectorized, and the search is
+    a Python loop.
+    """
     problems = cost.detach().double().cpu()
     problems = problems if cost.dim() == 3 else problems[None]
     B, R, C = problems.shape
@@ -25,60 +34,61 @@ def linear_sum_assignment(
     row_to_col = torch.full((B, R), -1)
     col_to_row = torch.full((B, C), -1)
     for b in range(B):
-        used = problems[b, : rows[b], : cols[b]]
-        used = -used if maximize else used
-        matched = solve(used) if used.shape[0] <= used.shape[1] else solve(used.T).flip(0)
-        row_to_col[b, matched[0]] = matched[1]
-        col_to_row[b, matched[1]] = matched[0]
+        problem = problems[b, : rows[b], : cols[b]]
+        problem = -problem if maximize else problem
+        pairs = solve(problem) if problem.shape[0] <= problem.shape[1] else solve(problem.T).flip(0)
+        row_to_col[b, pairs[0]] = pairs[1]
+        col_to_row[b, pairs[1]] = pairs[0]
     outputs = row_to_col.to(cost.device), col_to_row.to(cost.device)
     return outputs if cost.dim() == 3 else (outputs[0][0], outputs[1][0])
 
 
 def solve(cost: Tensor) -> Tensor:
-    """[2,K] pairs of row and column of a problem [n,m], n <= m."""
+    """Return the matched pairs [2,K] of rows and columns of a problem [n,m] with n <= m."""
     n, m = cost.shape
-    permitted = cost.isfinite()
-    if not permitted.any():
+    allowed = cost.isfinite()
+    if not allowed.any():
         return torch.empty((2, 0), dtype=torch.int64)
-    # A power of two divides without rounding, and keeps sums of the largest costs there are from overflowing.
-    exponent = torch.frexp(cost[permitted].abs().max()).exponent
+    # Division by a power of two is exact, and prevents overflow of sums of the largest possible costs.
+    exponent = torch.frexp(cost[allowed].abs().max()).exponent
     cost = torch.ldexp(cost, -exponent.clamp(min=-1000))
-    # One forbidden pair costs more than all that permitted ones can differ by: as few as possible are taken.
-    cost = torch.where(permitted, cost, 2.0 * n + 3)
+    # A forbidden pair costs more than the largest possible difference between sums of allowed costs, so the number of
+    # forbidden pairs in the solution is the minimum.
+    cost = torch.where(allowed, cost, 2.0 * n + 3)
 
     u, v = torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)  # dual variables
     row_of, col_of = torch.full((m,), -1), torch.full((n,), -1)
     for start in range(n):
-        distance = torch.full((m,), torch.inf, dtype=torch.float64)  # from `start`, in reduced costs
-        reached_from = torch.full((m,), start)
-        settled = torch.zeros(m, dtype=torch.bool)
-        row, so_far = start, 0.0
+        distance = torch.full((m,), torch.inf, dtype=torch.float64)  # from row `start`, in reduced costs
+        predecessor = torch.full((m,), start)
+        visited = torch.zeros(m, dtype=torch.bool)
+        row, path_cost = start, 0.0
         while True:
-            through = so_far + (cost[row] - u[row] - v)
-            closer = ~settled & (through < distance)
-            distance[closer] = through[closer]
-            reached_from[closer] = row
-            so_far = float(torch.where(settled, torch.inf, distance).min())
-            equally_near = ~settled & (distance == so_far)
-            free = equally_near & (row_of < 0)
-            if free.any():
-                nearest = int(free.int().argmax())
+            candidate = path_cost + (cost[row] - u[row] - v)
+            improved = ~visited & (candidate < distance)
+            distance[improved] = candidate[improved]
+            predecessor[improved] = row
+            path_cost = float(torch.where(visited, torch.inf, distance).min())
+            minimal = ~visited & (distance == path_cost)
+            unmatched = minimal & (row_of < 0)
+            if unmatched.any():
+                nearest = int(unmatched.int().argmax())
                 break
-            nearest = int(equally_near.int().argmax())
-            settled[nearest] = True
+            nearest = int(minimal.int().argmax())
+            visited[nearest] = True
             row = int(row_of[nearest])
-        # Reduced costs stay non-negative, and zero along the path.
-        u[row_of[settled]] += so_far - distance[settled]
-        v[settled] -= so_far - distance[settled]
-        u[start] += so_far
-        # Along the path from the free column back to `start`, every row takes the column it was reached by.
+        # This update keeps reduced costs non-negative, and zero along the path.
+        u[row_of[visited]] += path_cost - distance[visited]
+        v[visited] -= path_cost - distance[visited]
+        u[start] += path_cost
+        # Along the path from the unmatched column back to row `start`, match each column with its predecessor.
         column, row = nearest, -1
         while row != start:
-            row = int(reached_from[column])
+            row = int(predecessor[column])
             row_of[column] = row
-            before = int(col_of[row])
+            previous = int(col_of[row])
             col_of[row] = column
-            column = before
+            column = previous
     rows = torch.arange(n)
     pairs = torch.stack([rows, col_of])
-    return pairs[:, permitted[rows, col_of]]
+    return pairs[:, allowed[rows, col_of]]

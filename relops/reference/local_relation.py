@@ -1,4 +1,4 @@
-"""Local relation (LR-Net), by unfolding windows."""
+"""Local relation of LR-Net (https://arxiv.org/abs/1904.11491), by unfolding windows."""
 
 from __future__ import annotations
 
@@ -21,17 +21,31 @@ def local_relation(
     similarity: str = "squared_difference",
     border: str = "mask",
 ) -> Tensor:  # [N,C,Ho,Wo]
-    """16-bit inputs are computed in float32."""
+    """Aggregate values over k x k windows with weights that depend on similarity and relative position.
+
+    For output pixel (ho, wo) and channel c of group g, the result is a weighted mean over the taps t of the window::
+
+        weight[t] = softmax over t of (phi(query[n,g,ho,wo], key[n,g,y,x]) + prior[g,t])
+        output[n,c,ho,wo] = sum over t of weight[t] * value[n,c,y,x]
+
+    Here (y, x) is the pixel of tap t. Tap (i, j) is the pixel
+    ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``. The function phi(q, k) is
+    ``-(q - k)^2``, ``-|q - k|`` or ``q * k``, as `similarity` selects. Taps outside of the map are excluded from the
+    softmax if `border` is "mask", and have key 0 and value 0 if it is "zero".
+
+    `query` is [N,G,Ho,Wo], `key` [N,G,H,W], `value` [N,C,H,W], `prior` [G,k,k], and the result [N,C,Ho,Wo]. 16-bit
+    inputs are computed in float32.
+    """
     N, G, Ho, Wo = query.shape
     C, H, W = value.shape[1:]
     dtype = compute_dtype(value)
 
     def windows(x: Tensor) -> Tensor:
-        """[N,C,k*k,Ho*Wo] of [N,C,H,W]."""
-        before = dilation * (kernel_size // 2)
-        reach = dilation * (kernel_size - 1) + 1
-        right, below = (stride * (out - 1) + reach - before - size for out, size in ((Wo, W), (Ho, H)))
-        x = F.unfold(F.pad(x, (before, right, before, below)), kernel_size, dilation, stride=stride)
+        """Unfold a map [N,C,H,W] into its windows [N,C,k*k,Ho*Wo]."""
+        padding = dilation * (kernel_size // 2)
+        extent = dilation * (kernel_size - 1) + 1
+        right, below = (stride * (out - 1) + extent - padding - size for out, size in ((Wo, W), (Ho, H)))
+        x = F.unfold(F.pad(x, (padding, right, padding, below)), kernel_size, dilation, stride=stride)
         return x.unflatten(1, (-1, kernel_size**2))
 
     q, k = query.to(dtype).flatten(2).unsqueeze(2), windows(key.to(dtype))  # [N,G,1,Ho*Wo], [N,G,k*k,Ho*Wo]
@@ -49,7 +63,7 @@ def local_relation(
     weights = logits.softmax(2)
 
     m = -(-C // G)
-    if C % G:  # the last groups have fewer channels
+    if C % G:  # the last groups have fewer channels, so pad them
         value = F.pad(value, (0, 0, 0, 0, 0, G * m - C))
     values = windows(value.to(dtype)).unflatten(1, (G, m))  # [N,G,m,k*k,Ho*Wo]
     output = (weights.unsqueeze(2) * values).sum(3)

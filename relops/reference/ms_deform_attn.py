@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention by grid_sample, as Deformable DETR's own PyTorch version computes it."""
+"""Multi-scale deformable attention by grid_sample, like the PyTorch version of Deformable DETR's authors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ def ms_deform_attn(
     sampling_locations: Tensor,  # [N,Q,M,L,P,2]
     attention_weights: Tensor,  # [N,Q,M,L,P]
 ) -> Tensor:  # [N,Q,M*D]
-    """16-bit inputs are computed in float32. Locations must be finite."""
+    """Compute weighted sums of bilinear samples of a feature pyramid, for each query and head.
+
+    The output is a sum over all levels l and points p::
+
+        location = sampling_locations[n,q,m,l,p]
+        output[n,q,m] = sum over l, p of attention_weights[n,q,m,l,p] * sample(level l of value[n,:,m], location)
+
+    `value` is [N,S,M,D], `sampling_locations` [N,Q,M,L,P,2], `attention_weights` [N,Q,M,L,P], and the result [N,Q,M*D].
+    16-bit inputs are computed in float32. Locations must be finite.
+    """
     N, _, M, D = value.shape
     _, Q, _, L, P, _ = sampling_locations.shape
     dtype = compute_dtype(value)
@@ -28,7 +37,7 @@ def ms_deform_attn(
     else:
         starts = level_start_index.tolist()
 
-    grid = 2 * sampling_locations.to(dtype) - 1  # grid_sample wants [-1, 1]
+    grid = 2 * sampling_locations.to(dtype) - 1  # grid_sample expects coordinates in [-1, 1]
     sampled = []
     for level, (H, W) in enumerate(shapes):
         level_value = value[:, starts[level] : starts[level] + H * W].to(dtype)  # [N,HW,M,D]
@@ -50,7 +59,19 @@ def ms_deform_attn_fused(
     attention_logits: Tensor,  # [N,Q,M,L,P]
     value_mask: Tensor | None = None,  # [N,S]
 ) -> Tensor:  # [N,Q,M*D]
-    """What a Deformable DETR layer does between its linear layers, in separate steps."""
+    """Compute the steps of a Deformable DETR layer between its linear layers, one after another.
+
+    The steps are::
+
+        value = value with the rows of value_mask set to zero
+        locations = reference + offset / (W,H)                              # for reference points
+        locations = reference_xy + offset / P * reference_wh * 0.5          # for reference boxes
+        weights = softmax of attention_logits over L * P
+        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+
+    `value` is [N,S,M,D], `reference_points` [N,Q,L,2] or [N,Q,L,4], `sampling_offsets` [N,Q,M,L,P,2],
+    `attention_logits` [N,Q,M,L,P], `value_mask` [N,S], and the result [N,Q,M*D]. 16-bit inputs are computed in float32.
+    """
     dtype = compute_dtype(value)
     offsets, reference = sampling_offsets.to(dtype), reference_points.to(dtype)[:, :, None, :, None, :]
     weights = attention_logits.to(dtype).flatten(-2).softmax(-1).view(attention_logits.shape)

@@ -1,4 +1,4 @@
-"""RoIAlign on the level of a feature pyramid that fits the box (FPN, https://arxiv.org/abs/1612.03144, equation 1)."""
+"""RoIAlign on the level of a feature pyramid that fits the box (FPN, https://arxiv.org/abs/1612.03144, eq. 1)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,25 @@ def multi_scale_roi_align(
     canonical_box_size: float = 224.0,
     canonical_level: int = 4,
 ) -> Tensor:  # [K,C,PH,PW]
-    """16-bit inputs are computed in float32. Features must be finite. First derivatives only."""
+    """Compute RoIAlign of each box on the level of a feature pyramid that fits its size.
+
+    Level l has a spatial scale of 2^-l. A box is assigned to level
+    ``floor(canonical_level + log2(sqrt(area) / canonical_box_size) + 1e-6)``, or to the nearest level in `inputs` if
+    that level is missing.
+
+    `inputs` are L tensors [N,C,Hl,Wl], finest first, `spatial_scales` are L powers of 1/2, `boxes` are [K,5] with rows
+    (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and the result is [K,C,PH,PW]. 16-bit inputs are
+    computed in float32. Features must be finite. Only first derivatives are available.
+    """
     boxes = box_rows(boxes)
     finest, coarsest = (round(-math.log2(spatial_scales[end])) for end in (0, -1))
     x1, y1, x2, y2 = boxes[:, 1:].detach().to(compute_dtype(inputs[0])).unbind(1)
     side = ((x2 - x1) * (y2 - y1)).clamp(min=0).sqrt()
     level = (canonical_level + (side / canonical_box_size).log2() + 1e-6).floor().clamp(finest, coarsest) - finest
 
-    places, pooled = [], []
+    positions, pooled = [], []
     for index, (input, scale) in enumerate(zip(inputs, spatial_scales)):
-        # A box that is not finite may have no level; it is zero on any.
-        places.append((level.nan_to_num() == index).nonzero()[:, 0])
-        pooled.append(roi_align(input, boxes[places[-1]], output_size, scale, sampling_ratio, aligned))
-    return torch.cat(pooled)[torch.cat(places).argsort()]
+        # A non-finite box may have the level NaN. Its output is zero on every level.
+        positions.append((level.nan_to_num() == index).nonzero()[:, 0])
+        pooled.append(roi_align(input, boxes[positions[-1]], output_size, scale, sampling_ratio, aligned))
+    return torch.cat(pooled)[torch.cat(positions).argsort()]

@@ -1,4 +1,4 @@
-"""Non-maximum suppression: that within classes, of which there is one."""
+"""Non-maximum suppression (https://arxiv.org/abs/1311.2524), as the case of a single class."""
 
 from __future__ import annotations
 
@@ -13,5 +13,11 @@ def nms(
     scores: Tensor,  # [K]
     iou_threshold: float,
 ) -> Tensor:  # [kept]
-    """Boxes of 16 bits are computed in float32, of 64-bit integers in float64, of other integers in float32."""
+    """Apply greedy non-maximum suppression to boxes [K,4].
+
+    In the order of descending scores [K], each box is kept unless its IoU with a kept box exceeds `iou_threshold`. The
+    result [kept] has the indices of the kept boxes in the order of descending scores. Equal scores are in the order of
+    their indices. Entries with a NaN score or a non-finite box are ignored. 16-bit boxes are computed in float32,
+    64-bit integers in float64, and all other integers in float32.
+    """
     return batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)

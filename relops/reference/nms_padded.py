@@ -1,4 +1,4 @@
-"""Non-maximum suppression of a batch, padded: all classes of all images are groups of one problem."""
+"""Non-maximum suppression with padding (https://arxiv.org/abs/1311.2524), with the classes of all images as groups."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relops.reference._dtypes import compute_dtype
-from relops.reference._suppression import kept_in_order, present
+from relops.reference._suppression import present, suppress_sorted
 
 
 def nms_padded(
@@ -17,7 +17,14 @@ def nms_padded(
     idxs: Tensor | None = None,  # [...,K]
     score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # [...,max_output], [...]
-    """Boxes of 16 bits are computed in float32, of 64-bit integers in float64, of other integers in float32."""
+    """Apply greedy non-maximum suppression to each image, and return `max_output` indices per image.
+
+    In the order of descending scores [..,K], each box [..,K,4] of an image is kept unless its IoU with a kept box of
+    the same class in `idxs` [..,K] exceeds `iou_threshold`. The first result [..,max_output] has the indices of the
+    kept boxes in the order of descending scores, followed by -1. The second result [..] is the number of these indices.
+    Entries with a NaN score, a non-finite box or a score that is not larger than `score_threshold` are ignored. 16-bit
+    boxes are computed in float32, 64-bit integers in float64, and all other integers in float32.
+    """
     if boxes.dim() == 2:
         keep, count = nms_padded(
             boxes[None], scores[None], iou_threshold, max_output, None if idxs is None else idxs[None], score_threshold
@@ -35,10 +42,10 @@ def nms_padded(
     flat = flat[present(boxes, scores, score_threshold).flatten()[flat]]
     flat = flat[groups.flatten()[flat].argsort(stable=True)]
     kept = torch.zeros(B * K, dtype=torch.bool, device=boxes.device)
-    kept[flat] = kept_in_order(boxes.flatten(0, 1)[flat], groups.flatten()[flat], iou_threshold)
+    kept[flat] = suppress_sorted(boxes.flatten(0, 1)[flat], groups.flatten()[flat], iou_threshold)
 
     kept = kept.view(B, K).gather(1, order)
-    first = (~kept).to(torch.uint8).argsort(stable=True)[:, :max_output]  # the kept ones before the others
+    first = (~kept).to(torch.uint8).argsort(stable=True)[:, :max_output]  # kept entries first
     count = kept.sum(1).clamp(max=max_output)
     keep = order.new_full((B, max_output), -1)
     keep[:, :K] = order.gather(1, first)

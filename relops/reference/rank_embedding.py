@@ -1,4 +1,4 @@
-"""Sinusoidal embedding of ranks."""
+"""Sinusoidal embedding of ranks (https://arxiv.org/abs/1711.11575, section 4.3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ def rank_embedding(
     dim: int = 128,
     wavelength: float = 1000.0,
 ) -> Tensor:  # [..,dim]
-    """16-bit ranks are computed in float32, and integers too."""
+    """Compute sines and cosines of ranks [..] as an embedding [..,dim].
+
+    For j from 0 to ``dim / 2 - 1``, the embedding of a rank is::
+
+        angle[j] = rank / wavelength^(2 j / dim)
+        output[.., j] = sin(angle[j])
+        output[.., dim / 2 + j] = cos(angle[j])
+
+    16-bit ranks and integers are computed in float32.
+    """
     dtype = ranks.dtype if ranks.is_floating_point() else torch.float32
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(dim // 2, dtype=wide, device=ranks.device) / (dim // 2)

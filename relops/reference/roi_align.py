@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relops.reference._regions import drop_boxes, pair, pool, sampled_taps, split_boxes
+from relops.reference._regions import pool, sampled_taps, size_pair, split_boxes, zero_boxes
 
 
 def roi_align(
@@ -18,8 +18,19 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:  # [K,C,PH,PW]
-    """16-bit inputs are computed in float32. Features must be finite. First derivatives only."""
-    PH, PW = pair(output_size)
+    """Compute the mean of bilinear samples on a grid in each bin of each box.
+
+    Each box is multiplied by `spatial_scale` and divided into PH x PW equal bins. The value of a bin is the mean of the
+    bilinear samples at the centers of the n x n cells of a grid, where n is `sampling_ratio`, or the size of the bin in
+    pixels, rounded up, if `sampling_ratio` is not positive. A sample more than one pixel outside of the map is zero,
+    and a sample at most one pixel outside takes the value at the border. If `aligned` is True, boxes are shifted by
+    half a pixel. Otherwise, they are widened to at least one pixel.
+
+    `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
+    the result is [K,C,PH,PW]. 16-bit inputs are computed in float32. Features must be finite. Only first derivatives
+    are available.
+    """
+    PH, PW = size_pair(output_size)
     batch, corners, finite = split_boxes(input, boxes)
     x1, y1, x2, y2 = (corners * spatial_scale - (0.5 if aligned else 0)).unbind(1)
     height, width = y2 - y1, x2 - x1
@@ -27,4 +38,4 @@ def roi_align(
         height, width = torch.where(height < 1, 1, height), torch.where(width < 1, 1, width)
     y = sampled_taps(y1, height, PH, sampling_ratio, input.shape[2])
     x = sampled_taps(x1, width, PW, sampling_ratio, input.shape[3])
-    return pool(input, batch, drop_boxes(y, finite), x)
+    return pool(input, batch, zero_boxes(y, finite), x)

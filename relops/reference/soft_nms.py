@@ -1,4 +1,4 @@
-"""Soft-NMS (https://arxiv.org/abs/1704.04503): the factors of all pairs at once, then a step for each kept box."""
+"""Soft-NMS (https://arxiv.org/abs/1704.04503), with the decay factors of all pairs computed first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relops.reference._dtypes import compute_dtype
-from relops.reference._iou import intersection_and_union, pairs
+from relops.reference._iou import broadcast_pairs, intersection_and_union
 from relops.reference._suppression import present
 
 
@@ -19,7 +19,16 @@ def soft_nms(
     score_threshold: float = 1e-3,
     idxs: Tensor | None = None,  # [K] or [B,K]
 ) -> tuple[Tensor, Tensor]:  # [kept] each, or [B,K] each
-    """Boxes and scores are computed in float64 if either is, or boxes are 64-bit integers, else in float32."""
+    """Apply Soft-NMS to boxes [K,4] with scores [K], or to a batch of images [B,K,4] and [B,K].
+
+    Each step keeps the remaining box with the highest score, and multiplies the scores of the remaining boxes of its
+    class by ``1 - IoU`` if the IoU exceeds `iou_threshold` (method "linear"), or by ``exp(-IoU^2 / sigma)`` (method
+    "gaussian"). The loop stops when no score is larger than `score_threshold`.
+
+    The results are the indices of the kept boxes and their decayed scores, both [kept], or both [B,K], padded with -1
+    and 0. Boxes and scores are computed in float64 if one of them is float64 or the boxes are 64-bit integers, and in
+    float32 otherwise.
+    """
     if boxes.dim() == 2:
         keep, decayed = soft_nms(
             boxes[None],
@@ -36,28 +45,28 @@ def soft_nms(
     boxes, current = boxes.detach().to(dtype), scores.detach().to(dtype)
     B, K = scores.shape
 
-    intersection, union = intersection_and_union(*pairs(boxes, boxes))
+    intersection, union = intersection_and_union(*broadcast_pairs(boxes, boxes))
     iou = intersection / union
     if method == "linear":
-        lowered, factors = iou > iou_threshold, 1 - iou
+        decays, factors = iou > iou_threshold, 1 - iou
     else:
-        lowered, factors = iou > 0, torch.exp(-(iou * iou) / sigma)
+        decays, factors = iou > 0, torch.exp(-(iou * iou) / sigma)
     if idxs is not None:
-        lowered &= idxs[:, :, None] == idxs[:, None, :]
-    factors = torch.where(lowered, factors, 1)  # [B,K,K]; of an IoU that is NaN too
+        decays &= idxs[:, :, None] == idxs[:, None, :]
+    factors = torch.where(decays, factors, 1)  # [B,K,K]; a NaN IoU has the factor 1
 
-    images, out = torch.arange(B, device=boxes.device), -torch.inf
-    current = torch.where(present(boxes, current), current, out)
+    images, removed = torch.arange(B, device=boxes.device), -torch.inf
+    current = torch.where(present(boxes, current), current, removed)
     keep = torch.full((B, K), -1, device=boxes.device)
     decayed = torch.zeros_like(current)
     for step in range(K):
-        current = torch.where(current > score_threshold, current, out)
-        best, i = current.max(1)  # the first of equal ones
-        some = best > score_threshold
-        if not some.any():
+        current = torch.where(current > score_threshold, current, removed)
+        best, i = current.max(1)  # the lowest index among equal scores
+        found = best > score_threshold
+        if not found.any():
             break
-        keep[:, step] = torch.where(some, i, -1)
-        decayed[:, step] = torch.where(some, best, 0)
+        keep[:, step] = torch.where(found, i, -1)
+        decayed[:, step] = torch.where(found, best, 0)
         current = current * factors[images, i]
-        current[images, i] = out
+        current[images, i] = removed
     return keep, decayed.to(scores.dtype)
