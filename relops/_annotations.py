@@ -21,7 +21,7 @@ else:
         """An annotation for a pair of values: `BroadcastingList2[int]` is one int for both, or a sequence of two.
 
         torch.jit.script recognizes this annotation by its name. The class of the same name in torch.jit.annotations is
-        not used, because it evaluates to None, which signatures would then show.
+        not used, because it evaluates to None, so signatures would show None.
         """
 
         def __class_getitem__(cls, item: type) -> UnionType:

@@ -12,7 +12,7 @@ from relops._dtypes import FEATURE_DTYPES, compute_dtype
 
 
 def is_autocasting(tensor: Tensor) -> bool:
-    """Return whether autocast is enabled on the device of the tensor; always False for meta tensors."""
+    """Return whether autocast is enabled on the device of the tensor. For meta tensors, return False."""
     # torch.is_autocast_enabled raises an error for the meta device.
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
@@ -37,7 +37,7 @@ def coordinates_under_autocast(features: Tensor, *coordinates: Tensor | None) ->
 
 
 def promote_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, convert all features to the dtype that torch promotes their dtypes to."""
+    """Under autocast, convert all features to their promoted dtype."""
     if not all(isinstance(x, Tensor) and x.dtype in FEATURE_DTYPES for x in features):
         return features
     if not is_autocasting(features[0]):

@@ -77,7 +77,7 @@ def check_features_like(op: str, name: str, tensor: Tensor, letters: str, featur
 
 
 def check_coordinates(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:
-    """Check that coordinates are on the device of the features and have their dtype or its compute dtype."""
+    """Check that coordinates are on the device of the features, in the dtype of the features or its compute dtype."""
     check_tensor(op, name, tensor)
     allowed = {features.dtype, compute_dtype(features.dtype)}
     if tensor.dtype not in allowed:

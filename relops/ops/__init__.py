@@ -1,6 +1,6 @@
 """The public ops. The file of an op holds its checks, fake kernels, autograd, autocast and vmap.
 
-The attribute `relops.ops.<op>` is the function. Only an import statement reaches the file of the same name.
+The attribute `relops.ops.<op>` is the function. The file of the same name is only reachable by an import statement.
 """
 
 from relops.ops.batched_nms import batched_nms

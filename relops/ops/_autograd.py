@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 class _Library(torch.library.Library):
-    """A library whose autograd kernels refuse tangents, which torch itself would drop without an error."""
+    """A library whose autograd kernels reject tangents, which torch itself would drop without an error."""
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         op = op_name.removeprefix("_").removesuffix("_backward")
@@ -47,12 +47,12 @@ def register_differentiable(
 
 
 def fresh_gradients(tensors: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor, ...]:
-    """Return a new tensor for the gradient of each tensor, with no elements if the gradient is not needed."""
+    """Return a new tensor for the gradient of each tensor, which is empty if the gradient is not needed."""
     return tuple(tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs_grad))
 
 
 def only_needed(grads: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor | None, ...]:
-    """Replace each gradient that is not needed, which a backward op returns as an empty tensor, by None."""
+    """Replace the gradients that are not needed by None. A backward op returns them as empty tensors."""
     return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad))
 
 
@@ -69,7 +69,7 @@ def register_no_double_backward(op: str) -> None:
 
 
 def register_no_gradient(op: str) -> None:
-    """Make the outputs of the op require no gradient, and make forward-mode AD raise a RuntimeError."""
+    """Prevent the outputs of the op from requiring gradients, and make forward-mode AD raise a RuntimeError."""
     overload = getattr(torch.ops.relops, op).default
 
     def fall_through(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:

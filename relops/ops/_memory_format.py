@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def is_channels_last(input: Tensor) -> bool:
-    """Return whether the kernels read the map as channels_last; its output and gradient are then channels_last too.
+    """Return whether the kernels read the map as channels_last.
 
-    This is the same rule as in the kernels.
+    If so, they read it without a copy, and its output and gradient are channels_last too. The kernels apply the same
+    rule.
     """
     return input.dim() == 4 and not input.is_contiguous() and input.size(1) > 1 and input.stride(1) == 1
 

@@ -24,7 +24,7 @@ MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio in the kernels, where it bounds 
 
 
 class BoxesShapeError(ValueError, AssertionError):
-    """Boxes have the wrong shape. This is also an AssertionError, because torchvision's ops raise one."""
+    """An error for boxes of a wrong shape, which is also an AssertionError, as in torchvision."""
 
 
 # ---- Checks ----
@@ -95,7 +95,7 @@ def check_sampling_ratio(op: str, sampling_ratio: object) -> None:
 
 
 def _is_int(x: object) -> TypeGuard[int]:
-    """Return whether x is an int but not a bool, which is probably `aligned` at the wrong position."""
+    """Return whether x is an int. A bool is rejected, because it is probably `aligned` at the wrong position."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
@@ -219,6 +219,6 @@ def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | No
         return boxes
     index = _image_index(boxes[..., :1])
     offset = N * torch.arange(batch_size, dtype=boxes.dtype, device=boxes.device)[:, None, None]
-    # A batch index outside of [0,N) must stay invalid, and not select an image of another entry.
+    # A batch index outside of [0,N) must stay invalid, and must not select an image of another entry.
     index = torch.where((index >= 0) & (index < N), index + offset, -1)
     return torch.cat([index, boxes[..., 1:]], -1)

@@ -1,4 +1,4 @@
-"""Helper of the vmap rules."""
+"""A helper for vmap rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear sum assignment: minimum-cost matching of rows and columns."""
+"""Linear assignment problems by shortest augmenting paths (https://doi.org/10.1109/TAES.2016.140952)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
 MAX_KERNEL_SIZE = 63  # kMaxKernelSize in the kernels
-MAX_STEP = 2**24  # of stride and dilation
+MAX_STEP = 2**24  # the maximum stride and dilation
 SIMILARITIES = ("squared_difference", "absolute_difference", "product")
 BORDERS = ("mask", "zero")
 

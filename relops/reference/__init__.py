@@ -3,7 +3,8 @@
 The tests compare the ops with their twins, and the benchmarks use the twins as a baseline. Twins use no code of the
 ops, so that an error in that code cannot be in both.
 
-The attribute `relops.reference.<op>` is the function. Only an import statement reaches the file of the same name.
+The attribute `relops.reference.<op>` is the function. The file of the same name is only reachable by an import
+statement.
 """
 
 from relops.reference.batched_nms import batched_nms
