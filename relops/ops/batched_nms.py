@@ -24,7 +24,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Args:
         boxes: A tensor [K,4] with rows (x1, y1, x2, y2) in any unit. The dtype is float64, float32, float16, bfloat16
-            or an integer dtype. 64-bit integers are computed in float64, and 16-bit floats and all other integers in
+            or an integer dtype. 64-bit integers are converted to float64, and 16-bit floats and all other integers to
             float32.
         scores: A tensor [K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of `boxes`.
             An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and it

@@ -16,8 +16,8 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: A tensor [A,4] or [N,A,4] with rows (x1, y1, x2, y2) in any unit, where x1 <= x2 and y1 <= y2. The dtype is
-            float64, float32, float16, bfloat16 or an integer dtype. 64-bit integers are computed in float64, and 16-bit
-            floats and all other integers in float32, also under autocast.
+            float64, float32, float16, bfloat16 or an integer dtype. 64-bit integers are converted to float64, and
+            16-bit floats and all other integers to float32, also under autocast.
         b: A tensor [B,4], or [N,B,4] with the N of `a`, with rows (x1, y1, x2, y2). If `a` is float64, `b` must be
             float64 or an integer dtype. If `a` is float32, float16 or bfloat16, `b` must have one of these three dtypes
             or an integer dtype. If `a` has an integer dtype, `b` may have any of the supported dtypes.

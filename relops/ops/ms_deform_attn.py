@@ -47,8 +47,8 @@ def ms_deform_attn(
             begins where the previous one ends.
         sampling_locations: A tensor [N,Q,M,L,P,2] with coordinates (x,y) normalized to [0,1] over the level, in the
             dtype of `value`, or float32 if `value` has 16 bits. float32 is recommended, because bfloat16 locations near
-            pixel 200 have a resolution of only one pixel. Locations are computed in float32 or better. A non-finite
-            location contributes zero to the output and gets a gradient of zero.
+            pixel 200 have a resolution of only one pixel. Locations are processed in at least float32 precision. A
+            non-finite location contributes zero to the output and gets a gradient of zero.
         attention_weights: A tensor [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has 16 bits.
 
     Returns:
@@ -100,8 +100,8 @@ def ms_deform_attn_fused(
 ) -> Tensor:
     """Compute multi-scale deformable attention with the softmax, sampling locations and padding mask in the kernel.
 
-    The result is the same as that of the following steps, but neither the forward nor the backward pass stores their
-    intermediate results in memory::
+    The result is that of the following steps. Neither the forward nor the backward pass stores their intermediate
+    results in memory. The steps are::
 
         value = value with the rows of value_mask set to zero
         locations = reference + offset / (W,H)                              # for reference points

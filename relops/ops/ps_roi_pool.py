@@ -27,8 +27,8 @@ def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int]
         boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
             with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
             has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
-            pixel. Coordinates are computed in float32 or better. A batch index within 2^-10 of an integer is rounded to
-            that integer, and any other batch index is truncated toward zero.
+            pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an integer is
+            rounded to that integer, and any other batch index is truncated toward zero.
         output_size: The number of bins (PH,PW), or one int for both.
         spatial_scale: The number of feature map pixels per image pixel.
 

@@ -68,7 +68,7 @@ def relation_attention(
         value: A tensor [N,K,M,Dv] in the dtype of `query`.
         query_boxes: A tensor [N,Q,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`, or float32 if
             `query` has 16 bits. float32 is recommended, because bfloat16 coordinates can be wrong by several pixels.
-            Boxes are computed in float32 or better.
+            Boxes are processed in at least float32 precision.
         key_boxes: A tensor [N,K,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`, or float32 if `query`
             has 16 bits.
         geometry_weight: A tensor [M,64] in the dtype of `query`, or float32 if `query` has 16 bits.

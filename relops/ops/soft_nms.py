@@ -35,8 +35,8 @@ def soft_nms(
             batch of one, ``boxes[None]`` and ``scores[None]``.
         scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of
             `boxes`. An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and
-            it suppresses no other box. Boxes and scores are computed in float64 if the boxes are float64 or 64-bit
-            integers or the scores are float64, and in float32 otherwise.
+            it suppresses no other box. Boxes and scores are converted to float64 if the boxes are float64 or 64-bit
+            integers, or the scores are float64. Otherwise, they are converted to float32.
         method: "gaussian" or "linear".
         iou_threshold: The threshold of "linear", a number in [0,1]. "gaussian" does not use it.
         sigma: The parameter of "gaussian", a finite positive number. "linear" does not use it.

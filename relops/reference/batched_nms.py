@@ -20,7 +20,7 @@ def batched_nms(
     In the order of descending scores [K], each box [K,4] is kept unless its IoU with a kept box of the same class in
     `idxs` [K] exceeds `iou_threshold`. The result [kept] has the indices of the kept boxes of all classes in the order
     of descending scores. Equal scores are in the order of their indices. Entries with a NaN score or a non-finite box
-    are ignored. 16-bit boxes are computed in float32, 64-bit integers in float64, and all other integers in float32.
+    are ignored. 16-bit boxes are converted to float32, 64-bit integers to float64, and all other integers to float32.
     """
     boxes = boxes.detach().to(compute_dtype(boxes))
     order = scores.detach().argsort(descending=True, stable=True)

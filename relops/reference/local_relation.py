@@ -33,8 +33,8 @@ def local_relation(
     ``-(q - k)^2``, ``-|q - k|`` or ``q * k``, as `similarity` selects. Taps outside of the map are excluded from the
     softmax if `border` is "mask", and have key 0 and value 0 if it is "zero".
 
-    `query` is [N,G,Ho,Wo], `key` [N,G,H,W], `value` [N,C,H,W], `prior` [G,k,k], and the result [N,C,Ho,Wo]. 16-bit
-    inputs are computed in float32.
+    `query` is [N,G,Ho,Wo], `key` [N,G,H,W], `value` [N,C,H,W], `prior` [G,k,k], and the result [N,C,Ho,Wo]. For 16-bit
+    inputs, the computation is in float32.
     """
     N, G, Ho, Wo = query.shape
     C, H, W = value.shape[1:]

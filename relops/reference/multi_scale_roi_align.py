@@ -30,8 +30,8 @@ def multi_scale_roi_align(
     that level is missing.
 
     `inputs` are L tensors [N,C,Hl,Wl], finest first, `spatial_scales` are L powers of 1/2, `boxes` are [K,5] with rows
-    (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and the result is [K,C,PH,PW]. 16-bit inputs are
-    computed in float32. Features must be finite. Only first derivatives are available.
+    (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and the result is [K,C,PH,PW]. For 16-bit inputs, the
+    computation is in float32. Features must be finite. Only first derivatives are available.
     """
     boxes = box_rows(boxes)
     finest, coarsest = (round(-math.log2(spatial_scales[end])) for end in (0, -1))

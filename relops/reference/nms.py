@@ -17,7 +17,7 @@ def nms(
 
     In the order of descending scores [K], each box is kept unless its IoU with a kept box exceeds `iou_threshold`. The
     result [kept] has the indices of the kept boxes in the order of descending scores. Equal scores are in the order of
-    their indices. Entries with a NaN score or a non-finite box are ignored. 16-bit boxes are computed in float32,
-    64-bit integers in float64, and all other integers in float32.
+    their indices. Entries with a NaN score or a non-finite box are ignored. 16-bit boxes are converted to float32,
+    64-bit integers to float64, and all other integers to float32.
     """
     return batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)

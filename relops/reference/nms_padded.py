@@ -23,7 +23,7 @@ def nms_padded(
     the same class in `idxs` [..,K] exceeds `iou_threshold`. The first result [..,max_output] has the indices of the
     kept boxes in the order of descending scores, followed by -1. The second result [..] is the number of these indices.
     Entries with a NaN score, a non-finite box or a score that is not larger than `score_threshold` are ignored. 16-bit
-    boxes are computed in float32, 64-bit integers in float64, and all other integers in float32.
+    boxes are converted to float32, 64-bit integers to float64, and all other integers to float32.
     """
     if boxes.dim() == 2:
         keep, count = nms_padded(

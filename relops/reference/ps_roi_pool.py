@@ -34,8 +34,8 @@ def ps_roi_pool(
     last column of the map.
 
     `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
-    the result is [K,C/(PH*PW),PH,PW]. 16-bit inputs are computed in float32. Features must be finite. Only first
-    derivatives are available.
+    the result is [K,C/(PH*PW),PH,PW]. For 16-bit inputs, the computation is in float32. Features must be finite. Only
+    first derivatives are available.
     """
     PH, PW = size_pair(output_size)
     batch, corners, finite = split_boxes(input, boxes)

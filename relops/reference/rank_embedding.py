@@ -19,7 +19,7 @@ def rank_embedding(
         output[.., j] = sin(angle[j])
         output[.., dim / 2 + j] = cos(angle[j])
 
-    16-bit ranks and integers are computed in float32.
+    For 16-bit and integer ranks, the computation is in float32.
     """
     dtype = ranks.dtype if ranks.is_floating_point() else torch.float32
     wide = torch.promote_types(dtype, torch.float32)

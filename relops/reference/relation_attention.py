@@ -42,8 +42,8 @@ def relation_attention(
     "official". Keys for which `key_mask` is True are ignored, and the output of a query without keys is zero.
 
     `query` is [N,Q,M,D], `key` [N,K,M,D], `value` [N,K,M,Dv], `query_boxes` [N,Q,4], `key_boxes` [N,K,4],
-    `geometry_weight` [M,64], `geometry_bias` [M], `key_mask` [N,K], and the result [N,Q,M,Dv]. 16-bit inputs are
-    computed in float32.
+    `geometry_weight` [M,64], `geometry_bias` [M], `key_mask` [N,K], and the result [N,Q,M,Dv]. For 16-bit inputs, the
+    computation is in float32.
     """
     D = query.shape[3]
     dtype = compute_dtype(query)
@@ -60,7 +60,7 @@ def relation_attention(
     bias = None if geometry_bias is None else geometry_bias.to(dtype)
     relation = F.linear(angles.sin(), sine_weight, bias) + F.linear(angles.cos(), cosine_weight)  # [N,Q,K,M]
     logits = relation.clamp(min=1e-6).log().permute(0, 3, 1, 2)  # [N,M,Q,K]
-    if key_mask is not None:  # if no key is left, the softmax would be NaN
+    if key_mask is not None:  # not if all keys are masked, because the softmax would be NaN
         logits = logits.masked_fill((key_mask & ~no_keys)[:, None, None], float("-inf"))
 
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))

@@ -26,7 +26,7 @@ def soft_nms(
     "gaussian"). The loop stops when no score is larger than `score_threshold`.
 
     The results are the indices of the kept boxes and their decayed scores, both [kept], or both [B,K], padded with -1
-    and 0. Boxes and scores are computed in float64 if one of them is float64 or the boxes are 64-bit integers, and in
+    and 0. Boxes and scores are converted to float64 if one of them is float64 or the boxes are 64-bit integers, and to
     float32 otherwise.
     """
     if boxes.dim() == 2:
