@@ -14,6 +14,8 @@ html_title = f"relops {release}"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
+# Quotes are Python's in most docstrings, so they stay as they are typed.
+smartquotes = False
 # Single backticks in docstrings mark code, as in Markdown.
 default_role = "code"
 autodoc_member_order = "bysource"

@@ -46,7 +46,8 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
     if not kind or (norm and kind.startswith("lr_net")) or (width and kind in ("vgg16", "zf")):
         raise ValueError(
             f"relops.models: backbone must be one of {', '.join(BODIES)}, optionally followed by "
-            f"-{', -'.join(NORM_SUFFIXES)} (except after an LR-Net) and, for a ResNet or LR-Net, by -WIDTH, got {name!r}"
+            f"-{', -'.join(NORM_SUFFIXES)} (except after an LR-Net) and, for a ResNet or LR-Net, by -WIDTH, "
+            f"got {name!r}"
         )
     if norm:
         options["norm"] = NORM_SUFFIXES[norm]
