@@ -54,12 +54,12 @@ class Search {
  public:
   // Allocates arrays for problems of up to n rows and `columns` columns, which must be a multiple of two vectors.
   Search(Scratch& scratch, int64_t n, int64_t columns)
-      : price_(scratch.take<double>(columns)),
-        distance_(scratch.take<double>(columns)),
-        predecessor_(scratch.take<int64_t>(columns)),
-        row_of_(scratch.take<int>(columns)),
-        column_of_(scratch.take<int>(n)),
-        settled_(scratch.take<Settled>(n)) {}
+      : price_(scratch.allocate<double>(columns)),
+        distance_(scratch.allocate<double>(columns)),
+        predecessor_(scratch.allocate<int64_t>(columns)),
+        row_of_(scratch.allocate<int>(columns)),
+        column_of_(scratch.allocate<int>(n)),
+        settled_(scratch.allocate<Settled>(n)) {}
 
   void reset(const S* costs, int64_t n, int64_t columns) {
     costs_ = costs;
@@ -261,7 +261,7 @@ class Solver {
       : a_(args),
         max_rows_(std::min(args.R, args.C)),
         max_columns_(round_up(std::max(args.R, args.C), 2 * kWide)),
-        packed_(scratch_.template take<Compute>(max_rows_ * max_columns_)),
+        packed_(scratch_.template allocate<Compute>(max_rows_ * max_columns_)),
         search_(scratch_, max_rows_, max_columns_) {}
 
   void operator()(int64_t b) {
@@ -287,7 +287,7 @@ class Solver {
     }
     // The cost of a forbidden pair is too large for float32.
     Scratch scratch;
-    double* wide = scratch.take<double>(size.n * size.columns);
+    double* wide = scratch.allocate<double>(size.n * size.columns);
     Search<double> search(scratch, size.n, size.columns);
     apply_scale(packed_, size, scale, wide);
     solve(search, wide, b, size, scale.forbidden);

@@ -103,7 +103,7 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a) {
   const int64_t sums_size = (a.S + 1) * width;
   Scratch shared;
   // If there are several parts, their sums must outlive the task.
-  Compute* part_sums = scatter && parts > 1 ? shared.take<Compute>(pairs * parts * sums_size) : nullptr;
+  Compute* part_sums = scatter && parts > 1 ? shared.allocate<Compute>(pairs * parts * sums_size) : nullptr;
 
   // Adds the sums of all parts in order and writes rows [from, to) of the gradient of (n, m).
   auto write_grad_value = [&](int64_t pair, Compute* sums, int64_t from, int64_t to) {
@@ -125,10 +125,10 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a) {
     const SampleConstants<Compute> constants(a, scratch);
     const Samples<Compute> samples(constants.padded, true, scratch);
     RowSource<T, U> source(a, scratch);
-    Compute* grad = scratch.take<Compute>(width);
-    Compute* unused_row = scratch.take<Compute>(width);  // receives what falls outside
+    Compute* grad = scratch.allocate<Compute>(width);
+    Compute* unused_row = scratch.allocate<Compute>(width);  // receives what falls outside
     for (int64_t d = 0; d < width; ++d) grad[d] = unused_row[d] = 0;
-    Compute* own_sums = scatter && !sums_in_place && parts == 1 ? scratch.take<Compute>(sums_size) : nullptr;
+    Compute* own_sums = scatter && !sums_in_place && parts == 1 ? scratch.allocate<Compute>(sums_size) : nullptr;
     for (int64_t i = 0; i < constants.padded; ++i)
       for (auto* dot : samples.dot) dot[i] = 0;
 

@@ -66,8 +66,8 @@ class RowSource {
  public:
   RowSource(const MsDeformAttnArgs<T, U>& a, Scratch& scratch)
       : a_(a), packs(worth_packing(a)), width(round_up(a.D, kLanes<Compute>)) {
-    packed_ = scratch.take<Compute>((packs ? a.S + 1 : 1) * width);
-    zero_ = scratch.take<T>(width);
+    packed_ = scratch.allocate<Compute>((packs ? a.S + 1 : 1) * width);
+    zero_ = scratch.allocate<T>(width);
     std::fill_n(zero_, width, T(0));
   }
 

@@ -22,12 +22,12 @@ struct SampleConstants {
   SampleConstants(const Args& a, Scratch& scratch)
       : count(a.L * a.P),
         padded(round_up(count, kLanes<Compute>)),
-        width(scratch.take<Compute>(padded)),
-        height(scratch.take<Compute>(padded)),
-        width_int(scratch.take<Int<Compute>>(padded)),
-        height_int(scratch.take<Int<Compute>>(padded)),
-        start(scratch.take<Int<Compute>>(padded)),
-        level(scratch.take<Int<Compute>>(padded)) {
+        width(scratch.allocate<Compute>(padded)),
+        height(scratch.allocate<Compute>(padded)),
+        width_int(scratch.allocate<Int<Compute>>(padded)),
+        height_int(scratch.allocate<Int<Compute>>(padded)),
+        start(scratch.allocate<Int<Compute>>(padded)),
+        level(scratch.allocate<Int<Compute>>(padded)) {
     for (int64_t s = 0; s < padded; ++s) {
       const Level of = s < count ? a.levels[s / a.P] : Level{0, 0, 0};
       width[s] = of.width;
@@ -53,14 +53,14 @@ struct Samples {
   Compute *grad_xy, *grad_weight;
 
   Samples(int64_t padded, bool backward, Scratch& scratch) {
-    for (Compute** p : {&x, &y, &weight, &fraction_x, &fraction_y}) *p = scratch.take<Compute>(padded);
-    for (auto& p : row) p = scratch.take<Int<Compute>>(padded);
-    for (auto& p : corner_weight) p = scratch.take<Compute>(padded);
-    raw = scratch.take<Compute>(2 * padded);
+    for (Compute** p : {&x, &y, &weight, &fraction_x, &fraction_y}) *p = scratch.allocate<Compute>(padded);
+    for (auto& p : row) p = scratch.allocate<Int<Compute>>(padded);
+    for (auto& p : corner_weight) p = scratch.allocate<Compute>(padded);
+    raw = scratch.allocate<Compute>(2 * padded);
     if (!backward) return;
-    for (auto& p : dot) p = scratch.take<Compute>(padded);
-    grad_xy = scratch.take<Compute>(2 * padded);
-    grad_weight = scratch.take<Compute>(padded);
+    for (auto& p : dot) p = scratch.allocate<Compute>(padded);
+    grad_xy = scratch.allocate<Compute>(2 * padded);
+    grad_weight = scratch.allocate<Compute>(padded);
   }
 };
 

@@ -33,11 +33,11 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     grad_ring_ = this->zeros(output_ring_ * a.m * line);
     if (needs_value_) weight_ring_ = this->zeros(output_ring_ * taps_ * line);
     if (needs_key_) logit_ring_ = this->zeros(output_ring_ * taps_ * line);
-    grads_ = this->scratch_.template take<Compute>(taps_ * V);
-    query_sums_ = this->scratch_.template take<Compute>(columns.width);
+    grads_ = this->scratch_.template allocate<Compute>(taps_ * V);
+    query_sums_ = this->scratch_.template allocate<Compute>(columns.width);
     sums_ = this->zeros((keeps_sums_ ? this->ring_ * columns.parts.size() : 1) * sums_size());
-    if (a.grad_prior != nullptr) prior_ = this->scratch_.template take<Compute>(taps_ * V);
-    reads_ = this->scratch_.template take<Read>(taps_);
+    if (a.grad_prior != nullptr) prior_ = this->scratch_.template allocate<Compute>(taps_ * V);
+    reads_ = this->scratch_.template allocate<Read>(taps_);
   }
 
   void operator()(const Item& item) {

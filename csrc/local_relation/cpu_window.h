@@ -23,20 +23,20 @@ class LocalRelationWorker {
     key_ring_ = zeros(ring_ * columns.line);
     value_ring_ = zeros(ring_ * a.m * columns.line);
     zero_line_ = zeros(columns.width);
-    inside_ = scratch_.take<Compute>(columns.line);
+    inside_ = scratch_.allocate<Compute>(columns.line);
     std::fill_n(inside_, columns.line, -std::numeric_limits<Compute>::infinity());
     for (size_t part = 0; part < columns.parts.size(); ++part)
       std::fill_n(inside_ + part * columns.part_size + columns.left, columns.parts[part].columns, Compute(0));
-    weights_ = scratch_.take<Compute>(round_up<int64_t>(taps_, kBatch) * V);
-    tap_ = scratch_.take<int32_t>(taps_);
-    key_at_ = scratch_.take<const Compute*>(taps_);
-    value_at_ = scratch_.take<const Compute*>(taps_);
-    inside_at_ = scratch_.take<const Compute*>(taps_);
-    prior_at_ = scratch_.take<Compute>(taps_);
+    weights_ = scratch_.allocate<Compute>(round_up<int64_t>(taps_, kBatch) * V);
+    tap_ = scratch_.allocate<int32_t>(taps_);
+    key_at_ = scratch_.allocate<const Compute*>(taps_);
+    value_at_ = scratch_.allocate<const Compute*>(taps_);
+    inside_at_ = scratch_.allocate<const Compute*>(taps_);
+    prior_at_ = scratch_.allocate<Compute>(taps_);
   }
 
   Compute* zeros(int64_t count) {
-    Compute* const p = scratch_.take<Compute>(count);
+    Compute* const p = scratch_.allocate<Compute>(count);
     std::fill_n(p, count, Compute(0));
     return p;
   }

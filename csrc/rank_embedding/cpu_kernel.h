@@ -52,7 +52,7 @@ void rank_embedding_forward(const RankEmbeddingArgs<T, O>& p, const double* freq
   using Compute = ComputeType<O>;
   const int64_t half = p.half, padded = round_up(half, kLanes<double>);
   Scratch scratch;
-  Compute* const sines = scratch.take<Compute>(2 * padded);
+  Compute* const sines = scratch.allocate<Compute>(2 * padded);
   Compute* const cosines = sines + padded;
   for (int64_t i = begin; i < end; ++i) {
     store_sines(static_cast<double>(p.ranks[i]), frequencies, half, sines, cosines);
@@ -69,7 +69,7 @@ void rank_embedding_backward(const RankEmbeddingArgs<T, T>& p, const double* fre
   using Compute = ComputeType<T>;
   const int64_t half = p.half, padded = round_up(half, kLanes<double>);
   Scratch scratch;
-  Compute* const grad_sines = scratch.take<Compute>(4 * padded);
+  Compute* const grad_sines = scratch.allocate<Compute>(4 * padded);
   Compute *const grad_cosines = grad_sines + padded, *const sines = grad_cosines + padded,
                  *const cosines = sines + padded;
   std::fill_n(grad_sines, 4 * padded, Compute(0));

@@ -62,7 +62,7 @@ void mean_backward_bands_sensitive(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(bands.size(), threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     GradPlane<T> plane(max_size, *scratch);
-    Compute* grads = scratch->template take<Compute>(a.out_channels);
+    Compute* grads = scratch->template allocate<Compute>(a.out_channels);
     return [&, scratch, plane, grads](int64_t i) mutable {
       const auto [m, low, high] = bands[i];
       const Map<T> map(a, m);
@@ -140,8 +140,8 @@ void mean_backward_bands(const RegionArgs<T>& a, int64_t threads) {
   const int64_t max_size = max_pixels(a, bands);
   for_each_item(bands.size() * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    Compute* sums = scratch->template take<Compute>(max_size * width);
-    Compute* grads = scratch->template take<Compute>(std::min(a.PW, kBins) * width);
+    Compute* sums = scratch->template allocate<Compute>(max_size * width);
+    Compute* grads = scratch->template allocate<Compute>(std::min(a.PW, kBins) * width);
     PixelList<Compute> pixels(a.max_taps_y, a.max_taps_x, *scratch);
     return [&, scratch, sums, grads, pixels](int64_t i) mutable {
       const auto [m, low, high] = bands[i / blocks];

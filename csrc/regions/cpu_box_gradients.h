@@ -27,12 +27,12 @@ struct BinTable {
   int32_t* count;
 
   BinTable(int64_t max_width, int64_t PW, Scratch& scratch)
-      : at(scratch.take<Int<Compute>>(max_width * PW)),
-        used(scratch.take<Int<Compute>>(max_width * PW)),
-        weight(scratch.take<Compute>(max_width * PW)),
-        slope_first(scratch.take<Compute>(max_width * PW)),
-        slope_last(scratch.take<Compute>(max_width * PW)),
-        count(scratch.take<int32_t>(max_width)) {}
+      : at(scratch.allocate<Int<Compute>>(max_width * PW)),
+        used(scratch.allocate<Int<Compute>>(max_width * PW)),
+        weight(scratch.allocate<Compute>(max_width * PW)),
+        slope_first(scratch.allocate<Compute>(max_width * PW)),
+        slope_last(scratch.allocate<Compute>(max_width * PW)),
+        count(scratch.allocate<int32_t>(max_width)) {}
 
   void fill(const AxisTaps<Compute>& x, int64_t PW, int64_t left, int64_t width_) {
     width = width_;
@@ -137,7 +137,7 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     BinTable<Compute> table(max_width, size.PW, *scratch);
-    Compute* grads = scratch->template take<Compute>(size.bins() + V);
+    Compute* grads = scratch->template allocate<Compute>(size.bins() + V);
     return [&, scratch, table, grads](int64_t i) mutable {
       const auto item = items.at(i);
       for (const Region<Compute>& r : item.regions) {
@@ -196,7 +196,7 @@ void mean_backward_boxes_pixels(const RegionArgs<T>& a, int64_t threads) {
   const int64_t bins = a.PH * a.PW;
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    Compute* grads = scratch->template take<Compute>(a.out_channels);
+    Compute* grads = scratch->template allocate<Compute>(a.out_channels);
     return [&, scratch, grads](int64_t i) {
       const Region<Compute>& r = a.regions[i];
       const Map<T> map(a, r.map);

@@ -123,7 +123,7 @@ class GradPlane {
  public:
   using Compute = ComputeType<T>;
   GradPlane(int64_t max_size, Scratch& scratch)
-      : own_(std::is_same_v<T, Compute> ? nullptr : scratch.take<Compute>(max_size)) {}
+      : own_(std::is_same_v<T, Compute> ? nullptr : scratch.allocate<Compute>(max_size)) {}
 
   // Returns `size` sums, all zero.
   Compute* begin(T* target, int64_t size) {

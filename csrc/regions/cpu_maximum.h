@@ -29,10 +29,11 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   const TileSize size(a.PH, a.PW, row_values, 0);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    Compute* runs = scratch->template take<Compute>(size.PH * row_values + round_up<int64_t>(1 << doublings, V) + V);
-    auto* first_at = scratch->template take<Int<Compute>>(round_up(size.bins(), V));
-    auto* second_at = scratch->template take<Int<Compute>>(round_up(size.bins(), V));
-    int64_t* offsets = scratch->template take<int64_t>(size.PH * a.max_taps_y);
+    Compute* runs =
+        scratch->template allocate<Compute>(size.PH * row_values + round_up<int64_t>(1 << doublings, V) + V);
+    auto* first_at = scratch->template allocate<Int<Compute>>(round_up(size.bins(), V));
+    auto* second_at = scratch->template allocate<Int<Compute>>(round_up(size.bins(), V));
+    int64_t* offsets = scratch->template allocate<int64_t>(size.PH * a.max_taps_y);
     return [&, scratch, runs, first_at, second_at, offsets](int64_t i) {
       const auto item = items.at(i);
       const Map<T>& map = item.map;
@@ -121,11 +122,11 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
     auto scratch = std::make_shared<Scratch>();
     GradPlane<T> grad_plane(max_plane, *scratch);
     const int64_t max_width = round_up(a.max_columns, V) + V;
-    Compute* maxima = scratch->template take<Compute>(max_width + V);
-    auto* which = scratch->template take<Int<Compute>>(max_width + V);
-    Compute* pooled = scratch->template take<Compute>(size.bins());
-    Compute* grads = scratch->template take<Compute>(size.bins());
-    int64_t* offsets = scratch->template take<int64_t>(size.PH * a.max_taps_y);
+    Compute* maxima = scratch->template allocate<Compute>(max_width + V);
+    auto* which = scratch->template allocate<Int<Compute>>(max_width + V);
+    Compute* pooled = scratch->template allocate<Compute>(size.bins());
+    Compute* grads = scratch->template allocate<Compute>(size.bins());
+    int64_t* offsets = scratch->template allocate<int64_t>(size.PH * a.max_taps_y);
     return [&, scratch, grad_plane, maxima, which, pooled, grads, offsets](int64_t i) mutable {
       const auto item = items.at(i);
       const Map<T>& map = item.map;
@@ -180,7 +181,7 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   const int64_t bins = a.PH * a.PW, blocks = ceil_div(a.channels, kBlock), max_plane = largest_plane(a);
   for_each_item(a.L * a.N * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    Compute* own = scratch->template take<Compute>(kInPlace ? 0 : max_plane * std::min(kBlock, a.channels));
+    Compute* own = scratch->template allocate<Compute>(kInPlace ? 0 : max_plane * std::min(kBlock, a.channels));
     return [&, scratch, own](int64_t item) {
       const Map<T> map(a, item / blocks);
       if (map.grad_input == nullptr) return;

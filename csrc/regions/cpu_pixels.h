@@ -24,8 +24,8 @@ struct PixelList {
 
   PixelList(int64_t max_taps_y, int64_t max_taps_x, Scratch& scratch)
       : max_count(std::min(max_taps_y * max_taps_x, std::max<int64_t>(kMany, max_taps_x))),
-        offset(scratch.take<int64_t>(max_count)),
-        weight(scratch.take<Compute>(max_count)) {}
+        offset(scratch.allocate<int64_t>(max_count)),
+        weight(scratch.allocate<Compute>(max_count)) {}
 
   // Makes the lists of the pixels of the rows of taps [begin, end) and of column pw of bins, and calls f(first, last)
   // with each: whether it is the first, and the last. There is at least one list; where it is the only one, first and
@@ -82,7 +82,7 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
     PixelList<Compute> pixels(a.max_taps_y, a.max_taps_x, *scratch);
     // Where the pixels of a bin are more than one list: the results up to the list before, and up to this one.
     const int64_t kept = pixels.max_count < a.max_taps_y * a.max_taps_x ? a.out_channels : 0;
-    Compute *before = scratch->template take<Compute>(kept), *after = scratch->template take<Compute>(kept);
+    Compute *before = scratch->template allocate<Compute>(kept), *after = scratch->template allocate<Compute>(kept);
     return [&, scratch, pixels, before, after](int64_t i) mutable {
       const Region<Compute>& r = a.regions[i];
       const Map<T> map(a, r.map);

@@ -28,8 +28,8 @@ void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     ColumnTable<Compute> table(size.bins(), a.max_taps_x, *scratch);
-    Compute* rows = scratch->template take<Compute>(size.PH * max_width + V);
-    int64_t* offsets = scratch->template take<int64_t>(size.PH * a.max_taps_y);
+    Compute* rows = scratch->template allocate<Compute>(size.PH * max_width + V);
+    int64_t* offsets = scratch->template allocate<int64_t>(size.PH * a.max_taps_y);
     return [&, scratch, table, rows, offsets](int64_t i) mutable {
       const auto item = items.at(i);
       const Map<T>& map = item.map;

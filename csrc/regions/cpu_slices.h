@@ -72,12 +72,12 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
   const PlaneItems<T> items(a, V, threads, false);
   for_each_item(items.count, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    Compute* slice = scratch->template take<Compute>(max_plane * V);
+    Compute* slice = scratch->template allocate<Compute>(max_plane * V);
     use_huge_pages(slice, max_plane * V * sizeof(Compute));
-    Compute* combined = scratch->template take<Compute>(size.PW * a.max_taps_x * V);
-    Compute* results = scratch->template take<Compute>(size.bins() * V);
-    int64_t* rows = scratch->template take<int64_t>(size.PH * a.max_taps_y);
-    int64_t* columns = scratch->template take<int64_t>(size.PW * a.max_taps_x);
+    Compute* combined = scratch->template allocate<Compute>(size.PW * a.max_taps_x * V);
+    Compute* results = scratch->template allocate<Compute>(size.bins() * V);
+    int64_t* rows = scratch->template allocate<int64_t>(size.PH * a.max_taps_y);
+    int64_t* columns = scratch->template allocate<int64_t>(size.PW * a.max_taps_x);
     return [&, scratch, slice, combined, results, rows, columns](int64_t i) {
       const auto item = items.at(i);
       const Map<T>& map = item.map;

@@ -80,8 +80,8 @@ struct ColumnTable {
   Compute* weight;
 
   ColumnTable(int64_t bins, int64_t max_taps, Scratch& scratch)
-      : at(scratch.take<Int<Compute>>(round_up(bins, kLanes<Compute>) * max_taps)),
-        weight(scratch.take<Compute>(round_up(bins, kLanes<Compute>) * max_taps)) {}
+      : at(scratch.allocate<Int<Compute>>(round_up(bins, kLanes<Compute>) * max_taps)),
+        weight(scratch.allocate<Compute>(round_up(bins, kLanes<Compute>) * max_taps)) {}
 
   // The rows of bins are `stride` apart in the array that is gathered from. An entry without a weight reads the zero at
   // `zero`.

@@ -58,7 +58,7 @@ struct BackwardWorker {
         b_stride(max_heads * kKeys + V),
         queries(a.Q, scratch),
         keys(kKeys, scratch) {
-    const auto allocate = [&](Compute*& array, int64_t count) { array = scratch.take<Compute>(count); };
+    const auto allocate = [&](Compute*& array, int64_t count) { array = scratch.allocate<Compute>(count); };
     const int64_t block = kBackwardBlock;
     allocate(query, max_heads * a.Q * width);
     allocate(grad_query, max_heads * a.Q * width);

@@ -42,8 +42,8 @@ struct PackedKeys {
     const int64_t bytes = tiles_per_image * width * a.M * (a.D + value_width) * sizeof(Compute);
     images = std::clamp<int64_t>(threads * kPackedBytes / bytes, 1, a.N);
     for (int64_t i = 0; i < images * tiles_per_image; ++i)
-      tiles.push_back({BoxTable<Compute>(width, scratch), scratch.take<Compute>(a.M * a.D * width),
-                       scratch.take<Compute>(a.M * width * value_width)});
+      tiles.push_back({BoxTable<Compute>(width, scratch), scratch.allocate<Compute>(a.M * a.D * width),
+                       scratch.allocate<Compute>(a.M * width * value_width)});
   }
 
   // Packs tile `item`.
@@ -95,14 +95,14 @@ struct ForwardWorker {
         value_width(round_up(a.Dv, V)),
         b_stride(a.M * kKeys + V),
         queries(max_queries, scratch),
-        query(scratch.take<Compute>(a.M * max_queries * width)),
-        rotated(scratch.take<Compute>(max_queries * a.M * kHalf)),
-        output(scratch.take<Compute>(a.M * max_queries * value_width)),
-        running_max(scratch.take<Compute>(a.M * max_queries)),
-        total(scratch.take<Compute>(a.M * max_queries * V)),
-        terms(scratch.take<Compute>(kHalf * kKeys)),
-        b(scratch.take<Compute>(max_queries * b_stride)),
-        p(scratch.take<Compute>(max_queries * kKeys)) {}
+        query(scratch.allocate<Compute>(a.M * max_queries * width)),
+        rotated(scratch.allocate<Compute>(max_queries * a.M * kHalf)),
+        output(scratch.allocate<Compute>(a.M * max_queries * value_width)),
+        running_max(scratch.allocate<Compute>(a.M * max_queries)),
+        total(scratch.allocate<Compute>(a.M * max_queries * V)),
+        terms(scratch.allocate<Compute>(kHalf * kKeys)),
+        b(scratch.allocate<Compute>(max_queries * b_stride)),
+        p(scratch.allocate<Compute>(max_queries * kKeys)) {}
 
   void operator()(int64_t item) {
     const int64_t image = item / blocks, n = keys.first + image;

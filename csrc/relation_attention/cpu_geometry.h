@@ -79,9 +79,9 @@ struct BoxTable {
   BoxTable(int64_t count, Scratch& scratch) : padded(round_up(count, kLanes<Compute>)) {
     for (Compute** array :
          {&x_high, &x_low, &y_high, &y_low, &width, &height, &width_n, &width_l, &height_n, &height_l})
-      *array = scratch.take<Compute>(padded);
-    terms = scratch.take<Compute>(kHalf * padded);
-    term_rows = scratch.take<Compute>(kHalf * padded);
+      *array = scratch.allocate<Compute>(padded);
+    terms = scratch.allocate<Compute>(kHalf * padded);
+    term_rows = scratch.allocate<Compute>(kHalf * padded);
   }
 
   // Sets box i of the table to boxes[index[i]] for i < count. The last vector is padded with boxes of one pixel.

@@ -18,12 +18,12 @@ namespace {
 template <class Compute, class S>
 int64_t rank(const Compute* boxes, const S* scores, int64_t K, S score_threshold, uint32_t* ranked) {
   Scratch scratch;
-  auto* entries = scratch.take<Entry<ScoreKey<S>>>(K);
+  auto* entries = scratch.allocate<Entry<ScoreKey<S>>>(K);
   int64_t n = 0;
   for (int64_t k = 0; k < K; ++k)
     if (counts(boxes + 4 * k, scores[k], score_threshold))
       entries[n++] = {score_key(scores[k]), static_cast<uint32_t>(k)};
-  const auto* sorted = sort_by_key(entries, scratch.take<Entry<ScoreKey<S>>>(n), n);
+  const auto* sorted = sort_by_key(entries, scratch.allocate<Entry<ScoreKey<S>>>(n), n);
   for (int64_t i = 0; i < n; ++i) ranked[i] = sorted[i].index;
   return n;
 }
@@ -41,10 +41,10 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   std::vector<int64_t> n(B);
   std::vector<std::vector<Range>> ranges(B);
   Scratch scratch;
-  auto* ranked = scratch.take<uint32_t>(B * K);
-  auto* grouped = idxs ? scratch.take<uint32_t>(B * K) : ranked;  // by class, and then by score
-  auto* sorted = scratch.take<SharedBox<Compute>>(B * K);         // in that order
-  auto* kept = scratch.take<uint8_t>(B * K);                      // likewise
+  auto* ranked = scratch.allocate<uint32_t>(B * K);
+  auto* grouped = idxs ? scratch.allocate<uint32_t>(B * K) : ranked;  // by class, and then by score
+  auto* sorted = scratch.allocate<SharedBox<Compute>>(B * K);         // in that order
+  auto* kept = scratch.allocate<uint8_t>(B * K);                      // likewise
   for_each_item(B, threads_for(B * (3e3 + (idxs ? 30.0 : 15.0) * K)), [&] {
     return [&](int64_t b) {
       const int64_t at = b * K;

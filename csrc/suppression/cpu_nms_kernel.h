@@ -102,7 +102,7 @@ void suppress_classes(const NmsArgs<Compute>& a) {
   for (int64_t c = 0; c < a.num_classes; ++c)
     if (size(c) > kLarge) {
       Scratch scratch;
-      do_class(c, scratch.take<Compute>(kept_size<Compute>(std::min(size(c), a.most))));
+      do_class(c, scratch.allocate<Compute>(kept_size<Compute>(std::min(size(c), a.most))));
     } else {
       small.push_back(c);
       largest = std::max(largest, size(c));
@@ -114,7 +114,7 @@ void suppress_classes(const NmsArgs<Compute>& a) {
   const int64_t count = small.size(), share = std::max<int64_t>(1, count / (16 * threads));
   for_each_item(ceil_div(count, share), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), room = static_cast<Compute*>(nullptr)](int64_t item) mutable {
-      if (room == nullptr) room = scratch->template take<Compute>(kept_size<Compute>(largest));
+      if (room == nullptr) room = scratch->template allocate<Compute>(kept_size<Compute>(largest));
       for (int64_t i = item * share; i < std::min(count, (item + 1) * share); ++i) do_class(small[i], room);
     };
   });

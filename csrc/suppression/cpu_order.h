@@ -48,10 +48,10 @@ inline std::vector<Range> group_by_class(const int64_t* idxs, uint32_t* entries,
   int64_t first = std::numeric_limits<int64_t>::max();
   for (int64_t i = 0; i < n; ++i) first = std::min(first, idxs[entries[i]]);
   Scratch scratch;
-  auto* keyed = scratch.take<Entry<uint64_t>>(n);
+  auto* keyed = scratch.allocate<Entry<uint64_t>>(n);
   for (int64_t i = 0; i < n; ++i)
     keyed[i] = {static_cast<uint64_t>(idxs[entries[i]]) - static_cast<uint64_t>(first), entries[i]};
-  const auto* sorted = sort_by_key(keyed, scratch.take<Entry<uint64_t>>(n), n);
+  const auto* sorted = sort_by_key(keyed, scratch.allocate<Entry<uint64_t>>(n), n);
   std::vector<Range> classes;
   for (int64_t i = 0; i < n; ++i) {
     entries[i] = sorted[i].index;

@@ -23,8 +23,8 @@ SoftKept suppress(const SoftNmsProblem& p) {
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
 
   Scratch scratch;
-  auto* indices = scratch.take<uint32_t>(B * K);
-  auto* decayed = scratch.take<Compute>(B * K);
+  auto* indices = scratch.allocate<uint32_t>(B * K);
+  auto* decayed = scratch.allocate<Compute>(B * K);
   std::fill_n(decayed, B * K, Compute(0));
   std::vector<ClassOfImage> classes;
   for (int64_t b = 0; b < B; ++b) {
@@ -42,8 +42,8 @@ SoftKept suppress(const SoftNmsProblem& p) {
   auto* keep = static_cast<int64_t*>(result.keep.mutable_data_ptr());
   auto* count = static_cast<int64_t*>(result.count.mutable_data_ptr());
   auto* kept_scores = static_cast<Compute*>(result.scores.mutable_data_ptr());
-  auto* entries = scratch.take<Entry<ScoreKey<Compute>>>(K);
-  auto* other = scratch.take<Entry<ScoreKey<Compute>>>(K);
+  auto* entries = scratch.allocate<Entry<ScoreKey<Compute>>>(K);
+  auto* other = scratch.allocate<Entry<ScoreKey<Compute>>>(K);
   for (int64_t b = 0; b < B; ++b) {
     int64_t n = 0;
     for (int64_t k = 0; k < K; ++k)

@@ -128,8 +128,8 @@ void decay_classes(const SoftNmsArgs<Compute>& a) {
   for_each_item(ceil_div(a.num_classes, share), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), rows = SoftRows<Compute>{}](int64_t item) mutable {
       if (rows.values == nullptr) {
-        rows.values = scratch->template take<Compute>(SoftRows<Compute>::room(largest));
-        rows.index = scratch->template take<Int<Compute>>(round_up(largest, kLanes<Compute>));
+        rows.values = scratch->template allocate<Compute>(SoftRows<Compute>::room(largest));
+        rows.index = scratch->template allocate<Int<Compute>>(round_up(largest, kLanes<Compute>));
       }
       for (int64_t c = item * share; c < std::min(a.num_classes, (item + 1) * share); ++c) {
         const ClassOfImage& of = a.classes[c];

@@ -30,7 +30,7 @@ constexpr I round_up(I n, I multiple) {
 class Scratch {
  public:
   template <class X>
-  X* take(int64_t count) {
+  X* allocate(int64_t count) {
     void* p = std::aligned_alloc(64, round_up<int64_t>(std::max<int64_t>(count, 1) * sizeof(X), 64));
     if (p == nullptr) throw std::bad_alloc();
     blocks_.emplace_back(p, std::free);
