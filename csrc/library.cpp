@@ -1,10 +1,11 @@
-// Every schema of relops: the table of contents of the C++ side. Kernels register themselves where they are defined
-// (<family>/cpu*.cpp, <family>/cuda*.cu); checks for users, fakes, autograd and autocast are in relops/ops/<op>.py.
+// The schema of every op of relops: the table of contents of the C++ code. Kernels register themselves where they are
+// defined (<family>/cpu*.cpp, <family>/cuda*.cu). The argument checks for users, the fake kernels, autograd and
+// autocast are in relops/ops/<op>.py.
 //
-// An op with a leading underscore is the backward of the op it is named after. Where it returns several gradients, its
-// needs_grad has a flag for each of them (of a list: for each element), in their order; a gradient that is not needed
-// comes back as an empty tensor of one dimension. input and inputs are given to the backward of a region op only where
-// its gradients need them: those of the boxes, and the pixel of a maximum.
+// An op with a leading underscore is the backward of the op that it is named after. If it returns several gradients,
+// needs_grad has one flag per gradient, in the same order; a list of gradients has one flag per element. A gradient
+// that is not needed is returned as an empty tensor of one dimension. The backward of a region op gets input or inputs
+// only if a gradient depends on them: the gradient of the boxes does, and so does the gradient of a maximum.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,5 @@
-// The Python module relops._C: facts about the build. No tensor passes through it; importing it loads the library whose
-// static initializers register the schemas and the CPU kernels.
+// The Python module relops._C, which returns facts about the build. No tensor passes through it. Importing the module
+// loads the library, whose static initializers register the schemas and the CPU kernels.
 
 #include <pybind11/pybind11.h>
 
@@ -18,5 +18,5 @@ PYBIND11_MODULE(_C, m) {
         facts["cpu_isa"] = relops::isa_name(relops::isa());
         return facts;
       },
-      "What this build was made with, and the instruction set its CPU kernels chose on this machine.");
+      "Return what this build was made with and which instruction set its CPU kernels use on this machine.");
 }

@@ -1,8 +1,8 @@
-// Geometry of boxes (x1, y1, x2, y2): the one expression of IoU, for host and device, scalars and vectors.
+// Geometry of boxes (x1, y1, x2, y2). All code computes IoU with the functions of this file, on host and device, for
+// scalars and vectors.
 //
 // F is float, double, or a vector of them (common/cpu/simd.h), whose comparisons and ?: work lane by lane. Every
-// function is a fixed sequence of rounded operations, so that the result is the same bit for bit wherever it is
-// computed.
+// function is a fixed sequence of rounded operations, so its result is the same bit for bit on every device.
 #pragma once
 
 #include "common/host_device.h"
@@ -24,7 +24,7 @@ RELOPS_HOST_DEVICE_INLINE F larger(F a, F b) {
   return a > b ? a : b;
 }
 
-// Negative where the box is inverted in one direction; NaN where a coordinate is.
+// The area is negative if the box is inverted in one direction, and NaN if a coordinate is NaN.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F area(const Box<F>& box) {
   return product(box.x2 - box.x1, box.y2 - box.y1);
@@ -37,12 +37,13 @@ RELOPS_HOST_DEVICE_INLINE F intersection(const Box<F>& a, const Box<F>& b) {
   return product(larger(width, none), larger(height, none));
 }
 
-// Of two boxes by their areas and their intersection. 0 where the union is: boxes without area.
+// Returns the IoU of two boxes, given their areas and the area of their intersection. The IoU is 0 if the union is 0,
+// which is the case for two boxes without area.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F iou(F area_a, F area_b, F intersection) {
   const F none{};
-  const F both = area_a + area_b - intersection;
-  return both == none ? none : intersection / both;
+  const F union_area = area_a + area_b - intersection;
+  return union_area == none ? none : intersection / union_area;
 }
 
 }  // namespace relops

@@ -1,4 +1,4 @@
-// From a tensor's dtype at run time to a C++ type at compile time.
+// Dispatch from a tensor's dtype at run time to a C++ type at compile time.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -12,7 +12,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-// The type in which sums, coordinates and weights are computed: float32 or better, whatever is stored.
+// The type in which sums, coordinates and weights are computed: double for float64 tensors, float for all others.
 template <class T>
 struct ComputeTypeOf {
   using type = float;
@@ -50,16 +50,16 @@ void dispatch_features(const char* op, ScalarType features, F f) {
   }
 }
 
-// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U, where U is T, or float beside a
-// 16-bit T.
+// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U. U is T, or it is float and T is a
+// 16-bit type.
 template <class F>
 void dispatch_features_and_coordinates(const char* op, ScalarType features, ScalarType coordinates, F f) {
   const bool same = features == coordinates;
   STD_TORCH_CHECK(same || coordinates == ScalarType::Float, op,
-                  ": coordinates must have the dtype of the features, or be float32 beside 16-bit features");
+                  ": coordinates must have the dtype of the features, or be float32 if the features have 16 bits");
   switch (features) {
     case ScalarType::Double:
-      STD_TORCH_CHECK(same, op, ": float64 features need float64 coordinates");
+      STD_TORCH_CHECK(same, op, ": coordinates must be float64 if the features are float64");
       return f(Type<double>{}, Type<double>{});
     case ScalarType::Float:
       return f(Type<float>{}, Type<float>{});

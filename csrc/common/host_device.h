@@ -1,4 +1,4 @@
-// What lets the same source be host and device code, and give the same bits on both.
+// Macros and functions with which the same source compiles as host and device code and gives the same bits on both.
 #pragma once
 
 #include <math.h>
@@ -10,8 +10,9 @@
 #define RELOPS_HOST_DEVICE_INLINE __host__ __device__ __forceinline__
 #else
 #define RELOPS_HOST_DEVICE
-// Always: templates that take vectors of common/cpu/simd.h are instantiated for the instruction set of the file, not of
-// the caller, so that a call which is left over would pass these vectors where they are not expected.
+// Inlining is forced, because templates that take vectors of common/cpu/simd.h are instantiated for the instruction set
+// of the file and not of the caller. A call that was not inlined would pass the vectors where the function does not
+// expect them.
 #define RELOPS_HOST_DEVICE_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -19,8 +20,9 @@ namespace relops {
 
 RELOPS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// a * b, rounded: never fused with an addition, which would round differently from device to device. On the CPU it is
-// the file that must not be compiled to fuse (`#pragma GCC optimize("fp-contract=off")`) where its target can.
+// Returns a * b, rounded. The product is never fused with an addition, because the fused result would differ between
+// devices. On the CPU, a file whose target has fused operations must turn them off itself
+// (`#pragma GCC optimize("fp-contract=off")`).
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F product(F a, F b) {
   return a * b;

@@ -6,7 +6,7 @@
 
 namespace relops {
 
-// c + x (d + x (...)). F: float, double or a vector of either.
+// Returns c + x (d + x (...)).
 template <class F, class Coefficient>
 RELOPS_HOST_DEVICE_INLINE F polynomial(F x, Coefficient c, Coefficient d) {
   return x * d + c;
@@ -16,11 +16,11 @@ RELOPS_HOST_DEVICE_INLINE F polynomial(F x, Coefficient c, Rest... rest) {
   return polynomial(x, rest...) * x + c;
 }
 
-// In powers of u = r^2: sin(pi r) / r and cos(pi r) for |r| <= 1/2, and log2((1 + r) / (1 - r)) / r for mantissas
-// (1 + r) / (1 - r) from sqrt(1/2) to sqrt(2).
+// Polynomials in u = r^2 for sin(pi r) / r and cos(pi r), with |r| <= 1/2, and for log2((1 + r) / (1 - r)) / r, with
+// the mantissa (1 + r) / (1 - r) between sqrt(1/2) and sqrt(2).
 template <class Compute>
 struct Series;
-// Minimax: errors 4e-9 (sine) and 5e-8 (cosine) before rounding.
+// These are minimax polynomials. Their errors before rounding are 4e-9 (sine) and 5e-8 (cosine).
 template <>
 struct Series<float> {
   template <class F>
@@ -36,7 +36,7 @@ struct Series<float> {
     return polynomial(u, 2.88539008f, 0.96179669f, 0.57707802f, 0.41219858f, 0.32059890f);
   }
 };
-// Taylor's: errors below 1e-17.
+// These are Taylor polynomials. Their errors are below 1e-17.
 template <>
 struct Series<double> {
   template <class F>

@@ -1,4 +1,4 @@
-// What the ops do with whole tensors, on either device.
+// Functions on whole tensors that the ops use on either device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,15 +26,15 @@ inline torch::headeronly::MemoryFormat memory_format(bool channels_last) {
   return channels_last ? Format::ChannelsLast : Format::Contiguous;
 }
 
-// The rule of relops/ops/_memory_format.py.
+// Whether an input counts as channels_last. relops/ops/_memory_format.py has the same rule.
 inline bool is_channels_last(const Tensor& input) {
   return input.dim() == 4 && !input.is_contiguous() && input.size(1) > 1 && input.stride(1) == 1;
 }
 
-// What stands for a gradient that was not asked for.
+// Returns the empty tensor that stands for a gradient that is not needed.
 inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 
-// A gradient that was computed along with others, or nothing.
+// Returns grad if it is needed, else an empty tensor. It is for gradients that are always computed with another one.
 inline Tensor only_if(bool needed, const Tensor& grad) { return needed ? grad : none_like(grad); }
 
 inline void check_needs_grad(const char* op, const std::vector<bool>& needs_grad, size_t count) {

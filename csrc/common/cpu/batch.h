@@ -1,7 +1,9 @@
-// Several vectors that go through the same operations side by side. In a chain of operations each waits for the one
-// before; of chains that are written step by step, the processor need not look far ahead to find something else to do.
+// Several vectors that go through the same operations side by side. In a chain of dependent operations, each operation
+// waits for the previous one. If several chains advance together, step by step, the processor need not look far ahead
+// to find an operation that is ready.
 //
-// Vector is a vector of any instruction set (Vec<Compute> of common/cpu/simd.h), so all of this must be inlined.
+// Vector is a vector of any instruction set (Vec<Compute> of common/cpu/simd.h), so every function here must be
+// inlined.
 #pragma once
 
 #include "common/host_device.h"

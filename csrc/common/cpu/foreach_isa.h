@@ -7,8 +7,8 @@
 //
 // The kernel file and its pieces (cpu_*.h of its family) include common/cpu/simd.h and define everything in namespace
 // relops::RELOPS_ISA. A piece has an include guard, which the kernel file undefines at its end. Every other header that
-// they include must have been included before, outside the regions of the instruction sets: kernel_includes.h has those
-// that most kernels need.
+// they include must have been included before, outside of the sections that are compiled per instruction set.
+// kernel_includes.h includes the headers that most kernels need.
 
 #include "common/cpu/kernel_includes.h"
 

@@ -1,4 +1,4 @@
-// The choice of the instruction set, from what the processor has and RELOPS_CPU_ISA.
+// Chooses the instruction set by what the processor supports and by the environment variable RELOPS_CPU_ISA.
 
 #include "common/cpu/isa.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 Isa supported() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  // Must name every feature that foreach_isa.h turns on.
+  // These checks must name every feature that foreach_isa.h turns on.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
@@ -23,10 +23,10 @@ Isa supported() {
 }
 
 Isa choose() {
-  const char* wanted = std::getenv("RELOPS_CPU_ISA");
-  if (wanted == nullptr) return supported();
+  const char* requested = std::getenv("RELOPS_CPU_ISA");
+  if (requested == nullptr) return supported();
   for (Isa i : {Isa::kBaseline, Isa::kAvx2})
-    if (std::strcmp(wanted, isa_name(i)) == 0) return std::min(i, supported());
+    if (std::strcmp(requested, isa_name(i)) == 0) return std::min(i, supported());
   return supported();
 }
 

@@ -1,4 +1,4 @@
-// The instruction set the CPU kernels use, chosen when first asked and then kept.
+// The instruction set that the CPU kernels use. It is chosen at the first call of isa() and never changes afterwards.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,13 @@ namespace relops {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The widest set this processor and this build support; RELOPS_CPU_ISA=baseline|avx2|avx512 lowers it (never raises).
+// Returns the widest instruction set that this processor and this build support. RELOPS_CPU_ISA=baseline|avx2|avx512
+// can lower it but never raise it.
 Isa isa();
 
 const char* isa_name(Isa isa);
 
-// Of the vectors that kernels for it use.
+// Returns the size of the vectors that kernels for this instruction set use.
 int64_t vector_bytes(Isa isa);
 
 }  // namespace relops

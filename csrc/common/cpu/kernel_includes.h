@@ -1,6 +1,6 @@
-// What the files of CPU kernels use. foreach_isa.h includes it before it compiles them, because code of these headers
-// must not be compiled for an instruction set that the processor may lack; simd.h includes it for whoever reads one
-// alone.
+// The headers that CPU kernels use. foreach_isa.h includes this file before it compiles the kernels, because the code
+// of these headers must not be compiled for an instruction set that the processor may lack. simd.h includes it too, so
+// that an editor can parse a kernel file alone.
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,16 +1,16 @@
-// Vectors of one instruction set, for kernel files. They are compiled once per set by foreach_isa.h, which undefines
-// the include guard each time.
+// Vectors of one instruction set, for kernel files. foreach_isa.h compiles this file once per instruction set and
+// undefines the include guard each time.
 //
 // Vec<Compute> holds kLanes<Compute> values of the compute type Compute (float or double) in the widest register of the
-// set; arithmetic, comparisons and ?: on it are the compiler's own (GCC vector extensions). Features stored in 16 bits
-// are converted as they are loaded and stored.
+// instruction set. Arithmetic, comparisons and ?: on it are the compiler's own (GCC vector extensions). Features stored
+// in 16 bits are converted when they are loaded and stored.
 
 #ifndef RELOPS_SIMD
 #define RELOPS_SIMD
 
 #include "common/cpu/kernel_includes.h"
 
-#ifndef RELOPS_ISA  // for whoever reads a kernel file alone; foreach_isa.h defines them
+#ifndef RELOPS_ISA  // foreach_isa.h defines it; this default lets an editor parse a kernel file alone
 #define RELOPS_ISA baseline
 #define RELOPS_VECTOR_BYTES 16
 #endif
@@ -41,7 +41,7 @@ struct VecTypes<double> {
 
 template <class Compute>
 using Vec = typename VecTypes<Compute>::Float;
-// Integers as wide as Compute, so that comparisons of Vec<Compute> are masks for both.
+// Integers are as wide as Compute, so that a comparison of two Vec<Compute> is a mask for both types.
 template <class Compute>
 using VecInt = typename VecTypes<Compute>::Int;
 template <class Compute>
@@ -86,7 +86,7 @@ inline Vec<float> load(const BFloat16* p) {
   return (Vec<float>)(__builtin_convertvector(bits, FloatBits) << 16);
 }
 
-// Rounds to nearest even, as torch does; a NaN stays one.
+// Rounds to nearest even, as torch does. NaN stays NaN.
 inline void store(BFloat16* p, Vec<float> v) {
   const FloatBits bits = (FloatBits)v;
   const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -97,7 +97,7 @@ inline void store(BFloat16* p, Vec<float> v) {
 
 #if RELOPS_VECTOR_BYTES == 64
 inline Vec<float> load(const Half* p) {
-  // maskz: the plain form makes GCC 12 warn of an uninitialized operand of its own header.
+  // The form without maskz makes GCC 12 warn of an uninitialized operand in its own header.
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store(Half* p, Vec<float> v) {
@@ -122,7 +122,7 @@ inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// The first n values at p, and zeros: nothing past them is read.
+// Loads the first n values at p and sets the other lanes to zero. Nothing past the n values is read.
 template <class T>
 inline Vec<ComputeType<T>> load_first(const T* p, int64_t n) {
   if (n >= kLanes<ComputeType<T>>) return load(p);
@@ -155,7 +155,7 @@ inline Vec<Compute> gather(const Compute* p, VecInt<Compute> at) {
 }
 #endif
 
-// dst[0..n) = src[0..n), converted.
+// Converts src[0..n) to dst[0..n).
 template <class To, class From>
 inline void convert(const From* src, To* dst, int64_t n) {
   using Compute = ComputeType<To>;
@@ -170,8 +170,8 @@ inline void convert(const From* src, To* dst, int64_t n) {
   for (int64_t j = i; j < n; ++j) dst[j] = out[j - i];
 }
 
-// The vector whose lane j is f(j). Built from an initializer, which the compiler turns into a constant; lanes assigned
-// in a loop it may insert one by one at run time.
+// Returns the vector whose lane j is f(j). It is built from an initializer, which the compiler turns into a constant.
+// If a loop assigned the lanes, the compiler might insert them one by one at run time.
 template <class Compute, class F, size_t... J>
 inline VecInt<Compute> lanes(F f, std::index_sequence<J...>) {
   return VecInt<Compute>{f(static_cast<Int<Compute>>(J))...};
@@ -181,15 +181,15 @@ inline VecInt<Compute> lanes(F f) {
   return lanes<Compute>(f, std::make_index_sequence<kLanes<Compute>>{});
 }
 
-// Lane j of the result is the sum of the lanes of v[j]. Each level adds halves of two vectors into one, so that V sums
-// cost V - 1 additions instead of V log2(V).
+// Lane j of the result is the sum of the lanes of v[j]. Each level adds halves of two vectors into one vector, so that
+// V sums cost V - 1 additions instead of V log2(V).
 template <class Compute, int kDistance = kLanes<Compute> / 2>
 inline Vec<Compute> transpose_sum(Vec<Compute>* v) {
   if constexpr (kDistance == 0) {
     return v[0];
   } else {
     constexpr Int<Compute> V = kLanes<Compute>;
-    // In the numbering of __builtin_shuffle: a's lanes, then b's.
+    // __builtin_shuffle numbers the lanes of its first operand from 0 and those of its second operand from V.
     const VecInt<Compute> keep = lanes<Compute>([](Int<Compute> j) { return (j & kDistance ? V : 0) + j; });
     const VecInt<Compute> cross =
         lanes<Compute>([](Int<Compute> j) { return (j & kDistance ? V : 0) + (j ^ kDistance); });
@@ -199,7 +199,8 @@ inline Vec<Compute> transpose_sum(Vec<Compute>* v) {
   }
 }
 
-// v[i][j] becomes v[j][i]: log2(V) rounds, each of which exchanges blocks of lanes between vectors kDistance apart.
+// Transposes v: v[i][j] becomes v[j][i]. Each of log2(V) rounds exchanges blocks of lanes between vectors that are
+// kDistance apart.
 template <class Compute, int kDistance = kLanes<Compute> / 2>
 inline void transpose(Vec<Compute>* v) {
   if constexpr (kDistance > 0) {
@@ -232,7 +233,7 @@ inline Compute sum(Vec<Compute> v) {
   return fold<Compute>(v, [](Vec<Compute> a, Vec<Compute> b) { return a + b; });
 }
 
-// A mask's lanes as bits.
+// Returns the lanes of a mask as bits.
 template <class Compute>
 inline unsigned mask_bits(VecInt<Compute> mask) {
 #if RELOPS_VECTOR_BYTES == 64
@@ -252,10 +253,10 @@ inline unsigned mask_bits(VecInt<Compute> mask) {
 #endif
 }
 
-// The second where either is NaN.
+// minimum and maximum return their second operand if either operand is NaN.
 inline Vec<float> minimum(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
 inline Vec<double> minimum(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
-// By intrinsic: of a comparison with a constant and a selection GCC does not make one instruction.
+// maximum uses intrinsics, because GCC does not turn a comparison with a constant and a selection into one instruction.
 #if RELOPS_VECTOR_BYTES == 64
 inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
@@ -271,8 +272,8 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 #endif
 
-// The lanes in which a > b, as bits. By intrinsic: from a comparison GCC makes a vector of the mask, and a mask of
-// that.
+// Returns the lanes in which a > b as bits. It uses an intrinsic, because GCC turns the mask of a comparison into a
+// vector first, and that vector into a mask again.
 inline unsigned greater_bits(Vec<float> a, Vec<float> b) {
 #if RELOPS_VECTOR_BYTES == 64
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
@@ -288,7 +289,7 @@ inline unsigned greater_bits(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// The lanes in which a and b are equal, as bits.
+// Returns the lanes in which a and b are equal as bits.
 inline unsigned equal_bits(Vec<double> a, Vec<double> b) {
 #if RELOPS_VECTOR_BYTES == 64
   return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
@@ -297,7 +298,7 @@ inline unsigned equal_bits(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// From pairs p[0], p[1], .. to the first and the second of each.
+// Splits the pairs (p[0], p[1]), (p[2], p[3]), .. into their first and their second elements.
 template <class Compute>
 inline void load_pairs(const Compute* p, Vec<Compute>& first, Vec<Compute>& second) {
   const Vec<Compute> low = load(p), high = load(p + kLanes<Compute>);
@@ -316,7 +317,7 @@ inline void store_pairs(Compute* p, Vec<Compute> first, Vec<Compute> second) {
 template <class Compute, int N>
 using Batch = VectorBatch<Vec<Compute>, N>;
 
-// v[i] = f(i)
+// Returns the batch with v[i] = f(i).
 template <class Compute, int N, class F>
 RELOPS_HOST_DEVICE_INLINE Batch<Compute, N> batch(F f) {
   Batch<Compute, N> x;
@@ -325,7 +326,8 @@ RELOPS_HOST_DEVICE_INLINE Batch<Compute, N> batch(F f) {
   return x;
 }
 
-// Calls f(k, count) for the vectors of lanes k, k + 1, .. of `lanes`: N of them where there are so many, else 1.
+// Divides `lanes` lanes into batches and calls f(k, count) for each: the batch has `count` vectors and begins at lane
+// k. count is N while at least N whole vectors remain, then 1.
 template <class Compute, int N, class F>
 RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
   int64_t k = 0;
@@ -333,13 +335,13 @@ RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
   for (; k < lanes; k += kLanes<Compute>) f(k, std::integral_constant<int, 1>{});
 }
 
-// e^x to about 1 unit in the last place, for x that do not overflow; NaN stays NaN. In float what is below the normal
-// range is inexact down to x = -87.7, and 0 from there on.
+// Computes e^x to about 1 unit in the last place. x must not be so large that e^x overflows. NaN stays NaN. In float,
+// results below the normal range are inexact down to x = -87.7 and 0 below it.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential(Batch<float, N> x) {
-  // At -88 the power of two below is 2^-127, whose bits are those of 0.
+  // At x = -88, the power of two that is computed below is 2^-127, whose bits are those of 0.
   x = batch<float, N>([&](int i) { return maximum(broadcast(-88.0f), x.v[i]); });
-  // Adding 1.5 * 2^23 + 127 rounds to the nearest integer, which then stands in the low bits, biased as an exponent.
+  // Adding 1.5 * 2^23 + 127 rounds to the nearest integer and puts it in the low bits, biased like an exponent.
   constexpr float kRounder = 12582912.0f + 127;
   const Batch<float, N> shifted = x * 1.44269504f + kRounder, n = shifted - kRounder;
   const Batch<float, N> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -354,15 +356,16 @@ inline Batch<double, N> exponential(Batch<double, N> x) {
   return x;
 }
 
-// The same for x <= 0 with an error of at most 1.5e-7 of e^0, as a softmax needs it; two thirds of the operations. Of
-// smaller results the relative error grows as -x does: x times log2(e) is rounded once.
+// Computes e^x for x <= 0 with an absolute error of at most 1.5e-7, which suffices for a softmax, in two thirds of the
+// operations of exponential(). The relative error of small results grows in proportion to -x, because x times log2(e)
+// is rounded once.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential_of_softmax(Batch<float, N> x) {
   x = x * 1.44269504f;
   x = batch<float, N>([&](int i) { return maximum(broadcast(-127.0f), x.v[i]); });
   constexpr float kRounder = 12582912.0f + 127;
   const Batch<float, N> shifted = x + kRounder, r = x - (shifted - kRounder);
-  // Minimax on [-1/2, 1/2]: 7.5e-8.
+  // This minimax polynomial has an error of 7.5e-8 on [-1/2, 1/2].
   const Batch<float, N> p =
       polynomial(r, 1.0000001f, 0.693146944f, 0.240221202f, 0.0555071309f, 0.00967554096f, 0.00132764725f);
   return batch<float, N>([&](int i) { return p.v[i] * (Vec<float>)((VecInt<float>)shifted.v[i] << 23); });
@@ -373,7 +376,8 @@ inline Batch<double, N> exponential_of_softmax(Batch<double, N> x) {
   return exponential(x);
 }
 
-// In place over p[0..padded), padded a multiple of the lanes; entries from n on become 0.
+// Computes the softmax of p[0..n) in place and sets p[n..padded) to 0. padded must be a multiple of the number of
+// lanes.
 template <class Compute>
 inline void softmax(Compute* p, int64_t n, int64_t padded) {
   for (int64_t i = n; i < padded; ++i) p[i] = -std::numeric_limits<Compute>::infinity();

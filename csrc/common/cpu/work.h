@@ -1,4 +1,4 @@
-// How CPU kernels share work among threads and get memory of their own.
+// How CPU kernels divide work among threads and allocate memory for each thread.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -41,7 +41,7 @@ class Scratch {
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
 };
 
-// Asks for huge pages under a large new result: faulting in 4 KB pages one by one takes longer than filling them.
+// Requests huge pages for a large new result, because faulting in 4 KB pages one by one takes longer than filling them.
 inline void use_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;
@@ -51,23 +51,24 @@ inline void use_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-// How many threads some work is worth, of which callers give an estimate: the nanoseconds that it takes one, to a
-// factor of two. Where all cores are busy another thread begins only at the end of a scheduler's slice, milliseconds
-// later, so that for little work none is woken, whatever the number of items. Results must not depend on it.
+// Returns how many threads to use for work that takes one thread `nanoseconds`, which the caller estimates to a factor
+// of two. If all cores are busy, another thread begins only at the end of a scheduler's time slice, milliseconds later.
+// Small work therefore stays on one thread, whatever its number of items. Results must not depend on the number of
+// threads.
 inline int64_t threads_for(double nanoseconds) {
-  constexpr double kShare = 50e3;
-  const double shares = std::round(nanoseconds / kShare);
-  return shares < 2 ? 1 : static_cast<int64_t>(std::min<double>(shares, torch::stable::get_num_threads()));
+  constexpr double kNanosecondsPerThread = 50e3;
+  const double threads = std::round(nanoseconds / kNanosecondsPerThread);
+  return threads < 2 ? 1 : static_cast<int64_t>(std::min<double>(threads, torch::stable::get_num_threads()));
 }
 
-// Vectors that so many values fill, for such estimates.
+// Returns the number of vectors that `values` values fill, for estimates of the work.
 template <class Compute>
 double vectors_of(double values) {
   return values * sizeof(Compute) / vector_bytes(isa());
 }
 
-// Each thread makes a worker of its own, make(), and calls worker(item) for items that it takes one at a time, so that
-// unequal ones are spread evenly. Which thread does an item must not matter to its result.
+// Each thread makes its own worker with make() and calls worker(item) for one item at a time, so that items of unequal
+// cost are spread evenly. The result of an item must not depend on which thread computes it.
 template <class Make>
 void for_each_item(int64_t items, int64_t threads, const Make& make) {
   const int64_t workers = std::min(items, threads);
@@ -81,7 +82,7 @@ void for_each_item(int64_t items, int64_t threads, const Make& make) {
   workers > 1 ? torch::stable::parallel_for(0, workers, 1, work) : work(0, workers);
 }
 
-// Calls f(begin, end) for ranges that make up [0, count), each thread's its own.
+// Divides [0, count) into at most one range per thread and calls f(begin, end) for each range.
 template <class F>
 void for_each_range(int64_t count, int64_t threads, const F& f) {
   if (count <= 0) return;

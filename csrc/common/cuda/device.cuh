@@ -1,4 +1,4 @@
-// What every CUDA op needs: device guard and stream, wide loads, reductions to memory, launch arithmetic.
+// Functions that all CUDA ops use: device guard and stream, wide loads, reductions to memory, launch arithmetic.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,14 +18,15 @@
 
 namespace relops {
 
-// torch's current stream on the device. (stable::accelerator's own accessor of the native handle needs torch 2.13.)
+// Returns torch's current stream on the device. (The accessor of stable::accelerator for the native handle needs torch
+// 2.13.)
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
-// Dense, and aligned to 16 bytes, which a view with an offset need not be.
+// Returns the tensor contiguous and aligned to 16 bytes. A view with an offset may not be aligned.
 inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
   const torch::stable::Tensor dense = torch::stable::contiguous(tensor);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
@@ -33,27 +34,28 @@ inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
 
 constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
 
-// Blocks of a one-dimensional grid.
+// Returns `blocks` as the size of a one-dimensional grid, or raises an error if it is too large.
 inline unsigned grid_size(const char* op, int64_t blocks) {
   STD_TORCH_CHECK(blocks <= 2147483647, op, ": too large for one launch (", blocks, " blocks)");
   return static_cast<unsigned>(blocks);
 }
 
-// V values that are loaded and stored with one instruction; sizeof is 2, 4, 8 or 16.
+// V values that are loaded and stored with one instruction. They must have 2, 4, 8 or 16 bytes in total.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T x[V];
 };
 
-// Pack<T, V> from p where `wanted`, else zeros. p is read through the read-only path, so nothing may write there during
-// the launch. A predicate and not a branch, which would keep the compiler from having several loads in flight.
+// Loads a Pack<T, V> from p if `active`; otherwise returns zeros. p is read through the read-only path, so nothing may
+// write to it during the launch. The load is predicated, because a branch would keep the compiler from having several
+// loads in flight.
 template <class T, int V>
-__device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool wanted = true) {
+__device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool active = true) {
   constexpr int kBytes = sizeof(T) * V;
   static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef __CUDA_ARCH__
   Pack<T, V> pack;
-  const int predicate = wanted;
+  const int predicate = active;
   if constexpr (kBytes == 16) {
     uint32_t x, y, z, w;
     asm("{.reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
@@ -84,7 +86,7 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool wanted = true) 
   }
   return pack;
 #else  // the emulation of tests/cuda_emulation
-  return wanted ? *reinterpret_cast<const Pack<T, V>*>(p) : Pack<T, V>{};
+  return active ? *reinterpret_cast<const Pack<T, V>*>(p) : Pack<T, V>{};
 #endif
 }
 
@@ -93,13 +95,13 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
-// Where `wanted`: p[0..V) += x[0..V), each element atomically, without reading back. Hopper does four floats in one
-// instruction, for which p must be aligned to 16 bytes.
+// Adds x[0..V) to p[0..V) if `active`. Each element is added atomically, and no sum is read back. Hopper adds four
+// floats in one instruction, for which p must be aligned to 16 bytes.
 template <int V>
-__device__ __forceinline__ void reduce_add(float* p, const float (&x)[V], bool wanted) {
+__device__ __forceinline__ void reduce_add(float* p, const float (&x)[V], bool active) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (V % 4 == 0) {
-    const int predicate = wanted;
+    const int predicate = active;
 #pragma unroll
     for (int i = 0; i < V; i += 4)
       asm volatile(
@@ -110,26 +112,27 @@ __device__ __forceinline__ void reduce_add(float* p, const float (&x)[V], bool w
     return;
   }
 #endif
-  if (!wanted) return;
+  if (!active) return;
 #pragma unroll
   for (int i = 0; i < V; ++i) atomicAdd(p + i, x[i]);
 }
 
 template <int V>
-__device__ __forceinline__ void reduce_add(double* p, const double (&x)[V], bool wanted) {
-  if (!wanted) return;
+__device__ __forceinline__ void reduce_add(double* p, const double (&x)[V], bool active) {
+  if (!active) return;
 #pragma unroll
   for (int i = 0; i < V; ++i) atomicAdd(p + i, x[i]);
 }
 
-// p + row * stride in bytes: one multiply-add, where 64-bit factors would cost half a dozen instructions.
+// Returns the address row * stride bytes after p. It costs one multiply-add; 64-bit factors would cost half a dozen
+// instructions.
 template <class T>
 __device__ __forceinline__ T* row_at(T* p, int row, unsigned stride) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t{static_cast<unsigned>(row)} * stride);
 }
 
-// Sum over a group of 2^k neighboring lanes; every lane of the warp must call it.
+// Returns the sum over a group of 2^k neighboring lanes. Every lane of the warp must call it.
 template <class Compute>
 __device__ __forceinline__ Compute group_sum(Compute x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);

@@ -1,13 +1,14 @@
-// Small matrix products by a warp: on tensor cores, for every dtype.
+// Small matrix products that a warp computes on tensor cores, for every dtype.
 //
-// c += a b^T for a of 16 rows and b of 8. A lane, with g = lane / 4 and t = lane % 4, holds of
-//   a: rows g and g + 8, kLaneDepth elements each;
-//   b: row g, kLaneDepth elements;
-//   c: rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
-// The elements of a row are those of its four lanes; which they are does not matter as long as a and b agree.
+// A product is c += a b^T, where a has 16 rows and b has 8 rows. With g = lane / 4 and t = lane % 4, each lane holds
+//   of a: rows g and g + 8, kLaneDepth elements each;
+//   of b: row g, kLaneDepth elements;
+//   of c: rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
+// Four lanes hold the elements of a row. They may divide the elements in any way, as long as a and b agree.
 //
-// A tensor core rounds float32 to 11 bits (TF32). What must be as exact as float32 is split in two such numbers, and
-// the product is three: about 21 bits. Sums that are rounded to 16 bits to be multiplied again are split likewise.
+// A tensor core rounds float32 to 11 bits (TF32). An operand that must keep the precision of float32 is split into two
+// such numbers, and a product takes three tensor core products; it is exact to about 21 bits. Sums that are rounded to
+// 16 bits before they are multiplied again are split in the same way.
 #pragma once
 
 #include <bit>
@@ -20,7 +21,7 @@ template <class T>
 constexpr int kLaneDepth = sizeof(T) == 2 ? 4 : 2;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
-// What a tensor core reads of a number.
+// Returns a number as a tensor core reads it.
 template <class T>
 __device__ inline ComputeType<T> mma_input(T x) {
   if constexpr (std::is_same_v<T, float>)
@@ -29,7 +30,7 @@ __device__ inline ComputeType<T> mma_input(T x) {
     return static_cast<ComputeType<T>>(x);
 }
 
-// The part of a row that another lane has.
+// Gets the part of a row that another lane holds.
 template <class T, int kSize>
 __device__ inline void shuffle_row(const T (&x)[kSize], int lane, ComputeType<T> (&result)[kSize]) {
   unsigned long long words[sizeof(x) / 8];
@@ -90,7 +91,7 @@ __device__ __forceinline__ void mma(ComputeType<T> (&c)[4], const T (&a)[2][kLan
 #endif
 }
 
-// Operands, and what their rounding left over.
+// Splits an element of an operand into its rounded value and the rest.
 template <class T, bool kExact>
 struct MmaSplit {
   using Compute = ComputeType<T>;
@@ -107,7 +108,7 @@ struct MmaSplit {
       high = static_cast<T>(x);
       rest = static_cast<T>(x - static_cast<Compute>(high));
     } else if constexpr (kExact) {
-      // Rounded to nearest; a NaN may become a zero here, but not what is left of it.
+      // This rounds to nearest. It may turn NaN into zero, but then the rest is NaN.
       high = std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u);
       rest = x - high;
     } else {
@@ -142,7 +143,7 @@ struct OperandB {
   __device__ __forceinline__ void set_stored(int e, T x) { MmaSplit<T, kExact>::stored(x, high[e], rest[e]); }
 };
 
-// c += a b^T. kSums: a holds sums; otherwise both are as they were stored.
+// Computes c += a b^T. If kSums, a holds sums; otherwise both operands hold values as they were stored.
 template <bool kSums, class T, bool kExact>
 __device__ __forceinline__ void multiply(ComputeType<T> (&c)[4], const OperandA<T, kExact>& a,
                                          const OperandB<T, kExact>& b) {

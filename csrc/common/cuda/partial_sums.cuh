@@ -1,4 +1,4 @@
-// Adds up the partial sums that blocks have left in memory: the second of two stages, in an order that does not vary.
+// Adds up the partial sums that blocks have stored in memory. This is the second stage of a deterministic sum.
 #pragma once
 
 #include "common/cuda/device.cuh"
@@ -8,22 +8,22 @@ namespace relops {
 constexpr int kPartialThreads = 256;
 constexpr int kPartialWarps = kPartialThreads / 32;
 
-// result[i] = sum over k of partials[k * stride + i], in an order that does not vary: a block computes 32 results, and
-// its warps take the partial sums in turn. result may be the first of the partial sums.
+// Computes result[i] = sum over k of partials[k * stride + i] in an order that never varies. A block computes 32
+// results, and its warps take turns at the partial sums. result may be the memory of the first partial sum.
 template <class Compute>
 __global__ __launch_bounds__(kPartialThreads) void sum_of_partials_kernel(const Compute* partials, int64_t count,
                                                                           int64_t stride, int64_t size,
                                                                           Compute* result) {
-  __shared__ Compute of_warps[kPartialWarps][32];
+  __shared__ Compute warp_sums[kPartialWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t i = int64_t{blockIdx.x} * 32 + lane;
   Compute sum = 0;
   if (i < size)
     for (int64_t k = warp; k < count; k += kPartialWarps) sum += partials[k * stride + i];
-  of_warps[warp][lane] = sum;
+  warp_sums[warp][lane] = sum;
   __syncthreads();
   if (warp > 0 || i >= size) return;
-  for (int of = 1; of < kPartialWarps; ++of) sum += of_warps[of][lane];
+  for (int other = 1; other < kPartialWarps; ++other) sum += warp_sums[other][lane];
   result[i] = sum;
 }
 
