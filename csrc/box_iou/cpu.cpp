@@ -1,7 +1,7 @@
-// box_iou and generalized_box_iou on the CPU: results are allocated, work is divided into threads, and partial
-// gradients of tiles are added up here; the loops are in cpu_kernel.h.
+// box_iou and generalized_box_iou on the CPU: this file allocates results, divides work among threads and adds up the
+// partial gradients of tiles. The loops are in cpu_kernel.h.
 //
-// IoU must be the same bit for bit in every lane and on every device: no multiplication is fused with an addition.
+// IoU must be the same bit for bit in every lane and on every device, so no multiplication is fused with an addition.
 #pragma GCC optimize("fp-contract=off")
 
 #include "box_iou/cpu_args.h"
@@ -29,7 +29,8 @@ struct Kernels {
     });
   }
 
-  // Every tile of the other side gives its share, and shares are summed in their order: always deterministic.
+  // Every tile of the other side yields a partial gradient. The partials are added up in the order of the tiles, so the
+  // result is always deterministic.
   template <class Compute>
   static void backward(const BoxPairs& pairs, const BoxIouGradient<Compute>& p) {
     const int64_t size = p.N * p.own_count * 4, tiles = ceil_div(p.other_count, kBoxTile);
@@ -38,15 +39,15 @@ struct Kernels {
       return;
     }
     const Tensor memory = torch::stable::new_empty(pairs.a, {tiles > 1 ? tiles : 0, size});
-    Compute* const shares = tiles > 1 ? static_cast<Compute*>(memory.mutable_data_ptr()) : p.result;
+    Compute* const partials = tiles > 1 ? static_cast<Compute*>(memory.mutable_data_ptr()) : p.result;
     const double work = (p.generalized ? 17.0 : 13.0) * vectors_of<Compute>(size / 4.0 * p.other_count);
-    RELOPS_CALL_ISA(box_iou_backward, p, shares, threads_for(work));
+    RELOPS_CALL_ISA(box_iou_backward, p, partials, threads_for(work));
     if (tiles == 1) return;
     for_each_range(size, threads_for(vectors_of<Compute>(static_cast<double>(tiles) * size)),
                    [&](int64_t begin, int64_t end) {
-                     std::copy(shares + begin, shares + end, p.result + begin);
+                     std::copy(partials + begin, partials + end, p.result + begin);
                      for (int64_t tile = 1; tile < tiles; ++tile)
-                       for (int64_t i = begin; i < end; ++i) p.result[i] += shares[tile * size + i];
+                       for (int64_t i = begin; i < end; ++i) p.result[i] += partials[tile * size + i];
                    });
   }
 };

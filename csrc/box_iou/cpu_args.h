@@ -8,8 +8,8 @@
 
 namespace relops {
 
-// The largest number of boxes that a work item holds, coordinate by coordinate: 20 KB of float32. It is a constant,
-// because gradients are summed tile by tile, and their order must not vary.
+// The largest number of boxes that a work item holds, with one array per coordinate: 20 KB of float32. It is a
+// constant, because gradients are summed tile by tile and the order of summation must not vary.
 constexpr int64_t kBoxTile = 1024;
 constexpr int64_t kPairsPerItem = 32768;
 
@@ -26,7 +26,7 @@ struct BoxTiling {
         row_tiles(ceil_div(A, rows)),
         column_tiles(ceil_div(B, kBoxTile)) {}
 
-  int64_t count() const { return row_tiles * column_tiles; }  // of each matrix
+  int64_t count() const { return row_tiles * column_tiles; }  // items per matrix
 
   Item at(int64_t item) const {
     const int64_t column = item % column_tiles * kBoxTile, row = item / column_tiles % row_tiles * rows;

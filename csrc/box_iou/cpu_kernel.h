@@ -1,16 +1,17 @@
-// box_iou and generalized_box_iou on the CPU: the loops, on vectors of boxes that lie coordinate by coordinate.
+// box_iou and generalized_box_iou on the CPU: the loops, over vectors of boxes with one array per coordinate.
 //
-// The forward is lanes along a row of the output, bound by writing it. In the backward lanes are along rows of
-// grad_output for either side, as they lie: the gradient of a box of a is summed in registers and over lanes at the
-// end, those of boxes of b are summed row by row in the first cache.
+// In the forward pass, lanes are along a row of the output, and the loop is bound by writing the output. In the
+// backward pass, lanes are along a row of grad_output for both gradients, so that grad_output is read in memory order.
+// The gradient of a box of a is summed in registers, and over lanes at the end. The gradients of the boxes of b are
+// summed row by row in the L1 cache.
 
 #include "box_iou/cpu_args.h"
 #include "common/cpu/simd.h"
 
 namespace relops::RELOPS_ISA {
 
-// Up to kBoxTile boxes, coordinate by coordinate. The last one is repeated up to a whole vector, so that lanes beyond
-// the end compute something that is finite where that box is.
+// Up to kBoxTile boxes, with one array per coordinate. The last box is repeated to fill a whole vector, so that lanes
+// past the end compute finite values if that box is finite.
 template <class Compute>
 struct BoxTile {
   alignas(RELOPS_VECTOR_BYTES) Compute x1[kBoxTile], y1[kBoxTile], x2[kBoxTile], y2[kBoxTile], area[kBoxTile];
@@ -46,15 +47,16 @@ void box_iou_forward_of(const BoxIouForward<Compute>& p, int64_t threads) {
     return [&](int64_t item) {
       const auto [n, row_begin, row_end, column, columns] = tiles.at(item);
       const BoxTile<Compute> b(p.b + 4 * (n * p.B + column), columns);
-      // Where a tile is as wide as the output, what is written past the end of a row is the next one, written later.
+      // If a tile is as wide as the output, a vector may reach past the end of a row into the next one, which is
+      // overwritten later.
       Compute* const tile_end = p.output + (n * p.A + row_end) * p.B;
       for (int64_t row = row_begin; row < row_end; ++row) {
         const BoxInLanes<Compute> a(p.a + 4 * (n * p.A + row));
         Compute* const out = p.output + (n * p.A + row) * p.B + column;
-        const int64_t room = columns == p.B ? tile_end - out : columns;
+        const int64_t writable = columns == p.B ? tile_end - out : columns;
         for (int64_t j = 0; j < columns; j += V) {
           const Vec<Compute> v = overlap<kGeneralized>(a.box, b.at(j), a.area, load(b.area + j));
-          if (j + V <= room)
+          if (j + V <= writable)
             store(out + j, v);
           else
             store_first(out + j, v, columns - j);
@@ -69,7 +71,7 @@ void box_iou_forward(const BoxIouForward<Compute>& p, bool generalized, int64_t 
   generalized ? box_iou_forward_of<true>(p, threads) : box_iou_forward_of<false>(p, threads);
 }
 
-// The first n values at p, stride apart, and zeros.
+// Loads the first n values at p, which are `stride` elements apart, and sets the other lanes to zero.
 template <class Compute>
 inline Vec<Compute> load_strided(const Compute* p, int64_t stride, int64_t n) {
   if (stride == 1) return load_first(p, n);
@@ -79,16 +81,16 @@ inline Vec<Compute> load_strided(const Compute* p, int64_t stride, int64_t n) {
   return load(values);
 }
 
-// The gradient of a: own boxes are rows of grad_output. An item's share of it is summed over a tile of columns.
+// Computes the gradient of a, whose boxes belong to the rows of grad_output. Each item sums over one tile of columns.
 template <bool kGeneralized, class Compute>
-void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* shares, int64_t threads) {
+void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* partials, int64_t threads) {
   constexpr int64_t V = kLanes<Compute>;
   const BoxTiling tiles(p.own_count, p.other_count);
   for_each_item(p.N * tiles.count(), threads, [&] {
     return [&](int64_t item) {
       const auto [n, row_begin, row_end, column, columns] = tiles.at(item);
       const BoxTile<Compute> others(p.other + 4 * (n * p.other_count + column), columns);
-      Compute* const share = shares + column / kBoxTile * (p.N * p.own_count * 4);
+      Compute* const partial = partials + column / kBoxTile * (p.N * p.own_count * 4);
       for (int64_t row = row_begin; row < row_end; ++row) {
         const BoxInLanes<Compute> own(p.own + 4 * (n * p.own_count + row));
         const Compute* grad = p.grad_output + n * p.stride_n + row * p.stride_own + column * p.stride_other;
@@ -96,8 +98,8 @@ void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* shares, in
         for (int64_t j = 0; j < columns; j += V)
           add_gradient<kGeneralized>(sums, own.box, others.at(j), own.area, load(others.area + j),
                                      load_strided(grad + j * p.stride_other, p.stride_other, columns - j));
-        const Box<Vec<Compute>> gradient = sums.of(own.box);
-        Compute* const out = share + 4 * (n * p.own_count + row);
+        const Box<Vec<Compute>> gradient = sums.coordinates(own.box);
+        Compute* const out = partial + 4 * (n * p.own_count + row);
         out[0] = sum<Compute>(gradient.x1);
         out[1] = sum<Compute>(gradient.y1);
         out[2] = sum<Compute>(gradient.x2);
@@ -107,9 +109,9 @@ void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* shares, in
   });
 }
 
-// The gradient of b: own boxes are columns of grad_output. An item's share of it is summed over kBoxTile rows.
+// Computes the gradient of b, whose boxes belong to the columns of grad_output. Each item sums over kBoxTile rows.
 template <bool kGeneralized, class Compute>
-void box_iou_backward_columns(const BoxIouGradient<Compute>& p, Compute* shares, int64_t threads) {
+void box_iou_backward_columns(const BoxIouGradient<Compute>& p, Compute* partials, int64_t threads) {
   constexpr int64_t V = kLanes<Compute>;
   const int64_t slices = ceil_div(p.other_count, kBoxTile), tiles = ceil_div(p.own_count, kBoxTile);
   for_each_item(p.N * slices * tiles, threads, [&] {
@@ -127,11 +129,11 @@ void box_iou_backward_columns(const BoxIouGradient<Compute>& p, Compute* shares,
           add_gradient<kGeneralized>(sums[j / V], own.at(j), other.box, load(own.area + j), other.area,
                                      load_strided(grad + j * p.stride_own, p.stride_own, columns - j));
       }
-      Compute* const share = shares + 4 * ((slice * p.N + n) * p.own_count + column);
+      Compute* const partial = partials + 4 * ((slice * p.N + n) * p.own_count + column);
       for (int64_t j = 0; j < columns; j += V) {
-        const Box<Vec<Compute>> gradient = sums[j / V].of(own.at(j));
+        const Box<Vec<Compute>> gradient = sums[j / V].coordinates(own.at(j));
         for (int64_t i = 0; i < std::min(V, columns - j); ++i) {
-          Compute* const out = share + 4 * (j + i);
+          Compute* const out = partial + 4 * (j + i);
           out[0] = gradient.x1[i];
           out[1] = gradient.y1[i];
           out[2] = gradient.x2[i];
@@ -143,12 +145,13 @@ void box_iou_backward_columns(const BoxIouGradient<Compute>& p, Compute* shares,
 }
 
 template <class Compute>
-void box_iou_backward(const BoxIouGradient<Compute>& p, Compute* shares, int64_t threads) {
+void box_iou_backward(const BoxIouGradient<Compute>& p, Compute* partials, int64_t threads) {
   if (p.of_a)
-    p.generalized ? box_iou_backward_rows<true>(p, shares, threads) : box_iou_backward_rows<false>(p, shares, threads);
+    p.generalized ? box_iou_backward_rows<true>(p, partials, threads)
+                  : box_iou_backward_rows<false>(p, partials, threads);
   else
-    p.generalized ? box_iou_backward_columns<true>(p, shares, threads)
-                  : box_iou_backward_columns<false>(p, shares, threads);
+    p.generalized ? box_iou_backward_columns<true>(p, partials, threads)
+                  : box_iou_backward_columns<false>(p, partials, threads);
 }
 
 }  // namespace relops::RELOPS_ISA

@@ -1,12 +1,13 @@
 // box_iou and generalized_box_iou on CUDA.
 //
-// Forward: a thread keeps a box of b and takes rows, so that a warp writes neighboring outputs; bound by writing them,
-// closely followed by arithmetic. Where b is short a warp spans several rows.
+// Forward: a thread keeps one box of b and loops over rows, so that a warp writes neighboring outputs. The kernel is
+// bound by these writes, closely followed by arithmetic. If b is short, a warp spans several rows.
 //
-// Backward, for one side: a warp has its lanes along whichever side grad_output lies closest in. Along the own side
-// each lane sums its own box over a stretch of the others, and the warps of the block take a stretch each; along the
-// other side a warp sums one own box, over its lanes at the end. What blocks have summed is added up in a fixed order
-// by a second launch. Bound by arithmetic.
+// Backward: a launch computes the gradient of one side, called own, and sums over the boxes of the other side. The
+// lanes of a warp are along the side in which grad_output has the smaller stride. If that is the own side, each lane
+// sums the gradient of its own box, and the warps of a block divide the other boxes among themselves. If it is the
+// other side, a warp sums the gradient of one own box, over its lanes at the end. A second launch adds up the sums of
+// the blocks in a fixed order. The kernel is bound by arithmetic.
 
 #include <algorithm>
 
@@ -19,12 +20,12 @@ namespace {
 
 constexpr int kBoxThreads = 256;
 constexpr int kBoxWarps = kBoxThreads / 32;
-// Blocks stride over tiles: more of them than run at a time would gain nothing.
+// Blocks stride over tiles, so more blocks than run at a time would gain nothing.
 constexpr int64_t kMaxBlocks = 2048;
-// Blocks that a launch wants at least, where it can have them by doing less in each.
-constexpr int64_t kWantedBlocks = 1024;
+// A launch gives each block less work if it would otherwise have fewer blocks than this.
+constexpr int64_t kRequestedBlocks = 1024;
 
-// Of boxes [..,4] aligned to 16 bytes.
+// Loads box i of boxes [..,4], which are aligned to 16 bytes.
 __device__ __forceinline__ Box<float> load_box(const float* boxes, int64_t i) {
   const Pack<float, 4> p = load_pack<float, 4>(boxes + 4 * i);
   return {p.x[0], p.x[1], p.x[2], p.x[3]};
@@ -40,7 +41,8 @@ struct ForwardParams {
   const Compute *a, *b;
   Compute* output;
   int64_t row_tiles, column_tiles;
-  int width, rows;  // of a tile: columns, a power of two; rows of each thread
+  int width;  // columns of a tile, a power of two
+  int rows;   // rows of each thread
 };
 
 template <class Compute, bool kGeneralized>
@@ -65,60 +67,61 @@ __global__ __launch_bounds__(256, 2) void box_iou_kernel(const __grid_constant__
 template <class Compute>
 struct BackwardParams {
   BoxIouGradient<Compute> gradient;
-  int64_t own_tiles, slices, slice;  // of the other side, `slice` boxes each
-  Compute* shares;                   // [slices,N,own_count,4]
+  int64_t own_tiles;
+  int64_t slices, slice_size;  // the other side has `slices` slices of `slice_size` boxes
+  Compute* partials;           // [slices,N,own_count,4]
 };
 
-// kAlongOwn: lanes are along the own side, a tile being 32 own boxes; otherwise it is an own box a warp.
+// If kAlongOwn, lanes are along the own side and a tile has 32 own boxes; otherwise it has one own box per warp.
 template <class Compute, bool kGeneralized, bool kAlongOwn>
 __global__ __launch_bounds__(256, 2) void box_iou_backward_kernel(const __grid_constant__ BackwardParams<Compute> p) {
-  __shared__ Compute of_warps[kBoxWarps][32][4];
+  __shared__ Compute warp_gradients[kBoxWarps][32][4];
   const BoxIouGradient<Compute>& g = p.gradient;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t tile = blockIdx.x; tile < g.N * p.slices * p.own_tiles; tile += gridDim.x) {
     const int64_t slice = tile / p.own_tiles % p.slices, n = tile / p.own_tiles / p.slices;
     const int64_t own_index = tile % p.own_tiles * (kAlongOwn ? 32 : kBoxWarps) + (kAlongOwn ? lane : warp);
     const bool active = own_index < g.own_count;
-    const int64_t end = active ? min((slice + 1) * p.slice, g.other_count) : 0;
+    const int64_t end = active ? min((slice + 1) * p.slice_size, g.other_count) : 0;
     const Box<Compute> own = load_box(g.own, n * g.own_count + (active ? own_index : 0));
     const Compute own_area = area(own);
     const Compute* grad_output = g.grad_output + n * g.stride_n + own_index * g.stride_own;
     BoxGradient<Compute> sums{};
-    for (int64_t i = slice * p.slice + (kAlongOwn ? warp : lane); i < end; i += kAlongOwn ? kBoxWarps : 32) {
+    for (int64_t i = slice * p.slice_size + (kAlongOwn ? warp : lane); i < end; i += kAlongOwn ? kBoxWarps : 32) {
       const Box<Compute> other = load_box(g.other, n * g.other_count + i);
       add_gradient<kGeneralized>(sums, own, other, own_area, area(other), grad_output[i * g.stride_other]);
     }
-    const Box<Compute> gradient = sums.of(own);
+    const Box<Compute> gradient = sums.coordinates(own);
     const Compute parts[4] = {gradient.x1, gradient.y1, gradient.x2, gradient.y2};
-    Compute* share = p.shares + (slice * g.N + n) * g.own_count * 4;
+    Compute* partial = p.partials + (slice * g.N + n) * g.own_count * 4;
     if constexpr (kAlongOwn) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) of_warps[warp][lane][i] = parts[i];
+      for (int i = 0; i < 4; ++i) warp_gradients[warp][lane][i] = parts[i];
       __syncthreads();
       const int64_t element = tile % p.own_tiles * 128 + threadIdx.x;
       if (threadIdx.x < 128 && element < 4 * g.own_count) {
         Compute sum = 0;
-        for (int w = 0; w < kBoxWarps; ++w) sum += of_warps[w][threadIdx.x / 4][threadIdx.x % 4];
-        share[element] = sum;
+        for (int w = 0; w < kBoxWarps; ++w) sum += warp_gradients[w][threadIdx.x / 4][threadIdx.x % 4];
+        partial[element] = sum;
       }
-      __syncthreads();  // before the next tile writes there
+      __syncthreads();  // before the next tile overwrites warp_gradients
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const Compute sum = group_sum(parts[i], 32);
-        if (lane == i && active) share[4 * own_index + i] = sum;
+        if (lane == i && active) partial[4 * own_index + i] = sum;
       }
     }
   }
 }
 
-// Adds up the shares of the slices in their order. A thread per element.
+// Adds up the partial gradients of the slices in the order of the slices, with one thread per element.
 template <class Compute>
-__global__ __launch_bounds__(256, 1) void box_iou_sum_kernel(const Compute* shares, int64_t slices, int64_t size,
+__global__ __launch_bounds__(256, 1) void box_iou_sum_kernel(const Compute* partials, int64_t slices, int64_t size,
                                                              Compute* result) {
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += int64_t{gridDim.x} * blockDim.x) {
     Compute sum = 0;
-    for (int64_t slice = 0; slice < slices; ++slice) sum += shares[slice * size + i];
+    for (int64_t slice = 0; slice < slices; ++slice) sum += partials[slice * size + i];
     result[i] = sum;
   }
 }
@@ -129,7 +132,7 @@ template <class Compute, bool kGeneralized>
 void launch_forward(ForwardParams<Compute> p, cudaStream_t stream) {
   p.width = 1;
   while (p.width < kBoxThreads && p.width < p.B) p.width *= 2;
-  p.rows = static_cast<int>(std::clamp<int64_t>(p.N * p.A * p.B / (kBoxThreads * kWantedBlocks), 1, 16));
+  p.rows = static_cast<int>(std::clamp<int64_t>(p.N * p.A * p.B / (kBoxThreads * kRequestedBlocks), 1, 16));
   p.row_tiles = ceil_div(p.A, kBoxThreads / p.width * p.rows);
   p.column_tiles = ceil_div(p.B, p.width);
   const unsigned blocks = blocks_for(p.N * p.row_tiles * p.column_tiles);
@@ -141,20 +144,21 @@ template <class Compute, bool kGeneralized, bool kAlongOwn>
 void launch_backward(const BoxPairs& pairs, const BoxIouGradient<Compute>& gradient, cudaStream_t stream) {
   BackwardParams<Compute> p{gradient};
   p.own_tiles = ceil_div(gradient.own_count, kAlongOwn ? 32 : kBoxWarps);
-  // As many slices as give enough blocks; by sizes alone, so that no device sums in another order. At least 8 pairs for
-  // every thread.
-  const int64_t at_most = ceil_div(gradient.other_count, 8 * (kAlongOwn ? kBoxWarps : 32));
-  p.slices = std::clamp<int64_t>(ceil_div(kWantedBlocks, gradient.N * p.own_tiles), 1, std::max<int64_t>(at_most, 1));
-  p.slice = ceil_div(gradient.other_count, p.slices);
+  // There are enough slices for the requested number of blocks, but every thread gets at least 8 pairs. The number
+  // depends only on sizes, so that every device sums in the same order.
+  const int64_t max_slices = ceil_div(gradient.other_count, 8 * (kAlongOwn ? kBoxWarps : 32));
+  p.slices =
+      std::clamp<int64_t>(ceil_div(kRequestedBlocks, gradient.N * p.own_tiles), 1, std::max<int64_t>(max_slices, 1));
+  p.slice_size = ceil_div(gradient.other_count, p.slices);
   const int64_t size = gradient.N * gradient.own_count * 4;
-  const Tensor shares = torch::stable::new_empty(pairs.a, {p.slices > 1 ? p.slices : 0, size});
-  p.shares = p.slices > 1 ? static_cast<Compute*>(shares.mutable_data_ptr()) : gradient.result;
+  const Tensor partials = torch::stable::new_empty(pairs.a, {p.slices > 1 ? p.slices : 0, size});
+  p.partials = p.slices > 1 ? static_cast<Compute*>(partials.mutable_data_ptr()) : gradient.result;
   const unsigned blocks = blocks_for(gradient.N * p.slices * p.own_tiles);
   box_iou_backward_kernel<Compute, kGeneralized, kAlongOwn><<<blocks, kBoxThreads, 0, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (p.slices == 1) return;
   const unsigned sum_blocks = blocks_for(ceil_div(size, kBoxThreads));
-  box_iou_sum_kernel<Compute><<<sum_blocks, kBoxThreads, 0, stream>>>(p.shares, p.slices, size, gradient.result);
+  box_iou_sum_kernel<Compute><<<sum_blocks, kBoxThreads, 0, stream>>>(p.partials, p.slices, size, gradient.result);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

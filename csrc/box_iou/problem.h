@@ -1,8 +1,8 @@
-// box_iou and generalized_box_iou: what the CPU and the CUDA half share: the arithmetic of a pair of boxes, the
-// signatures of library.cpp, and their checks.
+// box_iou and generalized_box_iou: the code that the CPU and CUDA kernels share, which is the arithmetic of a pair of
+// boxes, the ops with the signatures of library.cpp, and their checks.
 //
-// These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
-// people are raised by relops/ops/_iou.py.
+// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_iou.py raises
+// the errors that users should see.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,85 +15,91 @@
 
 namespace relops {
 
-// ---- A pair of boxes; as in common/boxes.h, F is float, double, or a vector of them ----
+// ---- A pair of boxes. As in common/boxes.h, F is float, double, or a vector of them. ----
 
-// Of the smallest box around both; negative where inverted boxes leave none.
+// Returns the width of the hull, which is the smallest box around both boxes. It is negative if the boxes are so
+// inverted that they have no hull.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F hull_width(const Box<F>& a, const Box<F>& b) {
   return larger(a.x2, b.x2) - smaller(a.x1, b.x1);
 }
+
+// Returns the height of the hull, like hull_width.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F hull_height(const Box<F>& a, const Box<F>& b) {
   return larger(a.y2, b.y2) - smaller(a.y1, b.y1);
 }
 
-// IoU; generalized, less the part of the hull that the union leaves empty, which is 0 where the hull has no area.
+// Returns the IoU. If kGeneralized, it subtracts the fraction of the hull that the union does not cover. That fraction
+// is 0 if the hull has no area.
 template <bool kGeneralized, class F>
 RELOPS_HOST_DEVICE_INLINE F overlap(const Box<F>& a, const Box<F>& b, F area_a, F area_b) {
-  const F none{}, shared = intersection(a, b), value = iou(area_a, area_b, shared);
+  const F none{}, common_area = intersection(a, b), value = iou(area_a, area_b, common_area);
   if constexpr (!kGeneralized) {
     return value;
   } else {
-    const F united = area_a + area_b - shared;
-    const F hull = product(larger(hull_width(a, b), none), larger(hull_height(a, b), none));
-    return value - (hull == none ? none : (hull - united) / hull);
+    const F union_area = area_a + area_b - common_area;
+    const F hull_area = product(larger(hull_width(a, b), none), larger(hull_height(a, b), none));
+    return value - (hull_area == none ? none : (hull_area - union_area) / hull_area);
   }
 }
 
-// What the gradient of a box is made of. The slopes of its area are the same in every pair, so they come in at the end.
+// Sums from which the gradient of a box is computed. The derivatives of the area of the box are the same in every pair,
+// so the sum `area` is multiplied by them only once, in coordinates().
 template <class F>
 struct BoxGradient {
-  F x1, y1, x2, y2, area;  // of x1 and y1 with the sign reversed
+  F x1, y1, x2, y2, area;  // the sums for x1 and y1 have the opposite sign
 
-  RELOPS_HOST_DEVICE_INLINE Box<F> of(const Box<F>& box) const {
-    const F by_width = area * (box.y2 - box.y1), by_height = area * (box.x2 - box.x1);
-    return {-(x1 + by_width), -(y1 + by_height), x2 + by_width, y2 + by_height};
+  RELOPS_HOST_DEVICE_INLINE Box<F> coordinates(const Box<F>& box) const {
+    const F grad_width = area * (box.y2 - box.y1), grad_height = area * (box.x2 - box.x1);
+    return {-(x1 + grad_width), -(y1 + grad_height), x2 + grad_width, y2 + grad_height};
   }
 };
 
-// What reaches x by the smaller of x and y, and by the larger; at a tie x and y share both.
+// Returns the gradient of x, given those of the smaller and the larger of x and y. At a tie, x and y get half of each.
 template <class F>
-RELOPS_HOST_DEVICE_INLINE F share(F x, F y, F by_smaller, F by_larger) {
-  return x < y ? by_smaller : x == y ? (by_smaller + by_larger) / 2 : by_larger;
+RELOPS_HOST_DEVICE_INLINE F split_gradient(F x, F y, F grad_smaller, F grad_larger) {
+  return x < y ? grad_smaller : x == y ? (grad_smaller + grad_larger) / 2 : grad_larger;
 }
 
-// Adds the gradient of `own` in the pair (own, other), whose overlap has the gradient grad. 0 divided by 0 is constant;
-// a side that is limited to 0 passes its gradient on where it is 0 itself.
+// Adds the gradient of `own` from the pair (own, other), given the gradient grad of the overlap of the pair. The
+// quotient 0 / 0 counts as a constant. Widths and heights are clamped to at least 0; one that is exactly 0 still passes
+// its gradient on.
 template <bool kGeneralized, class F>
 RELOPS_HOST_DEVICE_INLINE void add_gradient(BoxGradient<F>& sum, const Box<F>& own, const Box<F>& other, F own_area,
                                             F other_area, F grad) {
   const F none{};
   const F width = smaller(own.x2, other.x2) - larger(own.x1, other.x1);
   const F height = smaller(own.y2, other.y2) - larger(own.y1, other.y1);
-  const F shared = product(larger(width, none), larger(height, none));
-  const F united = own_area + other_area - shared;
-  // Of shared / united, by the areas of the boxes and of the intersection.
-  const F inverse = united == none ? none : 1 / united;
-  F by_area = -(grad * inverse) * (shared * inverse);
-  F by_shared = grad * inverse - by_area;
-  F by_hull_width{}, by_hull_height{};
-  if constexpr (kGeneralized) {  // and of united / hull
-    const F across = hull_width(own, other), along = hull_height(own, other);
-    const F hull = product(larger(across, none), larger(along, none));
-    const F inverse_hull = hull == none ? none : 1 / hull;
-    const F by_united = grad * inverse_hull, by_hull = -by_united * (united * inverse_hull);
-    by_area += by_united;
-    by_shared -= by_united;
-    by_hull_width = across >= none ? by_hull * larger(along, none) : none;
-    by_hull_height = along >= none ? by_hull * larger(across, none) : none;
+  const F common_area = product(larger(width, none), larger(height, none));
+  const F union_area = own_area + other_area - common_area;
+  // Gradients of common_area / union_area with respect to the area of a box and to common_area.
+  const F inverse = union_area == none ? none : 1 / union_area;
+  F grad_area = -(grad * inverse) * (common_area * inverse);
+  F grad_common_area = grad * inverse - grad_area;
+  F grad_hull_width{}, grad_hull_height{};
+  if constexpr (kGeneralized) {  // adds the gradients of union_area / hull_area
+    const F hull_w = hull_width(own, other), hull_h = hull_height(own, other);
+    const F hull_area = product(larger(hull_w, none), larger(hull_h, none));
+    const F inverse_hull = hull_area == none ? none : 1 / hull_area;
+    const F grad_union = grad * inverse_hull, grad_hull = -grad_union * (union_area * inverse_hull);
+    grad_area += grad_union;
+    grad_common_area -= grad_union;
+    grad_hull_width = hull_w >= none ? grad_hull * larger(hull_h, none) : none;
+    grad_hull_height = hull_h >= none ? grad_hull * larger(hull_w, none) : none;
   }
-  const F by_width = width >= none ? by_shared * larger(height, none) : none;
-  const F by_height = height >= none ? by_shared * larger(width, none) : none;
-  sum.x1 += share(other.x1, own.x1, by_width, by_hull_width);
-  sum.y1 += share(other.y1, own.y1, by_height, by_hull_height);
-  sum.x2 += share(own.x2, other.x2, by_width, by_hull_width);
-  sum.y2 += share(own.y2, other.y2, by_height, by_hull_height);
-  sum.area += by_area;
+  const F grad_width = width >= none ? grad_common_area * larger(height, none) : none;
+  const F grad_height = height >= none ? grad_common_area * larger(width, none) : none;
+  sum.x1 += split_gradient(other.x1, own.x1, grad_width, grad_hull_width);
+  sum.y1 += split_gradient(other.y1, own.y1, grad_height, grad_hull_height);
+  sum.x2 += split_gradient(own.x2, other.x2, grad_width, grad_hull_width);
+  sum.y2 += split_gradient(own.y2, other.y2, grad_height, grad_hull_height);
+  sum.area += grad_area;
 }
 
 // ---- The ops ----
 
-// Boxes a [N,A,4] and b [N,B,4], dense. N is 1 where the tensors lack that dimension.
+// Contiguous boxes a [N,A,4] and b [N,B,4]. N is 1 if the tensors lack that dimension.
 struct BoxPairs {
   BoxPairs(const char* op, bool generalized, const Tensor& a_, const Tensor& b_)
       : op(op), generalized(generalized), batched(a_.dim() == 3), a(a_), b(b_) {
@@ -113,7 +119,7 @@ struct BoxPairs {
     b = dense(b);
   }
 
-  // [N,rows,columns], or without N.
+  // Returns a new tensor [N,rows,columns], or [rows,columns] if a and b are not batched.
   Tensor new_empty(int64_t rows, int64_t columns) const {
     return batched ? torch::stable::new_empty(a, {N, rows, columns}) : torch::stable::new_empty(a, {rows, columns});
   }
@@ -131,7 +137,7 @@ struct BoxPairs {
   Tensor a, b;
 };
 
-// The gradient [N,own_count,4] of one side. Strides are in elements of grad_output.
+// The arguments for the gradient [N,own_count,4] of one side. The strides are those of grad_output, in elements.
 template <class Compute>
 struct BoxIouGradient {
   bool generalized, of_a;
@@ -141,9 +147,9 @@ struct BoxIouGradient {
   Compute* result;
 };
 
-// The ops with the signatures of library.cpp, from the static functions of a device's Kernels,
-//   void forward(const BoxPairs&, const Tensor& output), which is not called for an empty output, and
-//   void backward(const BoxPairs&, const BoxIouGradient<Compute>&), which is not called for an empty gradient.
+// The ops with the signatures of library.cpp. They call two static functions of the Kernels of a device:
+//   void forward(const BoxPairs&, const Tensor& output), unless the output is empty, and
+//   void backward(const BoxPairs&, const BoxIouGradient<Compute>&), unless the gradient is empty.
 template <class Kernels>
 struct BoxIouOps {
   static Tensor forward(const char* op, bool generalized, const Tensor& a, const Tensor& b) {
