@@ -1,7 +1,7 @@
-// nms, batched_nms and nms_padded on the CPU: entries are sorted by score and class here, and those kept put in order;
-// the comparisons of boxes are in cpu_nms_kernel.h.
+// nms, batched_nms and nms_padded on the CPU: this file sorts entries by score and class, and puts the kept entries in
+// order. cpu_nms_kernel.h compares the boxes.
 //
-// A fused multiplication and addition would give another IoU than other processors and CUDA.
+// Fusing a multiplication with an addition would give a different IoU than on other processors and on CUDA.
 #pragma GCC optimize("fp-contract=off")
 
 #include "suppression/cpu_nms_args.h"
@@ -14,14 +14,14 @@ namespace relops {
 
 namespace {
 
-// The entries that count by descending score, equal ones by index; gives their number.
+// Ranks the valid entries by descending score, and equal scores by index. Returns the number of valid entries.
 template <class Compute, class S>
 int64_t rank(const Compute* boxes, const S* scores, int64_t K, S score_threshold, uint32_t* ranked) {
   Scratch scratch;
   auto* entries = scratch.allocate<Entry<ScoreKey<S>>>(K);
   int64_t n = 0;
   for (int64_t k = 0; k < K; ++k)
-    if (counts(boxes + 4 * k, scores[k], score_threshold))
+    if (is_valid(boxes + 4 * k, scores[k], score_threshold))
       entries[n++] = {score_key(scores[k]), static_cast<uint32_t>(k)};
   const auto* sorted = sort_by_key(entries, scratch.allocate<Entry<ScoreKey<S>>>(n), n);
   for (int64_t i = 0; i < n; ++i) ranked[i] = sorted[i].index;
@@ -37,23 +37,23 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
   const Compute threshold = static_cast<Compute>(p.iou_threshold);
 
-  // Of image b, the n[b] entries from b * K on are those that count.
+  // The valid entries of image b are the n[b] elements from b * K on.
   std::vector<int64_t> n(B);
   std::vector<std::vector<Range>> ranges(B);
   Scratch scratch;
   auto* ranked = scratch.allocate<uint32_t>(B * K);
   auto* grouped = idxs ? scratch.allocate<uint32_t>(B * K) : ranked;  // by class, and then by score
-  auto* sorted = scratch.allocate<SharedBox<Compute>>(B * K);         // in that order
-  auto* kept = scratch.allocate<uint8_t>(B * K);                      // likewise
+  auto* sorted = scratch.allocate<BoundedBox<Compute>>(B * K);        // in the order of `grouped`
+  auto* kept = scratch.allocate<uint8_t>(B * K);                      // in the order of `grouped`
   for_each_item(B, threads_for(B * (3e3 + (idxs ? 30.0 : 15.0) * K)), [&] {
     return [&](int64_t b) {
-      const int64_t at = b * K;
-      n[b] = rank(boxes + 4 * at, scores + at, K, static_cast<S>(p.score_threshold), ranked + at);
-      if (idxs) std::copy_n(ranked + at, n[b], grouped + at);
-      ranges[b] = group_by_class(idxs ? idxs + at : nullptr, grouped + at, n[b]);
-      for (int64_t i = at; i < at + n[b]; ++i) {
-        const Compute* box = boxes + 4 * (at + grouped[i]);
-        sorted[i] = with_share(Box<Compute>{box[0], box[1], box[2], box[3]}, threshold);
+      const int64_t first = b * K;
+      n[b] = rank(boxes + 4 * first, scores + first, K, static_cast<S>(p.score_threshold), ranked + first);
+      if (idxs) std::copy_n(ranked + first, n[b], grouped + first);
+      ranges[b] = group_by_class(idxs ? idxs + first : nullptr, grouped + first, n[b]);
+      for (int64_t i = first; i < first + n[b]; ++i) {
+        const Compute* box = boxes + 4 * (first + grouped[i]);
+        sorted[i] = with_area_bound(Box<Compute>{box[0], box[1], box[2], box[3]}, threshold);
         kept[i] = 0;
       }
     };
@@ -71,11 +71,11 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t i = b * K; i < b * K + n[b]; ++i) kept_by_index[grouped[i]] = kept[i];
     int64_t* out = keep + b * max_output;
-    int64_t found = 0;
-    for (int64_t i = b * K; i < b * K + n[b] && found < max_output; ++i)
-      if (kept_by_index[ranked[i]]) out[found++] = ranked[i];
-    std::fill(out + found, out + max_output, -1);
-    count[b] = found;
+    int64_t num_kept = 0;
+    for (int64_t i = b * K; i < b * K + n[b] && num_kept < max_output; ++i)
+      if (kept_by_index[ranked[i]]) out[num_kept++] = ranked[i];
+    std::fill(out + num_kept, out + max_output, -1);
+    count[b] = num_kept;
   }
   return result;
 }

@@ -8,12 +8,12 @@ namespace relops {
 
 template <class Compute>
 struct NmsArgs {
-  const SharedBox<Compute>* boxes;  // class by class, in each by descending score
+  const BoundedBox<Compute>* boxes;  // sorted by class, then by descending score
   const Range* classes;
   int64_t num_classes;
   Compute threshold;
-  int64_t most;   // kept of a class
-  uint8_t* kept;  // [boxes]
+  int64_t max_kept;  // per class
+  uint8_t* kept;     // 1 for each box that is kept
 };
 
 }  // namespace relops

@@ -17,8 +17,8 @@ struct Entry {
   uint32_t index;
 };
 
-// Sorts `entries` by key, equal keys in the order they are in. The result lies in `entries` or in `other`, which both
-// have n places.
+// Sorts `entries` by key and keeps the order of equal keys. Returns the sorted array, which is `entries` or `other`.
+// Both have n elements.
 template <class Key>
 Entry<Key>* sort_by_key(Entry<Key>* entries, Entry<Key>* other, int64_t n) {
   constexpr int kBits = 11, kDigits = (8 * sizeof(Key) + kBits - 1) / kBits, kValues = 1 << kBits;
@@ -27,7 +27,7 @@ Entry<Key>* sort_by_key(Entry<Key>* entries, Entry<Key>* other, int64_t n) {
     for (int d = 0; d < kDigits; ++d) ++counts[d][entries[i].key >> (d * kBits) & (kValues - 1)];
   for (int d = 0; d < kDigits; ++d) {
     const auto digit = [d](Key key) { return key >> (d * kBits) & (kValues - 1); };
-    if (n == 0 || counts[d][digit(entries[0].key)] == n) continue;  // all alike
+    if (n == 0 || counts[d][digit(entries[0].key)] == n) continue;  // all keys have the same digit
     uint32_t begin = 0;
     for (uint32_t& count : counts[d]) begin += std::exchange(count, begin);
     for (int64_t i = 0; i < n; ++i) other[counts[d][digit(entries[i].key)]++] = entries[i];
@@ -40,8 +40,8 @@ struct Range {
   int64_t begin, end;
 };
 
-// Reorders n entries by their class, those of one class staying in order, and gives the range of each class. Without
-// idxs all are one.
+// Sorts n entries by class, keeps their order within each class, and returns the range of each class. Without idxs, all
+// entries belong to one class.
 inline std::vector<Range> group_by_class(const int64_t* idxs, uint32_t* entries, int64_t n) {
   if (n == 0) return {};
   if (idxs == nullptr) return {{0, n}};

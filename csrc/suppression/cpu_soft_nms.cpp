@@ -1,7 +1,7 @@
-// soft_nms on the CPU: entries are grouped by class here, and those kept put in order; scores decay in
-// cpu_soft_nms_kernel.h.
+// soft_nms on the CPU: this file groups entries by class and puts the kept entries in order. cpu_soft_nms_kernel.h
+// computes the decay of the scores.
 //
-// A fused multiplication and addition would give other scores than other processors and CUDA.
+// Fusing a multiplication with an addition would give different scores than on other processors and on CUDA.
 #pragma GCC optimize("fp-contract=off")
 
 #include "suppression/cpu_order.h"
@@ -30,7 +30,7 @@ SoftKept suppress(const SoftNmsProblem& p) {
   for (int64_t b = 0; b < B; ++b) {
     int64_t n = 0;
     for (int64_t k = 0; k < K; ++k)
-      if (counts(boxes + 4 * (b * K + k), scores[b * K + k], static_cast<Compute>(p.score_threshold)))
+      if (is_valid(boxes + 4 * (b * K + k), scores[b * K + k], static_cast<Compute>(p.score_threshold)))
         indices[b * K + n++] = static_cast<uint32_t>(k);
     for (const auto& [begin, end] : group_by_class(idxs ? idxs + b * K : nullptr, indices + b * K, n))
       classes.push_back({b, b * K + begin, b * K + end});

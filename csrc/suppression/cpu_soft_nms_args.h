@@ -16,10 +16,10 @@ struct SoftNmsArgs {
   int64_t K;
   const Compute* boxes;     // [B,K,4]
   const Compute* scores;    // [B,K]
-  const uint32_t* indices;  // of the entries that count, class by class, in each ascending
+  const uint32_t* indices;  // indices of the valid entries, grouped by class; they ascend within each class
   const ClassOfImage* classes;
   int64_t num_classes;
-  Compute* decayed;  // [B,K]; 0 at first, and where an entry is not kept
+  Compute* decayed;  // [B,K]; all 0 at first; stays 0 for entries that are not kept
 };
 
 }  // namespace relops

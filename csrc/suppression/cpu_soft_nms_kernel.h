@@ -1,16 +1,17 @@
 // soft_nms on the CPU: suppression by decay within a class, for each instruction set.
 //
-// Each step keeps the entry of the highest score, and goes through all others: IoU with it, decay, and in the same
-// pass the highest score of the next step. An entry whose score falls to the threshold is out, and when a quarter are,
-// the rest moves together. Bound by arithmetic: about 15 operations for a vector of entries that do not intersect, and
-// an exponential where one does.
+// Each step keeps the entry with the highest score and makes one pass over all other entries. The pass computes their
+// IoU with the kept entry, lets their scores decay, and finds the highest score for the next step. An entry whose score
+// falls to the threshold is removed. After as many steps as a quarter of the stored entries, the remaining entries are
+// moved together. The kernel is bound by arithmetic: about 15 operations for a vector of entries that do not intersect
+// the kept one, and an exponential for a vector in which an entry does.
 
 #include "common/cpu/simd.h"
 #include "suppression/cpu_soft_nms_args.h"
 
 namespace relops::RELOPS_ISA {
 
-// Entries in the order of their indices, in rows of `size` places.
+// The entries of a class in the order of their indices, stored as rows of `size` values.
 template <class Compute>
 struct SoftRows {
   static constexpr int64_t V = kLanes<Compute>;
@@ -24,44 +25,46 @@ struct SoftRows {
     return {broadcast(row(kX1)[i]), broadcast(row(kY1)[i]), broadcast(row(kX2)[i]), broadcast(row(kY2)[i])};
   }
 
-  // Room for n entries, in values.
-  static int64_t room(int64_t n) { return kRows * round_up(n, V); }
+  // Returns the number of values that n entries take.
+  static int64_t values_of(int64_t n) { return kRows * round_up(n, V); }
 
   Compute* values;
   Int<Compute>* index;
   int64_t size;
 };
 
-// The entry of the highest score, the first of equal ones.
+// Finds the entry with the highest score. Ties go to the first entry.
 template <class Compute>
 struct Best {
   Vec<Compute> score{};
-  VecInt<Compute> at{};
+  VecInt<Compute> position{};
 
-  void see(Vec<Compute> scores, VecInt<Compute> where) {
+  void update(Vec<Compute> scores, VecInt<Compute> positions) {
     const VecInt<Compute> better = scores > score;
     score = better ? scores : score;
-    at = better ? where : at;
+    position = better ? positions : position;
   }
-  int64_t place(Compute& top) const {
+  // Returns the position of the best entry and sets top to its score.
+  int64_t reduce(Compute& top) const {
     top = 0;
-    int64_t found = 0;
+    int64_t best = 0;
     for (int64_t j = 0; j < kLanes<Compute>; ++j)
-      if (score[j] > top || (score[j] == top && at[j] < found)) {
+      if (score[j] > top || (score[j] == top && position[j] < best)) {
         top = score[j];
-        found = at[j];
+        best = position[j];
       }
-    return found;
+    return best;
   }
 };
 
-// Lets the n entries of a class, `indices` ascending, decay: decayed[index] of one kept becomes its score.
+// Computes the decay of the n entries of a class, whose `indices` ascend. Sets decayed[index] of each kept entry to the
+// score with which it is kept.
 template <class Compute>
 void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t n, const Compute* boxes,
                  const Compute* scores, Compute* decayed, SoftRows<Compute> rows) {
   constexpr int64_t V = kLanes<Compute>;
   rows.size = round_up(n, V);
-  const VecInt<Compute> steps = lanes<Compute>([](Int<Compute> j) { return j; });
+  const VecInt<Compute> lane_indices = lanes<Compute>([](Int<Compute> j) { return j; });
   Best<Compute> best;
   for (int64_t i = 0; i < rows.size; ++i) {
     const int64_t k = indices[std::min(i, n - 1)];
@@ -72,29 +75,29 @@ void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t
   }
   Compute* score = rows.row(SoftRows<Compute>::kScore);
   const Compute* areas = rows.row(SoftRows<Compute>::kArea);
-  for (int64_t i = 0; i < rows.size; i += V) best.see(load(score + i), steps + static_cast<Int<Compute>>(i));
+  for (int64_t i = 0; i < rows.size; i += V) best.update(load(score + i), lane_indices + static_cast<Int<Compute>>(i));
 
   int64_t used = rows.size;
   for (int64_t step = 1, moved = 0;; ++step) {
     Compute top;
-    const int64_t place = best.place(top);
+    const int64_t position = best.reduce(top);
     if (!(top > a.decay.score_threshold)) return;
-    decayed[rows.index[place]] = top;
-    score[place] = 0;
-    const Box<Vec<Compute>> kept = rows.box(place);
-    const Vec<Compute> kept_area = broadcast(areas[place]);
+    decayed[rows.index[position]] = top;
+    score[position] = 0;
+    const Box<Vec<Compute>> kept = rows.box(position);
+    const Vec<Compute> kept_area = broadcast(areas[position]);
 
     if (4 * (step - moved) >= used) {
-      // The scores that are left are beyond the threshold or 0.
-      int64_t left = 0;
+      // Every score is now either above the threshold or 0.
+      int64_t remaining = 0;
       for (int64_t i = 0; i < used; ++i) {
         if (score[i] == 0) continue;
-        for (int r = 0; r < SoftRows<Compute>::kRows; ++r) rows.row(r)[left] = rows.row(r)[i];
-        rows.index[left++] = rows.index[i];
+        for (int r = 0; r < SoftRows<Compute>::kRows; ++r) rows.row(r)[remaining] = rows.row(r)[i];
+        rows.index[remaining++] = rows.index[i];
       }
       const int64_t before = used;
-      used = round_up(left, V);
-      for (int64_t i = left; i < std::min(used, before); ++i) score[i] = 0;
+      used = round_up(remaining, V);
+      for (int64_t i = remaining; i < std::min(used, before); ++i) score[i] = 0;
       moved = step;
     }
 
@@ -104,12 +107,12 @@ void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t
       const Vec<Compute> common = intersection(kept, rows.boxes(i));
       if (greater_bits(common, Vec<Compute>{})) {
         const Vec<Compute> factor = a.decay.template factor<VecInt<Compute>>(iou(kept_area, load(areas + i), common));
-        // Where they do not intersect the factor is 1.
+        // The factor is 1 in lanes that do not intersect.
         scores = product(scores, factor);
         scores = scores > a.decay.score_threshold ? scores : Vec<Compute>{};
         store(score + i, scores);
       }
-      best.see(scores, steps + static_cast<Int<Compute>>(i));
+      best.update(scores, lane_indices + static_cast<Int<Compute>>(i));
     }
   }
 }
@@ -117,24 +120,24 @@ void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t
 template <class Compute>
 void decay_classes(const SoftNmsArgs<Compute>& a) {
   int64_t largest = 0;
-  double work = 0;  // if all entries are kept
+  double work = 0;  // nanoseconds, if all entries are kept
   for (int64_t c = 0; c < a.num_classes; ++c) {
     const int64_t n = a.classes[c].end - a.classes[c].begin;
     largest = std::max(largest, n);
     work += n * (100.0 + 5.0 * n / kLanes<Compute>);
   }
   const int64_t threads = threads_for(work);
-  const int64_t share = std::max<int64_t>(1, a.num_classes / (16 * threads));
-  for_each_item(ceil_div(a.num_classes, share), threads, [&] {
+  const int64_t classes_per_item = std::max<int64_t>(1, a.num_classes / (16 * threads));
+  for_each_item(ceil_div(a.num_classes, classes_per_item), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), rows = SoftRows<Compute>{}](int64_t item) mutable {
       if (rows.values == nullptr) {
-        rows.values = scratch->template allocate<Compute>(SoftRows<Compute>::room(largest));
+        rows.values = scratch->template allocate<Compute>(SoftRows<Compute>::values_of(largest));
         rows.index = scratch->template allocate<Int<Compute>>(round_up(largest, kLanes<Compute>));
       }
-      for (int64_t c = item * share; c < std::min(a.num_classes, (item + 1) * share); ++c) {
-        const ClassOfImage& of = a.classes[c];
-        decay_class(a, a.indices + of.begin, of.end - of.begin, a.boxes + 4 * of.image * a.K, a.scores + of.image * a.K,
-                    a.decayed + of.image * a.K, rows);
+      for (int64_t c = item * classes_per_item; c < std::min(a.num_classes, (item + 1) * classes_per_item); ++c) {
+        const auto& [image, begin, end] = a.classes[c];
+        decay_class(a, a.indices + begin, end - begin, a.boxes + 4 * image * a.K, a.scores + image * a.K,
+                    a.decayed + image * a.K, rows);
       }
     };
   });

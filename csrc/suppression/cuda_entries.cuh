@@ -1,4 +1,4 @@
-// nms, batched_nms, nms_padded and soft_nms on CUDA: entries in the order of keys, by image and by class.
+// nms, batched_nms, nms_padded and soft_nms on CUDA: sorting entries by key, image and class.
 #pragma once
 
 #include <cub/device/device_radix_sort.cuh>
@@ -10,13 +10,13 @@ namespace relops {
 
 constexpr int kEntryThreads = 256;
 
-// Places arrays one after the other in memory that is allocated once: a first pass, from null, finds how much.
-class Placement {
+// Allocates arrays one after the other from one block of memory. Without memory, it only measures how much is needed.
+class Arena {
  public:
-  explicit Placement(void* memory = nullptr) : begin_(reinterpret_cast<uintptr_t>(memory)) {}
+  explicit Arena(void* memory = nullptr) : begin_(reinterpret_cast<uintptr_t>(memory)) {}
 
   template <class T>
-  void take(T*& array, int64_t count) {
+  void allocate(T*& array, int64_t count) {
     array = reinterpret_cast<T*>(begin_ + used_);
     used_ += ceil_div(count * sizeof(T), 256) * 256;
   }
@@ -27,18 +27,20 @@ class Placement {
   int64_t used_ = 0;
 };
 
-// The memory itself, for place(Placement&) that takes every array.
+// Returns memory for all arrays that allocate_arrays(Arena&) allocates. The function is called twice: first to measure
+// the size, then to set the pointers of the arrays.
 template <class F>
-Tensor allocate(const Tensor& like, F place) {
-  Placement measured;
-  place(measured);
-  Tensor memory = torch::stable::new_empty(like, {measured.used()}, ScalarType::Byte);
-  Placement placed(memory.mutable_data_ptr());
-  place(placed);
+Tensor allocate_memory(const Tensor& like, F allocate_arrays) {
+  Arena measuring;
+  allocate_arrays(measuring);
+  Tensor memory = torch::stable::new_empty(like, {measuring.used()}, ScalarType::Byte);
+  Arena arena(memory.mutable_data_ptr());
+  allocate_arrays(arena);
   return memory;
 }
 
-// Buffers of a sort of n keys. The result is in `sorted`; `order` are the values that came with the keys.
+// Buffers for sorting n pairs of a key and a value. sort() writes the sorted keys to `sorted` and their values to
+// `order`.
 template <class Key>
 struct SortBuffers {
   Key *keys, *sorted;
@@ -46,44 +48,45 @@ struct SortBuffers {
   char* workspace;
   size_t workspace_bytes = 0;
 
-  void place(Placement& placement, int64_t n) {
-    placement.take(keys, n);
-    placement.take(sorted, n);
-    placement.take(values, n);
-    placement.take(order, n);
+  void allocate(Arena& arena, int64_t n) {
+    arena.allocate(keys, n);
+    arena.allocate(sorted, n);
+    arena.allocate(values, n);
+    arena.allocate(order, n);
     STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, workspace_bytes, keys, sorted, values, order,
                                                    static_cast<int>(n), 0, static_cast<int>(8 * sizeof(Key)), nullptr));
-    placement.take(workspace, workspace_bytes);
+    arena.allocate(workspace, workspace_bytes);
   }
 
-  // By the low `bits` of the keys, stable.
+  // Sorts by the low `bits` bits of the keys and keeps the order of equal ones.
   void sort(int64_t n, int bits, cudaStream_t stream) {
     STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, keys, sorted, values, order,
                                                    static_cast<int>(n), 0, bits, stream));
   }
 };
 
+// Returns the number of bits that the numbers [0, values) need.
 inline int bits_of(int64_t values) {
   int bits = 1;
   while (int64_t{1} << bits < values) ++bits;
   return bits;
 }
 
-// The index as a thread of a one-dimensional grid.
-__device__ inline int64_t thread_number() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+// Returns the index of the thread in a one-dimensional grid.
+__device__ inline int64_t thread_index() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 
-// keys[i], values[i]: the image of entry order[i] of [B,K], and that entry.
+// Sets keys[i] to the image of entry order[i] of [B,K], and values[i] to order[i].
 static __global__ __launch_bounds__(kEntryThreads) void image_keys_kernel(int64_t n, int K, const int32_t* order,
                                                                           uint32_t* keys, int32_t* values) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i >= n) return;
   keys[i] = order[i] / K;
   values[i] = order[i];
 }
 
-// Brings entries that are in any order into that of their images, the rest staying as it is.
-inline const int32_t* by_image(const NmsProblem& p, const int32_t* order, SortBuffers<uint32_t>& buffers,
-                               cudaStream_t stream) {
+// Sorts the entries `order` by image and keeps their order within each image.
+inline const int32_t* sort_by_image(const NmsProblem& p, const int32_t* order, SortBuffers<uint32_t>& buffers,
+                                    cudaStream_t stream) {
   const int64_t n = p.B * p.K;
   image_keys_kernel<<<grid_size(p.op, ceil_div(n, kEntryThreads)), kEntryThreads, 0, stream>>>(
       n, static_cast<int>(p.K), order, buffers.keys, buffers.values);
@@ -92,30 +95,31 @@ inline const int32_t* by_image(const NmsProblem& p, const int32_t* order, SortBu
   return buffers.order;
 }
 
-// keys[i]: the class of entry order[i] (null: of entry i), so that unsigned keys are in the order of signed classes;
-// values[i]: i.
+// Sets keys[i] to the class of entry order[i], or of entry i if order is null, with its sign bit inverted, so that the
+// unsigned keys have the order of the signed classes. Sets values[i] to i.
 static __global__ __launch_bounds__(kEntryThreads) void class_keys_kernel(int64_t n, const int64_t* idxs,
                                                                           const int32_t* order, uint64_t* keys,
                                                                           int32_t* values) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i >= n) return;
   keys[i] = static_cast<uint64_t>(idxs[order == nullptr ? i : order[i]]) ^ (uint64_t{1} << 63);
   values[i] = static_cast<int32_t>(i);
 }
 
-// The places [begin, end) of a class, or of an image where there are no classes.
+// The positions [begin, end) of a class, or of an image if there are no classes.
 struct Span {
   int begin, end;
 };
 
-// spans[i]: of the class of place i; classes[i] are in order within each image of K places. longest (null: not wanted)
-// grows to the length of the longest.
+// Sets spans[i] to the span of the class of position i. The classes[i] of each image, which has K positions, are
+// sorted. If longest is not null, it is raised to the length of the longest span.
 static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, int K, const int64_t* classes,
                                                                      Span* spans, int* longest) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i >= n) return;
   const int first = static_cast<int>(i) / K * K;
-  // The first place from `low` on whose class is not below (or_equal: beyond) this one's.
+  // Returns the first position of [low, high) whose class is at least that of position i (or_equal: greater than it),
+  // or high if there is none.
   const auto search = [&](int low, int high, bool or_equal) {
     while (low < high) {
       const int middle = low + (high - low) / 2;
@@ -131,15 +135,16 @@ static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, 
   if (longest != nullptr && span.begin == i) atomicMax(longest, span.end - span.begin);
 }
 
-// The host's copy of a number on the device: the one synchronization of ops whose result has a length of its own.
+// Copies a number from the device to the host. Only ops whose output size depends on the data synchronize, and only
+// here.
 inline int64_t read_count(const Tensor& count) {
-  // The handle of a default stream does not name its device: it means that of the current one.
+  // The handle of a default stream does not name a device: it means the default stream of the current device.
   const torch::stable::accelerator::DeviceGuard guard(count.get_device_index());
   const cudaStream_t stream = current_stream(count.get_device_index());
   cudaStreamCaptureStatus capture;
   STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
   STD_TORCH_CHECK(capture == cudaStreamCaptureStatusNone,
-                  "relops: the number of boxes kept cannot be read while a CUDA graph is captured; use nms_padded, or "
+                  "relops: the number of kept boxes cannot be read while a CUDA graph is captured; use nms_padded, or "
                   "soft_nms on a batch");
   int64_t host = 0;
   STD_CUDA_CHECK(cudaMemcpyAsync(&host, count.const_data_ptr(), sizeof(host), cudaMemcpyDeviceToHost, stream));

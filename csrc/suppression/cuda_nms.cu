@@ -1,15 +1,18 @@
 // nms, batched_nms and nms_padded on CUDA: greedy suppression without the N x N matrix of bits and without the host.
 //
-// Entries are sorted by score, then by class (two stable radix sorts), so that a class is a span of places. A span is
-// worked on in chunks of 1024 boxes, chunk r of every span in round r, three launches each:
+// Entries are sorted by score, then by class (two stable radix sorts), so that a class is a span of positions. A span
+// is processed in chunks of 1024 boxes: round r processes chunk r of every span, in three launches:
 //
-// - suppress: every box of the later chunks against the boxes that chunk r - 1 kept, a thread a box, the kept boxes
-//   broadcast; it ends at the first that suppresses it. Bound by arithmetic: all of N x kept / 2 pairs is here.
-// - mask: which later boxes of its chunk each box would suppress, a bit each, a warp a box.
-// - resolve: a block a chunk goes through the greedy order, 64 boxes at a time: within them by bits in registers, then
-//   the rows of those kept strike out later boxes. Bound by latency: 16 steps of about a microsecond.
+// - suppress: compares every box from chunk r on with the boxes that chunk r - 1 kept. Each thread has one box and
+//   stops at the first kept box that suppresses it. Kept boxes are broadcast to the threads. The launch is bound by
+//   arithmetic: it compares all N x kept / 2 pairs.
+// - mask: finds which later boxes of its chunk each box would suppress, and stores one bit for each. Each warp has one
+//   box.
+// - resolve: one block per chunk goes through the greedy order, 64 boxes at a time. Bits in registers decide within
+//   the 64 boxes; then the mask rows of the kept boxes mark later boxes as suppressed. The launch is bound by latency:
+//   16 steps of about a microsecond.
 //
-// The number of rounds is that of the longest span there may be, as the host does not know the spans.
+// The number of rounds is that of the longest possible span, because the host does not know the spans.
 
 #include "suppression/cuda_entries.cuh"
 
@@ -18,68 +21,68 @@ namespace relops {
 namespace {
 
 constexpr int kChunk = 1024, kWords = kChunk / 64;
-constexpr unsigned kMostBlocks = 4096;  // of a launch whose places most often are none of the round's
+constexpr unsigned kMaxBlocks = 4096;  // of launches in which most positions do not belong to the round
 
-// Apart, so that a box is one load of 16 bytes, or two.
+// Boxes and area bounds are in separate arrays, so that a box is one or two loads of 16 bytes.
 template <class Compute>
 struct BoxArray {
   struct alignas(16) Aligned {
     Box<Compute> box;
   };
   Aligned* boxes;
-  Compute* shares;
+  Compute* area_bounds;
 
-  void place(Placement& placement, int64_t n) {
-    placement.take(boxes, n);
-    placement.take(shares, n);
+  void allocate(Arena& arena, int64_t n) {
+    arena.allocate(boxes, n);
+    arena.allocate(area_bounds, n);
   }
-  __device__ SharedBox<Compute> get(int64_t i) const { return {boxes[i].box, shares[i]}; }
-  __device__ void set(int64_t i, const SharedBox<Compute>& x) const {
+  __device__ BoundedBox<Compute> get(int64_t i) const { return {boxes[i].box, area_bounds[i]}; }
+  __device__ void set(int64_t i, const BoundedBox<Compute>& x) const {
     boxes[i].box = x.box;
-    shares[i] = x.share;
+    area_bounds[i] = x.area_bound;
   }
 };
 
 template <class Compute>
 struct NmsParams {
-  int64_t n;  // places: B * K
+  int64_t n;  // number of positions: B * K
   int B, K;
   int round;
-  bool classes;
+  bool by_class;
   Compute threshold;
 
   const Compute* boxes;      // [n,4]
-  const int32_t* ranked;     // [n]: entries by image and descending score; those that do not count come last
-  const int32_t* rank;       // [n]: by place, where in `ranked` it is; null without classes, where it is the place
-  const int64_t* idxs;       // [n]: by entry
-  const int64_t* class_of;   // [n]: by place
-  Span* spans;               // [n]: by place; with classes only
-  const int* longest;        // of the spans; with classes only
-  BoxArray<Compute> sorted;  // [n]: by place
-  BoxArray<Compute> kept;    // [n]: those a chunk keeps, from the chunk's first place on
-  int32_t* kept_count;       // [n]: of the chunk that begins at the place
-  uint8_t* gone;             // [n]: by place: suppressed, or does not count
-  uint8_t* keeps;            // [n]: by rank
-  uint64_t* mask;            // [slots,kWords]: bit j of the row of a box: it would suppress box j of its chunk
+  const int32_t* ranked;     // [n]: entries by image and descending score, with invalid ones at the end of each image
+  const int32_t* rank;       // [n]: index into `ranked` of each position; null without classes, when they are equal
+  const int64_t* idxs;       // [n]: class of each entry
+  const int64_t* class_of;   // [n]: class of each position
+  Span* spans;               // [n]: span of each position; only with classes
+  const int* longest;        // length of the longest span; only with classes
+  BoxArray<Compute> sorted;  // [n]: box of each position
+  BoxArray<Compute> kept;    // [n]: boxes that a chunk keeps, from the first position of the chunk on
+  int32_t* kept_count;       // [n]: number of boxes that the chunk beginning at each position keeps
+  uint8_t* suppressed;       // [n]: whether the entry of each position is suppressed or invalid
+  uint8_t* is_kept;          // [n]: whether the entry of each rank is kept
+  uint64_t* mask;            // [slots,kWords]: bit j of a box's row: whether the box would suppress box j of its chunk
 
-  // The host launches as many rounds as there may be.
-  __device__ bool over() const { return classes && round * kChunk >= *longest; }
-  __device__ Span span(int place) const {
-    if (classes) return spans[place];
-    const int begin = place / K * K;
+  // The host launches the number of rounds for the longest possible span; rounds past the longest span do nothing.
+  __device__ bool finished() const { return by_class && round * kChunk >= *longest; }
+  __device__ Span span(int position) const {
+    if (by_class) return spans[position];
+    const int begin = position / K * K;
     return {begin, begin + K};
   }
-  // The row of the mask: without classes the chunks of a round are known, and other places need none.
-  __device__ int64_t slot(int place) const {
-    return classes ? place : int64_t{place / K} * min(K, kChunk) + (place - place / K * K) % kChunk;
+  // Returns the mask row of a position. Without classes, the chunks of a round are known, and only they have rows.
+  __device__ int64_t slot(int position) const {
+    return by_class ? position : int64_t{position / K} * min(K, kChunk) + (position - position / K * K) % kChunk;
   }
 };
 
-// Where the places of a launch are: from `first` on `count` of each image.
-struct Part {
+// The positions of a launch: `count` positions of each image, beginning with position `first` of the image.
+struct PositionRange {
   int first, count;
 
-  __device__ int place(int64_t i, int K) const {
+  __device__ int position(int64_t i, int K) const {
     const int image = static_cast<int>(i / count);
     return image * K + first + static_cast<int>(i - int64_t{image} * count);
   }
@@ -89,51 +92,51 @@ template <class Compute, class S>
 __global__ __launch_bounds__(kEntryThreads) void nms_keys_kernel(int64_t n, const Compute* boxes, const S* scores,
                                                                  S score_threshold, ScoreKey<S>* keys,
                                                                  int32_t* values) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i >= n) return;
-  const bool there = counts(boxes + 4 * i, scores[i], score_threshold);
-  keys[i] = there ? score_key(scores[i]) : kNoKey<S>;
+  const bool valid = is_valid(boxes + 4 * i, scores[i], score_threshold);
+  keys[i] = valid ? score_key(scores[i]) : kInvalidKey<S>;
   values[i] = static_cast<int32_t>(i);
 }
 
-// Fetches the boxes of the places, and their classes.
+// Gathers the boxes and the classes of the positions.
 template <class Compute, class S>
 __global__ __launch_bounds__(kEntryThreads) void nms_gather_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                    const S* scores, S score_threshold,
                                                                    int64_t* class_of) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i >= p.n) return;
-  const int64_t entry = p.ranked[p.classes ? p.rank[i] : i];
+  const int64_t entry = p.ranked[p.by_class ? p.rank[i] : i];
   const Compute* box = p.boxes + 4 * entry;
-  p.sorted.set(i, with_share(Box<Compute>{box[0], box[1], box[2], box[3]}, p.threshold));
-  p.gone[i] = !counts(box, scores[entry], score_threshold);
-  p.keeps[i] = 0;
-  if (p.classes) class_of[i] = p.idxs[entry];
+  p.sorted.set(i, with_area_bound(Box<Compute>{box[0], box[1], box[2], box[3]}, p.threshold));
+  p.suppressed[i] = !is_valid(box, scores[entry], score_threshold);
+  p.is_kept[i] = 0;
+  if (p.by_class) class_of[i] = p.idxs[entry];
 }
 
 template <class Compute>
-__device__ __forceinline__ bool passes(const SharedBox<Compute>& a, const SharedBox<Compute>& b) {
-  return intersection(a.box, b.box) > a.share + b.share;
+__device__ __forceinline__ bool passes_filter(const BoundedBox<Compute>& a, const BoundedBox<Compute>& b) {
+  return intersection(a.box, b.box) > a.area_bound + b.area_bound;
 }
 
 template <class Compute>
 __global__ __launch_bounds__(kEntryThreads) void nms_suppress_kernel(const __grid_constant__ NmsParams<Compute> p,
-                                                                     Part part) {
-  if (p.over()) return;
-  for (int64_t i = thread_number(); i < int64_t{p.B} * part.count; i += int64_t{gridDim.x} * blockDim.x) {
-    const int place = part.place(i, p.K);
-    const int chunk = p.span(place).begin + (p.round - 1) * kChunk;
-    if (place < chunk + kChunk || p.gone[place]) continue;
-    // The blocks of a column share the kept boxes.
+                                                                     PositionRange range) {
+  if (p.finished()) return;
+  for (int64_t i = thread_index(); i < int64_t{p.B} * range.count; i += int64_t{gridDim.x} * blockDim.x) {
+    const int position = range.position(i, p.K);
+    const int chunk = p.span(position).begin + (p.round - 1) * kChunk;
+    if (position < chunk + kChunk || p.suppressed[position]) continue;
+    // Blocks that differ only in blockIdx.y divide the kept boxes among themselves.
     const int64_t count = p.kept_count[chunk];
     const int from = static_cast<int>(count * blockIdx.y / gridDim.y);
     const int to = static_cast<int>(count * (blockIdx.y + 1) / gridDim.y);
-    const SharedBox<Compute> mine = p.sorted.get(place);
+    const BoundedBox<Compute> own = p.sorted.get(position);
 #pragma unroll 4
     for (int k = from; k < to; ++k) {
-      const SharedBox<Compute> kept = p.kept.get(chunk + k);
-      if (passes(kept, mine) && suppresses(kept.box, mine.box, p.threshold)) {
-        p.gone[place] = 1;
+      const BoundedBox<Compute> kept = p.kept.get(chunk + k);
+      if (passes_filter(kept, own) && suppresses(kept.box, own.box, p.threshold)) {
+        p.suppressed[position] = 1;
         break;
       }
     }
@@ -142,17 +145,17 @@ __global__ __launch_bounds__(kEntryThreads) void nms_suppress_kernel(const __gri
 
 template <class Compute>
 __global__ __launch_bounds__(kEntryThreads) void nms_mask_kernel(const __grid_constant__ NmsParams<Compute> p,
-                                                                 Part part) {
-  if (p.over()) return;
+                                                                 PositionRange range) {
+  if (p.finished()) return;
   const int lane = threadIdx.x % 32;
-  for (int64_t i = thread_number() / 32; i < int64_t{p.B} * part.count; i += int64_t{gridDim.x} * (blockDim.x / 32)) {
-    const int place = part.place(i, p.K);
-    const Span span = p.span(place);
+  for (int64_t i = thread_index() / 32; i < int64_t{p.B} * range.count; i += int64_t{gridDim.x} * (blockDim.x / 32)) {
+    const int position = range.position(i, p.K);
+    const Span span = p.span(position);
     const int chunk = span.begin + p.round * kChunk;
-    if (place < chunk || place >= chunk + kChunk || p.gone[place]) continue;
-    const int size = min(kChunk, span.end - chunk), row = place - chunk;
-    const SharedBox<Compute> mine = p.sorted.get(place);
-    uint64_t word = 0;  // of which lane w keeps word w
+    if (position < chunk || position >= chunk + kChunk || p.suppressed[position]) continue;
+    const int size = min(kChunk, span.end - chunk), row = position - chunk;
+    const BoundedBox<Compute> own = p.sorted.get(position);
+    uint64_t word = 0;  // lane w holds word w of the row
     for (int w = row / 64; 64 * w < size; ++w) {
       unsigned halves[2];
 #pragma unroll
@@ -160,18 +163,18 @@ __global__ __launch_bounds__(kEntryThreads) void nms_mask_kernel(const __grid_co
         const int column = 64 * w + 32 * half + lane;
         bool hit = false;
         if (column > row && column < size) {
-          const SharedBox<Compute> other = p.sorted.get(chunk + column);
-          hit = passes(mine, other) && suppresses(mine.box, other.box, p.threshold);
+          const BoundedBox<Compute> other = p.sorted.get(chunk + column);
+          hit = passes_filter(own, other) && suppresses(own.box, other.box, p.threshold);
         }
         halves[half] = __ballot_sync(kAll, hit);
       }
       if (lane == w) word = uint64_t{halves[1]} << 32 | halves[0];
     }
-    if (lane < kWords) p.mask[p.slot(place) * kWords + lane] = word;
+    if (lane < kWords) p.mask[p.slot(position) * kWords + lane] = word;
   }
 }
 
-// The bits of `count` boxes that the words have before bit j of word w.
+// Returns the number of bits that are set before bit j of word w.
 __device__ inline int bits_before(const uint64_t* words, int w, int j) {
   int bits = __popcll(words[w] & ((uint64_t{1} << j) - 1));
   for (int i = 0; i < w; ++i) bits += __popcll(words[i]);
@@ -179,53 +182,53 @@ __device__ inline int bits_before(const uint64_t* words, int w, int j) {
 }
 
 template <class Compute>
-__device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, uint64_t* gone, uint64_t* kept) {
+__device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, uint64_t* suppressed, uint64_t* kept) {
   const int size = min(kChunk, end - chunk), words = (size + 63) / 64;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int j = threadIdx.x; j < 64 * words; j += blockDim.x) {
-    const unsigned bits = __ballot_sync(kAll, j >= size || p.gone[chunk + j]);
-    if (lane == 0) reinterpret_cast<unsigned*>(gone)[j / 32] = bits;
+    const unsigned bits = __ballot_sync(kAll, j >= size || p.suppressed[chunk + j]);
+    if (lane == 0) reinterpret_cast<unsigned*>(suppressed)[j / 32] = bits;
   }
   __syncthreads();
   for (int w = 0; w < words; ++w) {
-    // The rows of boxes that are gone were not written; what is read there is not used.
+    // The rows of suppressed boxes were not written. They are read here, but not used.
     const int low = 64 * w + lane, high = low + 32;
     const uint64_t* low_row = p.mask + p.slot(chunk + min(low, size - 1)) * kWords;
     const uint64_t* high_row = p.mask + p.slot(chunk + min(high, size - 1)) * kWords;
     const uint64_t low_bits = low_row[w], high_bits = high_row[w];
-    const int column = w + 1 + warp, further = column + warps;
-    uint64_t low_column = 0, high_column = 0, low_further = 0, high_further = 0;
-    if (column < words) low_column = low_row[column], high_column = high_row[column];
-    if (further < words) low_further = low_row[further], high_further = high_row[further];
+    const int column = w + 1 + warp, second_column = column + warps;
+    uint64_t low_word = 0, high_word = 0, low_second_word = 0, high_second_word = 0;
+    if (column < words) low_word = low_row[column], high_word = high_row[column];
+    if (second_column < words) low_second_word = low_row[second_column], high_second_word = high_row[second_column];
 
-    // Every warp finds the same.
-    uint64_t left = ~gone[w];
+    // Every warp computes the same bits.
+    uint64_t remaining = ~suppressed[w];
     const uint64_t low_lane = uint64_t{1} << lane, high_lane = low_lane << 32;
-    uint64_t busy = __ballot_sync(kAll, (left & low_lane) && (low_bits & left));
-    busy |= uint64_t{__ballot_sync(kAll, (left & high_lane) && (high_bits & left))} << 32;
-    while (busy != 0) {
-      const int j = __ffsll(static_cast<long long>(busy)) - 1;
-      const uint64_t struck = __shfl_sync(kAll, j < 32 ? low_bits : high_bits, j % 32);
-      left &= ~struck;
-      busy &= ~struck & (busy - 1);
+    uint64_t suppressors = __ballot_sync(kAll, (remaining & low_lane) && (low_bits & remaining));
+    suppressors |= uint64_t{__ballot_sync(kAll, (remaining & high_lane) && (high_bits & remaining))} << 32;
+    while (suppressors != 0) {
+      const int j = __ffsll(static_cast<long long>(suppressors)) - 1;
+      const uint64_t removed = __shfl_sync(kAll, j < 32 ? low_bits : high_bits, j % 32);
+      remaining &= ~removed;
+      suppressors &= ~removed & (suppressors - 1);
     }
 
-    const auto strike = [&](int at, uint64_t low_word, uint64_t high_word) {
-      uint64_t struck = (left & low_lane ? low_word : 0) | (left & high_lane ? high_word : 0);
+    const auto suppress_word = [&](int index, uint64_t low_bits, uint64_t high_bits) {
+      uint64_t removed = (remaining & low_lane ? low_bits : 0) | (remaining & high_lane ? high_bits : 0);
 #pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) struck |= __shfl_xor_sync(kAll, struck, distance);
-      if (lane == 0) gone[at] |= struck;
+      for (int distance = 16; distance > 0; distance /= 2) removed |= __shfl_xor_sync(kAll, removed, distance);
+      if (lane == 0) suppressed[index] |= removed;
     };
-    if (column < words) strike(column, low_column, high_column);
-    if (further < words) strike(further, low_further, high_further);
-    if (threadIdx.x == 0) kept[w] = left;
+    if (column < words) suppress_word(column, low_word, high_word);
+    if (second_column < words) suppress_word(second_column, low_second_word, high_second_word);
+    if (threadIdx.x == 0) kept[w] = remaining;
     __syncthreads();
   }
   for (int j = threadIdx.x; j < size; j += blockDim.x) {
     if (!(kept[j / 64] >> (j % 64) & 1)) continue;
-    const int place = chunk + j;
-    p.keeps[p.classes ? p.rank[place] : place] = 1;
-    if (chunk + size < end) p.kept.set(chunk + bits_before(kept, j / 64, j % 64), p.sorted.get(place));
+    const int position = chunk + j;
+    p.is_kept[p.by_class ? p.rank[position] : position] = 1;
+    if (chunk + size < end) p.kept.set(chunk + bits_before(kept, j / 64, j % 64), p.sorted.get(position));
   }
   if (threadIdx.x == 0)
     p.kept_count[chunk] = bits_before(kept, words - 1, 63) + static_cast<int>(kept[words - 1] >> 63);
@@ -234,49 +237,50 @@ __device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, u
 constexpr int kResolveThreads = 256;
 static_assert(2 * (kResolveThreads / 32) >= kWords - 1);
 
-// A block looks through as many places as it has threads for the first ones of chunks.
+// Each block resolves the chunks that begin at one of its positions. It has one position per thread.
 template <class Compute>
 __global__ __launch_bounds__(kResolveThreads) void nms_resolve_kernel(const __grid_constant__ NmsParams<Compute> p,
-                                                                      Part part) {
-  __shared__ uint64_t gone[kWords], kept[kWords];
+                                                                      PositionRange range) {
+  __shared__ uint64_t suppressed[kWords], kept[kWords];
   __shared__ Span chunks[kResolveThreads];
-  __shared__ int found;
-  if (p.over()) return;
-  if (threadIdx.x == 0) found = 0;
+  __shared__ int num_chunks;
+  if (p.finished()) return;
+  if (threadIdx.x == 0) num_chunks = 0;
   __syncthreads();
-  const int64_t i = thread_number();
-  if (i < int64_t{p.B} * part.count) {
-    const int place = part.place(i, p.K);
-    const Span span = p.span(place);
-    if (place == span.begin + p.round * kChunk) {
-      if (place + 1 == span.end)  // on its own
-        p.keeps[p.classes ? p.rank[place] : place] = !p.gone[place];
+  const int64_t i = thread_index();
+  if (i < int64_t{p.B} * range.count) {
+    const int position = range.position(i, p.K);
+    const Span span = p.span(position);
+    if (position == span.begin + p.round * kChunk) {
+      if (position + 1 == span.end)  // the chunk is a single box
+        p.is_kept[p.by_class ? p.rank[position] : position] = !p.suppressed[position];
       else
-        chunks[atomicAdd(&found, 1)] = {place, span.end};
+        chunks[atomicAdd(&num_chunks, 1)] = {position, span.end};
     }
   }
   __syncthreads();
-  for (int c = 0; c < found; ++c) resolve_chunk(p, chunks[c].begin, chunks[c].end, gone, kept);
+  for (int c = 0; c < num_chunks; ++c) resolve_chunk(p, chunks[c].begin, chunks[c].end, suppressed, kept);
 }
 
 constexpr int kCompactThreads = 1024, kFlags = 4;
 
-// A block an image: the entries kept, by rank, until there are `most`.
+// Writes at most max_output kept entries of each image in the order of their rank. Each block has one image.
 template <class Compute>
 __global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __grid_constant__ NmsParams<Compute> p,
-                                                                      int64_t most, int64_t* keep, int64_t* count) {
+                                                                      int64_t max_output, int64_t* keep,
+                                                                      int64_t* count) {
   __shared__ int sums[kCompactThreads / 32];
   const int64_t image = blockIdx.x, first = image * p.K;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t* out = keep + image * most;
-  int64_t found = 0;
-  for (int base = 0; base < p.K && found < most; base += kCompactThreads * kFlags) {
-    const int mine = base + static_cast<int>(threadIdx.x) * kFlags;
+  int64_t* out = keep + image * max_output;
+  int64_t num_kept = 0;
+  for (int base = 0; base < p.K && num_kept < max_output; base += kCompactThreads * kFlags) {
+    const int begin = base + static_cast<int>(threadIdx.x) * kFlags;
     int flags = 0;
 #pragma unroll
     for (int j = 0; j < kFlags; ++j)
-      if (mine + j < p.K && p.keeps[first + mine + j]) flags |= 1 << j;
-    int before = __popc(flags);  // at first, up to and with this thread's
+      if (begin + j < p.K && p.is_kept[first + begin + j]) flags |= 1 << j;
+    int before = __popc(flags);  // includes the flags of this thread until they are subtracted below
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int other = __shfl_sync(kAll, before, max(lane - distance, 0));
@@ -293,15 +297,15 @@ __global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __gr
 #pragma unroll
     for (int j = 0; j < kFlags; ++j) {
       if (!(flags >> j & 1)) continue;
-      if (found + before < most) out[found + before] = p.ranked[first + mine + j] - first;
+      if (num_kept + before < max_output) out[num_kept + before] = p.ranked[first + begin + j] - first;
       ++before;
     }
-    found += total;
+    num_kept += total;
     __syncthreads();
   }
-  found = found < most ? found : most;
-  for (int64_t i = found + threadIdx.x; i < most; i += blockDim.x) out[i] = -1;
-  if (threadIdx.x == 0) count[image] = found;
+  num_kept = num_kept < max_output ? num_kept : max_output;
+  for (int64_t i = num_kept + threadIdx.x; i < max_output; i += blockDim.x) out[i] = -1;
+  if (threadIdx.x == 0) count[image] = num_kept;
 }
 
 template <class Compute, class S>
@@ -319,43 +323,44 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
   p.n = n;
   p.B = static_cast<int>(B);
   p.K = static_cast<int>(K);
-  p.classes = by_class;
+  p.by_class = by_class;
   p.threshold = static_cast<Compute>(problem.iou_threshold);
   p.boxes = static_cast<const Compute*>(problem.boxes.const_data_ptr());
-  SortBuffers<ScoreKey<S>> scored;
-  SortBuffers<uint32_t> imaged[2];
-  SortBuffers<uint64_t> classed;
+  SortBuffers<ScoreKey<S>> score_sort;
+  SortBuffers<uint32_t> image_sort[2];
+  SortBuffers<uint64_t> class_sort;
   int64_t* class_of = nullptr;
   int* longest = nullptr;
-  const Tensor memory = allocate(problem.boxes, [&](Placement& placement) {
-    scored.place(placement, n);
+  const Tensor memory = allocate_memory(problem.boxes, [&](Arena& arena) {
+    score_sort.allocate(arena, n);
     if (by_class) {
-      classed.place(placement, n);
-      placement.take(class_of, n);
-      placement.take(p.spans, n);
-      placement.take(longest, 1);
+      class_sort.allocate(arena, n);
+      arena.allocate(class_of, n);
+      arena.allocate(p.spans, n);
+      arena.allocate(longest, 1);
     }
-    for (int i = 0; B > 1 && i < 1 + by_class; ++i) imaged[i].place(placement, n);
-    p.sorted.place(placement, n);
-    p.kept.place(placement, n);
-    placement.take(p.kept_count, n);
-    placement.take(p.gone, n);
-    placement.take(p.keeps, n);
-    placement.take(p.mask, (by_class ? n : B * std::min<int64_t>(K, kChunk)) * kWords);
+    for (int i = 0; B > 1 && i < 1 + by_class; ++i) image_sort[i].allocate(arena, n);
+    p.sorted.allocate(arena, n);
+    p.kept.allocate(arena, n);
+    arena.allocate(p.kept_count, n);
+    arena.allocate(p.suppressed, n);
+    arena.allocate(p.is_kept, n);
+    arena.allocate(p.mask, (by_class ? n : B * std::min<int64_t>(K, kChunk)) * kWords);
   });
   const auto blocks = [op](int64_t threads) { return grid_size(op, ceil_div(threads, kEntryThreads)); };
   if (n > 0) {
-    nms_keys_kernel<Compute, S>
-        <<<blocks(n), kEntryThreads, 0, stream>>>(n, p.boxes, scores, score_threshold, scored.keys, scored.values);
+    nms_keys_kernel<Compute, S><<<blocks(n), kEntryThreads, 0, stream>>>(n, p.boxes, scores, score_threshold,
+                                                                         score_sort.keys, score_sort.values);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    scored.sort(n, 8 * sizeof(S), stream);
-    p.ranked = B > 1 ? by_image(problem, scored.order, imaged[0], stream) : scored.order;
+    score_sort.sort(n, 8 * sizeof(S), stream);
+    p.ranked = B > 1 ? sort_by_image(problem, score_sort.order, image_sort[0], stream) : score_sort.order;
     if (by_class) {
       p.idxs = static_cast<const int64_t*>(problem.idxs->const_data_ptr());
-      class_keys_kernel<<<blocks(n), kEntryThreads, 0, stream>>>(n, p.idxs, p.ranked, classed.keys, classed.values);
+      class_keys_kernel<<<blocks(n), kEntryThreads, 0, stream>>>(n, p.idxs, p.ranked, class_sort.keys,
+                                                                 class_sort.values);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
-      classed.sort(n, 64, stream);
-      p.rank = B > 1 ? by_image(problem, classed.order, imaged[1], stream) : classed.order;
+      class_sort.sort(n, 64, stream);
+      p.rank = B > 1 ? sort_by_image(problem, class_sort.order, image_sort[1], stream) : class_sort.order;
     }
     nms_gather_kernel<Compute, S><<<blocks(n), kEntryThreads, 0, stream>>>(p, scores, score_threshold, class_of);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -367,16 +372,16 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
     }
   }
   for (p.round = 0; int64_t{p.round} * kChunk < K && B > 0; ++p.round) {
-    // Without classes it is known where the chunks of the round are.
+    // Without classes, the host knows the positions of the chunks of the round.
     const int first = by_class ? 0 : p.round * kChunk, rest = p.K - first;
-    const Part later{first, rest}, chunk{first, by_class ? rest : std::min(rest, kChunk)};
+    const PositionRange later{first, rest}, chunk{first, by_class ? rest : std::min(rest, kChunk)};
     if (p.round > 0) {
-      // Few boxes would leave most of the device idle.
-      const dim3 grid(std::min(kMostBlocks, blocks(B * later.count)), B * later.count < (1 << 16) ? 8 : 1);
+      // If there are few boxes, 8 blocks divide the kept boxes. Otherwise most of the device would be idle.
+      const dim3 grid(std::min(kMaxBlocks, blocks(B * later.count)), B * later.count < (1 << 16) ? 8 : 1);
       nms_suppress_kernel<Compute><<<grid, kEntryThreads, 0, stream>>>(p, later);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
-    const unsigned warps = std::min(kMostBlocks, blocks(32 * B * chunk.count));
+    const unsigned warps = std::min(kMaxBlocks, blocks(32 * B * chunk.count));
     nms_mask_kernel<Compute><<<warps, kEntryThreads, 0, stream>>>(p, chunk);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     nms_resolve_kernel<Compute><<<blocks(B * chunk.count), kResolveThreads, 0, stream>>>(p, chunk);

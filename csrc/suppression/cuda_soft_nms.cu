@@ -1,6 +1,8 @@
-// soft_nms on CUDA: suppression by decay, a block for each class. Each step all of its threads find the entry of the
-// highest score together, then let the scores of their own entries decay, looking for the next highest in the same
-// pass. One barrier a step; bound by its latency and that of the exchange between warps, some 0.3 us, as steps cannot
+// soft_nms on CUDA: suppression by decay, with one block per class.
+//
+// In each step, the threads of the block together find the entry with the highest score. Then each thread lets the
+// scores of its own entries decay and looks for the next highest score in the same pass. A step has one barrier. The
+// kernel is bound by the latency of the barrier and of the exchange between warps, about 0.3 us, because steps cannot
 // overlap. Scores are computed as on the CPU, bit for bit.
 
 #include "suppression/cuda_entries.cuh"
@@ -22,41 +24,41 @@ struct SoftNmsParams {
   Decay<Compute> decay;
   const Compute* boxes;    // [n,4]
   const Compute* scores;   // [n]
-  const int32_t* grouped;  // [n]: entries by image and class; null without classes, where they are as they lie
-  const Span* spans;       // [n]: by place; with classes only
-  Compute* left;           // [n]: by place: the score while an entry is waiting to be kept, then 0
-  Compute* decayed;        // [n]: by entry: the score of one that is kept, or 0
+  const int32_t* grouped;  // [n]: entry of each position, sorted by image and class; null if there are no classes
+  const Span* spans;       // [n]: span of each position; null if there are no classes
+  Compute* pending;        // [n]: score of each position whose entry may still be kept, else 0
+  Compute* decayed;        // [n]: score of each entry that is kept, else 0
 
-  __device__ int64_t entry(int64_t place) const { return grouped == nullptr ? place : grouped[place]; }
-  __device__ Box<Compute> box(int64_t place) const {
-    const Compute* box = boxes + 4 * entry(place);
+  __device__ int64_t entry(int64_t position) const { return grouped == nullptr ? position : grouped[position]; }
+  __device__ Box<Compute> box(int64_t position) const {
+    const Compute* box = boxes + 4 * entry(position);
     return {box[0], box[1], box[2], box[3]};
   }
 };
 
 __global__ __launch_bounds__(kEntryThreads) void soft_nms_classes_kernel(int64_t n, const int64_t* idxs,
                                                                          const int32_t* grouped, int64_t* class_of) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i < n) class_of[i] = idxs[grouped[i]];
 }
 
-// The highest score seen, and the first place that has it.
+// The highest score so far, and the first position that has it.
 template <class Compute>
 struct Best {
   Compute score = 0;
-  int place = 0;
+  int position = 0;
 
-  __device__ void see(Compute other, int at) {
-    if (other > score || (other == score && at < place)) {
-      score = other;
-      place = at;
+  __device__ void update(Compute other_score, int other_position) {
+    if (other_score > score || (other_score == score && other_position < position)) {
+      score = other_score;
+      position = other_position;
     }
   }
-  __device__ void see_lanes(int lanes) {
+  __device__ void reduce(int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      const Compute other = __shfl_xor_sync(kAll, score, distance);
-      const int at = __shfl_xor_sync(kAll, place, distance);
-      see(other, at);
+      const Compute other_score = __shfl_xor_sync(kAll, score, distance);
+      const int other_position = __shfl_xor_sync(kAll, position, distance);
+      update(other_score, other_position);
     }
   }
 };
@@ -65,80 +67,81 @@ template <class Compute>
 __device__ void decay_class(const SoftNmsParams<Compute>& p, Span span, Best<Compute> (&bests)[2][kWarps]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Best<Compute> best;
-  for (int place = span.begin + threadIdx.x; place < span.end; place += kDecayThreads) {
-    const int64_t entry = p.entry(place);
+  for (int position = span.begin + threadIdx.x; position < span.end; position += kDecayThreads) {
+    const int64_t entry = p.entry(position);
     const Compute score =
-        counts(p.boxes + 4 * entry, p.scores[entry], p.decay.score_threshold) ? p.scores[entry] : Compute(0);
-    p.left[place] = score;
+        is_valid(p.boxes + 4 * entry, p.scores[entry], p.decay.score_threshold) ? p.scores[entry] : Compute(0);
+    p.pending[position] = score;
     p.decayed[entry] = 0;
-    best.see(score, place);
+    best.update(score, position);
   }
   for (int step = 0;; step ^= 1) {
-    best.see_lanes(32);
-    // Two, in turn: a warp may be a step ahead of one that still reads.
+    best.reduce(32);
+    // Steps use two buffers in turn, because a warp may be one step ahead of a warp that still reads.
     if (lane == 0) bests[step][warp] = best;
     __syncthreads();
     best = bests[step][lane % kWarps];
-    best.see_lanes(kWarps);
+    best.reduce(kWarps);
     if (!(best.score > 0)) return;
 
-    const int top = best.place;
+    const int top = best.position;
     const Box<Compute> kept = p.box(top);
     const Compute kept_area = area(kept);
     const Best<Compute> chosen = best;
     best = {};
-    for (int place = span.begin + threadIdx.x; place < span.end; place += kDecayThreads) {
-      Compute score = p.left[place];
+    for (int position = span.begin + threadIdx.x; position < span.end; position += kDecayThreads) {
+      Compute score = p.pending[position];
       if (!(score > 0)) continue;
-      if (place == top) {
-        p.decayed[p.entry(place)] = chosen.score;
-        p.left[place] = 0;
+      if (position == top) {
+        p.decayed[p.entry(position)] = chosen.score;
+        p.pending[position] = 0;
         continue;
       }
-      const Box<Compute> box = p.box(place);
+      const Box<Compute> box = p.box(position);
       const Compute common = intersection(kept, box);
       if (common > 0) {
         score = product(score, p.decay.template factor<ScoreInt<Compute>>(iou(kept_area, area(box), common)));
         score = score > p.decay.score_threshold ? score : Compute(0);
-        p.left[place] = score;
+        p.pending[position] = score;
       }
-      best.see(score, place);
+      best.update(score, position);
     }
   }
 }
 
-// A block looks through `places` places for the first ones of classes.
+// Each block processes the classes that begin at one of its `block_positions` positions.
 template <class Compute>
 __global__ __launch_bounds__(kDecayThreads) void soft_nms_decay_kernel(const __grid_constant__ SoftNmsParams<Compute> p,
-                                                                       int places) {
+                                                                       int block_positions) {
   __shared__ Best<Compute> bests[2][kWarps];
-  const int64_t first = int64_t{blockIdx.x} * places;
-  for (int64_t place = first; place < first + places && place < p.n;) {
-    const int begin = static_cast<int>(place) / p.K * p.K;
-    const Span span = p.spans == nullptr ? Span{begin, begin + p.K} : p.spans[place];
-    if (span.begin == place) {
+  const int64_t first = int64_t{blockIdx.x} * block_positions;
+  for (int64_t position = first; position < first + block_positions && position < p.n;) {
+    const int begin = static_cast<int>(position) / p.K * p.K;
+    const Span span = p.spans == nullptr ? Span{begin, begin + p.K} : p.spans[position];
+    if (span.begin == position) {
       decay_class(p, span, bests);
       __syncthreads();
     }
-    place = span.end;
+    position = span.end;
   }
 }
 
 template <class Compute>
 __global__ __launch_bounds__(kEntryThreads) void soft_nms_keys_kernel(int64_t n, const Compute* decayed,
                                                                       ScoreKey<Compute>* keys, int32_t* values) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i >= n) return;
-  keys[i] = decayed[i] > 0 ? score_key(decayed[i]) : kNoKey<Compute>;
+  keys[i] = decayed[i] > 0 ? score_key(decayed[i]) : kInvalidKey<Compute>;
   values[i] = static_cast<int32_t>(i);
 }
 
-// From the entries of each image by descending score, those that are not kept last.
+// Writes the results. `ranked` holds the entries by image and descending score, with those that are not kept at the end
+// of each image.
 template <class Compute>
 __global__ __launch_bounds__(kEntryThreads) void soft_nms_output_kernel(int64_t n, int K, const Compute* decayed,
                                                                         const int32_t* ranked, int64_t* keep,
                                                                         Compute* scores, int64_t* count) {
-  const int64_t i = thread_number();
+  const int64_t i = thread_index();
   if (i >= n) return;
   const int64_t image = i / K, first = image * K;
   const Compute score = decayed[ranked[i]];
@@ -169,42 +172,43 @@ SoftKept suppress(const SoftNmsProblem& problem) {
   p.decay = problem.decay<Compute>();
   p.boxes = static_cast<const Compute*>(problem.boxes.const_data_ptr());
   p.scores = static_cast<const Compute*>(problem.scores.const_data_ptr());
-  SortBuffers<uint64_t> classed;
-  SortBuffers<uint32_t> imaged[2];
-  SortBuffers<ScoreKey<Compute>> scored;
+  SortBuffers<uint64_t> class_sort;
+  SortBuffers<uint32_t> image_sort[2];
+  SortBuffers<ScoreKey<Compute>> score_sort;
   int64_t* class_of = nullptr;
   Span* spans = nullptr;
-  const Tensor memory = allocate(problem.boxes, [&](Placement& placement) {
+  const Tensor memory = allocate_memory(problem.boxes, [&](Arena& arena) {
     if (by_class) {
-      classed.place(placement, n);
-      placement.take(class_of, n);
-      placement.take(spans, n);
+      class_sort.allocate(arena, n);
+      arena.allocate(class_of, n);
+      arena.allocate(spans, n);
     }
-    for (int i = 0; B > 1 && i < 1 + by_class; ++i) imaged[i].place(placement, n);
-    scored.place(placement, n);
-    placement.take(p.left, n);
-    placement.take(p.decayed, n);
+    for (int i = 0; B > 1 && i < 1 + by_class; ++i) image_sort[i].allocate(arena, n);
+    score_sort.allocate(arena, n);
+    arena.allocate(p.pending, n);
+    arena.allocate(p.decayed, n);
   });
   if (by_class) {
     const auto* idxs = static_cast<const int64_t*>(problem.idxs->const_data_ptr());
-    class_keys_kernel<<<blocks, kEntryThreads, 0, stream>>>(n, idxs, nullptr, classed.keys, classed.values);
+    class_keys_kernel<<<blocks, kEntryThreads, 0, stream>>>(n, idxs, nullptr, class_sort.keys, class_sort.values);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    classed.sort(n, 64, stream);
-    p.grouped = B > 1 ? by_image(problem, classed.order, imaged[1], stream) : classed.order;
+    class_sort.sort(n, 64, stream);
+    p.grouped = B > 1 ? sort_by_image(problem, class_sort.order, image_sort[1], stream) : class_sort.order;
     soft_nms_classes_kernel<<<blocks, kEntryThreads, 0, stream>>>(n, idxs, p.grouped, class_of);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     spans_kernel<<<blocks, kEntryThreads, 0, stream>>>(n, p.K, class_of, spans, nullptr);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     p.spans = spans;
   }
-  // Short, so that a block has not many small classes; without classes, images.
-  const int places = by_class ? 64 : p.K;
-  soft_nms_decay_kernel<Compute><<<grid_size(problem.op, ceil_div(n, places)), kDecayThreads, 0, stream>>>(p, places);
+  // With classes, a block has few positions, so that it does not have many small classes. Without, it has an image.
+  const int block_positions = by_class ? 64 : p.K;
+  const unsigned decay_blocks = grid_size(problem.op, ceil_div(n, block_positions));
+  soft_nms_decay_kernel<Compute><<<decay_blocks, kDecayThreads, 0, stream>>>(p, block_positions);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  soft_nms_keys_kernel<Compute><<<blocks, kEntryThreads, 0, stream>>>(n, p.decayed, scored.keys, scored.values);
+  soft_nms_keys_kernel<Compute><<<blocks, kEntryThreads, 0, stream>>>(n, p.decayed, score_sort.keys, score_sort.values);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  scored.sort(n, 8 * sizeof(Compute), stream);
-  const int32_t* ranked = B > 1 ? by_image(problem, scored.order, imaged[0], stream) : scored.order;
+  score_sort.sort(n, 8 * sizeof(Compute), stream);
+  const int32_t* ranked = B > 1 ? sort_by_image(problem, score_sort.order, image_sort[0], stream) : score_sort.order;
   soft_nms_output_kernel<Compute><<<blocks, kEntryThreads, 0, stream>>>(
       n, p.K, p.decayed, ranked, keep, static_cast<Compute*>(result.scores.mutable_data_ptr()), count);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,8 +1,9 @@
-// nms, batched_nms and nms_padded: what the CPU and the CUDA half share: their signatures in library.cpp, led to one
-// description of the work, and its checks. The order of scores serves soft_nms, too.
+// nms, batched_nms and nms_padded: the code that the CPU and CUDA kernels area_bound, which is the ops with the
+// signatures of library.cpp, NmsProblem, which describes a call of any of them, and its checks. soft_nms uses
+// NmsProblem and the order of scores, too.
 //
-// These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
-// people are raised by relops/ops/_suppression.py.
+// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_suppression.py
+// raises the errors that users should see.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,15 +21,16 @@
 
 namespace relops {
 
-// An unsigned integer as wide as the score.
+// The key of a score is an unsigned integer of the same width.
 template <class S>
 using ScoreKey = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
 
-// Of an entry that does not count; no score has it.
+// The key of an invalid entry. No score has this key.
 template <class S>
-constexpr ScoreKey<S> kNoKey = ~ScoreKey<S>{0};
+constexpr ScoreKey<S> kInvalidKey = ~ScoreKey<S>{0};
 
-// Ascending keys are descending scores, and equal scores (0 and -0 too) have equal keys. The score is no NaN.
+// Returns the key of a score. Higher scores have lower keys, and equal scores have equal keys, 0 and -0 included. The
+// score must not be NaN.
 template <class S>
 RELOPS_HOST_DEVICE inline ScoreKey<S> score_key(S score) {
   constexpr ScoreKey<S> kSign = ScoreKey<S>{1} << (8 * sizeof(S) - 1);
@@ -38,33 +40,35 @@ RELOPS_HOST_DEVICE inline ScoreKey<S> score_key(S score) {
   return bits & kSign ? bits : bits ^ ~kSign;
 }
 
-// Whether the entry is there: its coordinates are finite, and its score is beyond the threshold (NaN: any number).
+// Whether an entry is valid: its coordinates are finite, and its score is above the threshold and not NaN. A threshold
+// of NaN means that there is no threshold.
 template <class Compute, class S>
-RELOPS_HOST_DEVICE inline bool counts(const Compute* box, S score, S score_threshold) {
+RELOPS_HOST_DEVICE inline bool is_valid(const Compute* box, S score, S score_threshold) {
   for (int i = 0; i < 4; ++i)
     if (!(box[i] - box[i] == 0)) return false;
   return score == score && !(score <= score_threshold);
 }
 
-// A box and its share: t / (1 + t) of its area, less what rounding may add to that or take from an intersection. For
-// intersection > t / (1 + t) (area + area) is IoU > t but for rounding; so where two boxes intersect in no more than
-// the sum of their shares, neither suppresses the other, and where they do, suppresses() decides.
+// A box and its area bound, which is t / (1 + t) times its area, minus a margin for the rounding of the bound and of
+// intersections. Except for rounding, IoU > t is equivalent to intersection > t / (1 + t) (area + area). Therefore, if
+// the intersection of two boxes is not larger than the sum of their area bounds, neither box suppresses the other. If
+// it is larger, suppresses() decides.
 template <class Compute>
-struct SharedBox {
+struct BoundedBox {
   Box<Compute> box;
-  Compute share;
+  Compute area_bound;
 };
 
 template <class Compute>
-RELOPS_HOST_DEVICE inline SharedBox<Compute> with_share(const Box<Compute>& box, Compute threshold) {
+RELOPS_HOST_DEVICE inline BoundedBox<Compute> with_area_bound(const Box<Compute>& box, Compute threshold) {
   constexpr double kMargin = 1 - 1.0 / (1 << 16);
   constexpr Compute kSmallest =
       sizeof(Compute) == 8 ? Compute(4.9406564584124654e-324) : Compute(1.4012984643248171e-45f);
-  const Compute share = static_cast<Compute>(threshold / (1.0 + threshold) * kMargin * area(box)) - kSmallest;
-  return {box, larger(share, Compute(0))};
+  const Compute area_bound = static_cast<Compute>(threshold / (1.0 + threshold) * kMargin * area(box)) - kSmallest;
+  return {box, larger(area_bound, Compute(0))};
 }
 
-// Whether one of the boxes, if kept, suppresses the other.
+// Whether one of the two boxes suppresses the other if it is kept.
 template <class Compute>
 RELOPS_HOST_DEVICE inline bool suppresses(const Box<Compute>& a, const Box<Compute>& b, Compute threshold) {
   return iou(area(a), area(b), intersection(a, b)) > threshold;
@@ -78,7 +82,7 @@ struct NmsProblem {
     STD_TORCH_CHECK((batched || boxes_.dim() == 2) && boxes_.size(-1) == 4, op, ": boxes must be [K,4] or [B,K,4]");
     B = batched ? boxes_.size(0) : 1;
     K = boxes_.size(-2);
-    STD_TORCH_CHECK(B * K < std::numeric_limits<int32_t>::max(), op, ": more than 2^31 - 1 boxes");
+    STD_TORCH_CHECK(B * K < std::numeric_limits<int32_t>::max(), op, ": boxes must contain fewer than 2^31 - 1 boxes");
     check_wide("boxes", boxes_);
     check_wide("scores", scores_);
     check_entries("scores", scores_);
@@ -106,11 +110,11 @@ struct NmsProblem {
 
   const char* op;
   double iou_threshold;
-  double score_threshold;  // NaN: none
+  double score_threshold;  // NaN if there is no threshold
   bool batched;
   int64_t B, K;
-  Tensor boxes, scores;        // [B,K,4], [B,K]; without B where not batched
-  std::optional<Tensor> idxs;  // [B,K]
+  Tensor boxes, scores;        // [B,K,4] and [B,K], or [K,4] and [K] if not batched
+  std::optional<Tensor> idxs;  // [B,K], or [K] if not batched
 };
 
 struct Kept {
@@ -122,8 +126,8 @@ struct Kept {
     return torch::stable::new_empty(like, shape, ScalarType::Long);
   }
 
-  Tensor keep;   // [B,max_output]: of each image the indices of the entries kept, then -1
-  Tensor count;  // [B]
+  Tensor keep;   // [B,max_output]: for each image, the indices of the kept entries, followed by -1
+  Tensor count;  // [B]: for each image, the number of kept entries
 };
 
 // Calls f(Type<Compute>{}, Type<S>{}) for boxes of type Compute and scores of type S.
@@ -136,7 +140,7 @@ void dispatch_boxes_and_scores(const NmsProblem& p, F f) {
     wide_scores ? f(Type<float>{}, Type<double>{}) : f(Type<float>{}, Type<float>{});
 }
 
-// The ops with the signatures of library.cpp, from a device's
+// The ops with the signatures of library.cpp. They call two functions of a device:
 //   Kept suppress(const NmsProblem&, int64_t max_output) and
 //   int64_t read(const Tensor& count), which waits for the device.
 template <auto kSuppress, auto kRead>

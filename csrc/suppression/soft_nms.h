@@ -1,13 +1,14 @@
-// soft_nms: what the CPU and the CUDA half share: its signature in library.cpp, its checks, and by how much a score
-// decays.
+// soft_nms: the code that the CPU and CUDA kernels share, which is the op with the signature of library.cpp, its
+// checks, and the factor by which a score decays.
 #pragma once
 
 #include "suppression/nms.h"
 
 namespace relops {
 
-// e^x for x <= 0, to about 1 unit in the last place; 0 where that is not a normal number. F is Compute or a vector of
-// Compute, I the integers of the same shape. The same bits on every device, unlike those of the libraries.
+// Returns e^x for x <= 0, to about 1 unit in the last place, or 0 if e^x is below the normal range. F is Compute or a
+// vector of Compute, and I is the integer or the vector of integers of the same size. The result has the same bits on
+// every device, unlike that of the math libraries.
 template <class Compute, class I, class F>
 RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
   constexpr bool kDouble = sizeof(Compute) == 8;
@@ -16,13 +17,13 @@ RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
   using Int = std::conditional_t<kDouble, int64_t, int32_t>;
   constexpr Int kOne = Int{kDouble ? 1023 : 127} << kMantissa;  // the bits of 1
   constexpr Compute kShift = static_cast<Compute>(Int{3} << (kMantissa - 1));
-  // ln 2 in two parts, of which the first ends in zeros: n times it is exact.
+  // ln 2 is split into two parts. The high part ends in zero bits, so that its product with n is exact.
   constexpr Compute kLn2High = static_cast<Compute>(kDouble ? 0x1.62e42feep-1 : 0x1.62e4p-1);
   constexpr Compute kLn2Low = static_cast<Compute>(kDouble ? 0x1.a39ef35793c76p-33 : 0x1.7f7d1cf79abcap-20);
   const F none{}, one = none + Compute(1);
   const auto under = x < kLowest;
   x = under ? none : x;
-  // Adding 1.5 * 2^m, m the bits of the mantissa, rounds to a whole number n, which then stands in the low bits.
+  // Adding 1.5 * 2^m, where m is the number of mantissa bits, rounds to an integer n and puts it in the low bits.
   const F shifted = product(x, none + Compute(1.44269504088896340736)) + kShift, n = shifted - kShift;
   const F r = (x - product(n, none + kLn2High)) - product(n, none + kLn2Low);
   F sum = one;  // 1 + r (1 + r / 2 (1 + r / 3 (..)))
@@ -38,7 +39,7 @@ RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
   return under ? none : product(sum, power);
 }
 
-// How the score of an entry changes by the IoU that it has with one kept.
+// The decay of an entry's score, given its IoU with a kept entry.
 template <class Compute>
 struct Decay {
   bool gaussian;
@@ -47,7 +48,7 @@ struct Decay {
   template <class I, class F>
   RELOPS_HOST_DEVICE_INLINE F factor(F iou) const {
     const F none{}, one = none + Compute(1);
-    // An IoU that is NaN, of areas beyond the range of Compute, changes nothing.
+    // The IoU is NaN if areas exceed the range of Compute. The factor is then 1.
     if (gaussian) return iou > none ? exp_of_nonpositive<Compute, I>(-product(iou, iou) / sigma) : one;
     return iou > iou_threshold ? one - iou : one;
   }
@@ -76,14 +77,15 @@ struct SoftNmsProblem : NmsProblem {
   double sigma;
 };
 
-// keep as in Kept, as long as the entries of an image; scores likewise, then 0.
+// keep and count are those of Kept, with max_output = K. scores [B,K] holds the scores of the kept entries, followed by
+// 0.
 struct SoftKept : Kept {
   explicit SoftKept(const NmsProblem& p) : Kept(p, p.K), scores(torch::stable::empty_like(p.scores)) {}
 
   Tensor scores;
 };
 
-// The op with the signature of library.cpp, from a device's
+// The op with the signature of library.cpp. It calls two functions of a device:
 //   SoftKept suppress(const SoftNmsProblem&) and
 //   int64_t read(const Tensor& count), which waits for the device.
 template <auto kSuppress, auto kRead>
