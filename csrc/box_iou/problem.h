@@ -1,4 +1,4 @@
-// box_iou and generalized_box_iou: the code that the CPU and CUDA kernels share, which is the arithmetic of a pair of
+// box_iou and generalized_box_iou: code that the CPU and CUDA kernels share. It contains the arithmetic of a pair of
 // boxes, the ops with the signatures of library.cpp, and their checks.
 //
 // These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_iou.py raises

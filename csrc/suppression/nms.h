@@ -1,6 +1,6 @@
-// nms, batched_nms and nms_padded: the code that the CPU and CUDA kernels area_bound, which is the ops with the
-// signatures of library.cpp, NmsProblem, which describes a call of any of them, and its checks. soft_nms uses
-// NmsProblem and the order of scores, too.
+// nms, batched_nms and nms_padded: code that the CPU and CUDA kernels share. It contains the order of scores, the ops
+// with the signatures of library.cpp, and NmsProblem, which checks and describes a call of any of these ops. soft_nms
+// uses the order of scores and NmsProblem, too.
 //
 // These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_suppression.py
 // raises the errors that users should see.

@@ -1,5 +1,5 @@
-// soft_nms: the code that the CPU and CUDA kernels share, which is the op with the signature of library.cpp, its
-// checks, and the factor by which a score decays.
+// soft_nms: code that the CPU and CUDA kernels share. It contains the op with the signature of library.cpp, its checks,
+// and the factor by which a score decays.
 #pragma once
 
 #include "suppression/nms.h"
@@ -77,8 +77,7 @@ struct SoftNmsProblem : NmsProblem {
   double sigma;
 };
 
-// keep and count are those of Kept, with max_output = K. scores [B,K] holds the scores of the kept entries, followed by
-// 0.
+// keep and count are those of Kept, with max_output = K. scores [B,K] has the scores of the kept entries, then zeros.
 struct SoftKept : Kept {
   explicit SoftKept(const NmsProblem& p) : Kept(p, p.K), scores(torch::stable::empty_like(p.scores)) {}
 
