@@ -105,13 +105,13 @@ struct BoxPairs {
       : op(op), generalized(generalized), batched(a_.dim() == 3), a(a_), b(b_) {
     const int64_t last = batched ? 2 : 1;
     STD_TORCH_CHECK(batched || a.dim() == 2, op, ": a must be [A,4] or [N,A,4]");
-    STD_TORCH_CHECK(b.dim() == a.dim(), op, ": b must have as many dimensions as a");
+    STD_TORCH_CHECK(b.dim() == a.dim(), op, ": b must have the same number of dimensions as a");
     STD_TORCH_CHECK(a.size(last) == 4 && b.size(last) == 4, op, ": boxes must have 4 coordinates");
-    STD_TORCH_CHECK(!batched || a.size(0) == b.size(0), op, ": a and b differ in N");
+    STD_TORCH_CHECK(!batched || a.size(0) == b.size(0), op, ": a and b must have the same N");
     STD_TORCH_CHECK(a.scalar_type() == ScalarType::Float || a.scalar_type() == ScalarType::Double, op,
                     ": boxes must be float32 or float64");
     STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.device() == b.device(), op,
-                    ": a and b differ in dtype or device");
+                    ": a and b must have the same dtype and device");
     N = batched ? a.size(0) : 1;
     A = a.size(last - 1);
     B = b.size(last - 1);
@@ -168,7 +168,7 @@ struct BoxIouOps {
     else
       check_shape(op, "grad_output", grad_output, {p.A, p.B});
     STD_TORCH_CHECK(grad_output.scalar_type() == p.a.scalar_type() && grad_output.device() == p.a.device(), op,
-                    ": grad_output differs from a in dtype or device");
+                    ": grad_output must have the dtype and device of a");
     const auto gradient = [&](bool of_a) {
       const int64_t own_count = of_a ? p.A : p.B;
       const Tensor& own = of_a ? p.a : p.b;

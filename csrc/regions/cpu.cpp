@@ -1,13 +1,13 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: from boxes to taps,
-// work for threads, registration.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: conversion of boxes to
+// taps, division of work among threads, and registration.
 //
-// The boxes first become taps (taps.h), a range of boxes for each thread, and are ordered by the map that they read and
-// then from top to bottom. The kernels of cpu_kernel.h then take items: an item is some channels of a map, a band of
-// rows of a map, or one region, and a thread takes the next item when it has finished one. No two items write the same
+// First, the boxes are ordered by the map that they read and then from top to bottom, and each thread converts a range
+// of boxes to taps (taps.h). Then the kernels of cpu_kernel.h process items. An item is some channels of a map, a band
+// of rows of a map, or one region. A thread that has finished an item gets the next one. No two items write the same
 // number, so results do not depend on the number of threads.
 //
-// Bound by the loads of cache lines from L2 and L3, because regions overlap and read a map many times over, and by the
-// first touch of large results, which therefore ask for huge pages.
+// The kernels are bound by loading cache lines from L2 and L3, because regions overlap and read a map many times, and
+// by the first touch of large results, for which huge pages are therefore requested.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ namespace relops {
 
 namespace {
 
-// The taps of one axis of a box while they are found.
+// The growing lists of the taps of one axis of a box.
 template <class Compute>
 struct TapList {
   std::vector<int32_t> begin, pixel;
@@ -42,17 +42,17 @@ struct TapList {
     for (auto* list : {&weight, &slope_first, &slope_last}) list->clear();
     pixel.clear();
     for (int bin = 0; bin < axis.bins; ++bin) {
-      for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int at, double w, double first, double last) {
-        // Positions ascend, so a pixel that the bin has already read is one of its last two.
+      for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int index, double w, double first, double last) {
+        // Positions ascend, so a pixel that the bin has already read is one of its last two pixels.
         const int32_t size = static_cast<int32_t>(pixel.size());
         for (int32_t i = size - 1; i >= begin.back() && i >= size - 2; --i)
-          if (pixel[i] == at) {
+          if (pixel[i] == index) {
             weight[i] += w;
             slope_first[i] += first;
             slope_last[i] += last;
             return;
           }
-        pixel.push_back(at);
+        pixel.push_back(index);
         weight.push_back(w);
         slope_first.push_back(first);
         slope_last.push_back(last);
@@ -72,7 +72,7 @@ struct TapList {
     return n * sizeof(Compute) * (slopes ? 3 : 1) + (n + begin.size()) * sizeof(int32_t);
   }
 
-  // Copies the lists to memory at `to` and moves it past them.
+  // Copies the lists to memory at `to` and advances `to` past them.
   AxisTaps<Compute> copy_to(std::byte*& to, bool slopes) const {
     const auto copy = [&to](const auto& list) {
       using X = typename std::decay_t<decltype(list)>::value_type;
@@ -96,7 +96,7 @@ struct TapList {
   }
 };
 
-// All boxes of a problem as regions, and what a kernel is called with for them.
+// All boxes of a problem as regions, and the arguments of the kernels.
 template <class T>
 struct RegionWork {
   using Compute = ComputeType<T>;
@@ -124,23 +124,22 @@ struct RegionWork {
     }
   }
 
-  // The time that a kernel takes one thread, from the time that it spends on a vector of pixels of a plane, on a vector
-  // of the channels of a pixel, or, if position-sensitive, on a single number.
-  double nanoseconds(double of_plane, double of_pixel, double of_number) const {
-    if (args.position_sensitive) return of_number * pixels * args.out_channels;
-    if (!p.channels_last) return of_plane * vectors_of<Compute>(pixels * p.C) + 0.5 * p.K * p.PH * p.PW * p.C;
+  // Estimates the time of a kernel on one thread. The arguments are its time for a vector of pixels of a plane, for a
+  // vector of channels of a pixel, and, if position-sensitive, for a single number.
+  double nanoseconds(double per_plane_vector, double per_pixel_vector, double per_number) const {
+    if (args.position_sensitive) return per_number * pixels * args.out_channels;
+    if (!p.channels_last) return per_plane_vector * vectors_of<Compute>(pixels * p.C) + 0.5 * p.K * p.PH * p.PW * p.C;
     const double vectors = vectors_of<Compute>(p.C);
-    return pixels * (1 + of_pixel * (vectors < 1 ? p.C : vectors));
+    return pixels * (1 + per_pixel_vector * (vectors < 1 ? p.C : vectors));
   }
 
   const RegionProblem& p;
   std::vector<RegionLevel<T>> levels;
   RegionArgs<T> args{};
-  double pixels = 0;  // that bins read of a channel
+  double pixels = 0;  // the number of pixels that all bins read from one channel
 
  private:
-  // The order of the regions: by map, and then from top to bottom, so that regions that read the same rows follow one
-  // another.
+  // Orders the regions by map and then from top to bottom, so that regions that read the same rows are neighbors.
   void order_regions() {
     const int64_t L = levels.size();
     level_of.resize(p.K);
@@ -200,22 +199,23 @@ struct RegionWork {
     return std::isfinite(box[1]) && std::isfinite(box[2]) && std::isfinite(box[3]) && std::isfinite(box[4]);
   }
   int64_t map_of(int64_t k) const { return level_of[k] * p.N + static_cast<int64_t>(region_image(boxes[5 * k])); }
-  // An upper bound of the samples, or pixels, of a box on both axes together.
+  // Returns an upper bound of the number of samples or pixels of a box on both axes together.
   double steps_of(int64_t k) const {
     if (p.spec.sampling_ratio > 0) return static_cast<double>(p.spec.sampling_ratio) * (p.PH + p.PW);
     const Compute* box = boxes + 5 * k;
     const RegionLevel<T>& level = levels[level_of[k]];
-    // std::min makes NaN the size of the map.
+    // If the size of the box is NaN, std::min returns the size of the map.
     const double width = std::min<double>(level.W, std::abs(box[3] - box[1]) * level.scale);
     const double height = std::min<double>(level.H, std::abs(box[4] - box[2]) * level.scale);
     return p.PH + p.PW + width + height;
   }
 
-  const Compute* boxes;                    // [K,5]
-  std::vector<int64_t> level_of, slot_of;  // of each box: its level, its index in regions
-  std::vector<Region<Compute>> regions;    // [K]
+  const Compute* boxes;                  // [K,5]
+  std::vector<int64_t> level_of;         // [K]: level of each box
+  std::vector<int64_t> slot_of;          // [K]: index of each box in regions
+  std::vector<Region<Compute>> regions;  // [K]
   std::vector<int64_t> map_begin;
-  std::vector<std::unique_ptr<std::byte[]>> memory;  // of the taps of each region
+  std::vector<std::unique_ptr<std::byte[]>> memory;  // [K]: memory for the taps of each region
 };
 
 Tensor forward(const RegionProblem& p) {
@@ -235,7 +235,7 @@ Tensor forward(const RegionProblem& p) {
   return output;
 }
 
-// Every element of a gradient is summed by one thread in the order of the boxes: always deterministic.
+// One thread sums each element of a gradient in the order of the boxes, so the result is always deterministic.
 void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes) {
   dispatch_features(p.spec.op, p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -243,7 +243,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     RegionWork<T> work(p, grad_boxes != nullptr);
     auto& args = work.args;
     args.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
-    double filled = 0;  // cache lines that the sums of the gradients of the levels fill
+    double filled = 0;  // the number of cache lines of the sums of the gradients of the levels
     for (const RegionLevel<T>& level : work.levels)
       if (level.grad_input != nullptr) {
         const int64_t size = p.N * p.C * level.H * level.W;
@@ -266,7 +266,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     Compute* sums = static_cast<Compute*>(grad_boxes->mutable_data_ptr());
     std::fill_n(sums, 5 * p.K, Compute(0));
     if (grad_output.numel() == 0) return;
-    // channels_last: a thread sums all channels of a region, so that there is one block.
+    // For channels_last, a thread sums all channels of a region, so there is one block.
     const int64_t blocks = p.channels_last ? 1 : ceil_div(p.C, kChannelBlock);
     const Tensor partials = torch::stable::new_empty(p.boxes, {blocks, p.K, 4});
     args.box_partials = static_cast<Compute*>(partials.mutable_data_ptr());

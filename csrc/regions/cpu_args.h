@@ -1,5 +1,5 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: what the kernels of
-// cpu_kernel.h are called with.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the arguments of the
+// kernels of cpu_kernel.h.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,23 @@
 
 namespace relops {
 
-// The taps of the bins of one region on one axis: those of bin b are [begin[b], begin[b + 1]), their pixels ascending.
+// The taps of the bins of one region on one axis. Bin b has the taps [begin[b], begin[b + 1]), whose pixels ascend.
 template <class Compute>
 struct AxisTaps {
   const int32_t* begin;
   const int32_t* pixel;
   const Compute* weight;
-  const Compute *slope_first, *slope_last;  // derivatives of the weight by the box's coordinates; null if not needed
-  int32_t low, high;                        // every pixel is in [low, high)
-  int32_t max_taps;                         // of any bin
+  // Derivatives of the weight with respect to the first and last coordinate of the box; null if not needed.
+  const Compute *slope_first, *slope_last;
+  int32_t low, high;  // every pixel is in [low, high)
+  int32_t max_taps;   // the largest number of taps of a bin
 };
 
-// A box as taps. A map is an image on one level, number level * N + image.
+// A box as taps. A map is one image on one level, and its number is level * N + image.
 template <class Compute>
 struct Region {
-  int64_t k;    // which box
-  int64_t map;  // which map it reads
+  int64_t k;    // number of the box
+  int64_t map;  // number of the map that the box reads
   AxisTaps<Compute> y, x;
 };
 
@@ -38,16 +39,18 @@ struct RegionArgs {
   const RegionLevel<T>* levels;    // [L]
   const Region<Compute>* regions;  // [K], ordered by map
   const int64_t* map_begin;        // [L*N + 1]: the regions of map m are [map_begin[m], map_begin[m + 1])
-  // The largest numbers that any region has: of columns that it reads, of taps of a bin.
-  int64_t max_columns, max_taps_y, max_taps_x;
+  int64_t max_columns;             // the largest number of columns that a region reads
+  int64_t max_taps_y, max_taps_x;  // the largest number of taps of a bin
 
-  T* output;              // [K,out_channels,PH,PW] in the layout of the input; forward only
-  const T* grad_output;   // likewise; backward only
-  const T* pooled;        // the output, likewise; backward of the maximum only
-  Compute* box_partials;  // [channel blocks,K,4]: what each block adds to the gradient of the boxes
+  // These tensors are [K,out_channels,PH,PW] in the layout of the input.
+  T* output;              // forward only
+  const T* grad_output;   // backward only
+  const T* pooled;        // the output of the forward; backward of the maximum only
+  Compute* box_partials;  // [channel blocks,K,4]: the partial gradient of the boxes from each block
 };
 
-// Channels of one item of work on NCHW maps. It is fixed, because the gradients of boxes are summed block by block.
+// The channels of one work item on NCHW maps. The number is fixed, because the gradients of boxes are summed block by
+// block.
 constexpr int64_t kChannelBlock = 8;
 
 }  // namespace relops

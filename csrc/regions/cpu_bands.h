@@ -1,10 +1,10 @@
 // roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align, ps_roi_pool on the CPU: the gradient of the input by
 // bands of rows.
 //
-// An item is a band of rows of one map, for some channels, which stays in cache as rows of channels while all regions
-// that reach into it add their part. NCHW gradients are transposed on the way in and out, in registers. A thread owns
-// its band, so that sums have one order. (The gradient of the input of ps_roi_align and ps_roi_pool on NCHW maps is in
-// cpu_planes.h.)
+// An item is a band of rows of one map, for some channels. The band stays in cache as rows of channels while all
+// regions that reach into it add their gradients. NCHW gradients are transposed in registers when they are read and
+// written. One thread sums a whole band, so the order of summation is fixed. (The gradient of the input of ps_roi_align
+// and ps_roi_pool on NCHW maps is in cpu_planes.h.)
 #ifndef RELOPS_REGIONS_BANDS
 #define RELOPS_REGIONS_BANDS
 
@@ -22,7 +22,7 @@ struct Band {
   int64_t map, begin, end;
 };
 
-// Divides the maps whose gradient is needed into bands of as many rows as fit in cache, given the bytes of a pixel.
+// Divides the maps whose gradient is needed into bands that fit in cache, given the number of bytes of a pixel.
 template <class T>
 std::vector<Band> bands_of(const RegionArgs<T>& a, int64_t pixel_bytes) {
   constexpr int64_t kBandBytes = 512 << 10;
@@ -43,7 +43,7 @@ int64_t max_pixels(const RegionArgs<T>& a, const std::vector<Band>& bands) {
   return largest;
 }
 
-// Returns the taps [begin, end) of a bin that lie in the rows [low, high).
+// Returns the taps [begin, end) of a bin whose pixels are in the rows [low, high).
 template <class Compute>
 inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<Compute>& y, int64_t ph, int64_t low, int64_t high) {
   int32_t begin = y.begin[ph], end = y.begin[ph + 1];
@@ -52,7 +52,8 @@ inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<Compute>& y, int64
   return {begin, end};
 }
 
-// channels_last, position-sensitive: every output channel goes to another channel of the pixel for each bin.
+// The gradient of position-sensitive means on channels_last maps. For each bin, the gradient of an output channel goes
+// to a different channel of the pixels.
 template <class T>
 void mean_backward_bands_sensitive(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -85,7 +86,7 @@ void mean_backward_bands_sensitive(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Transposes the gradients of n bins, from bin `first` on, and of some channels, from the planes of grad_output to rows
+// Transposes the gradients of n bins from bin `first` on, for `count` channels, from the planes of grad_output to rows
 // of channels, grads[n,width].
 template <class T, class Compute>
 inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t first, int64_t n, int64_t channel, int64_t count,
@@ -129,7 +130,7 @@ inline void add_to_pixels(const PixelList<Compute>& pixels, const Compute* grad,
   }
 }
 
-// Sums are rows of channels in memory of the thread, whatever the layout.
+// The gradient of means. Sums are rows of channels in memory of the thread, for either layout.
 template <class T, bool kChannelsLast>
 void mean_backward_bands(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -155,17 +156,17 @@ void mean_backward_bands(const RegionArgs<T>& a, int64_t threads) {
           const auto [begin, end] = taps_within(r.y, ph, low, high);
           if (begin == end) continue;
           for (int64_t left = 0; left < a.PW; left += kBins) {
-            const int64_t some = std::min(a.PW - left, kBins), first_bin = ph * a.PW + left;
+            const int64_t bin_count = std::min(a.PW - left, kBins), first_bin = ph * a.PW + left;
             if constexpr (kChannelsLast) {
-              for (int64_t bin = 0; bin < some; ++bin) {
+              for (int64_t bin = 0; bin < bin_count; ++bin) {
                 convert(a.grad_output + (r.k * bins + first_bin + bin) * a.channels + channel, grads + bin * width,
                         count);
                 std::fill_n(grads + bin * width + count, width - count, Compute(0));
               }
             } else {
-              transpose_bins(a, r.k, first_bin, some, channel, count, width, grads);
+              transpose_bins(a, r.k, first_bin, bin_count, channel, count, width, grads);
             }
-            for (int64_t bin = 0; bin < some; ++bin)
+            for (int64_t bin = 0; bin < bin_count; ++bin)
               pixels.visit(r, begin, end, left + bin, map.W, -first * width, width,
                            [&](auto, auto) { add_to_pixels(pixels, grads + bin * width, width, sums); });
           }

@@ -1,8 +1,8 @@
 // roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align on the CPU: the gradient of the boxes.
 //
-// NCHW: an item is a block of channels of a map, or of some of its regions; it leaves partial sums for each region,
-// which cpu.cpp adds up. The gradients of a row of bins are spread to columns, and the rows of pixels are combined, a
-// vector of columns at a time, by the weights of their taps and by the slopes of these weights.
+// NCHW: an item is a block of channels of a map, for all or some of its regions. It stores partial sums for each
+// region, which cpu.cpp adds up. For each vector of columns, the gradients of a row of bins are spread to the columns,
+// and the rows of pixels are combined. Both use the weights of the taps and the slopes of these weights.
 //
 // channels_last: an item is a region.
 #ifndef RELOPS_REGIONS_BOX_GRADIENTS
@@ -17,18 +17,18 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The transpose of a ColumnTable: for each column, the bins of a row of a tile that read it. Entry j of column i is at
-// [j * width + i]; `used` is -1 where the entry exists, and 0 where it does not.
+// The transpose of a ColumnTable: the bins of a row of a tile that read each column. Entry j of column i is at index
+// j * width + i. `valid` is -1 if the entry exists, and 0 if it does not.
 template <class Compute>
 struct BinTable {
   int64_t width = 0, depth = 0;
-  Int<Compute>*at, *used;
+  Int<Compute>*bin, *valid;
   Compute *weight, *slope_first, *slope_last;
   int32_t* count;
 
   BinTable(int64_t max_width, int64_t PW, Scratch& scratch)
-      : at(scratch.allocate<Int<Compute>>(max_width * PW)),
-        used(scratch.allocate<Int<Compute>>(max_width * PW)),
+      : bin(scratch.allocate<Int<Compute>>(max_width * PW)),
+        valid(scratch.allocate<Int<Compute>>(max_width * PW)),
         weight(scratch.allocate<Compute>(max_width * PW)),
         slope_first(scratch.allocate<Compute>(max_width * PW)),
         slope_last(scratch.allocate<Compute>(max_width * PW)),
@@ -40,8 +40,8 @@ struct BinTable {
     std::fill_n(count, width, 0);
     for (int32_t tap = x.begin[0]; tap < x.begin[PW]; ++tap)
       depth = std::max<int64_t>(depth, ++count[x.pixel[tap] - left]);
-    std::fill_n(at, depth * width, 0);
-    std::fill_n(used, depth * width, 0);
+    std::fill_n(bin, depth * width, 0);
+    std::fill_n(valid, depth * width, 0);
     std::fill_n(weight, depth * width, Compute(0));
     std::fill_n(slope_first, depth * width, Compute(0));
     std::fill_n(slope_last, depth * width, Compute(0));
@@ -49,8 +49,8 @@ struct BinTable {
     for (int64_t pw = 0; pw < PW; ++pw)
       for (int32_t tap = x.begin[pw]; tap < x.begin[pw + 1]; ++tap) {
         const int64_t i = x.pixel[tap] - left, entry = count[i]++ * width + i;
-        at[entry] = pw;
-        used[entry] = -1;
+        bin[entry] = pw;
+        valid[entry] = -1;
         weight[entry] = x.weight[tap];
         slope_first[entry] = x.slope_first[tap];
         slope_last[entry] = x.slope_last[tap];
@@ -58,7 +58,7 @@ struct BinTable {
   }
 };
 
-// The gradients of the bins of one row, looked up by number. kInRegister: there are no more than a vector holds.
+// The gradients of the bins of one row, looked up by the number of the bin. If kInRegister, they all fit in one vector.
 template <class Compute, bool kInRegister>
 struct BinRow {
   const Compute* p;
@@ -66,22 +66,22 @@ struct BinRow {
   explicit BinRow(const Compute* p) : p(p), all{} {
     if constexpr (kInRegister) all = load(p);
   }
-  // The gradients of the bins of a vector of entries: zero where an entry does not exist, even if the gradients of bins
-  // are not finite.
+  // Returns the gradients of the bins of a vector of entries. They are zero for entries that do not exist, even if the
+  // gradients of bins are not finite.
   Vec<Compute> get(const BinTable<Compute>& table, int64_t entry) const {
-    const VecInt<Compute> at = load_int<Compute>(table.at + entry);
+    const VecInt<Compute> index = load_int<Compute>(table.bin + entry);
     Vec<Compute> v;
     if constexpr (kInRegister)
-      v = __builtin_shuffle(all, at);
+      v = __builtin_shuffle(all, index);
     else
-      v = gather(p, at);
-    return load_int<Compute>(table.used + entry) ? v : Vec<Compute>{};
+      v = gather(p, index);
+    return load_int<Compute>(table.valid + entry) ? v : Vec<Compute>{};
   }
 };
 
-// Adds what some channels of a tile contribute to the gradient of its box. grads is memory for the bins of a tile and
-// one vector more. The function is noinline, because inlined in the loops of its caller GCC keeps the pointers of the
-// innermost loop in memory.
+// Adds the contribution of some channels of a tile to the gradient of its box. grads is memory for the bins of a tile
+// plus one vector. The function is noinline, because GCC keeps the pointers of the innermost loop in memory if it
+// inlines the function in the loops of the caller.
 template <class T, bool kInRegister, class Compute>
 [[gnu::noinline]] void add_tile(const RegionArgs<T>& a, int64_t k, const Map<T>& map, const BinTile<Compute>& tile,
                                 const BinTable<Compute>& table, int64_t left, int64_t channel, int64_t channel_end,
@@ -97,8 +97,8 @@ template <class T, bool kInRegister, class Compute>
     for (int64_t ph = 0; ph < tile.PH; ++ph) {
       const BinRow<Compute, kInRegister> row(grads + ph * tile.PW);
       for (int64_t i = 0; i < table.width && table.depth > 0; i += V) {
-        // g: the gradient spread to the columns. f: the rows of pixels combined. Each by the weights of the taps, and
-        // by their slopes.
+        // g is the gradient, spread to the columns. f is the combination of the rows of pixels. Each is computed with
+        // the weights of the taps and with their slopes.
         Vec<Compute> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
         for (int64_t j = i; j < table.depth * table.width; j += table.width) {
           const Vec<Compute> bin = row.get(table, j);
@@ -106,10 +106,10 @@ template <class T, bool kInRegister, class Compute>
           g_first += bin * load(table.slope_first + j);
           g_last += bin * load(table.slope_last + j);
         }
-        const VecInt<Compute> used = load_int<Compute>(table.used + i);
+        const VecInt<Compute> valid = load_int<Compute>(table.valid + i);
         for (int32_t tap = y.begin[ph]; tap < y.begin[ph + 1]; ++tap) {
           const Vec<Compute> read = load_before(first + y.pixel[tap] * map.W + i, tensor_end);
-          const Vec<Compute> pixels = used ? read : Vec<Compute>{};
+          const Vec<Compute> pixels = valid ? read : Vec<Compute>{};
           f += pixels * y.weight[tap];
           f_first += pixels * y.slope_first[tap];
           f_last += pixels * y.slope_last[tap];
@@ -154,7 +154,7 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Adds what a pixel contributes to the gradient of its box. value: the pixel times the gradient of its bin.
+// Adds the contribution of a pixel to the gradient of its box. value is the pixel times the gradient of its bin.
 template <class Compute>
 inline void add_pixel(const Region<Compute>& r, int32_t y, int32_t x, Compute value, Compute* partial) {
   partial[0] += value * (r.y.weight[y] * r.x.slope_first[x]);

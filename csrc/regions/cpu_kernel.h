@@ -1,16 +1,16 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the kernels that
-// cpu.cpp calls; compiled once per instruction set by foreach_isa.h.
+// cpu.cpp calls. foreach_isa.h compiles them once per instruction set.
 //
 // The weight of a pixel in a bin is the product of a factor for its row and one for its column, given as taps (taps.h).
-// What a bin reads is thus a small grid of rows and columns.
+// A bin therefore reads a small grid of rows and columns.
 //
 //                                NCHW                            channels_last
 // forward
 //   means                        mean_forward_planes             forward_pixels<T, false>
-//     where much is read         forward_slices<T, false>          "
+//     if by_slices()             forward_slices<T, false>          "
 //   position-sensitive means     mean_forward_planes_sensitive     "
 //   roi_pool                     maximum_forward_planes          forward_pixels<T, true>
-//     where much is read         forward_slices<T, true>           "
+//     if by_slices()             forward_slices<T, true>           "
 // gradient of the input
 //   means                        mean_backward_bands<T, false>   mean_backward_bands<T, true>
 //   position-sensitive means     mean_backward_planes_sensitive  mean_backward_bands_sensitive
@@ -20,10 +20,11 @@
 //   position-sensitive means     mean_backward_boxes_planes_     mean_backward_boxes_pixels
 //                                  sensitive
 //
-// "means" are roi_align, prroi_pool, multi_scale_roi_align; position-sensitive ones are ps_roi_align and ps_roi_pool,
-// the last of which has no gradient of the boxes. The part of a name says what an item of work is, and in which file it
-// is: planes, of NCHW maps, in cpu_planes.h; slices in cpu_slices.h; pixels, of channels_last maps, in cpu_pixels.h;
-// bands in cpu_bands.h; but all of roi_pool alone is in cpu_maximum.h, and boxes are in cpu_box_gradients.h.
+// "means" are roi_align, prroi_pool and multi_scale_roi_align. "position-sensitive means" are ps_roi_align and
+// ps_roi_pool; ps_roi_pool has no gradient of the boxes. A part of each name tells what a work item is and which file
+// defines the kernel: planes of NCHW maps (cpu_planes.h), slices (cpu_slices.h), pixels of channels_last maps
+// (cpu_pixels.h), bands (cpu_bands.h). There are two exceptions: kernels for roi_pool alone are in cpu_maximum.h, and
+// gradients of the boxes are in cpu_box_gradients.h.
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
@@ -88,7 +89,7 @@ void region_maximum_backward(const RegionArgs<T>& a, bool channels_last, int64_t
 
 }  // namespace relops::RELOPS_ISA
 
-// The next instruction set compiles the pieces again.
+// The pieces are compiled again for the next instruction set.
 #undef RELOPS_REGIONS_MAPS
 #undef RELOPS_REGIONS_TILES
 #undef RELOPS_REGIONS_PLANES

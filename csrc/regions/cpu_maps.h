@@ -1,5 +1,5 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: what the kernels share,
-// which is the map that an item of work reads or writes, items of NCHW maps, and single pixels.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: code that the kernels
+// share. It contains the map that a work item reads or writes, work items of NCHW maps, and loops over single pixels.
 #ifndef RELOPS_REGIONS_MAPS
 #define RELOPS_REGIONS_MAPS
 
@@ -10,7 +10,7 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The map an item works on, and the regions that read it.
+// The map of a work item, and the regions that read it.
 template <class T>
 struct Map {
   Map(const RegionArgs<T>& a, int64_t m)
@@ -33,7 +33,7 @@ int64_t largest_plane(const RegionArgs<T>& a) {
   return largest;
 }
 
-// The rows [low, high) that the regions of a map read.
+// Returns the rows [low, high) that the regions of a map read.
 template <class T>
 std::pair<int64_t, int64_t> rows_read(const Map<T>& map) {
   int64_t low = map.H, high = 0;
@@ -45,7 +45,8 @@ std::pair<int64_t, int64_t> rows_read(const Map<T>& map) {
   return {std::min(low, high), high};
 }
 
-// Items of work on NCHW maps: blocks of channels of the maps, and, where those are few, parts of a map's regions.
+// Work items of NCHW maps. An item is a block of channels of a map. If there are few of these, the regions of a map are
+// divided into parts, too.
 template <class T>
 struct PlaneItems {
   struct Item {
@@ -72,7 +73,7 @@ struct PlaneItems {
   int64_t block_size, blocks, parts, count;
 };
 
-// The vector at p of an array that ends at `end`: lanes past it are zero.
+// Loads a vector at p from an array that ends at `end`. Lanes past the end are zero.
 template <class T>
 inline Vec<ComputeType<T>> load_before(const T* p, const T* end) {
   constexpr int64_t V = kLanes<ComputeType<T>>;
@@ -81,8 +82,8 @@ inline Vec<ComputeType<T>> load_before(const T* p, const T* end) {
   return load_first(p, std::max<int64_t>(end - p, 0));
 }
 
-// Adds a pixel to a weighted sum, or to a maximum, which ignores NaN as torchvision's does. Value: a number or a vector
-// of numbers.
+// Adds a pixel to a weighted sum or to a maximum. The maximum ignores NaN, like torchvision's. Value is a number or a
+// vector of numbers.
 template <bool kMaximum, class Value, class Compute>
 inline void accumulate(Value& result, Value pixel, Compute weight) {
   if constexpr (kMaximum)
@@ -98,7 +99,7 @@ inline void for_each_pixel(const Region<Compute>& r, int64_t ph, int64_t pw, int
     for (int32_t x = r.x.begin[pw]; x < r.x.begin[pw + 1]; ++x) f(r.y.pixel[y] * map_width + r.x.pixel[x], y, x);
 }
 
-// Transposes pixels[n,width] to planes[c][n], c < count. Planes lie `plane` elements apart.
+// Transposes pixels[n,width] to planes[c][n], c < count. Planes are `plane` elements apart.
 template <class T, class Compute>
 inline void transpose_pixels(const Compute* pixels, int64_t n, int64_t width, int64_t count, int64_t plane, T* planes) {
   constexpr int64_t V = kLanes<Compute>;
@@ -117,7 +118,7 @@ inline void transpose_pixels(const Compute* pixels, int64_t n, int64_t width, in
     }
 }
 
-// The gradient of a plane. It is summed in place, or in memory of its own where sums are wider than what is stored.
+// The gradient of a plane. It is summed in place, or in separate memory if sums have a wider type than the gradient.
 template <class T>
 class GradPlane {
  public:

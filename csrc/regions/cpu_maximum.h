@@ -1,6 +1,6 @@
-// roi_pool on the CPU: forward of NCHW maps where regions read little of a map (cpu_slices.h otherwise), and backward.
+// roi_pool on the CPU: backward, and forward of NCHW maps if regions read little of a map (see cpu_slices.h otherwise).
 //
-// No indices are saved for the backward: the first maximum of a bin is found again by comparison with the output.
+// No indices are saved for the backward. It finds the first maximum of a bin again by comparison with the output.
 #ifndef RELOPS_REGIONS_MAXIMUM
 #define RELOPS_REGIONS_MAXIMUM
 
@@ -16,9 +16,9 @@ namespace {
 // Returns the largest s with 2^s <= n, for n > 0.
 inline int64_t floor_log2(int64_t n) { return 63 - __builtin_clzll(static_cast<uint64_t>(n)); }
 
-// The maximum over the columns of a bin is the maximum over two runs of 2^s columns that together cover them. So the
-// maxima over runs of every such length are computed for all columns at once, by doubling, and a bin gathers two of
-// them.
+// The maximum over the columns of a bin is the maximum over two runs of 2^s columns that together cover the bin.
+// Therefore, the maxima over runs of every length 2^s are computed for all columns at once, by doubling the length, and
+// each bin gathers two of them.
 template <class T>
 void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -31,10 +31,10 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
     auto scratch = std::make_shared<Scratch>();
     Compute* runs =
         scratch->template allocate<Compute>(size.PH * row_values + round_up<int64_t>(1 << doublings, V) + V);
-    auto* first_at = scratch->template allocate<Int<Compute>>(round_up(size.bins(), V));
-    auto* second_at = scratch->template allocate<Int<Compute>>(round_up(size.bins(), V));
+    auto* first_index = scratch->template allocate<Int<Compute>>(round_up(size.bins(), V));
+    auto* second_index = scratch->template allocate<Int<Compute>>(round_up(size.bins(), V));
     int64_t* offsets = scratch->template allocate<int64_t>(size.PH * a.max_taps_y);
-    return [&, scratch, runs, first_at, second_at, offsets](int64_t i) {
+    return [&, scratch, runs, first_index, second_index, offsets](int64_t i) {
       const auto item = items.at(i);
       const Map<T>& map = item.map;
       const int64_t plane = map.H * map.W;
@@ -48,12 +48,12 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
           row_offsets(y, PH, map.W, offsets);
           for (int64_t o = 0; o < round_up(bins, V); ++o) {
             const int64_t ph = o / PW, pw = o % PW;
-            first_at[o] = second_at[o] = zero;
+            first_index[o] = second_index[o] = zero;
             if (o >= bins || y.begin[ph] == y.begin[ph + 1] || x.begin[pw] == x.begin[pw + 1]) continue;
             const int64_t n = x.begin[pw + 1] - x.begin[pw], level = floor_log2(n);
             const int64_t begin = level * run + ph * columns.width + x.pixel[x.begin[pw]] - columns.left;
-            first_at[o] = begin;
-            second_at[o] = begin + n - (1 << level);
+            first_index[o] = begin;
+            second_index[o] = begin + n - (1 << level);
           }
           for (int64_t c = item.channel; c < item.channel_end; ++c) {
             const T* first = map.input + (map.image * a.channels + c) * plane + columns.left;
@@ -63,8 +63,8 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
                                  columns.width, runs + ph * columns.width);
             }
             for (int64_t level = 0; level < levels; ++level) {
-              // Runs that reach past the end are wrong, but no bin gathers them; what they read is still this thread's
-              // own memory.
+              // Runs that reach past the end have wrong maxima, but no bin gathers them. They read only memory of this
+              // thread.
               for (int64_t i = 0; i < run; i += V) {
                 const Vec<Compute> left = load(runs + level * run + i);
                 const Vec<Compute> right = load(runs + level * run + i + (1 << level));
@@ -74,9 +74,9 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
             store(runs + zero, Vec<Compute>{});
             T* out = a.output + (r.k * a.channels + c) * a.PH * a.PW + first_bin;
             for (int64_t o = 0; o < bins; o += V) {
-              const Vec<Compute> one = gather(runs, load_int<Compute>(first_at + o));
-              const Vec<Compute> two = gather(runs, load_int<Compute>(second_at + o));
-              const Vec<Compute> maximum = one > two ? one : two;
+              const Vec<Compute> first_run = gather(runs, load_int<Compute>(first_index + o));
+              const Vec<Compute> second_run = gather(runs, load_int<Compute>(second_index + o));
+              const Vec<Compute> maximum = first_run > second_run ? first_run : second_run;
               if (o + V <= bins)
                 store(out + o, maximum);
               else
@@ -88,29 +88,29 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Finds, for each column, the maximum of the rows and which row has it first: -1 where no row is greater than
-// -infinity, which NaN is not either.
+// Finds for each column the maximum of the rows and the first row that has it, or -1 if no row is greater than
+// -infinity. NaN is not greater.
 template <class T, class Compute>
 inline void first_maxima(const T* first, const T* end, const int64_t* offset, int64_t count, int64_t width,
-                         Compute* maxima, Int<Compute>* which) {
+                         Compute* maxima, Int<Compute>* first_row) {
   const bool safe = count == 0 || first + offset[count - 1] + width <= end;
   for (int64_t i = 0; i < width; i += kLanes<Compute>) {
     Vec<Compute> best = broadcast(-std::numeric_limits<Compute>::infinity());
-    VecInt<Compute> at = broadcast_int<Compute>(-1);
+    VecInt<Compute> best_row = broadcast_int<Compute>(-1);
     for (int64_t t = 0; t < count; ++t) {
       const T* p = first + offset[t] + i;
       const Vec<Compute> read = safe ? load(p) : load_before(p, end);
       const VecInt<Compute> better = read > best;
       best = better ? read : best;
-      at = better ? broadcast_int<Compute>(t) : at;
+      best_row = better ? broadcast_int<Compute>(t) : best_row;
     }
     store(maxima + i, best);
-    store_int<Compute>(which + i, at);
+    store_int<Compute>(first_row + i, best_row);
   }
 }
 
-// The gradient of a maximum goes to the first pixel, row by row, that has its value: of the columns of its bin that
-// have it, the one that has it first.
+// The gradient of a maximum goes to the first pixel, row by row, that has its value. This pixel is in the column that
+// reaches the value in the earliest row.
 template <class T>
 void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -123,11 +123,11 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
     GradPlane<T> grad_plane(max_plane, *scratch);
     const int64_t max_width = round_up(a.max_columns, V) + V;
     Compute* maxima = scratch->template allocate<Compute>(max_width + V);
-    auto* which = scratch->template allocate<Int<Compute>>(max_width + V);
+    auto* first_row = scratch->template allocate<Int<Compute>>(max_width + V);
     Compute* pooled = scratch->template allocate<Compute>(size.bins());
     Compute* grads = scratch->template allocate<Compute>(size.bins());
     int64_t* offsets = scratch->template allocate<int64_t>(size.PH * a.max_taps_y);
-    return [&, scratch, grad_plane, maxima, which, pooled, grads, offsets](int64_t i) mutable {
+    return [&, scratch, grad_plane, maxima, first_row, pooled, grads, offsets](int64_t i) mutable {
       const auto item = items.at(i);
       const Map<T>& map = item.map;
       const int64_t c = item.channel;
@@ -144,21 +144,22 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
           convert(a.grad_output + (r.k * a.channels + c) * bins + first_bin, grads, PH * PW);
           for (int64_t ph = 0; ph < PH; ++ph) {
             const int64_t* rows = offsets + (y.begin[ph] - y.begin[0]);
-            first_maxima(origin + columns.left, end, rows, y.begin[ph + 1] - y.begin[ph], columns.width, maxima, which);
+            first_maxima(origin + columns.left, end, rows, y.begin[ph + 1] - y.begin[ph], columns.width, maxima,
+                         first_row);
             for (int64_t pw = 0; pw < PW; ++pw) {
               const int64_t count = x.begin[pw + 1] - x.begin[pw], o = ph * PW + pw;
               if (count == 0) continue;
               const int64_t left = x.pixel[x.begin[pw]] - columns.left;
               int64_t row = -1, column = 0;
               for (int64_t i = left; i < left + count; i += V) {
-                // Only the lanes that belong to the bin count.
+                // Lanes that do not belong to the bin are ignored.
                 unsigned equal = mask_bits<Compute>(load(maxima + i) == pooled[o]);
                 if (left + count - i < V) equal &= (1u << (left + count - i)) - 1;
                 for (; equal != 0; equal &= equal - 1) {
-                  const int64_t at = i + __builtin_ctz(equal);
-                  if (which[at] >= 0 && (row < 0 || which[at] < row)) {
-                    row = which[at];
-                    column = at;
+                  const int64_t index = i + __builtin_ctz(equal);
+                  if (first_row[index] >= 0 && (row < 0 || first_row[index] < row)) {
+                    row = first_row[index];
+                    column = index;
                   }
                 }
               }
@@ -171,8 +172,8 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// channels_last: an item is some channels of a whole map. Bands of rows would cost too much, because a maximum must be
-// searched from the first row of its bin on.
+// The gradient on channels_last maps. An item is some channels of a whole map. Bands of rows would cost too much,
+// because a maximum must be searched from the first row of its bin on.
 template <class T>
 void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -181,15 +182,15 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   const int64_t bins = a.PH * a.PW, blocks = ceil_div(a.channels, kBlock), max_plane = largest_plane(a);
   for_each_item(a.L * a.N * blocks, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
-    Compute* own = scratch->template allocate<Compute>(kInPlace ? 0 : max_plane * std::min(kBlock, a.channels));
-    return [&, scratch, own](int64_t item) {
+    Compute* own_sums = scratch->template allocate<Compute>(kInPlace ? 0 : max_plane * std::min(kBlock, a.channels));
+    return [&, scratch, own_sums](int64_t item) {
       const Map<T> map(a, item / blocks);
       if (map.grad_input == nullptr) return;
       const int64_t plane = map.H * map.W, channel = item % blocks * kBlock;
       const int64_t n = std::min(kBlock, a.channels - channel), image = map.image * plane * a.channels + channel;
       const T *pixels = map.input + image, *end = map.input + a.N * plane * a.channels;
       T* target = map.grad_input + image;
-      Compute* sums = own;
+      Compute* sums = own_sums;
       if constexpr (kInPlace) sums = target;
       const int64_t stride = kInPlace ? a.channels : std::min(kBlock, a.channels);
       for (int64_t pixel = 0; pixel < plane; ++pixel) std::fill_n(sums + pixel * stride, n, Compute(0));
@@ -197,19 +198,20 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
         for (int64_t o = 0; o < bins; ++o) {
           const int64_t output = (r.k * bins + o) * a.channels + channel, ph = o / a.PW, pw = o % a.PW;
           for (int64_t c = 0; c < n; c += V) {
-            const int64_t some = std::min(V, n - c);
-            const Vec<Compute> pooled = load_first(a.pooled + output + c, some);
-            // The search goes backwards, so that the first of equal pixels is the one that remains.
-            VecInt<Compute> found = broadcast_int<Compute>(-1);
+            const int64_t count = std::min(V, n - c);
+            const Vec<Compute> pooled = load_first(a.pooled + output + c, count);
+            // The search goes backwards, so that the first of several equal pixels remains.
+            VecInt<Compute> argmax = broadcast_int<Compute>(-1);
             for (int32_t y = r.y.begin[ph + 1] - 1; y >= r.y.begin[ph]; --y)
               for (int32_t x = r.x.begin[pw + 1] - 1; x >= r.x.begin[pw]; --x) {
                 const int64_t pixel = r.y.pixel[y] * map.W + r.x.pixel[x];
-                found =
-                    load_before(pixels + pixel * a.channels + c, end) == pooled ? broadcast_int<Compute>(pixel) : found;
+                argmax = load_before(pixels + pixel * a.channels + c, end) == pooled ? broadcast_int<Compute>(pixel)
+                                                                                     : argmax;
               }
-            found = pooled > -std::numeric_limits<Compute>::infinity() ? found : broadcast_int<Compute>(-1);
-            for (int64_t j = 0; j < some; ++j)
-              if (found[j] >= 0) sums[found[j] * stride + c + j] += static_cast<Compute>(a.grad_output[output + c + j]);
+            argmax = pooled > -std::numeric_limits<Compute>::infinity() ? argmax : broadcast_int<Compute>(-1);
+            for (int64_t j = 0; j < count; ++j)
+              if (argmax[j] >= 0)
+                sums[argmax[j] * stride + c + j] += static_cast<Compute>(a.grad_output[output + c + j]);
           }
         }
       if constexpr (!kInPlace)

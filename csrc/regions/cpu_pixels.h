@@ -1,7 +1,7 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: forward of
 // channels_last maps.
 //
-// An item is a region. A bin adds up its pixels, a vector of channels at a time.
+// An item is a region. The pixels of a bin are added up for one vector of channels at a time.
 #ifndef RELOPS_REGIONS_PIXELS
 #define RELOPS_REGIONS_PIXELS
 
@@ -13,8 +13,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Where the pixels of a bin lie in a map, and their weights. Where a bin has many pixels, a list holds some rows of
-// them.
+// The offsets of the pixels of a bin in a map, and their weights. If a bin has many pixels, a list holds only some
+// rows.
 template <class Compute>
 struct PixelList {
   int64_t max_count;
@@ -23,13 +23,14 @@ struct PixelList {
   int64_t count = 0;
 
   PixelList(int64_t max_taps_y, int64_t max_taps_x, Scratch& scratch)
-      : max_count(std::min(max_taps_y * max_taps_x, std::max<int64_t>(kMany, max_taps_x))),
+      : max_count(std::min(max_taps_y * max_taps_x, std::max<int64_t>(kListSize, max_taps_x))),
         offset(scratch.allocate<int64_t>(max_count)),
         weight(scratch.allocate<Compute>(max_count)) {}
 
-  // Makes the lists of the pixels of the rows of taps [begin, end) and of column pw of bins, and calls f(first, last)
-  // with each: whether it is the first, and the last. There is at least one list; where it is the only one, first and
-  // last are constants. Pixel 0 of the map is at `origin`, a pixel takes `stride` elements.
+  // Lists the pixels of the taps [begin, end) of the rows and of the bins in column pw, and calls f(first, last) with
+  // each list. first and last tell whether it is the first and the last list. There is at least one list; if it is the
+  // only one, first and last are compile-time constants. Pixel 0 of the map is at `origin`, and a pixel has `stride`
+  // elements.
   template <class F>
   void visit(const Region<Compute>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
              int64_t stride, F f) {
@@ -56,11 +57,11 @@ struct PixelList {
   }
 
  private:
-  static constexpr int64_t kMany = 2048;
+  static constexpr int64_t kListSize = 2048;
 };
 
-// Calls f(c, n) for blocks of channels: n vectors at channel c, the last of them moved back so that it ends with the
-// channels. Channels that do not fill one vector are left to the caller, and false is returned.
+// Calls f(c, n) for blocks of channels, which are n vectors from channel c on. The last block is moved back so that it
+// ends at the last channel. If the channels do not fill one vector, calls nothing and returns false.
 template <class Compute, int kVectors, class F>
 inline bool for_each_channel_block(int64_t channels, F f) {
   constexpr int64_t V = kLanes<Compute>;
@@ -80,10 +81,11 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     PixelList<Compute> pixels(a.max_taps_y, a.max_taps_x, *scratch);
-    // Where the pixels of a bin are more than one list: the results up to the list before, and up to this one.
-    const int64_t kept = pixels.max_count < a.max_taps_y * a.max_taps_x ? a.out_channels : 0;
-    Compute *before = scratch->template allocate<Compute>(kept), *after = scratch->template allocate<Compute>(kept);
-    return [&, scratch, pixels, before, after](int64_t i) mutable {
+    // If a bin needs several lists, these are its results up to the previous list and up to the current one.
+    const int64_t partial_size = pixels.max_count < a.max_taps_y * a.max_taps_x ? a.out_channels : 0;
+    Compute *previous = scratch->template allocate<Compute>(partial_size),
+            *current = scratch->template allocate<Compute>(partial_size);
+    return [&, scratch, pixels, previous, current](int64_t i) mutable {
       const Region<Compute>& r = a.regions[i];
       const Map<T> map(a, r.map);
       const T* image = map.input + map.image * map.H * map.W * a.channels;
@@ -95,21 +97,22 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
           const int64_t* const offset = pixels.offset;
           const Compute* const weight = pixels.weight;
           const Compute start = kMaximum && count > 0 ? -std::numeric_limits<Compute>::infinity() : Compute(0);
-          const auto one_channel = [&](int64_t c, int64_t of_pixel) {
-            Compute result = first ? start : before[c];
+          const auto one_channel = [&](int64_t c, int64_t channel_offset) {
+            Compute result = first ? start : previous[c];
             for (int64_t i = 0; i < count; ++i) {
-              const Compute read = static_cast<Compute>(image[offset[i] + of_pixel]);
+              const Compute read = static_cast<Compute>(image[offset[i] + channel_offset]);
               accumulate<kMaximum>(result, read, weight[i]);
             }
             if (last)
               out[c] = static_cast<T>(result);
             else
-              after[c] = result;
+              current[c] = result;
           };
           const bool done =
               !a.position_sensitive && for_each_channel_block<Compute, 4>(a.channels, [&](int64_t c, auto vectors) {
                 Vec<Compute> result[vectors.value];
-                for (int v = 0; v < vectors.value; ++v) result[v] = first ? broadcast(start) : load(before + c + v * V);
+                for (int v = 0; v < vectors.value; ++v)
+                  result[v] = first ? broadcast(start) : load(previous + c + v * V);
                 for (int64_t i = 0; i < count; ++i) {
                   const T* p = image + offset[i] + c;
                   for (int v = 0; v < vectors.value; ++v) {
@@ -118,10 +121,10 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
                   }
                 }
                 for (int v = 0; v < vectors.value; ++v)
-                  last ? store(out + c + v * V, result[v]) : store(after + c + v * V, result[v]);
+                  last ? store(out + c + v * V, result[v]) : store(current + c + v * V, result[v]);
               });
           for (int64_t c = 0; c < a.out_channels && !done; ++c) one_channel(c, a.position_sensitive ? c * bins + o : c);
-          if (!last) std::swap(before, after);
+          if (!last) std::swap(previous, current);
         });
       }
     };

@@ -1,11 +1,12 @@
-// roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align, ps_roi_pool on the CPU: means of NCHW maps, forward, and
-// the gradient of the input of the position-sensitive ones.
+// roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align, ps_roi_pool on the CPU: forward of means of NCHW maps,
+// and the gradient of the input of position-sensitive means.
 //
-// roi_align, prroi_pool, multi_scale_roi_align, where regions read little of a map (cpu_slices.h otherwise): an item is
-// a block of channels of a map, or of some of its regions. For each row of bins the rows of pixels are combined in
-// place, a vector of columns at a time; then bins gather their columns, a vector of bins at a time.
+// roi_align, prroi_pool, multi_scale_roi_align: these kernels are used if regions read little of a map (see
+// cpu_slices.h otherwise). An item is a block of channels of a map, for all or some of its regions. For each row of
+// bins, the rows of pixels are combined without a transposition, a vector of columns at a time. Then bins gather their
+// columns, a vector of bins at a time.
 //
-// ps_roi_align, ps_roi_pool: a plane serves one bin of every region, so that a result consists of a few single pixels.
+// ps_roi_align, ps_roi_pool: only one bin of every region reads a plane, so a result combines a few single pixels.
 #ifndef RELOPS_REGIONS_PLANES
 #define RELOPS_REGIONS_PLANES
 
@@ -56,7 +57,7 @@ void mean_forward_planes(const RegionArgs<T>& a, int64_t threads) {
             for (int64_t o = 0; o < bins; o += V) {
               Vec<Compute> sum = {};
               for (int64_t j = o; j < table.depth * table.padded; j += table.padded)
-                sum += gather(rows, load_int<Compute>(table.at + j)) * load(table.weight + j);
+                sum += gather(rows, load_int<Compute>(table.index + j)) * load(table.weight + j);
               if (o + V <= bins)
                 store(out + o, sum);
               else

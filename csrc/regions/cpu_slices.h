@@ -1,9 +1,9 @@
-// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: forward of NCHW maps by slices, where regions read
-// a map more than once over.
+// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: forward of NCHW maps by slices, which is used if
+// regions read a map more than once.
 //
-// An item is a slice, which is a vector of channels of a map. It is transposed to rows of channels, in registers, once
-// for all regions, so that every load is a whole vector of channels. For each row of bins the rows of pixels are
-// combined at the columns that are read; then each bin combines its few columns.
+// An item is a slice, which is a vector of channels of a map. A slice is transposed to rows of channels, in registers,
+// once for all regions, so that every load is a whole vector of channels. For each row of bins, the rows of pixels are
+// combined at the columns that are read. Then each bin combines its few columns.
 #ifndef RELOPS_REGIONS_SLICES
 #define RELOPS_REGIONS_SLICES
 
@@ -16,8 +16,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Returns whether the regions of the maps read so much that transposing the rows that they read pays: by measurement,
-// where they read more pixels than are transposed. There must be work for all threads, because a slice is one thread's.
+// Returns whether slices are faster. By measurement, transposing pays off if the regions read more pixels than are
+// transposed. There must also be a slice for every thread, because threads do not divide a slice.
 template <class T>
 bool by_slices(const RegionArgs<T>& a, int64_t threads) {
   if (a.position_sensitive || a.L * a.N * (a.channels / kLanes<ComputeType<T>>) < threads) return false;
@@ -31,7 +31,7 @@ bool by_slices(const RegionArgs<T>& a, int64_t threads) {
   return read > pixels;
 }
 
-// Transposes planes[c][n], c < count, to pixels[n,V]. Planes lie `plane` elements apart; missing channels become zero.
+// Transposes planes[c][n], c < count, to pixels[n,V]. Planes are `plane` elements apart. Missing channels become zero.
 template <class T, class Compute>
 inline void transpose_planes(const T* planes, int64_t n, int64_t count, int64_t plane, Compute* pixels) {
   constexpr int64_t V = kLanes<Compute>;
@@ -44,8 +44,8 @@ inline void transpose_planes(const T* planes, int64_t n, int64_t count, int64_t 
   }
 }
 
-// Computes, for each tap of the columns, the weighted sum or the maximum of the pixels of kRows rows; if `more`,
-// together with what is already in `out`. A pixel is a vector.
+// Computes the weighted sum or the maximum of kRows rows for each tap of the columns. If `more`, the result includes
+// the values that are already in `out`. A pixel is a vector.
 template <bool kMaximum, int kRows, class Compute>
 inline void combine_some_pixel_rows(const Compute* pixels, const int64_t* offset, const Compute* weight,
                                     const int64_t* column, int64_t columns, bool more, Compute* out) {
@@ -86,7 +86,7 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
       const auto [low, high] = rows_read(map);
       transpose_planes(map.input + (map.image * a.channels + channel) * plane + low * map.W, (high - low) * map.W,
                        count, plane, slice);
-      const Compute* top = slice - low * map.W * V;  // where the first row of the map would be
+      const Compute* top = slice - low * map.W * V;  // the address that the first row of the map would have
       for (const Region<Compute>& r : map.regions)
         for_each_tile(r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
           const int32_t first_y = tile.y.begin[0], first_x = tile.x.begin[0];

@@ -1,5 +1,5 @@
-// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: tiles of bins, and their rows and columns of
-// pixels, which kernels for NCHW maps combine a vector of columns at a time.
+// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: tiles of bins, and the rows and columns of pixels
+// that they read. Kernels for NCHW maps combine them a vector of columns at a time.
 #ifndef RELOPS_REGIONS_TILES
 #define RELOPS_REGIONS_TILES
 
@@ -11,17 +11,18 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Kernels keep intermediate results of one tile of bins of a region, so that their memory does not grow with the
-// output. A tile is some whole rows of bins, or a part of one row: it is contiguous in a plane of the output.
+// Kernels store intermediate results for one tile of bins of a region at a time, so that their memory does not grow
+// with the output. A tile is a number of whole rows of bins or a part of one row, so it is contiguous in a plane of the
+// output.
 template <class Compute>
 struct BinTile {
   AxisTaps<Compute> y, x;
   int64_t PH, PW;
-  int64_t first;  // the number of its first bin
+  int64_t first;  // number of the first bin of the tile
 };
 
-// The size of tiles, such that a kernel that keeps `row_values` numbers for each row of bins and `column_values` for
-// each column stays within bounds. Outputs of up to 32 x 32 bins usually are one tile.
+// The size of tiles. It bounds the memory of a kernel that stores `row_values` numbers for each row of bins and
+// `column_values` numbers for each column. Outputs of up to 32 x 32 bins are usually one tile.
 struct TileSize {
   int64_t PH, PW;
   TileSize(int64_t all_PH, int64_t all_PW, int64_t row_values, int64_t column_values) {
@@ -33,7 +34,7 @@ struct TileSize {
   int64_t bins() const { return PH * PW; }
 };
 
-// The taps of `count` of the bins, from bin `first` on.
+// Returns the taps of `count` bins from bin `first` on.
 template <class Compute>
 inline AxisTaps<Compute> taps_of_bins(AxisTaps<Compute> taps, int64_t bins, int64_t first, int64_t count) {
   if (count == bins) return taps;
@@ -61,8 +62,8 @@ inline void for_each_tile(const Region<Compute>& r, int64_t PH, int64_t PW, cons
   }
 }
 
-// The columns that a region reads, in whole vectors that begin at column `left`. They stay inside the row where it is
-// wide enough; otherwise they continue into the next row.
+// The columns that a region reads, rounded to whole vectors that begin at column `left`. They stay inside the row if it
+// is wide enough; otherwise they continue into the next row.
 struct Columns {
   int64_t left, width;
   Columns(int64_t low, int64_t high, int64_t map_width, int64_t lanes)
@@ -72,19 +73,19 @@ struct Columns {
   }
 };
 
-// For each bin of a tile, the columns that it gathers, and their weights: entry j of bin o is at [j * padded + o].
+// The columns that each bin of a tile gathers, and their weights. Entry j of bin o is at index j * padded + o.
 template <class Compute>
 struct ColumnTable {
   int64_t padded = 0, depth = 0;
-  Int<Compute>* at;
+  Int<Compute>* index;
   Compute* weight;
 
   ColumnTable(int64_t bins, int64_t max_taps, Scratch& scratch)
-      : at(scratch.allocate<Int<Compute>>(round_up(bins, kLanes<Compute>) * max_taps)),
+      : index(scratch.allocate<Int<Compute>>(round_up(bins, kLanes<Compute>) * max_taps)),
         weight(scratch.allocate<Compute>(round_up(bins, kLanes<Compute>) * max_taps)) {}
 
-  // The rows of bins are `stride` apart in the array that is gathered from. An entry without a weight reads the zero at
-  // `zero`.
+  // Rows of bins are `stride` elements apart in the array from which bins gather. Entries that do not exist read index
+  // `zero`, which holds 0.
   void fill(const AxisTaps<Compute>& x, int64_t PH, int64_t PW, int64_t left, int64_t stride, int64_t zero) {
     const int64_t bins = PH * PW;
     padded = round_up(bins, kLanes<Compute>);
@@ -94,25 +95,25 @@ struct ColumnTable {
         const int64_t tap = x.begin[pw] + j;
         const bool exists = tap < x.begin[pw + 1];
         for (int64_t ph = 0; ph < PH; ++ph) {
-          at[j * padded + ph * PW + pw] = exists ? ph * stride + x.pixel[tap] - left : zero;
+          index[j * padded + ph * PW + pw] = exists ? ph * stride + x.pixel[tap] - left : zero;
           weight[j * padded + ph * PW + pw] = exists ? x.weight[tap] : 0;
         }
       }
     for (int64_t j = 0; j < depth; ++j)
       for (int64_t o = bins; o < padded; ++o) {
-        at[j * padded + o] = zero;
+        index[j * padded + o] = zero;
         weight[j * padded + o] = 0;
       }
   }
 };
 
-// Finds where the rows of a tile's taps begin, in elements from the first column that is read.
+// Computes the offset of the row of each tap of a tile, in elements.
 template <class Compute>
 inline void row_offsets(const AxisTaps<Compute>& y, int64_t PH, int64_t map_width, int64_t* offset) {
   for (int32_t tap = y.begin[0]; tap < y.begin[PH]; ++tap) *offset++ = y.pixel[tap] * map_width;
 }
 
-// Computes the weighted sum or the maximum of kRows rows; if `more`, together with what is already in `out`.
+// Computes the weighted sum or the maximum of kRows rows. If `more`, the result includes the values already in `out`.
 template <bool kMaximum, int kRows, class T, class Compute>
 inline void combine_some_rows(const T* first, const int64_t* offset, const Compute* weight, int64_t width, bool more,
                               Compute* out) {
@@ -129,7 +130,7 @@ inline void combine_some_rows(const T* first, const int64_t* offset, const Compu
   }
 }
 
-// Combines the rows of a bin's taps to out[0..width), in whole vectors.
+// Combines the rows of the taps of a bin into out[0..width), in whole vectors.
 template <bool kMaximum, class T, class Compute>
 inline void combine_rows(const T* first, const T* end, const int64_t* offset, const Compute* weight, int64_t count,
                          int64_t width, Compute* out) {
@@ -148,7 +149,7 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
                 : combine_some_rows<kMaximum, 0>(first, offset, weight, width, more, out);
     return;
   }
-  // The last vector would reach past the end of the tensor, where nothing may be read.
+  // A vector would reach past the end of the tensor, so loads must check the end.
   for (int64_t i = 0; i < width; i += kLanes<Compute>) {
     Vec<Compute> result = broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
     for (t = 0; t < count; ++t) {
@@ -159,8 +160,8 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
   }
 }
 
-// Prefetches the rows of a plane that a region reads. It is always_inline, because GCC drops calls of a function that
-// only prefetches: it sees no effect in them.
+// Prefetches the rows of a plane that a region reads. The function is always_inline, because GCC sees no effect in a
+// function that only prefetches and removes calls to it.
 template <class T, class Compute>
 [[gnu::always_inline]] inline void prefetch_rows(const Region<Compute>& r, const T* plane, int64_t map_width,
                                                  int64_t PH) {

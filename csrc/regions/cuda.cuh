@@ -1,5 +1,5 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: what the kernels of the
-// forward and the backward pass share. taps.h says how a box becomes taps.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: code that the kernels of
+// the forward and the backward pass share. taps.h explains how a box becomes taps.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace relops {
 
-constexpr int kRegionLevels = 16;  // at most, because levels are kernel parameters
+constexpr int kMaxRegionLevels = 16;  // is limited because levels are kernel parameters
 constexpr int kRegionThreads = 256;
 constexpr int kRegionWarps = kRegionThreads / 32;
 
@@ -21,18 +21,20 @@ struct RegionParams {
   RegionSpec spec;
   int N, channels, out_channels, PH, PW, L;
   int64_t K;
-  Compute canonical_box_size;  // of the spec, in the type of the boxes
-  int finest;                  // the finest level's number
+  Compute canonical_box_size;  // the value of the spec in the type of the boxes
+  int finest;                  // number of the finest level
   int max_taps_y, max_taps_x;  // no region has more taps on this axis
   const Compute* boxes;        // [K,5]
-  RegionLevel<T> levels[kRegionLevels];
+  RegionLevel<T> levels[kMaxRegionLevels];
 
-  T* output;             // [K,out_channels,PH,PW], here and below in the layout of the input; forward only
-  const T* grad_output;  // likewise; from here on backward only
-  const int* argmax;     // roi_pool: the pixel y * W + x of the maximum, or -1, of each output
+  // These tensors are [K,out_channels,PH,PW] in the layout of the input.
+  T* output;             // forward only
+  const T* grad_output;  // backward only
+  const int* argmax;     // backward of roi_pool only: the pixel y * W + x of each maximum, or -1
 };
 
-// Returns an upper bound of the taps of a region on an axis of `size` pixels: neighboring bins share at most two.
+// Returns an upper bound of the number of taps of a region on an axis of `size` pixels. Neighboring bins have at most
+// two pixels in common.
 inline int64_t max_taps(const RegionSpec& spec, int64_t size, int64_t bins) {
   const int64_t any = size + 2 * bins;
   return spec.kind == RegionKind::kSampled && spec.sampling_ratio > 0
@@ -44,8 +46,9 @@ template <class T>
 RegionParams<T> make_region_params(const RegionProblem& p) {
   using Compute = ComputeType<T>;
   const int64_t L = p.levels.size(), limit = 2147483647;
-  STD_TORCH_CHECK(L <= kRegionLevels, p.spec.op, ": at most ", kRegionLevels, " levels on CUDA, got ", L);
-  STD_TORCH_CHECK(p.N <= limit && p.C <= limit, p.spec.op, ": too large");
+  STD_TORCH_CHECK(L <= kMaxRegionLevels, p.spec.op, ": there must be at most ", kMaxRegionLevels,
+                  " levels on CUDA, got ", L);
+  STD_TORCH_CHECK(p.N <= limit && p.C <= limit, p.spec.op, ": N and C must be at most 2^31 - 1");
   RegionParams<T> a{};
   a.spec = p.spec;
   a.N = static_cast<int>(p.N);
@@ -69,11 +72,11 @@ RegionParams<T> make_region_params(const RegionProblem& p) {
   return a;
 }
 
-// Which level and which image a box reads, and whether it may.
+// The level and the image that a box reads, and whether it may read them.
 struct RegionSource {
   int level, image;
-  bool finite;    // otherwise the result is zero
-  bool in_batch;  // otherwise the result is NaN, because raising an error would need the host
+  bool finite;    // if false, the result is zero
+  bool in_batch;  // if false, the result is NaN, because raising an error would need the host
 
   __device__ bool readable() const { return in_batch && finite; }
 };
@@ -91,7 +94,7 @@ __device__ inline RegionSource region_source(const RegionParams<T>& p, int64_t k
   return from;
 }
 
-// The axis x or y of box k.
+// Returns the x or y axis of box k.
 template <class T>
 __device__ inline RegionAxis region_axis(const RegionParams<T>& p, int level, int64_t k, bool is_x) {
   const auto* box = p.boxes + 5 * k + (is_x ? 1 : 2);
@@ -99,7 +102,7 @@ __device__ inline RegionAxis region_axis(const RegionParams<T>& p, int level, in
   return region_axis(p.spec, box[0], box[2], map.scale, is_x ? map.W : map.H, is_x ? p.PW : p.PH);
 }
 
-// Fills the gradients of the levels that need one. In cuda_backward.cu.
+// Fills the gradients of the levels that need one. It is defined in cuda_backward.cu.
 void region_backward_input(const RegionProblem& p, const Tensor& grad_output, const Tensor* output,
                            cudaStream_t stream);
 

@@ -1,22 +1,22 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: the gradient of the
 // feature maps.
 //
-// It is gathered: bit-identical from run to run, without atomic additions, without zeroing and without sums in memory,
-// so that 16-bit gradients are rounded once.
+// Each pixel gathers its gradient, so the result has the same bits in every run. There are no atomic additions, memory
+// is not zeroed first, and sums stay in registers, so that 16-bit gradients are rounded only once.
 //
-// A block owns a tile of pixels and some channels. It looks through all boxes, 256 at a time, for those that reach its
-// tile, and takes them in their order. For each it computes the weights of the tile's rows and columns in the bins, in
-// shared memory; then every thread adds weight * gradient of the output to its pixels. A pixel takes part in few bins,
-// so their numbers are kept as bits.
+// A block owns a tile of pixels and some channels. It searches all boxes, 256 at a time, for those that reach its tile,
+// and processes these in order. For each box, it computes the weights of the tile's rows and columns in the bins, in
+// shared memory. Then every thread adds the gradients of outputs times the weights to its pixels. Few bins read a
+// pixel, so the numbers of these bins are stored as bits.
 //
-// - channels_last: a warp has four neighboring pixels of a row, its lanes four neighboring channels each.
-// - NCHW: lanes are neighboring columns; a thread has four rows of two channels. The sum over a row's bins is shared by
-//   the rows that take part in them.
+// - channels_last: a warp has four neighboring pixels of a row, and each lane has four neighboring channels.
+// - NCHW: lanes have neighboring columns, and each thread has four rows of two channels. The sum over a row of bins is
+//   computed once for all rows of pixels that these bins read.
 //
-// Bound by the latency of one box after the other, which many blocks per multiprocessor hide.
+// The kernel is bound by the latency of processing boxes one after the other. Many blocks per multiprocessor hide it.
 //
-// roi_pool: the gradient of a maximum goes to one pixel. That pixel is found first, by scanning the bins again, and
-// stored as one integer per output, with which the gather kernel compares its own pixels.
+// roi_pool: the gradient of a maximum goes to one pixel. A first kernel finds that pixel by scanning the bins again and
+// stores it as one integer per output. The gather kernel compares this integer with its own pixels.
 
 #include "regions/cuda.cuh"
 
@@ -25,10 +25,10 @@ namespace relops {
 namespace {
 
 constexpr int kTileRows = 4;
-constexpr int kTileBins = 32;       // bins of an axis whose weights are in shared memory at a time; the bits of a mask
-constexpr int kThreadPixels = 4;    // of a thread, in both layouts; NCHW: a column of the tile
-constexpr int kThreadChannels = 2;  // NCHW: of a thread
-constexpr int kBlockChannels = kThreadChannels * kRegionWarps;  // NCHW
+constexpr int kTileBins = 32;       // bins per axis with weights in shared memory; a mask has as many bits
+constexpr int kThreadPixels = 4;    // pixels per thread, in both layouts; NCHW: they are a column of the tile
+constexpr int kThreadChannels = 2;  // channels per thread; NCHW only
+constexpr int kBlockChannels = kThreadChannels * kRegionWarps;  // channels per block; NCHW only
 
 static_assert(kTileRows == kThreadPixels && kRegionWarps == 2 * kTileRows);
 
@@ -40,13 +40,14 @@ struct Tile {
   int level, image, top, left, bottom, right;
 };
 
-// The part of a tile that a thread sums. channels_last: pixels (row, column + i), channels channel + v. NCHW: pixels
-// (i, column), channels channel + v * kRegionWarps. Rows and columns count from the corner of the tile.
+// The part of a tile that a thread sums. For channels_last, it is the pixels (row, column + i) and the channels channel
+// + v. For NCHW, it is the pixels (i, column) and the channels channel + v * kRegionWarps. Rows and columns are
+// relative to the top left corner of the tile.
 struct ThreadPixels {
   int row, column, channel;
 };
 
-// The bins [ph, ph + rows) x [pw, pw + columns) of region k: at most kTileBins on either axis.
+// The bins [ph, ph + rows) x [pw, pw + columns) of region k. There are at most kTileBins on each axis.
 struct BinBlock {
   int64_t k;
   int ph, pw, rows, columns;
@@ -57,7 +58,7 @@ template <class Compute, int kColumns>
 struct TileWeights {
   Compute y[kTileRows][kTileBins];
   Compute x[kTileBins][kColumns];
-  unsigned mask_y[kTileRows], mask_x[kColumns];  // which bins read a row, a column
+  unsigned mask_y[kTileRows], mask_x[kColumns];  // bit b: whether bin b reads this row or column
 };
 
 template <class T, bool kChannelsLast>
@@ -66,11 +67,11 @@ int64_t tiles_of(const RegionLevel<T>& level, int64_t N) {
   return N * ceil_div(level.H, kTileRows) * ceil_div(level.W, kTileColumns<kChannelsLast>);
 }
 
-// Returns the tile of this block: tiles are numbered level by level, of the levels that need a gradient.
+// Returns the tile of this block. Tiles are numbered level by level; levels that need no gradient have none.
 template <int kColumns, class P>
 __device__ __forceinline__ Tile tile_of_block(const P& p) {
   int64_t tile = blockIdx.x;
-  int l = 0, rows = 0, columns = 0;  // of tiles
+  int l = 0, rows = 0, columns = 0;  // level, and its numbers of rows and columns of tiles
   for (;; ++l) {
     rows = (p.levels[l].H + kTileRows - 1) / kTileRows;
     columns = (p.levels[l].W + kColumns - 1) / kColumns;
@@ -84,18 +85,18 @@ __device__ __forceinline__ Tile tile_of_block(const P& p) {
   return {l, image, top, left, min(top + kTileRows, p.levels[l].H) - 1, min(left + kColumns, p.levels[l].W) - 1};
 }
 
-// Returns whether a region may read the pixels [low, high]. It errs on the side of true.
+// Returns whether a region may read the pixels [low, high]. It may return true if the region does not read them.
 __device__ inline bool may_reach(const RegionAxis& axis, int low, int high) {
   const double end = axis.start + axis.bins * axis.bin;
-  const double least = end < axis.start ? end : axis.start, greatest = end < axis.start ? axis.start : end;
-  return greatest >= low - 1 && least <= high + 1;
+  const double region_low = end < axis.start ? end : axis.start, region_high = end < axis.start ? axis.start : end;
+  return region_high >= low - 1 && region_low <= high + 1;
 }
 
-// Lists those of the regions [first, first + kRegionThreads) that may reach a tile, in their order and counted from
-// `first`, and returns their number. All threads of the block call it.
+// Lists the regions of [first, first + kRegionThreads) that may reach a tile, in order and relative to `first`. Returns
+// their number. All threads of the block call this function.
 template <class P>
 __device__ __forceinline__ int list_regions(const P& p, const Tile& tile, int64_t first, int* list) {
-  __shared__ int found[kRegionWarps];
+  __shared__ int counts[kRegionWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t k = first + threadIdx.x;
   bool reaches = false;
@@ -106,20 +107,20 @@ __device__ __forceinline__ int list_regions(const P& p, const Tile& tile, int64_
               may_reach(region_axis(p, tile.level, k, true), tile.left, tile.right);
   }
   const unsigned ballot = __ballot_sync(kAll, reaches);
-  if (lane == 0) found[warp] = __popc(ballot);
+  if (lane == 0) counts[warp] = __popc(ballot);
   __syncthreads();
-  int total = 0, mine = __popc(ballot & ((1u << lane) - 1));
+  int total = 0, index = __popc(ballot & ((1u << lane) - 1));
   for (int w = 0; w < kRegionWarps; ++w) {
-    if (w < warp) mine += found[w];
-    total += found[w];
+    if (w < warp) index += counts[w];
+    total += counts[w];
   }
-  if (reaches) list[mine] = threadIdx.x;
+  if (reaches) list[index] = threadIdx.x;
   __syncthreads();
   return total;
 }
 
-// Computes the weights of a tile in a block of bins. All threads of the block call it. One loop serves both axes: in
-// two loops, with both axes alive, every gather kernel spilled registers.
+// Computes the weights of a tile in a block of bins. All threads of the block call this function. It has one loop for
+// both axes, because with two loops, which keep both axes alive, every gather kernel spilled registers.
 template <class P, class Compute, int kColumns>
 __device__ __forceinline__ void find_weights(const P& p, const Tile& tile, const BinBlock& bins,
                                              TileWeights<Compute, kColumns>& weights) {
@@ -144,7 +145,7 @@ __device__ __forceinline__ void find_weights(const P& p, const Tile& tile, const
   __syncthreads();
 }
 
-// Position-sensitive, either layout: a channel belongs to one bin.
+// Accumulates the gradient of position-sensitive ops, in which a channel belongs to one bin, for either layout.
 template <bool kChannelsLast, class P, class Weights, class Compute, int V>
 __device__ __forceinline__ void accumulate_sensitive(const P& p, const ThreadPixels& own, const BinBlock& block,
                                                      const Weights& weights, Compute (&sums)[kThreadPixels][V]) {
@@ -165,6 +166,7 @@ __device__ __forceinline__ void accumulate_sensitive(const P& p, const ThreadPix
   }
 }
 
+// Accumulates the gradient of the other ops on channels_last maps.
 template <bool kMaximum, class P, class Weights, class Compute, int V>
 __device__ __forceinline__ void accumulate_channels_last(const P& p, const Tile& tile, const ThreadPixels& own,
                                                          const BinBlock& block, const Weights& weights,
@@ -202,7 +204,7 @@ __device__ __forceinline__ void accumulate_channels_last(const P& p, const Tile&
   }
 }
 
-// NCHW.
+// Accumulates the gradient of the other ops on NCHW maps.
 template <bool kMaximum, class P, class Weights, class Compute, int V>
 __device__ __forceinline__ void accumulate_planes(const P& p, const Tile& tile, const ThreadPixels& own,
                                                   const BinBlock& block, const Weights& weights,
@@ -276,7 +278,7 @@ __device__ __forceinline__ void store_planes(const P& p, const Tile& tile, const
   }
 }
 
-// Blocks of the gather kernel that a multiprocessor must be able to hold, which bounds the registers of a thread.
+// The number of blocks of the gather kernel that must fit on a multiprocessor, which limits the registers of a thread.
 template <class Compute>
 constexpr int kGatherBlocks = sizeof(Compute) == 8 ? 1 : 2;
 
@@ -320,8 +322,8 @@ __global__ __launch_bounds__(kRegionThreads, kGatherBlocks<typename P::Compute>)
     store_planes(p, tile, own, sums);
 }
 
-// Finds the pixel of each maximum: the first of its bin, row by row, that has its value, or -1 for a maximum of
-// -infinity. A thread per output.
+// Finds the pixel of each maximum, which is the first pixel of the bin, row by row, that has its value. The result is
+// -1 if the maximum is -infinity. Each thread processes one output at a time.
 template <class P>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_argmax_kernel(const __grid_constant__ P p,
                                                                           bool channels_last,
@@ -344,8 +346,8 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_argmax_kernel(const 
       const auto* origin = level.input + int64_t{from.image} * p.channels * plane + (channels_last ? c : c * plane);
       for (int h = y.begin; h < y.end && pixel < 0 && maximum > -static_cast<Compute>(INFINITY); ++h)
         for (int w = x.begin; w < x.end && pixel < 0; ++w) {
-          const int here = h * level.W + w;
-          if (static_cast<Compute>(origin[here * stride]) == maximum) pixel = here;
+          const int candidate = h * level.W + w;
+          if (static_cast<Compute>(origin[candidate * stride]) == maximum) pixel = candidate;
         }
     }
     argmax[k * outputs + i] = pixel;

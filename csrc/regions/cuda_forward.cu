@@ -1,15 +1,17 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: the forward pass, and the
 // gradient of the boxes.
 //
-// A block works on one region. Its threads first turn the box into taps, one bin of one axis each, in shared memory:
-// once per region, not once per channel. Then:
+// A block processes one region. First, its threads convert the box to taps in shared memory, each thread for one bin of
+// one axis. This happens once per region, not once per channel. Then:
 //
-// - channels_last: a warp takes a bin, its lanes neighboring channels, 16 bytes each: every access is coalesced.
-// - NCHW: a warp takes a channel. Its lanes first combine rows of the plane, neighboring columns each, into a row of
-//   columns per row of bins in shared memory; then a lane takes a bin and adds up its few columns. A pixel is fetched
-//   about once per row of bins, in whole sectors; one thread per output would fetch 16 scattered pixels instead.
+// - channels_last: a warp computes one bin at a time. Its lanes have neighboring channels, 16 bytes each, so every
+//   access is coalesced.
+// - NCHW: a warp computes one channel at a time. First, its lanes, which have neighboring columns, combine rows of the
+//   plane: for each row of bins, they store one row of columns in shared memory. Then each lane adds up the few columns
+//   of a bin. A pixel is fetched about once per row of bins, in whole sectors. With one thread per output, a thread
+//   would fetch 16 scattered pixels.
 //
-// Both are bound by the traffic of L1 and L2: regions overlap, so the map is read from L2 many times over.
+// Both kernels are bound by the traffic of L1 and L2, because regions overlap and the map is read from L2 many times.
 
 #include "common/cuda/partial_sums.cuh"
 #include "regions/cuda.cuh"
@@ -19,7 +21,7 @@ namespace relops {
 
 namespace {
 
-// The taps of one axis in shared memory: those of bin b are [begin[b], begin[b + 1]).
+// The taps of one axis in shared memory. Bin b has the taps [begin[b], begin[b + 1]).
 template <class Compute>
 struct SharedTaps {
   int* begin;
@@ -29,8 +31,8 @@ struct SharedTaps {
   RELOPS_HOST_DEVICE static size_t bytes(int64_t bins, int64_t max_taps, bool slopes) {
     return max_taps * sizeof(Compute) * (slopes ? 3 : 1) + (max_taps + bins + 1) * sizeof(int) + sizeof(Compute);
   }
-  // Takes the memory of the taps from the beginning of `memory`.
-  __device__ static SharedTaps alloc(char*& memory, int bins, int max_taps, bool slopes) {
+  // Allocates the taps at `memory` and advances `memory` past them.
+  __device__ static SharedTaps allocate(char*& memory, int bins, int max_taps, bool slopes) {
     SharedTaps taps{};
     taps.weight = reinterpret_cast<Compute*>(memory);
     taps.slope_first = slopes ? taps.weight + max_taps : nullptr;
@@ -42,17 +44,17 @@ struct SharedTaps {
   }
 };
 
-// Finds the taps of all bins of an axis, one bin a thread; none if the box is not to be read. All threads of the block
-// call it.
+// Finds the taps of all bins of an axis, with one thread per bin. There are no taps if the box is not readable. All
+// threads of the block call this function.
 template <class Compute>
 __device__ void find_taps(const RegionAxis& axis, bool readable, int max_taps, const SharedTaps<Compute>& taps) {
   for (int bin = threadIdx.x; bin < axis.bins; bin += blockDim.x) {
-    // Positions ascend, so a pixel that the bin has already read is one of its last two.
-    int count = 0, last = -1, before = -1;
+    // Positions ascend, so a pixel that the bin has already read is one of its last two pixels.
+    int count = 0, last = -1, second_last = -1;
     if (readable)
       for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int pixel, double, double, double) {
-        if (pixel == last || pixel == before) return;
-        before = last;
+        if (pixel == last || pixel == second_last) return;
+        second_last = last;
         last = pixel;
         ++count;
       });
@@ -69,23 +71,23 @@ __device__ void find_taps(const RegionAxis& axis, bool readable, int max_taps, c
     int next = taps.begin[bin];
     const int begin = next, end = taps.begin[bin + 1];
     for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int pixel, double weight, double first, double last) {
-      int at = next;
+      int tap = next;
       for (int i = next - 1; i >= begin && i >= next - 2; --i)
-        if (taps.pixel[i] == pixel) at = i;
-      if (at == end) return;
-      const bool fresh = at == next;
-      next += fresh;
-      taps.pixel[at] = pixel;
-      taps.weight[at] = static_cast<Compute>(weight) + (fresh ? 0 : taps.weight[at]);
+        if (taps.pixel[i] == pixel) tap = i;
+      if (tap == end) return;
+      const bool is_new = tap == next;
+      next += is_new;
+      taps.pixel[tap] = pixel;
+      taps.weight[tap] = static_cast<Compute>(weight) + (is_new ? 0 : taps.weight[tap]);
       if (taps.slope_first == nullptr) return;
-      taps.slope_first[at] = static_cast<Compute>(first) + (fresh ? 0 : taps.slope_first[at]);
-      taps.slope_last[at] = static_cast<Compute>(last) + (fresh ? 0 : taps.slope_last[at]);
+      taps.slope_first[tap] = static_cast<Compute>(first) + (is_new ? 0 : taps.slope_first[tap]);
+      taps.slope_last[tap] = static_cast<Compute>(last) + (is_new ? 0 : taps.slope_last[tap]);
     });
   }
   __syncthreads();
 }
 
-// Adds a pixel to a weighted sum, or to a maximum, which ignores NaN as torchvision's does.
+// Adds a pixel to a weighted sum or to a maximum. The maximum ignores NaN, like torchvision's.
 template <bool kMaximum, class Compute>
 __device__ __forceinline__ void accumulate(Compute& result, Compute pixel, Compute weight) {
   if constexpr (kMaximum)
@@ -95,7 +97,7 @@ __device__ __forceinline__ void accumulate(Compute& result, Compute pixel, Compu
 }
 
 template <bool kMaximum, class Compute>
-__device__ __forceinline__ Compute start_of(bool empty) {
+__device__ __forceinline__ Compute initial_value(bool empty) {
   return kMaximum && !empty ? -static_cast<Compute>(INFINITY) : Compute(0);
 }
 
@@ -106,12 +108,12 @@ __device__ void fill_region(const P& p, int64_t k, typename P::Compute value) {
     p.output[k * size + i] = static_cast<typename P::T>(value);
 }
 
-// Computes one output in one thread, pixel by pixel. Strides are in elements.
+// Computes one output in one thread, pixel by pixel. The strides are in elements.
 template <bool kMaximum, class Compute, class T>
 __device__ Compute pool_pixels(const SharedTaps<Compute>& y, const SharedTaps<Compute>& x, int ph, int pw,
                                const T* origin, int64_t row_stride, int64_t column_stride) {
   const int y_end = y.begin[ph + 1], x_begin = x.begin[pw], x_end = x.begin[pw + 1];
-  Compute result = start_of<kMaximum, Compute>(y.begin[ph] == y_end || x_begin == x_end);
+  Compute result = initial_value<kMaximum, Compute>(y.begin[ph] == y_end || x_begin == x_end);
   for (int i = y.begin[ph]; i < y_end; ++i) {
     const T* row = origin + y.pixel[i] * row_stride;
     for (int j = x_begin; j < x_end; ++j)
@@ -120,18 +122,18 @@ __device__ Compute pool_pixels(const SharedTaps<Compute>& y, const SharedTaps<Co
   return result;
 }
 
-// channels_last. V: neighboring channels of a lane.
+// The forward of channels_last maps. A lane has V neighboring channels.
 template <class P, bool kMaximum, int V>
 __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
   using Compute = typename P::Compute;
   extern __shared__ __align__(16) char memory[];
-  char* free = memory;
+  char* free_memory = memory;
   const int64_t k = blockIdx.x;
   const RegionSource from = region_source(p, k);
   if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
-  const SharedTaps<Compute> y = SharedTaps<Compute>::alloc(free, p.PH, p.max_taps_y, false);
-  const SharedTaps<Compute> x = SharedTaps<Compute>::alloc(free, p.PW, p.max_taps_x, false);
+  const SharedTaps<Compute> y = SharedTaps<Compute>::allocate(free_memory, p.PH, p.max_taps_y, false);
+  const SharedTaps<Compute> x = SharedTaps<Compute>::allocate(free_memory, p.PW, p.max_taps_x, false);
   find_taps(region_axis(p, from.level, k, false), from.finite, p.max_taps_y, y);
   find_taps(region_axis(p, from.level, k, true), from.finite, p.max_taps_x, x);
   const RegionLevel<T>& level = p.levels[from.level];
@@ -150,7 +152,7 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const 
     for (int c = lane * V; c < p.channels; c += 32 * V) {
       Compute result[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) result[v] = start_of<kMaximum, Compute>(y_begin == y_end || x_begin == x_end);
+      for (int v = 0; v < V; ++v) result[v] = initial_value<kMaximum, Compute>(y_begin == y_end || x_begin == x_end);
       for (int i = y_begin; i < y_end; ++i) {
         const T* pixels = image + y.pixel[i] * row + c;
         const Compute weight = y.weight[i];
@@ -170,21 +172,21 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const 
   }
 }
 
-constexpr int kRowBytes = 2048;  // of the combined rows of a warp
+constexpr int kRowBytes = 2048;  // the memory for the combined rows of a warp
 
-// NCHW.
+// The forward of NCHW maps.
 template <class P, bool kMaximum>
 __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
   using Compute = typename P::Compute;
   constexpr int kCapacity = kRowBytes / sizeof(Compute);
   extern __shared__ __align__(16) char memory[];
-  char* free = memory + kRegionWarps * kRowBytes;
+  char* free_memory = memory + kRegionWarps * kRowBytes;
   const int64_t k = blockIdx.x;
   const RegionSource from = region_source(p, k);
   if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
-  const SharedTaps<Compute> y = SharedTaps<Compute>::alloc(free, p.PH, p.max_taps_y, false);
-  const SharedTaps<Compute> x = SharedTaps<Compute>::alloc(free, p.PW, p.max_taps_x, false);
+  const SharedTaps<Compute> y = SharedTaps<Compute>::allocate(free_memory, p.PH, p.max_taps_y, false);
+  const SharedTaps<Compute> x = SharedTaps<Compute>::allocate(free_memory, p.PW, p.max_taps_x, false);
   find_taps(region_axis(p, from.level, k, false), from.finite, p.max_taps_y, y);
   find_taps(region_axis(p, from.level, k, true), from.finite, p.max_taps_x, x);
   const RegionLevel<T>& level = p.levels[from.level];
@@ -192,7 +194,7 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bins = p.PH * p.PW;
   Compute* rows = reinterpret_cast<Compute*>(memory + warp * kRowBytes);
 
-  // The pixels of a bin ascend, and bins ascend or descend, so the outer columns are at the ends of bins.
+  // The pixels of a bin ascend, and bins ascend or descend, so the outermost columns are at the ends of bins.
   int low = level.W, high = 0;
   for (int pw = 0; pw < p.PW; ++pw)
     if (x.begin[pw] < x.begin[pw + 1]) {
@@ -213,16 +215,16 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
     }
     return;
   }
-  const int together = min(p.PH, kCapacity / max(width, 1));  // rows of bins at a time
+  const int max_rows = min(p.PH, kCapacity / max(width, 1));  // rows of bins at a time
   for (int c = blockIdx.y * kRegionWarps + warp; c < p.channels; c += gridDim.y * kRegionWarps) {
     const T* origin = level.input + (int64_t{from.image} * p.channels + c) * plane + low;
     T* out = p.output + (k * p.channels + c) * bins;
-    for (int first = 0; first < p.PH; first += together) {
-      const int some = min(together, p.PH - first);
-      for (int ph = 0; ph < some; ++ph) {
+    for (int first = 0; first < p.PH; first += max_rows) {
+      const int row_count = min(max_rows, p.PH - first);
+      for (int ph = 0; ph < row_count; ++ph) {
         const int begin = y.begin[first + ph], end = y.begin[first + ph + 1];
         for (int column = lane; column < width; column += 32) {
-          Compute result = start_of<kMaximum, Compute>(begin == end);
+          Compute result = initial_value<kMaximum, Compute>(begin == end);
 #pragma unroll 4
           for (int i = begin; i < end; ++i)
             accumulate<kMaximum>(result, static_cast<Compute>(origin[int64_t{y.pixel[i]} * level.W + column]),
@@ -231,11 +233,11 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
         }
       }
       __syncwarp();
-      for (int o = lane; o < some * p.PW; o += 32) {
+      for (int o = lane; o < row_count * p.PW; o += 32) {
         const int ph = o / p.PW, pw = o - ph * p.PW;
         const int begin = x.begin[pw], end = x.begin[pw + 1];
         const bool empty = begin == end || y.begin[first + ph] == y.begin[first + ph + 1];
-        Compute result = start_of<kMaximum, Compute>(empty);
+        Compute result = initial_value<kMaximum, Compute>(empty);
         for (int j = begin; j < end && !empty; ++j)
           accumulate<kMaximum>(result, rows[ph * width + x.pixel[j] - low], x.weight[j]);
         out[first * p.PW + o] = static_cast<T>(result);
@@ -245,8 +247,8 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
   }
 }
 
-// Serves maps of thousands of rows or columns, in either layout, where the taps of a region do not fit in shared
-// memory: every thread finds the taps of its output itself.
+// The forward of maps with thousands of rows or columns, in either layout. The taps of a region do not fit in shared
+// memory, so every thread finds the taps of its output itself.
 template <class P, bool kMaximum>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_outputs_kernel(const __grid_constant__ P p,
                                                                            bool channels_last) {
@@ -266,7 +268,7 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_outputs_kernel(const
     const T* origin = level.input + int64_t{from.image} * p.channels * plane + (channels_last ? c : c * plane);
     const int64_t stride = channels_last ? p.channels : 1;
     const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
-    Compute result = start_of<kMaximum, Compute>(false);
+    Compute result = initial_value<kMaximum, Compute>(false);
     for_each_tap<Compute>(y_axis, ph, 0, level.H - 1, [&](int y, double y_weight, double, double) {
       for_each_tap<Compute>(x_axis, pw, 0, level.W - 1, [&](int x, double x_weight, double, double) {
         accumulate<kMaximum>(result, static_cast<Compute>(origin[(int64_t{y} * level.W + x) * stride]),
@@ -281,15 +283,15 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_outputs_kernel(const
   }
 }
 
-// The gradient of a box: by x1, y1, x2, y2.
+// The gradient with respect to x1, y1, x2 and y2 of a box.
 template <class Compute>
 struct BoxSums {
   Compute x_first = 0, y_first = 0, x_last = 0, y_last = 0;
 };
 
-// Computes a block's partial sums of the gradient of box k: the gradients of outputs times their pixels, weighted by
-// the slopes of the taps. partials: [blocks of a region,K,5], where the batch index has gradient 0. kStaged: taps are
-// in shared memory; otherwise every thread finds them itself.
+// Computes the partial sums of one block for the gradient of box k: the gradients of outputs times their pixels,
+// weighted by the slopes of the taps. partials is [blocks of a region,K,5]; the gradient of the batch index is 0. If
+// kStaged, taps are in shared memory; otherwise every thread finds them itself.
 template <class P, bool kStaged>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const __grid_constant__ P p,
                                                                          bool channels_last,
@@ -298,15 +300,15 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
   using Compute = typename P::Compute;
   extern __shared__ __align__(16) char memory[];
   __shared__ Compute warp_sums[kRegionWarps][4];
-  char* free = memory;
+  char* free_memory = memory;
   const int64_t k = blockIdx.x;
   const RegionSource from = region_source(p, k);
   const bool readable = from.readable();
   const RegionAxis y_axis = region_axis(p, from.level, k, false), x_axis = region_axis(p, from.level, k, true);
   SharedTaps<Compute> y{}, x{};
   if constexpr (kStaged) {
-    y = SharedTaps<Compute>::alloc(free, p.PH, p.max_taps_y, true);
-    x = SharedTaps<Compute>::alloc(free, p.PW, p.max_taps_x, true);
+    y = SharedTaps<Compute>::allocate(free_memory, p.PH, p.max_taps_y, true);
+    x = SharedTaps<Compute>::allocate(free_memory, p.PW, p.max_taps_x, true);
     find_taps(y_axis, readable, p.max_taps_y, y);
     find_taps(x_axis, readable, p.max_taps_x, x);
   }
@@ -322,8 +324,8 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
     const int64_t stride = channels_last ? p.channels : 1;
     const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
     const Compute grad = static_cast<Compute>(p.grad_output[k * outputs + i]);
-    // sum, sum_first, sum_last: the pixels of a row by the weights of their columns, and by the slopes of these
-    // weights.
+    // sum is the sum over the pixels of a row, with the weights of their columns. sum_first and sum_last are the same
+    // sums with the slopes of these weights.
     const auto add_row = [&](Compute weight, Compute first, Compute last, Compute sum, Compute sum_first,
                              Compute sum_last) {
       sums.x_first += grad * weight * sum_first;
@@ -347,11 +349,11 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
       for_each_tap<Compute>(y_axis, ph, 0, level.H - 1, [&](int y, double weight, double first, double last) {
         const T* row = origin + int64_t{y} * level.W * stride;
         Compute sum = 0, sum_first = 0, sum_last = 0;
-        for_each_tap<Compute>(x_axis, pw, 0, level.W - 1, [&](int x, double w, double by_first, double by_last) {
+        for_each_tap<Compute>(x_axis, pw, 0, level.W - 1, [&](int x, double w, double slope_first, double slope_last) {
           const Compute pixel = static_cast<Compute>(row[x * stride]);
           sum += pixel * static_cast<Compute>(w);
-          sum_first += pixel * static_cast<Compute>(by_first);
-          sum_last += pixel * static_cast<Compute>(by_last);
+          sum_first += pixel * static_cast<Compute>(slope_first);
+          sum_last += pixel * static_cast<Compute>(slope_last);
         });
         add_row(static_cast<Compute>(weight), static_cast<Compute>(first), static_cast<Compute>(last), sum, sum_first,
                 sum_last);
@@ -371,10 +373,10 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
   partials[(blockIdx.y * p.K + k) * 5 + threadIdx.x] = sum;
 }
 
-// More dynamic shared memory would have to be enabled kernel by kernel.
+// The limit for dynamic shared memory. More would have to be enabled for each kernel.
 constexpr size_t kSharedBytes = 46 << 10;
 
-// Returns the blocks per region: enough to occupy every multiprocessor, but no more than there is work for.
+// Returns the number of blocks per region: enough to occupy every multiprocessor, but at most `work`.
 unsigned blocks_of(int64_t K, int64_t work) {
   constexpr int64_t kBlocks = 1024;
   return static_cast<unsigned>(std::clamp<int64_t>(std::min(ceil_div(kBlocks, K), work), 1, 65535));
@@ -413,7 +415,7 @@ void launch_boxes(const RegionProblem& problem, const P& p, typename P::Compute*
   const char* op = problem.spec.op;
   const int64_t outputs = problem.PH * problem.PW * p.out_channels;
   const unsigned blocks = blocks_of(problem.K, ceil_div(outputs, 4 * kRegionThreads));
-  // The partial sum of the only block is the gradient.
+  // If there is one block, its partial sum is the gradient.
   const Tensor memory = torch::stable::new_empty(problem.boxes, {blocks > 1 ? blocks : 0, problem.K, 5});
   Compute* partials = blocks > 1 ? static_cast<Compute*>(memory.mutable_data_ptr()) : grad_boxes;
   const size_t taps =

@@ -1,6 +1,6 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align and their backward ops with the
-// signatures of library.cpp. All of them lead to one forward and one backward function of a device, which get the call
-// as a RegionProblem.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align and their backward ops, with the
+// signatures of library.cpp. All of them call one forward or one backward function of a device with a RegionProblem,
+// which describes the call.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,10 +14,12 @@
 
 namespace relops {
 
-// kForward: Tensor (const RegionProblem&).
-// kBackward: void (const RegionProblem&, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes).
-// It fills the gradients of the levels and grad_boxes, which are not initialized; grad_boxes is null where it is not
-// needed. grad_output is in the memory format of the problem, and so is the output, which only kMaximum gets.
+// The functions of a device are
+//   kForward: Tensor (const RegionProblem&), and
+//   kBackward: void (const RegionProblem&, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes).
+// kBackward fills the gradients of the levels and grad_boxes, which are not initialized. grad_boxes is null if it is
+// not needed. output is null except for RegionKind::kMaximum. grad_output and output have the memory format of the
+// problem.
 template <auto kForward, auto kBackward>
 struct RegionOps {
   using OptionalTensor = std::optional<Tensor>;
@@ -80,7 +82,7 @@ struct RegionOps {
     check_shape(op, "output", output,
                 {grad_output.size(0), grad_output.size(1), grad_output.size(2), grad_output.size(3)});
     STD_TORCH_CHECK(output.scalar_type() == grad_output.scalar_type() && output.device() == grad_output.device(), op,
-                    ": output differs from grad_output in dtype or device");
+                    ": output must have the dtype and device of grad_output");
     const bool channels_last = is_channels_last(input);
     const Tensor in_format = torch::stable::contiguous(output, memory_format(channels_last));
     const Ints input_shape{input.size(0), input.size(1), input.size(2), input.size(3)};
@@ -110,7 +112,7 @@ struct RegionOps {
       .op = "relops.ps_roi_pool", .kind = RegionKind::kAveraged, .position_sensitive = true};
   static constexpr RegionSpec kRoiPool{"relops.roi_pool", RegionKind::kMaximum};
 
-  // A mean of bilinear samples. RegionProblem checks the bound of sampling_ratio.
+  // Returns the spec of a mean of bilinear samples. RegionProblem checks the bound of sampling_ratio.
   static RegionSpec sampled(const char* op, int64_t sampling_ratio, bool aligned) {
     return {op, RegionKind::kSampled, aligned,
             static_cast<int>(std::clamp<int64_t>(sampling_ratio, 0, kMaxSamplingRatio + 1))};
@@ -131,7 +133,7 @@ struct RegionOps {
   static Tensor forward(const RegionSpec& spec, const Floats& spatial_scales, const Tensors& inputs,
                         const Tensor& boxes, const Ints& output_size) {
     const char* op = spec.op;
-    STD_TORCH_CHECK(!inputs.empty(), op, ": needs at least one level");
+    STD_TORCH_CHECK(!inputs.empty(), op, ": there must be at least one level");
     STD_TORCH_CHECK(output_size.size() == 2, op, ": output_size must be two numbers");
     Ints input_shape;
     bool channels_last = false;
@@ -146,20 +148,20 @@ struct RegionOps {
                                   inputs[0].scalar_type(), channels_last));
   }
 
-  // needs_grad: of each level, then of the boxes.
+  // needs_grad has one flag per level, then one for the boxes.
   static std::tuple<Tensors, Tensor> backward(const RegionSpec& spec, const Floats& spatial_scales,
                                               const Tensor& grad_output, const Tensors& inputs, const Tensor& boxes,
                                               const Ints& input_shape, bool channels_last, const Flags& needs_grad,
                                               const Tensor* output = nullptr) {
     const char* op = spec.op;
     STD_TORCH_CHECK(grad_output.dim() == 4, op, ": grad_output must be [K,C,PH,PW]");
-    STD_TORCH_CHECK(grad_output.device() == boxes.device(), op, ": grad_output is not on the device of boxes");
+    STD_TORCH_CHECK(grad_output.device() == boxes.device(), op, ": grad_output must be on the device of boxes");
     RegionProblem p(spec, spatial_scales, inputs, boxes, input_shape, grad_output.size(2), grad_output.size(3),
                     grad_output.scalar_type(), channels_last);
     check_shape(op, "grad_output", grad_output, {p.K, p.out_channels(), p.PH, p.PW});
-    STD_TORCH_CHECK(needs_grad.size() == p.levels.size() + 1, op, ": needs_grad must have a flag per gradient");
+    STD_TORCH_CHECK(needs_grad.size() == p.levels.size() + 1, op, ": needs_grad must have one flag per gradient");
     const bool needs_boxes = needs_grad.back();
-    STD_TORCH_CHECK(!needs_boxes || !inputs.empty(), op, ": the gradient of boxes needs the input");
+    STD_TORCH_CHECK(!needs_boxes || !inputs.empty(), op, ": the gradient of boxes requires the input");
     Tensors grads;
     for (size_t l = 0; l < p.levels.size(); ++l) {
       grads.push_back(needs_grad[l] ? p.new_empty({p.N, p.C, p.levels[l].H, p.levels[l].W}) : none_like(grad_output));
@@ -170,7 +172,7 @@ struct RegionOps {
     return {std::move(grads), grad_boxes};
   }
 
-  // The backward of an op with one level. input: nullopt where it is not read.
+  // The backward of an op with one level. input is nullopt if it is not read.
   static std::tuple<Tensor, Tensor> backward_of_one(const RegionSpec& spec, double spatial_scale,
                                                     const Tensor& grad_output, const OptionalTensor& input,
                                                     const Tensor& boxes, const Ints& input_shape, bool channels_last,

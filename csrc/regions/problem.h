@@ -1,16 +1,16 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: one call of one op, as its CPU and
-// its CUDA half get it from ops.h, with its checks.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the description of one call of one
+// op, which ops.h passes to the CPU and CUDA code, and its checks.
 //
-// These checks only keep the kernels inside their tensors when torch.ops is called directly; the errors meant for
-// users are raised by relops/ops/_regions.py.
+// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_regions.py
+// raises the errors that users should see.
 //
-//   RegionSpec                what tells the ops apart; RegionKind: how they weight pixels (taps.h)
-//   RegionProblem             sizes, levels and boxes of a call, checked
+//   RegionSpec                the differences between the ops; RegionKind: how they weight pixels (taps.h)
+//   RegionProblem             the checked sizes, levels and boxes of a call
 //   RegionLevel               one level of its pyramid: size, scale, features, gradient
-//   RegionAxis                one axis of one box on its level, from which follow the taps of its bins (taps.h)
+//   RegionAxis                one axis of one box on its level, which determines the taps of its bins (taps.h)
 //   RegionOps                 the ops with the signatures of library.cpp (ops.h)
-//   RegionArgs, RegionParams  what CPU kernels (cpu_args.h) and CUDA kernels (cuda.cuh) are called with
-//   Region, RegionWork        CPU: one box as taps (cpu_args.h); all boxes in their order, with their memory (cpu.cpp)
+//   RegionArgs, RegionParams  the arguments of CPU kernels (cpu_args.h) and of CUDA kernels (cuda.cuh)
+//   Region, RegionWork        CPU: one box as taps (cpu_args.h); all boxes in order, with their memory (cpu.cpp)
 //   RegionSource              CUDA: the level and the image that a box reads (cuda.cuh)
 #pragma once
 
@@ -24,50 +24,51 @@
 
 namespace relops {
 
-// A level of a feature pyramid, of which all ops but multi_scale_roi_align have one. T is the type of the features, or
-// void where it is known at run time only.
+// A level of a feature pyramid. All ops except multi_scale_roi_align have a single level. T is the type of the
+// features, or void if the type is only known at run time.
 template <class T>
 struct RegionLevel {
   int H, W;
   double scale;    // pixels of the level per unit of the boxes
-  const T* input;  // [N,C,H,W] or [N,H,W,C]; null where the call does not read features
-  T* grad_input;   // likewise; null where the gradient is not needed
+  const T* input;  // [N,C,H,W], or [N,H,W,C] if channels_last; null if the call does not read features
+  T* grad_input;   // has the layout of input; null if the gradient is not needed
 };
 
 struct RegionProblem {
-  // inputs: one per level, or none where only shapes matter (a backward that does not read features). input_shape: N,
-  // C, then H, W per level.
+  // inputs has one tensor per level, or none if the call only needs shapes, as a backward does that reads no features.
+  // input_shape is N, C, then H, W of each level.
   RegionProblem(const RegionSpec& spec, const std::vector<double>& spatial_scales, const std::vector<Tensor>& inputs_,
                 const Tensor& boxes_, const std::vector<int64_t>& input_shape, int64_t PH, int64_t PW, ScalarType dtype,
                 bool channels_last)
       : spec(spec), dtype(dtype), channels_last(channels_last), PH(PH), PW(PW) {
     const char* op = spec.op;
     const size_t L = spatial_scales.size();
-    STD_TORCH_CHECK(L > 0 && input_shape.size() == 2 + 2 * L, op, ": needs one spatial_scale per level");
+    STD_TORCH_CHECK(L > 0 && input_shape.size() == 2 + 2 * L, op, ": there must be one spatial_scale per level");
     N = input_shape[0];
     C = input_shape[1];
     const auto fits = [](int64_t size) { return size >= 0 && size < std::numeric_limits<int32_t>::max() / 4; };
-    STD_TORCH_CHECK(N >= 0 && C >= 0, op, ": negative size");
+    STD_TORCH_CHECK(N >= 0 && C >= 0, op, ": N and C must not be negative");
     for (size_t l = 0; l < L; ++l) {
       const int64_t H = input_shape[2 + 2 * l], W = input_shape[3 + 2 * l];
       const double scale = spatial_scales[l];
-      STD_TORCH_CHECK(fits(H) && fits(W), op, ": a map of more than 2^29 rows or columns");
+      STD_TORCH_CHECK(fits(H) && fits(W), op, ": H and W must be in [0, 2^29 - 1)");
       STD_TORCH_CHECK(std::isfinite(scale) && scale > 0, op, ": spatial_scale must be positive");
       levels.push_back({static_cast<int>(H), static_cast<int>(W), scale, nullptr, nullptr});
     }
     STD_TORCH_CHECK(PH > 0 && PW > 0 && fits(PH) && fits(PW) && fits(PH * PW), op, ": output_size must be positive");
-    STD_TORCH_CHECK(spec.sampling_ratio <= kMaxSamplingRatio, op, ": sampling_ratio is more than ", kMaxSamplingRatio);
+    STD_TORCH_CHECK(spec.sampling_ratio <= kMaxSamplingRatio, op, ": sampling_ratio must be at most ",
+                    kMaxSamplingRatio);
     if (spec.position_sensitive)
       STD_TORCH_CHECK(C % (PH * PW) == 0, op, ": C must be a multiple of the number of bins");
     STD_TORCH_CHECK(boxes_.dim() == 2 && boxes_.size(1) == 5, op, ": boxes must be [K,5]");
     STD_TORCH_CHECK(boxes_.scalar_type() == compute_dtype(dtype), op,
-                    ": boxes must be float32 (float64 beside a float64 input)");
-    STD_TORCH_CHECK(inputs_.empty() || inputs_.size() == L, op, ": needs one spatial_scale per level");
+                    ": boxes must be float32, or float64 if the input is float64");
+    STD_TORCH_CHECK(inputs_.empty() || inputs_.size() == L, op, ": there must be one spatial_scale per level");
     for (size_t l = 0; l < inputs_.size(); ++l) {
       const Tensor& input = inputs_[l];
       check_shape(op, "input", input, {N, C, levels[l].H, levels[l].W});
-      STD_TORCH_CHECK(input.scalar_type() == dtype, op, ": levels differ in dtype");
-      STD_TORCH_CHECK(input.device() == boxes_.device(), op, ": boxes are not on the device of input");
+      STD_TORCH_CHECK(input.scalar_type() == dtype, op, ": all levels must have the same dtype");
+      STD_TORCH_CHECK(input.device() == boxes_.device(), op, ": boxes must be on the device of input");
       inputs.push_back(in_format(input));
       levels[l].input = inputs[l].const_data_ptr();
     }
@@ -85,10 +86,10 @@ struct RegionProblem {
     return torch::stable::empty(shape, dtype, std::nullopt, boxes.device(), std::nullopt, memory_format(channels_last));
   }
 
-  // The finest level's number: its scale is 2^-finest.
+  // Returns the number of the finest level, whose scale is 2^-finest.
   int finest() const { return static_cast<int>(std::lround(-std::log2(levels[0].scale))); }
 
-  // Level l, with features of type T.
+  // Returns level l with features of type T.
   template <class T>
   RegionLevel<T> level(size_t l) const {
     const RegionLevel<void>& level = levels[l];
@@ -100,15 +101,15 @@ struct RegionProblem {
   bool channels_last;
   int64_t N = 0, C = 0, K = 0, PH, PW;
   std::vector<RegionLevel<void>> levels;
-  std::vector<Tensor> inputs;  // what the levels' input points to
+  std::vector<Tensor> inputs;  // the memory to which `input` of each level points
   Tensor boxes;                // [K,5]
 };
 
-// The backward of a maximum stores the number of a pixel in an int.
+// Checks that the number of each pixel fits in an int, in which the backward of a maximum stores it.
 inline void check_pixels_fit_int(const RegionProblem& p) {
   for (const RegionLevel<void>& level : p.levels)
     STD_TORCH_CHECK(int64_t{level.H} * level.W <= std::numeric_limits<int32_t>::max(), p.spec.op,
-                    ": more than 2^31 - 1 pixels in a map");
+                    ": a map must have at most 2^31 - 1 pixels");
 }
 
 }  // namespace relops

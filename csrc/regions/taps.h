@@ -1,15 +1,16 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: from a box to weights of pixels,
-// the arithmetic that the CPU and the CUDA half share.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the arithmetic, shared by the CPU
+// and CUDA kernels, that turns a box into weights of pixels.
 //
-// Every region op but roi_pool is a weighted mean of the pixels of a bin, and its weights are a product of one factor
-// for the row and one for the column: a mean over a grid of bilinear samples (roi_align, ps_roi_align,
-// multi_scale_roi_align), an integral of the bilinear surface over a rectangle (prroi_pool), a mean over a rectangle of
-// pixels (ps_roi_pool). A box is therefore described axis by axis: each bin has a few pixels and their weights, its
-// "taps". roi_pool takes the maximum over a rectangle, and its taps only say which pixels the rectangle holds.
+// Every region op except roi_pool is a weighted mean of the pixels of a bin. The weight of a pixel is the product of
+// one factor for its row and one for its column. The mean is over a grid of bilinear samples (roi_align, ps_roi_align,
+// multi_scale_roi_align), the bilinear surface in a rectangle (prroi_pool), or a rectangle of pixels (ps_roi_pool). A
+// box is therefore described axis by axis: on each axis, a bin has a few pixels and their weights, its "taps". roi_pool
+// is the maximum over a rectangle, and its taps only tell which pixels are in the rectangle.
 //
-// Taps are computed in double whatever the type of the features is: there are few of them, and a box may be huge. Only
-// the decisions, which are the number of samples and the edges rounded to pixels, are computed in Compute, the type of
-// the boxes, step by step as torchvision does, so that they are the same there, on the CPU and on CUDA.
+// Taps are computed in double for every type of features, because there are few of them and a box may be huge. Only the
+// number of samples and the edges that are rounded to pixels are computed in Compute, the type of the boxes. These
+// computations follow torchvision step by step, so that the results are the same in torchvision, on the CPU and on
+// CUDA.
 #pragma once
 
 #include "common/host_device.h"
@@ -23,23 +24,23 @@ enum class RegionKind {
   kMaximum,   // maximum over a rectangle of pixels
 };
 
-// What tells the region ops apart: how a box becomes weights, and which channel and which level it reads.
+// The differences between the region ops: how a box becomes weights, and which channels and which level it reads.
 struct RegionSpec {
   const char* op;  // in error messages
   RegionKind kind;
-  bool aligned = false;    // kSampled: pixel centers lie at half integers, and boxes are not widened to one pixel
-  int sampling_ratio = 0;  // kSampled: samples per bin and axis; <= 0: as many as the bin has pixels, rounded up
+  bool aligned = false;    // kSampled: pixel centers are at half integers, and boxes are not widened to one pixel
+  int sampling_ratio = 0;  // kSampled: samples per bin and axis; if <= 0, the number of pixels of the bin, rounded up
   bool position_sensitive = false;  // output channel c of bin b reads input channel c * bins + b
-  double canonical_box_size = 1;    // pyramids: a square box of this side belongs to level canonical_level
+  double canonical_box_size = 1;    // in pyramids, a square box with this side belongs to level canonical_level
   int canonical_level = 0;
 };
 
 // The largest sampling_ratio that is accepted; it bounds the loops over samples.
 constexpr int kMaxSamplingRatio = 65536;
 
-// The image that a batch index names, which the caller still has to compare with [0,N). An index within 2^-10 of an
-// integer is that integer, so that numerical derivatives can move an index; any other is truncated toward zero, as in
-// torchvision. NaN and infinities are returned unchanged.
+// Returns the image that a batch index names. The caller must check that it is in [0,N). An index within 2^-10 of an
+// integer is rounded to that integer, so that numerical derivatives can vary an index. All others are truncated toward
+// zero, as in torchvision. NaN and infinities are returned unchanged.
 template <class Compute>
 RELOPS_HOST_DEVICE Compute region_image(Compute index) {
   const Compute nearest = round(index), distance = index - nearest;
@@ -50,13 +51,13 @@ RELOPS_HOST_DEVICE Compute region_image(Compute index) {
 struct RegionAxis {
   RegionKind kind;
   int size, bins;
-  double start, bin;     // where bin 0 begins, and the length of a bin, in pixels
+  double start, bin;     // the beginning of bin 0 and the length of a bin, in pixels
   double grid;           // kSampled: samples per bin
   double scale;          // pixels of the map per unit of the boxes
-  bool widened = false;  // kSampled: the length is one pixel whatever the box says, so that its slope is zero
+  bool widened = false;  // kSampled: the box was widened to one pixel, so its length has derivative zero
 };
 
-// first and last are coordinates of the box, finite.
+// Returns the axis of a box whose coordinates on it are first and last. Both must be finite.
 template <class Compute>
 RELOPS_HOST_DEVICE RegionAxis region_axis(const RegionSpec& spec, Compute first, Compute last, double scale, int size,
                                           int bins) {
@@ -93,7 +94,7 @@ RELOPS_HOST_DEVICE inline double clamped(double x, double low, double high) {
   return x < low ? low : x > high ? high : x;
 }
 
-// kAveraged and kMaximum: the pixels [begin, end) of a bin.
+// The pixels [begin, end) of a bin, for kAveraged and kMaximum.
 struct PixelRange {
   int begin, end;
 };
@@ -101,7 +102,7 @@ struct PixelRange {
 template <class Compute>
 RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
   const Compute length = static_cast<Compute>(axis.bin), start = static_cast<Compute>(axis.start);
-  // Means leave out the last row and the last column of the map, as torchvision's forward does.
+  // Means omit the last row and the last column of the map, like torchvision's forward.
   const double limit = axis.kind == RegionKind::kMaximum ? axis.size : axis.size - 1;
   const Compute begin = floor(product(static_cast<Compute>(bin), length)) + start;
   const Compute end = ceil(product(static_cast<Compute>(bin + 1), length)) + start;
@@ -109,51 +110,54 @@ RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
           static_cast<int>(clamped(end, 0, limit < 0 ? 0 : limit))};
 }
 
-// Calls tap(pixel, weight, slope_first, slope_last) for each pixel in [low, high] that the bin reads, in ascending
-// order, at most twice in a row for a sample or a cell; a pixel's weight is the sum over its calls. The slopes are the
-// derivatives of the weight by the box's first and last coordinate. 0 <= low, high < axis.size.
+// Calls tap(pixel, weight, slope_first, slope_last) for the pixels in [low, high] that the bin reads. Samples or cells
+// come in ascending order, and each calls tap for up to two neighboring pixels. The weight of a pixel is the sum over
+// its calls. The slopes are the derivatives of the weight with respect to the first and the last coordinate of the box.
+// low and high must be in [0, axis.size).
 template <class Compute, class Tap>
 RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, int high, Tap tap) {
   switch (axis.kind) {
     case RegionKind::kSampled: {
       if (!(axis.grid >= 1) || axis.size < 1) return;
       const double step = axis.bin / axis.grid, first = axis.start + bin * axis.bin;
-      // Only samples that reach the pixels asked for are visited; at the border they may lie up to a pixel outside.
+      // Only samples that reach the pixels [low, high] are visited. At the border, samples may be up to a pixel
+      // outside.
       const double nearest = low - 1, farthest = high + 1;
       double from = 0, count = axis.grid;
       if (step != 0) {
-        // One sample more on either side than the division gives; each is checked below.
+        // The range has one more sample on either side than the division gives. Each sample is checked below.
         const double a = (nearest - first) / step - 0.5, b = (farthest - first) / step - 0.5;
         from = clamped(floor(a < b ? a : b) - 1, 0, axis.grid);
         const double to = clamped(ceil(a < b ? b : a) + 1, -1, axis.grid - 1);
-        // Past 2^53 neighboring positions are one number, so the count has to be bounded by other means.
+        // Above 2^53, neighboring positions are the same number, so the count needs another bound.
         const double max_count = (farthest - nearest) / (step < 0 ? -step : step) + 4;
         count = to - from + 1 < max_count ? to - from + 1 : max_count;
       }
       for (int j = 0; j < count; ++j) {
-        const double i = step < 0 ? from + count - 1 - j : from + j;  // so that positions ascend
+        const double i = step < 0 ? from + count - 1 - j : from + j;  // positions must ascend
         double position = first + (i + 0.5) * step;
         if (!(position >= -1 && position <= axis.size)) continue;
-        // Beyond the centers of the outer pixels the surface is flat.
-        const bool moves = position > 0 && position < axis.size - 1;
+        // The surface is flat outside of the centers of the outermost pixels.
+        const bool inside = position > 0 && position < axis.size - 1;
         position = clamped(position, 0, axis.size - 1);
         const int pixel = static_cast<int>(position);
         const double fraction = position - pixel, weight = 1 / axis.grid;
-        const double along = axis.widened ? 0 : (bin + (i + 0.5) / axis.grid) / axis.bins;
-        const double slope = moves ? weight * axis.scale : 0;
-        if (pixel >= low && pixel <= high) tap(pixel, (1 - fraction) * weight, -slope * (1 - along), -slope * along);
+        const double relative = axis.widened ? 0 : (bin + (i + 0.5) / axis.grid) / axis.bins;  // position in the box
+        const double slope = inside ? weight * axis.scale : 0;
+        if (pixel >= low && pixel <= high)
+          tap(pixel, (1 - fraction) * weight, -slope * (1 - relative), -slope * relative);
         if (pixel + 1 >= low && pixel + 1 <= high)
-          tap(pixel + 1, fraction * weight, slope * (1 - along), slope * along);
+          tap(pixel + 1, fraction * weight, slope * (1 - relative), slope * relative);
       }
       return;
     }
     case RegionKind::kPrecise: {
       if (!(axis.bin > 0)) return;
       const double a = axis.start + bin * axis.bin, b = a + axis.bin, length = b - a;
-      if (!(length > 0)) return;  // the length was lost when a huge start was rounded
+      if (!(length > 0)) return;  // rounding a huge start made the length 0
       const int begin = static_cast<int>(clamped(floor(a), low - 1, high + 1));
       const int end = static_cast<int>(clamped(ceil(b), low - 1, high + 1));
-      // The derivatives of the two ends of the bin by the two coordinates of the box.
+      // These are the derivatives of the two ends a and b of the bin with respect to the two coordinates of the box.
       const double a_last = axis.scale * bin / axis.bins, a_first = axis.scale - a_last;
       const double b_last = axis.scale * (bin + 1) / axis.bins, b_first = axis.scale - b_last;
       for (int cell = begin; cell < end; ++cell) {
@@ -163,10 +167,10 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
           const int pixel = cell + right;
           if (pixel < low || pixel > high) continue;
           const double weight = part * (right ? middle : 1 - middle);
-          double by_a = weight / length, by_b = -weight / length;
-          if (from == a) by_a -= (right ? a - cell : 1 - (a - cell)) / length;
-          if (to == b) by_b += (right ? b - cell : 1 - (b - cell)) / length;
-          tap(pixel, weight, by_a * a_first + by_b * b_first, by_a * a_last + by_b * b_last);
+          double slope_a = weight / length, slope_b = -weight / length;
+          if (from == a) slope_a -= (right ? a - cell : 1 - (a - cell)) / length;
+          if (to == b) slope_b += (right ? b - cell : 1 - (b - cell)) / length;
+          tap(pixel, weight, slope_a * a_first + slope_b * b_first, slope_a * a_last + slope_b * b_last);
         }
       }
       return;
@@ -182,8 +186,8 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
   }
 }
 
-// Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), eq. 1, as torchvision computes it: the index of the
-// level of a box among `levels`, of which the first has scale 2^-finest.
+// Returns the index of the level of a box by eq. 1 of Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), as
+// torchvision computes it. There are `levels` levels, and the first has scale 2^-finest.
 template <class Compute>
 RELOPS_HOST_DEVICE int region_level(Compute x1, Compute y1, Compute x2, Compute y2, Compute canonical_box_size,
                                     int canonical_level, int finest, int levels) {

@@ -36,7 +36,7 @@ constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
 
 // Returns `blocks` as the size of a one-dimensional grid, or raises an error if it is too large.
 inline unsigned grid_size(const char* op, int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= 2147483647, op, ": too large for one launch (", blocks, " blocks)");
+  STD_TORCH_CHECK(blocks <= 2147483647, op, ": the input is too large for one launch (", blocks, " blocks)");
   return static_cast<unsigned>(blocks);
 }
 
