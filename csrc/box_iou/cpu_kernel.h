@@ -1,4 +1,4 @@
-// box_iou and generalized_box_iou on the CPU: the loops, over vectors of boxes with one array per coordinate.
+// box_iou and generalized_box_iou on the CPU: the loops over boxes, which are stored as one array per coordinate.
 //
 // In the forward pass, lanes are along a row of the output, and the loop is bound by writing the output. In the
 // backward pass, lanes are along a row of grad_output for both gradients, so that grad_output is read in memory order.

@@ -6,8 +6,8 @@
 // Backward: a launch computes the gradient of one side, called own, and sums over the boxes of the other side. The
 // lanes of a warp are along the side in which grad_output has the smaller stride. If that is the own side, each lane
 // sums the gradient of its own box, and the warps of a block divide the other boxes among themselves. If it is the
-// other side, a warp sums the gradient of one own box, over its lanes at the end. A second launch adds up the sums of
-// the blocks in a fixed order. The kernel is bound by arithmetic.
+// other side, a warp sums the gradient of one own box and adds up its lanes at the end. A second launch adds up the
+// sums of the blocks in a fixed order. The kernel is bound by arithmetic.
 
 #include <algorithm>
 

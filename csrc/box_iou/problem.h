@@ -17,14 +17,12 @@ namespace relops {
 
 // ---- A pair of boxes. As in common/boxes.h, F is float, double, or a vector of them. ----
 
-// Returns the width of the hull, which is the smallest box around both boxes. It is negative if the boxes are so
-// inverted that they have no hull.
+// Return the width and the height of the hull, which is the smallest box around both boxes. They are negative if the
+// boxes are so inverted that they have no hull.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F hull_width(const Box<F>& a, const Box<F>& b) {
   return larger(a.x2, b.x2) - smaller(a.x1, b.x1);
 }
-
-// Returns the height of the hull, like hull_width.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F hull_height(const Box<F>& a, const Box<F>& b) {
   return larger(a.y2, b.y2) - smaller(a.y1, b.y1);
@@ -73,12 +71,12 @@ RELOPS_HOST_DEVICE_INLINE void add_gradient(BoxGradient<F>& sum, const Box<F>& o
   const F height = smaller(own.y2, other.y2) - larger(own.y1, other.y1);
   const F common_area = product(larger(width, none), larger(height, none));
   const F union_area = own_area + other_area - common_area;
-  // Gradients of common_area / union_area with respect to the area of a box and to common_area.
+  // These are the gradients of common_area / union_area with respect to the area of a box and to common_area.
   const F inverse = union_area == none ? none : 1 / union_area;
   F grad_area = -(grad * inverse) * (common_area * inverse);
   F grad_common_area = grad * inverse - grad_area;
   F grad_hull_width{}, grad_hull_height{};
-  if constexpr (kGeneralized) {  // adds the gradients of union_area / hull_area
+  if constexpr (kGeneralized) {  // add the gradients of union_area / hull_area
     const F hull_w = hull_width(own, other), hull_h = hull_height(own, other);
     const F hull_area = product(larger(hull_w, none), larger(hull_h, none));
     const F inverse_hull = hull_area == none ? none : 1 / hull_area;

@@ -50,8 +50,8 @@ void dispatch_features(const char* op, ScalarType features, F f) {
   }
 }
 
-// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U. U is T, or it is float and T is a
-// 16-bit type.
+// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U. U is either T, or float if T has 16
+// bits.
 template <class F>
 void dispatch_features_and_coordinates(const char* op, ScalarType features, ScalarType coordinates, F f) {
   const bool same = features == coordinates;

@@ -11,8 +11,8 @@
 #else
 #define RELOPS_HOST_DEVICE
 // Inlining is forced, because templates that take vectors of common/cpu/simd.h are instantiated for the instruction set
-// of the file and not of the caller. A call that was not inlined would pass the vectors where the function does not
-// expect them.
+// of the file and not of the caller. A call that was not inlined would pass the vectors in a way that the function does
+// not expect.
 #define RELOPS_HOST_DEVICE_INLINE inline __attribute__((always_inline))
 #endif
 

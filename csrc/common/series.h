@@ -1,4 +1,4 @@
-// Power series of sine, cosine and logarithm, for host and device. F is float, double or a vector of them
+// Polynomials that approximate sine, cosine and logarithm, for host and device. F is float, double or a vector of them
 // (common/cpu/simd.h).
 #pragma once
 

@@ -52,8 +52,8 @@ inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<Compute>& y, int64
   return {begin, end};
 }
 
-// The gradient of position-sensitive means on channels_last maps. For each bin, the gradient of an output channel goes
-// to a different channel of the pixels.
+// Computes the gradient of position-sensitive means on channels_last maps. For each bin, the gradient of an output
+// channel goes to a different channel of the pixels.
 template <class T>
 void mean_backward_bands_sensitive(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -130,7 +130,7 @@ inline void add_to_pixels(const PixelList<Compute>& pixels, const Compute* grad,
   }
 }
 
-// The gradient of means. Sums are rows of channels in memory of the thread, for either layout.
+// Computes the gradient of means. For either layout, sums are rows of channels in memory of the thread.
 template <class T, bool kChannelsLast>
 void mean_backward_bands(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;

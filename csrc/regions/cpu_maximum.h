@@ -1,6 +1,7 @@
-// roi_pool on the CPU: backward, and forward of NCHW maps if regions read little of a map (see cpu_slices.h otherwise).
+// roi_pool on the CPU: the backward pass, and the forward pass on NCHW maps if regions read little of a map (otherwise,
+// cpu_slices.h is used).
 //
-// No indices are saved for the backward. It finds the first maximum of a bin again by comparison with the output.
+// No indices are saved for the backward pass. It finds the first maximum of a bin again by comparison with the output.
 #ifndef RELOPS_REGIONS_MAXIMUM
 #define RELOPS_REGIONS_MAXIMUM
 
@@ -89,7 +90,7 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
 }
 
 // Finds for each column the maximum of the rows and the first row that has it, or -1 if no row is greater than
-// -infinity. NaN is not greater.
+// -infinity. NaN is not greater than -infinity.
 template <class T, class Compute>
 inline void first_maxima(const T* first, const T* end, const int64_t* offset, int64_t count, int64_t width,
                          Compute* maxima, Int<Compute>* first_row) {
@@ -172,8 +173,8 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// The gradient on channels_last maps. An item is some channels of a whole map. Bands of rows would cost too much,
-// because a maximum must be searched from the first row of its bin on.
+// Computes the gradient on channels_last maps. An item is some channels of a whole map. Bands of rows would cost too
+// much, because a maximum must be searched from the first row of its bin on.
 template <class T>
 void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;

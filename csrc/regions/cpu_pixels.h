@@ -1,7 +1,7 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: forward of
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the forward pass on
 // channels_last maps.
 //
-// An item is a region. The pixels of a bin are added up for one vector of channels at a time.
+// An item is a region. The pixels of a bin are combined one vector of channels at a time.
 #ifndef RELOPS_REGIONS_PIXELS
 #define RELOPS_REGIONS_PIXELS
 
@@ -27,8 +27,8 @@ struct PixelList {
         offset(scratch.allocate<int64_t>(max_count)),
         weight(scratch.allocate<Compute>(max_count)) {}
 
-  // Lists the pixels of the taps [begin, end) of the rows and of the bins in column pw, and calls f(first, last) with
-  // each list. first and last tell whether it is the first and the last list. There is at least one list; if it is the
+  // Lists the pixels of a bin in column pw, for its row taps [begin, end), and calls f(first, last) after filling each
+  // list. first and last tell whether the list is the first and the last one. There is at least one list; if it is the
   // only one, first and last are compile-time constants. Pixel 0 of the map is at `origin`, and a pixel has `stride`
   // elements.
   template <class F>
@@ -61,7 +61,7 @@ struct PixelList {
 };
 
 // Calls f(c, n) for blocks of channels, which are n vectors from channel c on. The last block is moved back so that it
-// ends at the last channel. If the channels do not fill one vector, calls nothing and returns false.
+// ends at the last channel. If the channels do not fill one vector, does not call f and returns false.
 template <class Compute, int kVectors, class F>
 inline bool for_each_channel_block(int64_t channels, F f) {
   constexpr int64_t V = kLanes<Compute>;

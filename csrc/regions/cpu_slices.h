@@ -1,5 +1,5 @@
-// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: forward of NCHW maps by slices, which is used if
-// regions read a map more than once.
+// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the forward pass on NCHW maps by slices, which is
+// used if regions read a map more than once.
 //
 // An item is a slice, which is a vector of channels of a map. A slice is transposed to rows of channels, in registers,
 // once for all regions, so that every load is a whole vector of channels. For each row of bins, the rows of pixels are

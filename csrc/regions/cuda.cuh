@@ -9,7 +9,7 @@
 
 namespace relops {
 
-constexpr int kMaxRegionLevels = 16;  // is limited because levels are kernel parameters
+constexpr int kMaxRegionLevels = 16;  // limited, because levels are kernel parameters
 constexpr int kRegionThreads = 256;
 constexpr int kRegionWarps = kRegionThreads / 32;
 
@@ -102,7 +102,7 @@ __device__ inline RegionAxis region_axis(const RegionParams<T>& p, int level, in
   return region_axis(p.spec, box[0], box[2], map.scale, is_x ? map.W : map.H, is_x ? p.PW : p.PH);
 }
 
-// Fills the gradients of the levels that need one. It is defined in cuda_backward.cu.
+// Fills the gradients of the levels that need one. The definition is in cuda_backward.cu.
 void region_backward_input(const RegionProblem& p, const Tensor& grad_output, const Tensor* output,
                            cudaStream_t stream);
 

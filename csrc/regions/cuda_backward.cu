@@ -13,7 +13,8 @@
 // - NCHW: lanes have neighboring columns, and each thread has four rows of two channels. The sum over a row of bins is
 //   computed once for all rows of pixels that these bins read.
 //
-// The kernel is bound by the latency of processing boxes one after the other. Many blocks per multiprocessor hide it.
+// The kernel is bound by the latency of processing boxes one after the other. Running many blocks per multiprocessor
+// hides this latency.
 //
 // roi_pool: the gradient of a maximum goes to one pixel. A first kernel finds that pixel by scanning the bins again and
 // stores it as one integer per output. The gather kernel compares this integer with its own pixels.
@@ -40,9 +41,9 @@ struct Tile {
   int level, image, top, left, bottom, right;
 };
 
-// The part of a tile that a thread sums. For channels_last, it is the pixels (row, column + i) and the channels channel
-// + v. For NCHW, it is the pixels (i, column) and the channels channel + v * kRegionWarps. Rows and columns are
-// relative to the top left corner of the tile.
+// The part of a tile that a thread sums. For channels_last, it consists of pixels (row, column + i) and channels
+// `channel + v`. For NCHW, it consists of pixels (i, column) and channels `channel + v * kRegionWarps`. Rows and
+// columns are relative to the top left corner of the tile.
 struct ThreadPixels {
   int row, column, channel;
 };
@@ -85,7 +86,7 @@ __device__ __forceinline__ Tile tile_of_block(const P& p) {
   return {l, image, top, left, min(top + kTileRows, p.levels[l].H) - 1, min(left + kColumns, p.levels[l].W) - 1};
 }
 
-// Returns whether a region may read the pixels [low, high]. It may return true if the region does not read them.
+// Returns whether a region may read the pixels [low, high]. It may return true even if the region does not.
 __device__ inline bool may_reach(const RegionAxis& axis, int low, int high) {
   const double end = axis.start + axis.bins * axis.bin;
   const double region_low = end < axis.start ? end : axis.start, region_high = end < axis.start ? axis.start : end;
@@ -145,7 +146,7 @@ __device__ __forceinline__ void find_weights(const P& p, const Tile& tile, const
   __syncthreads();
 }
 
-// Accumulates the gradient of position-sensitive ops, in which a channel belongs to one bin, for either layout.
+// Accumulates the gradient of position-sensitive ops for either layout. In these ops, a channel belongs to one bin.
 template <bool kChannelsLast, class P, class Weights, class Compute, int V>
 __device__ __forceinline__ void accumulate_sensitive(const P& p, const ThreadPixels& own, const BinBlock& block,
                                                      const Weights& weights, Compute (&sums)[kThreadPixels][V]) {

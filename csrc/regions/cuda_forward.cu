@@ -122,7 +122,7 @@ __device__ Compute pool_pixels(const SharedTaps<Compute>& y, const SharedTaps<Co
   return result;
 }
 
-// The forward of channels_last maps. A lane has V neighboring channels.
+// Computes the forward pass on channels_last maps. Each lane has V neighboring channels.
 template <class P, bool kMaximum, int V>
 __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
@@ -174,7 +174,7 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const 
 
 constexpr int kRowBytes = 2048;  // the memory for the combined rows of a warp
 
-// The forward of NCHW maps.
+// Computes the forward pass on NCHW maps.
 template <class P, bool kMaximum>
 __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
@@ -247,8 +247,8 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
   }
 }
 
-// The forward of maps with thousands of rows or columns, in either layout. The taps of a region do not fit in shared
-// memory, so every thread finds the taps of its output itself.
+// Computes the forward pass on maps with thousands of rows or columns, in either layout. The taps of a region do not
+// fit in shared memory, so every thread finds the taps of its output itself.
 template <class P, bool kMaximum>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_outputs_kernel(const __grid_constant__ P p,
                                                                            bool channels_last) {
@@ -373,7 +373,7 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
   partials[(blockIdx.y * p.K + k) * 5 + threadIdx.x] = sum;
 }
 
-// The limit for dynamic shared memory. More would have to be enabled for each kernel.
+// The limit for dynamic shared memory. A higher limit would have to be enabled for each kernel.
 constexpr size_t kSharedBytes = 46 << 10;
 
 // Returns the number of blocks per region: enough to occupy every multiprocessor, but at most `work`.

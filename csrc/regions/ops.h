@@ -1,5 +1,5 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align and their backward ops, with the
-// signatures of library.cpp. All of them call one forward or one backward function of a device with a RegionProblem,
+// signatures of library.cpp. All of them call the forward or the backward function of a device with a RegionProblem,
 // which describes the call.
 #pragma once
 
@@ -172,7 +172,7 @@ struct RegionOps {
     return {std::move(grads), grad_boxes};
   }
 
-  // The backward of an op with one level. input is nullopt if it is not read.
+  // Calls backward for an op with one level. input is nullopt if it is not read.
   static std::tuple<Tensor, Tensor> backward_of_one(const RegionSpec& spec, double spatial_scale,
                                                     const Tensor& grad_output, const OptionalTensor& input,
                                                     const Tensor& boxes, const Ints& input_shape, bool channels_last,

@@ -1,5 +1,5 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the description of one call of one
-// op, which ops.h passes to the CPU and CUDA code, and its checks.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the description of a call of one
+// of these ops, which ops.h passes to the CPU and CUDA code, and its checks.
 //
 // These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_regions.py
 // raises the errors that users should see.
@@ -35,8 +35,8 @@ struct RegionLevel {
 };
 
 struct RegionProblem {
-  // inputs has one tensor per level, or none if the call only needs shapes, as a backward does that reads no features.
-  // input_shape is N, C, then H, W of each level.
+  // inputs has one tensor per level, or is empty if the call needs only shapes, like a backward pass that reads no
+  // features. input_shape is N, C, then H, W of each level.
   RegionProblem(const RegionSpec& spec, const std::vector<double>& spatial_scales, const std::vector<Tensor>& inputs_,
                 const Tensor& boxes_, const std::vector<int64_t>& input_shape, int64_t PH, int64_t PW, ScalarType dtype,
                 bool channels_last)

@@ -64,8 +64,8 @@ constexpr int64_t kept_size(int64_t n) {
   return round_up(n, kLanes<Compute>) * KeptBoxes<Compute>::kRows;
 }
 
-// Sets kept[i] = 1 for each box i of a class that is kept, for at most max_kept of its n boxes. All kept[i] must be
-// 0 at first.
+// Sets kept[i] = 1 for each box i of a class that is kept, for at most max_kept of its n boxes. All kept[i] must be 0
+// before the call.
 template <class Compute>
 void suppress_class(const BoundedBox<Compute>* boxes, int64_t n, Compute threshold, int64_t max_kept, uint8_t* kept,
                     Compute* memory) {

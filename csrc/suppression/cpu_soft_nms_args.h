@@ -19,7 +19,7 @@ struct SoftNmsArgs {
   const uint32_t* indices;  // indices of the valid entries, grouped by class; they ascend within each class
   const ClassOfImage* classes;
   int64_t num_classes;
-  Compute* decayed;  // [B,K]; all 0 at first; stays 0 for entries that are not kept
+  Compute* decayed;  // [B,K]; must be 0 before the call and stays 0 for entries that are not kept
 };
 
 }  // namespace relops

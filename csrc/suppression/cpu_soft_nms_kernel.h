@@ -2,9 +2,10 @@
 //
 // Each step keeps the entry with the highest score and makes one pass over all other entries. The pass computes their
 // IoU with the kept entry, lets their scores decay, and finds the highest score for the next step. An entry whose score
-// falls to the threshold is removed. After as many steps as a quarter of the stored entries, the remaining entries are
-// moved together. The kernel is bound by arithmetic: about 15 operations for a vector of entries that do not intersect
-// the kept one, and an exponential for a vector in which an entry does.
+// falls to the threshold is removed. When the number of steps since the last move reaches a quarter of the stored
+// entries, the remaining entries are moved together. The kernel is bound by arithmetic: about 15 operations for a
+// vector of entries that do not intersect the kept entry, and in addition an exponential for a vector with an entry
+// that does.
 
 #include "common/cpu/simd.h"
 #include "suppression/cpu_soft_nms_args.h"
@@ -57,8 +58,8 @@ struct Best {
   }
 };
 
-// Computes the decay of the n entries of a class, whose `indices` ascend. Sets decayed[index] of each kept entry to the
-// score with which it is kept.
+// Computes the decay of the scores of the n entries of a class, whose `indices` ascend. Sets decayed[index] of each
+// kept entry to its final score.
 template <class Compute>
 void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t n, const Compute* boxes,
                  const Compute* scores, Compute* decayed, SoftRows<Compute> rows) {

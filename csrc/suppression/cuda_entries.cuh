@@ -58,7 +58,7 @@ struct SortBuffers {
     arena.allocate(workspace, workspace_bytes);
   }
 
-  // Sorts by the low `bits` bits of the keys and keeps the order of equal ones.
+  // Sorts by the low `bits` bits of the keys and keeps the order of equal keys.
   void sort(int64_t n, int bits, cudaStream_t stream) {
     STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, keys, sorted, values, order,
                                                    static_cast<int>(n), 0, bits, stream));
@@ -111,8 +111,8 @@ struct Span {
   int begin, end;
 };
 
-// Sets spans[i] to the span of the class of position i. The classes[i] of each image, which has K positions, are
-// sorted. If longest is not null, it is raised to the length of the longest span.
+// Sets spans[i] to the span of the class of position i. `classes` must be sorted within each image, which has K
+// positions. If longest is not null, *longest is raised to the length of the longest span.
 static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, int K, const int64_t* classes,
                                                                      Span* spans, int* longest) {
   const int64_t i = thread_index();

@@ -1,16 +1,16 @@
 // nms, batched_nms and nms_padded on CUDA: greedy suppression without the N x N matrix of bits and without the host.
 //
 // Entries are sorted by score, then by class (two stable radix sorts), so that a class is a span of positions. A span
-// is processed in chunks of 1024 boxes: round r processes chunk r of every span, in three launches:
+// is processed in chunks of 1024 boxes. Round r processes chunk r of every span in three launches:
 //
 // - suppress: compares every box from chunk r on with the boxes that chunk r - 1 kept. Each thread has one box and
 //   stops at the first kept box that suppresses it. Kept boxes are broadcast to the threads. The launch is bound by
 //   arithmetic: it compares all N x kept / 2 pairs.
 // - mask: finds which later boxes of its chunk each box would suppress, and stores one bit for each. Each warp has one
 //   box.
-// - resolve: one block per chunk goes through the greedy order, 64 boxes at a time. Bits in registers decide within
-//   the 64 boxes; then the mask rows of the kept boxes mark later boxes as suppressed. The launch is bound by latency:
-//   16 steps of about a microsecond.
+// - resolve: goes through the greedy order of each chunk, with one block per chunk and 64 boxes at a time. Bits in
+//   registers decide within the 64 boxes; then the mask rows of the kept boxes mark later boxes as suppressed. The
+//   launch is bound by latency: 16 steps of about a microsecond.
 //
 // The number of rounds is that of the longest possible span, because the host does not know the spans.
 
@@ -21,7 +21,7 @@ namespace relops {
 namespace {
 
 constexpr int kChunk = 1024, kWords = kChunk / 64;
-constexpr unsigned kMaxBlocks = 4096;  // of launches in which most positions do not belong to the round
+constexpr unsigned kMaxBlocks = 4096;  // limit for launches in which most positions are not part of the round
 
 // Boxes and area bounds are in separate arrays, so that a box is one or two loads of 16 bytes.
 template <class Compute>
@@ -51,10 +51,10 @@ struct NmsParams {
   bool by_class;
   Compute threshold;
 
-  const Compute* boxes;      // [n,4]
-  const int32_t* ranked;     // [n]: entries by image and descending score, with invalid ones at the end of each image
-  const int32_t* rank;       // [n]: index into `ranked` of each position; null without classes, when they are equal
-  const int64_t* idxs;       // [n]: class of each entry
+  const Compute* boxes;   // [n,4]
+  const int32_t* ranked;  // [n]: entries by image and descending score, with invalid ones at the end of each image
+  const int32_t* rank;  // [n]: index into `ranked` of each position; null without classes, when it equals the position
+  const int64_t* idxs;  // [n]: class of each entry
   const int64_t* class_of;   // [n]: class of each position
   Span* spans;               // [n]: span of each position; only with classes
   const int* longest;        // length of the longest span; only with classes
@@ -191,7 +191,7 @@ __device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, u
   }
   __syncthreads();
   for (int w = 0; w < words; ++w) {
-    // The rows of suppressed boxes were not written. They are read here, but not used.
+    // The rows of suppressed boxes were not written. Their values are read here, but not used.
     const int low = 64 * w + lane, high = low + 32;
     const uint64_t* low_row = p.mask + p.slot(chunk + min(low, size - 1)) * kWords;
     const uint64_t* high_row = p.mask + p.slot(chunk + min(high, size - 1)) * kWords;

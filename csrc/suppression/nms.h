@@ -50,9 +50,9 @@ RELOPS_HOST_DEVICE inline bool is_valid(const Compute* box, S score, S score_thr
 }
 
 // A box and its area bound, which is t / (1 + t) times its area, minus a margin for the rounding of the bound and of
-// intersections. Except for rounding, IoU > t is equivalent to intersection > t / (1 + t) (area + area). Therefore, if
-// the intersection of two boxes is not larger than the sum of their area bounds, neither box suppresses the other. If
-// it is larger, suppresses() decides.
+// intersections. Except for rounding, IoU > t is equivalent to intersection > t / (1 + t) (area_a + area_b). Therefore,
+// if the intersection of two boxes is not larger than the sum of their area bounds, neither box suppresses the other.
+// If it is larger, suppresses() decides.
 template <class Compute>
 struct BoundedBox {
   Box<Compute> box;

@@ -13,7 +13,7 @@ Isa isa();
 
 const char* isa_name(Isa isa);
 
-// Returns the size of the vectors that kernels for this instruction set use.
+// Returns the number of bytes of the vectors that kernels for this instruction set use.
 int64_t vector_bytes(Isa isa);
 
 }  // namespace relops

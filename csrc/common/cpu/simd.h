@@ -41,7 +41,7 @@ struct VecTypes<double> {
 
 template <class Compute>
 using Vec = typename VecTypes<Compute>::Float;
-// Integers are as wide as Compute, so that a comparison of two Vec<Compute> is a mask for both types.
+// Integers are as wide as Compute, so that a comparison of two Vec<Compute> is a mask for either type of vector.
 template <class Compute>
 using VecInt = typename VecTypes<Compute>::Int;
 template <class Compute>
@@ -233,7 +233,7 @@ inline Compute sum(Vec<Compute> v) {
   return fold<Compute>(v, [](Vec<Compute> a, Vec<Compute> b) { return a + b; });
 }
 
-// Returns the lanes of a mask as bits.
+// Converts a vector mask to a bit mask with one bit per lane.
 template <class Compute>
 inline unsigned mask_bits(VecInt<Compute> mask) {
 #if RELOPS_VECTOR_BYTES == 64
@@ -272,8 +272,8 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 #endif
 
-// Returns the lanes in which a > b as bits. It uses an intrinsic, because GCC turns the mask of a comparison into a
-// vector first, and that vector into a mask again.
+// Returns the bit mask of the lanes in which a > b. It uses an intrinsic, because GCC converts the result of a
+// comparison to a vector mask and then back to a bit mask.
 inline unsigned greater_bits(Vec<float> a, Vec<float> b) {
 #if RELOPS_VECTOR_BYTES == 64
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
@@ -289,7 +289,7 @@ inline unsigned greater_bits(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Returns the lanes in which a and b are equal as bits.
+// Returns the bit mask of the lanes in which a == b.
 inline unsigned equal_bits(Vec<double> a, Vec<double> b) {
 #if RELOPS_VECTOR_BYTES == 64
   return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
@@ -326,7 +326,7 @@ RELOPS_HOST_DEVICE_INLINE Batch<Compute, N> batch(F f) {
   return x;
 }
 
-// Divides `lanes` lanes into batches and calls f(k, count) for each: the batch has `count` vectors and begins at lane
+// Divides `lanes` lanes into batches and calls f(k, count) for each batch, which has `count` vectors and begins at lane
 // k. count is N while at least N whole vectors remain, then 1.
 template <class Compute, int N, class F>
 RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
@@ -336,7 +336,7 @@ RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
 }
 
 // Computes e^x to about 1 unit in the last place. x must not be so large that e^x overflows. NaN stays NaN. In float,
-// results below the normal range are inexact down to x = -87.7 and 0 below it.
+// results below the normal range are inexact down to x = -87.7 and 0 for smaller x.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential(Batch<float, N> x) {
   // At x = -88, the power of two that is computed below is 2^-127, whose bits are those of 0.
@@ -356,9 +356,9 @@ inline Batch<double, N> exponential(Batch<double, N> x) {
   return x;
 }
 
-// Computes e^x for x <= 0 with an absolute error of at most 1.5e-7, which suffices for a softmax, in two thirds of the
-// operations of exponential(). The relative error of small results grows in proportion to -x, because x times log2(e)
-// is rounded once.
+// Computes e^x for x <= 0 with an absolute error of at most 1.5e-7, which suffices for a softmax. It takes two thirds
+// of the operations of exponential(). The relative error of small results grows in proportion to -x, because x times
+// log2(e) is rounded once.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential_of_softmax(Batch<float, N> x) {
   x = x * 1.44269504f;

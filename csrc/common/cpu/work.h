@@ -51,10 +51,10 @@ inline void use_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-// Returns how many threads to use for work that takes one thread `nanoseconds`, which the caller estimates to a factor
-// of two. If all cores are busy, another thread begins only at the end of a scheduler's time slice, milliseconds later.
-// Small work therefore stays on one thread, whatever its number of items. Results must not depend on the number of
-// threads.
+// Returns how many threads to use for work that would take one thread `nanoseconds`. The caller estimates this time to
+// a factor of two. If all cores are busy, another thread begins only at the end of a scheduler's time slice,
+// milliseconds later. A small amount of work therefore stays on one thread, however many items it has. Results must not
+// depend on the number of threads.
 inline int64_t threads_for(double nanoseconds) {
   constexpr double kNanosecondsPerThread = 50e3;
   const double threads = std::round(nanoseconds / kNanosecondsPerThread);

@@ -26,13 +26,14 @@ inline cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Returns the tensor contiguous and aligned to 16 bytes. A view with an offset may not be aligned.
+// Returns the tensor, or a copy of it, that is contiguous and aligned to 16 bytes. A view with an offset may be
+// unaligned.
 inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
   const torch::stable::Tensor dense = torch::stable::contiguous(tensor);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
 }
 
-constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
+constexpr unsigned kAll = 0xffffffffu;  // the mask of all lanes of a warp
 
 // Returns `blocks` as the size of a one-dimensional grid, or raises an error if it is too large.
 inline unsigned grid_size(const char* op, int64_t blocks) {
@@ -40,7 +41,7 @@ inline unsigned grid_size(const char* op, int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// V values that are loaded and stored with one instruction. They must have 2, 4, 8 or 16 bytes in total.
+// V values that are loaded and stored with one instruction. Their total size must be 2, 4, 8 or 16 bytes.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T x[V];
@@ -124,7 +125,7 @@ __device__ __forceinline__ void reduce_add(double* p, const double (&x)[V], bool
   for (int i = 0; i < V; ++i) atomicAdd(p + i, x[i]);
 }
 
-// Returns the address row * stride bytes after p. It costs one multiply-add; 64-bit factors would cost half a dozen
+// Returns the address row * stride bytes after p. This takes one multiply-add; 64-bit factors would take half a dozen
 // instructions.
 template <class T>
 __device__ __forceinline__ T* row_at(T* p, int row, unsigned stride) {

@@ -7,8 +7,8 @@
 // Four lanes hold the elements of a row. They may divide the elements in any way, as long as a and b agree.
 //
 // A tensor core rounds float32 to 11 bits (TF32). An operand that must keep the precision of float32 is split into two
-// such numbers, and a product takes three tensor core products; it is exact to about 21 bits. Sums that are rounded to
-// 16 bits before they are multiplied again are split in the same way.
+// such numbers. The product of two such operands takes three tensor core products and is exact to about 21 bits. Sums
+// that are rounded to 16 bits before they are multiplied again are split in the same way.
 #pragma once
 
 #include <bit>
@@ -21,7 +21,7 @@ template <class T>
 constexpr int kLaneDepth = sizeof(T) == 2 ? 4 : 2;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
-// Returns a number as a tensor core reads it.
+// Returns a number with the precision with which a tensor core reads it.
 template <class T>
 __device__ inline ComputeType<T> mma_input(T x) {
   if constexpr (std::is_same_v<T, float>)
