@@ -46,7 +46,7 @@ void dispatch_features(const char* op, ScalarType features, F f) {
     case ScalarType::BFloat16:
       return f(Type<BFloat16>{});
     default:
-      STD_TORCH_CHECK(false, op, ": expected float64, float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, op, ": features must be float64, float32, float16 or bfloat16");
   }
 }
 
@@ -68,7 +68,7 @@ void dispatch_features_and_coordinates(const char* op, ScalarType features, Scal
     case ScalarType::BFloat16:
       return same ? f(Type<BFloat16>{}, Type<BFloat16>{}) : f(Type<BFloat16>{}, Type<float>{});
     default:
-      STD_TORCH_CHECK(false, op, ": expected float64, float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, op, ": features must be float64, float32, float16 or bfloat16");
   }
 }
 

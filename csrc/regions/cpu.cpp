@@ -2,9 +2,9 @@
 // taps, division of work among threads, and registration.
 //
 // First, the boxes are ordered by the map that they read and then from top to bottom, and each thread converts a range
-// of boxes to taps (taps.h). Then the kernels of cpu_kernel.h process items. An item is some channels of a map, a band
-// of rows of a map, or one region. A thread that has finished an item gets the next one. No two items write the same
-// number, so results do not depend on the number of threads.
+// of boxes to taps (taps.h). Then the kernels of cpu_kernel.h process items. A work item is some channels of a map, a
+// band of rows of a map, or one region. A thread that has finished an item gets the next one. No two items write the
+// same number, so results do not depend on the number of threads.
 //
 // The kernels are bound by loading cache lines from L2 and L3, because regions overlap and read a map many times, and
 // by the first touch of large results, for which huge pages are therefore requested.

@@ -1,7 +1,7 @@
 // roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align, ps_roi_pool on the CPU: the gradient of the input by
 // bands of rows.
 //
-// An item is a band of rows of one map, for some channels. The band stays in cache as rows of channels while all
+// A work item is a band of rows of one map, for some channels. The band stays in cache as rows of channels while all
 // regions that reach into it add their gradients. NCHW gradients are transposed in registers when they are read and
 // written. One thread sums a whole band, so the order of summation is fixed. (The gradient of the input of ps_roi_align
 // and ps_roi_pool on NCHW maps is in cpu_planes.h.)

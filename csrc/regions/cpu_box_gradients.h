@@ -1,10 +1,10 @@
 // roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align on the CPU: the gradient of the boxes.
 //
-// NCHW: an item is a block of channels of a map, for all or some of its regions. It stores partial sums for each
+// NCHW: a work item is a block of channels of a map, for all or some of its regions. It stores partial sums for each
 // region, which cpu.cpp adds up. For each vector of columns, the gradients of a row of bins are spread to the columns,
 // and the rows of pixels are combined. Both use the weights of the taps and the slopes of these weights.
 //
-// channels_last: an item is a region.
+// channels_last: a work item is a region.
 #ifndef RELOPS_REGIONS_BOX_GRADIENTS
 #define RELOPS_REGIONS_BOX_GRADIENTS
 

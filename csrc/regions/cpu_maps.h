@@ -45,8 +45,8 @@ std::pair<int64_t, int64_t> rows_read(const Map<T>& map) {
   return {std::min(low, high), high};
 }
 
-// Work items of NCHW maps. An item is a block of channels of a map. If there are few of these, the regions of a map are
-// divided into parts, too.
+// Work items of NCHW maps. Each item is a block of channels of a map. If there are few of these blocks, the regions of
+// a map are also divided into parts.
 template <class T>
 struct PlaneItems {
   struct Item {

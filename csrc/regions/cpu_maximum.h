@@ -173,8 +173,8 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Computes the gradient on channels_last maps. An item is some channels of a whole map. Bands of rows would cost too
-// much, because a maximum must be searched from the first row of its bin on.
+// Computes the gradient on channels_last maps. A work item is some channels of a whole map. Bands of rows would cost
+// too much, because a maximum must be searched from the first row of its bin on.
 template <class T>
 void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;

@@ -1,7 +1,7 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the forward pass on
 // channels_last maps.
 //
-// An item is a region. The pixels of a bin are combined one vector of channels at a time.
+// A work item is a region. The pixels of a bin are combined one vector of channels at a time.
 #ifndef RELOPS_REGIONS_PIXELS
 #define RELOPS_REGIONS_PIXELS
 
@@ -81,7 +81,7 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     PixelList<Compute> pixels(a.max_taps_y, a.max_taps_x, *scratch);
-    // If a bin needs several lists, these are its results up to the previous list and up to the current one.
+    // If a bin needs several lists, these hold its results after the previous list and after the current list.
     const int64_t partial_size = pixels.max_count < a.max_taps_y * a.max_taps_x ? a.out_channels : 0;
     Compute *previous = scratch->template allocate<Compute>(partial_size),
             *current = scratch->template allocate<Compute>(partial_size);

@@ -2,8 +2,8 @@
 // maps, and the gradient of the input of position-sensitive means.
 //
 // roi_align, prroi_pool, multi_scale_roi_align: these kernels are used if regions read little of a map; otherwise,
-// cpu_slices.h is used. An item is a block of channels of a map, for all or some of its regions. For each row of bins,
-// the rows of pixels are combined without a transposition, a vector of columns at a time. Then bins gather their
+// cpu_slices.h is used. A work item is a block of channels of a map, for all or some of its regions. For each row of
+// bins, the rows of pixels are combined without a transposition, a vector of columns at a time. Then bins gather their
 // columns, a vector of bins at a time.
 //
 // ps_roi_align, ps_roi_pool: only one bin of every region reads a plane, so each result combines a few single pixels.

@@ -1,9 +1,9 @@
 // roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the forward pass on NCHW maps by slices, which is
 // used if regions read a map more than once.
 //
-// An item is a slice, which is a vector of channels of a map. A slice is transposed to rows of channels, in registers,
-// once for all regions, so that every load is a whole vector of channels. For each row of bins, the rows of pixels are
-// combined at the columns that are read. Then each bin combines its few columns.
+// A work item is a slice, which is a vector of channels of a map. A slice is transposed to rows of channels, in
+// registers, once for all regions, so that every load is a whole vector of channels. For each row of bins, the rows of
+// pixels are combined at the columns that are read. Then each bin combines its few columns.
 #ifndef RELOPS_REGIONS_SLICES
 #define RELOPS_REGIONS_SLICES
 

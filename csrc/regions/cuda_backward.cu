@@ -72,7 +72,7 @@ int64_t tiles_of(const RegionLevel<T>& level, int64_t N) {
 template <int kColumns, class P>
 __device__ __forceinline__ Tile tile_of_block(const P& p) {
   int64_t tile = blockIdx.x;
-  int l = 0, rows = 0, columns = 0;  // level, and its numbers of rows and columns of tiles
+  int l = 0, rows = 0, columns = 0;  // l is the level; rows and columns count its tiles
   for (;; ++l) {
     rows = (p.levels[l].H + kTileRows - 1) / kTileRows;
     columns = (p.levels[l].W + kColumns - 1) / kColumns;

@@ -2,10 +2,11 @@
 // and CUDA kernels, that turns a box into weights of pixels.
 //
 // Every region op except roi_pool is a weighted mean of the pixels of a bin. The weight of a pixel is the product of
-// one factor for its row and one for its column. The mean is over a grid of bilinear samples (roi_align, ps_roi_align,
-// multi_scale_roi_align), the bilinear surface in a rectangle (prroi_pool), or a rectangle of pixels (ps_roi_pool). A
-// box is therefore described axis by axis: on each axis, a bin has a few pixels and their weights, its "taps". roi_pool
-// is the maximum over a rectangle, and its taps only tell which pixels are in the rectangle.
+// one factor for its row and one for its column. The mean is taken over a grid of bilinear samples (roi_align,
+// ps_roi_align, multi_scale_roi_align), over the bilinear surface in a rectangle (prroi_pool), or over the pixels of a
+// rectangle (ps_roi_pool). A box is therefore described axis by axis: on each axis, a bin has a few pixels and their
+// weights, which are called its taps. roi_pool is the maximum over a rectangle, and its taps only tell which pixels are
+// in the rectangle.
 //
 // Taps are computed in double for every type of features, because there are few of them and a box may be huge. Only the
 // number of samples and the edges that are rounded to pixels are computed in Compute, the type of the boxes. These

@@ -1,7 +1,7 @@
 // soft_nms on the CPU: suppression by decay within a class, for each instruction set.
 //
 // Each step keeps the entry with the highest score and makes one pass over all other entries. The pass computes their
-// IoU with the kept entry, lets their scores decay, and finds the highest score for the next step. An entry whose score
+// IoU with the kept entry, decays their scores, and finds the highest score for the next step. An entry whose score
 // falls to the threshold is removed. When the number of steps since the last move reaches a quarter of the stored
 // entries, the remaining entries are moved together. The kernel is bound by arithmetic: about 15 operations for a
 // vector of entries that do not intersect the kept entry, and in addition an exponential for a vector with an entry

@@ -1,7 +1,7 @@
 // soft_nms on CUDA: suppression by decay, with one block per class.
 //
-// In each step, the threads of the block together find the entry with the highest score. Then each thread lets the
-// scores of its own entries decay and looks for the next highest score in the same pass. A step has one barrier. The
+// In each step, the threads of the block together find the entry with the highest score. Then each thread decays the
+// scores of its own entries and looks for the next highest score in the same pass. A step has one barrier. The
 // kernel is bound by the latency of the barrier and of the exchange between warps, about 0.3 us, because steps cannot
 // overlap. Scores are computed as on the CPU, bit for bit.
 
