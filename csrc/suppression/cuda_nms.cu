@@ -8,10 +8,9 @@
 //   arithmetic: it compares all N x kept / 2 pairs.
 // - mask: finds which later boxes of its chunk each box would suppress, and stores one bit for each. Each warp has one
 //   box.
-// - resolve: goes through the greedy order of each chunk, with one block per chunk and 64 boxes at a time. Within the
-// 64
-//   boxes, bits in registers tell which boxes are kept. Then the mask rows of the kept boxes mark later boxes as
-//   suppressed. The launch is bound by latency: 16 steps of about a microsecond.
+// - resolve: goes through the greedy order of each chunk, with one block per chunk and 64 boxes at a time. Bits in
+//   registers tell which of the 64 boxes are kept. Then the mask rows of the kept boxes mark later boxes as suppressed.
+//   The launch is bound by latency: 16 steps of about a microsecond.
 //
 // The number of rounds is that of the longest possible span, because the host does not know the spans.
 
