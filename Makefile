@@ -1,15 +1,15 @@
-# make run    set up, build, run the microbenchmarks against pure PyTorch in a quick setting. Without a GPU the CUDA half
-#             is left out, unless RELOPS_CUDA=1 asks for it
-# make test   set up, build, run the tests
-# make quick  set up, build, run in a minute the tests that show most mistakes: what to run after every edit
-# make docs   set up, build, write the documentation to build/docs
-# make bench  set up, build, run all microbenchmarks, write results and plots
-# make sanitize  set up, build, run tests of every CUDA kernel under compute-sanitizer; needs a GPU
+# make run       set up, build, and run the microbenchmarks against pure PyTorch in a quick setting. Without a GPU the CUDA
+#                kernels are not built, unless RELOPS_CUDA=1 requests them
+# make test      set up, build, and run the tests
+# make quick     set up, build, and run the tests that show most mistakes, in a minute; run it after every edit
+# make lint      set up, build, and run ruff, mypy and clang-format
+# make docs      set up, build, and write the documentation to build/docs
+# make bench     set up, build, run all benchmarks, and write results, plots and docs/performance.md
+# make sanitize  set up, build, and run tests of every CUDA kernel under compute-sanitizer; needs a GPU
 #
-# PYTHON   the Python to make the virtual environment of (python3)
-# VENV     where to make it (.venv)
-# TORCH    what to install where that Python has no torch (torch==2.14.1 torchvision==0.29.1); a torch that is there stays
-#          as it is
+# PYTHON   the Python from which the virtual environment is made (python3)
+# VENV     the folder of the virtual environment (.venv)
+# TORCH    what to install if that Python has no torch (torch==2.14.1 torchvision==0.29.1); an installed torch is kept
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,16 +17,16 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
-# Extras must not replace torch, and some (timm) would.
+# pip constrains torch to the installed version, because some packages (timm) would replace it.
 PIN := $(VENV)/torch-pin.txt
 
 .PHONY: run test quick docs bench sanitize memcheck racecheck synccheck build info lint oldest clean
 
 run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
-# Of the packages that the full benchmarks need, these rows compare with SciPy alone.
+# These rows are compared with SciPy; the full benchmarks need more packages.
 run: build
 	$(PIP) -c $(PIN) scipy
-	@test "$(RELOPS_CUDA)" != 0 || echo "The CUDA half was left out, as no GPU was found; make run RELOPS_CUDA=1 builds it."
+	@test "$(RELOPS_CUDA)" != 0 || echo "The CUDA kernels were not built, because no GPU was found. make run RELOPS_CUDA=1 builds them."
 	$(PY) -m benchmarks.run --quick
 
 # The examples in docstrings and in Markdown files are tests as well. Several processes share the cores, so idle threads
@@ -48,8 +48,8 @@ bench: build
 	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.report
 
-# Every sample of every op, forward and backward: float32, and bfloat16 by the deterministic kernels. Tensors have memory
-# of their own, without torch's cache, so that reading past one is seen.
+# These tests run every sample of every op, forward and backward: in float32, and in bfloat16 with the deterministic
+# kernels. torch's memory cache is off, so every tensor has its own allocation and an access beyond its end is detected.
 SANITIZERS := memcheck racecheck synccheck
 sanitize: $(SANITIZERS)
 $(SANITIZERS): build $(VENV)/installed
@@ -58,7 +58,7 @@ $(SANITIZERS): build $(VENV)/installed
 	  $(PY) -m pytest -q tests/test_contract.py tests/test_contract_selection.py -k "cuda and (test_equals_twin \
 	  or test_matches_twin and torch.float32-torch.float32 or test_deterministic and torch.bfloat16)"
 
-# The build is incremental: only what changed is compiled.
+# The build is incremental: it compiles only what changed.
 build: $(VENV)/can-build
 	$(PY) setup.py -q build_ext --inplace
 
@@ -71,8 +71,8 @@ lint: $(VENV)/installed
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/cuda_emulation/*.h' 'tests/cuda_emulation/*.cuh')
 
-# An environment with the oldest torch that relops runs on. tests/test_sources.py uses it where RELOPS_OLDEST_TORCH is its
-# Python.
+# An environment with the oldest torch that relops supports. tests/test_sources.py uses it if RELOPS_OLDEST_TORCH is the
+# path of its Python.
 OLDEST := .venv-oldest
 oldest: $(OLDEST)/installed
 $(OLDEST)/installed:
@@ -80,7 +80,7 @@ $(OLDEST)/installed:
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check torch==2.10.0 numpy
 	touch $@
 
-# Where $(PYTHON) has a torch, the environment sees that one.
+# If $(PYTHON) has a torch, the environment uses it.
 $(PY):
 	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 
@@ -94,7 +94,7 @@ $(VENV)/can-build: $(PIN)
 	$(PIP) -c $(PIN) 'setuptools>=77' wheel ninja pybind11 numpy
 	touch $@
 
-# The build comes first, because pip hides its plan and its progress; pip then finds everything compiled.
+# The build runs before pip, because pip hides its plan and its progress. pip then finds everything compiled.
 $(VENV)/installed: pyproject.toml $(VENV)/can-build
 	$(PY) setup.py -q build_ext --inplace
 	$(PIP) -c $(PIN) -e '.[test]' --no-build-isolation
