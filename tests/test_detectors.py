@@ -1,4 +1,4 @@
-"""The detectors: their parts against facts worked out by hand, their gradients, and that whole batches equal images."""
+"""Tests of the detectors: parts against values worked out by hand, gradients, and batches against single images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def small(name: str, **options: object) -> nn.Module:
 
 
 def batch(device: str = "cpu") -> tuple[Tensor, Tensor, Targets]:
-    """Two images of other sizes, with 3 and 1 objects."""
+    """Return two images of different sizes, with 3 and 1 objects."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, 96, 128)
     images[1, :, 80:] = images[1, :, :, 100:] = 0
@@ -69,7 +69,7 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor, Targets]:
 
 
 def test_paper_anchors() -> None:
-    """The nine of the released code, whose second corner is inclusive."""
+    """The nine anchors equal those of the released code, whose second corner is inclusive."""
     inclusive = torch.tensor(paper_anchors()) - torch.tensor([0.0, 0, 1, 1])
     assert inclusive.tolist() == [
         [-84, -40, 99, 55],
@@ -84,7 +84,7 @@ def test_paper_anchors() -> None:
     ]
 
 
-def test_anchors_lie_on_their_pixels() -> None:
+def test_anchors_are_centered_on_their_pixels() -> None:
     anchors = Anchors([centered_anchors(32), centered_anchors(64)], [4, 8])
     fine, coarse = anchors([(2, 3), (1, 2)])
     assert fine.shape == (18, 4) and coarse.shape == (6, 4)
@@ -92,7 +92,7 @@ def test_anchors_lie_on_their_pixels() -> None:
     assert coarse[4].tolist() == [8 - 32, -32, 8 + 32, 32]
 
 
-def test_encode_by_hand_and_back() -> None:
+def test_box_coding_by_hand() -> None:
     anchor, box = torch.tensor([10.0, 10, 30, 50]), torch.tensor([15.0, 10, 55, 30])
     deltas = encode_boxes(box, anchor, (10, 5))
     expected = [10 * (35 - 20) / 20, 10 * (20 - 30) / 40, 5 * math.log(2), 5 * math.log(0.5)]
@@ -100,27 +100,27 @@ def test_encode_by_hand_and_back() -> None:
     torch.testing.assert_close(decode_boxes(deltas, anchor, (10, 5)), box)
 
 
-def test_decode_bounds_growth() -> None:
+def test_decoded_sizes_are_bounded() -> None:
     box = decode_boxes(torch.tensor([0.0, 0, 100, 100]), torch.tensor([0.0, 0, 16, 16]), (1, 1))
     torch.testing.assert_close(box, torch.tensor([8.0 - 500, 8 - 500, 8 + 500, 8 + 500]))
 
 
-def test_sample_counts_and_order(device: str) -> None:
+def test_counts_and_order_of_samples(device: str) -> None:
     torch.manual_seed(0)
     positive = torch.zeros(3, 100, dtype=torch.bool, device=device)
     negative = torch.zeros_like(positive)
-    positive[0, :40], negative[0, 40:] = True, True  # more positive than wanted
-    positive[1, :3], negative[1, 50:] = True, True  # fewer: negative fill up
-    positive[2, :2], negative[2, 90:93] = True, True  # too few of both
+    positive[0, :40], negative[0, 40:] = True, True  # more positives than requested
+    positive[1, :3], negative[1, 50:] = True, True  # too few positives: negatives fill up
+    positive[2, :2], negative[2, 90:93] = True, True  # too few of both kinds
     index, is_positive, valid = sample_candidates(positive, negative, 16, 8)
     assert is_positive.sum(1).tolist() == [8, 3, 2] and valid.sum(1).tolist() == [16, 16, 5]
     assert positive.gather(1, index)[is_positive].all() and negative.gather(1, index)[valid & ~is_positive].all()
-    for of_image, there in zip(index, valid):
-        assert len(of_image[there].unique()) == there.sum()
-    assert not is_positive.float().diff(dim=1).gt(0).any()  # positive first
+    for image_index, image_valid in zip(index, valid):
+        assert len(image_index[image_valid].unique()) == image_valid.sum()
+    assert not is_positive.float().diff(dim=1).gt(0).any()  # positives come first
 
 
-def test_sample_is_uniform() -> None:
+def test_sampling_is_uniform() -> None:
     torch.manual_seed(0)
     positive = torch.zeros(2000, 20, dtype=torch.bool)
     positive[:, :10] = True
@@ -140,14 +140,14 @@ def rpn(**options: object) -> RPN:
 
 
 def test_rpn_targets_by_hand() -> None:
-    """Anchors of 32 and 16 pixels around (16 x, 16 y)."""
+    """The anchors are squares of 32 and 16 pixels, centered on (16 x, 16 y)."""
     targets = Targets(torch.tensor([[[33.0, 32, 65, 64], [0.0, 0, 6, 6], [0, 0, 0, 0]]]), torch.tensor([[0, 1, -1]]))
     anchors = torch.cat(rpn().anchors([(6, 8)]))
     positive, negative, matched = rpn().targets(anchors, torch.tensor([[96.0, 128.0]]), targets)
     iou = relops.box_iou(targets.boxes[0], anchors)
-    first = 2 * (3 * 8 + 3)  # the large anchor around (48, 48): IoU 31 / 33
+    first = 2 * (3 * 8 + 3)  # the large anchor centered on (48, 48): IoU 31 / 33
     assert iou[0, first] > 0.7 and positive[0, first] and matched[0, first] == 0
-    corner = iou[1].argmax()  # the second object's best is below .7, and counts all the same
+    corner = iou[1].argmax()  # the second object's best anchor is positive although its IoU is below 0.7
     assert iou[1, corner] < 0.3 and positive[0, corner] and matched[0, corner] == 1
     assert positive.sum() == 2
     between = ((iou[0] >= 0.3) & (iou[0] < 0.7)).nonzero().flatten()
@@ -155,18 +155,19 @@ def test_rpn_targets_by_hand() -> None:
     assert negative.sum() == ((iou < 0.3).all(0) & ~positive[0]).sum()
 
 
-def test_rpn_ties_are_positive_and_outside_is_ignored() -> None:
+def test_rpn_ties_are_positive_and_anchors_outside_the_image_are_ignored() -> None:
     targets = Targets(torch.tensor([[[40.0, 40, 56, 56]]]), torch.tensor([[0]]))
     sizes = torch.tensor([[96.0, 128.0]])
     anchors = torch.tensor([[32.0, 40, 56, 56], [40.0, 40, 64, 56], [-1.0, 0, 20, 20], [80, 80, 96, 97], [0, 0, 9, 9]])
     positive, negative, _ = rpn(ignore_outside=True).targets(anchors, sizes, targets)
-    assert positive[0].tolist() == [True, True, False, False, False]  # equal best, both
-    assert negative[0].tolist() == [False, False, False, False, True]  # out to the left; out below
+    assert positive[0].tolist() == [True, True, False, False, False]  # both have the largest IoU
+    # The third anchor crosses the left edge of the image, and the fourth crosses the bottom edge.
+    assert negative[0].tolist() == [False, False, False, False, True]
     _, negative, _ = rpn().targets(anchors, sizes, targets)
     assert negative[0].tolist() == [False, False, True, True, True]
 
 
-def test_rpn_without_objects_has_no_positive() -> None:
+def test_rpn_has_no_positive_anchors_without_objects() -> None:
     targets = Targets(torch.zeros(1, 1, 4), torch.full((1, 1), -1))
     maps = [torch.randn(1, 8, 6, 8)]
     proposals, losses = rpn()(maps, torch.tensor([[96.0, 128.0]]), targets)
@@ -174,22 +175,22 @@ def test_rpn_without_objects_has_no_positive() -> None:
     assert proposals.valid.any()
 
 
-def test_two_way_softmax_is_a_sigmoid_of_the_difference() -> None:
-    """And the loss is what cross entropy of both scores is."""
+def test_softmax_of_two_scores_is_the_sigmoid_of_their_difference() -> None:
+    """Therefore, binary cross entropy of the difference equals cross entropy of the two scores."""
     torch.manual_seed(0)
     head = RPNHead(8, 8, 2, two_way=True)
     x = torch.randn(1, 8, 3, 4)
     logits, _ = head([x], [])
     scores = head.cls_logits(head.conv(x)).view(1, 2, 2, 3, 4)  # background, object; anchor; row; column
     two = scores.permute(0, 3, 4, 2, 1).reshape(-1, 2)
-    wanted = torch.randint(2, (len(two),))
+    labels = torch.randint(2, (len(two),))
     torch.testing.assert_close(
-        F.binary_cross_entropy_with_logits(logits[0].flatten(), wanted.float()), F.cross_entropy(two, wanted)
+        F.binary_cross_entropy_with_logits(logits[0].flatten(), labels.float()), F.cross_entropy(two, labels)
     )
     assert head.cls_logits.out_channels == 4 and RPNHead(8, 8, 2).cls_logits.out_channels == 2
 
 
-def test_lambda_and_normalizations() -> None:
+def test_balance_and_normalization_of_the_rpn_loss() -> None:
     maps, sizes = [torch.randn(1, 8, 6, 8)], torch.tensor([[96.0, 128.0]])
     targets = Targets(torch.tensor([[[33.0, 32, 65, 64]]]), torch.tensor([[0]]))
 
@@ -199,13 +200,15 @@ def test_lambda_and_normalizations() -> None:
         return module(maps, sizes, targets)[1]["rpn_boxes"].item()
 
     plain = loss(num_samples=32)
-    assert loss(num_samples=32, balance=10.0) == pytest.approx(10 * plain * 32 / 48)  # samples; positions
-    assert loss(num_samples=16, balance=10.0) == pytest.approx(10 * plain * 32 / 48)  # the one positive is in any
+    assert loss(num_samples=32, balance=10.0) == pytest.approx(10 * plain * 32 / 48)  # 32 samples, 48 positions
+    assert loss(num_samples=16, balance=10.0) == pytest.approx(
+        10 * plain * 32 / 48
+    )  # the only positive is always sampled
 
 
 @pytest.mark.parametrize("filter_first", [False, True])
 def test_proposals_by_hand(filter_first: bool) -> None:
-    """One small box of high score, two that overlap, one apart: the order decides if the small one takes a place."""
+    """The smallest box has the highest score. If it is filtered only after the top 3, one box fewer remains."""
     anchors = torch.tensor([[0.0, 0, 4, 4], [10, 10, 50, 50], [11, 10, 51, 50], [60, 60, 90, 90], [100, 60, 140, 96]])
     scores = torch.tensor([[5.0, 4, 3, 2, 1]])
     module = rpn(pre_nms=(3, 3), post_nms=(10, 10), min_size=5, filter_first=filter_first).eval()
@@ -215,7 +218,7 @@ def test_proposals_by_hand(filter_first: bool) -> None:
     assert found.scores[0][found.valid[0]].tolist() == scores[0, expected].tolist()
     assert found.boxes.shape == (1, 10, 4) and (found.boxes[~found.valid] == 0).all()
     everything = module.proposals(scores, torch.zeros(1, 5, 4), anchors, [5], torch.tensor([[96.0, 128.0]]), 4)
-    clipped = torch.tensor([100.0, 60, 128, 96])  # to the image
+    clipped = torch.tensor([100.0, 60, 128, 96])  # the last anchor within the image
     assert everything.boxes[0][everything.valid[0]].tolist() == [*anchors[[1, 3]].tolist(), clipped.tolist()]
 
 
@@ -227,7 +230,7 @@ def test_levels_do_not_suppress_each_other() -> None:
     assert one.valid.sum() == 1 and two.valid.sum() == 2
 
 
-def test_not_finite_scores_and_deltas_give_no_proposals() -> None:
+def test_scores_and_deltas_that_are_not_finite_give_no_proposals() -> None:
     anchors = torch.tensor([[10.0, 10, 50, 50], [60, 10, 90, 50], [5, 60, 40, 90]])
     deltas = torch.zeros(1, 3, 4)
     deltas[0, 0, 2] = math.nan
@@ -239,8 +242,8 @@ def test_not_finite_scores_and_deltas_give_no_proposals() -> None:
 # ---- Regions ----
 
 
-class Given(nn.Module):
-    """A predictor that gives what it was given."""
+class FixedPredictor(nn.Module):
+    """A predictor that returns the logits and deltas passed to its constructor, for any input."""
 
     def __init__(self, logits: Tensor, deltas: Tensor) -> None:
         super().__init__()
@@ -255,20 +258,20 @@ def heads(logits: Tensor, deltas: Tensor, **options: object) -> RoIHeads:
         def forward(self, *_: object) -> None:
             return None
 
-    return RoIHeads(Ignore(), Ignore(), Given(logits, deltas), **options)
+    return RoIHeads(Ignore(), Ignore(), FixedPredictor(logits, deltas), **options)
 
 
 def test_detections_by_hand() -> None:
-    """Two regions of one place and a third: suppression within classes, thresholds, order, padding."""
+    """Two overlapping regions and a third show suppression within classes, thresholds, order and padding."""
     boxes = torch.tensor([[[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 90, 50], [0, 0, 0, 0]]])
     probabilities = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.7, 0.1], [0.5, 0.03, 0.47]])
     deltas = torch.zeros(3, 12)
-    deltas[2, 8] = 10 * 0.5  # of class 1: half a width to the right, out of the image, and clipped
+    deltas[2, 8] = 10 * 0.5  # class 1 moves by half a width to the right and is clipped to the image
     module = heads(probabilities.log(), deltas, max_detections=5).eval()
     found = module.detect(
         [], Proposals(boxes, torch.ones(1, 4), torch.tensor([[1, 1, 1, 0]]).bool()), torch.tensor([[60.0, 100]])
     )
-    # Class 1 has region 2, and one of the first two, which overlap and are alike: the lower index.
+    # Class 1 keeps region 2. Regions 0 and 1 overlap and have equal scores, so it keeps only the lower index, 0.
     assert found.labels[0].tolist() == [0, 1, 1, -1, -1]
     torch.testing.assert_close(found.scores[0], torch.tensor([0.8, 0.47, 0.1, 0, 0]))
     torch.testing.assert_close(
@@ -282,19 +285,21 @@ def test_region_losses_by_hand() -> None:
     logits, deltas = torch.zeros(2, 3), torch.zeros(2, 12)
     module = heads(logits, deltas, beta=1.0)
     samples = module.regions(Proposals(samples_boxes, torch.ones(1, 2), torch.ones(1, 2).bool()), targets)
-    assert samples.classes.tolist() == [[2, 0, 2]]  # the object itself is the third
+    assert samples.classes.tolist() == [[2, 0, 2]]  # the third region is the object itself
     samples = samples._replace(
         boxes=samples.boxes[:, :2], classes=samples.classes[:, :2], matched=samples.matched[:, :2]
     )
     losses = module.losses_of([], samples, targets)
     assert losses["classes"].item() == pytest.approx(math.log(3))
-    # dx = 2 / 20, times 10 is 1: half a square, over two samples.
+    # dx is 10 * 2 / 20 = 1, and half of its square is divided by the two samples.
     assert losses["boxes"].item() == pytest.approx(0.5 / 2)
 
 
-def test_fast_rcnn_ignores_what_hardly_overlaps() -> None:
+def test_fast_rcnn_ignores_regions_that_hardly_overlap_objects() -> None:
     targets = Targets(torch.tensor([[[0.0, 0, 40, 40]]]), torch.tensor([[0]]))
-    boxes = torch.tensor([[[0.0, 0, 40, 60], [0, 20, 40, 60], [0, 38, 40, 78], [60, 60, 80, 80]]])  # .67, .33, .03, 0
+    boxes = torch.tensor(
+        [[[0.0, 0, 40, 60], [0, 20, 40, 60], [0, 38, 40, 78], [60, 60, 80, 80]]]
+    )  # IoUs: 0.67, 0.33, 0.03, 0
     valid = torch.ones(1, 4).bool()
     module = small("fast_rcnn").roi_heads
     assert module.regions(Proposals(boxes, valid.float(), valid), targets).classes.tolist() == [[1, 0, -1, -1, 1]]
@@ -306,7 +311,7 @@ def test_fast_rcnn_ignores_what_hardly_overlaps() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("name", SMALL)
 def test_losses_and_gradients(name: str, device: str) -> None:
-    """Every parameter is taught, by losses that are finite."""
+    """All losses are finite, and every parameter gets a finite gradient."""
     model = small(name).to(device)
     losses = model(*batch(device))
     assert all(loss.dim() == 0 and loss.isfinite() for loss in losses.values())
@@ -316,7 +321,7 @@ def test_losses_and_gradients(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_image_without_objects(name: str, device: str) -> None:
+def test_losses_of_images_without_objects(name: str, device: str) -> None:
     images, sizes, targets = batch(device)
     none = Targets(torch.zeros_like(targets.boxes), torch.full_like(targets.labels, -1), None, targets.proposals)
     losses = small(name).to(device)(images, sizes, none)
@@ -326,7 +331,7 @@ def test_image_without_objects(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_boxes_without_extent_are_as_if_absent(name: str) -> None:
+def test_boxes_without_extent_are_ignored(name: str) -> None:
     images, sizes, targets = batch()
     boxes, labels = targets.boxes.clone(), targets.labels.clone()
     boxes[1, 1], boxes[1, 2], labels[1, 1:] = torch.tensor([30.0, 20, 30, 40]), math.nan, 0
@@ -335,9 +340,9 @@ def test_boxes_without_extent_are_as_if_absent(name: str) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     losses = []
-    for given in (targets, targets._replace(boxes=boxes, labels=labels)):
+    for ground_truth in (targets, targets._replace(boxes=boxes, labels=labels)):
         torch.manual_seed(0)
-        losses.append(model(images, sizes, given))
+        losses.append(model(images, sizes, ground_truth))
     assert all(torch.equal(loss, losses[1][loss_name]) for loss_name, loss in losses[0].items())
     model.zero_grad()
     sum(losses[1].values()).backward()
@@ -346,8 +351,8 @@ def test_boxes_without_extent_are_as_if_absent(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_float64(name: str) -> None:
-    """A model, its images and sizes; targets as the data has them."""
-    model = busy(small(name)).double()
+    """The model, its images and sizes are float64; the targets keep the dtype of the data."""
+    model = randomize_heads(small(name)).double()
     images, sizes, targets = batch()
     losses = model(images.double(), sizes.double(), targets)
     assert all(loss.isfinite() for loss in losses.values())
@@ -365,8 +370,8 @@ def test_lr_net_as_backbone(name: str) -> None:
     assert model.backbone.body.stem[3].key.weight.grad.abs().sum() > 0
 
 
-def busy(model: nn.Module) -> nn.Module:
-    """With weights that make detections: a new model has next to none."""
+def randomize_heads(model: nn.Module) -> nn.Module:
+    """Randomize the heads' weights, because a newly initialized model detects next to nothing."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(x in name for x in ("cls_", "bbox_pred", "box_maps", "_embed.")):
@@ -377,7 +382,7 @@ def busy(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", SMALL)
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()
-    model = busy(small(name)).eval()
+    model = randomize_heads(small(name)).eval()
     images, sizes, targets = batch()
     arguments = (images, sizes, targets) if model.uses_proposals else (images, sizes)
     with torch.no_grad():
@@ -390,7 +395,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_fake_tensors(name: str) -> None:
-    """A model, its losses and its detections, none of which has values."""
+    """The model, its losses and its detections are all fake tensors, which have no values."""
     inputs = batch()
     with FakeTensorMode() as mode:
         model = small(name)
@@ -404,16 +409,16 @@ def test_fake_tensors(name: str) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", SMALL)
-def test_batch_equals_its_images(name: str, device: str) -> None:
-    """Detections in a padded batch are those of each image padded alike."""
-    model = busy(small(name)).to(device).eval()
+def test_batch_gives_the_detections_of_its_images(name: str, device: str) -> None:
+    """The detections of a padded batch equal those of each image alone with the same padding."""
+    model = randomize_heads(small(name)).to(device).eval()
     with torch.no_grad():
         images, sizes, targets = batch(device)
         whole = model(images, sizes, targets) if model.uses_proposals else model(images, sizes)
         assert (whole.labels >= 0).sum(1).min() > 5
         for i in range(2):
-            of_image = Targets(*(x[i : i + 1] for x in targets))
-            arguments = (images[i : i + 1], sizes[i : i + 1], *((of_image,) if model.uses_proposals else ()))
+            image_targets = Targets(*(x[i : i + 1] for x in targets))
+            arguments = (images[i : i + 1], sizes[i : i + 1], *((image_targets,) if model.uses_proposals else ()))
             one = model(*arguments)
             assert one.labels[0].tolist() == whole.labels[i].tolist()
             torch.testing.assert_close(one.boxes[0], whole.boxes[i], rtol=1e-4, atol=1e-2)
@@ -423,8 +428,8 @@ def test_batch_equals_its_images(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_rows_of_padding_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the CPU leaves out, as counting costs nothing there, other devices compute without weight."""
+def test_padding_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU leaves out padding rows, because counting them is free on the CPU. Other devices give them no weight."""
     images, sizes, targets = batch()
     model = small(name).train()
     for module in model.modules():
@@ -449,7 +454,7 @@ def test_rows_of_padding_change_nothing(name: str, monkeypatch: pytest.MonkeyPat
 @needs_cuda
 @pytest.mark.parametrize("name", SMALL)
 def test_no_synchronization(name: str) -> None:
-    """In a training step and at inference, on CUDA."""
+    """Neither a training step nor inference synchronizes with the CUDA device."""
     images, sizes, targets = batch("cuda")
     model = small(name).to("cuda")
 
@@ -468,7 +473,7 @@ def test_no_synchronization(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_autocast(name: str) -> None:
-    """bfloat16 features; boxes and losses stay float32, and close."""
+    """Features are bfloat16. Boxes and losses stay float32, and losses are close to those without autocast."""
     model = small(name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -480,7 +485,7 @@ def test_autocast(name: str) -> None:
             losses.append(model(*batch()))
     for loss_name, loss in losses[1].items():
         assert loss.dtype == torch.float32
-        if loss_name != "masks":  # of the regions that happen to be sampled
+        if loss_name != "masks":  # this loss depends on the random choice of regions
             assert loss.item() == pytest.approx(losses[0][loss_name].item(), rel=0.2, abs=0.05), loss_name
     sum(losses[1].values()).backward()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -507,9 +512,9 @@ def test_faster_rcnn_on_backbones(backbone: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_joint_gradient_by_differences() -> None:
-    """Non-approximate joint training: the second stage's losses by the RPN's deltas, through decoding, clipping, RoI
-    warping and regression targets, against central differences in float64."""
+def test_joint_gradient_equals_finite_differences() -> None:
+    """In non-approximate joint training, losses of the second stage are differentiable with respect to the RPN's deltas
+    through decoding, clipping, RoI warping and regression targets. Compare with central differences in float64."""
     torch.manual_seed(0)
     model = relops.models.faster_rcnn(
         2, backbone="zf", channels=4, hidden=8, training="joint", roi="align", dropout=0.0, scales=(2, 4), min_size=4
@@ -520,12 +525,12 @@ def test_joint_gradient_by_differences() -> None:
     maps = [x.detach() for x in model.backbone(images)]
     anchors = torch.cat(model.rpn.anchors([x.shape[-2:] for x in maps]))
     logits = torch.randn(1, len(anchors)).double()
-    with torch.no_grad():  # so that the classes of regions matter
+    with torch.no_grad():  # larger weights, so that the losses depend on the regions
         for parameter in model.roi_heads.parameters():
             parameter.normal_(0, 0.3)
 
     def second_stage(deltas: Tensor) -> Tensor:
-        torch.manual_seed(0)  # the same samples
+        torch.manual_seed(0)  # for the same samples in each call
         found = model.rpn.proposals(logits, deltas, anchors, [len(anchors)], sizes, None)
         return sum(model.roi_heads.losses(maps, found, sizes, targets).values())
 
@@ -533,18 +538,18 @@ def test_joint_gradient_by_differences() -> None:
     (gradient,) = torch.autograd.grad(second_stage(deltas), deltas)
     assert (gradient != 0).sum() > 40
     step, worst = 1e-6, 0.0
-    for place in gradient.flatten().abs().topk(40).indices.tolist():
+    for index in gradient.flatten().abs().topk(40).indices.tolist():
         change = torch.zeros_like(deltas).flatten()
-        change[place] = step
+        change[index] = step
         change = change.view_as(deltas)
         with torch.no_grad():
             slope = (second_stage(deltas + change) - second_stage(deltas - change)) / (2 * step)
-        worst = max(worst, abs(slope.item() - gradient.flatten()[place].item()))
+        worst = max(worst, abs(slope.item() - gradient.flatten()[index].item()))
     assert worst < 1e-5 * gradient.abs().max().item() + 1e-8
 
 
-def test_only_joint_training_reaches_the_rpn() -> None:
-    """Through boxes: in approximate joint training the second stage teaches the RPN nothing."""
+def test_only_joint_training_passes_gradients_to_the_rpn() -> None:
+    """The second stage's losses reach the RPN through the boxes. Approximate joint training ignores this gradient."""
     for training in ("approximate", "joint"):
         torch.manual_seed(0)
         model = relops.models.faster_rcnn(
@@ -557,24 +562,24 @@ def test_only_joint_training_reaches_the_rpn() -> None:
         assert (gradient is not None and gradient.abs().max() > 0) == (training == "joint")
 
 
-def test_joint_training_needs_align() -> None:
+def test_joint_training_requires_align() -> None:
     with pytest.raises(ValueError, match='roi must be "align" if training is "joint"'):
         relops.models.faster_rcnn(3, training="joint", backbone="zf")
 
 
-def test_alternating_steps_teach_their_parts() -> None:
+def test_alternating_phases_train_their_parts() -> None:
     model = small("faster_rcnn", training="alternating")
-    learning = [{"first_backbone", "rpn"}, {"backbone", "roi_heads"}, {"rpn"}, {"roi_heads"}]
+    trained = [{"first_backbone", "rpn"}, {"backbone", "roi_heads"}, {"rpn"}, {"roi_heads"}]
     assert sum(fraction for _, fraction in model.phases) == pytest.approx(1)
-    for phase, expected in enumerate(learning):
+    for phase, expected in enumerate(trained):
         model.start_phase(phase)
         model.zero_grad()
         sum(model.train()(*batch()).values()).backward()
         assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == expected
-    # The first backbone is used up to the second step, and no longer behind it.
+    # The first backbone affects the proposals in the first two phases only.
     images, sizes, _ = batch()
     model.eval()
-    for phase, matters in ((1, True), (3, False)):
+    for phase, uses_first_backbone in ((1, True), (3, False)):
         model.start_phase(phase)
         with torch.no_grad():
             before = model.propose(images, sizes).boxes
@@ -583,10 +588,10 @@ def test_alternating_steps_teach_their_parts() -> None:
                 parameter.normal_()
             changed = not torch.equal(before, model.propose(images, sizes).boxes)
             model.first_backbone.load_state_dict(saved)
-        assert changed == matters
+        assert changed == uses_first_backbone
 
 
-def test_cascade_stages_are_given_the_boxes_of_the_one_before() -> None:
+def test_cascade_stage_receives_the_boxes_of_the_previous_stage() -> None:
     model = small("cascade_rcnn")
     seen = []
     pool = model.roi_heads.box_roi_pool
@@ -594,17 +599,17 @@ def test_cascade_stages_are_given_the_boxes_of_the_one_before() -> None:
     with torch.no_grad():
         for predictor in model.roi_heads.box_predictor:
             predictor.bbox_pred.weight.zero_()
-            predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # a tenth, a twentieth, a thirtieth of a width
+            predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # shifts by 1/10, 1/20 and 1/30 of the width
         images, sizes, _ = batch()
         model.eval()(images, sizes)
     assert len(seen) == 3
-    for before, after, part in ((seen[0], seen[1], 10), (seen[1], seen[2], 20)):
+    for before, after, divisor in ((seen[0], seen[1], 10), (seen[1], seen[2], 20)):
         inside = (before[:, 3] < 80) & (before[:, 1] > 0)
         width = before[:, 3] - before[:, 1]
-        torch.testing.assert_close(after[inside, 1], (before[:, 1] + width / part)[inside], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(after[inside, 1], (before[:, 1] + width / divisor)[inside], rtol=1e-4, atol=1e-3)
 
 
-def test_r_fcn_learns_from_the_hardest() -> None:
+def test_r_fcn_learns_from_the_hardest_regions() -> None:
     model = small("r_fcn", num_samples=4)
     seen: list[Tensor] = []
     original = model.roi_heads.region_losses
@@ -617,15 +622,14 @@ def test_r_fcn_learns_from_the_hardest() -> None:
     model.roi_heads.region_losses = spy
     model(*batch())["classes"].backward()
     entropy, distance = seen
-    taught = entropy.grad != 0
-    assert len(entropy) > 16 and taught.sum() == 8  # four in each of two images
-    torch.testing.assert_close(entropy.grad[taught], torch.full((8,), 1 / 8))
-    # The hardest region of all is among them, and the easiest is not.
+    selected = entropy.grad != 0
+    assert len(entropy) > 16 and selected.sum() == 8  # four in each of the two images
+    torch.testing.assert_close(entropy.grad[selected], torch.full((8,), 1 / 8))
     hardness = (entropy + distance).detach()
-    assert taught[hardness.argmax()] and not taught[hardness.argmin()]
+    assert selected[hardness.argmax()] and not selected[hardness.argmin()]
 
 
-def test_hyper_maps_and_pyramid_have_their_sizes() -> None:
+def test_sizes_of_hyper_maps_and_pyramid_maps() -> None:
     for backbone, stages in (("vgg16", [0, 2, 4]), ("resnet18-gn-16", [0, 1, 2])):
         (fused,) = HyperBackbone(make_body(backbone), stages)(torch.randn(1, 3, 64, 96))
         assert fused.shape == (1, 126, 16, 24)
@@ -639,7 +643,7 @@ def test_dilated_body_keeps_its_stride(name: str) -> None:
     maps = body.stage_maps(torch.randn(1, 3, 64, 96))
     assert body.strides == [4, 8, 16, 16] and maps[2].shape[2:] == maps[3].shape[2:] == (4, 6)
     plain = make_body(name)
-    plain.load_state_dict(body.state_dict())  # the same parameters
+    plain.load_state_dict(body.state_dict())  # succeeds because both have the same parameters
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "fast_rcnn", "r_fcn"])
@@ -656,7 +660,7 @@ def test_stride(name: str, stride: int) -> None:
 
 
 def test_pretrained_weights_of_a_classifier() -> None:
-    """Fill the stages that there are, and of VGG-16 fc6 and fc7, too."""
+    """The weights fill all stages of the detector's backbone, and those of VGG-16 also fill fc6 and fc7."""
     classifier = relops.models.resnet18()
     model = relops.models.faster_rcnn(3, backbone="resnet18-frozen", channels=8, hidden=8)
     relops.models.load_backbone(model, classifier.state_dict())
@@ -672,19 +676,19 @@ def test_pretrained_weights_of_a_classifier() -> None:
     relops.models.load_backbone(model, state)
     assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     assert (model.backbone.body.features[0].weight == 0.5).all()
-    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # whose head is another
+    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # its head has other shapes than VGG-16's
     relops.models.load_backbone(model, state)
     assert (model.backbone.body.features[0].weight == 0.5).all()
     model = relops.models.relation_networks(3, backbone="vgg16", channels=8, hidden=32)
     for name, size in (("0", (32, 25088)), ("3", (32, 32))):
         state |= {f"classifier.{name}.weight": torch.ones(size), f"classifier.{name}.bias": torch.ones(32)}
-    relops.models.load_backbone(model, state)  # which has no relation modules
+    relops.models.load_backbone(model, state)  # the state has no weights of relation modules
     assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     with pytest.raises(ValueError, match=r"state_dict must have conv1\.weight"):
         relops.models.load_backbone(small("detr"), state)
 
 
-def test_objects_without_a_mask_are_trained_by_their_boxes() -> None:
+def test_objects_without_a_mask_still_train_the_box_head() -> None:
     model = small("mask_rcnn")
     images, sizes, targets = batch()
 
@@ -700,14 +704,14 @@ def test_objects_without_a_mask_are_trained_by_their_boxes() -> None:
     assert all(torch.equal(none[name], whole[name]) for name in whole if name != "masks")
     sum(none.values()).backward()
     assert all((p.grad == 0).all() for p in model.roi_heads.mask_predictor.parameters())
-    # The mean of all is between those of two parts.
+    # The mean over all objects lies between the means over two complementary subsets.
     first, others = losses((0, 1), (0, 2), (1, 0))["masks"], losses((0, 0))["masks"]
     assert min(first, others) < whole["masks"] < max(first, others)
 
 
-def test_paste_masks_puts_them_in_their_boxes() -> None:
+def test_paste_masks_fills_the_boxes() -> None:
     masks = torch.zeros(2, 28, 28)
-    masks[0], masks[1, :, :14] = 1, 1  # all of it, the left half
+    masks[0], masks[1, :, :14] = 1, 1  # the first mask is full, the second covers the left half
     boxes = torch.tensor([[4.0, 6, 32, 34], [10, 10, 38, 24]])
     pasted = paste_masks(masks, boxes, (40, 50))
     expected = torch.zeros(2, 40, 50, dtype=torch.bool)
@@ -720,8 +724,8 @@ def test_paste_masks_puts_them_in_their_boxes() -> None:
     assert torch.equal(pasted, paste_masks(masks, boxes + 0.3, (40, 50)))
 
 
-def test_detect_maps_boxes_back() -> None:
-    """An image and a larger copy of it have the same objects, in their own pixels."""
+def test_detect_returns_boxes_in_pixels_of_the_original_image() -> None:
+    """An image and a copy of twice its size have the same objects, each in its own pixels."""
     model = small("faster_rcnn_fpn").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -747,7 +751,7 @@ def test_detect_maps_boxes_back() -> None:
         ),
     ],
 )
-def test_bad_input_is_named(change: dict, message: str) -> None:
+def test_bad_input_raises_an_error_that_names_it(change: dict, message: str) -> None:
     images, sizes, targets = batch()
     arguments = {"images": images, "sizes": sizes, "targets": targets} | change
     with pytest.raises(ValueError, match=message):
@@ -765,6 +769,6 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
         (lambda: relops.models.resnet18(norm="layer"), "norm must be .*, got 'layer'"),
     ],
 )
-def test_bad_names_are_named(call: object, message: str) -> None:
+def test_unknown_option_values_raise_an_error_that_names_them(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

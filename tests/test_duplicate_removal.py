@@ -1,4 +1,4 @@
-"""nn.DuplicateRemoval: against the released code's computation, class by class, and on scenes it can learn from."""
+"""Tests of nn.DuplicateRemoval: comparison with the released code's computation, class by class, and learning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = removal_shapes(CHANNELS, rank_dim=8, hidden=12, heads=HEADS, head_dim=5
 
 
 def small(device: str, p: dict[str, Tensor] | None = None, **options: object) -> relops.nn.DuplicateRemoval:
-    """With parameters far enough from zero that everything shows."""
+    """Build a small module whose parameters are so far from zero that each of them affects the result."""
     options = {"first_n": 6, "score_threshold": 0.2} | options
     module = relops.nn.DuplicateRemoval(
         CHANNELS, thresholds=THRESHOLDS, rank_dim=8, hidden_dim=12, heads=HEADS, head_dim=5, **options
@@ -37,16 +37,16 @@ def small(device: str, p: dict[str, Tensor] | None = None, **options: object) ->
 
 
 def draw(B: int = 2, K: int = 11, C: int = 4, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
-    """Features, scores of which many are equal and some below the threshold, and boxes that overlap."""
+    """Return features, scores and overlapping boxes. Many scores are equal, and some are below the threshold."""
     features = torch.randn(B, K, CHANNELS, dtype=dtype)
     scores = torch.randint(1, 10, (B, K, C)).to(dtype) / 10
-    places, sides = torch.rand(2, B, K, 2, dtype=dtype)
-    boxes = torch.cat([30 * places, 30 * places + 40 + 20 * sides], -1)
+    corners, sides = torch.rand(2, B, K, 2, dtype=dtype)
+    boxes = torch.cat([30 * corners, 30 * corners + 40 + 20 * sides], -1)
     return [x.to(device) for x in (features, scores, boxes)]
 
 
 def draw_objects(boxes: Tensor, G: int = 5, C: int = 4) -> tuple[Tensor, Tensor]:
-    """Near some of the boxes, of any class, and one that is padding."""
+    """Return objects of random classes near some of the boxes. One object per image is padding."""
     gt_boxes = boxes[:, :G] + 4 * torch.randn_like(boxes[:, :G])
     labels = torch.randint(C, gt_boxes.shape[:2], device=boxes.device)
     labels[:, 1] = -1
@@ -66,7 +66,7 @@ def requiring_grad(*tensors: Tensor) -> list[Tensor]:
 def test_released_parameters_give_the_released_result(
     geometry: str, per_class: bool, options: dict, device: str
 ) -> None:
-    """Scores, loss, and the gradients of all that has one."""
+    """Scores, the loss and all gradients agree."""
     B, C = 2, 4
     p = {name: x.requires_grad_() for name, x in random_parameters(SHAPES).items()}
     features, scores, boxes = draw(B, C=C)
@@ -111,13 +111,13 @@ def test_released_parameters_give_the_released_result(
     assert_same(s.grad, scores.grad, "scores")
     assert scores.grad.any()
     for name, grad in removal_state({name: x.grad for name, x in p.items()}).items():
-        if name == "relation.key.bias":  # zero but for rounding: it moves all logits of a query alike
+        if name == "relation.key.bias":  # zero up to rounding: it adds the same value to all logits of a query
             assert grad.abs().max() < 1e-12 > removal.relation.key.bias.grad.abs().max()
         else:
             assert_same(removal.get_parameter(name).grad, grad, name)
 
 
-def test_parameters_of_the_released_code() -> None:
+def test_initial_parameters_equal_the_released_code() -> None:
     released = random_parameters(removal_shapes(1024, rank_dim=1024, hidden=128, heads=16, head_dim=64, thresholds=5))
     removal = relops.nn.DuplicateRemoval()
     removal.load_state_dict(removal_state(released))
@@ -130,7 +130,7 @@ def test_parameters_of_the_released_code() -> None:
             assert torch.equal(x, torch.full_like(x, constant))
 
 
-def test_boxes_get_no_gradient(device: str) -> None:
+def test_boxes_receive_no_gradient(device: str) -> None:
     removal = small(device)
     features, scores, boxes = requiring_grad(*draw(device=device))
     detections = removal(features, scores, boxes)
@@ -140,11 +140,11 @@ def test_boxes_get_no_gradient(device: str) -> None:
     assert detections.final_scores.requires_grad
 
 
-# ---- What does not matter ----
+# ---- Order and padding ----
 
 
-def test_order_of_the_objects(device: str) -> None:
-    """Permuted objects have permuted final scores. (Equal scores are ranked by index, so here are none.)"""
+def test_permuted_objects_have_permuted_final_scores(device: str) -> None:
+    """All scores differ, because equal scores are ranked by index."""
     removal = small(device)
     features, _, boxes = draw(device=device)
     scores = torch.rand(2, 11, 4, dtype=torch.float64, device=device)
@@ -153,14 +153,14 @@ def test_order_of_the_objects(device: str) -> None:
     assert_same(permuted, removal(features, scores, boxes).final_scores[:, order])
 
 
-def test_equal_scores_go_by_index(device: str) -> None:
+def test_equal_scores_are_ranked_by_index(device: str) -> None:
     features, scores, boxes = draw(1, 40, 2, device=device)
     indices = small(device, first_n=40)(features, torch.full_like(scores, 0.5), boxes).indices
     assert torch.equal(indices, torch.arange(40, device=device).expand(1, 2, 40))
 
 
-def test_padding_is_not_seen(device: str) -> None:
-    """An image filled up with junk, beside another, is as alone."""
+def test_padding_is_ignored(device: str) -> None:
+    """An image padded with junk in a batch of two gives the same result as the image alone."""
     removal = small(device)
     features, scores, boxes = draw(2, 9, device=device)
     alone = removal(features[:1, :5], scores[:1, :5], boxes[:1, :5])
@@ -182,7 +182,7 @@ def test_padding_is_not_seen(device: str) -> None:
     assert_same(together, torch.stack(one_by_one).mean())
 
 
-def test_what_is_no_number_or_box_is_left_out(device: str) -> None:
+def test_invalid_scores_and_boxes_are_left_out(device: str) -> None:
     removal = small(device)
     features, scores, boxes = draw(1, 8, device=device)
     scores[0, 2, 1], boxes[0, 4, 3], boxes[0, 5, 0], boxes[0, 6, 2] = math.nan, math.inf, math.nan, -9.0
@@ -195,8 +195,8 @@ def test_what_is_no_number_or_box_is_left_out(device: str) -> None:
         assert x.grad.isfinite().all()
 
 
-def test_class_in_which_nothing_is_left(device: str) -> None:
-    """Between others, and alone."""
+def test_classes_without_detections(device: str) -> None:
+    """A single class is empty, and then all classes are."""
     removal = small(device)
     features, scores, boxes = draw(1, 7, 3, device=device)
     full = removal(features, scores, boxes)
@@ -208,15 +208,15 @@ def test_class_in_which_nothing_is_left(device: str) -> None:
     gt_boxes, gt_labels = boxes[:, :2], torch.tensor([[1, 1]], device=device)
     assert not removal.targets(detections, gt_boxes, gt_labels).any()
 
-    nothing = removal(features, torch.zeros_like(scores), boxes)
-    assert not nothing.final_scores.any() and (nothing.indices == -1).all()
-    loss = removal.loss(nothing, gt_boxes, gt_labels)
+    empty = removal(features, torch.zeros_like(scores), boxes)
+    assert not empty.final_scores.any() and (empty.indices == -1).all()
+    loss = removal.loss(empty, gt_boxes, gt_labels)
     loss.backward()
     assert loss == 0 and all(not p.grad.any() for p in removal.parameters())
 
 
-def test_what_is_left_out_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU: the relation sees classes with those of about their length, and none in which nothing is left."""
+def test_skipped_detections_cost_nothing_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relation processes classes of similar length together and skips classes without detections."""
     removal = small("cpu", first_n=9)
     features, scores, boxes = draw(1, 9, 5)
     scores = torch.zeros_like(scores)
@@ -224,18 +224,18 @@ def test_what_is_left_out_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         scores[0, -count or 9 :, c] = 0.9
     seen = []
 
-    def watched(query: Tensor, *arguments: Tensor, **options: object) -> Tensor:
+    def recording_attention(query: Tensor, *arguments: Tensor, **options: object) -> Tensor:
         seen.append(query.shape[:2])
         return relops.relation_attention(query, *arguments, **options)
 
-    monkeypatch.setattr("relops.nn.object_relation.relation_attention", watched)
+    monkeypatch.setattr("relops.nn.object_relation.relation_attention", recording_attention)
     detections = removal(features, scores, boxes)
     assert seen == [(2, 3), (1, 9)]
     assert (detections.indices >= 0).sum(-1).tolist() == [[0, 3, 9, 2, 0]]
 
 
 @pytest.mark.parametrize(("B", "K", "C", "G"), [(2, 0, 3, 2), (0, 4, 3, 2), (2, 4, 0, 2), (2, 4, 3, 0), (2, 2, 3, 1)])
-def test_empty_and_few(B: int, K: int, C: int, G: int, device: str) -> None:
+def test_empty_and_short_inputs(B: int, K: int, C: int, G: int, device: str) -> None:
     removal = small(device)
     features, scores, boxes = draw(B, K, C, device=device)
     detections = removal(features, scores, boxes)
@@ -251,7 +251,9 @@ def test_empty_and_few(B: int, K: int, C: int, G: int, device: str) -> None:
 # ---- Targets ----
 
 
-def one_class(boxes: list, scores: list[float], device: str) -> relops.nn.duplicate_removal.RankedDetections:
+def detections_of_one_class(
+    boxes: list, scores: list[float], device: str
+) -> relops.nn.duplicate_removal.RankedDetections:
     removal = small(device)
     features = torch.zeros(1, len(boxes), CHANNELS, dtype=torch.float64, device=device)
     scores = torch.tensor(scores, dtype=torch.float64, device=device)[None, :, None]
@@ -261,31 +263,31 @@ def one_class(boxes: list, scores: list[float], device: str) -> relops.nn.duplic
 @pytest.mark.parametrize(
     ("boxes", "scores", "objects", "right"),
     [
-        # The best of those that overlap enough, which at the higher threshold is another.
+        # The highest score wins among the boxes that overlap enough. A higher threshold leaves out the first box.
         ([[0, 0, 10, 6], [0, 0, 10, 8], [0, 0, 10, 10]], [0.9, 0.8, 0.7], [[0, 0, 10, 10]], [[0], [1]]),
         # An IoU equal to the threshold is not enough.
         ([[0, 0, 10, 5]], [0.9], [[0, 0, 10, 10]], [[], []]),
-        # The first box overlaps both objects, belongs to the one it overlaps more, and leaves the other one alone.
+        # The first box overlaps both objects and is matched only to the second, which it overlaps more.
         ([[0, 0, 10, 10], [0, 0, 10, 7.5]], [0.9, 0.8], [[0, 0, 10, 6], [0, 0, 10, 9]], [[0], [0]]),
-        # Of two equal objects the first has all boxes.
+        # All boxes are matched to the first of two equal objects.
         ([[0, 0, 10, 10], [0, 0, 10, 9]], [0.9, 0.8], [[0, 0, 10, 10]] * 2, [[0], [0]]),
-        # Equal scores: the lower index.
+        # The lower index wins among equal scores.
         ([[0, 0, 10, 8], [0, 0, 10, 10]], [0.5, 0.5], [[0, 0, 10, 10]], [[0], [0]]),
         ([[0, 0, 10, 10]], [0.9], [[50, 50, 60, 60]], [[], []]),
     ],
 )
 def test_targets_by_hand(boxes: list, scores: list[float], objects: list, right: list, device: str) -> None:
-    detections = one_class(boxes, scores, device)
+    detections = detections_of_one_class(boxes, scores, device)
     removal = small(device)
     gt_boxes = torch.tensor([objects], dtype=torch.float64, device=device)
     targets = removal.targets(detections, gt_boxes, torch.zeros(1, len(objects), dtype=torch.int64, device=device))
     found = [targets[0, 0, :, e].nonzero()[:, 0].tolist() for e in range(2)]
     assert found == right
-    of_another_class = removal.targets(detections, gt_boxes, torch.full((1, len(objects)), 1, device=device))
-    assert not of_another_class.any()
+    other_class = removal.targets(detections, gt_boxes, torch.full((1, len(objects)), 1, device=device))
+    assert not other_class.any()
 
 
-def test_targets_against_a_loop(device: str) -> None:
+def test_targets_equal_those_of_a_loop(device: str) -> None:
     removal = small(device, first_n=25)
     for seed in range(20):
         torch.manual_seed(seed)
@@ -302,10 +304,10 @@ def test_targets_against_a_loop(device: str) -> None:
                 assert set(targets[b, c, :, e].nonzero()[:, 0].tolist()) == right
 
 
-# ---- The loss at its ends ----
+# ---- The loss for extreme scores ----
 
 
-def detections_of(scores: Tensor, logits: Tensor) -> relops.nn.duplicate_removal.RankedDetections:
+def make_detections(scores: Tensor, logits: Tensor) -> relops.nn.duplicate_removal.RankedDetections:
     n = len(scores)
     boxes = torch.tensor([0.0, 0.0, 9.0, 9.0]).expand(1, 1, n, 4).to(scores.device)
     indices = torch.arange(n, device=scores.device)[None, None]
@@ -313,7 +315,7 @@ def detections_of(scores: Tensor, logits: Tensor) -> relops.nn.duplicate_removal
 
 
 @pytest.mark.parametrize("right", [False, True], ids=["wrong", "right"])
-def test_loss_is_finite_everywhere(right: bool, device: str) -> None:
+def test_loss_is_finite_for_extreme_scores(right: bool, device: str) -> None:
     removal = small(device)
     far = 50 * torch.ones(1, 1, 4, device=device) * torch.tensor([0.0, 0.0, 1.0, 1.0], device=device)
     gt_boxes = torch.tensor([[[0.0, 0.0, 9.0, 9.0]]], device=device) if right else far
@@ -323,17 +325,17 @@ def test_loss_is_finite_everywhere(right: bool, device: str) -> None:
         for z in (-1e30, -1e4, -104.0, -17.0, 0.0, 17.0, 89.0, 1e4, 1e30):
             scores = torch.tensor([s0], device=device, requires_grad=True)
             logits = torch.tensor([[z, z]], device=device, requires_grad=True)
-            loss = removal.loss(detections_of(scores, logits), gt_boxes, gt_labels)
+            loss = removal.loss(make_detections(scores, logits), gt_boxes, gt_labels)
             loss.backward()
             assert loss.isfinite() and loss >= 0
             assert scores.grad.abs() <= 4 * 2.0**23 / removal.first_n
             assert (logits.grad.abs() <= 4 / (2 * removal.first_n)).all()
 
 
-def test_loss_is_exact_near_its_ends(device: str) -> None:
-    """In float32, against the definition in float64 with s0 and s1 as close to 0 and 1 as float32 and its logits can
-    say: the naive 1 - s0 * s1 would be zero or have no digit right. Not at the bounds of s0, where the derivative of
-    torch's clamp is 1 up to 2.13 and 0 from 2.14 on."""
+def test_loss_is_accurate_for_extreme_scores(device: str) -> None:
+    """Compare the float32 loss with its definition in float64, for s0 and s1 as close to 0 and 1 as float32 scores and
+    logits can represent. A naive 1 - s0 * s1 would be zero or have no correct digit. The bounds of s0 are left out,
+    because the derivative of torch.clamp at its bounds is 1 up to torch 2.13 and 0 from 2.14 on."""
     removal = small(device)
     gt_boxes, gt_labels = torch.zeros(1, 0, 4, device=device), torch.zeros(1, 0, dtype=torch.int64, device=device)
     for s0, z in itertools.product((2.0**-22, 0.01, 0.5, 0.999, 1 - 2.0**-20), (-20.0, -3.0, 0.0, 9.0, 16.0, 30.0)):
@@ -342,7 +344,7 @@ def test_loss_is_exact_near_its_ends(device: str) -> None:
         exact.backward()
         scores = torch.tensor([s0], device=device, requires_grad=True)
         logits = torch.full((1, 2), z, device=device, requires_grad=True)
-        loss = removal.loss(detections_of(scores, logits), gt_boxes, gt_labels)
+        loss = removal.loss(make_detections(scores, logits), gt_boxes, gt_labels)
         loss.backward()
         assert loss.item() == pytest.approx(exact.item(), rel=1e-6, abs=1e-7)
         assert scores.grad.item() == pytest.approx(wide.grad[0].item(), rel=1e-5, abs=1e-7)
@@ -351,7 +353,7 @@ def test_loss_is_exact_near_its_ends(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype: torch.dtype, device: str) -> None:
-    """Scores that 16 bits round to 0 and 1; what comes out is float32, and close to what float32 gives."""
+    """Some scores are rounded to 0 and 1 in 16 bits. Outputs are float32, and the loss is close to that in float32."""
     removal = small(device, score_threshold=0.0).float()
     features, _, boxes = draw(dtype=torch.float32, device=device)
     confident = (80 * torch.randn(2, 11, 5, device=device)).softmax(-1)[..., 1:].to(dtype)
@@ -369,7 +371,7 @@ def test_under_autocast(dtype: torch.dtype, device: str) -> None:
     assert loss.item() == pytest.approx(exact.item(), rel=0.1)
 
 
-# ---- Compiling, and the device ----
+# ---- Compilation and synchronization ----
 
 
 def test_compiles(fresh_compiler: None, device: str) -> None:
@@ -395,7 +397,7 @@ def test_compiles(fresh_compiler: None, device: str) -> None:
 
 
 @needs_cuda
-def test_nothing_waits_for_the_device() -> None:
+def test_no_synchronization() -> None:
     removal = small("cuda")
     features, scores, boxes = draw(device="cuda")
     gt_boxes, gt_labels = draw_objects(boxes)
@@ -413,16 +415,16 @@ G, DUPLICATES = 4, 4
 
 
 def scenes(count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Objects of two classes, each found DUPLICATES times at about its place, with any score. Features say where a box
-    is, and noise."""
+    """Return scenes with objects of two classes. Each object is detected DUPLICATES times near its position, with
+    random scores. The features of a box are its coordinates and noise."""
     labels = torch.randint(2, (count, G), generator=generator)
     centers, sides = torch.rand(2, count, G, 2, generator=generator)
     centers, sides = 20 + 160 * centers, 30 + 50 * sides
     owner = torch.arange(G).repeat_interleave(DUPLICATES)[torch.randperm(G * DUPLICATES, generator=generator)]
-    off = 0.06 * torch.randn(count, G * DUPLICATES, 4, generator=generator)
-    places = centers[:, owner] + off[..., :2] * sides[:, owner]
-    extents = sides[:, owner] * off[..., 2:].exp()
-    boxes = torch.cat([places - extents / 2, places + extents / 2], -1)
+    noise = 0.06 * torch.randn(count, G * DUPLICATES, 4, generator=generator)
+    box_centers = centers[:, owner] + noise[..., :2] * sides[:, owner]
+    box_sides = sides[:, owner] * noise[..., 2:].exp()
+    boxes = torch.cat([box_centers - box_sides / 2, box_centers + box_sides / 2], -1)
     score = 0.3 + 0.65 * torch.rand(count, G * DUPLICATES, 1, generator=generator)
     return {
         "features": torch.cat([boxes / 200, torch.randn(boxes.shape, generator=generator)], -1),
@@ -435,13 +437,13 @@ def scenes(count: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def kept_once(kept: Tensor, owner: Tensor) -> float:
-    """The share of objects of which one box is kept."""
+    """Return the fraction of objects of which exactly one box is kept."""
     return ((kept.float() @ torch.nn.functional.one_hot(owner, G).float()) == 1).float().mean().item()
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tensors are too small for more, which only wait for each other on a busy machine."""
+    """Use one thread, because with tensors this small several threads only wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -452,7 +454,7 @@ def test_learns_to_remove_duplicates(one_thread: None) -> None:
     removal = relops.nn.DuplicateRemoval(
         8, first_n=16, thresholds=(0.5,), positive_weight=1.0, rank_dim=32, hidden_dim=32, heads=8, head_dim=8
     )
-    with torch.no_grad():  # the released initialization is for layers 10 times as wide
+    with torch.no_grad():  # the released initialization is meant for layers 10 times as wide
         for name, p in removal.named_parameters():
             if name.endswith("weight"):
                 p.mul_(10)
@@ -476,7 +478,7 @@ def test_learns_to_remove_duplicates(one_thread: None) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-    # No threshold of s0 alone comes near.
+    # A threshold on s0 alone is far worse.
     assert max(kept_once(best_scores > t, test["owner"]) for t in torch.linspace(0.3, 0.95, 40)) < 0.5
     assert quality() > 0.9
 
@@ -512,12 +514,12 @@ def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
         (torch.zeros(2, 3, 4), torch.zeros(2, 4).long(), ValueError, r"gt_labels must be \[B,G\] = \[2,3\], got shape"),
     ],
 )
-def test_bad_objects(gt_boxes: Tensor, gt_labels: Tensor, error: type[Exception], message: str) -> None:
+def test_bad_ground_truth(gt_boxes: Tensor, gt_labels: Tensor, error: type[Exception], message: str) -> None:
     removal = small("cpu")
     detections = removal(*draw())
     with pytest.raises(error, match=f"relops.nn.DuplicateRemoval: {message}"):
         removal.loss(detections, gt_boxes, gt_labels)
 
 
-def test_repr_tells_its_sizes() -> None:
+def test_repr_shows_the_options() -> None:
     assert "first_n=6, thresholds=(0.5, 0.7), score_threshold=0.2" in repr(small("cpu"))

@@ -1,4 +1,4 @@
-"""Sparse R-CNN and nn.DynamicConv against themselves written out, and the layout of the released parameters."""
+"""Tests of Sparse R-CNN and nn.DynamicConv against step-by-step implementations, and of the released layout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from relops.models.detectors.sparse_rcnn import SparseRCNN, initial_boxes, log_i
 # ---- nn.DynamicConv ----
 
 
-def by_sums(module: relops.nn.DynamicConv, features: Tensor, regions: Tensor) -> Tensor:
-    """Layer by layer, positions in two axes."""
+def dynamic_conv_by_sums(module: relops.nn.DynamicConv, features: Tensor, regions: Tensor) -> Tensor:
+    """Compute DynamicConv layer by layer, with separate axes for the rows and columns of a region."""
     R, C, S, _ = regions.shape
     D = module.dim_dynamic
 
@@ -37,7 +37,7 @@ def by_sums(module: relops.nn.DynamicConv, features: Tensor, regions: Tensor) ->
 
 
 def dynamic_conv(device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[relops.nn.DynamicConv, list[Tensor]]:
-    """With norms that do something, and inputs of 5 proposals."""
+    """Return a module whose norms have random parameters, and inputs for 5 proposals."""
     module = relops.nn.DynamicConv(12, 4, 3).to(device, dtype)
     for norm in (module.norm1, module.norm2, module.norm3):
         nn.init.normal_(norm.weight)
@@ -47,17 +47,17 @@ def dynamic_conv(device: str = "cpu", dtype: torch.dtype = torch.float64) -> tup
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_dynamic_conv_is_what_it_says(layout: torch.memory_format, device: str) -> None:
+def test_dynamic_conv_equals_its_definition(layout: torch.memory_format, device: str) -> None:
     module, (features, regions) = dynamic_conv(device)
     regions = regions.detach().contiguous(memory_format=layout).requires_grad_()
-    actual, expected = module(features, regions), by_sums(module, features, regions)
+    actual, expected = module(features, regions), dynamic_conv_by_sums(module, features, regions)
     torch.testing.assert_close(actual, expected)
-    wanted, grad = [features, regions, *module.parameters()], torch.randn_like(actual)
-    for a, e in zip(torch.autograd.grad(actual, wanted, grad), torch.autograd.grad(expected, wanted, grad)):
+    needs_grad, grad = [features, regions, *module.parameters()], torch.randn_like(actual)
+    for a, e in zip(torch.autograd.grad(actual, needs_grad, grad), torch.autograd.grad(expected, needs_grad, grad)):
         torch.testing.assert_close(a, e)
 
 
-def test_dynamic_conv_of_no_proposals(device: str) -> None:
+def test_dynamic_conv_without_proposals(device: str) -> None:
     module, inputs = dynamic_conv(device)
     features, regions = (x[:0].detach().requires_grad_() for x in inputs)
     output = module(features, regions)
@@ -68,7 +68,7 @@ def test_dynamic_conv_of_no_proposals(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dynamic_conv_in_16_bits(dtype: torch.dtype, device: str) -> None:
-    """As a module of its own dtype, and under autocast with regions of another."""
+    """Test a 16-bit module, and a float32 module under autocast with 16-bit regions."""
     module, (features, regions) = dynamic_conv(device, torch.float32)
     expected = module(features, regions)
     with torch.autocast(device, dtype):
@@ -107,14 +107,14 @@ def test_dynamic_conv_has_the_released_parameters() -> None:
         (((5, 12), (5, 12, 3, 3)), "df", "regions must be torch.float64, the dtype of features, got torch.float32"),
     ],
 )
-def test_dynamic_conv_refuses(shapes: tuple, dtypes: str, message: str) -> None:
+def test_dynamic_conv_rejects_bad_inputs(shapes: tuple, dtypes: str, message: str) -> None:
     module, _ = dynamic_conv()
     inputs = [torch.randn(shape, dtype={"d": torch.float64, "f": torch.float32}[d]) for shape, d in zip(shapes, dtypes)]
     with pytest.raises((ValueError, TypeError), match="relops.nn.DynamicConv: " + message):
         module(*inputs)
 
 
-def test_dynamic_conv_refuses_sizes() -> None:
+def test_dynamic_conv_rejects_bad_sizes() -> None:
     with pytest.raises(ValueError, match=r"relops\.nn\.DynamicConv: size must be an int from 1"):
         relops.nn.DynamicConv(size=0)
 
@@ -124,12 +124,12 @@ def test_dynamic_conv_refuses_sizes() -> None:
 
 def model(**options: object) -> SparseRCNN:
     torch.manual_seed(0)
-    given = {"backbone": "resnet18-gn-16", "channels": 32, "hidden": 48, "proposals": 10, "stages": 3, "init": "random"}
-    return relops.models.sparse_rcnn(3, **given | options)
+    small = {"backbone": "resnet18-gn-16", "channels": 32, "hidden": 48, "proposals": 10, "stages": 3, "init": "random"}
+    return relops.models.sparse_rcnn(3, **small | options)
 
 
 def batch() -> tuple[Tensor, Tensor, Targets]:
-    """Two images, the second padded."""
+    """Return two images, the second of which is padded."""
     torch.manual_seed(1)
     images = torch.randn(2, 3, 192, 256)
     images[1, :, 160:] = images[1, :, :, 200:] = 0
@@ -137,13 +137,13 @@ def batch() -> tuple[Tensor, Tensor, Targets]:
     return images, torch.tensor([[192.0, 256], [160, 200]]), Targets(boxes, torch.tensor([[0, 2], [1, -1]]))
 
 
-def test_boxes_begin_as_the_image_or_its_middle() -> None:
+def test_initial_boxes_cover_the_image_or_its_center() -> None:
     assert initial_boxes("image", 3).tolist() == [[0.5, 0.5, 1, 1]] * 3
     torch.testing.assert_close(initial_boxes("center", 2), torch.tensor([[0.5, 0.5, 0.1, 0.1]] * 2))
     assert model(init="image").init_proposal_boxes.weight.tolist() == [[0.5, 0.5, 1, 1]] * 10
 
 
-def test_boxes_begin_at_random() -> None:
+def test_random_initial_boxes() -> None:
     boxes = initial_boxes("random", 5000)
     assert boxes.min() > 0 and boxes.max() < 1
     logits = boxes.logit()
@@ -152,7 +152,7 @@ def test_boxes_begin_at_random() -> None:
 
 
 @pytest.mark.parametrize("proposals", [1, 2, 7, 80, 100])
-def test_boxes_begin_as_cells_that_cover_the_image(proposals: int) -> None:
+def test_initial_boxes_of_a_grid_cover_the_image(proposals: int) -> None:
     boxes = initial_boxes("grid", proposals)
     assert boxes.shape == (proposals, 4)
     assert boxes[:, 2:].prod(1).sum().item() == pytest.approx(1)
@@ -163,7 +163,7 @@ def test_boxes_begin_as_cells_that_cover_the_image(proposals: int) -> None:
     assert (boxes[:, 2] / boxes[:, 3]).min() > 0.4 and (boxes[:, 2] / boxes[:, 3]).max() < 2.5
 
 
-def test_first_regions_are_of_the_image_without_its_padding() -> None:
+def test_first_regions_exclude_padding() -> None:
     module, seen = model(init="image", stages=1).eval(), []
     module.head.box_roi_pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     images, sizes, _ = batch()
@@ -176,20 +176,20 @@ def test_first_regions_are_of_the_image_without_its_padding() -> None:
 
 
 def test_decode_by_hand() -> None:
-    """Deltas of the center are halved; those of the size are not, and are bounded."""
+    """The deltas of the center are halved. The deltas of the size are not halved, but bounded."""
     boxes = torch.tensor([[[10.0, 20, 30, 60]] * 2])
     deltas = torch.tensor([[[1.0, -0.5, math.log(2), math.log(0.5)], [0, 0, 100, 0]]])
     stage = model().head.head_series[0]
     stage.bboxes_delta.register_forward_hook(lambda *_: deltas)
     C = stage.bboxes_delta.in_features
     _, actual, _ = stage(torch.randn(1, 2, C), torch.randn(2, C, 7, 7), boxes)
-    half = 20 * 1e5 / 16 / 2
-    expected = torch.tensor([[[10.0, 20, 50, 40], [20 - half, 20, 20 + half, 60]]])
+    half_width = 20 * 1e5 / 16 / 2
+    expected = torch.tensor([[[10.0, 20, 50, 40], [20 - half_width, 20, 20 + half_width, 60]]])
     torch.testing.assert_close(actual, expected)
 
 
-def written_out(module: SparseRCNN, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and boxes in pixels of all stages, from sums, plain layers and the pooling's twin; images one by one."""
+def predict_step_by_step(module: SparseRCNN, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the logits and the boxes in pixels of all stages with plain layers, one image at a time."""
     maps = [x.double() for x in module.backbone(images)][:4]
     params = {name: p.double() for name, p in module.named_parameters()}
     logits, found = [], []
@@ -222,24 +222,24 @@ def written_out(module: SparseRCNN, images: Tensor, sizes: Tensor) -> tuple[Tens
             f = norm(f + linear((weights @ v).transpose(0, 1).reshape(-1, C), "self_attn.out_proj"), "norm1")
             interaction = relops.nn.DynamicConv(C, C // 4).double()
             interaction.load_state_dict(head.inst_interact.state_dict())
-            f = norm(f + by_sums(interaction, f, regions), "norm2")
+            f = norm(f + dynamic_conv_by_sums(interaction, f, regions), "norm2")
             f = norm(f + linear(linear(f, "linear1").relu(), "linear2"), "norm3")
-            of_class = norm(linear(f, "cls_module.0"), "cls_module.1").relu()
-            of_box = f
+            class_features = norm(linear(f, "cls_module.0"), "cls_module.1").relu()
+            box_features = f
             for i in (0, 3, 6):
-                of_box = norm(linear(of_box, f"reg_module.{i}"), f"reg_module.{i + 1}").relu()
-            dx, dy, dw, dh = linear(of_box, "bboxes_delta").unbind(1)
+                box_features = norm(linear(box_features, f"reg_module.{i}"), f"reg_module.{i + 1}").relu()
+            dx, dy, dw, dh = linear(box_features, "bboxes_delta").unbind(1)
             x1, y1, x2, y2 = boxes.unbind(1)
             x, y = (x1 + x2) / 2 + dx / 2 * (x2 - x1), (y1 + y2) / 2 + dy / 2 * (y2 - y1)
             w, h = (x2 - x1) * dw.exp(), (y2 - y1) * dh.exp()
             boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
-            logits[-1].append(linear(of_class, "class_logits"))
+            logits[-1].append(linear(class_features, "class_logits"))
             found[-1].append(boxes)
     return torch.stack([torch.stack(x) for x in logits], 1), torch.stack([torch.stack(x) for x in found], 1)
 
 
-def calm(module: SparseRCNN) -> SparseRCNN:
-    """With deltas that leave boxes in the image, and logits far from each other."""
+def with_small_deltas(module: SparseRCNN) -> SparseRCNN:
+    """Scale down the deltas, so that boxes stay in the image, and spread the logits."""
     for head in module.head.head_series:
         head.bboxes_delta.weight.data.mul_(0.2)
         nn.init.normal_(head.class_logits.weight)
@@ -247,11 +247,11 @@ def calm(module: SparseRCNN) -> SparseRCNN:
 
 
 @pytest.mark.parametrize("iou_attention", [False, True])
-def test_all_stages_are_what_they_say(iou_attention: bool) -> None:
-    module, (images, sizes, _) = calm(model(iou_attention=iou_attention)), batch()
+def test_stages_equal_their_definition(iou_attention: bool) -> None:
+    module, (images, sizes, _) = with_small_deltas(model(iou_attention=iou_attention)), batch()
     with torch.no_grad():
         prediction = module.predict(images, sizes)
-        logits, boxes = written_out(module, images, sizes)
+        logits, boxes = predict_step_by_step(module, images, sizes)
         boxes = boxes / torch.tensor([[256.0, 192, 256, 192], [200, 160, 200, 160]])[:, None].double()
         torch.testing.assert_close(prediction.logits.double(), logits, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(prediction.boxes.double(), boxes, rtol=1e-5, atol=1e-5)
@@ -261,26 +261,26 @@ def test_all_stages_are_what_they_say(iou_attention: bool) -> None:
     torch.testing.assert_close(last.boxes[0], prediction.boxes[2], rtol=1e-4, atol=1e-5)
 
 
-def test_boxes_are_constants_between_stages_and_features_are_not() -> None:
-    module = calm(model())
+def test_gradients_flow_between_stages_through_features_but_not_through_boxes() -> None:
+    module = with_small_deltas(model())
     prediction = module.predict(*batch()[:2])
     first, second, _ = module.head.head_series
-    wanted = [first.bboxes_delta.weight, module.init_proposal_boxes.weight]
-    wanted += [first.inst_interact.dynamic_layer.weight, module.init_proposal_features.weight]
-    gradients = torch.autograd.grad(prediction.boxes[0].sum(), wanted, retain_graph=True)
+    needs_grad = [first.bboxes_delta.weight, module.init_proposal_boxes.weight]
+    needs_grad += [first.inst_interact.dynamic_layer.weight, module.init_proposal_features.weight]
+    gradients = torch.autograd.grad(prediction.boxes[0].sum(), needs_grad, retain_graph=True)
     assert all(x.abs().max() > 0 for x in gradients)
-    of_box, of_initial, *of_features = torch.autograd.grad(
-        prediction.boxes[1].sum() + prediction.logits[1].sum(), wanted, retain_graph=True
+    delta_grad, initial_grad, *feature_grads = torch.autograd.grad(
+        prediction.boxes[1].sum() + prediction.logits[1].sum(), needs_grad, retain_graph=True
     )
-    assert not of_box.any() and not of_initial.any()
-    assert all(x.abs().max() > 0 for x in of_features)
-    (of_region,) = torch.autograd.grad(prediction.logits.sum(), wanted[1], allow_unused=True)
-    assert of_region is None  # a region does not teach its box
+    assert not delta_grad.any() and not initial_grad.any()
+    assert all(x.abs().max() > 0 for x in feature_grads)
+    (pooling_grad,) = torch.autograd.grad(prediction.logits.sum(), needs_grad[1], allow_unused=True)
+    assert pooling_grad is None  # no gradient flows through the pooling to the boxes
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_proposals_without_an_area_or_an_overlap_attend_to_themselves(dtype: torch.dtype) -> None:
+def test_proposals_without_area_or_overlap_attend_only_to_themselves(dtype: torch.dtype) -> None:
     boxes = torch.tensor([[[0.0, 0, 8, 8], [4, 0, 12, 8], [100, 100, 120, 120], [3, 3, 3, 3]]])
     bias = log_iou(boxes).to(dtype)
     weights = bias.float().softmax(-1)
@@ -292,8 +292,8 @@ def test_proposals_without_an_area_or_an_overlap_attend_to_themselves(dtype: tor
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
 
 
-def test_first_boxes_learn_by_the_identity() -> None:
-    """Where the deltas are zeros, the first stage's boxes are those that it was given."""
+def test_initial_boxes_receive_the_gradient_of_the_first_stage() -> None:
+    """If all deltas are zero, the first stage returns the initial boxes, and their gradient is that of the identity."""
     module = model(stages=1)
     for parameter in module.head.head_series[0].bboxes_delta.parameters():
         nn.init.zeros_(parameter)
@@ -302,17 +302,19 @@ def test_first_boxes_learn_by_the_identity() -> None:
     x, y, w, h = module.init_proposal_boxes.weight.unbind(1)
     torch.testing.assert_close(boxes, torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1).expand(2, -1, -1))
     (gradient,) = torch.autograd.grad(boxes.sum(), module.init_proposal_boxes.weight)
-    torch.testing.assert_close(gradient, torch.tensor([[4.0, 4, 0, 0]]).expand(10, 4))  # 2 corners, 2 images
+    torch.testing.assert_close(
+        gradient, torch.tensor([[4.0, 4, 0, 0]]).expand(10, 4)
+    )  # from 2 corners in each of 2 images
 
 
-def test_classes_begin_rare() -> None:
+def test_initial_class_probability_is_one_percent() -> None:
     module = model()
     for head in module.head.head_series:
         torch.testing.assert_close(head.class_logits.bias.sigmoid(), torch.full((3,), 0.01))
     assert set(module(*batch())) == {"classes", "boxes", "giou", "auxiliary"}
 
 
-def test_backbone_of_local_relation() -> None:
+def test_lr_net_as_backbone() -> None:
     module = model(backbone="lr_net26", channels=16, stages=1, frozen_stages=1)
     frozen = [p for x in module.backbone.body.parts()[0] for p in x.parameters()]
     sum(module(*batch()).values()).backward()
@@ -329,7 +331,7 @@ def test_backbone_of_local_relation() -> None:
         ({"proposals": 0}, "proposals must be an int from 1"),
     ],
 )
-def test_options_that_do_not_fit(options: dict, message: str) -> None:
+def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match="relops.models: " + message):
         model(**options)
 
@@ -338,8 +340,8 @@ def test_options_that_do_not_fit(options: dict, message: str) -> None:
 
 
 def released(module: SparseRCNN, stages: int = 6) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Name and shape of every entry of a released state_dict (ResNet-50, 80 classes, 100 proposals), by the rules of
-    the layout, and where it belongs."""
+    """Yield the name and shape of every entry of a released state_dict (ResNet-50, 80 classes, 100 proposals), as its
+    layout prescribes, and the parameter that the entry belongs to."""
 
     def normalized(name: str, conv: nn.Module, norm: nn.Module, *shape: int) -> Iterator:
         yield f"{name}.weight", shape, conv.weight
@@ -384,8 +386,8 @@ def released(module: SparseRCNN, stages: int = 6) -> Iterator[tuple[str, tuple[i
         yield from both(f"{name}.linear2", head.linear2, 256, 2048)
         for norm in ("norm1", "norm2", "norm3"):
             yield from both(f"{name}.{norm}", getattr(head, norm), 256)
-        for tower, layers_of_it in (("cls_module", 1), ("reg_module", 3)):
-            for j in range(0, 3 * layers_of_it, 3):
+        for tower, depth in (("cls_module", 1), ("reg_module", 3)):
+            for j in range(0, 3 * depth, 3):
                 yield f"{name}.{tower}.{j}.weight", (256, 256), getattr(head, tower)[j].weight
                 yield from both(f"{name}.{tower}.{j + 1}", getattr(head, tower)[j + 1], 256)
         yield from both(f"{name}.class_logits", head.class_logits, 80, 256)
@@ -404,8 +406,8 @@ def test_released_parameters_load() -> None:
     assert len({id(parameter) for *_, parameter in entries}) == len(module.state_dict()) == 523
 
 
-def test_released_parameters_that_are_missing_or_left_over() -> None:
-    """Errors name them, those of the backbone as they are called here."""
+def test_errors_name_missing_and_unexpected_parameters() -> None:
+    """Errors give the names that relops uses, also for parameters of the backbone."""
     module = relops.models.sparse_rcnn(80, stages=1)
     state = {name: torch.rand(shape) for name, shape, _ in released(module, stages=1)}
     for name, ours in (
