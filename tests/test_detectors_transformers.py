@@ -1,4 +1,5 @@
-"""DETR and Deformable DETR against Hugging Face transformers', and weights of theirs and of the released codes."""
+"""Tests of DETR and Deformable DETR against Hugging Face transformers, and of loading weights from transformers and
+from the released code."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def transformers() -> ModuleType:
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """So that every parameter counts, and none is like another."""
+    """Randomize all parameters, so that each of them affects the result and no two are equal."""
     with torch.no_grad():
         for name, x in model.state_dict().items():
             if x.dim() > 1:
@@ -57,7 +58,8 @@ def randomize(model: nn.Module) -> nn.Module:
 
 
 def theirs(transformers: ModuleType, variant: str, **options: object) -> nn.Module:
-    """Of the same sizes, with transformers' own ResNet if none is given. Nothing is downloaded."""
+    """Build the model of transformers with the same sizes. Its backbone is transformers' ResNet unless `options` name
+    another. Nothing is downloaded."""
     torch.manual_seed(0)
     stages = ["stage4"] if variant in ("detr", "single_scale") else ["stage2", "stage3", "stage4"]
     if not options:
@@ -82,18 +84,18 @@ def theirs(transformers: ModuleType, variant: str, **options: object) -> nn.Modu
     if variant == "detr":
         model = transformers.DetrForObjectDetection(transformers.DetrConfig(**options))
     else:
-        of_ours = VARIANTS[variant]
+        our_options = VARIANTS[variant]
         config = transformers.DeformableDetrConfig(
             **options,
-            num_feature_levels=of_ours.get("levels", 4),
-            with_box_refine=of_ours.get("refine", False),
-            two_stage=of_ours.get("two_stage", False),
+            num_feature_levels=our_options.get("levels", 4),
+            with_box_refine=our_options.get("refine", False),
+            two_stage=our_options.get("two_stage", False),
             two_stage_num_proposals=QUERIES,
             class_cost=2,
             auxiliary_loss=True,
         )
         model = transformers.DeformableDetrForObjectDetection(config)
-        if variant == "refine":  # it shares one classifier between layers, which the released code does not
+        if variant == "refine":  # unlike the released code, transformers shares one classifier between layers
             model.class_embed = nn.ModuleList(copy.deepcopy(x) for x in model.class_embed)
     return randomize(model).eval().requires_grad_()
 
@@ -107,7 +109,8 @@ def pair(request: pytest.FixtureRequest, transformers: ModuleType) -> tuple[str,
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Two images of odd sizes, of which the second is padded: pixels, sizes, and transformers' mask."""
+    """Return the pixels of two images of odd sizes, their sizes, and the pixel mask of transformers. The second image
+    is padded."""
     torch.manual_seed(1)
     images, mask = torch.randn(2, 3, 131, 170), torch.ones(2, 131, 170)
     mask[1, 100:] = mask[1, :, 121:] = 0
@@ -115,20 +118,24 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def objects(sizes: Tensor) -> tuple[Targets, list[dict[str, Tensor]]]:
-    """Of each image so many that all costs decide about who is paired with whom: as ours and as transformers'."""
+    """Return the same objects as targets of relops and as labels of transformers. Their number is large enough that
+    every cost affects the assignment."""
     counts = 14, 9
     center, size = 0.2 + 0.6 * torch.rand(2, 14, 2), 0.1 + 0.3 * torch.rand(2, 14, 2)
     relative = torch.cat([center, size], -1)
-    there = torch.arange(14) < torch.tensor(counts)[:, None]
-    labels = torch.randint(CLASSES, (2, 14)).masked_fill(~there, -1)
-    boxes = corners_of(relative) * sizes.flip(1).repeat(1, 2)[:, None] * there[..., None]
-    of_images = [{"class_labels": labels[i, :n], "boxes": relative[i, :n]} for i, n in enumerate(counts)]
-    return Targets(boxes, labels), of_images
+    valid = torch.arange(14) < torch.tensor(counts)[:, None]
+    labels = torch.randint(CLASSES, (2, 14)).masked_fill(~valid, -1)
+    boxes = corners_of(relative) * sizes.flip(1).repeat(1, 2)[:, None] * valid[..., None]
+    their_labels = [{"class_labels": labels[i, :n], "boxes": relative[i, :n]} for i, n in enumerate(counts)]
+    return Targets(boxes, labels), their_labels
 
 
-def losses_of_theirs(model: nn.Module, variant: str, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """By transformers' names, of all layers. Its DETR would put each layer's normalized output into the next layer if
-    it were asked for auxiliary losses, which the released code does not: there, they are made of the same parts."""
+def their_losses(model: nn.Module, variant: str, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the losses of all layers under the names that transformers gives them.
+
+    If DETR of transformers computes auxiliary losses, it passes the normalized output of each layer to the next layer,
+    unlike the released code. For DETR, this function therefore computes the losses from the recorded layer outputs.
+    """
     images, _, mask = batch()
     if variant != "detr":
         return model(pixel_values=images, pixel_mask=mask, labels=labels).loss_dict
@@ -148,7 +155,7 @@ def losses_of_theirs(model: nn.Module, variant: str, labels: list[dict[str, Tens
 
 
 def test_same_predictions(pair: tuple[str, nn.Module, nn.Module]) -> None:
-    """Of a batch with padding, and of an image without."""
+    """Compare the predictions of a batch with padding and of an image without padding."""
     _, model, loaded = pair
     images, sizes, mask = batch()
     with torch.no_grad():
@@ -161,14 +168,15 @@ def test_same_predictions(pair: tuple[str, nn.Module, nn.Module]) -> None:
 
 
 def test_same_losses_and_gradients(pair: tuple[str, nn.Module, nn.Module]) -> None:
-    """Of all layers and all parameters. transformers has no loss of the first of two stages."""
+    """Compare the losses of all layers and the gradients of all parameters, except the loss of the first of two stages,
+    which transformers does not compute."""
     variant, model, loaded = pair
     images, sizes, _ = batch()
     targets, labels = objects(sizes)
     model.zero_grad()
     loaded.train().zero_grad()
     weights = (1 if variant == "detr" else 2), 5, 2
-    found = losses_of_theirs(model, variant, labels)
+    found = their_losses(model, variant, labels)
 
     def layer(suffix: str) -> list[Tensor]:
         return [w * found[x + suffix] for w, x in zip(weights, ("loss_ce", "loss_bbox", "loss_giou"))]
@@ -191,17 +199,17 @@ def test_same_losses_and_gradients(pair: tuple[str, nn.Module, nn.Module]) -> No
     }
     renamed = ours(variant)
     load_detr(renamed, model.state_dict() | gradients)
-    taught = 0
+    num_with_gradient = 0
     for (name, x), (_, gradient) in zip(loaded.named_parameters(), renamed.named_parameters()):
         actual = torch.zeros_like(x) if x.grad is None else x.grad
         size = gradient.square().mean().sqrt()
         assert (actual - gradient).square().mean().sqrt() <= 1e-3 * size + 1e-7, name
-        taught += bool(size > 0)
-    assert taught > 0.8 * len(list(loaded.parameters()))
+        num_with_gradient += bool(size > 0)
+    assert num_with_gradient > 0.8 * len(list(loaded.parameters()))
 
 
-def test_files_load(pair: tuple[str, nn.Module, nn.Module], tmp_path: Path) -> None:
-    """They have older names, and parameters that are shared only once."""
+def test_saved_files_load(pair: tuple[str, nn.Module, nn.Module], tmp_path: Path) -> None:
+    """Saved files use older parameter names and contain each shared parameter only once."""
     variant, model, loaded = pair
     safetensors = pytest.importorskip("safetensors.torch")
     model.save_pretrained(tmp_path)
@@ -213,7 +221,7 @@ def test_files_load(pair: tuple[str, nn.Module, nn.Module], tmp_path: Path) -> N
 
 
 def test_timm_backbone(transformers: ModuleType) -> None:
-    """Which most of transformers' checkpoints have."""
+    """Most checkpoints of transformers have a timm backbone."""
     pytest.importorskip("timm")
     model = theirs(transformers, "detr", backbone="resnet18")
     loaded = ours("detr", "resnet18-frozen").eval()
@@ -225,7 +233,7 @@ def test_timm_backbone(transformers: ModuleType) -> None:
     torch.testing.assert_close(actual.boxes[-1], expected.pred_boxes, rtol=1e-4, atol=1e-4)
 
 
-# ---- The released codes, without transformers ----
+# ---- Weights of the released code, without transformers ----
 
 
 def linear(name: str, out_channels: int, in_channels: int) -> dict[str, tuple[int, ...]]:
@@ -252,7 +260,7 @@ def deformable_attention(name: str, levels: int) -> dict[str, tuple[int, ...]]:
 
 
 def released_body() -> dict[str, tuple[int, ...]]:
-    """ResNet-18 with a quarter of its width, by torchvision's names."""
+    """Return the shapes of a ResNet-18 with a quarter of its width, under torchvision's parameter names."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def convolution(conv: str, bn: str, out_channels: int, in_channels: int, kernel: int) -> None:
@@ -263,11 +271,11 @@ def released_body() -> dict[str, tuple[int, ...]]:
     convolution("conv1", "bn1", 16, 3, 7)
     for i, width in enumerate((16, 32, 64, 128)):
         for j in range(2):
-            block, before = f"layer{i + 1}.{j}", width // 2 if i and not j else width
-            convolution(f"{block}.conv1", f"{block}.bn1", width, before, 3)
+            block, in_width = f"layer{i + 1}.{j}", width // 2 if i and not j else width
+            convolution(f"{block}.conv1", f"{block}.bn1", width, in_width, 3)
             convolution(f"{block}.conv2", f"{block}.bn2", width, width, 3)
-            if before != width:
-                convolution(f"{block}.downsample.0", f"{block}.downsample.1", width, before, 1)
+            if in_width != width:
+                convolution(f"{block}.downsample.0", f"{block}.downsample.1", width, in_width, 1)
     return shapes
 
 
@@ -281,7 +289,7 @@ def feed_forward(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def released(variant: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the released code's state_dict."""
+    """Return the names and shapes in the state_dict of the released code."""
     shapes = released_body()
     options = VARIANTS[variant]
     levels = options.get("levels", 4)
@@ -330,7 +338,7 @@ def released(variant: str) -> dict[str, tuple[int, ...]]:
 
 
 def released_state(variant: str) -> dict[str, Tensor]:
-    """With other values in each, but for what is one parameter by several names."""
+    """Return a random state_dict. Entries that name the same parameter have equal values."""
     state = {name: torch.randn(shape) for name, shape in released(variant).items()}
     for name in state:
         shared = name.removeprefix("transformer.decoder.") if "_embed" in name else name
@@ -342,7 +350,7 @@ def released_state(variant: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_released_weights_load(variant: str) -> None:
-    """Each one to its place, and none is left over or missing."""
+    """Every entry is loaded into its parameter, and no entry or parameter is left over."""
     state = released_state(variant)
     model = ours(variant)
     load_detr(model, state)
@@ -355,7 +363,7 @@ def test_released_weights_load(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["detr", "two_stage"])
-def test_unfit_weights_are_named(variant: str) -> None:
+def test_errors_name_weights_that_do_not_fit(variant: str) -> None:
     state = released_state(variant)
     name = "transformer.decoder.layers.2.norm3.weight"
     model = ours(variant)
@@ -370,8 +378,8 @@ def test_unfit_weights_are_named(variant: str) -> None:
         load_detr(model, state)
 
 
-def test_heads_that_belong_to_another_variant_are_named() -> None:
-    """Names and shapes do not tell one head of all layers from a head a layer."""
+def test_errors_name_heads_of_another_variant() -> None:
+    """Names and shapes alone do not show whether all layers share one head or each layer has its own."""
     refined, plain = released_state("refine"), released_state("deformable")
     with pytest.raises(ValueError, match=r"class_embed\.1\.weight .* equal that of the first layer if refine is False"):
         load_detr(ours("deformable"), refined)
@@ -391,14 +399,16 @@ def test_heads_that_belong_to_another_variant_are_named() -> None:
     ],
 )
 def test_number_of_parameters(build: object, options: dict, count: int) -> None:
-    """That are trained, as the released codes log it for COCO on ResNet-50, whose stem and first stage are frozen."""
+    """The number of trained parameters equals what the released code logs for COCO with a ResNet-50 whose stem and
+    first stage are frozen."""
     with torch.device("meta"):
         model = build(91, frozen_stages=1, **options)
     assert sum(x.numel() for x in model.parameters() if x.requires_grad) == count
 
 
 def test_compiles(fresh_compiler: None) -> None:
-    """Inference in one graph; what refines boxes is a part of what has two stages, the rest is in test_detectors.py."""
+    """Inference with two stages, which includes box refinement, compiles to one graph. test_detectors.py tests the
+    other variants."""
     model = randomize(ours("two_stage", encoder_layers=1, decoder_layers=2)).eval()
     images, sizes, _ = batch()
     with torch.no_grad():
