@@ -1,4 +1,4 @@
-"""nn.LocalRelation and the LR-Nets that are made of it."""
+"""Tests of nn.LocalRelation and of LR-Net, the network built from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def layer(device: str = "cpu", dtype: torch.dtype = torch.float64, **options: ob
     [{}, {"stride": 2, "dilation": 2}, {"similarity": "product", "border": "zero"}, {"channels_per_group": 1}],
     ids=["plain", "strided", "product", "depthwise"],
 )
-def test_layer_is_what_it_says(prior: str, options: dict, device: str) -> None:
+def test_layer_equals_its_definition(prior: str, options: dict, device: str) -> None:
     module = layer(device, prior=prior, **options)
     x = torch.randn(2, 20, 9, 11, device=device, dtype=torch.float64, requires_grad=True)
     output = module(x)
@@ -52,16 +52,16 @@ def test_layer_is_what_it_says(prior: str, options: dict, device: str) -> None:
     y = reference.local_relation(q, k, x, table, kernel_size=3, **options)
     expected = F.conv2d(y, module.output.weight, module.output.bias)
     assert_matches(output, expected.cpu())
-    wanted = [x, *module.parameters()]
+    needs_grad = [x, *module.parameters()]
     grad = torch.randn_like(output)
     for actual, reference_grad in zip(
-        torch.autograd.grad(output, wanted, grad), torch.autograd.grad(expected, wanted, grad)
+        torch.autograd.grad(output, needs_grad, grad), torch.autograd.grad(expected, needs_grad, grad)
     ):
         torch.testing.assert_close(actual, reference_grad, rtol=1e-9, atol=1e-11)
 
 
 def test_positions() -> None:
-    """(x, y), row by row; of an even window there is none at 1."""
+    """Positions are (x, y) in row-major order. The positions of an even window do not reach 1."""
     third = tap_positions(3)
     assert third.shape == (1, 2, 3, 3)
     assert third[0, 0].tolist() == [[-1, 0, 1]] * 3 and third[0, 1].tolist() == [[-1] * 3, [0] * 3, [1] * 3]
@@ -69,27 +69,26 @@ def test_positions() -> None:
     assert not tap_positions(1).any()
 
 
-def test_state_has_parameters_only() -> None:
+def test_state_dict_contains_only_parameters() -> None:
     names = ["query.weight", "query.bias", "key.weight", "key.bias", "prior.0.weight", "prior.0.bias"]
     assert set(layer().state_dict()) == {*names, "prior.2.weight", "prior.2.bias", "output.weight", "output.bias"}
     assert layer(prior="table").state_dict()["prior"].shape == (3, 3, 3)
     assert "prior" not in layer(prior="none").state_dict()
 
 
-def test_window_sees_its_center_alone(device: str) -> None:
-    """With k = 1 the layer is its output convolution."""
+def test_layer_with_kernel_size_one_equals_its_output_convolution(device: str) -> None:
     module = layer(device, kernel_size=1)
     x = torch.randn(1, 20, 5, 6, device=device, dtype=torch.float64)
     assert_matches(module(x), module.output(x).detach().cpu())
 
 
-def test_weights_follow_the_content(device: str) -> None:
-    """What a convolution cannot do: average within regions, not across their edge."""
+def test_weights_depend_on_the_content(device: str) -> None:
+    """Unlike a convolution, the layer can average within regions without mixing values across their edges."""
     module = layer(device, channels=8, kernel_size=5, prior="none")
     nn.init.zeros_(module.query.bias), nn.init.zeros_(module.key.bias)
     for conv in (module.query, module.key):
         nn.init.zeros_(conv.weight)
-        conv.weight.data[:, 0] = 100.0  # the first channel says which region it is
+        conv.weight.data[:, 0] = 100.0  # the first channel identifies the region
     nn.init.dirac_(module.output.weight), nn.init.zeros_(module.output.bias)
     region = (torch.arange(12, device=device) >= 5).double().expand(9, 12)
     x = torch.cat([region[None], region.expand(7, 9, 12) * 10 + 0.1 * torch.randn(7, 9, 12, device=device)])[None]
@@ -99,7 +98,7 @@ def test_weights_follow_the_content(device: str) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_layer_in_training(autocast: bool, device: str, fresh_compiler: None) -> None:
-    """Under autocast and the compiler, in channels_last, with gradients to everything."""
+    """The compiled layer keeps channels_last, with and without autocast, and all parameters receive gradients."""
     module = layer(device, torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 20, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
@@ -124,12 +123,12 @@ def test_layer_in_training(autocast: bool, device: str, fresh_compiler: None) ->
         ({"border": "pad"}, ValueError, 'border must be "mask" or "zero", got \'pad\''),
     ],
 )
-def test_options_that_are_none(options: dict, error: type[Exception], message: str) -> None:
+def test_bad_options(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"relops.nn.LocalRelation: {message}"):
         layer(**options)
 
 
-def test_input_that_does_not_fit() -> None:
+def test_bad_input() -> None:
     module = layer()
     with pytest.raises(
         ValueError, match=r"LocalRelation: input must be \[N,C,H,W\] with C = 20, got shape \[1, 8, 4, 4\]"
@@ -147,8 +146,9 @@ def test_input_that_does_not_fit() -> None:
     [(relops.models.lr_net26, 14.7e6, 2.6e9), (relops.models.lr_net50, 23.3e6, 4.3e9)],
     ids=["26", "50"],
 )
-def test_size_is_as_published(make, parameters: float, multiply_adds: float) -> None:
-    """Within 1.5 %, at 224 x 224: of convolutions, the aggregation of values and the classifier."""
+def test_sizes_match_the_paper(make, parameters: float, multiply_adds: float) -> None:
+    """The sizes for 224 x 224 images differ by at most 1.5 %. Multiply-adds are those of convolutions, the aggregation
+    of values and the classifier."""
 
     def aggregation(query, key, value, prior, kernel_size, *settings, out_shape, **_):
         return 2 * kernel_size**2 * out_shape.numel()
@@ -162,7 +162,7 @@ def test_size_is_as_published(make, parameters: float, multiply_adds: float) -> 
     assert counter.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=0.015)
 
 
-def test_stages() -> None:
+def test_shapes_of_stage_maps() -> None:
     network = relops.models.LRNet((1, 2), (12, 20), 7, stem_channels=8, kernel_size=3).eval()
     maps = network.stage_maps(torch.randn(2, 3, 33, 50))
     assert [list(x.shape) for x in maps] == [[2, 32, 9, 13], [2, 64, 5, 7]] and network.channels == [32, 64]
@@ -178,42 +178,42 @@ def small() -> relops.models.LRNet:
 def test_gradients_reach_every_parameter(device: str) -> None:
     network = small().to(device)
     for name, parameter in network.named_parameters():
-        if name.endswith("bn3.weight"):  # zero at first, which keeps gradients from the inside of a block
+        if name.endswith("bn3.weight"):  # an initial value of zero blocks gradients into the block
             nn.init.ones_(parameter)
     network(torch.randn(8, 1, 32, 32, device=device)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
 
 
-def blobs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """[count,1,16,16] with a bright bar, and which of 4 ways it lies."""
+def draw_bars(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return images [count,1,16,16] that contain a bright bar, and the directions of the bars, numbered from 0 to 3."""
     images = 0.3 * torch.randn(count, 1, 16, 16, generator=generator)
     labels = torch.randint(4, (count,), generator=generator)
     center = torch.randint(3, 13, (count, 2, 1), generator=generator)
-    way = torch.tensor([[0, 1], [1, 0], [1, 1], [1, -1]])[labels, :, None]
-    y, x = ((center + way * torch.arange(-3, 4)) % 16).unbind(1)  # [count,7]
+    direction = torch.tensor([[0, 1], [1, 0], [1, 1], [1, -1]])[labels, :, None]
+    y, x = ((center + direction * torch.arange(-3, 4)) % 16).unbind(1)  # [count,7]
     images[torch.arange(count)[:, None], 0, y, x] += 2.0
     return images, labels
 
 
-def test_learns(device: str) -> None:
-    """Which way a bar lies, of which no pixel by itself tells anything."""
+def test_lr_net_learns_the_direction_of_a_bar(device: str) -> None:
+    """A single pixel does not show the direction of a bar."""
     generator = torch.Generator().manual_seed(0)
     network = small().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for _ in range(150):
-        images, labels = (x.to(device) for x in blobs(64, generator))
+        images, labels = (x.to(device) for x in draw_bars(64, generator))
         loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    images, labels = (x.to(device) for x in blobs(400, generator))
+    images, labels = (x.to(device) for x in draw_bars(400, generator))
     with torch.no_grad():
         accuracy = (network.eval()(images).argmax(1) == labels).double().mean().item()
     assert accuracy > 0.9
 
 
-def test_digits_command_says_what_is_missing() -> None:
-    """Without scikit-learn."""
+def test_digits_command_names_the_missing_package() -> None:
+    """Without scikit-learn, the command explains how to install it."""
     done = run_python(
         "import sys; sys.modules['sklearn'] = sys.modules['sklearn.datasets'] = None; sys.path.insert(0, '..');"
         "from benchmarks.lr_net_digits import digits; digits()"

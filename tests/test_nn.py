@@ -1,4 +1,4 @@
-"""The modules: relops.nn."""
+"""Tests of the modules in relops.nn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEVELS = [(9, 13), (5, 7), (3, 4), (2, 2)]
 S = sum(h * w for h, w in LEVELS)
 REGION_OPS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "prroi_pool")
 
-# ---- All ----
+# ---- All modules ----
 
 
 def detections_to_rank(B: int = 2, K: int = 9, C: int = 3) -> tuple[Tensor, ...]:
@@ -29,7 +29,7 @@ def detections_to_rank(B: int = 2, K: int = 9, C: int = 3) -> tuple[Tensor, ...]
     return torch.randn(B, K, 16), torch.rand(B, K, C).square(), torch.cat([corner, corner + size], -1)
 
 
-# Of each module: one, and arguments of its forward.
+# Functions that return an instance of each module and arguments for its forward method.
 MODULES: dict[str, Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]] = {
     "DuplicateRemoval": lambda: (
         relops.nn.DuplicateRemoval(16, first_n=5, rank_dim=8, hidden_dim=12, heads=3, head_dim=4, score_threshold=0.1),
@@ -63,30 +63,31 @@ MODULES: dict[str, Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]] = {
 } | {name: lambda name=name: (REGION_MODULES[name], region_arguments(name)[1:]) for name in REGION_OPS}
 
 
-# Each is traced in one mode, in turn: the ops in them are traced in every mode by test_contract.py.
+# The modules take turns with the tracing modes. One mode per module is enough, because test_contract.py traces the ops
+# in every mode.
 TRACED = [(name, mode) for i, name in enumerate(MODULES) for mode in ("plain", TRACING_MODES[i % len(TRACING_MODES)])]
 
 
 @pytest.mark.parametrize(("name", "tracing_mode"), TRACED)
 def test_fake_tensors_and_make_fx(name: str, tracing_mode: str) -> None:
-    """Output and gradients of parameters and inputs, without values and as a graph."""
+    """Run the module, and the gradients of its parameters and inputs, with fake tensors or as a traced graph."""
     module, arguments = MODULES[name]()
     state = dict(module.named_parameters()) | dict(module.named_buffers())
     leaves, spec = tree_flatten((state, arguments))
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+    tensor_indices = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
         tensors = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
-        given = list(leaves)
-        for i, x in zip(places, tensors):
-            given[i] = x
-        outputs = tree_leaves(torch.func.functional_call(module, *tree_unflatten(given, spec)))
-        wanted = [x for x in tensors if x.requires_grad]
+        new_leaves = list(leaves)
+        for i, x in zip(tensor_indices, tensors):
+            new_leaves[i] = x
+        outputs = tree_leaves(torch.func.functional_call(module, *tree_unflatten(new_leaves, spec)))
+        needs_grad = [x for x in tensors if x.requires_grad]
         total = sum(x.sum() for x in outputs if x.requires_grad)
-        grads = torch.autograd.grad(total, wanted, allow_unused=True)
+        grads = torch.autograd.grad(total, needs_grad, allow_unused=True)
         return [*outputs, *(x for x in grads if x is not None)]
 
-    tensors = [leaves[i] for i in places]
+    tensors = [leaves[i] for i in tensor_indices]
     expected = run(tensors)
     if tracing_mode == "plain":
         with FakeTensorMode() as mode:
@@ -97,7 +98,7 @@ def test_fake_tensors_and_make_fx(name: str, tracing_mode: str) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-def test_all_modules_are_tested_so() -> None:
+def test_every_module_is_traced() -> None:
     tested = {type(make()[0]).__name__ for make in MODULES.values()}
     assert tested == set(relops.nn.__all__) - {"RankedDetections"}
 
@@ -105,7 +106,7 @@ def test_all_modules_are_tested_so() -> None:
 # ---- Deformable attention ----
 
 
-def test_state_dict_is_that_of_deformable_detr() -> None:
+def test_state_dict_has_the_layout_of_deformable_detr() -> None:
     shapes = {name: tuple(x.shape) for name, x in relops.nn.MSDeformAttn().state_dict().items()}
     assert shapes == {
         "sampling_offsets.weight": (8 * 4 * 4 * 2, 256),
@@ -119,9 +120,9 @@ def test_state_dict_is_that_of_deformable_detr() -> None:
     }
 
 
-def test_initialization_is_that_of_deformable_detr() -> None:
+def test_initial_parameters_equal_deformable_detr() -> None:
     layer = relops.nn.MSDeformAttn(d_model=64, n_levels=3, n_heads=8, n_points=4)
-    # Eight heads look into the eight directions of the compass, 1 to 4 pixels away on the unit square.
+    # Each of the eight heads samples points in one compass direction, 1 to 4 pixels away in the maximum norm.
     compass = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor([[[[p * x, p * y] for p in range(1, 5)]] * 3 for x, y in compass]).float()
     torch.testing.assert_close(layer.sampling_offsets.bias.view(8, 3, 4, 2), expected, rtol=0, atol=1e-5)
@@ -133,19 +134,19 @@ def test_initialization_is_that_of_deformable_detr() -> None:
         layer.output_proj.bias,
     ):
         assert not zero.any()
-    bound = (6 / (64 + 64)) ** 0.5  # Xavier, uniform
+    bound = (6 / (64 + 64)) ** 0.5  # Xavier uniform initialization
     for weight in (layer.value_proj.weight, layer.output_proj.weight):
         assert 0.95 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
-def test_width_that_heads_do_not_divide() -> None:
+def test_width_must_be_divisible_by_heads() -> None:
     with pytest.raises(ValueError, match="d_model must be divisible by n_heads, got 30, 8"):
         relops.nn.MSDeformAttn(d_model=30)
 
 
-def by_steps(layer: torch.nn.Module, query: Tensor, points: Tensor, pyramid: Tensor, mask: Tensor | None) -> Tensor:
-    """The layer as Deformable DETR writes it, from linear layers, softmax and the twin of the unfused op."""
+def step_by_step(layer: torch.nn.Module, query: Tensor, points: Tensor, pyramid: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute the layer as Deformable DETR does, with linear layers, softmax and the twin of the unfused op."""
     N, Q, C = query.shape
     M, L, P = layer.n_heads, layer.n_levels, layer.n_points
     value = torch.nn.functional.linear(pyramid, layer.value_proj.weight, layer.value_proj.bias)
@@ -166,7 +167,7 @@ def by_steps(layer: torch.nn.Module, query: Tensor, points: Tensor, pyramid: Ten
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_forward_and_gradients(coordinates: int, padded: bool, device: str) -> None:
     layer = relops.nn.MSDeformAttn(d_model=48, n_levels=4, n_heads=6, n_points=3).to(device, torch.float64)
-    with torch.no_grad():  # they begin as zeros
+    with torch.no_grad():  # the initial weights are zero
         for linear in (layer.sampling_offsets, layer.attention_weights):
             linear.weight.normal_(std=0.1)
     query = torch.randn(2, 11, 48, dtype=torch.float64, device=device)
@@ -180,7 +181,7 @@ def test_forward_and_gradients(coordinates: int, padded: bool, device: str) -> N
     for f in (
         lambda: layer(query, points, pyramid, shapes, starts, mask),
         lambda: layer(query, points, pyramid, LEVELS, input_padding_mask=mask),
-        lambda: by_steps(layer, query, points, pyramid, mask),
+        lambda: step_by_step(layer, query, points, pyramid, mask),
     ):
         layer.zero_grad()
         output = f()
@@ -193,7 +194,7 @@ def test_forward_and_gradients(coordinates: int, padded: bool, device: str) -> N
 
 
 def test_under_autocast(device: str) -> None:
-    """bfloat16 features, float32 reference points: as close to float32 as bfloat16 linear layers allow."""
+    """Features are bfloat16 and reference points float32. The result is as accurate as bfloat16 linear layers allow."""
     layer = relops.nn.MSDeformAttn(d_model=64, n_heads=4).to(device)
     query, pyramid = torch.randn(1, 20, 64, device=device), torch.randn(1, S, 64, device=device)
     points = torch.rand(1, 20, 4, 2, device=device)
@@ -204,12 +205,12 @@ def test_under_autocast(device: str) -> None:
     assert (output - exact).square().mean().sqrt() < 0.02 * exact.square().mean().sqrt()
 
 
-def test_repr_tells_its_sizes() -> None:
+def test_repr_shows_the_sizes() -> None:
     assert "d_model=64, n_levels=2, n_heads=4, n_points=3" in repr(relops.nn.MSDeformAttn(64, 2, 4, 3))
 
 
 def test_transformers_layer_has_neither_init_nor_parameters() -> None:
-    """What transformers asks of a layer that it puts in place of its own."""
+    """transformers requires this of a layer that replaces its own."""
     layer = relops.nn.MultiScaleDeformableAttention
     assert "__init__" not in vars(layer)
     assert not layer().state_dict()
@@ -231,7 +232,7 @@ BOXES = [
     torch.tensor([[3.2, -2.1, 9.3, 8.8]]),
 ]
 MAP_SIZES = {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6)}
-IMAGES = [(60, 96), (64, 90), (62, 91)]  # padded to 64 x 96: the maps have scales of 1/4, 1/8, 1/16
+IMAGES = [(60, 96), (64, 90), (62, 91)]  # padded to 64 x 96, so that the maps have scales of 1/4, 1/8 and 1/16
 LARGE_BOXES = [torch.tensor([[2.1, 3.2, 13.3, 15.7], [4.4, 1.3, 40.2, 33.7]]), torch.zeros(0, 4), 7 * BOXES[2]]
 
 on_region_modules = pytest.mark.parametrize("name", REGION_MODULES)
@@ -251,7 +252,7 @@ def multi_scale_module() -> torch.nn.Module:
 
 
 @on_region_modules
-def test_region_module_is_its_op(name: str) -> None:
+def test_region_module_equals_its_op(name: str) -> None:
     module, x, rows = region_arguments(name)
     options = {key: getattr(module, key) for key in ("sampling_ratio", "aligned") if hasattr(module, key)}
     expected = getattr(relops, name)(x, rows, (3, 2), 0.5, **options)
@@ -262,7 +263,7 @@ def test_region_module_is_its_op(name: str) -> None:
 
 @on_region_modules
 def test_batch_index_of_a_list_is_not_rounded(name: str) -> None:
-    """bfloat16 has no 257."""
+    """bfloat16 cannot represent 257."""
     module = REGION_MODULES[name]
     x = torch.zeros(260, 6, 4, 4, dtype=torch.bfloat16)
     x[257] = 1
@@ -271,7 +272,7 @@ def test_batch_index_of_a_list_is_not_rounded(name: str) -> None:
 
 
 @on_region_modules
-def test_no_images_and_an_empty_list(name: str) -> None:
+def test_empty_batch_with_an_empty_list(name: str) -> None:
     module, x, _ = region_arguments(name)
     output = module(x[:0], [])
     assert output.shape[0] == 0 and output.shape[2:] == (3, 2)
@@ -288,8 +289,8 @@ def test_memory_format_is_kept(op: Op, device: str) -> None:
 
 
 @on_region_modules
-def test_image_of_a_neighbor_under_vmap(name: str) -> None:
-    """vmap makes one batch of its entries: an index past the end of one must not reach into the next."""
+def test_batch_index_is_checked_under_vmap(name: str) -> None:
+    """vmap merges its entries into one batch. A batch index past the end of one entry must not read the next entry."""
     module, x, rows = region_arguments(name)
     rows[0, 0] = len(x)
     with pytest.raises(IndexError, match=f"relops.{name}: boxes must have a batch index"):
@@ -297,14 +298,14 @@ def test_image_of_a_neighbor_under_vmap(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["roi_pool", "ps_roi_pool"])
-def test_boxes_without_gradient(name: str) -> None:
+def test_pooling_gives_boxes_no_gradient(name: str) -> None:
     module, x, rows = region_arguments(name)
     rows.requires_grad_()
     module(x.requires_grad_(), rows).sum().backward()
     assert rows.grad is None and x.grad is not None
 
 
-def test_multi_scale_module_is_its_op() -> None:
+def test_multi_scale_module_equals_its_op() -> None:
     x = maps()
     output = multi_scale_module()(x | {"pool": torch.randn(3, 6, 2, 3)}, LARGE_BOXES, IMAGES)
     scales = [1 / 4, 1 / 8, 1 / 16]
@@ -314,11 +315,11 @@ def test_multi_scale_module_is_its_op() -> None:
     assert torch.equal(output, expected)
 
 
-def test_multi_scale_module_follows_the_shapes() -> None:
-    """No state is left by a call: images of twice the size have scales of half."""
+def test_multi_scale_module_computes_scales_in_every_call() -> None:
+    """A call leaves no state behind: the next call, with images of twice the size, halves the scales."""
     module, x = multi_scale_module(), maps()
     module(x, LARGE_BOXES, IMAGES)
-    boxes = [2 * of_image for of_image in LARGE_BOXES]
+    boxes = [2 * image_boxes for image_boxes in LARGE_BOXES]
     expected = relops.multi_scale_roi_align(
         list(x.values()), boxes, (3, 2), [1 / 8, 1 / 16, 1 / 32], canonical_box_size=20.0, canonical_level=3
     )
@@ -331,7 +332,7 @@ def test_multi_scale_module_without_images() -> None:
 
 
 def test_levels_of_several_dtypes_under_autocast() -> None:
-    """Layers that autocast does not know leave float32 beside bfloat16."""
+    """Levels can have different dtypes if some of the layers before are unknown to autocast."""
     mixed = list(maps().values())
     mixed[1] = mixed[1].bfloat16()
     arguments = LARGE_BOXES, 3, [1 / 4, 1 / 8, 1 / 16]
@@ -341,7 +342,7 @@ def test_levels_of_several_dtypes_under_autocast() -> None:
 
 
 @on_region_modules
-def test_region_modules_script_and_trace(name: str) -> None:
+def test_region_modules_can_be_scripted_and_traced(name: str) -> None:
     module, x, rows = region_arguments(name)
     expected = module(x, rows)
     scripted = torch.jit.script(module)
@@ -355,7 +356,7 @@ def test_region_modules_script_and_trace(name: str) -> None:
     assert torch.equal(traced(x, BOXES), expected)
 
 
-def test_multi_scale_module_scripts_and_traces() -> None:
+def test_multi_scale_module_can_be_scripted_and_traced() -> None:
     arguments = (maps(), LARGE_BOXES, IMAGES)
     module = multi_scale_module()
     expected = module(*arguments)
@@ -368,7 +369,7 @@ def test_multi_scale_module_scripts_and_traces() -> None:
 
 
 @on_region_modules
-def test_region_modules_are_those_of_torchvision(name: str) -> None:
+def test_region_modules_equal_torchvision(name: str) -> None:
     torchvision = pytest.importorskip("torchvision")
     if name == "prroi_pool":
         pytest.skip("not in torchvision")
@@ -379,7 +380,7 @@ def test_region_modules_are_those_of_torchvision(name: str) -> None:
     torch.testing.assert_close(module(x, rows), theirs(x, rows))
 
 
-def test_multi_scale_module_is_that_of_torchvision() -> None:
+def test_multi_scale_module_equals_torchvision() -> None:
     torchvision = pytest.importorskip("torchvision")
     module = multi_scale_module()
     theirs = torchvision.ops.MultiScaleRoIAlign(["p2", "p3", "p4"], (3, 2), 2, canonical_scale=20, canonical_level=3)

@@ -1,4 +1,4 @@
-"""The Relation Networks detector: its head step by step, who sees whom, and that nothing is suppressed."""
+"""Tests of the Relation Networks detectors: the head step by step, the key mask, and the number of suppressions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.relation_networks import (
     relation_shapes,
     relation_state,
 )
-from test_detectors import Given
+from test_detectors import FixedPredictor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +34,7 @@ def small(name: str = "relation_networks_fpn", **options: object) -> nn.Module:
     pyramid = {"sizes": (16, 32, 64, 128, 256)} if name.endswith("_fpn") else {}
     options = {"backbone": "resnet18-gn-16", "channels": 16, "hidden": HIDDEN, **pyramid, "proposals": 40} | options
     model = getattr(relops.models, name)(3, **options)
-    with torch.no_grad():  # far enough from where training begins that everything shows
+    with torch.no_grad():  # weights far from their initial values, so that each of them affects the result
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("weight") and "roi_heads" in parameter_name:
                 parameter.normal_(0, 0.03 if "bbox_pred" in parameter_name else 0.2)
@@ -50,7 +50,7 @@ def batch() -> tuple[Tensor, Tensor, Targets]:
 
 
 def some_proposals(P: int = 6) -> Proposals:
-    """Of two images, the second with fewer."""
+    """Return proposals of two images. The second image has fewer proposals."""
     torch.manual_seed(2)
     boxes = torch.rand(2, P, 2).repeat(1, 1, 2) * 50
     boxes[..., 2:] += 15 + 20 * torch.rand(2, P, 2)
@@ -58,8 +58,8 @@ def some_proposals(P: int = 6) -> Proposals:
     return Proposals(torch.where(valid[..., None], boxes, 0), valid.float(), valid)
 
 
-class OfCoordinates(nn.Module):
-    """Region features that depend on the box alone, in place of pooling."""
+class CoordinateFeatures(nn.Module):
+    """A replacement for pooling whose region features depend only on the coordinates of the box."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class OfCoordinates(nn.Module):
 
 def heads_on_coordinates(**options: object) -> nn.Module:
     heads = small(**options).roi_heads
-    heads.box_roi_pool = OfCoordinates(heads.box_head.fc6.in_features)
+    heads.box_roi_pool = CoordinateFeatures(heads.box_head.fc6.in_features)
     return heads
 
 
@@ -79,8 +79,8 @@ def heads_on_coordinates(**options: object) -> nn.Module:
 
 
 def test_head_step_by_step() -> None:
-    """Against embeddings of all pairs, image by image: two modules behind fc6, one behind fc7. The last region is no
-    key, as ground truth is, and padding is nothing at all."""
+    """Compare with an implementation that embeds all pairs of regions, one image at a time. Two relation modules follow
+    fc6 and one follows fc7. The last region is only a query, like ground truth. Padding is neither query nor key."""
     heads = heads_on_coordinates(relations=(2, 1)).double()
     head = heads.box_head
     p = random_parameters({k: x for i in (1, 2, 3) for k, x in relation_shapes(HIDDEN, HEADS, 2, index=i).items()})
@@ -88,23 +88,23 @@ def test_head_step_by_step() -> None:
         module.load_state_dict(relation_state(p, index=i))
     found = some_proposals(7)
     boxes, valid = found.boxes.double(), found.valid.clone()
-    valid[1, 6], boxes[1, 6] = True, torch.tensor([10.0, 10, 60, 40]).double()  # padding lies between
+    valid[1, 6], boxes[1, 6] = True, torch.tensor([10.0, 10, 60, 40]).double()  # padding lies between valid regions
     features, logits, deltas = heads.predict_all([], boxes, valid, 6)
     for n in range(2):
-        there, num_keys = valid[n].nonzero().squeeze(1), int(valid[n, :6].sum())
-        embedding = pair_embedding(boxes[n, there], num_keys, "paper")
-        x = head.fc6(heads.box_roi_pool([], torch.cat([boxes[n, :, :1], boxes[n]], 1)[there]))
+        valid_rows, num_keys = valid[n].nonzero().squeeze(1), int(valid[n, :6].sum())
+        embedding = pair_embedding(boxes[n, valid_rows], num_keys, "paper")
+        x = head.fc6(heads.box_roi_pool([], torch.cat([boxes[n, :, :1], boxes[n]], 1)[valid_rows]))
         for i in (1, 2):
             x = x + relation(x, embedding, p, HEADS, index=i)
         x = head.fc7(x.relu())
         x = (x + relation(x, embedding, p, HEADS, index=3)).relu()
-        assert_same(features[n, there], x, "features")
-        assert_same(logits[n, there], heads.box_predictor.cls_score(x), "scores")
-        assert_same(deltas[n, there], heads.box_predictor.bbox_pred(x), "deltas")
+        assert_same(features[n, valid_rows], x, "features")
+        assert_same(logits[n, valid_rows], heads.box_predictor.cls_score(x), "scores")
+        assert_same(deltas[n, valid_rows], heads.box_predictor.bbox_pred(x), "deltas")
 
 
 def test_constants() -> None:
-    """Of the published head: 16 relations with queries and keys of 64, 3.15 million parameters a module."""
+    """The published head has 16 relations with queries and keys of width 64, and 3.15 million parameters per module."""
     with torch.device("meta"):
         model = relops.models.relation_networks_fpn(80, relations=(2, 0))
         plain = relops.models.relation_networks(80, duplicate_removal=False, relations=(0, 1))
@@ -121,8 +121,8 @@ def test_constants() -> None:
         small(hidden=40)
 
 
-def test_ground_truth_tells_proposals_nothing() -> None:
-    """What is known of proposals in training is what is known of them at inference."""
+def test_ground_truth_does_not_affect_proposals() -> None:
+    """Proposals have the same features in training as at inference, although training adds the objects as regions."""
     heads, proposals = heads_on_coordinates(), some_proposals()
     targets = batch()[2]
     seen: list[Tensor] = []
@@ -131,20 +131,20 @@ def test_ground_truth_tells_proposals_nothing() -> None:
     heads.detect([], proposals, SIZES)
     in_training, at_inference = seen
     assert in_training.shape[1] == 9 and at_inference.shape[1] == 6
-    # Products of 9 rows and of 6 are rounded differently; what the objects would tell is 1e-3 and more, see below.
+    # Matrix products of 9 and 6 rows are rounded differently. The objects would change features by more than 1e-3.
     torch.testing.assert_close(in_training[:, :6][proposals.valid], at_inference[proposals.valid], rtol=1e-4, atol=1e-5)
-    # The other way round it does: an object's own region sees the proposals.
+    # Conversely, the region of an object does depend on the proposals.
     moved = proposals._replace(boxes=proposals.boxes + 5 * proposals.valid[..., None])
     heads.losses([], moved, SIZES, targets)
     assert (seen[2][:, 6] - in_training[:, 6]).abs().max() > 1e-3
-    # And so would proposals see the object, were it not for the mask.
+    # Without the mask, the proposals would depend on the objects.
     boxes, valid = torch.cat([proposals.boxes, targets.boxes], 1), torch.cat([proposals.valid, targets.labels >= 0], 1)
     unmasked = heads.predict_all([], boxes, valid, 9)[0]
     assert (unmasked[:, :6] - at_inference)[proposals.valid].abs().max() > 1e-3
 
 
-def test_padding_does_not_matter() -> None:
-    """Neither how much there is nor what its numbers are, for losses and detections."""
+def test_padding_is_ignored() -> None:
+    """Neither the amount of padding nor its values affect losses and detections."""
     heads, few = heads_on_coordinates(), some_proposals()
     targets = batch()[2]
     padded = Proposals(*(torch.cat([x, x.new_zeros(2, 3, *x.shape[2:])], 1) for x in few))
@@ -154,25 +154,26 @@ def test_padding_does_not_matter() -> None:
         assert loss > 0
         torch.testing.assert_close(padded_losses[name], loss, rtol=1e-4, atol=1e-5, msg=name)
     found, padded_found = (heads.detect([], x, SIZES) for x in (few, padded))
-    num = found.labels.shape[1]  # of 6 proposals and 3 classes there are at most 18
+    num = found.labels.shape[1]  # at most one detection for each of 6 proposals and 3 classes
     assert num == 18 and (found.labels >= 0).sum() > 5
     for x, y in zip(found[:3], padded_found[:3]):
         torch.testing.assert_close(x, y[:, :num], rtol=1e-4, atol=1e-4)
     assert (padded_found.labels[:, num:] == -1).all() and not padded_found.scores[:, num:].any()
 
 
-# ---- Its twin ----
+# ---- Comparison with Faster R-CNN ----
 
 
 @pytest.mark.parametrize("num_samples", [1000, 3])
 def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
-    """Of the same weights, but for the hardest regions being those that losses are of."""
+    """With the same weights, the detections equal those of Faster R-CNN. The losses equal those that Faster R-CNN
+    computes for the hardest regions."""
     model = small(relations=(0, 0), duplicate_removal=False, num_samples=num_samples)
     twin = relops.models.faster_rcnn_fpn(
         3, backbone="resnet18-gn-16", channels=16, hidden=HIDDEN, sizes=(16, 32, 64, 128, 256)
     )
     state = model.state_dict()
-    for kind in ("weight", "bias"):  # of every class the same deltas
+    for kind in ("weight", "bias"):  # Faster R-CNN has deltas for every class, which are all equal here
         name = f"roi_heads.box_predictor.bbox_pred.{kind}"
         state[name] = torch.cat([state[name]] * 4)
     twin.load_state_dict(state)
@@ -193,15 +194,16 @@ def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
         proposals, expected_losses = twin.rpn(maps, sizes, targets)
         heads, samples = twin.roi_heads, twin.roi_heads.regions(proposals, targets)
         logits, deltas = heads.predict(maps, as_rows(samples.boxes))
-        each = heads.region_losses(logits, deltas, samples, targets, None, heads.WEIGHTS)
-        of_classes, of_boxes = (x.view(samples.classes.shape) for x in each)
+        losses_of_regions = heads.region_losses(logits, deltas, samples, targets, None, heads.WEIGHTS)
+        class_losses, box_losses = (x.view(samples.classes.shape) for x in losses_of_regions)
         kept = []
         for n in range(2):
-            there = (samples.classes[n] >= 0).nonzero().squeeze(1)
-            kept.append(n * len(samples.classes[n]) + there[(of_classes + of_boxes)[n, there].argsort()[-num_samples:]])
+            valid = (samples.classes[n] >= 0).nonzero().squeeze(1)
+            hardest = (class_losses + box_losses)[n, valid].argsort()[-num_samples:]
+            kept.append(n * len(samples.classes[n]) + valid[hardest])
         kept = torch.cat(kept)
         assert len(kept) == 6 if num_samples == 3 else len(kept) > 60
-        expected_losses |= {"classes": of_classes.flatten()[kept].mean(), "boxes": of_boxes.flatten()[kept].mean()}
+        expected_losses |= {"classes": class_losses.flatten()[kept].mean(), "boxes": box_losses.flatten()[kept].mean()}
     assert losses.keys() == expected_losses.keys() and losses["boxes"] > 0
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected_losses[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -210,8 +212,8 @@ def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
 # ---- Duplicate removal ----
 
 
-class Calls(TorchDispatchMode):
-    """Names of the ops of this package that run."""
+class RecordOps(TorchDispatchMode):
+    """Record the names of the relops ops that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,26 +230,26 @@ class Calls(TorchDispatchMode):
     ("options", "count"),
     [
         ({"proposal_nms": None}, 0),
-        ({}, 1),  # the RPN's
-        ({"proposal_nms": None, "duplicate_removal": False}, 1),  # of classes
+        ({}, 1),  # in the RPN
+        ({"proposal_nms": None, "duplicate_removal": False}, 1),  # within classes
     ],
     ids=["none", "proposals", "classes"],
 )
-def test_nothing_is_suppressed(name: str, options: dict, count: int) -> None:
+def test_number_of_suppressions(name: str, options: dict, count: int) -> None:
     model = small(name, **options).eval()
     images, sizes, targets = batch()
-    with torch.no_grad(), Calls() as calls:
+    with torch.no_grad(), RecordOps() as ops:
         found = model(images, sizes)
     assert (found.labels >= 0).any()
-    assert sum("nms" in x for x in calls.names) == count
-    assert any("relation_attention" in x for x in calls.names)
-    with torch.no_grad(), Calls() as calls:
+    assert sum("nms" in x for x in ops.names) == count
+    assert any("relation_attention" in x for x in ops.names)
+    with torch.no_grad(), RecordOps() as ops:
         model.train()(images, sizes, targets)
-    assert sum("nms" in x for x in calls.names) == (0 if options.get("proposal_nms", 0.7) is None else 1)
+    assert sum("nms" in x for x in ops.names) == (0 if options.get("proposal_nms", 0.7) is None else 1)
 
 
 def test_proposals_without_suppression() -> None:
-    """The best by score of all levels, without what is no box or has no score."""
+    """The proposals are the boxes with the best scores of all levels. NaN boxes and scores are left out."""
     rpn = small(proposal_nms=None, proposals=3).rpn.eval()
     anchors = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 90, 50], [5, 60, 40, 90], [9, 9, 49, 49]])
     scores, deltas = torch.tensor([[1.0, 4, math.nan, 9, 3]]), torch.zeros(1, 5, 4)
@@ -260,21 +262,21 @@ def test_proposals_without_suppression() -> None:
 
 
 def test_detections_by_hand() -> None:
-    """Every class of every proposal, by final score: s0 times the mean of s1, of those with s0 above .01."""
+    """Each pair of a proposal and a class with s0 above 0.01 is a detection, scored by s0 times the mean of s1."""
     heads = small(relations=(0, 0)).roi_heads
-    heads.box_roi_pool = OfCoordinates(heads.box_head.fc6.in_features)
+    heads.box_roi_pool = CoordinateFeatures(heads.box_head.fc6.in_features)
     boxes = torch.tensor([[[10.0, 10, 50, 50], [10, 10, 50, 50], [60, 10, 90, 50], [0, 0, 0, 0]]])
     probabilities = torch.tensor([[[0.1, 0.8, 0.095, 0.005], [0.2, 0.7, 0.05, 0.05], [0.39, 0.009, 0.6, 0.001]]])
     logits, deltas = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
-    logits[:, :3], deltas[0, 2, 0] = probabilities.log(), 10 * 0.5  # half a width to the right, and clipped
-    heads.box_predictor = Given(logits, deltas)
+    logits[:, :3], deltas[0, 2, 0] = probabilities.log(), 10 * 0.5  # half a width to the right
+    heads.box_predictor = FixedPredictor(logits, deltas)
     with torch.no_grad():
         heads.duplicate_removal.logit.weight.zero_()
         heads.duplicate_removal.logit.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).logit())
     heads.max_detections = 6
     valid = torch.tensor([[1, 1, 1, 0]]).bool()
     found = heads.detect([], Proposals(boxes, valid.float(), valid), torch.tensor([[60.0, 80]]))
-    # Both copies of the first box are kept: that one is a duplicate is for the network to say.
+    # Both copies of the first box are kept, because a network with zero weights detects no duplicates.
     assert found.labels[0].tolist() in ([0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 2, 1])
     torch.testing.assert_close(found.scores[0], 0.3 * torch.tensor([0.8, 0.7, 0.6, 0.095, 0.05, 0.05]))
     torch.testing.assert_close(
@@ -286,8 +288,8 @@ def test_detections_by_hand() -> None:
     assert not found.boxes[0, 6:].any() and not found.scores[0, 6:].any()
 
 
-def test_duplicate_removal_teaches_the_rest() -> None:
-    """Class scores through s0, features and backbone, but neither boxes nor the RPN."""
+def test_duplicate_removal_loss_trains_other_parts() -> None:
+    """The loss has gradients for the class scores, the features and the backbone, but not for the boxes and the RPN."""
     model = small()
     model(*batch())["duplicates"].backward()
     heads = model.roi_heads
@@ -297,14 +299,14 @@ def test_duplicate_removal_teaches_the_rest() -> None:
     assert all(p.grad is None for p in model.rpn.parameters())
 
 
-def test_duplicate_removal_learns_from_refined_proposals_alone() -> None:
-    """Not from the regions of ground truth: their class scores get no gradient by its loss."""
+def test_duplicate_removal_learns_only_from_refined_proposals() -> None:
+    """The class scores of ground-truth regions receive no gradient from the loss of duplicate removal."""
     heads, proposals = heads_on_coordinates(), some_proposals()
     targets = batch()[2]
     seen: list[tuple] = []
     heads.duplicate_removal.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs))
     logits, deltas = torch.randn(2, 9, 4, requires_grad=True), 0.5 * torch.randn(2, 9, 4)
-    heads.box_predictor = Given(logits, deltas)
+    heads.box_predictor = FixedPredictor(logits, deltas)
     heads.losses([], proposals, SIZES, targets)["duplicates"].backward()
     features, scores, boxes = seen[0]
     assert features.shape == (2, 6, HIDDEN) and boxes.shape == (2, 6, 4)
@@ -319,7 +321,7 @@ def test_duplicate_removal_learns_from_refined_proposals_alone() -> None:
 # ---- Whole detectors ----
 
 
-def test_adamw_lets_queries_and_keys_learn_at_a_tenth_of_the_rate() -> None:
+def test_adamw_trains_queries_and_keys_at_a_tenth_of_the_rate() -> None:
     model = small()
     optimizer = make_optimizer(model, "adamw", 0.5, 0.0, 0.9, 1.0, model.slower)
     rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}

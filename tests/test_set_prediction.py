@@ -1,4 +1,4 @@
-"""Matching and losses of sets against one image, one layer, one pair at a time, and what transformers share."""
+"""Tests of set prediction: matching and losses computed pair by pair, detections by hand, and sine positions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from relops.models.parts.transformer import extent_of, sine_positions
 
 
 def problem(focal: bool, corners: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits [3,2,5,C] and boxes [3,2,5,4] of three layers; labels [2,3], of which one in the middle is padding, and
-    objects [2,3,4]."""
+    """Return logits [3,2,5,C] and boxes [3,2,5,4] of three layers, labels [2,3], and objects [2,3,4]. The label -1 in
+    the middle of the first image marks padding."""
     torch.manual_seed(0)
     logits = torch.randn(3, 2, 5, 4 if focal else 5, dtype=torch.float64)
     boxes, objects = (torch.rand(*n, 4, dtype=torch.float64) * 0.4 + 0.1 for n in ((3, 2, 5), (2, 3)))
@@ -40,36 +40,37 @@ def giou(a: list[float], b: list[float]) -> float:
     return inner / union - (hull - union) / hull
 
 
-def of_pair(box: Tensor, target: Tensor, corners: bool) -> tuple[float, float]:
-    """L1 distance and 1 - GIoU."""
+def box_costs(box: Tensor, target: Tensor, corners: bool) -> tuple[float, float]:
+    """Return the L1 distance and 1 - GIoU of a pair of boxes."""
     a, b = ((x if corners else corners_of(x)).tolist() for x in (box, target))
     return sum(abs(x - y) for x, y in zip(box.tolist(), target.tolist())), 1 - giou(a, b)
 
 
 def focal_terms(p: float) -> tuple[float, float]:
-    """Focal loss of a probability where the object is there, and where it is not."""
+    """Return the focal loss of a probability if its class is present, and if it is absent."""
     return -0.25 * (1 - p) ** 2 * math.log(p), -0.75 * p**2 * math.log(1 - p)
 
 
-def by_brute_force(loss: SetLoss, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> list[int]:
-    """The prediction of each object of an image that is cheapest in all, of logits [Q,C]."""
-    real = [t for t, label in enumerate(labels.tolist()) if label >= 0]
+def match_by_brute_force(loss: SetLoss, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> list[int]:
+    """Return the assignment of predictions to the objects of one image that has the lowest total cost. The logits are
+    [Q,C]."""
+    valid = [t for t, label in enumerate(labels.tolist()) if label >= 0]
 
     def cost(q: int, t: int) -> float:
-        distance, overlap = of_pair(boxes[q], objects[t], loss.corners)
+        distance, overlap = box_costs(boxes[q], objects[t], loss.corners)
         if loss.focal:
-            there, absent = focal_terms(logits[q, labels[t]].sigmoid().item())
-            of_class = there - absent
+            present, absent = focal_terms(logits[q, labels[t]].sigmoid().item())
+            class_cost = present - absent
         else:
-            of_class = -logits[q].softmax(0)[labels[t]].item()
-        return loss.costs[0] * of_class + loss.costs[1] * distance + loss.costs[2] * overlap
+            class_cost = -logits[q].softmax(0)[labels[t]].item()
+        return loss.costs[0] * class_cost + loss.costs[1] * distance + loss.costs[2] * overlap
 
     best = min(
-        itertools.permutations(range(len(logits)), len(real)),
-        key=lambda chosen: sum(cost(q, t) for q, t in zip(chosen, real)),
+        itertools.permutations(range(len(logits)), len(valid)),
+        key=lambda chosen: sum(cost(q, t) for q, t in zip(chosen, valid)),
     )
     pairs = [-1] * len(labels)
-    for q, t in zip(best, real):
+    for q, t in zip(best, valid):
         pairs[t] = q
     return pairs
 
@@ -86,39 +87,39 @@ SETTINGS = pytest.mark.parametrize(
 
 
 @SETTINGS
-def test_pairs_are_the_cheapest(loss: SetLoss) -> None:
+def test_matching_has_the_lowest_cost(loss: SetLoss) -> None:
     logits, boxes, labels, objects = problem(loss.focal, loss.corners)
     pairs = loss.match(logits, boxes, labels, objects)
     for layer, image in itertools.product(range(3), range(2)):
-        expected = by_brute_force(loss, logits[layer, image], boxes[layer, image], labels[image], objects[image])
+        expected = match_by_brute_force(loss, logits[layer, image], boxes[layer, image], labels[image], objects[image])
         assert pairs[layer, image].tolist() == expected
 
 
-def focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """As detectors write it."""
-    entropy = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none")
+def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
+    """Compute the focal loss as detectors usually do."""
+    entropy = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
     p = logits.sigmoid()
-    return torch.where(wanted, 0.25 * (1 - p) ** 2.0, 0.75 * p**2.0) * entropy
+    return torch.where(positive, 0.25 * (1 - p) ** 2.0, 0.75 * p**2.0) * entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("focal", [True, False], ids=["focal", "softmax"])
-def test_class_cost_is_that_of_all_classes_to_the_bit(focal: bool, dtype: torch.dtype) -> None:
-    """Of which those of the objects are then gathered; ours are computed of nothing else."""
+def test_class_cost_equals_the_cost_gathered_from_all_classes(focal: bool, dtype: torch.dtype) -> None:
+    """The results are bitwise equal. With the focal loss, relops computes only the costs of the objects' classes."""
     logits = 20 * torch.randn(3, 2, 17, 91, dtype=dtype)
     labels = torch.randint(-1, 90, (2, 13))
-    wanted = torch.ones_like(logits, dtype=torch.bool)
-    of_all = focal_loss(logits, wanted) - focal_loss(logits, ~wanted) if focal else -logits.softmax(-1)
-    expected = of_all.gather(3, labels.clamp(min=0)[None, :, None].expand(3, 2, 17, 13))
-    with Largest() as largest:
+    positive = torch.ones_like(logits, dtype=torch.bool)
+    cost = focal_loss(logits, positive) - focal_loss(logits, ~positive) if focal else -logits.softmax(-1)
+    expected = cost.gather(3, labels.clamp(min=0)[None, :, None].expand(3, 2, 17, 13))
+    with LargestResult() as largest:
         actual = SetLoss(focal=focal).class_cost(logits, labels)
     assert torch.equal(actual, expected)
     if focal:
         assert largest.numel == actual.numel()
 
 
-class Largest(TorchDispatchMode):
-    """How many elements the largest result of an operation had."""
+class LargestResult(TorchDispatchMode):
+    """Record the number of elements of the largest result of any operation."""
 
     numel = 0
 
@@ -128,10 +129,10 @@ class Largest(TorchDispatchMode):
         return results
 
 
-def test_focal_losses_are_that_of_detectors_to_the_bit() -> None:
+def test_focal_losses_equal_the_usual_formula_bitwise() -> None:
     logits = 20 * torch.randn(1000)
-    wanted = torch.rand(1000) < 0.5
-    assert torch.equal(torch.where(wanted, *focal_losses(logits)), focal_loss(logits, wanted))
+    positive = torch.rand(1000) < 0.5
+    assert torch.equal(torch.where(positive, *focal_losses(logits)), focal_loss(logits, positive))
 
 
 @SETTINGS
@@ -143,7 +144,7 @@ def test_losses_by_hand(loss: SetLoss) -> None:
         classes = distance = overlap = weights = 0.0
         for image in range(2):
             predictions = logits[layer, image], boxes[layer, image]
-            pairs = by_brute_force(loss, *predictions, labels[image], objects[image])
+            pairs = match_by_brute_force(loss, *predictions, labels[image], objects[image])
             label_of = {q: labels[image, t].item() for t, q in enumerate(pairs) if q >= 0}
             for q in range(5):
                 if loss.focal:
@@ -156,8 +157,8 @@ def test_losses_by_hand(loss: SetLoss) -> None:
                     weights += weight
             for t, q in enumerate(pairs):
                 if q >= 0:
-                    one, other = of_pair(predictions[1][q], objects[image, t], loss.corners)
-                    distance, overlap = distance + one / count, overlap + other / count
+                    l1, not_overlapping = box_costs(predictions[1][q], objects[image, t], loss.corners)
+                    distance, overlap = distance + l1 / count, overlap + not_overlapping / count
         classes = classes if loss.focal else classes / weights
         expected.append([w * x for w, x in zip(loss.weights, (classes, distance, overlap))])
     losses = loss(logits, boxes, labels, objects)
@@ -168,7 +169,7 @@ def test_losses_by_hand(loss: SetLoss) -> None:
 
 
 @SETTINGS
-def test_without_objects_all_is_background(loss: SetLoss) -> None:
+def test_all_predictions_are_background_without_objects(loss: SetLoss) -> None:
     logits, boxes, labels, objects = problem(loss.focal, loss.corners)
     logits.requires_grad_(), boxes.requires_grad_()
     losses = loss(logits, boxes, torch.full_like(labels, -1), torch.full_like(objects, math.nan))
@@ -179,7 +180,7 @@ def test_without_objects_all_is_background(loss: SetLoss) -> None:
 
 
 def test_more_objects_than_predictions() -> None:
-    """Some stay without; a prediction that is not a number is nobody's, and hurts no other."""
+    """Some objects remain unmatched. A NaN prediction is never matched and does not affect the other predictions."""
     loss = SetLoss()
     logits, boxes, labels, objects = problem(True, False)
     pairs = loss.match(logits[:, :, :2], boxes[:, :, :2], labels, objects)
@@ -197,9 +198,9 @@ def test_number_of_objects_is_the_mean_over_processes(monkeypatch: pytest.Monkey
     assert mean_over_processes(torch.tensor(3)) == 3
 
 
-class Given(SetDetector):
-    def __init__(self, prediction: SetPrediction, loss: SetLoss, most: int) -> None:
-        super().__init__(loss, most)
+class FixedDetector(SetDetector):
+    def __init__(self, prediction: SetPrediction, loss: SetLoss, max_count: int) -> None:
+        super().__init__(loss, max_count)
         self.prediction = prediction
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
@@ -207,17 +208,18 @@ class Given(SetDetector):
 
 
 def test_detections_by_hand() -> None:
-    """Of a sigmoid all classes of all predictions compete, of a softmax one of each; boxes are of the image alone."""
+    """With a sigmoid, all classes of all predictions compete. With a softmax, a prediction gives only its best class.
+    Boxes are relative to the image without its padding."""
     logits = torch.tensor([[[[3.0, 1.0, -9.0], [2.0, -1.0, 0.0]]]])
     boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.5], [0.9, 0.2, 0.4, 0.4]]]])
     images, sizes = torch.zeros(1, 3, 64, 64), torch.tensor([[40.0, 50.0]])
     first, second = [20.0, 10, 30, 30], [35.0, 0, 50, 16]
-    found = Given(SetPrediction(logits, boxes), SetLoss(), 3).eval()(images, sizes)
+    found = FixedDetector(SetPrediction(logits, boxes), SetLoss(), 3).eval()(images, sizes)
     assert found.labels.tolist() == [[0, 0, 1]]
     torch.testing.assert_close(found.boxes, torch.tensor([[first, second, first]]))
     torch.testing.assert_close(found.scores, torch.tensor([[3.0, 2, 1]]).sigmoid())
 
-    found = Given(SetPrediction(logits.flip(-1), boxes), SetLoss(focal=False), 3).eval()(images, sizes)
+    found = FixedDetector(SetPrediction(logits.flip(-1), boxes), SetLoss(focal=False), 3).eval()(images, sizes)
     assert found.labels.tolist() == [[1, 0]]
     torch.testing.assert_close(found.boxes, torch.tensor([[first, second]]))
     torch.testing.assert_close(found.scores[0], logits.flip(-1)[0, 0].softmax(-1)[[0, 1], [1, 0]])
@@ -230,8 +232,9 @@ def test_centers_and_corners() -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, -0.5])
-def test_positions_are_those_of_the_mask(offset: float) -> None:
-    """DETR's formula, on a mask that is resized as images are; within images, for padding is seen by nobody."""
+def test_positions_equal_those_of_a_mask(offset: float) -> None:
+    """Compare with DETR's formula on a padding mask that is resized to the map. Positions in the padding may differ,
+    because attention ignores padding."""
     sizes = torch.tensor([[96.0, 128.0], [70.0, 100.0]])
     mask = torch.zeros(2, 96, 128, dtype=torch.bool)
     mask[1, 70:] = mask[1, :, 100:] = True
@@ -239,11 +242,11 @@ def test_positions_are_those_of_the_mask(offset: float) -> None:
         extent = extent_of((96, 128), sizes, shape)
         resized = F.interpolate(mask[None].float(), size=shape)[0].bool()
         assert torch.equal(extent.padding, resized)
-        there = ~resized
-        torch.testing.assert_close(extent.ratio[:, 0], there[:, 0].float().mean(1))
-        torch.testing.assert_close(extent.ratio[:, 1], there[:, :, 0].float().mean(1))
+        valid = ~resized
+        torch.testing.assert_close(extent.ratio[:, 0], valid[:, 0].float().mean(1))
+        torch.testing.assert_close(extent.ratio[:, 1], valid[:, :, 0].float().mean(1))
 
-        y, x = there.cumsum(1, dtype=torch.float32), there.cumsum(2, dtype=torch.float32)
+        y, x = valid.cumsum(1, dtype=torch.float32), valid.cumsum(2, dtype=torch.float32)
         y = (y + offset) / (y[:, -1:] + 1e-6) * 2 * math.pi
         x = (x + offset) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
         expected = torch.empty(2, *shape, 24)
@@ -251,4 +254,4 @@ def test_positions_are_those_of_the_mask(offset: float) -> None:
             for i in range(6):
                 angle = position / 10000 ** (2 * i / 12)
                 expected[..., 12 * half + 2 * i], expected[..., 12 * half + 2 * i + 1] = angle.sin(), angle.cos()
-        torch.testing.assert_close(sine_positions(extent, 24, offset)[there], expected[there])
+        torch.testing.assert_close(sine_positions(extent, 24, offset)[valid], expected[valid])
