@@ -1,4 +1,4 @@
-"""The build, and the words of its failures. Nothing here compiles anything."""
+"""Tests of the build and of its error messages. They compile nothing."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def python(*arguments: str, cwd: Path, path: Path | None = None, **environment: 
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def words(text: str) -> str:
-    """Without the line breaks, which are nobody's business."""
+def join_lines(text: str) -> str:
+    """Replace line breaks by spaces, because a message may be wrapped anywhere."""
     return " ".join(text.split())
 
 
-# ---- Registers ----
+# ---- Register spills ----
 
-# Part of a kernel's mangled name -> why it may spill.
+# Maps a part of a kernel's mangled name to the reason why the kernel may spill registers.
 ALLOWED_SPILLS: dict[str, str] = {}
 
 
 def spills(report: str) -> dict[str, int]:
-    """From the output of nvcc -Xptxas -v: bytes spilled, stores and loads, by "kernel for arch"."""
+    """Return the bytes of spill stores and loads of each "kernel for arch" in the output of nvcc -Xptxas -v."""
     found, arch = {}, "unknown"
     kernel = None
     for line in report.splitlines():
@@ -51,7 +51,7 @@ def spills(report: str) -> dict[str, int]:
     return found
 
 
-def test_spills_are_found() -> None:
+def test_report_of_spills_is_parsed() -> None:
     report = """\
 ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
 ptxas info    : Compiling entry function '_Z4goodv' for 'sm_80'
@@ -72,16 +72,16 @@ def test_no_kernel_spills() -> None:
         pytest.skip("no ptxas reports: relops._cuda was not built in this source tree")
     kernels: dict[str, int] = {}
     for report in reports:
-        of_file = spills(report.read_text())
-        assert of_file, f"{report} names no kernel: did nvcc run with -Xptxas -v?"
-        kernels |= of_file
+        file_spills = spills(report.read_text())
+        assert file_spills, f"{report} names no kernel. Did nvcc run with -Xptxas -v?"
+        kernels |= file_spills
     spilling = {
         kernel: size for kernel, size in kernels.items() if size and not any(part in kernel for part in ALLOWED_SPILLS)
     }
     assert not spilling
 
 
-# ---- What is registered ----
+# ---- Registered kernels ----
 
 
 def schemas() -> set[str]:
@@ -97,7 +97,7 @@ def test_every_schema_has_a_cpu_kernel() -> None:
 
 
 def test_every_schema_has_a_cuda_kernel(tmp_path: Path) -> None:
-    """Also where torch has no CUDA: relops._cuda is loaded there with its CUDA symbols left open."""
+    """This test does not need a torch with CUDA: it loads relops._cuda with unresolved CUDA symbols."""
     if _library.cuda_library() is None:
         message = "relops._cuda is not built"
         if os.environ.get("RELOPS_REQUIRE_CUDA_BUILD") == "1":
@@ -114,7 +114,7 @@ print(*[name for name, devices in _library.op_kernels().items() if "CUDA" in dev
     assert set(done.stdout.split()) == schemas()
 
 
-# ---- Failures of the build ----
+# ---- Errors of the build ----
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ print(*[name for name, devices in _library.op_kernels().items() if "CUDA" in dev
     ],
     ids=["no nvcc", "RELOPS_CUDA", "no compiler"],
 )
-def test_plan_failures_name_the_remedy(environment: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_build_errors_name_the_remedy(environment: dict[str, str], message: str, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     environment = {name: value.format(empty=empty) for name, value in environment.items()}
-    # CXX: should the plan go through after all, the build fails at once instead of compiling for minutes.
+    # CXX=false makes the build fail at once, instead of compiling for minutes, if the expected error does not occur.
     done = python("setup.py", "build_ext", "--build-lib", str(tmp_path), cwd=ROOT, **{"CXX": "false"} | environment)
     assert done.returncode != 0
-    assert message.format(empty=empty) in words(done.stderr)
+    assert message.format(empty=empty) in join_lines(done.stderr)
 
 
 def test_build_without_torch_names_the_remedy(tmp_path: Path) -> None:
@@ -149,25 +149,25 @@ def test_build_without_torch_names_the_remedy(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-# ---- Failures of the import ----
+# ---- Errors of the import ----
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A folder with relops in it, without its compiled halves."""
+    """Return a folder that contains a copy of relops without its compiled libraries."""
     shutil.copytree(PACKAGE, tmp_path / "relops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
 
-def test_import_without_the_compiled_half(copied: Path) -> None:
-    # An editable install has an import hook that would find the compiled half of the source tree.
+def test_import_without_the_cpu_library(copied: Path) -> None:
+    # The import hook of an editable install would find the compiled library of the source tree.
     code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; import relops"
     done = python("-c", code, cwd=copied, path=copied)
     assert "ImportError: relops._C is not built." in done.stderr
     assert "`make build`, or `pip install --no-build-isolation .`" in done.stderr
 
 
-def test_import_with_a_broken_compiled_half(copied: Path) -> None:
+def test_import_with_a_broken_cpu_library(copied: Path) -> None:
     (compiled,) = PACKAGE.glob("_C.*so")
     (copied / "relops" / compiled.name).write_text("not a library")
     done = python("-c", "import relops", cwd=copied, path=copied)
@@ -181,7 +181,7 @@ def test_import_on_an_old_torch(tmp_path: Path) -> None:
     assert "ImportError: relops needs PyTorch >= 2.10, found 2.9.1+cpu: pip install -U torch" in done.stderr
 
 
-def test_import_without_the_cuda_half(copied: Path) -> None:
+def test_import_without_the_cuda_library(copied: Path) -> None:
     (compiled,) = PACKAGE.glob("_C.*so")
     shutil.copy(compiled, copied / "relops")
     program = """
@@ -199,7 +199,7 @@ except RuntimeError as error:
     assert error == f"relops.some_op: got CUDA tensors, but relops._cuda is {missing}"
 
 
-def test_command_info(tmp_path: Path) -> None:
+def test_info_command(tmp_path: Path) -> None:
     done = python("-m", "relops", "info", cwd=tmp_path, path=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
     build = _library.build_info()

@@ -1,4 +1,4 @@
-"""benchmarks/detector_twins.py: that a twin is the same detector, without any op of relops."""
+"""Tests of benchmarks/detector_twins.py: the twin of a detector gives the same results and calls no op of relops."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def test_every_op_has_a_twin() -> None:
     assert ops == set(detector_twins.TWINS)
 
 
-def test_ops_come_back() -> None:
-    """After an error, too."""
+def test_ops_are_restored_after_an_error() -> None:
     heads, removal = (sys.modules[f"relops.{name}"] for name in ("models.parts.roi_heads", "nn.duplicate_removal"))
     with pytest.raises(ZeroDivisionError), detector_twins.twins():
         assert heads.nms_padded is reference.nms_padded and removal.box_iou is reference.box_iou
@@ -58,7 +57,7 @@ def test_twins_agree(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["sparse_rcnn", "faster_rcnn"])
 def test_gradients_in_float64(name: str, device: str) -> None:
-    """Of those whose bound in float32 proves little."""
+    """Test the detectors whose error bound in float32 is too loose to prove much."""
     torch.manual_seed(0)
     model = relops.models.build(name, 3, **detector_twins.CASES[name].training)
     model = detector_twins.diversify_outputs(model).train().to(device, torch.float64)
@@ -76,14 +75,14 @@ def test_gradients_in_float64(name: str, device: str) -> None:
     assert harness.relative_rms_error(*([torch.cat([x.flatten() for x in side])] for side in (found, expected))) < 1e-9
 
 
-def test_an_op_left_in_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twin_that_calls_an_op_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(detector_twins.TWINS, "generalized_box_iou", relops.generalized_box_iou)
     run, _ = detector_twins.training("detr", detector_twins.CASES["detr"].training, SIZE, "cpu")
     with pytest.raises(harness.VerificationError, match=r"in the twin: .*generalized_box_iou"):
         detector_twins.verify("detr", run, lambda found, expected: 0.0)
 
 
-def test_another_detector_is_noticed() -> None:
+def test_different_detections_are_rejected() -> None:
     case = detector_twins.CASES["faster_rcnn_fpn"]
     run, _ = detector_twins.detection("faster_rcnn_fpn", case.training, SIZE, "cpu")
     found = run()
@@ -98,7 +97,7 @@ def test_another_detector_is_noticed() -> None:
 
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize("channels, groups, k", [(6, 3, 3), (10, 4, 4)])
-def test_shifted_maps(channels: int, groups: int, k: int, stride: int, dilation: int) -> None:
+def test_local_relation_of_shifted_maps(channels: int, groups: int, k: int, stride: int, dilation: int) -> None:
     torch.manual_seed(0)
     query = torch.randn(2, groups, -(-11 // stride), -(-9 // stride), dtype=torch.float64)
     key, value = (torch.randn(2, c, 11, 9, dtype=torch.float64) for c in (groups, channels))
@@ -107,7 +106,7 @@ def test_shifted_maps(channels: int, groups: int, k: int, stride: int, dilation:
     torch.testing.assert_close(shifted(*arguments, **options), reference.local_relation(*arguments, **options))
 
 
-def test_scipy_loop() -> None:
+def test_linear_sum_assignment_of_scipy_loop() -> None:
     torch.manual_seed(0)
     for shape in ((3, 7, 4), (3, 4, 7)):
         cost = torch.rand(shape)

@@ -1,4 +1,4 @@
-"""torchvision's detectors, and ours with their weights: the same detections, losses and speed class."""
+"""Tests that detectors of relops with weights of torchvision give the same detections and losses as torchvision."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ torchvision = pytest.importorskip("torchvision")
 detection = torchvision.models.detection
 
 
-def busy(model: torch.nn.Module) -> torch.nn.Module:
-    """With weights that make many detections of several classes: those of a new model are all of one score."""
+def randomize_heads(model: torch.nn.Module) -> torch.nn.Module:
+    """Randomize the heads, so that the model makes many detections of several classes. All scores of a new model are
+    equal."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -23,7 +24,7 @@ def busy(model: torch.nn.Module) -> torch.nn.Module:
             elif "bbox_pred" in name:
                 parameter.normal_(0, 0.02)
             elif name.endswith("bn3.weight"):
-                parameter.fill_(0.3)  # sums over blocks stay in a range
+                parameter.fill_(0.3)  # keeps the sums over residual blocks small
     return model.eval()
 
 
@@ -44,8 +45,8 @@ PAIRS = {
 def pair(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.nn.Module]:
     theirs, ours = PAIRS[request.param]
     torch.manual_seed(3)
-    few = {"rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60}
-    theirs = busy(theirs(weights=None, weights_backbone=None, num_classes=8, min_size=160, max_size=256, **few))
+    options = {"rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60, "min_size": 160, "max_size": 256}
+    theirs = randomize_heads(theirs(weights=None, weights_backbone=None, num_classes=8, **options))
     ours = ours(7)
     ours.rpn.post_nms = (60, 60)
     relops.models.load_torchvision(ours, theirs.state_dict())
@@ -54,9 +55,9 @@ def pair(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.nn.Modu
 
 def test_same_detections(pair: tuple[torch.nn.Module, torch.nn.Module], images: list[Tensor]) -> None:
     theirs, ours = pair
-    small = []  # masks of torchvision's before it rounds their boxes to whole pixels and pastes them
+    their_masks = []  # recorded before torchvision rounds boxes to whole pixels and pastes the masks
     hook = theirs.roi_heads.register_forward_hook(
-        lambda _module, _inputs, output: small.extend(x.get("masks") for x in output[0])
+        lambda _module, _inputs, output: their_masks.extend(x.get("masks") for x in output[0])
     )
     with torch.no_grad():
         expected = theirs(images)
@@ -67,18 +68,18 @@ def test_same_detections(pair: tuple[torch.nn.Module, torch.nn.Module], images: 
     for i, (a, e) in enumerate(zip(actual, expected)):
         assert len(e["labels"]) > 20 and len(e["labels"].unique()) > 2
         assert len(a["labels"]) == len(e["labels"])
-        # Each of theirs has one of ours; equal scores may come in another order.
-        far = (a["boxes"][None] - e["boxes"][:, None]).abs().amax(2) + 100 * (a["labels"] != (e["labels"] - 1)[:, None])
-        distance, place = far.min(1)
-        assert distance.max() < 0.02 and len(place.unique()) == len(place)
-        a = {name: value[place] for name, value in a.items()}
+        # Pair each detection of torchvision with one of relops, because the order of equal scores may differ.
+        distance = (a["boxes"][None] - e["boxes"][:, None]).abs().amax(2)
+        distance, index = (distance + 100 * (a["labels"] != (e["labels"] - 1)[:, None])).min(1)
+        assert distance.max() < 0.02 and len(index.unique()) == len(index)
+        a = {name: value[index] for name, value in a.items()}
         torch.testing.assert_close(a["scores"], e["scores"], rtol=1e-3, atol=1e-5)
         if masks is not None:
-            torch.testing.assert_close(masks[i][place], small[i][:, 0], rtol=0, atol=1e-3)
+            torch.testing.assert_close(masks[i][index], their_masks[i][:, 0], rtol=0, atol=1e-3)
 
 
-def test_old_names(pair: tuple[torch.nn.Module, torch.nn.Module]) -> None:
-    """Of checkpoints from before torchvision 0.14, such as fasterrcnn_resnet50_fpn_coco-258fb6c6.pth."""
+def test_old_parameter_names_load(pair: tuple[torch.nn.Module, torch.nn.Module]) -> None:
+    """Checkpoints from before torchvision 0.14, such as fasterrcnn_resnet50_fpn_coco-258fb6c6.pth, have old names."""
     theirs, ours = pair
     old = {}
     for name, value in theirs.state_dict().items():
@@ -97,7 +98,7 @@ def test_old_names(pair: tuple[torch.nn.Module, torch.nn.Module]) -> None:
 
 
 def test_same_losses(pair: tuple[torch.nn.Module, torch.nn.Module], images: list[Tensor]) -> None:
-    """Where all candidates are sampled there is no chance in them."""
+    """All candidates are sampled, so that the losses do not depend on chance."""
     theirs, ours = pair
     boxes = torch.tensor([[[20.0, 30, 90, 120], [100, 40, 180, 170]], [[10, 10, 100, 150], [60, 100, 140, 230]]])
     labels = torch.tensor([[1, 4], [0, 6]])
@@ -106,16 +107,16 @@ def test_same_losses(pair: tuple[torch.nn.Module, torch.nn.Module], images: list
     for n, image in enumerate(images):
         for t, (x1, y1, x2, y2) in enumerate(boxes[n].int().tolist()):
             masks[n, t, y1:y2, x1:x2] = True
-        here = masks[n, :, : image.shape[1], : image.shape[2]]
-        targets.append({"boxes": boxes[n], "labels": labels[n] + 1, "masks": here.to(torch.uint8)})
+        image_masks = masks[n, :, : image.shape[1], : image.shape[2]]
+        targets.append({"boxes": boxes[n], "labels": labels[n] + 1, "masks": image_masks.to(torch.uint8)})
     sampler = theirs.rpn.fg_bg_sampler
     before = sampler.batch_size_per_image, theirs.roi_heads.fg_bg_sampler.batch_size_per_image
-    theirs.transform.min_size, theirs.transform.max_size = (192,), 256  # both images as they are
+    theirs.transform.min_size, theirs.transform.max_size = (192,), 256  # keeps the sizes of both images
     sampler.batch_size_per_image = theirs.roi_heads.fg_bg_sampler.batch_size_per_image = 100000
     ours.rpn.num_samples = ours.roi_heads.num_samples = 100000
     try:
         torch.manual_seed(0)
-        theirs.train().backbone.eval()  # without weights torchvision takes nn.BatchNorm2d
+        theirs.train().backbone.eval()  # torchvision uses nn.BatchNorm2d if no weights are given
         expected = theirs(images, targets)
         batch, sizes, scales = relops.models.batch_images(images, 192, 256)
         assert (scales == 1).all()
@@ -138,7 +139,7 @@ def test_same_losses(pair: tuple[torch.nn.Module, torch.nn.Module], images: list
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "vgg16"])
 def test_backbone(name: str) -> None:
-    """A state_dict loads as it is, and the classifier gives the same."""
+    """A state_dict of torchvision loads without changes, and the classifier gives the same output."""
     theirs = getattr(torchvision.models, name)(weights=None).eval()
     ours = getattr(relops.models, name)().eval()
     ours.load_state_dict(theirs.state_dict())

@@ -1,4 +1,4 @@
-"""The layout of the package: no module is hidden, layers import downwards only, and nothing imports in a circle."""
+"""Tests of the package's layout: no module is hidden, no layer imports from one above it, and no import is circular."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import relops
 
 ROOT = Path(relops.__file__).parent
 
-# From the bottom up. A module imports from its own layer and from those below it.
+# Layers from the bottom to the top. A module imports only from its own layer and from layers below it.
 LAYERS = (
     (
         "relops._annotations",
@@ -38,7 +38,7 @@ LAYERS = (
 
 
 def module_names(package: str = "relops") -> list[str]:
-    """Return the names of all modules written in Python, and of packages, below a package and of itself."""
+    """Return the names of a package and of all its subpackages and Python modules."""
     folder = ROOT.joinpath(*package.split(".")[1:])
     files = (file.relative_to(ROOT.parent).with_suffix("") for file in sorted(folder.rglob("*.py")))
     return [".".join(file.parts).removesuffix(".__init__") for file in files]
@@ -53,7 +53,7 @@ def source(name: str) -> ast.Module:
 
 
 def imported(tree: ast.AST, lazily: bool) -> set[str]:
-    """Return the modules of relops that a file imports; `lazily`: also those that functions import as they run."""
+    """Return the modules of relops that a file imports. If `lazily` is True, include imports inside of functions."""
     nodes = ast.walk(tree) if lazily else ast.iter_child_nodes(tree)
     found = set()
     for node in nodes:
@@ -65,17 +65,16 @@ def imported(tree: ast.AST, lazily: bool) -> set[str]:
 
 
 def layer(name: str) -> int:
-    """Return the place in LAYERS of the longest prefix of the name."""
-    places = {prefix: i for i, prefixes in enumerate(LAYERS) for prefix in prefixes}
+    """Return the index in LAYERS of the longest prefix of the name."""
+    indices = {prefix: i for i, prefixes in enumerate(LAYERS) for prefix in prefixes}
     parts = name.split(".")
-    return next(places[prefix] for n in range(len(parts), 0, -1) if (prefix := ".".join(parts[:n])) in places)
+    return next(indices[prefix] for n in range(len(parts), 0, -1) if (prefix := ".".join(parts[:n])) in indices)
 
 
 @pytest.mark.parametrize("package", ["relops.models", "relops.nn", "relops.training"])
 def test_no_module_is_hidden(package: str) -> None:
-    """By a function of its name, so that `import relops.models.x as x` would give the function.
-
-    relops.ops and relops.reference are otherwise: there a name is the function, which test_contract.py holds.
+    """A function must not hide the module of the same name, because `import relops.models.x as x` would then return the
+    function. In relops.ops and relops.reference, functions hide their modules on purpose, as test_contract.py checks.
     """
     names = [name for name in module_names(package) if not name.endswith("__main__")]
     walked = {info.name for info in pkgutil.walk_packages(importlib.import_module(package).__path__, package + ".")}
@@ -86,17 +85,17 @@ def test_no_module_is_hidden(package: str) -> None:
 
 
 def test_layers_import_downwards() -> None:
-    wrong = {
+    violations = {
         (name, other) for name in MODULES for other in imported(source(name), lazily=True) if layer(other) > layer(name)
     }
-    assert not wrong
+    assert not violations
 
 
-def test_nothing_imports_in_a_circle() -> None:
+def test_no_import_is_circular() -> None:
     graphlib.TopologicalSorter({name: imported(source(name), lazily=False) for name in MODULES}).prepare()
 
 
-def test_twins_use_nothing_of_the_ops() -> None:
+def test_twins_do_not_import_ops() -> None:
     for name in module_names("relops.reference"):
         others = imported(source(name), lazily=True)
         assert all(other.startswith("relops.reference") for other in others), (name, others)

@@ -1,4 +1,4 @@
-"""nn.ObjectRelation: against the released code's computation, and facts that need none."""
+"""Tests of nn.ObjectRelation against the released code's computation and against known properties."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GEOMETRIES = ["paper", "official"]
 
 
 def draw_boxes(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    places, sides = torch.rand(2, *shape, 2, dtype=dtype)
-    return torch.cat([300 * places, 300 * places + 8 + 100 * sides], -1)
+    corners, sides = torch.rand(2, *shape, 2, dtype=dtype)
+    return torch.cat([300 * corners, 300 * corners + 8 + 100 * sides], -1)
 
 
 def small(geometry: str = "paper", dtype: torch.dtype = torch.float64, device: str = "cpu") -> relops.nn.ObjectRelation:
-    """With parameters far enough from zero that everything shows."""
+    """Build a small module whose parameters are so far from zero that each of them affects the result."""
     module = relops.nn.ObjectRelation(12, heads=3, head_dim=5, geometry=geometry).double()
     module.load_state_dict(relation_state(random_parameters(relation_shapes(12, 3, 5))))
     return module.to(device, dtype)
@@ -34,7 +34,7 @@ def small(geometry: str = "paper", dtype: torch.dtype = torch.float64, device: s
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("num_keys", [9, 6])
 def test_released_parameters_give_the_released_result(geometry: str, num_keys: int, device: str) -> None:
-    """Output and gradients. Objects behind the first num_keys are asked, but not listened to."""
+    """Compare the output and the gradients. Objects after the first num_keys are queries, but not keys."""
     p = {name: x.requires_grad_() for name, x in random_parameters(relation_shapes(12, 3, 5)).items()}
     features, boxes = torch.randn(9, 12, dtype=torch.float64, requires_grad=True), draw_boxes(9)
     expected = features + relation(features, pair_embedding(boxes, num_keys, geometry), p, heads=3)
@@ -51,14 +51,14 @@ def test_released_parameters_give_the_released_result(geometry: str, num_keys: i
     assert_same(output, expected)
     assert_same(x.grad, features.grad, "features")
     for name, grad in relation_state({name: x.grad for name, x in p.items()}).items():
-        if name == "key.bias":  # it moves all logits of a query alike, so that its gradient is zero but for rounding
+        if name == "key.bias":  # zero up to rounding: it adds the same value to all logits of a query
             assert grad.abs().max() < 1e-12 > module.key.bias.grad.abs().max()
         else:
             assert_same(module.get_parameter(name).grad, grad, name)
 
 
 def test_head_of_the_paper(device: str) -> None:
-    """Two modules on the same boxes, for which the released code keeps one embedding of all pairs."""
+    """Two modules work on the same boxes. The released code computes one embedding of all pairs for both of them."""
     torch.manual_seed(1)
     fc = [torch.nn.Linear(width, 12).double() for width in (20, 12)]
     p = random_parameters(relation_shapes(12, 3, 5, index=1) | relation_shapes(12, 3, 5, index=2))
@@ -76,7 +76,7 @@ def test_head_of_the_paper(device: str) -> None:
     assert_same(y, x)
 
 
-def test_parameters_of_the_paper() -> None:
+def test_initial_parameters_equal_the_paper() -> None:
     module = relops.nn.ObjectRelation()
     released = random_parameters(relation_shapes(1024, 16, 64))
     state = {name: tuple(x.shape) for name, x in module.state_dict().items()}
@@ -89,7 +89,7 @@ def test_parameters_of_the_paper() -> None:
             assert x.mean().abs() < 0.002 and x.std().item() == pytest.approx(0.01, rel=0.1)
 
 
-def test_equal_weights_are_a_mean(device: str) -> None:
+def test_equal_weights_give_the_mean(device: str) -> None:
     """Without appearance and geometry, relation features are the mean of the projected features."""
     module = small(device=device)
     with torch.no_grad():
@@ -102,14 +102,14 @@ def test_equal_weights_are_a_mean(device: str) -> None:
     assert_same(module(features, draw_boxes(2, 5).to(device)), expected)
 
 
-def test_order_of_the_objects(device: str) -> None:
+def test_permuted_objects_have_permuted_outputs(device: str) -> None:
     module, features, boxes = small(device=device), torch.randn(8, 12, device=device).double(), draw_boxes(8).to(device)
     order = torch.randperm(8, device=device)
     assert_same(module(features[order], boxes[order]), module(features, boxes)[order])
 
 
-def test_padding_is_not_seen(device: str) -> None:
-    """Images of a batch are as alone, and the unbatched call is the batched one."""
+def test_padding_is_ignored(device: str) -> None:
+    """Each image of a padded batch gives the same output as alone, also in a call without a batch dimension."""
     module = small(device=device)
     features, boxes = torch.randn(2, 9, 12, device=device).double(), draw_boxes(2, 9).to(device)
     mask = torch.arange(9, device=device) >= torch.tensor([[9], [4]], device=device)
@@ -119,7 +119,7 @@ def test_padding_is_not_seen(device: str) -> None:
     assert_same(module(features[1], boxes[1], mask[1]), batch[1])
 
 
-def test_nobody_to_listen_to(device: str) -> None:
+def test_output_equals_features_if_all_keys_are_masked(device: str) -> None:
     module, features = small(device=device), torch.randn(3, 12, dtype=torch.float64, device=device)
     output = module(features, draw_boxes(3).to(device), torch.ones(3, dtype=torch.bool, device=device))
     assert torch.equal(output, features)
@@ -137,7 +137,7 @@ def test_no_objects(shape: tuple[int, ...], device: str) -> None:
 
 
 def test_boxes_stay_exact_under_autocast(device: str) -> None:
-    """Far from the origin, where 16 bits would round these boxes to a handful of different ones."""
+    """The boxes are so far from the origin that 16-bit coordinates would leave only a few distinct boxes."""
     module = small(dtype=torch.float32, device=device)
     features = torch.randn(1, 20, 12, device=device)
     boxes = draw_boxes(1, 20, dtype=torch.float32).to(device) / 50 + 3000
@@ -195,5 +195,5 @@ def test_bad_options() -> None:
         relops.nn.ObjectRelation(geometry="other")
 
 
-def test_repr_tells_its_sizes() -> None:
+def test_repr_shows_the_options() -> None:
     assert 'channels=12, heads=3, head_dim=5, geometry="paper"' in repr(relops.nn.ObjectRelation(12, 3, 5))

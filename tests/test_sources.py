@@ -1,4 +1,4 @@
-"""The C++ and CUDA sources: where an op is found, and that headers compile alone and with the oldest torch."""
+"""Tests of the C++ and CUDA sources: where they name ops, and whether they compile alone and with the oldest torch."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from relops import _library
 
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 PUBLIC_OPS = sorted(name for name in _library.op_kernels() if not name.startswith("_"))
-# What setup.py defines for module.cpp.
+# Macros that setup.py defines for module.cpp.
 BUILD_FACTS = [f'-DRELOPS_{name}=""' for name in ("VERSION", "TORCH", "COMPILER", "NVCC", "CUDA_ARCHS")]
-# A Python that has the oldest torch; .ci/run makes one.
+# The Python interpreter of an environment with the oldest torch, which .ci/run creates.
 OLDEST = os.environ.get("RELOPS_OLDEST_TORCH")
 
 
-def named(path: Path, op: str) -> bool:
+def names_op(path: Path, op: str) -> bool:
     return re.search(rf"\b_?{op}(_backward)?\b", path.read_text()) is not None
 
 
 @pytest.mark.parametrize("op", PUBLIC_OPS)
-def test_an_op_is_named_by_the_files_of_its_family_alone(op: str) -> None:
-    folders = {path.relative_to(CSRC).parts[0] for path in SOURCES if named(path, op)} - {"library.cpp"}
+def test_only_the_files_of_one_family_name_an_op(op: str) -> None:
+    folders = {path.relative_to(CSRC).parts[0] for path in SOURCES if names_op(path, op)} - {"library.cpp"}
     assert len(folders) == 1 and folders != {"common"}
 
 
 def test_the_first_line_of_a_file_names_its_ops() -> None:
     for path in SOURCES:
         opening = path.read_text().split("\n#")[0]
-        assert opening.startswith("// "), f"{path} does not begin with what it is"
+        assert opening.startswith("// "), f"{path} does not begin with a comment that describes it"
         ops = [op for op in PUBLIC_OPS if re.search(rf"\b{op}\b", opening.split("\n")[0])]
         if path.parent != CSRC and not path.is_relative_to(CSRC / "common"):
             assert ops, f"the first line of {path} names no op"
 
 
-def test_no_file_is_long() -> None:
+def test_files_have_at_most_500_lines() -> None:
     assert not [path for path in SOURCES if len(path.read_text().splitlines()) > 500]
 
 
-# ---- What compiles ----
+# ---- Compilation ----
 
 
 def check_parses(path: Path, folders: Iterable[Path], include_paths: Iterable[str]) -> None:
@@ -64,15 +64,15 @@ KERNEL_HEADERS = [path for path in SOURCES if path.name.startswith("cpu_") and p
 
 
 @pytest.mark.parametrize("path", KERNEL_HEADERS, ids=lambda path: str(path.relative_to(CSRC)))
-def test_header_of_a_kernel_parses_alone(path: Path) -> None:
-    """As an editor parses it, which knows nothing of the file that includes it."""
+def test_kernel_header_parses_alone(path: Path) -> None:
+    """An editor parses a header alone, without the file that includes it."""
     check_parses(path, [CSRC], cpp_extension.include_paths())
 
 
 @pytest.fixture(scope="module")
 def oldest_include_paths() -> list[str]:
     if OLDEST is None:
-        pytest.skip("RELOPS_OLDEST_TORCH names no Python with the oldest torch")
+        pytest.skip("RELOPS_OLDEST_TORCH is not set to a Python interpreter with the oldest torch")
     program = "from torch.utils import cpp_extension; print(*cpp_extension.include_paths(), sep='\\n')"
     done = subprocess.run([OLDEST, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,8 @@ def oldest_include_paths() -> list[str]:
 
 @pytest.mark.parametrize("suffix", [".cpp", ".cu"])
 def test_sources_compile_with_the_oldest_torch(suffix: str, oldest_include_paths: list[str], tmp_path: Path) -> None:
-    """Headers of an older torch have broken unseen. CUDA sources are parsed as the emulation has them."""
+    """Without this test, code that older headers of torch reject would remain unnoticed. CUDA sources are parsed after
+    their translation for the emulation."""
     folders, sources = [CSRC], [path for path in SOURCES if path.suffix == suffix]
     if suffix == ".cu":
         sources = [path for path in cuda_emulation.write_translated(tmp_path) if path.suffix == suffix]
@@ -91,9 +92,9 @@ def test_sources_compile_with_the_oldest_torch(suffix: str, oldest_include_paths
 
 
 def test_build_runs_on_the_oldest_torch(tmp_path: Path) -> None:
-    """A build needs no headers of the torch that it runs on: it keeps the stable ABI of the oldest one."""
+    """A build for one version of torch runs on others, because it uses only the stable ABI of the oldest version."""
     if OLDEST is None:
-        pytest.skip("RELOPS_OLDEST_TORCH names no Python with the oldest torch")
+        pytest.skip("RELOPS_OLDEST_TORCH is not set to a Python interpreter with the oldest torch")
     program = """
 import relops, torch
 assert torch.__version__.startswith("{}.{}.".format(*relops._library.MINIMUM_TORCH)), torch.__version__
