@@ -1,4 +1,4 @@
-"""Tests of the build and of its error messages. They compile nothing."""
+"""Tests of the build and of its error messages. None of them compiles anything."""
 
 from __future__ import annotations
 

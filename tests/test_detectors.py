@@ -161,7 +161,7 @@ def test_rpn_ties_are_positive_and_anchors_outside_the_image_are_ignored() -> No
     anchors = torch.tensor([[32.0, 40, 56, 56], [40.0, 40, 64, 56], [-1.0, 0, 20, 20], [80, 80, 96, 97], [0, 0, 9, 9]])
     positive, negative, _ = rpn(ignore_outside=True).targets(anchors, sizes, targets)
     assert positive[0].tolist() == [True, True, False, False, False]  # both have the largest IoU
-    # The third anchor crosses the left edge of the image, and the fourth crosses the bottom edge.
+    # The third and fourth anchors are ignored because they cross the left and the bottom edge of the image.
     assert negative[0].tolist() == [False, False, False, False, True]
     _, negative, _ = rpn().targets(anchors, sizes, targets)
     assert negative[0].tolist() == [False, False, True, True, True]
@@ -200,15 +200,15 @@ def test_balance_and_normalization_of_the_rpn_loss() -> None:
         return module(maps, sizes, targets)[1]["rpn_boxes"].item()
 
     plain = loss(num_samples=32)
-    assert loss(num_samples=32, balance=10.0) == pytest.approx(10 * plain * 32 / 48)  # 32 samples, 48 positions
-    assert loss(num_samples=16, balance=10.0) == pytest.approx(
-        10 * plain * 32 / 48
-    )  # the only positive is always sampled
+    # With `balance`, the loss is divided by the 48 positions of the map instead of the number of samples. The only
+    # positive anchor is always sampled.
+    assert loss(num_samples=32, balance=10.0) == pytest.approx(10 * plain * 32 / 48)
+    assert loss(num_samples=16, balance=10.0) == pytest.approx(10 * plain * 32 / 48)
 
 
 @pytest.mark.parametrize("filter_first", [False, True])
 def test_proposals_by_hand(filter_first: bool) -> None:
-    """The smallest box has the highest score. If it is filtered only after the top 3, one box fewer remains."""
+    """The smallest box has the highest score. If it is removed after the best 3 are selected, one box fewer remains."""
     anchors = torch.tensor([[0.0, 0, 4, 4], [10, 10, 50, 50], [11, 10, 51, 50], [60, 60, 90, 90], [100, 60, 140, 96]])
     scores = torch.tensor([[5.0, 4, 3, 2, 1]])
     module = rpn(pre_nms=(3, 3), post_nms=(10, 10), min_size=5, filter_first=filter_first).eval()
@@ -297,9 +297,8 @@ def test_region_losses_by_hand() -> None:
 
 def test_fast_rcnn_ignores_regions_that_hardly_overlap_objects() -> None:
     targets = Targets(torch.tensor([[[0.0, 0, 40, 40]]]), torch.tensor([[0]]))
-    boxes = torch.tensor(
-        [[[0.0, 0, 40, 60], [0, 20, 40, 60], [0, 38, 40, 78], [60, 60, 80, 80]]]
-    )  # IoUs: 0.67, 0.33, 0.03, 0
+    # The IoUs with the object are 0.67, 0.33, 0.03 and 0.
+    boxes = torch.tensor([[[0.0, 0, 40, 60], [0, 20, 40, 60], [0, 38, 40, 78], [60, 60, 80, 80]]])
     valid = torch.ones(1, 4).bool()
     module = small("fast_rcnn").roi_heads
     assert module.regions(Proposals(boxes, valid.float(), valid), targets).classes.tolist() == [[1, 0, -1, -1, 1]]
@@ -513,8 +512,8 @@ def test_faster_rcnn_on_backbones(backbone: str) -> None:
 
 
 def test_joint_gradient_equals_finite_differences() -> None:
-    """In non-approximate joint training, losses of the second stage are differentiable with respect to the RPN's deltas
-    through decoding, clipping, RoI warping and regression targets. Compare with central differences in float64."""
+    """In non-approximate joint training, gradients flow from the losses of the second stage to the RPN's deltas through
+    decoding, clipping, RoI warping and regression targets. Compare them with central differences in float64."""
     torch.manual_seed(0)
     model = relops.models.faster_rcnn(
         2, backbone="zf", channels=4, hidden=8, training="joint", roi="align", dropout=0.0, scales=(2, 4), min_size=4

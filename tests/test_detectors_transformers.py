@@ -168,8 +168,8 @@ def test_same_predictions(pair: tuple[str, nn.Module, nn.Module]) -> None:
 
 
 def test_same_losses_and_gradients(pair: tuple[str, nn.Module, nn.Module]) -> None:
-    """Compare the losses of all layers and the gradients of all parameters, except the loss of the first of two stages,
-    which transformers does not compute."""
+    """Compare the losses of all layers and the gradients of all parameters. The loss of the first of two stages is left
+    out, because transformers does not compute it."""
     variant, model, loaded = pair
     images, sizes, _ = batch()
     targets, labels = objects(sizes)

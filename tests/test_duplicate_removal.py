@@ -73,7 +73,7 @@ def test_released_parameters_give_the_released_result(
     gt_boxes, gt_labels = draw_objects(boxes)
     if per_class:
         boxes = boxes[:, :, None] + 3 * torch.randn(*boxes.shape[:2], C, 4, dtype=boxes.dtype)
-    every = boxes if per_class else boxes[:, :, None].expand(-1, -1, C, -1)
+    class_boxes = boxes if per_class else boxes[:, :, None].expand(-1, -1, C, -1)
     features, scores = requiring_grad(features, scores)
     removal = small(device, {name: x.detach() for name, x in p.items()}, geometry=geometry, **options)
     x, s = requiring_grad(features.to(device), scores.to(device))
@@ -82,14 +82,14 @@ def test_released_parameters_give_the_released_result(
     expected_loss, found = torch.zeros((), dtype=torch.float64), 0
     for b in range(B):
         slow = remove_duplicates(
-            features[b], scores[b], every[b], p, HEADS, removal.first_n, removal.score_threshold, geometry
+            features[b], scores[b], class_boxes[b], p, HEADS, removal.first_n, removal.score_threshold, geometry
         )
         for c, (best, s0, s1) in enumerate(slow):
             n = len(best)
             assert detections.indices[b, c].tolist() == best + [-1] * (detections.indices.shape[-1] - n)
             assert_same(detections.scores[b, c, :n], s0)
             assert_same(detections.logits[b, c, :n].sigmoid(), s1)
-            assert_same(detections.boxes[b, c, :n], every[b, best, c])
+            assert_same(detections.boxes[b, c, :n], class_boxes[b, best, c])
             for padding in (detections.scores, detections.logits, detections.boxes):
                 assert not padding[b, c, n:].any()
             final = torch.zeros(features.shape[1], dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_released_parameters_give_the_released_result(
             assert_same(detections.final_scores[b, :, c], final)
 
             objects = gt_boxes[b, gt_labels[b] == c].tolist()
-            right = [right_ones(every[b, best, c].tolist(), objects, threshold) for threshold in THRESHOLDS]
+            right = [right_ones(class_boxes[b, best, c].tolist(), objects, threshold) for threshold in THRESHOLDS]
             expected_loss = expected_loss + removal_loss(s0, s1, right, positive_weight=4.0)
             found += sum(map(len, right))
     assert found > 8
@@ -163,13 +163,13 @@ def test_padding_is_ignored(device: str) -> None:
     """An image padded with junk in a batch of two gives the same result as the image alone."""
     removal = small(device)
     features, scores, boxes = draw(2, 9, device=device)
-    alone = removal(features[:1, :5], scores[:1, :5], boxes[:1, :5])
+    unpadded = removal(features[:1, :5], scores[:1, :5], boxes[:1, :5])
     junk = torch.arange(9, device=device) >= torch.tensor([[5], [9]], device=device)
     features = features.masked_fill(junk[..., None], 1e6)
     scores = scores.masked_fill(junk[..., None], 1.0)
     batch = removal(features, scores, boxes.masked_fill(junk[..., None], -7.0), junk)
-    n = alone.indices.shape[-1]
-    for name, x, expected in zip(alone._fields, batch, alone):
+    n = unpadded.indices.shape[-1]
+    for name, x, expected in zip(unpadded._fields, batch, unpadded):
         cut = x[:1, :5] if name == "final_scores" else x[:1, :, :n]
         assert_same(cut, expected, name)
     assert not batch.final_scores[0, 5:].any() and (batch.indices[0, :, n:] == -1).all()
@@ -196,7 +196,7 @@ def test_invalid_scores_and_boxes_are_left_out(device: str) -> None:
 
 
 def test_classes_without_detections(device: str) -> None:
-    """A single class is empty, and then all classes are."""
+    """Test one class without detections between two others, and then only classes without detections."""
     removal = small(device)
     features, scores, boxes = draw(1, 7, 3, device=device)
     full = removal(features, scores, boxes)
@@ -216,7 +216,7 @@ def test_classes_without_detections(device: str) -> None:
 
 
 def test_skipped_detections_cost_nothing_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The relation processes classes of similar length together and skips classes without detections."""
+    """The relation module processes classes with similar numbers of detections together and skips empty classes."""
     removal = small("cpu", first_n=9)
     features, scores, boxes = draw(1, 9, 5)
     scores = torch.zeros_like(scores)
@@ -443,7 +443,7 @@ def kept_once(kept: Tensor, owner: Tensor) -> float:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Use one thread, because with tensors this small several threads only wait for each other on a busy machine."""
+    """Use one thread. With tensors this small, several threads only wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -98,7 +98,7 @@ def test_weights_depend_on_the_content(device: str) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_layer_in_training(autocast: bool, device: str, fresh_compiler: None) -> None:
-    """The compiled layer keeps channels_last, with and without autocast, and all parameters receive gradients."""
+    """The compiled layer keeps the channels_last format and gives gradients to all parameters, also under autocast."""
     module = layer(device, torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 20, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
@@ -147,8 +147,8 @@ def test_bad_input() -> None:
     ids=["26", "50"],
 )
 def test_sizes_match_the_paper(make, parameters: float, multiply_adds: float) -> None:
-    """The sizes for 224 x 224 images differ by at most 1.5 %. Multiply-adds are those of convolutions, the aggregation
-    of values and the classifier."""
+    """The sizes for 224 x 224 images differ by at most 1.5 % from the paper's. Multiply-adds include those of
+    convolutions, the aggregation of values and the classifier."""
 
     def aggregation(query, key, value, prior, kernel_size, *settings, out_shape, **_):
         return 2 * kernel_size**2 * out_shape.numel()

@@ -332,7 +332,7 @@ def test_multi_scale_module_without_images() -> None:
 
 
 def test_levels_of_several_dtypes_under_autocast() -> None:
-    """Levels can have different dtypes if some of the layers before are unknown to autocast."""
+    """Layers that autocast does not know produce float32 levels next to bfloat16 levels."""
     mixed = list(maps().values())
     mixed[1] = mixed[1].bfloat16()
     arguments = LARGE_BOXES, 3, [1 / 4, 1 / 8, 1 / 16]

@@ -137,7 +137,7 @@ def test_no_objects(shape: tuple[int, ...], device: str) -> None:
 
 
 def test_boxes_stay_exact_under_autocast(device: str) -> None:
-    """The boxes are so far from the origin that 16-bit coordinates would leave only a few distinct boxes."""
+    """The boxes are so far from the origin that rounding to 16 bits would leave only a few distinct boxes."""
     module = small(dtype=torch.float32, device=device)
     features = torch.randn(1, 20, 12, device=device)
     boxes = draw_boxes(1, 20, dtype=torch.float32).to(device) / 50 + 3000

@@ -1,4 +1,4 @@
-"""Tests of Sparse R-CNN and nn.DynamicConv against step-by-step implementations, and of the released layout."""
+"""Tests of Sparse R-CNN and nn.DynamicConv against step-by-step implementations, and of loading released weights."""
 
 from __future__ import annotations
 
@@ -302,9 +302,8 @@ def test_initial_boxes_receive_the_gradient_of_the_first_stage() -> None:
     x, y, w, h = module.init_proposal_boxes.weight.unbind(1)
     torch.testing.assert_close(boxes, torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1).expand(2, -1, -1))
     (gradient,) = torch.autograd.grad(boxes.sum(), module.init_proposal_boxes.weight)
-    torch.testing.assert_close(
-        gradient, torch.tensor([[4.0, 4, 0, 0]]).expand(10, 4)
-    )  # from 2 corners in each of 2 images
+    # A center moves 2 corners in each of 2 images. The two gradients of a size cancel.
+    torch.testing.assert_close(gradient, torch.tensor([[4.0, 4, 0, 0]]).expand(10, 4))
 
 
 def test_initial_class_probability_is_one_percent() -> None:
