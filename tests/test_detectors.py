@@ -598,7 +598,7 @@ def test_cascade_stage_receives_the_boxes_of_the_previous_stage() -> None:
     with torch.no_grad():
         for predictor in model.roi_heads.box_predictor:
             predictor.bbox_pred.weight.zero_()
-            predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # shifts by 1/10, 1/20 and 1/30 of the width
+            predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # shift by 1/10, 1/20 and 1/30 of the width
         images, sizes, _ = batch()
         model.eval()(images, sizes)
     assert len(seen) == 3
@@ -675,7 +675,7 @@ def test_pretrained_weights_of_a_classifier() -> None:
     relops.models.load_backbone(model, state)
     assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     assert (model.backbone.body.features[0].weight == 0.5).all()
-    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # its head has other shapes than VGG-16's
+    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # the shapes of its head differ from VGG-16
     relops.models.load_backbone(model, state)
     assert (model.backbone.body.features[0].weight == 0.5).all()
     model = relops.models.relation_networks(3, backbone="vgg16", channels=8, hidden=32)

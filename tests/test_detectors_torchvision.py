@@ -79,7 +79,7 @@ def test_same_detections(pair: tuple[torch.nn.Module, torch.nn.Module], images: 
 
 
 def test_old_parameter_names_load(pair: tuple[torch.nn.Module, torch.nn.Module]) -> None:
-    """Checkpoints from before torchvision 0.14, such as fasterrcnn_resnet50_fpn_coco-258fb6c6.pth, have old names."""
+    """Checkpoints from before torchvision 0.14, such as fasterrcnn_resnet50_fpn_coco-258fb6c6.pth, use old names."""
     theirs, ours = pair
     old = {}
     for name, value in theirs.state_dict().items():

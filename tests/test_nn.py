@@ -29,7 +29,7 @@ def detections_to_rank(B: int = 2, K: int = 9, C: int = 3) -> tuple[Tensor, ...]
     return torch.randn(B, K, 16), torch.rand(B, K, C).square(), torch.cat([corner, corner + size], -1)
 
 
-# Functions that return an instance of each module and arguments for its forward method.
+# Each function returns an instance of a module and arguments for its forward method.
 MODULES: dict[str, Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]] = {
     "DuplicateRemoval": lambda: (
         relops.nn.DuplicateRemoval(16, first_n=5, rank_dim=8, hidden_dim=12, heads=3, head_dim=4, score_threshold=0.1),

@@ -52,7 +52,7 @@ def focal_terms(p: float) -> tuple[float, float]:
 
 
 def match_by_brute_force(loss: SetLoss, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> list[int]:
-    """Return the prediction of each object of an image, with the lowest total cost. The logits are [Q,C]."""
+    """Assign a prediction to each object of an image, so that the total cost is lowest. The logits are [Q,C]."""
     valid = [t for t, label in enumerate(labels.tolist()) if label >= 0]
 
     def cost(q: int, t: int) -> float:

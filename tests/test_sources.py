@@ -20,9 +20,9 @@ from relops import _library
 
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 PUBLIC_OPS = sorted(name for name in _library.op_kernels() if not name.startswith("_"))
-# Macros that setup.py defines for module.cpp.
+# setup.py defines these macros for module.cpp.
 BUILD_FACTS = [f'-DRELOPS_{name}=""' for name in ("VERSION", "TORCH", "COMPILER", "NVCC", "CUDA_ARCHS")]
-# The Python interpreter of an environment with the oldest torch, which .ci/run creates.
+# The path of the Python interpreter in an environment with the oldest torch. .ci/run creates this environment.
 OLDEST = os.environ.get("RELOPS_OLDEST_TORCH")
 
 
@@ -81,8 +81,8 @@ def oldest_include_paths() -> list[str]:
 
 @pytest.mark.parametrize("suffix", [".cpp", ".cu"])
 def test_sources_compile_with_the_oldest_torch(suffix: str, oldest_include_paths: list[str], tmp_path: Path) -> None:
-    """Without this test, code that older headers of torch reject would remain unnoticed. CUDA sources are parsed after
-    their translation for the emulation."""
+    """Without this test, code that the headers of the oldest torch reject would go unnoticed. CUDA sources are parsed
+    after their translation for the emulation."""
     folders, sources = [CSRC], [path for path in SOURCES if path.suffix == suffix]
     if suffix == ".cu":
         sources = [path for path in cuda_emulation.write_translated(tmp_path) if path.suffix == suffix]
@@ -92,7 +92,7 @@ def test_sources_compile_with_the_oldest_torch(suffix: str, oldest_include_paths
 
 
 def test_build_runs_on_the_oldest_torch(tmp_path: Path) -> None:
-    """A build for one version of torch runs on others, because it uses only the stable ABI of the oldest version."""
+    """A build also runs on older versions of torch, because it uses only the stable ABI of the oldest version."""
     if OLDEST is None:
         pytest.skip("RELOPS_OLDEST_TORCH is not set to a Python interpreter with the oldest torch")
     program = """

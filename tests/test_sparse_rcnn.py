@@ -302,7 +302,7 @@ def test_initial_boxes_receive_the_gradient_of_the_first_stage() -> None:
     x, y, w, h = module.init_proposal_boxes.weight.unbind(1)
     torch.testing.assert_close(boxes, torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1).expand(2, -1, -1))
     (gradient,) = torch.autograd.grad(boxes.sum(), module.init_proposal_boxes.weight)
-    # A center moves 2 corners in each of 2 images. The two gradients of a size cancel.
+    # A box center moves two corners in each of two images. The gradients of a box size from the two corners cancel.
     torch.testing.assert_close(gradient, torch.tensor([[4.0, 4, 0, 0]]).expand(10, 4))
 
 
