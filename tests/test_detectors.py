@@ -762,6 +762,9 @@ def test_bad_input_raises_an_error_that_names_it(change: dict, message: str) -> 
     [
         (lambda: relops.models.build("yolo", 3), "model must be one of .*faster_rcnn.*, got 'yolo'"),
         (lambda: make_body("resnet19"), "backbone must be one of .*resnet18.*, got 'resnet19'"),
+        (lambda: make_body("lr_net26-bn"), "backbone must be one of .*, got 'lr_net26-bn'"),
+        (lambda: make_body("vgg16-64"), "backbone must be one of .*, got 'vgg16-64'"),
+        (lambda: relops.models.batch_images([]), "images must contain at least one image, got none"),
         (lambda: relops.models.faster_rcnn(3, training="never"), "training must be .*, got 'never'"),
         (lambda: relops.models.faster_rcnn(3, stride=4), "stride must be 16 or 8, got 4"),
         (lambda: relops.models.faster_rcnn(3, backbone="zf", stride=8), "stride of zf must be 16, got 8"),
