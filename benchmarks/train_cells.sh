@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Trains the detectors from scratch on photographs of blood cells (the public Complete-Blood-Cell-Count-Dataset, 300
-# images to train on and 60 to test on, in DATA/{train,test}/{Annotations,Images}), at 320x240 on a CPU, and keeps what
-# shows how it went in benchmarks/results/cells/NAME.
+# Train the detectors from scratch on photographs of blood cells at 320x240 on a CPU. The data set is the public
+# Complete-Blood-Cell-Count-Dataset with 300 training images and 60 test images, which must be in
+# DATA/{train,test}/{Annotations,Images}. The logs, metrics and plots of each run are copied to
+# benchmarks/results/cells/NAME.
 #
-#   benchmarks/train_cells.sh DATA [NAME..]      all of them, or those named
+# Usage: benchmarks/train_cells.sh DATA [NAME...]
+#
+# Without a NAME, all runs are done.
 set -euo pipefail
 data=$1
 shift
@@ -15,7 +18,7 @@ common=(--data "voc:$data" --backbone resnet18-gn-32 --min-size 240 --max-size 3
     --weight-decay 0.01 --schedule cosine --warmup 50 --clip 10 --ema 0.99 --vertical-flip --workers 1 --cache)
 pyramid=(--channels 64 --hidden 256 --option "sizes=(16,32,64,128,256)" --option num_samples=128)
 map=(--option stride=8 --option "scales=(2,5,12)" --option min_size=4)
-one=(--model faster_rcnn --channels 128 --hidden 256 --option dropout=0.0 --option roi=align "${map[@]}")
+single_map=(--model faster_rcnn --channels 128 --hidden 256 --option dropout=0.0 --option roi=align "${map[@]}")
 
 train() {
     local name=$1
@@ -30,9 +33,9 @@ train() {
 run() {
     case $1 in
     faster_rcnn_fpn) train "$1" --model "$1" "${pyramid[@]}" --iterations 1950 --eval-every 195 ;;
-    approximate) train "$1" "${one[@]}" --iterations 600 --eval-every 150 ;;
-    joint) train "$1" "${one[@]}" --option training="$1" --iterations 400 --eval-every 100 ;;
-    alternating) train "$1" "${one[@]}" --option training="$1" --iterations 1400 --eval-every 350 ;;
+    approximate) train "$1" "${single_map[@]}" --iterations 600 --eval-every 150 ;;
+    joint) train "$1" "${single_map[@]}" --option training="$1" --iterations 400 --eval-every 100 ;;
+    alternating) train "$1" "${single_map[@]}" --option training="$1" --iterations 1400 --eval-every 350 ;;
     cascade_rcnn | mask_rcnn) train "$1" --model "$1" "${pyramid[@]}" --iterations 260 --eval-every 130 ;;
     r_fcn)
         train "$1" --model "$1" --channels 128 --hidden 256 "${map[@]}" --option parts=3 --option roi=align \
@@ -42,17 +45,17 @@ run() {
         train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(20,45,100)" \
             --option num_samples=64 --iterations 800 --eval-every 200
         ;;
-    fast_rcnn) # on the proposals of the run named approximate
+    fast_rcnn) # uses the proposals of the run "approximate", which must be done before
         for split in train test; do
             "$python" -m relops propose "$runs/approximate" --split $split --count 300 --output "$runs/$split.npz"
         done
         train "$1" --model "$1" --proposals "$runs/train.npz" --test-proposals "$runs/test.npz" --hidden 256 \
             --option dropout=0.0 --option stride=8 --option roi=align --iterations 400 --eval-every 100
         ;;
-    relation_networks) # faster_rcnn_fpn is its twin
+    relation_networks) # the run "faster_rcnn_fpn" is the baseline without relations
         train "$1" --model relation_networks_fpn "${pyramid[@]}" --batch 2 --lr 7e-4 --iterations 3600 --eval-every 400
         ;;
-    unsuppressed) # nor are the proposals
+    unsuppressed) # no non-maximum suppression, neither of proposals nor of detections
         train "$1" --model relation_networks_fpn "${pyramid[@]}" --option proposal_nms=None --batch 2 --lr 7e-4 \
             --iterations 3600 --eval-every 400
         ;;
@@ -69,8 +72,8 @@ run() {
             --option decoder_layers=3 --option refine=True --option two_stage=True --option dropout=0.0 --lr 4e-4 \
             --backbone-lr 2 --clip 1 --iterations 1600 --eval-every 200
         ;;
-    lr_net) train "$1" "${one[@]}" --backbone lr_net26-32 --iterations 400 --eval-every 100 ;;
-    *) echo "no run is named $1" && return 2 ;;
+    lr_net) train "$1" "${single_map[@]}" --backbone lr_net26-32 --iterations 400 --eval-every 100 ;;
+    *) echo "unknown run: $1" && return 2 ;;
     esac
 }
 

@@ -1,4 +1,4 @@
-"""python -m relops info, train, eval, predict, propose"""
+"""The command line of relops: `python -m relops` with the commands info, models, train, eval, predict and propose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def info(_: argparse.Namespace) -> int:
-    """Print what is built, what is loaded and what this machine has."""
+    """Print how relops was built, which kernels are loaded, and the devices of this machine."""
     import relops
     from relops import _library
 
@@ -43,24 +43,36 @@ def info(_: argparse.Namespace) -> int:
     return 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    from relops.training.cli import eval, models, predict, propose, train
+    from relops.training.cli.arguments import CommandParser, add_command
+
+    parser = argparse.ArgumentParser(prog="python -m relops", description="Train and run the detectors of relops.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    add_command(commands, "info", "show how relops was built and which kernels are loaded").set_defaults(run=info)
+    for module in (models, train, eval, predict, propose):
+        module.add_parser(commands)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its status: 1 or 2 after a line that says why, 128 + the number at a signal."""
-    from relops.training.cli import eval, predict, propose, train
+    """Run a command and return its exit status.
+
+    The status is 0 after success, 2 after an error that the user can fix, and 1 if a loss is not finite or if `predict`
+    skipped an image. These errors are printed in one line. If a signal stopped the command, the status is 128 plus the
+    number of the signal.
+    """
     from relops.training.errors import LossError, user_message
 
-    parser = argparse.ArgumentParser(prog="python -m relops")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is built and loaded").set_defaults(run=info)
-    for module in (train, eval, predict, propose):
-        module.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that cannot be encoded
     try:
         status: int = arguments.run(arguments)
         print(end="", flush=True)
         return status
-    except BrokenPipeError:  # nobody reads on; at its end Python would try once more to write what is left
+    except BrokenPipeError:  # the reader closed the pipe; without this, Python would write to it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Average precision against hand-made cases and COCO's own way through files, and the pictures."""
+"""Tests of average precision against values computed by hand and against COCO's tools, and tests of the plots."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from relops.training.plots import draw_detections, plot_curves
 Box = Sequence[float]
 
 
-class Given(DetectionData):
-    """Images of 300 x 240 with given objects (box, label[, ignore]); ids 10, 11 .."""
+class FixedData(DetectionData):
+    """A data set of images of 300 x 240 with the ids 10, 11, ... and fixed objects (box, label[, ignore])."""
 
     def __init__(self, *images: list[tuple], classes: Sequence[str] = ("cat", "dog"), masks: bool = False) -> None:
         self.classes, self.has_masks, self.category_ids = list(classes), masks, [7 * i + 3 for i in range(len(classes))]
@@ -33,7 +33,7 @@ class Given(DetectionData):
         return len(self._images)
 
     def __getitem__(self, index: int) -> Sample:
-        raise AssertionError("evaluation reads no images")
+        raise AssertionError("evaluation must not read images")
 
     def annotations(self) -> list[Annotation]:
         result = []
@@ -56,7 +56,7 @@ def batch_of(image_ids: Sequence[int], scales: Sequence[tuple[float, float]] | N
 
 
 def detections_of(*images: list[tuple[Box, float, int]], masks: Tensor | None = None) -> Detections:
-    """Of every image (box, score, label), padded with one more."""
+    """Return a batch of detections (box, score, label) for each image, with one more row of padding."""
     D = 1 + max(map(len, images))
     boxes, scores = torch.zeros(len(images), D, 4), torch.zeros(len(images), D)
     labels = torch.full((len(images), D), -1)
@@ -77,7 +77,7 @@ def box(x: float, y: float = 20, side: float = 40) -> list[float]:
 
 
 def random_scene(rng: np.random.Generator, images: int) -> tuple[list[list[tuple]], list[list[tuple]]]:
-    """Objects, some of them to ignore, and detections near them, of two classes."""
+    """Return random objects of two classes, one of which is ignored in each image, and detections near the objects."""
     truth, found = [], []
     for _ in range(images):
         corners = rng.uniform(0, 180, (6, 2))
@@ -93,32 +93,32 @@ def random_scene(rng: np.random.Generator, images: int) -> tuple[list[list[tuple
 
 
 class TestVOC:
-    # By score: on a difficult one, right, another of the same, nowhere, right, right, on the difficult one, nowhere.
-    data = Given([(box(10), 0), (box(100), 0), (box(200, 100), 0), (box(10, 150), 0, "difficult")], [(box(10), 0)])
+    data = FixedData([(box(10), 0), (box(100), 0), (box(200, 100), 0), (box(10, 150), 0, "difficult")], [(box(10), 0)])
     found = (
         [
-            (box(10, 150), 0.9, 0),
-            (box(10), 0.8, 0),
-            (box(12), 0.7, 0),
-            (box(250), 0.6, 0),
-            (box(100), 0.5, 0),
-            (box(9, 152), 0.3, 0),
+            (box(10, 150), 0.9, 0),  # overlaps the difficult object
+            (box(10), 0.8, 0),  # correct
+            (box(12), 0.7, 0),  # a duplicate
+            (box(250), 0.6, 0),  # overlaps no object
+            (box(100), 0.5, 0),  # correct
+            (box(9, 152), 0.3, 0),  # overlaps the difficult object
         ],
-        [(box(11), 0.4, 0), (box(100), 0.2, 0)],
+        [(box(11), 0.4, 0), (box(100), 0.2, 0)],  # the first one is correct, and the second one overlaps no object
     )
 
-    # Of four objects, recall 1/4, 2/4, 3/4 at precision 1, 2/4, 3/5: made monotonic, 1, 3/5, 3/5.
-    def test_area(self) -> None:
+    def test_area_is_that_under_the_monotonic_curve(self) -> None:
         values = evaluated(self.data, *self.found).voc()
+        # There are four objects. At recalls 1/4, 2/4 and 3/4, the precision is 1, 2/4 and 3/5. The monotonic precision
+        # is 1, 3/5 and 3/5.
         assert values["AP/cat"] == pytest.approx((1 + 3 / 5 + 3 / 5) / 4)
         assert math.isnan(values["AP/dog"]) and values["mAP"] == values["AP/cat"]
 
-    def test_11_points(self) -> None:
-        # Recalls 0 to 0.2, and 0.3 to 0.7.
+    def test_11point_is_the_mean_of_11_precisions(self) -> None:
+        # The precision is 1 at the three recalls from 0 to 0.2, and 3/5 at the five recalls from 0.3 to 0.7.
         assert evaluated(self.data, *self.found).voc(metric="11point")["AP/cat"] == pytest.approx((3 + 5 * 3 / 5) / 11)
 
-    def test_recall_of_three_tenths_reaches_the_point(self) -> None:
-        data = Given([(box(50 * (i % 5), 20 + 60 * (i // 5)), 0) for i in range(10)])
+    def test_recall_of_exactly_three_tenths_counts_for_its_point(self) -> None:
+        data = FixedData([(box(50 * (i % 5), 20 + 60 * (i // 5)), 0) for i in range(10)])
         found = [(box(50 * i), 0.9, 0) for i in range(3)]
         assert evaluated(data, found).voc(metric="11point")["AP/cat"] == pytest.approx(4 / 11)
 
@@ -129,57 +129,57 @@ class TestVOC:
         evaluator.add(batch_of([10]), detections_of(self.found[0][::-1]))
         assert evaluator.voc()["mAP"] == expected
 
-    def test_threshold(self) -> None:
-        data = Given([([0, 0, 40, 40], 0)])
+    def test_iou_of_exactly_the_threshold_is_sufficient(self) -> None:
+        data = FixedData([([0, 0, 40, 40], 0)])
         half = evaluated(data, [([0, 0, 40, 20], 0.9, 0)])  # IoU 0.5
         assert half.voc(0.5)["mAP"] == 1 and half.voc(0.51)["mAP"] == 0
 
-    def test_classes_are_apart(self) -> None:
-        data = Given([(box(10), 0), (box(100), 1)])
+    def test_classes_are_evaluated_separately(self) -> None:
+        data = FixedData([(box(10), 0), (box(100), 1)])
         assert evaluated(data, [(box(10), 0.9, 1), (box(100), 0.8, 1)]).voc() == {
             "mAP": 0.25,
             "AP/cat": 0,
             "AP/dog": 0.5,
         }
 
-    def test_nothing_found_or_nothing_there(self) -> None:
-        data = Given([(box(10), 0), (box(100), 1, "difficult")])
+    def test_ap_without_detections_or_objects(self) -> None:
+        data = FixedData([(box(10), 0), (box(100), 1, "difficult")])
         for evaluator in (Evaluator(data), evaluated(data, [])):
             values = evaluator.voc()
             assert values["AP/cat"] == values["mAP"] == 0 and math.isnan(values["AP/dog"])
-        assert math.isnan(evaluated(Given([]), [(box(10), 0.9, 0)]).voc()["mAP"])
+        assert math.isnan(evaluated(FixedData([]), [(box(10), 0.9, 0)]).voc()["mAP"])
 
-    def test_metric(self) -> None:
+    def test_unknown_metric_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="metric must be 'area' or '11point', got '12point'"):
             evaluated(self.data, []).voc(metric="12point")
 
 
-class TestCollecting:
-    def test_image_of_other_data(self) -> None:
+class TestEvaluator:
+    def test_image_of_other_data_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"batch\.image_ids .* got 99"):
-            Evaluator(Given([])).add(batch_of([99]), detections_of([]))
+            Evaluator(FixedData([])).add(batch_of([99]), detections_of([]))
 
-    def test_scales(self) -> None:
-        evaluator = Evaluator(Given([(box(10), 0)], [(box(100), 1)]))
+    def test_detections_are_scaled_to_the_original_image(self) -> None:
+        evaluator = Evaluator(FixedData([(box(10), 0)], [(box(100), 1)]))
         found = detections_of([([5, 60, 25, 180], 0.9, 0)], [([100, 10, 140, 30], 0.9, 1)])
         evaluator.add(batch_of([10, 11], [(3.0, 0.5), (0.5, 1.0)]), found)
         assert evaluator.voc(0.99)["mAP"] == 1
         assert [result["bbox"] for result in evaluator.coco_results()] == [[10, 20, 40, 40], [100, 20, 40, 40]]
 
-    def test_results_are_json_with_the_ids_of_the_data(self) -> None:
-        evaluator = evaluated(Given([]), [(box(10), 0.75, 1), (box(20), 0.5, 0)])
+    def test_coco_results_have_the_ids_of_the_data(self) -> None:
+        evaluator = evaluated(FixedData([]), [(box(10), 0.75, 1), (box(20), 0.5, 0)])
         assert json.loads(json.dumps(evaluator.coco_results())) == [
             {"image_id": 10, "category_id": 10, "bbox": [10, 20, 40, 40], "score": 0.75},
             {"image_id": 10, "category_id": 3, "bbox": [20, 20, 40, 40], "score": 0.5},
         ]
 
-    def test_merge(self) -> None:
+    def test_merged_evaluators_equal_a_single_one(self) -> None:
         truth, found = random_scene(np.random.default_rng(1), 5)
-        together = evaluated(Given(*truth), *found)
-        parts = [Evaluator(Given(*truth)) for _ in range(2)]
+        together = evaluated(FixedData(*truth), *found)
+        parts = [Evaluator(FixedData(*truth)) for _ in range(2)]
         for i, detections in enumerate(found):
             parts[i % 2].add(batch_of([10 + i]), detections_of(detections))
-        parts[1].add(batch_of([10]), detections_of(found[0]))  # as samplers repeat images to fill up the ranks
+        parts[1].add(batch_of([10]), detections_of(found[0]))  # samplers may repeat images to fill up a rank
         parts[0].merge([pickle.loads(pickle.dumps(part.state())) for part in parts])
         assert parts[0].voc() == together.voc() and 0 < together.voc()["mAP"] < 1
 
@@ -189,7 +189,7 @@ class TestCOCO:
     def needs_faster_coco_eval(self) -> None:
         pytest.importorskip("faster_coco_eval")
 
-    def test_perfect(self) -> None:
+    def test_perfect_detections_have_an_ap_of_one(self) -> None:
         data = open_data("shapes:100", "test")
         evaluator = Evaluator(data)
         for a in data.annotations():
@@ -201,28 +201,27 @@ class TestCOCO:
         assert math.isnan(metrics["AP_large"])  # no shape has 96 x 96 pixels
         assert not any(name.startswith("mask") for name in metrics)
 
-    def test_one_of_two(self, capsys: pytest.CaptureFixture[str]) -> None:
-        metrics = evaluated(Given([(box(10), 0), (box(100), 0)]), [(box(10), 0.9, 0)]).summarize()
-        assert (
-            metrics["AP"] == metrics["AP50"] == metrics["AP/cat"] == pytest.approx(51 / 101)
-        )  # recalls 0, 0.01 .. 0.5
+    def test_one_of_two_objects_is_detected(self, capsys: pytest.CaptureFixture[str]) -> None:
+        metrics = evaluated(FixedData([(box(10), 0), (box(100), 0)]), [(box(10), 0.9, 0)]).summarize()
+        # The precision is 1 at 51 of 101 recalls, which are 0, 0.01, ..., 0.5.
+        assert metrics["AP"] == metrics["AP50"] == metrics["AP/cat"] == pytest.approx(51 / 101)
         assert metrics["AR_100"] == 0.5 and math.isnan(metrics["AP/dog"])
         assert capsys.readouterr() == ("", "")
 
-    def test_ignored_objects(self) -> None:
-        data = Given([(box(10), 0), (box(100, side=80), 0, "crowd")])
+    def test_detections_of_ignored_objects_do_not_count(self) -> None:
+        data = FixedData([(box(10), 0), (box(100, side=80), 0, "crowd")])
         found = [(box(110, 40), 0.9, 0), (box(130, 40), 0.8, 0), (box(10), 0.7, 0)]
         assert evaluated(data, found).summarize()["AP"] == pytest.approx(1)
-        assert evaluated(Given([(box(10), 0)]), found).summarize()["AP"] == pytest.approx(1 / 3)
+        assert evaluated(FixedData([(box(10), 0)]), found).summarize()["AP"] == pytest.approx(1 / 3)
 
-    def test_nothing_found_or_nothing_there(self) -> None:
-        data = Given([(box(10), 0)], [])
+    def test_ap_without_detections_or_objects(self) -> None:
+        data = FixedData([(box(10), 0)], [])
         for evaluator in (Evaluator(data), evaluated(data, [], [])):
             assert evaluator.summarize()["AP"] == evaluator.summarize()["AP/cat"] == 0
-        empty = evaluated(Given([], []), [(box(10), 0.9, 0)]).summarize()
-        assert math.isnan(empty["AP"]) and math.isnan(Evaluator(Given([])).summarize()["AP50"])
+        empty = evaluated(FixedData([], []), [(box(10), 0.9, 0)]).summarize()
+        assert math.isnan(empty["AP"]) and math.isnan(Evaluator(FixedData([])).summarize()["AP50"])
 
-    def test_equals_cocos_way_through_files(self, tmp_path: Path) -> None:
+    def test_metrics_equal_those_of_faster_coco_eval_on_files(self, tmp_path: Path) -> None:
         from faster_coco_eval import COCO, COCOeval_faster
 
         pil = pytest.importorskip("PIL.Image")
@@ -240,7 +239,9 @@ class TestCOCO:
                 content["annotations"].append(item)
         file.write_text(json.dumps(content))
 
-        evaluator = Evaluator(open_data(f"coco:{tmp_path}", "test", ["dog", "cat"]))  # not in the order of ids
+        evaluator = Evaluator(
+            open_data(f"coco:{tmp_path}", "test", ["dog", "cat"])
+        )  # the classes are not in the order of their ids
         for n, detections in enumerate(found):
             stretched = [((np.array(b) * [2, 3, 2, 3]).tolist(), score, 1 - label) for b, score, label in detections]
             evaluator.add(batch_of([50 - n], [(3.0, 2.0)]), detections_of(stretched))
@@ -265,8 +266,8 @@ class TestCOCO:
         assert 0.1 < metrics["AP"] < 0.9 and metrics["AP"] == pytest.approx((metrics["AP/cat"] + metrics["AP/dog"]) / 2)
 
     @pytest.mark.parametrize("seed", range(6))
-    def test_equals_pycocotools(self, tmp_path: Path, seed: int) -> None:
-        """Crowds, areas that are not those of boxes, boxes outside of the image and without extent, ties of scores."""
+    def test_metrics_equal_those_of_pycocotools(self, tmp_path: Path, seed: int) -> None:
+        """The data have crowds, areas that differ from the boxes, empty boxes, boxes outside of the image, and ties."""
         pil, api, evaluation = (
             pytest.importorskip(name) for name in ("PIL.Image", "pycocotools.coco", "pycocotools.cocoeval")
         )
@@ -280,7 +281,7 @@ class TestCOCO:
             for _ in range(rng.integers(9)):
                 x, y, w, h = rng.uniform([-40, -40, 4, 4], [290, 230, 160, 160])
                 w, h = w * (rng.random() > 0.2), h * (rng.random() > 0.1)
-                if rng.random() < 0.4:  # an IoU may then be a threshold
+                if rng.random() < 0.4:  # then an IoU may equal a threshold
                     x, y, w, h = np.rint([x, y, w, h])
                 label = int(rng.integers(3))
                 item = {"id": len(content["annotations"]) + 1, "image_id": f"image {n}", "category_id": ids[label]}
@@ -295,7 +296,7 @@ class TestCOCO:
         file = tmp_path / "annotations" / "instances_val.json"
         file.write_text(json.dumps(content))
 
-        with pytest.warns(UserWarning, match="left out"):  # of training alone
+        with pytest.warns(UserWarning, match="Training ignores such boxes"):
             data = open_data(f"coco:{tmp_path}", "test")
         evaluator = Evaluator(data)
         for annotation, detections in zip(data.annotations(), found):
@@ -312,7 +313,7 @@ class TestCOCO:
         per_class = expected.eval["precision"][:, :, :, 0, -1].mean((0, 1))
         assert [metrics[f"AP/{id}"] for id in ids] == pytest.approx(per_class.tolist(), abs=1e-9)
 
-    def test_large_ids_are_told_apart(self, tmp_path: Path) -> None:
+    def test_large_ids_are_distinguished(self, tmp_path: Path) -> None:
         pil = pytest.importorskip("PIL.Image")
         content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
         for i in range(2):
@@ -322,13 +323,13 @@ class TestCOCO:
             content["annotations"].append(item)
         (tmp_path / "val.json").write_text(json.dumps(content))
         evaluator = Evaluator(open_data(f"coco:{tmp_path}", "test"))
-        found = detections_of([(box(110), 0.9, 0)], [(box(10), 0.9, 0)])  # each on the other image
+        found = detections_of([(box(110), 0.9, 0)], [(box(10), 0.9, 0)])  # each one fits the object of the other image
         evaluator.add(batch_of([2**53, 2**53 + 1]), found)
         assert evaluator.summarize()["AP"] == 0
         assert [result["image_id"] for result in evaluator.coco_results()] == [2**53, 2**53 + 1]
 
-    def test_masks_equal_pycocotools(self, tmp_path: Path) -> None:
-        """Empty masks are missed, as there."""
+    def test_mask_metrics_equal_those_of_pycocotools(self, tmp_path: Path) -> None:
+        """Objects with empty masks count as missed."""
         pil, api, evaluation = (
             pytest.importorskip(name) for name in ("PIL.Image", "pycocotools.coco", "pycocotools.cocoeval")
         )
@@ -365,12 +366,12 @@ class TestCOCO:
         assert metrics["mask_AR_100"] == pytest.approx(expected.stats[8], abs=1e-9)
 
     def test_boxes_that_are_not_finite_are_missed(self) -> None:
-        data = Given([(box(10), 0), ([math.nan, 0, 5, 5], 0), ([0, 0, math.inf, 5], 0), ([0, 0, 5, math.nan], 0)])
+        data = FixedData([(box(10), 0), ([math.nan, 0, 5, 5], 0), ([0, 0, math.inf, 5], 0), ([0, 0, 5, math.nan], 0)])
         evaluator = evaluated(data, [(box(10), 0.9, 0), ([0, 0, 5, 5], 0.8, 0)])
         assert evaluator.summarize()["AR_100"] == 0.25 and evaluator.voc()["AP/cat"] == 0.25
 
-    def test_objects_without_a_mask_count_for_boxes_alone(self) -> None:
-        data = Given([(box(10), 0), (box(100), 0)], masks=True)
+    def test_objects_without_a_mask_count_only_for_boxes(self) -> None:
+        data = FixedData([(box(10), 0), (box(100), 0)], masks=True)
         annotations = data.annotations()
         annotations[0].masks[1] = None
         data.annotations = lambda: annotations
@@ -382,10 +383,10 @@ class TestCOCO:
         evaluator.add(batch_of([10]), detections_of([(box(100), 0.9, 0)], masks=torch.ones(1, 2, 28, 28)))
         assert evaluator.summarize()["mask_AP"] == 0  # the only object with a mask is missed
 
-    def test_masks(self) -> None:
-        evaluator = Evaluator(Given([(box(10), 0), (box(100), 1)], [], masks=True))
+    def test_mask_metrics_use_the_iou_of_masks(self) -> None:
+        evaluator = Evaluator(FixedData([(box(10), 0), (box(100), 1)], [], masks=True))
         masks = torch.ones(2, 3, 28, 28)
-        masks[0, 1, 14:] = 0  # the upper half of the dog
+        masks[0, 1, 14:] = 0  # only the upper half of the dog is detected
         found = detections_of([(box(20, 40, 80), 0.9, 0), (box(200, 40, 80), 0.8, 1)], [], masks=masks)
         evaluator.add(batch_of([10, 11], [(2.0, 2.0)] * 2), found)
         metrics = evaluator.summarize()
@@ -400,7 +401,7 @@ class TestCOCO:
 class TestPlots:
     image = np.full((60, 80, 3), 90, np.uint8)
 
-    def test_draw_detections(self) -> None:
+    def test_boxes_and_names_are_drawn(self) -> None:
         pytest.importorskip("PIL")
         boxes, scores = np.array([[20, 25, 60, 50], [5, 5, 15, 55]], np.float32), np.array([0.9, 0.8])
         picture = np.array(draw_detections(self.image, boxes, np.array([1, -1]), scores, ["cat", "dog"]))
@@ -408,10 +409,10 @@ class TestPlots:
         changed = (picture != 90).any(-1)
         assert changed[25, 20:61].all() and changed[50, 20:61].all() and changed[25:51, 20].all()
         assert not changed[30:45, 25:55].any() and not changed[:, :20].any()
-        again = np.array(draw_detections(self.image, boxes, np.array([1, 0]), scores, ["a", "b"]))
-        assert np.array_equal(again[50, 30], picture[50, 30]) and not np.array_equal(again[50, 5], picture[50, 30])
+        both = np.array(draw_detections(self.image, boxes, np.array([1, 0]), scores, ["a", "b"]))
+        assert np.array_equal(both[50, 30], picture[50, 30]) and not np.array_equal(both[50, 5], picture[50, 30])
 
-    def test_draw_masks(self) -> None:
+    def test_masks_are_drawn(self) -> None:
         pytest.importorskip("PIL")
         mask = np.zeros((1, 60, 80), bool)
         mask[0, 35:40, 35:45] = True
@@ -421,7 +422,7 @@ class TestPlots:
         assert np.array_equal(inside, mask[0, 30:46, 25:56]) and (self.image == 90).all()
 
     @pytest.mark.parametrize("lines", ["both", "training", "evaluation", "none"])
-    def test_plot_curves(self, tmp_path: Path, lines: str) -> None:
+    def test_curves_are_plotted(self, tmp_path: Path, lines: str) -> None:
         pytest.importorskip("matplotlib")
         training = [
             {"iteration": i, "minutes": i / 60, "loss": 3 / i, "losses": {"rpn": 1 / i, "box": 2 / i}, "lr": 0.1}
@@ -434,10 +435,10 @@ class TestPlots:
 
 
 @pytest.mark.parametrize("module", ["faster_coco_eval", "PIL.Image", "matplotlib.figure"])
-def test_missing_package(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_package_is_an_error(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     calls = {
-        "faster_coco_eval": lambda: Evaluator(Given([])).summarize(),
+        "faster_coco_eval": lambda: Evaluator(FixedData([])).summarize(),
         "PIL.Image": lambda: draw_detections(TestPlots.image, np.zeros((0, 4)), np.zeros(0, int), np.zeros(0), []),
         "matplotlib.figure": lambda: plot_curves([], str(tmp_path / "x.png")),
     }

@@ -1,4 +1,4 @@
-"""The training loop, on a detector small enough to take steps in milliseconds, and the commands, on a real one."""
+"""Tests of the training loop with a detector whose steps take milliseconds, and of the commands with a real one."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ HERE = Path(__file__).parent
 
 
 class Tiny(nn.Module):
-    """Which classes are in the image, and where their mean box is, from the mean of a convolution.
+    """A detector that predicts which classes an image contains, and the mean of their boxes, from pooled features.
 
     Args:
-        num_classes: as of all detectors.
-        dropout: what a step draws.
-        poisoned: the step, from 1, whose loss is NaN.
+        num_classes: the number of classes.
+        dropout: the dropout probability.
+        poisoned: the step whose loss is NaN, counted from 1, or 0 for none.
     """
 
     phases: tuple[tuple[str, float], ...] = (("", 1.0),)
@@ -74,16 +74,16 @@ class Tiny(nn.Module):
             return Detections(corners[:, None].expand(-1, logits.shape[1], -1), logits.sigmoid(), labels)
         self.steps += 1
         real = (targets.labels >= 0)[..., None]
-        there = (F.one_hot(targets.labels.clamp(min=0), logits.shape[1]) * real).amax(1).float()
+        present = (F.one_hot(targets.labels.clamp(min=0), logits.shape[1]) * real).amax(1).float()
         mean = (targets.boxes * real).sum(1) / real.sum(1).clamp(min=1) / 64
-        entropy = F.binary_cross_entropy_with_logits(logits, there)
+        entropy = F.binary_cross_entropy_with_logits(logits, present)
         if self.steps == self.poisoned:
             entropy = entropy * math.nan
         return {"classes": entropy, "boxes": (boxes - mean).square().mean()}
 
 
 class TwoPhases(Tiny):
-    """The second phase begins with another head, and trains nothing else."""
+    """A detector whose second phase begins with a changed head and trains only the head."""
 
     phases = (("all", 0.5), ("head", 0.5))
 
@@ -106,7 +106,7 @@ def tiny_detectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_config(output: Path, **settings: Any) -> TrainConfig:
-    usual = {
+    defaults = {
         "data": "shapes:20",
         "output": str(output),
         "model": "tiny",
@@ -121,7 +121,7 @@ def make_config(output: Path, **settings: Any) -> TrainConfig:
         "log_every": 4,
         "device": "cpu",
     }
-    return TrainConfig(**usual | settings)
+    return TrainConfig(**defaults | settings)
 
 
 class Crash(Exception):
@@ -129,7 +129,7 @@ class Crash(Exception):
 
 
 def crash_at(iteration: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once."""
+    """Make the next run raise Crash at the given iteration, but only once."""
     step = engine.Run._step
 
     def step_or_crash(run: engine.Run, *arguments: Any) -> None:
@@ -147,12 +147,12 @@ def state(folder: Path) -> dict[str, Any]:
 
 def log(folder: Path, times: bool = True) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    left_out = () if times else ("minutes", "elapsed_minutes", "images_per_second")
-    return [{name: value for name, value in line.items() if name not in left_out} for line in lines]
+    excluded = () if times else ("minutes", "elapsed_minutes", "images_per_second")
+    return [{name: value for name, value in line.items() if name not in excluded} for line in lines]
 
 
 def assert_same_run(actual: Path, expected: Path) -> None:
-    """To the bit, but for times."""
+    """Assert that the files of two runs are bitwise identical except for times."""
     a, b = state(actual), state(expected)
     for name in ("model", "optimizer", "average", "phase", "iteration", "losses"):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
@@ -162,11 +162,11 @@ def assert_same_run(actual: Path, expected: Path) -> None:
     )
 
 
-# ---- A run ----
+# ---- A single run ----
 
 
 @pytest.mark.quick
-def test_loss_falls_and_all_files_are_there(tmp_path: Path) -> None:
+def test_training_reduces_the_loss_and_writes_all_files(tmp_path: Path) -> None:
     metrics = train(make_config(tmp_path, iterations=60, log_every=5, eval_every=40))
     lines = log(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -186,7 +186,7 @@ def test_loss_falls_and_all_files_are_there(tmp_path: Path) -> None:
     torch.testing.assert_close(detector.model.state_dict(), state(tmp_path)["model"], rtol=0, atol=0)
 
 
-def test_log_is_of_the_losses_of_each_iteration(tmp_path: Path) -> None:
+def test_log_has_the_mean_losses_since_the_previous_line(tmp_path: Path) -> None:
     train(make_config(tmp_path / "each", log_every=1))
     train(make_config(tmp_path / "few"))
     each = [line["losses"]["boxes"] for line in log(tmp_path / "each") if "loss" in line]
@@ -194,33 +194,33 @@ def test_log_is_of_the_losses_of_each_iteration(tmp_path: Path) -> None:
     assert few == pytest.approx([np.mean(each[:4]), np.mean(each[4:])])
 
 
-def test_lines_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
+def test_log_lines_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
     lines = [{"iteration": 3, "AP": None}, {"iteration": 4, "AP": 0.5}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 2, "A')
     Log(tmp_path, 3, 10).close()
     assert log(tmp_path) == lines[:1]
 
 
-def test_restart_begins_anew(tmp_path: Path) -> None:
+def test_restart_ignores_the_checkpoint(tmp_path: Path) -> None:
     train(make_config(tmp_path))
     train(make_config(tmp_path, lr=0.02), restart=True)
     train(make_config(tmp_path / "fresh", lr=0.02))
     assert_same_run(tmp_path, tmp_path / "fresh")
 
 
-def test_bfloat16_and_channels_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_and_channels_last_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     forward = Tiny.forward
 
-    def noting(model: Tiny, images: Tensor, *others: Any) -> Any:
+    def recording_forward(model: Tiny, images: Tensor, *others: Any) -> Any:
         seen.append(
             (model.training, torch.is_autocast_enabled("cpu"), images.is_contiguous(memory_format=torch.channels_last))
         )
         return forward(model, images, *others)
 
-    monkeypatch.setattr(Tiny, "forward", noting)
+    monkeypatch.setattr(Tiny, "forward", recording_forward)
     train(make_config(tmp_path / "amp", amp=True, channels_last=True))
-    assert set(seen[:-4]) == {(True, True, True), (False, True, True)}  # and four pictures
+    assert set(seen[:-4]) == {(True, True, True), (False, True, True)}  # the last four calls are for the drawings
     monkeypatch.setattr(Tiny, "forward", forward)
     train(make_config(tmp_path / "full"))
     weights, full = (state(tmp_path / x)["model"]["head.weight"] for x in ("amp", "full"))
@@ -229,11 +229,11 @@ def test_bfloat16_and_channels_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(weights, full, rtol=0.1, atol=0.05)
 
 
-# ---- Going on ----
+# ---- Resuming ----
 
 
 @pytest.mark.parametrize("settings", [{"ema": 0.5}, {"optimizer": "sgd", "workers": 1, "clip": 0.1}], ids=str)
-def test_resumed_run_is_the_same_to_the_bit(
+def test_resumed_run_is_bitwise_identical(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings |= {"options": {"dropout": 0.5}, "checkpoint_every": 3, "eval_every": 3}
@@ -248,23 +248,24 @@ def test_resumed_run_is_the_same_to_the_bit(
     assert state(tmp_path / "whole")["model"]["steps"] == 6
 
 
-def test_dropout_is_not_the_same_in_each_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_differs_between_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     forward = Tiny.forward
 
-    def noting(model: Tiny, *inputs: Any) -> Any:
+    def recording_forward(model: Tiny, *inputs: Any) -> Any:
         drawn.append(float(torch.rand(())))
         return forward(model, *inputs)
 
-    monkeypatch.setattr(Tiny, "forward", noting)
+    monkeypatch.setattr(Tiny, "forward", recording_forward)
     train(make_config(tmp_path))
     assert len(set(drawn[:6])) == 6
 
 
-@pytest.mark.parametrize(
-    "crash", [3, 4, 6]
-)  # in the first phase, at the end of which is a checkpoint, and in the second
-def test_phases(crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# The run crashes in the first phase, right after the checkpoint at the end of the first phase, or in the second phase.
+@pytest.mark.parametrize("crash", [3, 4, 6])
+def test_resumed_run_with_two_phases_is_bitwise_identical(
+    crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"model": "two_phases", "checkpoint_every": 1, "log_every": 1, "ema": 0.5}
     crash_at(crash, monkeypatch)
     with pytest.raises(Crash):
@@ -280,16 +281,16 @@ def test_phases(crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     after = state(tmp_path / "whole")
     assert after["phase"] == 1
-    assert len(after["optimizer"]["state"]) == 2  # weight and bias of the head
+    assert len(after["optimizer"]["state"]) == 2  # the weight and the bias of the head
     assert all(x["step"] == 3 for x in after["optimizer"]["state"].values())
     changed = {name for name, value in after["model"].items() if not torch.equal(value, before["model"][name])}
     assert {"head.weight", "head.bias"} <= changed
-    assert ("body.weight" in changed) == (crash == 3)  # the third step is still to come
+    assert ("body.weight" in changed) == (crash == 3)  # a step of the first phase remained only in this case
     rates = [line["lr"] for line in log(tmp_path / "whole") if "loss" in line]
     assert rates[:3] == rates[3:] and rates[0] < rates[1]
 
 
-def test_settings_of_a_run_stay(tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_an_error(tmp_path: Path) -> None:
     train(make_config(tmp_path))
     for name, value, old in (
         ("lr", 0.5, 0.01),
@@ -297,44 +298,44 @@ def test_settings_of_a_run_stay(tmp_path: Path) -> None:
         ("options", {"dropout": 0.1}, {}),
         ("seed", 1, 0),
     ):
-        with pytest.raises(ValueError, match=rf"last.pt: its run has {name} = {old}, got {value}"):
+        with pytest.raises(ValueError, match=rf"last.pt: the run was started with {name} = {old}, got {value}"):
             train(make_config(tmp_path, **{name: value}))
     before = (tmp_path / "log.jsonl").read_text()
     train(make_config(tmp_path, workers=1, eval_every=2, log_every=1))
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
-def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_error_names_a_damaged_checkpoint(tmp_path: Path) -> None:
     train(make_config(tmp_path))
     whole = (tmp_path / "last.pt").read_bytes()
     middle = len(whole) // 2
     for damaged in (whole[:middle], whole[:middle] + b"\x00" * (len(whole) - middle), b""):
         (tmp_path / "last.pt").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"last\.pt: is no checkpoint or a damaged one"):
+        with pytest.raises(ValueError, match=r"last\.pt: the file is not a checkpoint or is damaged"):
             train(make_config(tmp_path))
     torch.save({"model": {}}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match=r"last\.pt: must hold .* without optimizer"):
+    with pytest.raises(ValueError, match=r"last\.pt: the file must contain .* without optimizer"):
         train(make_config(tmp_path))
 
 
-def test_write_that_fails_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.pt"
     checkpoint.save(file, {"x": 1})
-    write = torch.save
+    save = torch.save
 
-    def half(thing: Any, stream: Any) -> None:
-        write(thing, stream)
+    def failing_save(value: Any, stream: Any) -> None:
+        save(value, stream)
         raise OSError("no space left")
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(torch, "save", failing_save)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(file, {"x": 2})
     assert checkpoint.load(file) == {"x": 1}
 
 
-def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     settings = {"options": {"poisoned": 5}, "checkpoint_every": 4, "log_every": 10}
-    with pytest.raises(FloatingPointError, match=r"'classes': nan.* in iteration 5, of images \[\d+, \d+, \d+, \d+\]"):
+    with pytest.raises(FloatingPointError, match=r"'classes': nan.* in iteration 5 for images \[\d+, \d+, \d+, \d+\]"):
         train(make_config(tmp_path, **settings))
     stored = state(tmp_path)
     assert stored["iteration"] == 4 and stored["model"]["head.weight"].isfinite().all()
@@ -344,7 +345,7 @@ def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def start(program: str, *arguments: str) -> subprocess.Popen:
-    """`python -m relops` with the detectors of this file, after another statement."""
+    """Start `python -m relops` with the detectors of this file, after the statement `program`."""
     program = f"import sys; from test_training import *; register(); {program}; sys.exit(main(sys.argv[1:]))"
     pipe, command = subprocess.PIPE, [sys.executable, "-c", program, *arguments]
     return subprocess.Popen(
@@ -352,25 +353,25 @@ def start(program: str, *arguments: str) -> subprocess.Popen:
     )
 
 
-def lines_of(file: Path) -> int:
+def count_lines(file: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
 def wait_for_lines(file: Path, count: int, process: subprocess.Popen) -> None:
     end = time.monotonic() + 60
-    while lines_of(file) < count:
+    while count_lines(file) < count:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
 def command_of(folder: Path, *others: str) -> list[str]:
-    """Of a run without end."""
+    """Return the arguments of a run that is too long to finish."""
     settings = "--data shapes:20 --model tiny --iterations 1000000 --batch 2 --min-size 32 --max-size 32 --log-every 1"
     return ["train", *settings.split(), "--output", str(folder), "--device", "cpu", *others]
 
 
-def test_interrupted_run_goes_on(tmp_path: Path) -> None:
-    """With a worker, that the terminal's signal reaches too."""
+def test_interrupted_run_resumes(tmp_path: Path) -> None:
+    """The signal goes to the whole process group, as from a terminal, and must not stop the worker."""
     last = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("os.setpgid(0, 0)", *command_of(tmp_path, "--workers", "1"))
@@ -380,14 +381,14 @@ def test_interrupted_run_goes_on(tmp_path: Path) -> None:
         assert process.returncode == 128 + number, errors
         stored = state(tmp_path)
         assert stored["iteration"] > last
-        assert f"{number.name}: stopped after iteration {stored['iteration']}, with a checkpoint" in errors
+        assert f"{number.name}: stopped after iteration {stored['iteration']} and saved a checkpoint" in errors
         assert [line["iteration"] for line in log(tmp_path)] == list(range(1, stored["iteration"] + 1))
-        assert (f"goes on after iteration {last}" in output) == (last > 0)
+        assert (f"resuming after iteration {last}" in output) == (last > 0)
         last = stored["iteration"]
 
 
-def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    exits, before = [], signal.getsignal(signal.SIGINT)  # a shell that runs something in the background ignores it
+def test_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits, before = [], signal.getsignal(signal.SIGINT)  # SIGINT may be ignored if the tests run in the background
     monkeypatch.setattr(os, "_exit", exits.append)
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -397,7 +398,7 @@ def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_interrupted_evaluation_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, begun, before = Tiny.forward, [], signal.getsignal(signal.SIGTERM)
 
     def interrupted(model: Tiny, *inputs: Any) -> Any:
@@ -424,7 +425,7 @@ def test_interrupted_evaluation_comes_again(tmp_path: Path, monkeypatch: pytest.
 # ---- Several processes ----
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     settings = {"batch": 2, "iterations": 8, "optimizer": "sgd", "lr": 0.1, "eval_every": 4, "data": "shapes:25"}
     script.write_text(
@@ -445,23 +446,23 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     for a, b in zip(log(tmp_path / "two", times=False), log(tmp_path / "one", times=False), strict=True):
         numbers = [{k: v for k, v in (x | x.pop("losses", {})).items() if v is not None} for x in (a, b)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6)
-    with pytest.raises(ValueError, match="its run has batch = 2, got 4"):
+    with pytest.raises(ValueError, match="the run was started with batch = 2, got 4"):
         train(make_config(tmp_path / "two", **settings | {"batch": 4}))
-    with pytest.raises(ValueError, match="its run has processes = 2, got 1"):
+    with pytest.raises(ValueError, match="the run was started with processes = 2, got 1"):
         train(make_config(tmp_path / "two", **settings))
 
 
-# ---- Parts ----
+# ---- Optimization and settings ----
 
 
-def test_rates() -> None:
+def test_learning_rate_schedules() -> None:
     cosine = [lr_factor("cosine", i, 10, 0, ()) for i in range(10)]
     assert cosine[0] == 1 and cosine[5] == pytest.approx(0.5) and all(np.diff(cosine) < 0)
     steps = [lr_factor("step", i, 10, 3, (0.5, 0.8)) for i in range(10)]
     assert steps == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
 
 
-def test_groups_of_parameters() -> None:
+def test_parameter_groups_of_the_optimizer() -> None:
     model = TwoPhases(3)
     model.norm.requires_grad_(False)
     groups = make_optimizer(model, "adamw", 0.1, 0.05, 0.9, 0.5).param_groups
@@ -479,7 +480,7 @@ def test_groups_of_parameters() -> None:
         make_optimizer(model.requires_grad_(False), "sgd", 0.1, 0.0, 0.9, 1.0)
 
 
-def test_average_of_weights() -> None:
+def test_weight_average() -> None:
     model = Tiny(2)
     average, expected = WeightAverage(model, 0.75), model.head.bias.detach().clone()
     for step in range(40):
@@ -498,13 +499,13 @@ def test_average_of_weights() -> None:
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
         ({"lr": math.nan}, "lr must be positive, got nan"),
-        ({"epochs": 1.0}, "iterations and epochs exclude each other, got 6 and 1.0"),
+        ({"epochs": 1.0}, "iterations and epochs must not both be given, got 6 and 1.0"),
         ({"ema": 1.0}, r"ema must be in \[0,1\), got 1.0"),
         ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
         ({"max_size": 40}, "max_size must be at least 48, got 40"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_errors(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **settings)
 
@@ -512,7 +513,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str, tmp_path: 
 # ---- Commands ----
 
 
-def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_commands_work_on_one_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, small = str(tmp_path / "run"), ["--data", "shapes:10", "--device", "cpu", "--workers", "0"]
     training = [*small, "--min-size", "64", "--max-size", "80", "--backbone", "resnet18-gn", "--hidden", "32"]
     training += ["--iterations", "2", "--batch", "2", "--log-every", "1"]
@@ -523,13 +524,14 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     capsys.readouterr()
     assert main(["eval", run, "--voc", "--output", str(tmp_path / "eval.json"), *small[2:]]) == 0
-    again = json.loads((tmp_path / "eval.json").read_text())
-    assert {name: value for name, value in again.items() if name in metrics}.items() <= metrics.items()
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    assert {name: value for name, value in evaluated.items() if name in metrics}.items() <= metrics.items()
     table = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert float(table["AP50"]) == pytest.approx(again["AP50"], abs=1e-4) and {"VOC mAP", "AP/ring"} <= table.keys()
+    assert float(table["AP50"]) == pytest.approx(evaluated["AP50"], abs=1e-4)
+    assert {"VOC mAP", "AP/ring"} <= table.keys()
 
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"not an image")
     (tmp_path / "run" / "predictions" / "0.png").rename(tmp_path / "images" / "whole.png")
     assert read_image(str(tmp_path / "images" / "whole.png")).shape == (4 * 128, 4 * 160, 3)
     predict = ["predict", run, str(tmp_path / "images"), "--output", str(tmp_path / "found"), "--device", "cpu"]
@@ -538,9 +540,9 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
     assert sorted(x.name for x in (tmp_path / "found").iterdir()) == ["detections.json", "whole.png.png"]
     found = json.loads((tmp_path / "found" / "detections.json").read_text())
     assert list(found) == [str(tmp_path / "images" / "whole.png")]
-    for thing in found[str(tmp_path / "images" / "whole.png")]:
-        x1, y1, x2, y2 = thing["box"]
-        assert thing["class"] in shapes.SHAPES and thing["score"] >= 0.01
+    for detection in found[str(tmp_path / "images" / "whole.png")]:
+        x1, y1, x2, y2 = detection["box"]
+        assert detection["class"] in shapes.SHAPES and detection["score"] >= 0.01
         assert 0 <= x1 < x2 <= 640.1 and 0 <= y1 < y2 <= 512.1
 
     files = {split: str(tmp_path / f"{split}.npz") for split in ("train", "test")}
@@ -549,7 +551,7 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
         data = with_proposals(open_data("shapes:10", split), file)
         boxes = np.concatenate([data[i].proposals for i in range(len(data))])
         assert len(boxes) > 0 and all(len(data[i].proposals) <= 20 for i in range(len(data)))
-        assert boxes.min() >= 0 and 80 < boxes[:, 2].max() <= 160.1  # in pixels of images that are 160 wide
+        assert boxes.min() >= 0 and 80 < boxes[:, 2].max() <= 160.1  # in pixels of the original images, 160 pixels wide
     fast = ["train", *training, "--model", "fast_rcnn", "--output", str(tmp_path / "fast")]
     assert main(fast) == 2
     assert "proposals" in capsys.readouterr().err
@@ -559,8 +561,8 @@ def test_a_detector_from_training_to_predictions(tmp_path: Path, capsys: pytest.
     assert main(fast) == 2
 
 
-def test_run_by_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where neither output nor run is given, they are of model and data; images to draw are those to evaluate on."""
+def test_model_and_data_determine_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, `predict` draws the test images."""
     monkeypatch.chdir(tmp_path)
     common = ["--model", "tiny", "--data", "shapes:10", "--device", "cpu"]
     assert main(["train", *common, "--iterations", "1", "--batch", "2", "--workers", "0"]) == 0
@@ -571,15 +573,15 @@ def test_run_by_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", [name for name in models.DETECTORS if name != "fast_rcnn"])
-def test_every_detector_has_something_to_learn_in_shapes(name: str, tmp_path: Path) -> None:
-    """With the defaults of shapes: its anchors fit in the images, and some of them fit objects."""
+def test_every_loss_of_every_detector_is_positive_on_shapes(name: str, tmp_path: Path) -> None:
+    """With the defaults for shapes, some anchors lie inside of the images and match objects."""
     common = ["--model", name, "--data", "shapes:10", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
     assert main(["train", *common, "--iterations", "1", "--batch", "4", "--log-every", "1"]) == 0
     losses = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["losses"]
     assert all(loss > 0 for loss in losses.values())
 
 
-def test_masks_are_found_and_written(tmp_path: Path) -> None:
+def test_predict_writes_masks(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     training = ["--model", "mask_rcnn", "--data", "shapes:10", "--iterations", "1", "--batch", "2", "--workers", "0"]
     training += ["--min-size", "64", "--max-size", "80", "--channels", "16", "--hidden", "32", "--device", "cpu"]
@@ -587,12 +589,12 @@ def test_masks_are_found_and_written(tmp_path: Path) -> None:
     assert "mask_AP" in json.loads((tmp_path / "run" / "metrics.json").read_text())
     picture, found = tmp_path / "run" / "predictions" / "0.png", tmp_path / "found"
     assert main(["predict", run, str(picture), "--output", str(found), "--threshold", "0", "--device", "cpu"]) == 0
-    things = json.loads((found / "detections.json").read_text())[str(picture)]
-    assert things and all(sum(thing["segmentation"]["counts"]) == 640 * 512 for thing in things)
+    detections = json.loads((found / "detections.json").read_text())[str(picture)]
+    assert detections and all(sum(x["segmentation"]["counts"]) == 640 * 512 for x in detections)
 
 
 def write_coco(folder: Path, name: str, images: int, masks: int = 0) -> None:
-    """Images of 12 bits in files of 16, of one object each, the first `masks` of which have a mask."""
+    """Write images of 12 bits in 16-bit files with one object each, of which the first `masks` objects have a mask."""
     pil = pytest.importorskip("PIL.Image")
     content: dict[str, Any] = {"images": [], "categories": [{"id": 1, "name": "cell"}], "annotations": []}
     (folder / "annotations").mkdir(exist_ok=True)
@@ -607,8 +609,8 @@ def write_coco(folder: Path, name: str, images: int, masks: int = 0) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*pixels are not bytes")
-def test_files_of_annotations_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And the run's model.pt knows them, and the range of its pixels."""
+def test_annotation_files_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file model.pt of a run stores the names of the annotation files and the pixel range."""
     write_coco(tmp_path, "latest.json", 4)
     write_coco(tmp_path, "default.json", 2)
     common = ["--data", f"coco:{tmp_path}", "--device", "cpu", "--workers", "0"]
@@ -636,7 +638,7 @@ def test_files_of_annotations_are_named(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.filterwarnings("ignore:.*pixels are not bytes")
 @pytest.mark.parametrize(("masks", "warning"), [(2, "2 of 4 objects have no mask"), (0, "no object has a mask")])
-def test_masks_of_some_objects(masks: int, warning: str, tmp_path: Path) -> None:
+def test_objects_without_masks_cause_a_warning(masks: int, warning: str, tmp_path: Path) -> None:
     write_coco(tmp_path, "train.json", 4, masks)
     write_coco(tmp_path, "val.json", 2, masks)
     training = ["--model", "mask_rcnn", "--data", f"coco:{tmp_path}", "--iterations", "2", "--batch", "2"]
@@ -669,10 +671,10 @@ def test_malformed_masks_are_found_before_training(tmp_path: Path, capsys: pytes
         ("train --model tiny --option width", "--option must be NAME=VALUE, got 'width'"),
         ("train --model tiny --data nowhere", "data must be .*, got 'nowhere'"),
         ("train --model tiny --batch 0", "batch must be at least 1, got 0"),
-        ("eval /nowhere/run", "/nowhere/run: must be a run's folder"),
+        ("eval /nowhere/run", "/nowhere/run: must be the folder of a run"),
     ],
 )
-def test_errors_are_one_line(
+def test_errors_are_printed_in_one_line(
     command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -684,52 +686,42 @@ def test_errors_are_one_line(
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_broken_image_is_named(
+def test_error_names_a_broken_image(
     workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where a worker finds it."""
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    """The message is the same if a worker reads the image."""
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
     monkeypatch.setattr(shapes, "_draw", lambda _: read_image(str(tmp_path / "broken.jpg")))
     assert main([*command_of(tmp_path / "run"), "--workers", workers]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"relops train: {tmp_path / 'broken.jpg'}: ") and errors.count("\n") == 1
 
 
-def test_data_without_objects(
+def test_images_without_objects_are_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is nothing to learn and no AP, and neither is an error."""
+    """There is then nothing to learn, and AP is undefined."""
     height, width = shapes.HEIGHT, shapes.WIDTH
-    nothing = np.zeros((height, width, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, height, width), bool)
-    monkeypatch.setattr(shapes, "_draw", lambda _: nothing)
+    empty = np.zeros((height, width, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, height, width), bool)
+    monkeypatch.setattr(shapes, "_draw", lambda _: empty)
     run = tmp_path / "run"
     assert main([*command_of(run), "--iterations", "2", "--workers", "0"]) == 0
-    assert f"no AP: no objects to evaluate on  in {run}\n" in capsys.readouterr().out
+    assert f"{run}: no AP, because the test images have no objects\n" in capsys.readouterr().out
     assert json.loads((run / "metrics.json").read_text())["AP"] is None and (run / "curves.png").exists()
     assert main(["eval", str(run), "--voc", "--device", "cpu", "--workers", "0"]) == 0
-    assert re.search(r"^VOC mAP +none there$", capsys.readouterr().out, re.M)
+    assert re.search(r"^VOC mAP +no objects$", capsys.readouterr().out, re.M)
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def bug(_: Any) -> None:
-        raise ValueError("not of the package")
+        raise ValueError("an unexpected error")
 
     monkeypatch.setattr(shapes, "_draw", bug)
-    with pytest.raises(ValueError, match="not of the package"):
+    with pytest.raises(ValueError, match="an unexpected error"):
         main([*command_of(tmp_path), "--workers", "0"])
 
 
-def test_help_names_models_and_backbones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert f"which detector: {', '.join(models.DETECTORS)} (faster_rcnn_fpn)" in text
-    backbones = text.partition("--backbone BACKBONE ")[2].partition(" --")[0]
-    assert {"resnet50,", "vgg16,", "lr_net26,"} <= set(backbones.split())
-    assert "help(relops.models.faster_rcnn_fpn) lists" in text
-
-
-def test_options_given_go_before_those_of_shapes() -> None:
+def test_given_options_override_the_defaults_for_shapes() -> None:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
 
@@ -744,14 +736,14 @@ def test_options_given_go_before_those_of_shapes() -> None:
     assert config.min_size == SHAPES_DEFAULTS["min_size"] and config.epochs == SHAPES_DEFAULTS["epochs"]
     assert config.output == os.path.join("runs", "faster_rcnn_fpn-shapes")
     assert parse("--iterations", "5").epochs is None
-    assert parse("--max-size", "500").max_size == 500  # which is less than the shorter side of images like COCO's
+    assert parse("--max-size", "500").max_size == 500  # less than the default of --min-size for other data sets
     assert parse("--model", "tiny").options == {"dropout": defaults["dropout"]}
     assert parse("--data", "coco:/x/y", "--lr", "1") == TrainConfig(
         data="coco:/x/y", lr=1.0, output=os.path.join("runs", "faster_rcnn_fpn-coco-x-y")
     )
 
 
-def test_import_of_relops_is_light() -> None:
+def test_import_of_relops_does_not_import_training() -> None:
     done = run_python(
         "import sys, relops\n"
         "heavy = {'PIL', 'matplotlib', 'tensorboard', 'faster_coco_eval'}\n"

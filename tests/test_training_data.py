@@ -1,4 +1,4 @@
-"""Data sets of every format, and the way from them to batches."""
+"""Tests of data sets in every format, and of the batches that are made of their images."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ from relops.training.data.masks import mask_area, run_lengths
 
 Image = pytest.importorskip("PIL.Image")
 
-BOX = (11, 6, 30, 25)  # of VOC: pixels 10 to 29 by 5 to 24, counted from 0
-AS_READ = [10, 5, 30, 25]
+VOC_BOX = (11, 6, 30, 25)  # in VOC's format: columns 10 to 29 and rows 5 to 24, counted from 0
+READ_BOX = [10, 5, 30, 25]  # the same box as it is read
 
 
 def write_image(file: Path, width: int = 60, height: int = 40) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)  # which does not compress
+    # Noise is not compressible, so the first half of a file lacks a large part of the image.
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(noise).save(file)
 
 
 def xml(*objects: tuple, size: tuple[int, int] | None = (60, 40)) -> str:
-    """An annotation of objects (name, xmin, ymin, xmax, ymax[, difficult])."""
+    """Return a VOC annotation with objects (name, xmin, ymin, xmax, ymax[, difficult])."""
     text = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>" if size else ""
     for name, x1, y1, x2, y2, *difficult in objects:
         text += (
@@ -58,7 +59,7 @@ def xml(*objects: tuple, size: tuple[int, int] | None = (60, 40)) -> str:
 
 
 def write_voc(root: Path, split: str, files: dict[str, str], images: str = "Images", ending: str = "png") -> str:
-    """The layout of folders; of each name an annotation, and an image of 60 x 40."""
+    """Write a split in the layout of folders, with an annotation and an image of 60 x 40 for each name."""
     for name, text in files.items():
         write_image(root / split / images / f"{name}.{ending}")
         (root / split / "Annotations").mkdir(exist_ok=True)
@@ -67,11 +68,11 @@ def write_voc(root: Path, split: str, files: dict[str, str], images: str = "Imag
 
 
 def write_voc_lists(root: Path, lists: dict[str, list[str]]) -> str:
-    """The layout of VOC itself; the image n has one object of class n."""
+    """Write a data set in the layout of VOC itself, in which image n has one object of "class n"."""
     for name in {name for names in lists.values() for name in names}:
         write_image(root / "JPEGImages" / f"{name}.jpg")
         (root / "Annotations").mkdir(exist_ok=True)
-        (root / "Annotations" / f"{name}.xml").write_text(xml((f"class {name}", *BOX)))
+        (root / "Annotations" / f"{name}.xml").write_text(xml((f"class {name}", *VOC_BOX)))
     (root / "ImageSets" / "Main").mkdir(parents=True)
     for split, names in lists.items():
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
@@ -98,7 +99,7 @@ class TestSpecification:
             "shapes:" + "9" * 5000,
         ],
     )
-    def test_names_what_is_allowed(self, spec: str) -> None:
+    def test_error_names_the_allowed_formats(self, spec: str) -> None:
         with pytest.raises(ValueError, match="coco:DIR, voc:DIR, shapes"):
             open_data(spec, "train")
 
@@ -107,7 +108,7 @@ class TestSpecification:
         with pytest.raises(ValueError, match="nowhere must be a folder"):
             open_data(f"{kind}:{tmp_path / 'nowhere'}", "train")
 
-    def test_split(self) -> None:
+    def test_split_must_be_train_or_test(self) -> None:
         with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'val'"):
             open_data("shapes", "val")
 
@@ -115,10 +116,12 @@ class TestSpecification:
 class TestVOC:
     @pytest.mark.parametrize("images", ["Images", "JPEGImages"])
     @pytest.mark.parametrize("test", ["test", "val"])
-    def test_folders(self, tmp_path: Path, images: str, test: str) -> None:
-        write_voc(tmp_path, "train", {"b": xml(("dog", *BOX), ("cat", 1, 1, 60, 40, "difficult")), "a": xml()}, images)
-        spec = write_voc(tmp_path, test, {"c": xml(("dog", *BOX))}, images)
-        (tmp_path / "train" / images / "b.txt").write_text("beside the image")
+    def test_layout_of_folders(self, tmp_path: Path, images: str, test: str) -> None:
+        write_voc(
+            tmp_path, "train", {"b": xml(("dog", *VOC_BOX), ("cat", 1, 1, 60, 40, "difficult")), "a": xml()}, images
+        )
+        spec = write_voc(tmp_path, test, {"c": xml(("dog", *VOC_BOX))}, images)
+        (tmp_path / "train" / images / "b.txt").write_text("not an image")
         (tmp_path / "train" / "Annotations" / "b.xml").rename(tmp_path / "train" / "Annotations" / "b.XML")
         data = open_data(spec, "train")
         assert data.classes == ["cat", "dog"] and not data.has_masks and len(data) == 2 and stems(data) == ["a", "b"]
@@ -126,7 +129,7 @@ class TestVOC:
         sample = data[1]
         assert sample.image.shape == (40, 60, 3) and sample.image.dtype == np.uint8
         assert np.array_equal(sample.image, np.array(Image.open(sample.file)))
-        assert sample.boxes.dtype == np.float32 and sample.boxes.tolist() == [AS_READ, [0, 0, 60, 40]]
+        assert sample.boxes.dtype == np.float32 and sample.boxes.tolist() == [READ_BOX, [0, 0, 60, 40]]
         assert sample.labels.dtype == np.int64 and sample.labels.tolist() == [1, 0]
         assert sample.ignore.tolist() == [False, True]
         assert sample.masks is None and sample.proposals is None
@@ -134,93 +137,103 @@ class TestVOC:
 
         assert data[0].boxes.shape == (0, 4) and data[0].labels.shape == (0,)
         assert open_data(spec, "test", data.classes)[0].labels.tolist() == [1]
-        assert open_data(spec, "test").classes == data.classes  # of train, though dogs alone are in test
+        assert open_data(spec, "test").classes == data.classes  # the classes of train, although test has only dogs
 
-    def test_lists(self, tmp_path: Path) -> None:
+    def test_layout_of_voc(self, tmp_path: Path) -> None:
         lists = {"train": ["1"], "val": ["2"], "trainval": ["1", "2"], "test": ["1", "3"]}
         spec = write_voc_lists(tmp_path, lists)
         data = open_data(spec, "train")
         assert stems(data) == ["1", "2"] and data.classes == ["class 1", "class 2"]
-        assert data[1].boxes.tolist() == [AS_READ]
+        assert data[1].boxes.tolist() == [READ_BOX]
         assert stems(open_data(spec, "test", ["class 1", "class 2", "class 3"])) == ["1", "3"]
 
-    def test_without_a_test_list_val_is_not_trained_on(self, tmp_path: Path) -> None:
+    def test_val_is_not_trained_on_without_a_test_list(self, tmp_path: Path) -> None:
         spec = write_voc_lists(tmp_path, {"train": ["1"], "val": ["2"], "trainval": ["1", "2"]})
         assert stems(open_data(spec, "train")) == ["1"]
         assert stems(open_data(spec, "test", ["class 2"])) == ["2"]
 
-    def test_unknown_class(self, tmp_path: Path) -> None:
-        write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
-        spec = write_voc(tmp_path, "test", {"strange": xml(("emu", *BOX))})
-        with pytest.raises(ValueError, match=r"strange\.xml: an object must be of the classes \['cat'\], got 'emu'"):
+    def test_unknown_class_is_an_error(self, tmp_path: Path) -> None:
+        write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX))})
+        spec = write_voc(tmp_path, "test", {"strange": xml(("emu", *VOC_BOX))})
+        with pytest.raises(
+            ValueError, match=r"strange\.xml: the class of an object must be one of \['cat'\], got 'emu'"
+        ):
             open_data(spec, "test")
 
-    def test_improper_boxes(self, tmp_path: Path) -> None:
+    def test_invalid_boxes_are_left_out(self, tmp_path: Path) -> None:
         objects = [("cat", 50, 30, 70, 45), ("cat", 20, 20, 20, 20), ("dog", -5, 0, 10, 10), ("dog", 61, 1, 70, 20)]
         files = {
-            "a": xml(("cat", *BOX)),
+            "a": xml(("cat", *VOC_BOX)),
             "b": xml(*objects),
             "c": xml(("dog", "nan", 1, 5, 5), ("dog", 1, 1, "inf", 5), ("dog", 9, 9, 4, 12)),
         }
         spec = write_voc(tmp_path, "train", files)
-        with pytest.warns(UserWarning, match=r"b\.xml: a box must be finite .* left out 5 of this data set") as record:
+        with pytest.warns(UserWarning, match=r"b\.xml: a box must be finite .* \(5 in this data set") as record:
             data = open_data(spec, "train")
         assert len(record) == 1
         assert data[1].boxes.tolist() == [[49, 29, 60, 40], [0, 0, 10, 10]] and data[1].labels.tolist() == [0, 1]
         assert len(data[2].boxes) == 0
 
-    def test_size_may_be_unstated(self, tmp_path: Path) -> None:
-        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX), size=None), "b": xml(("cat", *BOX), size=(0, 0))})
+    def test_size_may_be_missing(self, tmp_path: Path) -> None:
+        spec = write_voc(
+            tmp_path, "train", {"a": xml(("cat", *VOC_BOX), size=None), "b": xml(("cat", *VOC_BOX), size=(0, 0))}
+        )
         data = open_data(spec, "train")
         assert [(a.height, a.width) for a in data.annotations()] == [(40, 60)] * 2 and data[0].boxes.tolist() == [
-            AS_READ
+            READ_BOX
         ]
 
     @pytest.mark.parametrize(
         "text", ["<annotation><object>", "", xml(("cat", 1, "two", 3, 4)), xml().replace("60", "x")]
     )
-    def test_broken_annotation(self, tmp_path: Path, text: str) -> None:
-        spec = write_voc(tmp_path, "train", {"fine": xml(), "spoilt": text})
-        with pytest.raises(ValueError, match=r"spoilt\.xml: the file must be an annotation of Pascal VOC"):
+    def test_broken_annotation_is_an_error(self, tmp_path: Path, text: str) -> None:
+        spec = write_voc(tmp_path, "train", {"fine": xml(), "broken": text})
+        with pytest.raises(ValueError, match=r"broken\.xml: the file must be a Pascal VOC annotation"):
             open_data(spec, "train")
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("<annotation><object><bndbox/></object></annotation>", "an object must have bndbox/xmin"),
-            (xml(("cat", *BOX)).replace("object>", "Object>"), "the name of an element must be <object>, got <Object>"),
-            (xml(("cat", *BOX)).replace("object>", "item>"), "<bndbox> must be within <object>, got it within <item>"),
-            (xml(("cat", *BOX)).replace("xmin>", "XMIN>"), "an object must have bndbox/xmin"),
+            ("<annotation><object><bndbox/></object></annotation>", "an object must have an element bndbox/xmin"),
+            (
+                xml(("cat", *VOC_BOX)).replace("object>", "Object>"),
+                "the name of an element must be <object>, got <Object>",
+            ),
+            (
+                xml(("cat", *VOC_BOX)).replace("object>", "item>"),
+                "<bndbox> must be inside of <object>, got it inside of <item>",
+            ),
+            (xml(("cat", *VOC_BOX)).replace("xmin>", "XMIN>"), "an object must have an element bndbox/xmin"),
             (xml().replace("60", "60.5"), "width must be a whole number of pixels, got '60.5'"),
             ('<?xml version="1.0" encoding="foo"?>' + xml(), "unknown encoding"),
-            (xml(("", *BOX)), "an object must have a name"),
-            (xml((" ", *BOX)), "an object must have a name"),
+            (xml(("", *VOC_BOX)), "an object must have a name"),
+            (xml((" ", *VOC_BOX)), "an object must have a name"),
             ("<annotations/>", "the root must be <annotation>, got <annotations>"),
             ("<html><object/></html>", "the root must be <annotation>, got <html>"),
-            (xml(("cat", *BOX)).replace("<annotation>", '<annotation xmlns="x">'), "got <{x}annotation>"),
-            (xml(("cat", *BOX)).replace("<object>", '<object xmlns="x">'), "got <{x}object>"),
-            (xml(("cat", *BOX)).replace("difficult>", "Difficult>"), "must be <difficult>, got <Difficult>"),
-            (xml(("cat", *BOX)).replace("t>0<", "t>perhaps<"), "difficult must be 0 or 1, got 'perhaps'"),
-            (xml(("cat", *BOX)).replace("t>0<", "t>2<"), "difficult must be 0 or 1, got '2'"),
+            (xml(("cat", *VOC_BOX)).replace("<annotation>", '<annotation xmlns="x">'), "got <{x}annotation>"),
+            (xml(("cat", *VOC_BOX)).replace("<object>", '<object xmlns="x">'), "got <{x}object>"),
+            (xml(("cat", *VOC_BOX)).replace("difficult>", "Difficult>"), "must be <difficult>, got <Difficult>"),
+            (xml(("cat", *VOC_BOX)).replace("t>0<", "t>perhaps<"), "difficult must be 0 or 1, got 'perhaps'"),
+            (xml(("cat", *VOC_BOX)).replace("t>0<", "t>2<"), "difficult must be 0 or 1, got '2'"),
         ],
     )
-    def test_objects_that_would_be_lost(self, tmp_path: Path, text: str, message: str) -> None:
-        spec = write_voc(tmp_path, "train", {"fine": xml(), "spoilt": text})
-        with pytest.raises(
-            ValueError, match=rf"spoilt\.xml: the file must be an annotation of Pascal VOC: .*({message})"
-        ):
+    def test_annotation_whose_objects_would_be_missed_is_an_error(
+        self, tmp_path: Path, text: str, message: str
+    ) -> None:
+        spec = write_voc(tmp_path, "train", {"fine": xml(), "broken": text})
+        with pytest.raises(ValueError, match=rf"broken\.xml: the file must be a Pascal VOC annotation: .*({message})"):
             open_data(spec, "train")
 
     @pytest.mark.parametrize(
         ("text", "difficult"),
         [("True", True), ("yes", True), ("1.0", True), (" 0 ", False), ("No", False), ("", False)],
     )
-    def test_difficult(self, tmp_path: Path, text: str, difficult: bool) -> None:
-        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX)).replace("t>0<", f"t>{text}<")})
+    def test_difficult_objects_are_ignored(self, tmp_path: Path, text: str, difficult: bool) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX)).replace("t>0<", f"t>{text}<")})
         assert open_data(spec, "train")[0].ignore.tolist() == [difficult]
 
     def test_files_of_macos_are_skipped(self, tmp_path: Path) -> None:
-        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX))})
         (tmp_path / "train" / "Annotations" / "._a.xml").write_bytes(b"\0\5\x16\7")
         (tmp_path / "train" / "Images" / "._a.png").write_bytes(b"\0\5\x16\7")
         assert len(open_data(spec, "train")[0].boxes) == 1
@@ -238,53 +251,53 @@ class TestVOC:
             ("a b 1\na b\n", ["a b 1", "a b"]),
         ],
     )
-    def test_lines_of_lists(self, tmp_path: Path, text: str, expected: list[str]) -> None:
+    def test_lines_of_lists_may_have_extensions_and_flags(self, tmp_path: Path, text: str, expected: list[str]) -> None:
         spec = write_voc_lists(tmp_path, {"train": ["1", "2", "3", "a b 1", "a b"]})
         (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(text, "utf-8")
         assert stems(open_data(spec, "train")) == expected
 
-    def test_a_name_without_a_file(self, tmp_path: Path) -> None:
+    def test_name_without_an_annotation_file_is_an_error(self, tmp_path: Path) -> None:
         spec = write_voc_lists(tmp_path, {"train": ["1"]})
         listing = tmp_path / "ImageSets" / "Main" / "train.txt"
         for name in ("4", "4.jpg 1", "x" * 300):
             listing.write_text(f"1\n{name}\n")
             with pytest.raises(
-                ValueError, match=rf"{listing}: a name must be that of a file in .*Annotations, got '{name}'"
+                ValueError, match=rf"{listing}: each name must have an annotation file in .*Annotations, got '{name}'"
             ):
                 open_data(spec, "train")
 
-    def test_two_images_of_one_name(self, tmp_path: Path) -> None:
+    def test_two_images_of_one_name_are_an_error(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml()})
         write_image(tmp_path / "train" / "Images" / "b.jpg")
         with pytest.raises(
-            ValueError, match=r"Images/b\.\*: the image of .*b\.xml must be one file, got .*b\.jpg.*b\.png"
+            ValueError, match=r"Images/b\.\*: the image of .*b\.xml must be exactly one file, got .*b\.jpg.*b\.png"
         ):
             open_data(spec, "train")
         write_voc(tmp_path, "train", {"b": xml().replace("<size>", "<filename>b.jpg</filename><size>")})
         assert [Path(a.file).name for a in open_data(spec, "train").annotations()] == ["a.png", "b.jpg"]
 
-    def test_fractions_of_the_image(self, tmp_path: Path) -> None:
+    def test_relative_coordinates_cause_a_warning(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(("cat", 0.1, 0.2, 0.7, 0.8))})
         with pytest.warns(UserWarning, match=r"b\.xml: .* must be pixels"):
             open_data(spec, "train")
 
-    def test_evaluation_has_the_boxes_of_the_file(self, tmp_path: Path) -> None:
-        spec = write_voc(tmp_path, "train", {"a": xml(("cat", -3, 1, 10, 10), ("cat", 5, 5, 5, 9), ("cat", *BOX))})
-        with pytest.warns(UserWarning, match=r"a\.xml: .* left out 1 of"):
+    def test_evaluation_uses_the_boxes_of_the_file(self, tmp_path: Path) -> None:
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", -3, 1, 10, 10), ("cat", 5, 5, 5, 9), ("cat", *VOC_BOX))})
+        with pytest.warns(UserWarning, match=r"a\.xml: .* \(1 in this data set"):
             data = open_data(spec, "train")
-        assert data[0].boxes.tolist() == [[0, 0, 10, 10], AS_READ]
-        assert data.annotations()[0].boxes.tolist() == [[-4, 0, 10, 10], [4, 4, 5, 9], AS_READ]
+        assert data[0].boxes.tolist() == [[0, 0, 10, 10], READ_BOX]
+        assert data.annotations()[0].boxes.tolist() == [[-4, 0, 10, 10], [4, 4, 5, 9], READ_BOX]
 
-    def test_object_without_box(self, tmp_path: Path) -> None:
+    def test_object_without_a_box_is_an_error(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": "<annotation><object><name>cat</name></object></annotation>"})
         with pytest.raises(ValueError, match=r"a\.xml"):
             open_data(spec, "train")
 
-    def test_missing_files(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="there must be train in it"):
+    def test_missing_files_are_errors(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="the folder must contain train"):
             open_data(f"voc:{tmp_path}", "train")
-        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
-        with pytest.raises(ValueError, match="there must be test or val in it"):
+        spec = write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX))})
+        with pytest.raises(ValueError, match="the folder must contain test or val"):
             open_data(spec, "test")
         (tmp_path / "train" / "Images" / "a.png").unlink()
         with pytest.raises(ValueError, match=r"Images/a\.\*: the image of .*a\.xml is missing"):
@@ -295,18 +308,18 @@ class TestVOC:
 
 
 class TestImages:
-    @pytest.mark.parametrize("spoil", ["truncate", "text", "empty", "remove"])
+    @pytest.mark.parametrize("damage", ["truncate", "text", "empty", "remove"])
     @pytest.mark.parametrize("ending", ["png", "jpg"])
-    def test_broken(self, tmp_path: Path, spoil: str, ending: str) -> None:
-        data = open_data(write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))}, ending=ending), "train")
+    def test_broken_image_is_an_error(self, tmp_path: Path, damage: str, ending: str) -> None:
+        data = open_data(write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX))}, ending=ending), "train")
         file = tmp_path / "train" / "Images" / f"a.{ending}"
         content = {"truncate": file.read_bytes()[: file.stat().st_size // 2], "text": b"not an image", "empty": b""}
-        file.unlink() if spoil == "remove" else file.write_bytes(content[spoil])
+        file.unlink() if damage == "remove" else file.write_bytes(content[damage])
         with pytest.raises(ValueError, match=rf"{file}: the file must be an image"):
             data[0]
 
-    def test_size_differs_from_the_annotation(self, tmp_path: Path) -> None:
-        data = open_data(write_voc(tmp_path, "train", {"a": xml(("cat", *BOX), size=(40, 60))}), "train")
+    def test_size_that_differs_from_the_annotation_is_an_error(self, tmp_path: Path) -> None:
+        data = open_data(write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX), size=(40, 60))}), "train")
         with pytest.raises(ValueError, match=r"a\.png: .* 40 x 60 \(width x height\), got 60 x 40"):
             data[0]
 
@@ -322,7 +335,7 @@ class TestImages:
             ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
         ],
     )
-    def test_modes(self, tmp_path: Path, mode: str, color: object, expected: object) -> None:
+    def test_modes_are_converted_to_rgb(self, tmp_path: Path, mode: str, color: object, expected: object) -> None:
         ending = "tif" if mode == "CMYK" else "png"
         data = open_data(write_voc(tmp_path, "train", {"a": xml()}, ending=ending), "train")
         Image.new(mode, (60, 40), color).save(data.annotations()[0].file)
@@ -354,16 +367,16 @@ class TestImages:
             (np.float32, (0, 3e38, 200), {}, 255),
         ],
     )
-    def test_pixels_that_are_not_bytes(
+    def test_pixels_that_are_not_bytes_are_scaled(
         self, tmp_path: Path, dtype: type, values: tuple, tags: dict[int, float], high: float
     ) -> None:
-        """One range for the data set, which has a dark image, too."""
+        """All images of the data set, one of which is black, are scaled by the same range."""
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(), "c": xml()}, ending="tif")
         write_voc(tmp_path, "test", {"d": xml()}, ending="tif")
         for image, value in zip("abc", values):
             file = tmp_path / "train" / "Images" / f"{image}.tif"
             Image.fromarray(np.full((40, 60), value, dtype)).save(file, tiffinfo=tags)
-        with pytest.warns(UserWarning, match=r"a\.tif: pixels are not bytes; .* values from 0 to [\d.]+ are scaled"):
+        with pytest.warns(UserWarning, match=r"a\.tif: pixels are not bytes, so values from 0 to [\d.]+ are scaled"):
             data = open_data(spec, "train")
         assert data.pixel_range == pytest.approx((0, high))
         for i, value in enumerate(values):
@@ -372,12 +385,12 @@ class TestImages:
         test = open_data(spec, "test", ["cat"], pixel_range=data.pixel_range)
         assert np.array_equal(test[0].image, data[1].image)
 
-    def test_negative_pixels(self, tmp_path: Path) -> None:
+    def test_negative_pixels_are_scaled(self, tmp_path: Path) -> None:
         file = tmp_path / "a.tif"
         Image.fromarray(np.array([[-1000, 0, 1000]], np.int32)).save(file)
         assert read_image(str(file))[0, :, 0].tolist() == [0, 128, 255]
 
-    def test_wide_colors_that_are_dark(self, tmp_path: Path) -> None:
+    def test_dark_images_with_16_bits_per_channel_cause_a_warning(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml()})
         rows = b"".join(b"\0" + np.full((60, 3), 4000, ">u2").tobytes() for _ in range(40))
         png = b"\x89PNG\r\n\x1a\n"
@@ -386,13 +399,13 @@ class TestImages:
             check = struct.pack(">I", zlib.crc32(kind + content))
             png += struct.pack(">I", len(content)) + kind + content + check
         (tmp_path / "train" / "Images" / "a.png").write_bytes(png)
-        with pytest.warns(UserWarning, match=r"a\.png: images have 16 bits a color, .* at most 15 of 255"):
+        with pytest.warns(UserWarning, match=r"a\.png: images have 16 bits per color channel, .* at most 15 of 255"):
             assert (open_data(spec, "train")[0].image == 15).all()
 
     def test_orientation_is_not_applied(self, tmp_path: Path) -> None:
         data = open_data(write_voc(tmp_path, "train", {"a": xml()}, ending="jpg"), "train")
         exif = Image.Exif()
-        exif[0x0112] = 6  # turned by 90 degrees
+        exif[0x0112] = 6  # rotated by 90 degrees
         Image.new("RGB", (60, 40)).save(data.annotations()[0].file, exif=exif)
         assert data[0].image.shape == (40, 60, 3)
 
@@ -402,7 +415,7 @@ def coco_object(id: int, image: int, category: int, bbox: list, **more) -> dict:
 
 
 def write_coco(root: Path, objects: list[dict], split: str = "train2017", folder: str = "train2017") -> str:
-    """Two images of 60 x 40, ids 30 and 7, and the categories 18: dog and 3: cat."""
+    """Write a data set with two images of 60 x 40, ids 30 and 7, and the categories dog (id 18) and cat (id 3)."""
     content = {
         "images": [{"id": id, "file_name": f"{id}.png", "width": 60, "height": 40} for id in (30, 7)],
         "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "cat"}],
@@ -423,30 +436,30 @@ def change(spec: str, old: str, new: str) -> None:
 
 
 class TestCOCO:
-    def test_objects(self, tmp_path: Path) -> None:
+    def test_objects_are_read(self, tmp_path: Path) -> None:
         objects = [
             coco_object(1, 7, 18, [10, 5, 20, 20]),
             coco_object(2, 7, 3, [50.5, 30, 20, 20], iscrowd=1),
             coco_object(3, 7, 3, [1, 1, 0, 5]),
         ]
         spec = write_coco(tmp_path, objects)
-        with pytest.warns(UserWarning, match=r"7\.png: .* left out 1 of"):
+        with pytest.warns(UserWarning, match=r"7\.png: .* \(1 in this data set"):
             data = open_data(spec, "train")
         assert data.classes == ["cat", "dog"] and data.category_ids == [3, 18] and not data.has_masks
         assert [data[i].image_id for i in range(2)] == [30, 7] and len(data[0].boxes) == 0
         sample = data[1]
-        assert sample.boxes.tolist() == [AS_READ, [50.5, 30, 60, 40]] and sample.boxes.dtype == np.float32
+        assert sample.boxes.tolist() == [READ_BOX, [50.5, 30, 60, 40]] and sample.boxes.dtype == np.float32
         assert sample.labels.tolist() == [1, 0] and sample.ignore.tolist() == [False, True]
-        annotation = data.annotations()[1]  # of all objects, as the file has them
-        assert annotation.boxes.tolist() == [AS_READ, [50.5, 30, 70.5, 50], [1, 1, 1, 6]]
+        annotation = data.annotations()[1]  # has all objects of the file, unchanged
+        assert annotation.boxes.tolist() == [READ_BOX, [50.5, 30, 70.5, 50], [1, 1, 1, 6]]
         assert annotation.labels.tolist() == [1, 0, 0] and annotation.areas.tolist() == [7, 7, 7]
 
     @pytest.mark.parametrize("folder", ["train2017", "images/train2017", "images", "."])
-    def test_where_images_are(self, tmp_path: Path, folder: str) -> None:
+    def test_images_may_be_in_several_folders(self, tmp_path: Path, folder: str) -> None:
         data = open_data(write_coco(tmp_path, [], folder=folder), "train")
         assert data[0].image.shape == (40, 60, 3)
 
-    def test_classes_by_name(self, tmp_path: Path) -> None:
+    def test_classes_are_matched_by_name(self, tmp_path: Path) -> None:
         write_coco(tmp_path, [])
         spec = write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9])], "val2017", "val2017")
         write_coco(tmp_path, [], "test2017", "test2017")
@@ -454,17 +467,17 @@ class TestCOCO:
         assert data[1].labels.tolist() == [2] and [data.category_ids[i] for i in (0, 2)] == [18, 3]
         assert len(set(data.category_ids)) == 4
         with pytest.raises(
-            ValueError, match=r"instances_val2017\.json: object 1 must be of the classes \['dog'\], got 'cat'"
+            ValueError, match=r"instances_val2017\.json: the class of object 1 must be one of \['dog'\], got 'cat'"
         ):
             open_data(spec, "test", ["dog"])
 
-    def test_masks(self, tmp_path: Path) -> None:
+    def test_masks_are_decoded(self, tmp_path: Path) -> None:
         coco = pytest.importorskip("faster_coco_eval.core.mask")
         mask = np.zeros((40, 60), bool)
         mask[5:25, 10:30] = True
         compressed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         compressed["counts"] = compressed["counts"].decode()
-        runs = [10 * 40 + 5, *[20, 20] * 19, 20, 15 + 30 * 40]  # column by column
+        runs = [10 * 40 + 5, *[20, 20] * 19, 20, 15 + 30 * 40]  # in column order
         segmentations = [
             [[10, 5, 30, 5, 30, 25, 10, 25]],
             [[10, 5, 20, 5, 20, 25, 10, 25], [20, 5, 30, 5, 30, 25, 20, 25]],
@@ -481,13 +494,13 @@ class TestCOCO:
     @pytest.mark.parametrize(
         "segmentation", [{"size": [9, 9], "counts": [81]}, {"size": [40, 60], "counts": [5]}, "no"]
     )
-    def test_broken_mask(self, tmp_path: Path, segmentation: object) -> None:
+    def test_malformed_mask_is_an_error(self, tmp_path: Path, segmentation: object) -> None:
         pytest.importorskip("faster_coco_eval")
         data = open_data(write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=segmentation)]), "train")
         with pytest.raises(ValueError, match=r"7\.png: a segmentation must"):
             data[1]
 
-    def test_some_objects_without_a_mask(self, tmp_path: Path) -> None:
+    def test_objects_without_a_mask_cause_a_warning(self, tmp_path: Path) -> None:
         pytest.importorskip("faster_coco_eval")
         objects = [
             coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]]),
@@ -495,16 +508,16 @@ class TestCOCO:
             coco_object(3, 30, 3, [1, 1, 9, 9]),
         ]
         spec = write_coco(tmp_path, objects)
-        with pytest.warns(UserWarning, match="2 of 3 objects have no mask, and are trained by their boxes alone$"):
+        with pytest.warns(UserWarning, match="2 of 3 objects have no mask and are trained with their boxes only$"):
             data = open_data(spec, "train")
         assert data.has_masks and data[1].masks.any((1, 2)).tolist() == [True, False] and not data[0].masks.any()
 
     @pytest.mark.parametrize(
         ("segmentation", "problem"),
         [
-            ([[]], "a polygon of 0 points"),
-            ([[1, 1, 9, 9]], "a polygon of 2 points"),
-            ([[1, 1, 9, 1, 9, 9, 5]], "a polygon of an odd number of coordinates, 7"),
+            ([[]], "a polygon with 0 points"),
+            ([[1, 1, 9, 9]], "a polygon with 2 points"),
+            ([[1, 1, 9, 1, 9, 9, 5]], "a polygon with an odd number of coordinates, 7"),
             ([[61, 1, 70, 1, 70, 9]], "a polygon outside of the image"),
             ([[1, -9, 9, -9, 9, -1]], "a polygon outside of the image"),
             ([[-1e9, 1, 1e9, 1, 1e9, 9]], "a polygon whose edges are more than 1000 times as long as the image"),
@@ -515,7 +528,7 @@ class TestCOCO:
             ({"size": [40, 60], "counts": "P[2"}, "an RLE of zeros"),
         ],
     )
-    def test_empty_masks(self, tmp_path: Path, segmentation: object, problem: str) -> None:
+    def test_unusable_masks_cause_a_warning(self, tmp_path: Path, segmentation: object, problem: str) -> None:
         pytest.importorskip("faster_coco_eval")
         objects = [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=segmentation)]
         spec = write_coco(tmp_path, objects)
@@ -526,12 +539,12 @@ class TestCOCO:
         with pytest.warns(UserWarning, match=rf"1 of 2 objects have no mask.* has {problem}"):
             masks = open_data(spec, "train")[1].masks
         assert not masks[0].any() and masks[1].any()
-        if isinstance(segmentation, list):  # beside a proper polygon, the object has that one
+        if isinstance(segmentation, list):  # an unusable polygon next to a usable one does not change the mask
             write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[*segmentation, triangle])])
             with pytest.warns(UserWarning, match=f"0 of 1 objects have no mask.* has {problem}"):
                 assert np.array_equal(open_data(spec, "train")[1].masks[0], masks[1])
 
-    def test_malformed_masks_are_found_before_they_are_decoded(self, tmp_path: Path) -> None:
+    def test_malformed_masks_are_detected_before_they_are_decoded(self, tmp_path: Path) -> None:
         pytest.importorskip("faster_coco_eval")
         segmentations = [
             "[[NaN, 1, 9, 1, 9, 9]]",
@@ -549,7 +562,7 @@ class TestCOCO:
             "7",
         ]
         spec = write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation="HERE")])
-        # Decoding such masks took all memory there was.
+        # Decoding such masks would exhaust the memory.
         done = run_python(
             f"""
 import pathlib, resource
@@ -574,19 +587,19 @@ for segmentation in {segmentations!r}:
         assert all(line.startswith(f"{tmp_path}/train2017/7.png: a segmentation must") for line in lines)
 
     @pytest.mark.parametrize("size", [[40.0, 60.0], [40, 60]])
-    def test_size_of_an_rle(self, tmp_path: Path, size: list) -> None:
+    def test_size_of_an_rle_may_be_floats(self, tmp_path: Path, size: list) -> None:
         pytest.importorskip("faster_coco_eval")
         rle = {"size": size, "counts": [10, 15, 2375]}
         data = open_data(write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=rle)]), "train")
         assert data[1].masks.sum() == 15
 
-    def test_polygon_that_reaches_out_of_the_image(self, tmp_path: Path) -> None:
+    def test_polygon_is_clipped_to_the_image(self, tmp_path: Path) -> None:
         pytest.importorskip("faster_coco_eval")
         square = [-500, -500, 20, -500, 20, 20, -500, 20]
         data = open_data(write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[square])]), "train")
         assert data[1].masks.sum() == 20 * 20
 
-    def test_compressed_masks(self) -> None:
+    def test_compressed_masks_are_decoded(self) -> None:
         mask_api = pytest.importorskip("faster_coco_eval.core.mask")
         rng = np.random.default_rng(0)
         for _ in range(50):
@@ -598,7 +611,7 @@ for segmentation in {segmentations!r}:
             assert mask_area(rle, *mask.shape) == mask.sum()
 
     @pytest.mark.parametrize("area", [None, float("nan"), -4, 0, [7], "x", float("inf"), 10**400, "absent"])
-    def test_area_is_computed_where_the_file_has_none(self, tmp_path: Path, area: object) -> None:
+    def test_area_is_computed_if_the_file_has_no_valid_one(self, tmp_path: Path, area: object) -> None:
         polygon, rle = [[2, 2, 8, 2, 8, 12, 2, 12]], {"size": [40, 60], "counts": [10, 15, 2375]}
         objects = [
             coco_object(1, 7, 3, [1, 1, 10, 20], area=area),
@@ -617,47 +630,47 @@ for segmentation in {segmentations!r}:
         ("value", "ignored"),
         [("0", False), ("1", True), (0.0, False), ("1.0", True), (True, True), ("false", False), ("Yes", True)],
     )
-    def test_crowds(self, tmp_path: Path, value: object, ignored: bool) -> None:
+    def test_crowds_are_ignored(self, tmp_path: Path, value: object, ignored: bool) -> None:
         spec = write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], iscrowd=value)])
         assert open_data(spec, "train")[1].ignore.tolist() == [ignored]
 
-    def test_numbers_as_strings(self, tmp_path: Path) -> None:
+    def test_numbers_may_be_strings(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [coco_object(1, "7", "3", ["10", "5", "20", "20"], area="9")])
         change(spec, '"width": 60', '"width": "60"')
         change(spec, '"area"', '"segmentation": [["1", "1", 9, "1", "9.0", 9]], "area"')
         data = open_data(spec, "train")
-        assert data[1].boxes.tolist() == [AS_READ] and data[1].labels.tolist() == [0] and data[1].masks.any()
+        assert data[1].boxes.tolist() == [READ_BOX] and data[1].labels.tolist() == [0] and data[1].masks.any()
         assert data.annotations()[1].areas.tolist() == [9]
 
-    def test_ids_of_images_are_strings(self, tmp_path: Path) -> None:
+    def test_image_ids_may_be_strings(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [coco_object(1, "seven", 3, [1, 1, 9, 9]), coco_object(2, 30, 3, [2, 2, 9, 9])])
         change(spec, '"id": 7, "file', '"id": "seven", "file')
         data = open_data(spec, "train")
-        assert [data[i].image_id for i in range(2)] == [0, 1]  # by their order
+        assert [data[i].image_id for i in range(2)] == [0, 1]  # numbered in the sorted order of the ids
         assert [a.original_id for a in data.annotations()] == [30, "seven"]
         assert data[0].boxes[0, 0] == 2 and data[1].boxes[0, 0] == 1
 
     @pytest.mark.parametrize("id", ["7.5", "null", str(2**63), "[7]", "true", "1e400"])
-    def test_other_ids_are_named(self, tmp_path: Path, id: str) -> None:
+    def test_invalid_ids_are_errors(self, tmp_path: Path, id: str) -> None:
         spec = write_coco(tmp_path, [])
         change(spec, '"id": 7, "file', f'"id": {id}, "file')
-        with pytest.raises(ValueError, match=r"train2017\.json: id must be a signed integer .* of images\[1\]"):
+        with pytest.raises(ValueError, match=r"train2017\.json: id must be a signed integer .* in images\[1\]"):
             open_data(spec, "train")
 
-    def test_an_id_of_two_images(self, tmp_path: Path) -> None:
+    def test_two_images_with_one_id_are_an_error(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [])
         change(spec, '"id": 7, "file', '"id": "30", "file')
-        with pytest.raises(ValueError, match=r"images must have ids of their own, got 30 of .*30\.png and .*7\.png"):
+        with pytest.raises(ValueError, match=r"image ids must be unique, got 30 for both .*30\.png and .*7\.png"):
             open_data(spec, "train")
 
-    def test_a_file_of_two_images(self, tmp_path: Path) -> None:
+    def test_two_entries_for_one_file_cause_a_warning(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [])
         change(spec, "7.png", "./30.png")
-        with pytest.warns(UserWarning, match=r"an image should have one entry, got 2 of .*30\.png"):
+        with pytest.warns(UserWarning, match=r"each image should have one entry, got 2 entries for .*30\.png"):
             assert len(open_data(spec, "train")) == 2
 
     @pytest.mark.parametrize("key", ["id", "file_name", "height", "width"])
-    def test_missing_key(self, tmp_path: Path, key: str) -> None:
+    def test_missing_key_is_an_error(self, tmp_path: Path, key: str) -> None:
         spec = write_coco(tmp_path, [])
         file = tmp_path / "annotations" / "instances_train2017.json"
         content = json.loads(file.read_text())
@@ -667,33 +680,33 @@ for segmentation in {segmentations!r}:
             open_data(spec, "train")
 
     @pytest.mark.parametrize("width", ["null", "0", "-60", "60.5", "1e99", '"wide"', "[60]", "1" + "0" * 400, "NaN"])
-    def test_impossible_width(self, tmp_path: Path, width: str) -> None:
+    def test_invalid_width_is_an_error(self, tmp_path: Path, width: str) -> None:
         spec = write_coco(tmp_path, [])
         change(spec, '"width": 60', f'"width": {width}')
-        with pytest.raises(ValueError, match=r"width must be a positive number of pixels, got .* of images\[0\]"):
+        with pytest.raises(ValueError, match=r"width must be a positive number of pixels, got .* in images\[0\]"):
             open_data(spec, "train")
 
     @pytest.mark.parametrize("text", ["[" * 100_000, '{"images": ' + "9" * 5000 + "}", "{", ""])
-    def test_no_json(self, tmp_path: Path, text: str) -> None:
+    def test_invalid_json_is_an_error(self, tmp_path: Path, text: str) -> None:
         spec = write_coco(tmp_path, [])
         file = tmp_path / "annotations" / "instances_train2017.json"
         file.write_text(text)
-        with pytest.raises(ValueError, match=rf"{file}: the file must be JSON"):
+        with pytest.raises(ValueError, match=rf"{file}: the file must contain valid JSON"):
             open_data(spec, "train")
 
-    def test_names_of_windows(self, tmp_path: Path) -> None:
+    def test_file_names_of_windows_are_found(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [], folder="images/a")
         change(spec, '"30.png', r'"a\\30.png')
         change(spec, '"7.png', r'".\\a\\7.png')
         files = [str(tmp_path / "images" / "a/30.png"), os.path.join(tmp_path, "images", "./a/7.png")]
         assert [a.file for a in open_data(spec, "train").annotations()] == files
 
-    def test_fractions_of_the_image(self, tmp_path: Path) -> None:
+    def test_relative_coordinates_cause_a_warning(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [coco_object(1, 7, 3, [0.1, 0.2, 0.3, 0.4]), coco_object(2, 30, 3, [0, 0, 1, 1])])
         with pytest.warns(UserWarning, match=r"30\.png: .* must be pixels: multiply x by the width"):
             open_data(spec, "train")
 
-    def test_categories_below_zero(self, tmp_path: Path) -> None:
+    def test_category_ids_may_be_negative(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [coco_object(1, 7, -1, [1, 1, 9, 9]), coco_object(2, 7, "x", [1, 1, 9, 9])])
         change(spec, '"id": 18', '"id": -1')
         change(spec, '"id": 3, "name"', '"id": "x", "name"')
@@ -704,12 +717,12 @@ for segmentation in {segmentations!r}:
     @pytest.mark.parametrize(
         ("broken", "message"),
         [
-            (coco_object(1, 7, 5, [1, 1, 9, 9]), "object 1 must be of the classes .* got 5"),
-            (coco_object(1, 8, 3, [1, 1, 9, 9]), "image_id 8"),
+            (coco_object(1, 7, 5, [1, 1, 9, 9]), "the class of object 1 must be one of .* got 5"),
+            (coco_object(1, 8, 3, [1, 1, 9, 9]), "image_id must be the id of an image of the file, got 8"),
             (coco_object(1, 7, 3, [1, 1, 9]), "bbox must be 4 numbers"),
             ({"id": 1, "image_id": 7, "category_id": 3}, r"annotations\[0\] must have 'bbox', got {'id': 1,"),
             ("text", r"annotations\[0\] must be an object, got 'text'"),
-            (coco_object(1, 7, 3, [1, 1, 9, 10**400]), r"bbox must be 4 numbers, got .* of annotations\[0\]"),
+            (coco_object(1, 7, 3, [1, 1, 9, 10**400]), r"bbox must be 4 numbers, got .* in annotations\[0\]"),
             (coco_object(1, 7, 3, [[1, 1], [9, 9]]), "bbox must be 4 numbers"),
             (coco_object(1, 7, 3, [1, 1, 9, 9], iscrowd="maybe"), "iscrowd must be 0 or 1, got 'maybe'"),
             (coco_object(1, 7, 3, [1, 1, 9, 9], iscrowd=None), "iscrowd must be 0 or 1, got None"),
@@ -717,23 +730,23 @@ for segmentation in {segmentations!r}:
             (coco_object(1, 7, None, [1, 1, 9, 9]), "category_id must be a signed integer .* got None"),
         ],
     )
-    def test_broken_object(self, tmp_path: Path, broken: object, message: str) -> None:
+    def test_invalid_object_is_an_error(self, tmp_path: Path, broken: object, message: str) -> None:
         with pytest.raises(ValueError, match=rf"instances_train2017\.json: .*{message}"):
             open_data(write_coco(tmp_path, [broken]), "train")
 
-    def test_broken_files(self, tmp_path: Path) -> None:
+    def test_missing_and_broken_files_are_errors(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"annotations/instances_\*train\*\.json"):
             open_data(f"coco:{tmp_path}", "train")
         spec = write_coco(tmp_path, [])
         file = tmp_path / "annotations" / "instances_train2017.json"
         whole = file.read_text()
-        for text, message in [(whole[:-9], "must be JSON"), ("[]", "must be COCO's instances")]:
+        for text, message in [(whole[:-9], "must contain valid JSON"), ("[]", "must have COCO's format")]:
             file.write_text(text)
             with pytest.raises(ValueError, match=rf"{file}: .*{message}"):
                 open_data(spec, "train")
         file.write_text(whole)
         (tmp_path / "train2017" / "30.png").unlink()
-        with pytest.raises(ValueError, match=r"30\.png: the image of .*instances_train2017\.json must be in one of"):
+        with pytest.raises(ValueError, match=r"30\.png: this image of .*instances_train2017\.json must be in one of"):
             open_data(spec, "train")
         (tmp_path / "annotations" / "instances_train2014.json").write_text(whole)
         with pytest.raises(
@@ -742,10 +755,10 @@ for segmentation in {segmentations!r}:
             open_data(spec, "train")
 
 
-class TestFilesOfCOCO:
-    """Which file of annotations is that of a split: what is trained on must not be evaluated on."""
+class TestAnnotationFilesOfCOCO:
+    """Tests of the choice of the annotation file for a split. No file may belong to both splits."""
 
-    def opened(self, folder: Path, files: list[str], split: str, **options: str) -> str:
+    def open_and_name(self, folder: Path, files: list[str], split: str, **options: str) -> str:
         for name in files:
             image = {"id": 1, "file_name": f"{name}.png", "width": 60, "height": 40}
             write_image(folder / image["file_name"])
@@ -781,9 +794,12 @@ class TestFilesOfCOCO:
             ("instances_stuff_train.json", "instances_stuff_val.json", ["stuff_train.json", "panoptic_val.json"]),
         ],
     )
-    def test_found(self, tmp_path: Path, train: str, test: str, others: list[str]) -> None:
+    def test_files_are_found_by_name(self, tmp_path: Path, train: str, test: str, others: list[str]) -> None:
         files = [train, test, *others]
-        assert self.opened(tmp_path, files, "train") == train and self.opened(tmp_path, files, "test") == test
+        assert (
+            self.open_and_name(tmp_path, files, "train") == train
+            and self.open_and_name(tmp_path, files, "test") == test
+        )
 
     @pytest.mark.parametrize(
         ("files", "split"),
@@ -799,36 +815,36 @@ class TestFilesOfCOCO:
             (["instances_train_without_val.json", "instances_val.json"], "test"),
         ],
     )
-    def test_not_clear(self, tmp_path: Path, files: list[str], split: str) -> None:
+    def test_ambiguous_files_are_an_error(self, tmp_path: Path, files: list[str], split: str) -> None:
         with pytest.raises(ValueError, match=rf"{tmp_path}: .*json.*Name the file with --{split}-annotations") as error:
-            self.opened(tmp_path, files, split)
+            self.open_and_name(tmp_path, files, split)
         assert any(name in str(error.value) for name in files)
 
-    def test_named_in_the_folder_before_the_working_directory(self, tmp_path: Path, monkeypatch: Any) -> None:
+    def test_named_file_is_first_searched_in_the_data_folder(self, tmp_path: Path, monkeypatch: Any) -> None:
         (tmp_path / "a.json").write_text("{}")
         monkeypatch.chdir(tmp_path)
-        assert self.opened(tmp_path / "data", ["a.json"], "train", annotations="a.json") == "a.json"
+        assert self.open_and_name(tmp_path / "data", ["a.json"], "train", annotations="a.json") == "a.json"
 
     @pytest.mark.parametrize("named", ["instances_a.json", "annotations/instances_a.json", "/instances_a.json"])
-    def test_named(self, tmp_path: Path, named: str) -> None:
+    def test_file_can_be_named(self, tmp_path: Path, named: str) -> None:
         files = ["instances_a.json", "instances_train.json", "instances_val.json"]
         named = str(tmp_path / "annotations" / named[1:]) if named[0] == "/" else named
-        assert self.opened(tmp_path, files, "test", annotations=named) == "instances_a.json"
-        with pytest.raises(ValueError, match=r"instances_b\.json: the file of annotations must be there"):
+        assert self.open_and_name(tmp_path, files, "test", annotations=named) == "instances_a.json"
+        with pytest.raises(ValueError, match=r"instances_b\.json: the annotation file must exist"):
             open_data(f"coco:{tmp_path}", "train", annotations="instances_b.json")
-        with pytest.raises(ValueError, match="annotations must name a file of coco:DIR"):
+        with pytest.raises(ValueError, match="annotations may be given for coco:DIR only"):
             open_data("shapes:50", "train", annotations="instances_a.json")
 
 
 class TestShapes:
-    def test_lengths_and_classes(self) -> None:
+    def test_splits_have_lengths_and_classes(self) -> None:
         train, test = open_data("shapes:50", "train"), open_data("shapes:50", "test")
         assert (len(train), len(test)) == (50, 10) and len(open_data("shapes", "train")) == 1000
         assert train.classes == test.classes and train.has_masks
         with pytest.raises(ValueError, match="classes of shapes"):
             open_data("shapes", "test", ["emu"])
 
-    def test_depend_on_split_and_index_alone(self) -> None:
+    def test_images_depend_only_on_split_and_index(self) -> None:
         data = open_data("shapes:50", "train")
         backwards = [data[i] for i in reversed(range(5))][::-1]
         for i, sample in enumerate(backwards):
@@ -837,7 +853,7 @@ class TestShapes:
             assert not np.array_equal(sample.image, open_data("shapes:50", "test")[i].image)
         assert not np.array_equal(backwards[0].image, backwards[1].image)
 
-    def test_objects(self) -> None:
+    def test_boxes_and_masks_fit_the_objects(self) -> None:
         data = open_data("shapes:100", "train")
         counts, labels = [], []
         for i in range(60):
@@ -845,17 +861,17 @@ class TestShapes:
             counts.append(len(sample.boxes))
             labels += sample.labels.tolist()
             assert sample.image.shape == (128, 160, 3) and sample.masks.shape == (len(sample.boxes), 128, 160)
-            assert (sample.masks.sum(0) <= 1).all()  # a pixel shows one object
+            assert (sample.masks.sum(0) <= 1).all()  # at most one object is visible in a pixel
             for box, mask in zip(sample.boxes.astype(int), sample.masks):
                 x1, y1, x2, y2 = box
                 within = mask[y1:y2, x1:x2]
                 assert within.sum() == mask.sum()
                 assert within[0].any() and within[-1].any() and within[:, 0].any() and within[:, -1].any()
                 assert 5 <= min(x2 - x1, y2 - y1) and max(x2 - x1, y2 - y1) <= 61
-                assert sample.image[mask].std(0).max() < 12  # of one color, but for the noise
+                assert sample.image[mask].std(0).max() < 12  # one color except for the noise
         assert min(counts) == 0 and max(counts) >= 5 and set(labels) == {0, 1, 2, 3}
 
-    def test_annotations(self) -> None:
+    def test_annotations_equal_the_samples(self) -> None:
         data = open_data("shapes:20", "train")
         for sample, annotation in zip((data[i] for i in range(20)), data.annotations()):
             assert np.array_equal(sample.boxes, annotation.boxes) and sample.file == annotation.file
@@ -868,7 +884,7 @@ class TestShapes:
 
 
 def painted(height: int, width: int, *boxes: tuple[int, int, int, int], **more) -> Sample:
-    """A black image with white rectangles, which are its objects, masks and proposals."""
+    """Return a black image with white rectangles, which are the objects, with their masks, and the proposals."""
     masks = np.zeros((len(boxes), height, width), bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes):
         mask[y1:y2, x1:x2] = True
@@ -896,7 +912,9 @@ class TestPrepare:
             ((1000, 2), 4, 100, (100, 1)),
         ],
     )
-    def test_sizes(self, size: tuple[int, int], min_size: int, max_size: int, expected: object) -> None:
+    def test_size_is_within_the_limits(
+        self, size: tuple[int, int], min_size: int, max_size: int, expected: object
+    ) -> None:
         sample = prepare(painted(*size), min_size, max_size)
         assert sample.image.shape == (*expected, 3) and sample.masks.shape == (0, *expected)
         assert sample.original_size == size
@@ -904,7 +922,7 @@ class TestPrepare:
     @pytest.mark.parametrize("flip", [False, True])
     @pytest.mark.parametrize("flip_vertical", [False, True])
     @pytest.mark.parametrize("min_size", [35, 64, 130])
-    def test_boxes_follow_pixels(self, flip: bool, flip_vertical: bool, min_size: int) -> None:
+    def test_boxes_are_transformed_like_pixels(self, flip: bool, flip_vertical: bool, min_size: int) -> None:
         before = painted(64, 90, (10, 6, 40, 26))
         after = prepare(before, min_size, 1000, flip=flip, flip_vertical=flip_vertical)
         height, width = after.image.shape[:2]
@@ -919,11 +937,11 @@ class TestPrepare:
         assert bounds(after.masks[0]) == pytest.approx(after.boxes[0], abs=0.6)
         assert np.array_equal(before.boxes, [[10, 6, 40, 26]])
 
-    def test_boxes_stay_within(self) -> None:
+    def test_boxes_stay_inside_of_the_image(self) -> None:
         boxes = prepare(painted(333, 501, (0, 0, 501, 333)), 100, 1000, flip=True, flip_vertical=True).boxes
         assert boxes.tolist() == [[0, 0, 150, 100]]
 
-    def test_without_masks_and_proposals(self) -> None:
+    def test_masks_and_proposals_may_be_missing(self) -> None:
         sample = prepare(painted(40, 60, masks=None, proposals=None), 20, 100, flip=True)
         assert sample.masks is None and sample.proposals is None
 
@@ -932,7 +950,7 @@ class TestTransformed:
     data = open_data("shapes:50", "train")
 
     def flips(self, transformed: Transformed, epoch: int) -> list[tuple[bool, bool]]:
-        """Of every image with one object at least, whether it was flipped horizontally and vertically."""
+        """Return for every image whether it was flipped horizontally and vertically."""
         result = []
         for index in range(len(self.data)):
             plain, sample = self.data[index], transformed[epoch, index]
@@ -946,21 +964,21 @@ class TestTransformed:
             )
         return result
 
-    def test_flips_depend_on_seed_epoch_and_index_alone(self) -> None:
+    def test_flips_depend_only_on_seed_epoch_and_index(self) -> None:
         flips = self.flips(Transformed(self.data, 128, 160, augment=True, seed=3), 0)
         assert flips == self.flips(Transformed(self.data, 128, 160, augment=True, seed=3), 0)
         assert flips != self.flips(Transformed(self.data, 128, 160, augment=True, seed=3), 1)
         assert flips != self.flips(Transformed(self.data, 128, 160, augment=True, seed=4), 0)
         assert 15 < sum(h for h, _ in flips) < 35 and not any(v for _, v in flips)
 
-    def test_vertical(self) -> None:
+    def test_half_of_the_images_are_flipped_vertically(self) -> None:
         flips = self.flips(Transformed(self.data, 128, 160, augment=True, vertical_flip=True), 0)
         assert len(set(flips)) == 4 and 15 < sum(v for _, v in flips) < 35
 
-    def test_none_without_augment(self) -> None:
+    def test_images_are_not_flipped_without_augment(self) -> None:
         assert not any(map(any, self.flips(Transformed(self.data, 128, 160, vertical_flip=True), 0)))
 
-    def test_cache_changes_nothing(self) -> None:
+    def test_cache_does_not_change_the_samples(self) -> None:
         cached = Transformed(self.data, 64, 100, augment=True, vertical_flip=True, cache=True)
         plain = Transformed(self.data, 64, 100, augment=True, vertical_flip=True)
         for key in [(0, 3), (1, 3), (2, 3), (0, 4), (0, 3), (3, 3)]:
@@ -970,7 +988,7 @@ class TestTransformed:
 
 
 class TestCollate:
-    def test_batch(self) -> None:
+    def test_batch_is_padded_and_normalized(self) -> None:
         samples = [
             prepare(painted(40, 60, (10, 6, 40, 26), (0, 0, 5, 5), ignore=np.array([False, True])), 80, 200),
             prepare(painted(100, 50, image_id=9), 50, 200),
@@ -990,7 +1008,7 @@ class TestCollate:
         assert batch.targets.masks[0].sum() == 60 * 40 and not batch.targets.masks[1].any()
         assert batch.targets.proposals.tolist() == [[[20, 12, 80, 52], [0, 0, 10, 10]], [[0] * 4, [0] * 4]]
 
-    def test_no_objects_masks_or_proposals(self) -> None:
+    def test_objects_masks_and_proposals_may_be_missing(self) -> None:
         batch = collate([painted(32, 64, masks=None, proposals=None)])
         assert batch.images.shape == (1, 3, 32, 64)
         assert batch.targets.boxes.shape == (1, 1, 4) and batch.targets.labels.tolist() == [[-1]]
@@ -998,69 +1016,69 @@ class TestCollate:
         moved = batch.to("cpu")
         assert type(moved) is type(batch) and type(moved.targets) is type(batch.targets)
 
-    def test_scales_lead_back_to_the_original(self) -> None:
+    def test_scales_restore_the_original_coordinates(self) -> None:
         sample = painted(333, 501, (100, 50, 300, 200))
         batch = collate([prepare(sample, 100, 1000)])
         scale = batch.scales[0].flip(0).repeat(2)
         assert (batch.targets.boxes[0, 0] / scale).tolist() == pytest.approx([100, 50, 300, 200], abs=1e-3)
 
 
-def take(sampler: EpochSampler, count: int, first: int = 0) -> list[list[tuple[int, int]]]:
+def first_batches(sampler: EpochSampler, count: int, first: int = 0) -> list[list[tuple[int, int]]]:
     return list(itertools.islice(sampler.batches(first), count))
 
 
 class TestEpochSampler:
     @pytest.mark.parametrize("ratios", [None, [0.5, 2] * 12])
-    def test_every_image_once_an_epoch(self, ratios: list[float] | None) -> None:
+    def test_every_image_occurs_once_per_epoch(self, ratios: list[float] | None) -> None:
         samplers = [EpochSampler(24, 4, 0, rank, 3, ratios) for rank in range(3)]
         assert samplers[0].batches_per_epoch == 2
         orders = []
         for epoch in range(3):
-            batches = [batch for sampler in samplers for batch in take(sampler, 2, 2 * epoch)]
+            batches = [batch for sampler in samplers for batch in first_batches(sampler, 2, 2 * epoch)]
             assert all(len(batch) == 4 for batch in batches)
             keys = [key for batch in batches for key in batch]
             assert sorted(keys) == [(epoch, index) for index in range(24)]
             orders.append([index for _, index in keys])
         assert orders[0] != orders[1] != orders[2] and orders[0] != list(range(24))
 
-    def test_incomplete_batch_is_left_out(self) -> None:
-        batches = take(EpochSampler(23, 5, 0), 8)
+    def test_incomplete_batch_is_dropped(self) -> None:
+        batches = first_batches(EpochSampler(23, 5, 0), 8)
         epochs = [{epoch for epoch, _ in batch} for batch in batches]
         assert epochs == [{0}] * 4 + [{1}] * 4
         assert len({key for batch in batches for key in batch}) == 40
 
     @pytest.mark.parametrize("ratios", [None, [0.5, 2, 2] * 9])
-    def test_resumes_anywhere(self, ratios: list[float] | None) -> None:
+    def test_sampler_resumes_at_any_iteration(self, ratios: list[float] | None) -> None:
         sampler = EpochSampler(27, 2, 7, 1, 2, ratios)
-        batches = take(sampler, 30)
+        batches = first_batches(sampler, 30)
         for first in (0, 1, 5, 6, 7, 20):
-            assert take(EpochSampler(27, 2, 7, 1, 2, ratios), 5, first) == batches[first : first + 5]
-        assert take(EpochSampler(27, 2, 8, 1, 2, ratios), 5) != batches[:5]
+            assert first_batches(EpochSampler(27, 2, 7, 1, 2, ratios), 5, first) == batches[first : first + 5]
+        assert first_batches(EpochSampler(27, 2, 8, 1, 2, ratios), 5) != batches[:5]
 
-    def test_wide_and_tall_apart(self) -> None:
+    def test_wide_and_tall_images_are_separated(self) -> None:
         ratios = [1.5] * 13 + [0.7] * 9 + [1.0]
         sampler = EpochSampler(23, 4, 0, aspect_ratios=ratios)
         seen = set()
         for epoch in range(6):
-            batches = take(sampler, sampler.batches_per_epoch, epoch * sampler.batches_per_epoch)
+            batches = first_batches(sampler, sampler.batches_per_epoch, epoch * sampler.batches_per_epoch)
             kinds = [{ratios[index] >= 1 for _, index in batch} for batch in batches]
             assert sum(len(kind) > 1 for kind in kinds) <= 1
             seen |= {index for batch in batches for _, index in batch}
         assert seen == set(range(23))
 
-    def test_a_rare_kind_is_seen(self) -> None:
+    def test_images_of_a_rare_shape_occur(self) -> None:
         sampler = EpochSampler(16, 4, 0, aspect_ratios=[2.0] * 14 + [0.5] * 2)
-        assert {14, 15} <= {index for batch in take(sampler, 4) for _, index in batch}
+        assert {14, 15} <= {index for batch in first_batches(sampler, 4) for _, index in batch}
 
-    def test_fewer_images_than_a_batch(self) -> None:
+    def test_fewer_images_than_a_batch_are_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"at most 7, the number of images, got 4 \* 2"):
             EpochSampler(7, 4, 0, 0, 2)
 
-    def test_in_a_loader(self) -> None:
+    def test_sampler_works_in_a_loader(self) -> None:
         data = Transformed(open_data("shapes:20", "train"), 64, 80, augment=True)
         sampler = EpochSampler(20, 4, 0)
         batches = list(itertools.islice(DataLoader(data, batch_sampler=sampler.batches(3), collate_fn=collate), 4))
-        keys = take(sampler, 4, 3)
+        keys = first_batches(sampler, 4, 3)
         assert [batch.image_ids.tolist() for batch in batches] == [[index for _, index in batch] for batch in keys]
         assert torch.equal(batches[2].images, collate([data[key] for key in keys[2]]).images)
 
@@ -1068,7 +1086,7 @@ class TestEpochSampler:
 class TestProposals:
     data = open_data("shapes:5", "train")
 
-    def test_round_trip(self, tmp_path: Path) -> None:
+    def test_proposals_can_be_saved_and_loaded(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         given = {i: rng.random((i, 4), np.float32) * 60 for i in reversed(range(5))}
         save_proposals(tmp_path / "proposals", given)
@@ -1080,22 +1098,22 @@ class TestProposals:
         assert prepared.proposals == pytest.approx(given[3] * 2)
         assert collate([data[1], data[4]]).targets.proposals.shape == (2, 4, 4)
 
-    def test_images_whose_ids_are_strings(self, tmp_path: Path) -> None:
-        """They are found again where the file has other images, too."""
+    def test_proposals_are_matched_by_ids_that_are_strings(self, tmp_path: Path) -> None:
+        """The proposals stay with their images if the ids of other images change."""
         spec = write_coco(tmp_path, [])
         change(spec, '"id": 7, "file', '"id": "b", "file')
         data = open_data(spec, "train")
         save_proposals(tmp_path / "p.npz", {a.own_id: np.full((1, 4), i) for i, a in enumerate(data.annotations())})
         change(spec, '"id": 30, "file', '"id": "c", "file')
-        with pytest.raises(ValueError, match=r"proposals are missing of image c, .*30\.png"):
+        with pytest.raises(ValueError, match=r"the proposals of image c, .*30\.png, are missing"):
             with_proposals(open_data(spec, "train"), tmp_path / "p.npz")
         change(spec, '"id": "c", "file', '"id": "30", "file')
         again = with_proposals(open_data(spec, "train"), tmp_path / "p.npz")
         assert [again[i].proposals[0, 0] for i in range(2)] == [0, 1]
 
-    def test_missing_image(self, tmp_path: Path) -> None:
+    def test_image_without_proposals_is_an_error(self, tmp_path: Path) -> None:
         save_proposals(tmp_path / "p.npz", {i: np.zeros((1, 4)) for i in (0, 1, 2, 4)})
-        with pytest.raises(ValueError, match=r"p\.npz: proposals are missing of image 3, shapes\[train\]\[3\]"):
+        with pytest.raises(ValueError, match=r"p\.npz: the proposals of image 3, shapes\[train\]\[3\], are missing"):
             with_proposals(self.data, tmp_path / "p.npz")
 
     @pytest.mark.parametrize(
@@ -1109,30 +1127,30 @@ class TestProposals:
             {"image_ids": [0]},
         ],
     )
-    def test_arrays_that_do_not_fit(self, wrong: dict, tmp_path: Path) -> None:
+    def test_arrays_that_do_not_fit_are_an_error(self, wrong: dict, tmp_path: Path) -> None:
         arrays = {"image_ids": [0, 1], "counts": [1, 2], "boxes": [[0.0, 0, 9, 9]] * 3}
         np.savez(tmp_path / "p.npz", **arrays | wrong)
-        with pytest.raises(ValueError, match=r"p\.npz: the file must be one that save_proposals wrote"):
+        with pytest.raises(ValueError, match=r"p\.npz: the file must have been written by save_proposals"):
             with_proposals(self.data, tmp_path / "p.npz")
 
-    def test_broken_file(self, tmp_path: Path) -> None:
+    def test_broken_file_is_an_error(self, tmp_path: Path) -> None:
         for content in (None, b"text", b""):
             if content is not None:
                 (tmp_path / "p.npz").write_bytes(content)
-            with pytest.raises(ValueError, match=r"p\.npz: the file must be one that save_proposals wrote"):
+            with pytest.raises(ValueError, match=r"p\.npz: the file must have been written by save_proposals"):
                 with_proposals(self.data, tmp_path / "p.npz")
 
 
-def test_images_that_are_trained_on_are_not_to_be_evaluated_on(tmp_path: Path) -> None:
+def test_training_images_among_the_test_images_cause_a_warning(tmp_path: Path) -> None:
     spec = write_voc_lists(tmp_path, {"trainval": ["1", "2"], "test": ["1", "3"]})
     train = open_data(spec, "train", ["class 1", "class 2", "class 3"])
-    with pytest.warns(UserWarning, match=r"1\.jpg: images to evaluate on should not be trained on, got 1 such .* of 2"):
+    with pytest.warns(UserWarning, match=r"1\.jpg: a test image should not also be .* \(such images: 1 of 2\)"):
         warn_of_common_images(train, open_data(spec, "test", train.classes))
 
 
-def test_nothing_warns_of_proper_data(tmp_path: Path) -> None:
-    spec = write_voc(tmp_path, "train", {"a": xml(("cat", *BOX))})
-    write_voc(tmp_path, "test", {"b": xml(("cat", *BOX))})
+def test_valid_data_causes_no_warnings(tmp_path: Path) -> None:
+    spec = write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX))})
+    write_voc(tmp_path, "test", {"b": xml(("cat", *VOC_BOX))})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = open_data(spec, "train")

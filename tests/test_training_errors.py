@@ -1,4 +1,4 @@
-"""What the commands say and leave behind where a path, a file, a package or a number is not what it must be."""
+"""Tests of the messages and files that the commands write if a path, a file, a package or a number is invalid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from test_training import (
     HERE,
     Tiny,
     command_of,
-    lines_of,
+    count_lines,
     log,
     make_config,
     start,
@@ -63,7 +63,7 @@ SMALL = ["--device", "cpu", "--workers", "0"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a detector that makes proposals."""
+    """Train a detector that generates proposals, and return the folder of the run."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     settings = "--data shapes:10 --min-size 64 --max-size 80 --backbone resnet18-gn --hidden 32 --channels 16 --batch 2"
     assert main(["train", *settings.split(), "--iterations", "1", "--output", str(folder), *SMALL]) == 0
@@ -82,7 +82,10 @@ def arguments_of(name: str, run: Path, output: Path) -> list[str]:
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Of a command: it ends with status 2 and one line, which is returned, before it computes anything."""
+    """Return a function that asserts that a command fails, and returns its message.
+
+    The command must exit with status 2 and print one line before it computes anything.
+    """
 
     def check(*arguments: str) -> str:
         for module, name in (
@@ -91,7 +94,7 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
             (predict_command, "detect"),
             (propose_command, "propose"),
         ):
-            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it began to compute"))
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the command began to compute"))
         capsys.readouterr()
         assert main(list(arguments)) == 2
         errors = capsys.readouterr().err
@@ -105,15 +108,15 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "predict", "propose"])
-@pytest.mark.parametrize("kind", ["file or folder", "under a file", "no file system for it", "long", "null"])
-def test_output_that_cannot_be_written(
+@pytest.mark.parametrize("kind", ["wrong kind", "inside of a file", "unsuitable file system", "long", "null"])
+def test_output_that_cannot_be_written_is_an_error(
     name: str, kind: str, run: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     (tmp_path / "file").write_text("x")
     output = {
-        "file or folder": tmp_path / "file" if name in ("train", "predict") else tmp_path,
-        "under a file": tmp_path / "file" / "output",
-        "no file system for it": Path("/proc/output"),
+        "wrong kind": tmp_path / "file" if name in ("train", "predict") else tmp_path,
+        "inside of a file": tmp_path / "file" / "output",
+        "unsuitable file system": Path("/proc/output"),
         "long": tmp_path / ("x" * 300),
         "null": tmp_path / "x\0",
     }[kind]
@@ -121,16 +124,18 @@ def test_output_that_cannot_be_written(
     assert list(tmp_path.iterdir()) == [tmp_path / "file"] and (tmp_path / "file").read_text() == "x"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to any folder")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write to any folder")
 @pytest.mark.parametrize("name", ["train", "eval", "predict", "propose"])
-def test_output_in_a_read_only_folder(name: str, run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_output_in_a_read_only_folder_is_an_error(
+    name: str, run: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
     tmp_path.chmod(0o500)
     for output in (tmp_path, tmp_path / "output") if name in ("train", "predict") else (tmp_path / "output",):
         assert re.search(rf"{re.escape(str(output))}.*Permission denied", fails(*arguments_of(name, run, output)))
 
 
 @pytest.mark.parametrize("name", [*engine.FILES, *engine.FOLDERS])
-def test_what_a_run_cannot_replace(name: str, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_output_of_the_wrong_kind_is_an_error(name: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     if name in engine.FILES:
         (tmp_path / name).mkdir(parents=True)
     else:
@@ -139,16 +144,16 @@ def test_what_a_run_cannot_replace(name: str, tmp_path: Path, fails: Callable[..
 
 
 @pytest.mark.parametrize("name", ["last.pt", "metrics.json", "tensorboard", "predictions"])
-def test_links_to_nothing(name: str, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_broken_link_in_the_output_folder_is_an_error(name: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     (tmp_path / name).symlink_to(tmp_path / "nowhere" / "x")
     assert f"{tmp_path / name}: must be a fi" in fails(*command_of(tmp_path)).replace("folder", "fi")
 
 
-def test_output_without_a_name(fails: Callable[..., str]) -> None:
+def test_empty_output_is_an_error(fails: Callable[..., str]) -> None:
     assert "output must name a folder" in fails("train", "--data", "shapes:10", "--model", "tiny", "--output", "")
 
 
-def test_folders_of_outputs_are_made(run: Path, tmp_path: Path) -> None:
+def test_missing_output_folders_are_created(run: Path, tmp_path: Path) -> None:
     for name in ("eval", "propose", "predict"):
         output = tmp_path / name / "a b" / "ä"
         assert main(arguments_of(name, run, output)) == 0
@@ -157,27 +162,27 @@ def test_folders_of_outputs_are_made(run: Path, tmp_path: Path) -> None:
     assert with_proposals(open_data("shapes:10", "test"), tmp_path / "propose" / "a b" / "ä")[0].proposals is not None
 
 
-def test_output_that_is_a_link_or_a_device(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+def test_output_may_be_a_link_or_a_device(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target" / "file")
     for _ in range(2):
         assert main(arguments_of("eval", run, tmp_path / "link")) == 0
-        assert (tmp_path / "link").is_symlink() and "AP" in json.loads((tmp_path / "there" / "file").read_text())
+        assert (tmp_path / "link").is_symlink() and "AP" in json.loads((tmp_path / "target" / "file").read_text())
     assert main(arguments_of("eval", run, Path(os.devnull))) == 0
     assert not os.path.isfile(os.devnull)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full does not exist")
 @pytest.mark.parametrize("name", ["eval", "propose"])
-def test_full_disk(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_is_an_error(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments_of(name, run, Path("/dev/full"))) == 2
     assert (
         capsys.readouterr().err == f"relops {name}: /dev/full: the file cannot be written (No space left on device)\n"
     )
 
 
-def test_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
-    """Where the limit is reached, torch.save raises an error of its own."""
+def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    """The error must name the file although torch.save raises a RuntimeError when the file size limit is reached."""
     done = run_python(
         f"""
 import resource, torch
@@ -196,8 +201,8 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == [tmp_path / "last.pt"] and checkpoint.load(tmp_path / "last.pt") == {"x": 1}
 
 
-def test_two_writers_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is that of the last one, whole."""
+def test_last_of_two_writers_replaces_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has the complete content of the writer that finishes last."""
     file = tmp_path / "file"
     with written(file) as first:
         first.write(b"first")
@@ -214,17 +219,17 @@ def test_two_writers_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "No such file|got none"),
-        ("folder", "Is a directory|got none"),
-        ("empty", "no checkpoint|save_proposals"),
-        ("text", "no checkpoint|save_proposals"),
-        ("other", "must hold|save_proposals"),
-        ("list", "must hold|save_proposals"),
-        ("object", "no checkpoint.*Linear|save_proposals"),
-        ("long", "File name too long|got none"),
+        ("missing", "No such file|no such file"),
+        ("folder", "Is a directory|no such file"),
+        ("empty", "not a checkpoint|save_proposals"),
+        ("text", "not a checkpoint|save_proposals"),
+        ("other", "must contain|must be tensors|save_proposals"),
+        ("list", "must contain|save_proposals"),
+        ("object", "not a checkpoint.*Linear|save_proposals"),
+        ("long", "File name too long|no such file"),
     ],
 )
-def test_files_to_read(kind: str, message: str, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_unsuitable_input_file_is_an_error(kind: str, message: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     file = tmp_path / ("x" * 300 if kind == "long" else "file")
     if kind == "folder":
         file.mkdir()
@@ -249,29 +254,29 @@ def test_files_to_read(kind: str, message: str, tmp_path: Path, fails: Callable[
     assert not (tmp_path / "run").exists() and not (tmp_path / "output").exists()
 
 
-def test_name_of_two_lines(tmp_path: Path, fails: Callable[..., str]) -> None:
-    assert "no run: must be a run's folder" in fails(*arguments_of("eval", tmp_path / "no\nrun", tmp_path))
+def test_file_name_of_two_lines_is_printed_in_one(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "no run: must be the folder of a run" in fails(*arguments_of("eval", tmp_path / "no\nrun", tmp_path))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {}}, "its weights must be those of the model .* Missing key"),
-        ({"model": 3}, "its weights must be those of the model"),
-        ({"classes": ["a"]}, "its weights must be those of the model .*size mismatch"),
+        ({"model": {}}, "the weights in the file must fit the model .* Missing key"),
+        ({"model": 3}, "the weights in the file must fit the model"),
+        ({"classes": ["a"]}, "the weights in the file must fit the model .*size mismatch"),
         ({"options": {"width": 3}}, "options of model faster_rcnn_fpn: .*'width'"),
         ({"name": "nothing"}, "model must be one of .*, got 'nothing'"),
-        ({"config": 3}, "must hold a dict, got int"),
+        ({"config": 3}, "must contain a dict, got int"),
         ({"config": {"model": "tiny"}}, ""),
     ],
 )
-def test_detector_that_does_not_fit(
+def test_inconsistent_detector_file_is_an_error(
     change: dict[str, Any], message: str, run: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     stored = checkpoint.load(run / "model.pt") | change
     if not message:
         del stored["min_size"]
-        message = "must hold .*, got a file without min_size"
+        message = "must contain .*, got a file without min_size"
     checkpoint.save(tmp_path / "model.pt", stored)
     assert re.search(message, fails(*arguments_of("eval", tmp_path, tmp_path / "x")))
 
@@ -280,16 +285,19 @@ def test_detector_that_does_not_fit(
 
 
 def damaged(content: bytes) -> list[bytes]:
-    """Each with one bit flipped, of those that a zip file's own checksums leave out and of others; and cut short."""
+    """Return copies of `content` with one flipped bit each, and truncated copies.
+
+    The flipped bits are those that the checksums of a zip file do not cover, and a random sample of others.
+    """
     attributes = [match.start() + 38 for match in re.finditer(b"PK\x01\x02", content)]
-    places = {*attributes, *range(len(content) - checkpoint.LENGTH - 100, len(content))}
-    bits = {8 * place + bit for place in places for bit in range(8)}
+    offsets = {*attributes, *range(len(content) - checkpoint.LENGTH - 100, len(content))}
+    bits = {8 * offset + bit for offset in offsets for bit in range(8)}
     bits |= set(random.Random(0).sample(range(8 * len(content)), 2000))
     flipped = [content[: i // 8] + bytes([content[i // 8] ^ 1 << i % 8]) + content[i // 8 + 1 :] for i in sorted(bits)]
     return flipped + [content[:length] for length in range(0, len(content), 7)]
 
 
-def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_checkpoint_is_detected(tmp_path: Path) -> None:
     file = tmp_path / "last.pt"
     content = {
         "model": {"a": torch.arange(40.0), "b": torch.ones(3, dtype=torch.int64)},
@@ -301,23 +309,23 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:
         assert torch.equal(value, content["model"][name])
     for wrong in damaged(file.read_bytes()):
         file.write_bytes(wrong)
-        with pytest.raises(ValueError, match=rf"{re.escape(str(file))}: is (damaged|no checkpoint)"):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(file))}: the file is (damaged|not a checkpoint)"):
             checkpoint.load(file)
 
 
-def test_damaged_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_names_the_damaged_file_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(make_config(tmp_path))
     for name, arguments in (("last.pt", command_of(tmp_path)), ("model.pt", ["eval", str(tmp_path), *SMALL])):
         content = bytearray((tmp_path / name).read_bytes())
-        content[content.index(b"ZZZZ")] ^= 1  # padding, on which nothing depends
+        content[content.index(b"ZZZZ")] ^= 1  # flips a bit of the padding, which torch.load ignores
         (tmp_path / name).write_bytes(content)
         assert main(arguments) == 2
-        line = f"relops {arguments[0]}: {tmp_path / name}: is damaged: its checksum does not match its content\n"
-        assert capsys.readouterr().err == line
+        message = f"{tmp_path / name}: the file is damaged: its checksum does not match its content"
+        assert capsys.readouterr().err == f"relops {arguments[0]}: {message}\n"
 
 
-def test_checkpoints_of_earlier_versions_and_other_readers(tmp_path: Path) -> None:
-    """Files without a checksum are loaded; with it, torch.load reads them, also mapped to memory."""
+def test_checksum_of_a_checkpoint_is_optional(tmp_path: Path) -> None:
+    """Files of earlier versions have no checksum. `torch.load` reads files with a checksum, also memory-mapped ones."""
     content = {"x": torch.arange(1000.0)}
     torch.save(content, tmp_path / "before.pt")
     assert torch.equal(checkpoint.load(tmp_path / "before.pt")["x"], content["x"])
@@ -326,26 +334,26 @@ def test_checkpoints_of_earlier_versions_and_other_readers(tmp_path: Path) -> No
         assert torch.equal(torch.load(tmp_path / "now.pt", weights_only=True, mmap=mapped)["x"], content["x"])
 
 
-def test_flipped_bits_of_proposals_are_found_or_harmless(tmp_path: Path) -> None:
+def test_flipped_bits_of_proposals_are_detected_or_harmless(tmp_path: Path) -> None:
     file, data = tmp_path / "proposals", open_data("shapes:25", "test")
     given = {index: np.arange(4 * index + 4, dtype=np.float32).reshape(-1, 4) for index in range(5)}
     save_proposals(file, given)
-    found = 0
+    errors = 0
     annotations = data.annotations()
-    data.annotations = lambda: annotations  # drawing them takes a while
+    data.annotations = lambda: annotations  # avoids drawing the images again in each iteration
     for wrong in damaged(file.read_bytes()):
         file.write_bytes(wrong)
         try:
             read = with_proposals(data, file)._proposals
         except ValueError as error:
             assert str(error).startswith(f"{file}: ")
-            found += 1
+            errors += 1
         else:
             assert read.keys() == given.keys() and all(np.array_equal(read[i], given[i]) for i in given)
-    assert found > 2000
+    assert errors > 2000
 
 
-def test_damaged_lines_of_the_log_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_lines_of_the_log_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(make_config(tmp_path, log_every=1))
     lines = (tmp_path / "log.jsonl").read_bytes().splitlines()
     wrong = [
@@ -370,12 +378,12 @@ def test_damaged_lines_of_the_log_are_left_out(tmp_path: Path, capsys: pytest.Ca
     train(make_config(tmp_path, log_every=1))
     assert (tmp_path / "log.jsonl").read_bytes().splitlines() == lines
     errors = capsys.readouterr().err.splitlines()
-    begins = [f"{tmp_path / 'log.jsonl'}: line {number} is damaged and left out: " for number in range(2, 18)]
+    begins = [f"{tmp_path / 'log.jsonl'}: line {number} is damaged and is skipped: " for number in range(2, 18)]
     assert [error.startswith(begin) for error, begin in zip(errors, begins, strict=True)] == [True] * 16, errors
 
 
 def test_metrics_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
-    """Whatever else is behind it in a log that two runs wrote."""
+    """This holds even if two runs wrote the log and other lines follow that evaluation."""
     metrics = train(make_config(tmp_path, log_every=1))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, lines[0], lines[-2]]) + "\n")
@@ -383,7 +391,7 @@ def test_metrics_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
 
 
-def test_curves_of_a_log_that_lacks_times(tmp_path: Path) -> None:
+def test_curves_of_a_log_without_times_can_be_plotted(tmp_path: Path) -> None:
     plot_curves([{"iteration": 1, "AP": 0.5}, {"iteration": 1, "minutes": 1, "AP": 0.5}], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
 
@@ -391,7 +399,7 @@ def test_curves_of_a_log_that_lacks_times(tmp_path: Path) -> None:
 # ---- Data ----
 
 
-def test_data_without_classes(tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_training_data_without_classes_is_an_error(tmp_path: Path, fails: Callable[..., str]) -> None:
     for split in ("train", "test"):
         (tmp_path / "data" / split / "Annotations").mkdir(parents=True)
         (tmp_path / "data" / split / "Images").mkdir()
@@ -401,33 +409,33 @@ def test_data_without_classes(tmp_path: Path, fails: Callable[..., str]) -> None
     assert "must have objects of at least one class, got none" in errors
 
 
-def test_images_of_16_bits_have_one_range(run: Path, tmp_path: Path) -> None:
-    """Even if the detector was trained on images of 8 bits."""
+def test_images_of_16_bits_share_one_pixel_range(run: Path, tmp_path: Path) -> None:
+    """This holds even if the detector was trained on images of 8 bits."""
     images = tmp_path / "images"
     images.mkdir()
     for name, brightest in (("a", 255), ("b", 4000)):
         pixels = np.full((48, 64), 200, np.uint16)
         pixels[0, 0] = brightest
         Image.fromarray(pixels).save(images / f"{name}.png")
-    with pytest.warns(UserWarning, match=r"a\.png: pixels are not bytes; .* from 0 to 4095"):
+    with pytest.warns(UserWarning, match=r"a\.png: pixels are not bytes, so values from 0 to 4095 are scaled"):
         assert main(["predict", str(run), str(images), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
     drawn = [np.array(Image.open(tmp_path / "drawn" / f"{name}.png.png").convert("RGB"))[300, 300] for name in "ab"]
     assert np.array_equal(*drawn) and drawn[0].max() == 12
 
 
-def test_detectors_that_make_no_proposals() -> None:
-    """Whatever else they have by this name."""
+def test_detector_that_does_not_generate_proposals_is_an_error() -> None:
+    """Deformable DETR has a method `propose` with another meaning, and Fast R-CNN reads its proposals from a file."""
     options = {"backbone": "resnet18-gn-16", "hidden": 32, "channels": 32, "queries": 5, "encoder_layers": 1}
     for name, others in (("deformable_detr", options), ("fast_rcnn", {"hidden": 8, "backbone": "resnet18-gn-16"})):
         detector = Detector(build_model(name, 2, others), name, others, ["a", "b"], 64, 64, "shapes:10")
-        with pytest.raises(UsageError, match=f"model {name} makes no proposals"):
+        with pytest.raises(UsageError, match=f"model {name} does not generate proposals"):
             proposing_model(detector)
 
 
 # ---- Two runs in one folder ----
 
 
-def test_second_run_is_told_who_has_the_folder(
+def test_error_of_a_second_run_names_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = start("pass", *command_of(tmp_path, "--workers", "1"))
@@ -438,7 +446,7 @@ def test_second_run_is_told_who_has_the_folder(
             errors = capsys.readouterr().err
             assert errors.count("\n") == 1
             assert re.match(rf"relops train: {re.escape(str(tmp_path))}: another run .*process {first.pid} on ", errors)
-        wait_for_lines(tmp_path / "log.jsonl", lines_of(tmp_path / "log.jsonl") + 3, first)
+        wait_for_lines(tmp_path / "log.jsonl", count_lines(tmp_path / "log.jsonl") + 3, first)
     finally:
         first.send_signal(signal.SIGINT)
         first.communicate(timeout=60)
@@ -446,14 +454,14 @@ def test_second_run_is_told_who_has_the_folder(
     assert [line["iteration"] for line in log(tmp_path)] == list(range(1, stored + 1))
 
 
-def test_killed_run_does_not_keep_the_folder(tmp_path: Path) -> None:
+def test_killed_run_releases_the_folder(tmp_path: Path) -> None:
     killed = start("pass", *command_of(tmp_path, "--workers", "1", "--checkpoint-every", "1"))
     wait_for_lines(tmp_path / "log.jsonl", 3, killed)
     killed.kill()
     killed.wait()
-    (tmp_path / "last.pt.123.tmp").write_text("of a process that was killed while it wrote")
+    (tmp_path / "last.pt.123.tmp").write_text("a temporary file of a process that was killed")
     second = start("pass", *command_of(tmp_path))
-    wait_for_lines(tmp_path / "log.jsonl", lines_of(tmp_path / "log.jsonl") + 1, second)
+    wait_for_lines(tmp_path / "log.jsonl", count_lines(tmp_path / "log.jsonl") + 1, second)
     assert f"process {second.pid} on " in (tmp_path / LOCK).read_text()
     second.send_signal(signal.SIGINT)
     errors = second.communicate(timeout=60)[1]
@@ -462,8 +470,8 @@ def test_killed_run_does_not_keep_the_folder(tmp_path: Path) -> None:
     killed.communicate()
 
 
-def test_lock_is_not_inherited(tmp_path: Path) -> None:
-    """By processes that load data, which live for seconds after one that was killed."""
+def test_child_processes_do_not_inherit_the_lock(tmp_path: Path) -> None:
+    """Processes that load data live for some seconds after their parent was killed."""
     program = (
         "import os, sys, time\nfrom pathlib import Path\nfrom relops.training._files import locked\n"
         "with locked(Path(sys.argv[1])):\n    child = os.fork()\n    if child:\n        print(child, flush=True)\n"
@@ -476,7 +484,7 @@ def test_lock_is_not_inherited(tmp_path: Path) -> None:
             pass
         process.kill()
         process.wait()
-        os.kill(child, 0)  # raises where it has ended
+        os.kill(child, 0)  # raises an error if the child has ended
         with locked(tmp_path):
             assert f"process {os.getpid()} on " in (tmp_path / LOCK).read_text()
     finally:
@@ -485,7 +493,7 @@ def test_lock_is_not_inherited(tmp_path: Path) -> None:
         process.communicate()
 
 
-def test_all_processes_of_a_second_run_stop(tmp_path: Path) -> None:
+def test_all_processes_of_a_second_run_stop_with_the_error(tmp_path: Path) -> None:
     first = start("pass", *command_of(tmp_path / "run"))
     wait_for_lines(tmp_path / "run" / "log.jsonl", 1, first)
     script = tmp_path / "script.py"
@@ -508,46 +516,47 @@ def test_all_processes_of_a_second_run_stop(tmp_path: Path) -> None:
         assert re.search(rf"^{rank}: {tmp_path / 'run'}: another run .*process {first.pid} on ", done.stdout, re.M)
 
 
-def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: Any) -> None:
+def test_file_system_without_locks_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing_lock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", none)
-    with pytest.warns(UserWarning, match=rf"{re.escape(str(tmp_path))}: cannot be locked.*No locks available"):
+    monkeypatch.setattr(fcntl, "lockf", failing_lock)
+    folder = re.escape(str(tmp_path))
+    with pytest.warns(UserWarning, match=rf"{folder}: the folder cannot be locked.*No locks available"):
         train(make_config(tmp_path))
     assert (tmp_path / "model.pt").exists()
 
 
-# ---- Pictures ----
+# ---- Drawings ----
 
 
-def test_drawings_are_no_images_of_the_next_time(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_drawings_among_the_input_images_are_an_error(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     images, link = tmp_path / "images", tmp_path / "link"
     images.mkdir()
     link.symlink_to(images)
     picture = (run / "predictions" / "0.png").read_bytes()
     (images / "a.png").write_bytes(picture)
     for output in (images, link, images / ".." / "images"):
-        assert "output must not be a folder of images" in fails(
+        assert "output must not be a folder of input images" in fails(
             "predict", str(run), str(images), "--output", str(output)
         )
     (images / "a.png.png").write_bytes(picture)
     files = [str(file) for file in sorted(images.iterdir())]
     for output in (images, link):
-        assert "no image is overwritten" in fails("predict", str(run), *files, "--output", str(output))
+        assert "no input image is overwritten" in fails("predict", str(run), *files, "--output", str(output))
     assert sorted(file.name for file in images.iterdir()) == ["a.png", "a.png.png"]
 
 
-def test_drawing_that_cannot_be_written(
+def test_drawing_that_cannot_be_written_is_an_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is named, and no half of it is left."""
+    """The message names the drawing, and the incomplete file is removed."""
 
-    def half(_: Any, file: Any, *__: Any) -> None:
+    def failing_save(_: Any, file: Any, *__: Any) -> None:
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pytest.importorskip("PIL.Image").Image, "save", half)
+    monkeypatch.setattr(pytest.importorskip("PIL.Image").Image, "save", failing_save)
     assert main(arguments_of("predict", run, tmp_path)) == 2
     drawing = tmp_path / "shapes[test][0].png"
     assert (
@@ -556,11 +565,11 @@ def test_drawing_that_cannot_be_written(
     assert not any(tmp_path.iterdir())
 
 
-def test_drawings_beside_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder within that of the images they aren't read; a single file's drawing may lie beside it."""
+def test_drawings_may_be_next_to_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawings in a subfolder of the image folder are not read, and the drawing of a file may be next to the file."""
     picture = (run / "predictions" / "0.png").read_bytes()
-    (tmp_path / os.fsdecode(b"a\xff.png")).write_bytes(picture)  # a name that is no text
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # pytest's takes anything
+    (tmp_path / os.fsdecode(b"a\xff.png")).write_bytes(picture)  # the name is not valid UTF-8
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # stricter than pytest's stdout
     for _ in range(2):
         assert main(["predict", str(run), str(tmp_path), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
         assert len(os.listdir(tmp_path / "drawn")) == 2
@@ -583,7 +592,7 @@ def test_drawings_beside_images(run: Path, tmp_path: Path, monkeypatch: pytest.M
         ("propose", ["pillow"]),
     ],
 )
-def test_packages_are_looked_for_first(
+def test_missing_packages_are_reported_first(
     name: str, needed: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
 ) -> None:
     modules = {"pillow": "PIL.Image", "faster-coco-eval": "faster_coco_eval", "matplotlib": "matplotlib.figure"}
@@ -597,12 +606,14 @@ def test_packages_are_looked_for_first(
     assert not (tmp_path / "output").exists()
 
 
-def test_broken_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]) -> None:
-    (tmp_path / "faster_coco_eval.py").write_text("raise AttributeError('of another version')")
+def test_error_names_a_broken_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    (tmp_path / "faster_coco_eval.py").write_text("raise AttributeError('incompatible version')")
     for name in [name for name in sys.modules if name.partition(".")[0] == "faster_coco_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    assert "faster-coco-eval (of another version)" in fails(*command_of(tmp_path / "run"))
+    assert "faster-coco-eval (incompatible version)" in fails(*command_of(tmp_path / "run"))
 
 
 # ---- Numbers and names ----
@@ -613,8 +624,8 @@ HUGE = "9" * 20
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--device cuda:99", "device must be one that torch sees.*, got 'cuda:99'"),
-        (f"--device cuda:{HUGE}", "device must be one that torch sees"),
+        ("--device cuda:99", "device must be visible to torch.*, got 'cuda:99'"),
+        (f"--device cuda:{HUGE}", "device must be visible to torch"),
         ("--device gpu", "device must be cpu, cuda or cuda:N, got 'gpu'"),
         ("--device meta", "device must be cpu, cuda or cuda:N, got 'meta'"),
         ("--threads 0", "threads must be at least 1, got 0"),
@@ -625,7 +636,7 @@ HUGE = "9" * 20
         (f"--workers {HUGE}", "workers must be at most 4096"),
     ],
 )
-def test_numbers_of_all_commands(
+def test_invalid_arguments_of_all_commands_are_errors(
     option: str, message: str, run: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     for name in ("train", "eval", "propose"):
@@ -635,8 +646,8 @@ def test_numbers_of_all_commands(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_missing_gpu_is_an_error(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     for name in ("train", "eval", "predict", "propose"):
         assert "got 'cuda'" in fails(*arguments_of(name, run, tmp_path), "--device", "cuda")
 
@@ -667,7 +678,9 @@ def test_no_gpu(run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
         ),
     ],
 )
-def test_numbers(arguments: str, message: str, run: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_invalid_arguments_are_errors(
+    arguments: str, message: str, run: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
     name, *others = arguments.split()
     assert re.search(message, fails(*arguments_of(name, run, tmp_path / "output"), *others))
     assert not any(tmp_path.iterdir())
@@ -676,12 +689,12 @@ def test_numbers(arguments: str, message: str, run: Path, tmp_path: Path, fails:
 @pytest.mark.parametrize(
     ("epochs", "message"), [("inf", "finite, got inf"), ("1e300", "at most"), ("1e-9", "at least 1")]
 )
-def test_epochs(epochs: str, message: str, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_invalid_epochs_are_errors(epochs: str, message: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     given = ["--data", "shapes:20", "--model", "tiny", "--output", str(tmp_path / "run"), *SMALL]
     assert re.search(rf"(epochs|iterations) must be {message}", fails("train", *given, "--epochs", epochs))
 
 
-# ---- Which errors are for the user ----
+# ---- Errors that a user can fix ----
 
 
 @pytest.mark.parametrize(
@@ -694,8 +707,8 @@ def test_epochs(epochs: str, message: str, tmp_path: Path, fails: Callable[..., 
         (LossError, FloatingPointError),
     ],
 )
-def test_errors_of_relops(kind: type[RelopsError], builtin: type[Exception]) -> None:
-    """They are caught as the built-in ones, and processes send them to each other."""
+def test_errors_of_relops_are_builtin_errors(kind: type[RelopsError], builtin: type[Exception]) -> None:
+    """The errors can also be pickled, so that one process can send them to another."""
     assert issubclass(kind, RelopsError) and issubclass(kind, builtin)
     error = pickle.loads(pickle.dumps(kind("a: b")))
     assert type(error) is kind and str(error) == user_message(error) == "a: b"
@@ -706,18 +719,18 @@ def test_errors_of_relops(kind: type[RelopsError], builtin: type[Exception]) -> 
     [
         (ValueError("not enough values to unpack"), None),
         (KeyError("relops.nms: "), None),
-        (OSError("of no file"), None),
+        (OSError("an error without a file"), None),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "[Errno 13] Permission denied: '/a'"),
         (ValueError("relops.nms: iou_threshold must be"), "relops.nms: iou_threshold must be"),
     ],
     ids=repr,
 )
-def test_errors_of_others(error: Exception, message: str | None) -> None:
+def test_only_errors_that_a_user_can_fix_have_a_message(error: Exception, message: str | None) -> None:
     assert user_message(error) == message
 
 
-def test_error_of_a_worker() -> None:
-    """Its message is the last line of a traceback, or the last lines."""
+def test_message_of_an_error_of_a_worker() -> None:
+    """The DataLoader puts the traceback of the worker before the message."""
 
     class Broken(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -735,8 +748,10 @@ def test_error_of_a_worker() -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_options_that_an_op_refuses(workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """They are named in one line; the model's own mistakes keep their traceback."""
+def test_errors_of_ops_are_printed_in_one_line(
+    workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Other errors of a model keep their traceback."""
 
     def forward(*_: Any) -> None:
         relops.nms(torch.zeros(1, 4), torch.zeros(1), math.nan)
@@ -751,17 +766,17 @@ def test_options_that_an_op_refuses(workers: str, tmp_path: Path, monkeypatch: p
         main([*command_of(tmp_path), "--workers", workers])
 
 
-# ---- Ends ----
+# ---- Interrupts and closed pipes ----
 
 
-def test_interrupt_ends_quietly(
+def test_interrupt_ends_a_command_without_a_traceback(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(signal, "getsignal", signal.getsignal)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # SIGINT may be ignored in the background
     model = load_detector(run, torch.device("cpu")).model
     monkeypatch.setattr(type(model), "propose", interrupted)
     for module in (evaluation, prediction):
@@ -776,7 +791,7 @@ def test_interrupt_ends_quietly(
 
 
 @pytest.mark.parametrize("name", ["info", "eval", "train"])
-def test_closed_pipe_ends_quietly(name: str, run: Path, tmp_path: Path) -> None:
+def test_closed_pipe_ends_a_command_without_a_traceback(name: str, run: Path, tmp_path: Path) -> None:
     arguments = {"info": ["info"], "eval": ["eval", str(run), "--output", str(tmp_path / "x"), *SMALL]}
     read, write = os.pipe()
     os.close(read)

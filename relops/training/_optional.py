@@ -1,4 +1,4 @@
-"""Packages that only training needs."""
+"""Imports of packages that only training needs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ MODULES = {"pillow": "PIL.Image", "faster-coco-eval": "faster_coco_eval", "matpl
 
 
 def require(module: str, package: str) -> ModuleType:
-    """Import a module of a package that only training needs."""
+    """Import a module of an optional package, or raise MissingPackageError if that fails."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a package that is broken, or does not fit another one, raises anything
+    except Exception as error:  # a broken or incompatible package can raise any exception
         raise MissingPackageError(
-            f"{package} is needed for this and cannot be imported ({error}): pip install 'relops[train]'"
+            f"the package {package} is required but cannot be imported ({error}): pip install 'relops[train]'"
         ) from error
 
 
 def require_all(*packages: str) -> None:
-    """Import what a command will need, of MODULES, before the command begins. The error names all that are missing."""
+    """Import the given packages of MODULES before a command begins, or raise one error that names all missing ones."""
     missing = []
     for package in packages:
         try:
@@ -30,5 +30,5 @@ def require_all(*packages: str) -> None:
             missing.append(f"{package} ({error.__cause__})")
     if missing:
         raise MissingPackageError(
-            f"packages are needed for this and cannot be imported: {', '.join(missing)}: pip install 'relops[train]'"
+            f"required packages cannot be imported: {', '.join(missing)}: pip install 'relops[train]'"
         )

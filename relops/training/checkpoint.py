@@ -1,4 +1,4 @@
-"""Files that hold the state of a run, or a trained detector."""
+"""Files that hold the state of a run or a trained detector."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from relops.models.detectors.base import BaseDetector
 from relops.training._files import why, written
 from relops.training.errors import UsageError
 
-# After what torch.save writes comes a line with its checksum, which torch.load ignores. The checksums within a zip file
-# do not cover the attributes and places of its parts.
+# The output of torch.save is followed by a line with its checksum, which torch.load ignores. The checksums that a zip
+# file contains are not sufficient, because they do not cover the attributes and offsets of its members.
 MARK = b"\nsha256 "
 LENGTH = len(MARK) + 2 * hashlib.sha256().digest_size
-CHECKED = "checksum"  # in the state: files of earlier versions end without a checksum, others must not
+# This key of the state says that the file must end with a checksum. Files of earlier versions have neither.
+CHECKED = "checksum"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain types. At every moment `path` is the old file or the new one, whole."""
+    """Write a dict of tensors and plain types to a file.
+
+    At every moment `path` is either the complete old file or the complete new one.
+    """
     with written(path) as file:
         torch.save(state | {CHECKED: True}, file)
         file.flush()
@@ -32,23 +36,32 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the dict that `save` or torch.save wrote, on the CPU. A file that cannot be read, is damaged or
-    lacks one of the keys is a UsageError."""
+    """Load a dict that `save` or `torch.save` wrote, with its tensors on the CPU.
+
+    Args:
+        path: the file.
+        keys: keys that the dict must have.
+
+    Raises:
+        UsageError: If the file cannot be read, is damaged, or lacks one of the keys.
+    """
     has_checksum = _verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own: what it raises depends on which bytes are wrong
-        # The rest of the message is advice to trust the file.
+    except Exception as error:  # the exception that torch.load raises depends on which bytes are wrong
+        # The rest of torch's message advises the user to load the file without weights_only.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
-        raise UsageError(f"{path}: is no checkpoint or a damaged one ({type(error).__name__}: {reason})") from error
+        raise UsageError(
+            f"{path}: the file is not a checkpoint or is damaged ({type(error).__name__}: {reason})"
+        ) from error
     check_keys(path, state, *keys)
     if state.pop(CHECKED, False) and not has_checksum:
-        raise UsageError(f"{path}: is damaged: its checksum was cut off")
+        raise UsageError(f"{path}: the file is damaged: its checksum is missing")
     return state
 
 
 def _verify(path: Path) -> bool:
-    """Whether a file ends with a checksum. One that does not match, or a file that cannot be read, is a UsageError."""
+    """Return whether a file ends with a checksum, and raise UsageError if the checksum is wrong or cannot be read."""
     try:
         length = os.path.getsize(path) - LENGTH
         with open(path, "rb") as file:
@@ -58,9 +71,9 @@ def _verify(path: Path) -> bool:
             return False
         checksum = _checksum(path, length)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: must be a file that can be read ({why(error)})") from error
+        raise UsageError(f"{path}: the file cannot be read ({why(error)})") from error
     if end != MARK + checksum:
-        raise UsageError(f"{path}: is damaged: its checksum does not match its content")
+        raise UsageError(f"{path}: the file is damaged: its checksum does not match its content")
     return True
 
 
@@ -77,38 +90,38 @@ def _checksum(path: str | Path, length: int) -> bytes:
 def check_keys(path: Path, state: Any, *keys: str) -> None:
     """Raise UsageError if the content of a file is not a dict that has all of these keys."""
     if not isinstance(state, dict):
-        raise UsageError(f"{path}: must hold a dict, got {type(state).__name__}")
+        raise UsageError(f"{path}: the file must contain a dict, got {type(state).__name__}")
     missing = [key for key in keys if key not in state]
     if missing:
-        raise UsageError(f"{path}: must hold {', '.join(keys)}, got a file without {', '.join(missing)}")
+        raise UsageError(f"{path}: the file must contain {', '.join(keys)}, got a file without {', '.join(missing)}")
 
 
 def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
-    """Load the weights that a file holds into the model."""
+    """Load weights, which were read from the file `path`, into a model."""
     try:
         model.load_state_dict(weights)
-    except Exception as error:  # RuntimeError where names or shapes differ; anything where the weights are none
+    except Exception as error:  # RuntimeError if names or shapes differ, any exception if `weights` is not a state_dict
         reason = textwrap.shorten(str(error), 400)
-        raise UsageError(f"{path}: its weights must be those of the model that it names: {reason}") from error
+        raise UsageError(f"{path}: the weights in the file must fit the model that it names: {reason}") from error
 
 
 def load_backbone_weights(path: Path, model: BaseDetector) -> None:
-    """Load the weights of a classifier, which a file holds by name, into the backbone of the model."""
+    """Load a file with the state_dict of a classifier into the backbone of a detector."""
     weights = load(path)
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
-            raise UsageError(f"{path}: must hold tensors by name, got {type(value).__name__} as {name!r}")
+            raise UsageError(f"{path}: all values must be tensors, got {type(value).__name__} for {name!r}")
     try:
         load_backbone(model, weights)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
 
 
-def check_same(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise UsageError where a run would continue with other settings than it began with."""
-    for name in wanted | stored:
-        if stored.get(name) != wanted.get(name):
+def check_same(path: Path, stored: dict[str, Any], requested: dict[str, Any]) -> None:
+    """Raise UsageError if a run would resume with other settings than those that its checkpoint stores."""
+    for name in requested | stored:
+        if stored.get(name) != requested.get(name):
             raise UsageError(
-                f"{path}: its run has {name} = {stored.get(name)!r}, got {wanted.get(name)!r}. Go on with the same "
-                "settings, choose another output, or begin anew with --restart"
+                f"{path}: the run was started with {name} = {stored.get(name)!r}, got {requested.get(name)!r}. Resume "
+                "with the same settings, choose another output, or start again with --restart"
             )

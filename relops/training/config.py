@@ -1,4 +1,4 @@
-"""The settings of a run, which are the options of `python -m relops train`."""
+"""The settings of a run, which are the arguments of `python -m relops train`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 from relops.training.errors import UsageError
 from relops.training.optimization import OPTIMIZERS, SCHEDULES
 
-# Settings that may change when a run goes on: its results do not depend on them, but for rounding.
+EPOCHS = 12  # the length of a run if neither iterations nor epochs are given
+
+# Settings that may change when a run resumes, because its results do not depend on them except for rounding.
 FREE = ("output", "epochs", "cache", "workers", "device", "threads", "eval_every", "checkpoint_every", "log_every")
 
-# The least and the largest value of numbers. The largest ones are what C's integers hold, and what a process can start.
+# The minimum and maximum of each number. The maxima are the limits of C's integers and of the number of processes.
 COUNT = 1, 2**31 - 1
 FINITE = 0, sys.float_info.max
 LIMITS = {
@@ -42,64 +44,137 @@ LIMITS = {
 }
 
 
-def check_limits(values: Mapping[str, Any], **others: tuple[int, int]) -> None:
-    """Check numbers among settings or arguments of a command, by name; None stands for one that is not given."""
-    for name, (least, most) in (LIMITS | others).items():
+def check_limits(values: Mapping[str, Any], **extra_limits: tuple[int, int]) -> None:
+    """Raise UsageError if a number among the settings or arguments is outside its limits. None means not given."""
+    for name, (minimum, maximum) in (LIMITS | extra_limits).items():
         value = values.get(name)
-        if value is not None and not least <= value <= most:
-            bound = "finite" if value == math.inf else f"at most {most}" if value > most else f"at least {least}"
+        if value is not None and not minimum <= value <= maximum:
+            bound = (
+                "finite" if value == math.inf else f"at most {maximum}" if value > maximum else f"at least {minimum}"
+            )
             raise UsageError(f"{name} must be {bound}, got {value}")
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(
+    group: str,
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    default_text: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """Return a dataclass field for one setting.
+
+    Args:
+        group: the heading of `train --help` under which the setting is listed.
+        default: the default value.
+        help: the description of the setting.
+        choices: the allowed values, or None for any.
+        default_text: a phrase that describes the default in the help, or None to print the value.
+        metavar: the name of the value in the help, or None to choose it by type.
+    """
+    metadata = {"group": group, "help": help, "choices": choices, "default_text": default_text, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run, each with its help. The defaults suit images like those of COCO."""
+    """The settings of a run with their help texts. The defaults suit images like those of COCO."""
 
-    data: str = setting("shapes", "to train on and to evaluate on: coco:DIR, voc:DIR, or shapes[:N]")
-    train_annotations: str | None = setting(None, "file of annotations to train on (coco:DIR; found by its name)")
-    test_annotations: str | None = setting(None, "file of annotations to evaluate on (coco:DIR; found by its name)")
-    output: str = setting("", "folder of all files of the run (runs/MODEL-DATA)")
-    model: str = setting("faster_rcnn_fpn", "which detector")
+    data: str = setting(
+        "data", "shapes", "data set to train and evaluate on: coco:DIR, voc:DIR, or shapes[:N] for N drawn images"
+    )
+    train_annotations: str | None = setting(
+        "data",
+        None,
+        "annotation file of coco:DIR to train on",
+        default_text="the file whose name contains train",
+        metavar="FILE",
+    )
+    test_annotations: str | None = setting(
+        "data",
+        None,
+        "annotation file of coco:DIR to evaluate on",
+        default_text="the file whose name contains val or test",
+        metavar="FILE",
+    )
+    output: str = setting("run", "", "folder for all files of the run", default_text="runs/MODEL-DATA", metavar="DIR")
+    model: str = setting("model", "faster_rcnn_fpn", "detector to train, one of the models listed below")
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     backbone_weights: str | None = setting(
-        None, "file with the state_dict of a classifier to begin with, as torchvision has it"
+        "model",
+        None,
+        "file with the state_dict of a classifier of torchvision or relops that initializes the backbone",
+        default_text="random weights",
+        metavar="FILE",
     )
-    proposals: str | None = setting(None, "file of proposals of the images to train on (Fast R-CNN)")
-    test_proposals: str | None = setting(None, "file of proposals of the images to evaluate on (Fast R-CNN)")
+    proposals: str | None = setting(
+        "data",
+        None,
+        "file of proposals for the training images, which only fast_rcnn needs",
+        default_text="none",
+        metavar="FILE",
+    )
+    test_proposals: str | None = setting(
+        "data",
+        None,
+        "file of proposals for the test images, which only fast_rcnn needs",
+        default_text="none",
+        metavar="FILE",
+    )
 
-    iterations: int | None = setting(None, "length of the run")
-    epochs: float | None = setting(None, "length of the run, where --iterations is not given (12)")
-    batch: int = setting(2, "images of an iteration, in each process")
-    seed: int = setting(0, "random seed of initial weights, order of images, augmentation and sampling")
+    iterations: int | None = setting(
+        "optimization", None, "number of training iterations", default_text="determined by --epochs"
+    )
+    epochs: float | None = setting(
+        "optimization", None, "number of passes over the training images", default_text=str(EPOCHS)
+    )
+    batch: int = setting("optimization", 2, "number of images per iteration in each process")
+    seed: int = setting("run", 0, "random seed of initial weights, image order, augmentation and sampling")
 
-    optimizer: str = setting("sgd", "how gradients become steps", OPTIMIZERS)
-    lr: float = setting(0.0025, "learning rate; with sgd, about 0.02 for 16 images an iteration over all processes")
-    weight_decay: float = setting(1e-4, "weight decay of all parameters but vectors, which are biases and scales")
-    momentum: float = setting(0.9, "momentum of sgd")
-    backbone_lr: float = setting(1.0, "learning rate of the backbone, as a factor of --lr")
-    schedule: str = setting("step", "how the learning rate changes over the run", SCHEDULES)
-    milestones: tuple[float, ...] = setting((0.67, 0.89), "fractions of the run at which a step is down to a tenth")
-    warmup: int = setting(500, "iterations over which the learning rate rises at first")
-    clip: float | None = setting(None, "largest norm of the gradient; longer ones are shortened to it")
-    ema: float | None = setting(None, "decay of a moving average of weights, which is then what is evaluated")
-    amp: bool = setting(False, "autocast to bfloat16")
-    channels_last: bool = setting(False, "memory format of images and convolutions")
+    optimizer: str = setting("optimization", "sgd", "optimizer", OPTIMIZERS)
+    lr: float = setting(
+        "optimization", 0.0025, "learning rate; with sgd, about 0.02 suits 16 images per iteration over all processes"
+    )
+    weight_decay: float = setting(
+        "optimization", 1e-4, "weight decay of all parameters except vectors, which are biases and scales"
+    )
+    momentum: float = setting("optimization", 0.9, "momentum of sgd")
+    backbone_lr: float = setting("optimization", 1.0, "learning rate of the backbone as a multiple of --lr")
+    schedule: str = setting("optimization", "step", "learning rate schedule", SCHEDULES)
+    milestones: tuple[float, ...] = setting(
+        "optimization",
+        (0.67, 0.89),
+        "fractions of the run after which the step schedule divides the learning rate by 10",
+    )
+    warmup: int = setting("optimization", 500, "number of iterations in which the learning rate rises at the start")
+    clip: float | None = setting("optimization", None, "maximum norm of the gradient", default_text="no clipping")
+    ema: float | None = setting(
+        "optimization",
+        None,
+        "decay of a moving average of the weights, which is then evaluated and saved in place of the weights",
+        default_text="no average",
+    )
+    amp: bool = setting("optimization", False, "autocast to bfloat16")
+    channels_last: bool = setting(
+        "optimization", False, "use the channels_last memory format for images and convolutions"
+    )
 
-    min_size: int = setting(800, "shorter side of images")
-    max_size: int = setting(1333, "longer side of images, at most")
-    vertical_flip: bool = setting(False, "flip images upside down, too")
-    cache: bool = setting(False, "keep resized images in memory, in each process that loads them")
+    min_size: int = setting("images", 800, "length in pixels to which the shorter side of an image is resized")
+    max_size: int = setting("images", 1333, "maximum length in pixels of the longer side of a resized image")
+    vertical_flip: bool = setting("images", False, "flip half of the training images upside down")
+    cache: bool = setting("images", False, "keep resized images in the memory of each process that loads them")
 
-    workers: int = setting(2, "processes that load images, for each process that trains")
-    threads: int | None = setting(None, "threads of the CPU, in each process")
-    device: str | None = setting(None, "cpu or cuda (a GPU where there is one)")
-    eval_every: int | None = setting(None, "iterations from one evaluation to the next (at the end only)")
-    checkpoint_every: int = setting(500, "iterations from one checkpoint to the next")
-    log_every: int = setting(20, "iterations from one line of the log to the next")
+    workers: int = setting("run", 2, "number of processes that load images, for each training process")
+    threads: int | None = setting(
+        "run", None, "number of CPU threads in each process", default_text="the number that torch chooses"
+    )
+    device: str | None = setting("run", None, "cpu, cuda or cuda:N", default_text="a GPU if one is available")
+    eval_every: int | None = setting(
+        "run", None, "number of iterations between evaluations", default_text="evaluate only at the end"
+    )
+    checkpoint_every: int = setting("run", 500, "number of iterations between checkpoints")
+    log_every: int = setting("run", 20, "number of iterations between lines of the log")
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "clip"):
@@ -110,7 +185,7 @@ class TrainConfig:
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise UsageError(f"milestones must be in [0,1], got {self.milestones}")
         if self.iterations is not None and self.epochs is not None:
-            raise UsageError(f"iterations and epochs exclude each other, got {self.iterations} and {self.epochs}")
+            raise UsageError(f"iterations and epochs must not both be given, got {self.iterations} and {self.epochs}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UsageError(f"ema must be in [0,1), got {self.ema}")
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -118,5 +193,5 @@ class TrainConfig:
                 raise UsageError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     def determining(self) -> dict[str, Any]:
-        """Return the settings that the results depend on."""
+        """Return the settings on which the results depend."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}

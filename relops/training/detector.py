@@ -1,4 +1,4 @@
-"""Detectors: a model by name, and all that it takes to use one that is trained, in a file."""
+"""Models built by name, and trained detectors in files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ from relops.training.errors import RunNotFoundError, UsageError
 
 
 def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDetector:
-    """Build a detector by `relops.models.build`, from options that a command line or a file has.
+    """Build a detector with `relops.models.build` from options of a command line or a file.
+
+    Args:
+        name: a key of `relops.models.DETECTORS`.
+        num_classes: the number of classes without the background.
+        options: the keyword arguments of the detector's factory function.
 
     Raises:
-        UsageError: naming the model, where there is none of this name, or it cannot be built with these options.
+        UsageError: If there is no model of this name, or it cannot be built with these options. The message names the
+            model.
     """
     try:
         if name in models.DETECTORS:
             _check_options(models.DETECTORS[name], num_classes, options)
         return models.build(name, num_classes, **options)
-    except Exception as error:  # a module raises anything, given a number or a string that is not one of its own
+    except Exception as error:  # modules raise various exceptions for values that they do not support
         message = str(error).partition("\n")[0]
         if name in models.DETECTORS:
             message = f"options of model {name}: {message}"
@@ -39,7 +45,7 @@ def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDet
 
 
 def _check_options(factory: Callable[..., object], num_classes: int, options: dict[str, Any]) -> None:
-    """Raise an error where the factory has no such option, or takes only values of another type for it."""
+    """Raise an error if the factory lacks one of the options or annotates it with another type than the value has."""
     inspect.signature(factory).bind(num_classes, **options)
     hints = typing.get_type_hints(factory)
     for option, value in options.items():
@@ -52,16 +58,17 @@ def _check_options(factory: Callable[..., object], num_classes: int, options: di
 
 @dataclass
 class Detector:
-    """A model, and all that it takes to use it.
+    """A model together with everything that is needed to use it.
 
     Attributes:
-        model: in evaluation mode where it is loaded.
-        name, options: of the model, see `build_model`.
-        classes: names; label i is classes[i].
-        min_size, max_size: of images, see `relops.training.data.prepare`.
-        data: the data that the model was trained on, see `relops.training.data.open_data`.
-        train_annotations, test_annotations: the annotation files that the run was given, if any.
-        pixel_range: the values that become 0 and 255 in images whose pixels are not bytes, where the data had some.
+        model: the model, which is in evaluation mode if it was loaded from a file.
+        name, options: the model's name and options, see `build_model`.
+        classes: class names. Label `i` stands for `classes[i]`.
+        min_size, max_size: limits of the image size in pixels, see `relops.training.data.prepare`.
+        data: the data set that the model was trained on, see `relops.training.data.open_data`.
+        train_annotations, test_annotations: the annotation files that were passed to the run, or None.
+        pixel_range: the pixel values that are scaled to 0 and 255, or None if the pixels of all training images are
+            bytes.
     """
 
     model: BaseDetector
@@ -77,34 +84,37 @@ class Detector:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """Return the device of the model."""
         return next(self.model.parameters()).device
 
     def save(self, path: Path) -> None:
-        """Write what `load_detector` reads."""
-        others = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Write the detector to a file that `load_detector` reads."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain_range = self.pixel_range and tuple(self.pixel_range)
-        checkpoint.save(path, others | {"model": self.model.state_dict(), "pixel_range": plain_range})
+        checkpoint.save(path, fields | {"model": self.model.state_dict(), "pixel_range": plain_range})
 
 
 def load_detector(path: Path, device: torch.device) -> Detector:
     """Load a detector from the folder of a run or from a file.
 
     Args:
-        path: the folder of a run, from which model.pt is taken, or last.pt where the run has not ended; or such a file.
-        device: where the model goes.
+        path: a file model.pt or last.pt, or the folder of a run. From a folder, model.pt is loaded, or last.pt if the
+            run has not finished.
+        device: the device that the model is moved to.
 
     Raises:
-        RunNotFoundError: where there is no such file.
-        UsageError: naming the file, where it is damaged, or its weights are not those of its model.
+        RunNotFoundError: If there is no such file.
+        UsageError: If the file is damaged, or if its weights do not fit its model. The message names the file.
     """
     candidates = [path / "model.pt", path / "last.pt"] if os.path.isdir(path) else [path]
     found = next(filter(os.path.exists, candidates), None)
     if found is None:
-        raise RunNotFoundError(f"{path}: must be a run's folder, or a file model.pt or last.pt of one, got none")
+        raise RunNotFoundError(
+            f"{path}: must be the folder of a run, or its file model.pt or last.pt, but no such file exists"
+        )
     stored = checkpoint.load(found, "model", "classes")
     weights = stored["model"]
-    if "config" in stored:  # of last.pt
+    if "config" in stored:  # only last.pt has a config
         checkpoint.check_keys(found, stored["config"], "model")
         weights = stored.get("average") or weights
         stored |= stored["config"] | {"name": stored["config"]["model"]}

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started."""
+"""The processes of a run: a single process, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from relops.training.errors import UsageError
 
 
 class World(NamedTuple):
-    """The place of this process among all of a run, and its device."""
+    """The rank of this process, the number of processes of the run, and the device of this process."""
 
     rank: int
     size: int
@@ -23,19 +23,19 @@ class World(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Return whether this is the main process, which writes the files and prints."""
         return self.rank == 0
 
-    def gather(self, thing: Any) -> list[Any]:
-        """Return in every process what each of them gives, by rank."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return a list of the values of all processes, ordered by rank, in every process."""
         if self.size == 1:
-            return [thing]
-        things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def largest(self, number: int) -> int:
-        """Return in every process the largest of what they give. Nothing waits for a GPU: the tensors are the CPU's."""
+        """Return the maximum of the numbers of all processes in every process, without waiting for a GPU."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
@@ -43,7 +43,7 @@ class World(NamedTuple):
         return int(tensor)
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Run an action in the main process, and raise its error in all processes, so that none waits for another."""
+        """Run a function in the main process, and raise its exception in all processes so that none of them hangs."""
         error = None
         if self.is_main:
             try:
@@ -56,32 +56,36 @@ class World(NamedTuple):
 
 
 def device_named(name: str | None) -> torch.device:
-    """Return the device `cpu`, `cuda` or `cuda:N`; for None, a GPU where torch sees one, else the CPU."""
+    """Return the device `cpu`, `cuda` or `cuda:N`, or the default device for None: a GPU if available, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise UsageError(f"device must be cpu, cuda or cuda:N, got {name!r}")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device must be one that torch sees, which are cpu and {torch.cuda.device_count()} GPUs, got {name!r}"
+            f"device must be visible to torch, which sees the CPU and {torch.cuda.device_count()} GPUs, got {name!r}"
         )
     return torch.device(name)
 
 
 @contextlib.contextmanager
 def world(device: str | None = None) -> Iterator[World]:
-    """Join what torchrun's variables describe, on GPUs where there are some and `device` does not say otherwise."""
-    mine = device_named(device)
+    """Join the process group that torchrun's environment variables describe, or yield a world of one process.
+
+    Args:
+        device: see `device_named`. If it is a GPU and there are several processes, each uses the GPU of its local rank.
+    """
+    own_device = device_named(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(0, 1, mine)
+        yield World(0, 1, own_device)
         return
-    if mine.type == "cuda":
-        mine = device_named(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(mine)
-    # With both, flags and objects on the CPU take no turn in the queue of a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo")
+    if own_device.type == "cuda":
+        own_device = device_named(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(own_device)
+    # With both backends, collectives on CPU tensors do not wait for the work that is queued on the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), size, mine)
+        yield World(dist.get_rank(), size, own_device)
     finally:
         dist.destroy_process_group()

@@ -1,9 +1,11 @@
 """The training loop.
 
-Nothing in an iteration waits for the device: losses are kept there, and read, checked and logged every `log_every`
-iterations, and before a checkpoint. Each iteration begins with a seed of its own, a function of the run's seed, the
-iteration and the process, and so does all that is drawn to augment an image: a run that goes on from a checkpoint
-makes the steps it would have made, on the CPU to the bit.
+No iteration waits for the device: the losses stay on the device until they are read, checked and logged every
+`log_every` iterations and before each checkpoint.
+
+Each iteration sets its own random seed, which depends only on the run's seed, the iteration and the process. The
+augmentation of each image is seeded in the same way. Therefore a run that resumes from a checkpoint takes the same
+steps as an uninterrupted run; on the CPU, its results are bitwise identical.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from relops.models.detectors.base import BaseDetector
 from relops.training import checkpoint
 from relops.training._files import check_kinds, locked, make_folder, write_json
 from relops.training._optional import MODULES, require_all
-from relops.training.config import TrainConfig
+from relops.training.config import EPOCHS, TrainConfig
 from relops.training.data import (
     Batch,
     DetectionData,
@@ -47,8 +49,7 @@ from relops.training.plots import plot_curves
 from relops.training.prediction import draw_examples
 from relops.training.signals import Interrupted, Signals
 
-EPOCHS = 12  # where neither iterations nor epochs are given
-EXAMPLES = 8  # images that predictions/ has
+EXAMPLES = 8  # number of images in predictions/
 FILES = (
     "last.pt",
     "model.pt",
@@ -62,32 +63,42 @@ STATE = ("model", "optimizer", "average", "phase", "iteration", "losses", "times
 
 
 def seed_of(*numbers: int) -> int:
-    """Mix numbers to 32 bits: torch's generator of the CPU looks at no more."""
+    """Hash numbers to a seed of 32 bits, because torch's CPU generator uses no more bits of a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def train(config: TrainConfig, restart: bool = False) -> dict[str, Any]:
-    """Train a detector, from `config.output`/last.pt on where there is one; return the metrics of the last evaluation.
+    """Train a detector, or resume its training if `config.output` contains a checkpoint last.pt.
 
-    In `config.output` are then: last.pt, the checkpoint; model.pt, the trained detector; log.jsonl, metrics.json,
-    curves.png and predictions/, of the first images to evaluate on.
+    The run writes these files to `config.output`:
+
+    - last.pt: the checkpoint.
+    - model.pt: the trained detector.
+    - log.jsonl: losses, learning rates and metrics.
+    - metrics.json: the metrics of the last evaluation.
+    - curves.png: a plot of losses and average precision.
+    - predictions/: drawings of detections in the first test images.
 
     Args:
         config: the settings.
-        restart: begin anew instead.
+        restart: start again even if there is a checkpoint.
+
+    Returns:
+        The metrics of the last evaluation.
 
     Raises:
-        UsageError: naming the setting or file, the rule, and what was got; also where another process has the folder.
-        Interrupted: at SIGINT or SIGTERM; the same call goes on.
-        LossError: at a loss that is not finite. The checkpoint is from before.
+        UsageError: If a setting or a file breaks a rule, or if another process is using the folder. The message names
+            the setting or file, the rule, and the value.
+        Interrupted: If SIGINT or SIGTERM is received. Calling `train` again with the same settings resumes the run.
+        LossError: If a loss is not finite. The last checkpoint was saved before that loss.
     """
     require_all(*MODULES)
     if not config.output:
         raise UsageError("output must name a folder, got ''")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with world(config.device) as here, Signals() as signals:
-        run = Run(config, here, signals)
+    with world(config.device) as current_world, Signals() as signals:
+        run = Run(config, current_world, signals)
         try:
             run.begin(restart)
             return run.train()
@@ -96,10 +107,10 @@ def train(config: TrainConfig, restart: bool = False) -> dict[str, Any]:
 
 
 def _open_both(config: TrainConfig) -> tuple[DetectionData, DetectionData]:
-    """Open the data to train on and those to evaluate on, with their proposals where files of them are given."""
+    """Open the training data and the test data, and add proposals to each if a file of proposals is given."""
     data = open_data(config.data, "train", annotations=config.train_annotations)
     if not data.classes:
-        raise UsageError(f"{config.data}: the images to train on must have objects of at least one class, got none")
+        raise UsageError(f"{config.data}: the training images must have objects of at least one class, got none")
     test_data = open_data(config.data, "test", data.classes, config.test_annotations, data.pixel_range)
     warn_of_common_images(data, test_data)
     if config.proposals is not None:
@@ -114,21 +125,21 @@ def _make_model(config: TrainConfig, num_classes: int) -> BaseDetector:
     torch.manual_seed(seed_of(config.seed))
     model = build_model(config.model, num_classes, config.options)
     if model.uses_proposals and None in (config.proposals, config.test_proposals):
-        raise UsageError(f"model {config.model} is given proposals: proposals and test_proposals must name files")
+        raise UsageError(f"model {config.model} needs proposals: proposals and test_proposals must name files")
     if config.backbone_weights is not None:
         checkpoint.load_backbone_weights(Path(config.backbone_weights), model)
     return model
 
 
 class Run:
-    """One process's part in a run.
+    """The part of a run that one process executes.
 
-    `Run(...)` opens what the run reads, `begin` claims what it writes and finds where it stands, `train` does the rest,
-    and `close` comes at the end, with or without an error.
+    Creating a `Run` opens the input files. Then `begin` locks the output folder and loads the checkpoint, `train` does
+    the training, and `close` must be called at the end, even after an error.
     """
 
-    # Set by __init__. `config` has the iterations, `determining` is what a checkpoint must agree with, and `ends` has
-    # the last iteration of each phase.
+    # These attributes are set by __init__. `config.iterations` is the resolved length of the run, `determining` has the
+    # settings that must match those of a checkpoint, and `ends` has the iteration at which each phase ends.
     world: World
     signals: Signals
     folder: Path
@@ -153,31 +164,32 @@ class Run:
     log: Log | None = None
     batches: Iterator[Batch]
 
-    # Set by _start_phase, anew for each phase. `parallel` is the model, or what averages its gradients over processes.
+    # These attributes are set by _start_phase. `parallel` is the model itself, or a wrapper that averages its gradients
+    # over processes.
     phase: int
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     parallel: nn.Module
 
-    def __init__(self, config: TrainConfig, here: World, signals: Signals) -> None:
-        self.world, self.signals = here, signals
+    def __init__(self, config: TrainConfig, world: World, signals: Signals) -> None:
+        self.world, self.signals = world, signals
         self.folder = Path(config.output)
         self.checkpoint_file = self.folder / "last.pt"
         self.lock = contextlib.ExitStack()
 
         self.data, self.test_data = _open_both(config)
         aspect_ratios = self.data.aspect_ratios()
-        self.sampler = EpochSampler(len(self.data), config.batch, config.seed, here.rank, here.size, aspect_ratios)
+        self.sampler = EpochSampler(len(self.data), config.batch, config.seed, world.rank, world.size, aspect_ratios)
         self.iterations = config.iterations or round((config.epochs or EPOCHS) * self.sampler.batches_per_epoch)
         self.config = dataclasses.replace(config, iterations=self.iterations, epochs=None)
-        self.determining = self.config.determining() | {"processes": here.size}
+        self.determining = self.config.determining() | {"processes": world.size}
 
-        self.model = _make_model(config, len(self.data.classes)).to(here.device)
+        self.model = _make_model(config, len(self.data.classes)).to(world.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.model.uses_masks and not self.data.has_masks:
             warnings.warn(
-                f"{config.data}: no object has a mask, so {config.model} is trained by boxes alone", stacklevel=2
+                f"{config.data}: no object has a mask, so {config.model} is trained with boxes only", stacklevel=2
             )
         for data in (self.data, self.test_data):
             data.use_masks(self.model.uses_masks)
@@ -185,8 +197,10 @@ class Run:
         self.ends = [round(self.iterations * fraction) for fraction in fractions]
 
     def begin(self, restart: bool) -> None:
-        """Claim the folder, and go to where the run stands: after its checkpoint, or at its start."""
-        self.world.on_main(lambda: self._claim(restart))  # nobody looks for a checkpoint before that
+        """Lock the folder, and restore the state of the run from its checkpoint, or set the state of a new run."""
+        self.world.on_main(
+            lambda: self._claim(restart)
+        )  # no process looks for a checkpoint before the folder is locked
         self.stored = self._load_checkpoint() if self.checkpoint_file.exists() else None
         start = self.stored or {"iteration": 0, "losses": [], "times": (0.0, 0.0, 0.0)}
         self.iteration = start["iteration"]
@@ -203,12 +217,12 @@ class Run:
         self.batches = iter(load_batches(images, indices, config.workers, self.world.device))
 
     def _claim(self, restart: bool) -> None:
-        """Make the folder, keep other runs out of it, and check that it can take what the run will write."""
+        """Create and lock the folder, and check that the files of the run can be written there."""
         make_folder(self.folder)
         self.lock.enter_context(locked(self.folder))
         check_kinds(self.folder, FILES, FOLDERS)
-        for left in self.folder.glob("*.pt.*.tmp"):  # of a run that was killed
-            left.unlink()
+        for stale in self.folder.glob("*.pt.*.tmp"):  # temporary files of a run that was killed
+            stale.unlink()
         if restart:
             for name in ("last.pt", "model.pt", "log.jsonl", "metrics.json"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -219,11 +233,11 @@ class Run:
         checkpoint.check_same(self.checkpoint_file, stored["config"], self.determining)
         checkpoint.check_same(self.checkpoint_file, {"classes": stored["classes"]}, {"classes": self.data.classes})
         if self.world.is_main:
-            print(f"{self.checkpoint_file}: goes on after iteration {stored['iteration']} of {self.iterations}")
+            print(f"{self.checkpoint_file}: resuming after iteration {stored['iteration']} of {self.iterations}")
         return stored
 
     def train(self) -> dict[str, Any]:
-        """Take the steps that are left, evaluate, and write what the run makes. Returns the metrics."""
+        """Take the remaining steps, evaluate, write the results, and return the metrics."""
         for phase, end in enumerate(self.ends):
             self._start_phase(phase)
             if self.stored and phase <= self.stored["phase"]:
@@ -235,18 +249,20 @@ class Run:
         return self._finish()
 
     def close(self) -> None:
-        """Let go of all that outlives an exception: workers, processes, files and the folder."""
-        self.batches = iter(())  # ends the workers, also where an exception keeps the run alive
-        # DistributedDataParallel must not be the last to hold the process group: it would end the group's threads while
-        # it holds the interpreter's lock, which these may be waiting for.
+        """Release the workers, the process group, the log files and the lock of the folder."""
+        self.batches = iter(())  # ends the workers even if the traceback of an exception keeps the run alive
+        # DistributedDataParallel must not hold the last reference to the process group. Otherwise it would join the
+        # group's threads while holding the interpreter lock, for which those threads may be waiting.
         self.parallel = self.model
         if self.log is not None:
             self.log.close()
         self.lock.close()
 
     def _start_phase(self, phase: int) -> None:
-        """Begin a phase: the model may copy and freeze weights, and all that depends on which of them are trained is
-        made anew."""
+        """Begin a phase, in which the model may copy and freeze weights.
+
+        The optimizer, the weight average and the parallel wrapper depend on the trained weights and are created again.
+        """
         config = self.config
         torch.manual_seed(seed_of(config.seed, phase))
         self.model.start_phase(phase)
@@ -264,8 +280,8 @@ class Run:
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         self.parallel = self.model
         if self.world.size > 1:
-            # Which parameters take part in the loss depends on the images (no objects, no masks), and may differ
-            # between processes, whatever the model: all gradients are awaited, or known not to come.
+            # Which parameters contribute to the loss depends on the images, which may have no objects or no masks, so
+            # it may differ between processes. DDP must therefore look for unused parameters, whatever the model is.
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
 
     def _restore(self, stored: dict[str, Any]) -> None:
@@ -275,7 +291,7 @@ class Run:
             checkpoint.load_weights(self.checkpoint_file, self.average.model, stored["average"])
 
     def _train_until(self, end: int) -> None:
-        """Take the steps of the phase that are left, with the logging, checkpoints and evaluations that are due."""
+        """Take the remaining steps of the phase, and log, save and evaluate whenever that is due."""
         config = self.config
         begin = self.ends[self.phase - 1] if self.phase else 0
         self.model.train()
@@ -295,7 +311,7 @@ class Run:
         self.clock.stop()
 
     def _step(self, batch: Batch, step: int, steps: int) -> None:
-        """Take the step-th step of this phase, on one batch."""
+        """Take step number `step` of the `steps` steps of this phase on one batch."""
         config, device = self.config, self.world.device
         torch.manual_seed(seed_of(config.seed, self.iteration, self.world.rank))
         set_lr(self.optimizer, lr_factor(config.schedule, step, steps, config.warmup, config.milestones))
@@ -317,7 +333,7 @@ class Run:
     def _log(self) -> None:
         self.losses.read(self.world)
         iterations = len(self.losses.values)
-        losses = self.losses.take_means()
+        losses = self.losses.pop_means()
         minutes, seconds = self.clock.training, (self.clock.training - self.logged) * 60
         self.logged = minutes
         if self.log is not None:
@@ -334,7 +350,7 @@ class Run:
             )
 
     def _save(self) -> None:
-        self.losses.read(self.world)  # weights that came of a loss that is not finite are not saved
+        self.losses.read(self.world)  # raises an error if a loss is not finite, so that no damaged weights are saved
         self.clock.stop()
         if self.world.is_main:
             state = {
@@ -353,12 +369,15 @@ class Run:
         self.clock.start()
 
     def _evaluation_is_due(self) -> bool:
-        """Return whether an evaluation belongs after this iteration."""
+        """Return whether the model must be evaluated after the current iteration."""
         done, every = self.iteration, self.config.eval_every
         return done == self.iterations or (every is not None and done > 0 and done % every == 0)
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate if an evaluation is due. It follows a checkpoint, so that resuming repeats an interrupted one."""
+        """Evaluate the model if an evaluation is due.
+
+        A checkpoint is always saved before, so that a resumed run repeats an evaluation that was interrupted.
+        """
         if not self._evaluation_is_due():
             return
         logged = self.log is not None and any(x["iteration"] == self.iteration and "AP" in x for x in self.log.lines)
@@ -388,7 +407,7 @@ class Run:
         return self.model if self.average is None else self.average.model
 
     def _stop_at_signal(self) -> None:
-        """Raise Interrupted in all processes where one of them has got a signal. For moments after a checkpoint."""
+        """Raise Interrupted in all processes if one of them received a signal. Call this only after a checkpoint."""
         if number := self.world.largest(self.signals.number):
             raise Interrupted(number, self.iteration)
 

@@ -1,46 +1,50 @@
-"""The errors that a user can put right.
+"""The errors that a user can fix.
 
-`python -m relops` prints them in one line. Every other exception is a bug of relops, and keeps its traceback. The class
-says which of the two an error is, at the place that raises it: nothing has to find out later where an error came from.
-Each class is also the built-in exception of its kind, which is what callers of `relops.training` catch.
+`python -m relops` prints these errors in one line. Any other exception is a bug of relops and keeps its traceback. The
+code that raises an error chooses the class, so no later code has to guess whether the user can fix it. Each class also
+derives from the matching built-in exception, so callers of `relops.training` can catch that one.
 """
 
 from __future__ import annotations
 
 
 class RelopsError(Exception):
-    """The base of these errors, whose message says what to put right. Only its subclasses are raised."""
+    """The base class of the errors that a user can fix. Only its subclasses are raised."""
 
 
 class UsageError(RelopsError, ValueError):
-    """A setting, an option or the content of a file breaks a rule. The message names it, the rule, and what was got."""
+    """An error in a setting, an option or an input file.
+
+    The message names the faulty item, the rule that it breaks, and its value.
+    """
 
 
 class OutputError(RelopsError, OSError):
-    """A file cannot be written."""
+    """An error while writing a file."""
 
 
 class RunNotFoundError(RelopsError, FileNotFoundError):
-    """There is no trained detector at a path."""
+    """An error for a path that contains no trained detector."""
 
 
 class MissingPackageError(RelopsError, ImportError):
-    """A package that only training needs is not installed, or is broken."""
+    """An error for a package that only training needs and that is missing or broken."""
 
 
 class LossError(RelopsError, FloatingPointError):
-    """A loss is not finite."""
+    """An error for a loss that is not finite."""
 
 
 def user_message(error: Exception) -> str | None:
-    """Return the message of an error that the user can put right, or None for a bug."""
+    """Return the message of an error that the user can fix, or None for a bug."""
     message = str(error)
     if isinstance(error, RelopsError):
-        # What a worker of a DataLoader raises is raised again with the worker's traceback as the message, and the
-        # traceback ends with the class, the message and a newline.
+        # A DataLoader raises the exception of a worker again, with the worker's traceback as its message. The traceback
+        # ends with the class, the message and a newline.
         return message.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip("\n")
-    # The system's errors name the file. Errors of ops and detectors, which begin with their name as in "relops.nms: ",
-    # are about the model's options: the command line passes nothing else to them that is not checked before.
+    # The user can fix errors of the operating system that name a file. Errors of ops and detectors begin with a prefix
+    # such as "relops.nms: ". They are caused by the model's options, because everything else that the command line
+    # passes to ops is checked before.
     names_file = isinstance(error, OSError) and error.filename is not None
     names_op = isinstance(error, ValueError) and message.startswith("relops.")
     return message if names_file or names_op else None

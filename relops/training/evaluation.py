@@ -1,4 +1,4 @@
-"""Average precision of detections, as COCO and as Pascal VOC measure it."""
+"""Average precision of detections as defined by COCO and by Pascal VOC."""
 
 from __future__ import annotations
 
@@ -36,24 +36,28 @@ def evaluate(
     channels_last: bool = False,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluator:
-    """Detect the objects of all images, of which each process takes a part, and collect them in every process.
+    """Detect the objects in all images, divided among the processes, and collect the detections in every process.
 
     Args:
-        model: on the device of this process; it is put into evaluation mode.
-        data: images and what is in them.
-        batch_size: images at a time, in each process.
-        min_size, max_size: of the images, see `relops.training.data.prepare`.
+        model: the detector on the device of this process, which is put into evaluation mode.
+        data: the images and their annotations.
+        batch_size: the number of images per batch in each process.
+        min_size, max_size: limits of the image size in pixels, see `relops.training.data.prepare`.
         world: the processes.
-        workers: processes that load images, for each process that detects.
+        workers: the number of processes that load images, for each process that detects.
         amp: autocast to bfloat16.
-        channels_last: memory format of the images.
-        before_batch: called before every batch, equally often in all processes. An exception ends the evaluation.
+        channels_last: convert the images to the channels_last memory format.
+        before_batch: a function that is called before every batch, the same number of times in all processes. If it
+            raises an exception, the evaluation ends.
+
+    Returns:
+        An evaluator with the detections of all processes.
     """
     model.eval()
     evaluator = Evaluator(data)
     indices = batches_in_order(range(world.rank, len(data), world.size), batch_size)
     batches = iter(load_batches(Transformed(data, min_size, max_size), indices, workers, world.device))
-    for _ in range(0, len(range(0, len(data), world.size)), batch_size):  # the first process has the most images
+    for _ in range(0, len(range(0, len(data), world.size)), batch_size):  # rank 0 has the largest number of images
         before_batch()
         batch = next(batches, None)
         if batch is not None:
@@ -65,7 +69,7 @@ def evaluate(
 
 
 class _Found(NamedTuple):
-    """K detections of an image, in its original pixels."""
+    """The K detections of an image, in pixels of the original image."""
 
     boxes: np.ndarray  # [K,4] float32
     scores: np.ndarray  # [K] float32
@@ -74,9 +78,15 @@ class _Found(NamedTuple):
 
 
 class Evaluator:
-    """Collects the detections of `data`'s images, in any order, and compares them to its objects.
+    """A collector that compares the detections in images, added in any order, with the annotated objects.
 
-    An image without detections counts: its objects were missed. One that is added again replaces itself.
+    All objects of an image without detections count as missed. If an image is added again, its new detections replace
+    the old ones.
+
+    Args:
+        data: the images and their annotations.
+
+    Example::
 
         evaluator = Evaluator(data)
         for batch in loader:
@@ -90,13 +100,13 @@ class Evaluator:
         self._found: dict[int, _Found] = {}
 
     def add(self, batch: Batch, detections: Detections) -> None:
-        """Take the detections of a batch's images, in pixels of the batch's images."""
+        """Add the detections of a batch, given in pixels of the images of the batch."""
         scales = batch.scales.cpu().flip(1).repeat(1, 2)[:, None]
         boxes = (detections.boxes.detach().float().cpu() / scales).numpy()
         scores, labels = (x.detach().cpu().numpy() for x in (detections.scores.float(), detections.labels))
         for n, image_id in enumerate(batch.image_ids.tolist()):
             if image_id not in self._annotations:
-                raise ValueError(f"batch.image_ids must be of the images of the evaluator's data, got {image_id}")
+                raise ValueError(f"batch.image_ids must be ids of images of the evaluator's data, got {image_id}")
             kept, masks = labels[n] >= 0, None
             if detections.masks is not None:
                 masks = self._encoded(detections.masks[n].detach().float().cpu(), boxes[n], kept, image_id)
@@ -108,23 +118,26 @@ class Evaluator:
         return [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in pasted]
 
     def state(self) -> list[tuple[int, _Found]]:
-        """Return what was added, for `merge` in another process; it can be pickled."""
+        """Return the added detections, which can be pickled and passed to `merge` in another process."""
         return list(self._found.items())
 
     def merge(self, others: list[list[tuple[int, _Found]]]) -> None:
-        """Add the `state`s of other evaluators of the same data."""
+        """Add the detections that `state` of other evaluators with the same data returned."""
         for state in others:
             self._found.update(state)
 
     def summarize(self) -> dict[str, float]:
-        """Compute COCO's metrics by faster-coco-eval: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10,
-        AR_100 and AP/<class>, each in [0,1], or NaN where there are no such objects.
+        """Compute COCO's metrics with faster-coco-eval.
 
-        Objects are compared as their file has them: boxes may leave the image and have no width. Objects to ignore are
-        COCO's crowds: a detection counts as one if most of it lies within.
+        The boxes of the objects are used exactly as in the annotation file, so they may reach outside of the image or
+        be empty. Ignored objects are treated like COCO's crowds: a detection that lies mostly inside of one counts as
+        neither correct nor wrong.
 
-        With masks in data and detections, also mask_AP and so on. Where an object has no mask, what is found within its
-        box counts as neither right nor wrong.
+        Returns:
+            A dict with AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100 and AP/<class>. Each value is
+            in [0,1], or NaN if there are no such objects. If both the data and the detections have masks, the dict also
+            has mask_AP, mask_AP50 and so on. Mask detections inside of the box of an object that has no mask count as
+            neither correct nor wrong.
         """
         metrics = self._coco("bbox")
         with_masks = any(annotation.masks is not None for annotation in self._annotations.values())
@@ -134,8 +147,8 @@ class Evaluator:
 
     def _coco(self, kind: str) -> dict[str, float]:
         api = require("faster_coco_eval", "faster-coco-eval")
-        # Images and categories are numbered from 1 here, in their order: the data's own ids may be strings, or larger
-        # than the float64 that they become there can tell apart.
+        # Images and categories are numbered from 1 in their order. The data's own ids may be strings or integers that
+        # are too large for float64, to which faster-coco-eval converts them.
         numbers = {image_id: 1 + i for i, image_id in enumerate(sorted(self._annotations))}
         truth = api.COCO(self._coco_truth(numbers, masks=kind == "segm"))
         results = self._results(numbers, range(1, 1 + len(self._classes)))
@@ -158,7 +171,7 @@ class Evaluator:
             images.append({"id": numbers[a.image_id], "height": a.height, "width": a.width})
             for i, (label, ignore) in enumerate(zip(a.labels, a.ignore)):
                 item = {
-                    "id": len(objects) + 1,  # 0 would be no match
+                    "id": len(objects) + 1,  # not 0, which means that a detection has no match
                     "image_id": numbers[a.image_id],
                     "category_id": 1 + int(label),
                     "bbox": _corner_and_size(a.boxes[i]),
@@ -173,7 +186,7 @@ class Evaluator:
         }
 
     def coco_results(self) -> list[dict[str, Any]]:
-        """Return the detections in COCO's format of results, with the data's own ids of images and categories."""
+        """Return the detections in COCO's results format, with the image ids and category ids of the data's files."""
         return self._results({id: a.own_id for id, a in self._annotations.items()}, self._category_ids)
 
     def _results(self, image_ids: Mapping[int, int | str], category_ids: Sequence[int | str]) -> list[dict[str, Any]]:
@@ -193,40 +206,48 @@ class Evaluator:
         return results
 
     def voc(self, iou_threshold: float = 0.5, metric: str = "area") -> dict[str, float]:
-        """Compute VOC's AP/<class>, NaN for classes without objects, and their mean, mAP.
+        """Compute VOC's average precision of each class and its mean over the classes.
 
-        Detections of a class are taken by descending score. One whose IoU with the object that it overlaps most is at
-        least iou_threshold is right if it is the object's first, and wrong if it is another; of a difficult object, it
-        is neither.
+        The detections of a class are processed in order of descending score. Each one is compared with the object that
+        it overlaps most. If their IoU is at least `iou_threshold`, the detection is correct if it is the first one of
+        that object, and wrong otherwise. If that object is marked as difficult, the detection counts as neither correct
+        nor wrong.
 
         Args:
-            metric: "area" under the curve of precision, made monotonic, by recall (from 2010 on), or "11point", its
-                mean at recalls 0, 0.1 .. 1 (until 2009).
+            iou_threshold: the minimum IoU of a correct detection.
+            metric: "area", the area under the monotonic precision-recall curve (VOC from 2010 on), or "11point", the
+                mean precision at the recalls 0, 0.1, ..., 1 (VOC until 2009).
+
+        Returns:
+            A dict with AP/<class>, which is NaN for classes without objects, and mAP, the mean of the other values.
+
+        Raises:
+            ValueError: If `metric` has another value.
         """
         if metric not in ("area", "11point"):
             raise ValueError(f"metric must be 'area' or '11point', got {metric!r}")
         values = {
             f"AP/{name}": self._voc_of_class(label, iou_threshold, metric) for label, name in enumerate(self._classes)
         }
-        there = [value for value in values.values() if not math.isnan(value)]
-        return {"mAP": sum(there) / len(there) if there else math.nan, **values}
+        valid = [value for value in values.values() if not math.isnan(value)]
+        return {"mAP": sum(valid) / len(valid) if valid else math.nan, **values}
 
     def _voc_of_class(self, label: int, iou_threshold: float, metric: str) -> float:
         count = sum(int(((a.labels == label) & ~a.ignore).sum()) for a in self._annotations.values())
         if count == 0:
             return math.nan
-        scores, right = [], []
+        scores, correct = [], []
         for image_id, found in self._found.items():
             of_class = found.labels == label
             order = np.argsort(-found.scores[of_class], kind="stable")
             boxes = found.boxes[of_class][order]
             verdicts = _verdicts(boxes, self._annotations[image_id], label, iou_threshold)
             scores.append(found.scores[of_class][order][verdicts >= 0])
-            right.append(verdicts[verdicts >= 0])
+            correct.append(verdicts[verdicts >= 0])
         if not scores:
             return 0.0
         order = np.argsort(-np.concatenate(scores), kind="stable")
-        hits = np.concatenate(right)[order].cumsum()
+        hits = np.concatenate(correct)[order].cumsum()
         recall, precision = hits / count, hits / np.arange(1, len(hits) + 1)
         precision = np.maximum.accumulate(precision[::-1])[::-1]
         if metric == "area":
@@ -236,25 +257,25 @@ class Evaluator:
 
 
 def _finite(annotation: Annotation) -> Annotation:
-    """Replace boxes that are not finite by empty ones, which no detection can match, so that the objects are missed."""
+    """Replace boxes that are not finite with empty boxes, which no detection can match."""
     finite = np.isfinite(annotation.boxes).all(1)
     areas = np.where(np.isfinite(annotation.areas), annotation.areas, 0)
     return dataclasses.replace(annotation, boxes=np.where(finite[:, None], annotation.boxes, 0), areas=areas)
 
 
 def _verdicts(boxes: np.ndarray, annotation: Annotation, label: int, iou_threshold: float) -> np.ndarray:
-    """Return [K] of boxes [K,4] by descending score: 1 right, 0 wrong, -1 neither."""
+    """Return [K] verdicts on boxes [K,4], which are in order of descending score: 1 correct, 0 wrong, -1 neither."""
     of_class = annotation.labels == label
     objects, ignore = annotation.boxes[of_class], annotation.ignore[of_class]
     verdicts = np.zeros(len(boxes), int)
     if len(objects) == 0:
         return verdicts
-    iou, taken = _iou(boxes, objects), np.zeros(len(objects), bool)
-    for k, owner in enumerate(iou.argmax(1)):
-        if iou[k, owner] < iou_threshold:
+    iou, matched = _iou(boxes, objects), np.zeros(len(objects), bool)
+    for k, nearest in enumerate(iou.argmax(1)):
+        if iou[k, nearest] < iou_threshold:
             continue
-        verdicts[k] = -1 if ignore[owner] else not taken[owner]
-        taken[owner] = True
+        verdicts[k] = -1 if ignore[nearest] else not matched[nearest]
+        matched[nearest] = True
     return verdicts
 
 
@@ -268,10 +289,13 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _segmentation(a: Annotation, i: int) -> dict[str, Any]:
-    """Return what a mask adds to an object of COCO; in place of a mask that is missing, a crowd that fills the box."""
+    """Return the entries for the mask of object `i` in COCO's format.
+
+    An object that has no mask becomes a crowd that fills its box, so that detections inside of the box are ignored.
+    """
     if a.masks is not None and a.masks[i] is not None:
-        nothing = {"size": [a.height, a.width], "counts": [a.height * a.width]}
-        return {"segmentation": checked_mask(a.masks[i], a.height, a.width, a.file) or nothing}
+        empty_mask = {"size": [a.height, a.width], "counts": [a.height * a.width]}
+        return {"segmentation": checked_mask(a.masks[i], a.height, a.width, a.file) or empty_mask}
     x1, y1, x2, y2 = a.boxes[i].clip(0, [a.width, a.height] * 2).tolist()
     return {"segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]], "iscrowd": 1}
 

@@ -1,4 +1,4 @@
-"""The log of a run as lines of JSON, in TensorBoard and on the terminal, and the losses and times that go into it."""
+"""The log of a run as JSON lines, in TensorBoard and on the terminal, and the losses and times that are logged."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SHOWN = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log, or none where there is no file.
+    """Read the lines of a log, or return an empty list if the file does not exist.
 
-    A last line that was cut off is left out, and so are lines that are damaged, which are named.
+    An incomplete last line is skipped. Damaged lines are skipped, too, with a message on standard error.
     """
     if not path.exists():
         return []
@@ -32,9 +32,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             if not _is_line(line):
-                raise ValueError("it must be an object of numbers, with an iteration")
+                raise ValueError("a line must be an object of numbers with an iteration")
         except (ValueError, RecursionError) as error:
-            print(f"{path}: line {number} is damaged and left out: {error}", file=sys.stderr)
+            print(f"{path}: line {number} is damaged and is skipped: {error}", file=sys.stderr)
         else:
             lines.append(line)
     return lines
@@ -52,23 +52,24 @@ def _is_line(line: Any) -> bool:
 
 
 def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics with None in place of NaN, which JSON does not have."""
+    """Replace NaN, which JSON does not support, with None."""
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in metrics.items()}
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """Return the most important metrics as text."""
+    """Format the most important metrics as text."""
     words = [f"{name} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name) is not None]
-    return "  ".join(words) or "no AP: no objects to evaluate on"
+    return "  ".join(words) or "no AP, because the test images have no objects"
 
 
 class Log:
-    """`log.jsonl` in a folder, scalars for TensorBoard where it is installed, and progress on the terminal.
+    """The writer of `log.jsonl`, of scalars for TensorBoard if it is installed, and of progress on the terminal.
 
     Args:
-        folder: where the files go.
-        iteration: after which the run goes on; lines of later ones, which are to come again, are removed.
-        total: iterations of the run.
+        folder: the folder for the files.
+        iteration: the last finished iteration. Lines of later iterations are removed, because they will be written
+            again.
+        total: the number of iterations of the run.
     """
 
     def __init__(self, folder: Path, iteration: int, total: int) -> None:
@@ -81,10 +82,10 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            print("TensorBoard: off, not installed")
+            print("TensorBoard is not installed, so its files are not written")
         else:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
-            print(f"TensorBoard: on, in {folder / 'tensorboard'}")
+            print(f"TensorBoard files are written to {folder / 'tensorboard'}")
 
         self.bar = None
         if sys.stderr.isatty():
@@ -110,10 +111,10 @@ class Log:
         if "loss" in line and self.bar is not None:
             self.bar.set_postfix(loss=f"{line['loss']:.3f}")
         elif "loss" in line:
-            left = (self.total - line["iteration"]) * line["minutes"] / line["iteration"]
+            remaining = (self.total - line["iteration"]) * line["minutes"] / line["iteration"]
             self.say(
                 f"{line['iteration']}/{self.total}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
-                f"{line['images_per_second']:.1f} images/s  {left:.1f} min left"
+                f"{line['images_per_second']:.1f} images/s  {remaining:.1f} min left"
             )
         else:
             self.say(f"{line['iteration']}/{self.total}  {in_words(line)}")
@@ -132,9 +133,10 @@ class Log:
 
 
 class Losses:
-    """The losses since the last line of the log. They stay on the device until they are read, in one transfer.
+    """The losses since the last line of the log, which stay on the device until `read` transfers them together.
 
-    `values` are those that were read: a dict for each iteration, means over the processes.
+    Attributes:
+        values: the losses that were read, as one dict per iteration with means over the processes.
     """
 
     def __init__(self, values: list[dict[str, float]] | None = None) -> None:
@@ -145,26 +147,30 @@ class Losses:
         self._unread.append((iteration, image_ids, {name: loss.detach() for name, loss in losses.items()}))
 
     def read(self, world: World) -> None:
-        """Read them in all processes, at the same iteration. A loss that is not finite is a LossError in all."""
+        """Transfer the losses of all processes, which must call this at the same iteration.
+
+        Raises:
+            LossError: If a loss of any process is not finite. The error is raised in all processes.
+        """
         if not self._unread:
             return
         flat = iter(torch.stack([x.float() for _, _, losses in self._unread for x in losses.values()]).tolist())
-        mine = [(at, ids, {name: next(flat) for name in losses}) for at, ids, losses in self._unread]
+        own = [(iteration, ids, {name: next(flat) for name in losses}) for iteration, ids, losses in self._unread]
         self._unread = []
-        for entries in zip(*world.gather(mine)):
+        for entries in zip(*world.gather(own)):
             for iteration, image_ids, losses in entries:
                 if not all(math.isfinite(loss) for loss in losses.values()):
                     raise LossError(
-                        f"losses must be finite, got {losses} in iteration {iteration}, of images {image_ids}. "
-                        "The last checkpoint is from before"
+                        f"losses must be finite, got {losses} in iteration {iteration} for images {image_ids}. "
+                        "The last checkpoint was saved before this iteration"
                     )
             names = {name: None for _, _, losses in entries for name in losses}
             self.values.append(
                 {name: sum(losses.get(name, 0.0) for _, _, losses in entries) / world.size for name in names}
             )
 
-    def take_means(self) -> dict[str, float]:
-        """Return the means over the iterations that were read, and forget these."""
+    def pop_means(self) -> dict[str, float]:
+        """Return the means over the iterations that were read, and remove these iterations."""
         names = {name: None for losses in self.values for name in losses}
         means = {name: sum(losses.get(name, 0.0) for losses in self.values) / len(self.values) for name in names}
         self.values = []
@@ -172,7 +178,11 @@ class Losses:
 
 
 class Clock:
-    """Minutes of training with its loading of data, and of everything; both go on where a resumed run stopped."""
+    """The minutes of training, including data loading, and the elapsed minutes of the whole run.
+
+    Args:
+        training, elapsed: the minutes at which an earlier part of the run stopped.
+    """
 
     def __init__(self, training: float = 0.0, elapsed: float = 0.0) -> None:
         self._training, self._elapsed = training, elapsed

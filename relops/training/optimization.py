@@ -1,4 +1,4 @@
-"""Optimizers, learning rates and averages of weights."""
+"""Optimizers, learning rate schedules and weight averages."""
 
 from __future__ import annotations
 
@@ -25,11 +25,21 @@ def make_optimizer(
     backbone_lr: float,
     slower: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
-    """Make an optimizer of the parameters that require a gradient.
+    """Create an optimizer for the parameters that require a gradient.
 
-    Vectors, which are biases and scales, do not decay. Parameters of a `body`, the network that a backbone is made of,
-    have a learning rate of lr * backbone_lr. With adamw, whose first steps are as large whatever the gradient, those of
-    modules named in `slower` have a tenth of lr.
+    Args:
+        model: the model.
+        kind: "sgd" or "adamw".
+        lr: the learning rate.
+        weight_decay: the weight decay of all parameters except vectors, which are biases and scales.
+        momentum: the momentum of sgd.
+        backbone_lr: the factor of the learning rate for the parameters of a module named `body`, which is the network
+            of a backbone.
+        slower: names of modules whose learning rate is a tenth of `lr` with adamw, because the size of its first steps
+            does not depend on the size of the gradient.
+
+    Raises:
+        UsageError: If no parameter requires a gradient.
     """
     slowed = set(slower) if kind == "adamw" else set()
     groups: dict[tuple[float, float], list[Tensor]] = {}
@@ -49,10 +59,11 @@ def make_optimizer(
 
 
 def lr_factor(kind: str, iteration: int, total: int, warmup: int, milestones: Sequence[float]) -> float:
-    """Return the factor of the learning rate in the `iteration`-th iteration of `total`.
+    """Return the factor of the learning rate in iteration number `iteration` of `total`.
 
-    It rises linearly over the first `warmup` iterations, and falls by half a cosine to 0, or to a tenth after each
-    milestone. As a function of the iteration alone it has no state to store.
+    The factor rises linearly in the first `warmup` iterations. With "cosine" it then follows half a cosine wave down to
+    0. With "step" it is divided by 10 at each milestone, which is a fraction of the run. It depends only on the
+    iteration, so a checkpoint need not store any state of the schedule.
     """
     rise = min(1.0, (iteration + 1) / (warmup + 1))
     progress = iteration / total
@@ -67,9 +78,16 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 class WeightAverage:
-    """An exponential moving average of a model's weights and buffers, in `model`, which is a copy.
+    """An exponential moving average of the weights and buffers of a model.
 
-    The first averages are over fewer steps than `decay` stands for, so that the initial weights do not linger.
+    The first updates use a smaller decay, so that the initial weights do not dominate the average.
+
+    Args:
+        model: the model, which is copied.
+        decay: the factor of the previous average in each update.
+
+    Attributes:
+        model: the copy that holds the averages.
     """
 
     def __init__(self, model: BaseDetector, decay: float) -> None:
@@ -78,7 +96,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:
-        """Take a step into account, before which there were `steps`."""
+        """Update the average with the weights of `model`, after `steps` earlier updates."""
         weight = 1.0 - min(self.decay, (1 + steps) / (10 + steps))
         averages, weights = self.model.state_dict(), model.state_dict()
         floating = [name for name, value in weights.items() if value.is_floating_point()]

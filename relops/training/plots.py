@@ -1,4 +1,4 @@
-"""Pictures of detections and of a training run."""
+"""Drawings of detections and plots of training curves."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ def draw_detections(
     classes: Sequence[str],
     masks: np.ndarray | None = None,
 ) -> Image:
-    """Draw boxes, class names and scores, and masks over an image. A class always has the same color.
+    """Draw boxes, class names, scores and masks over an image. Each class always has the same color.
 
     Args:
         image: [H,W,3] uint8 RGB.
         boxes: [D,4] x1, y1, x2, y2 in pixels of the image.
-        labels: [D] integers; those below 0 are not drawn.
+        labels: [D] integers. Detections with a negative label are not drawn.
         scores: [D].
         classes: names of the labels.
-        masks: [D,H,W] bool.
+        masks: [D,H,W] bool, or None to draw no masks.
+
+    Returns:
+        The drawing as a PIL image. The input image is not changed.
     """
     pil, draw = require("PIL.Image", "pillow"), require("PIL.ImageDraw", "pillow")
-    shown = [d for d in np.argsort(scores, kind="stable") if labels[d] >= 0]  # the best on top
+    shown = [d for d in np.argsort(scores, kind="stable") if labels[d] >= 0]  # the highest score is drawn last
     if masks is not None:
         image = image.copy()
         for d in shown:
@@ -46,28 +49,29 @@ def draw_detections(
         color, box = _color(labels[d]), [float(x) for x in boxes[d]]
         text = f"{classes[labels[d]]} {scores[d]:.2f}"
         pen.rectangle(box, outline=color, width=max(1, round(max(image.shape[:2]) / 400)))
-        place = pen.textbbox((0, 0), text)
-        corner = box[0], max(0.0, box[1] - place[3] - 1)
-        pen.rectangle([*corner, corner[0] + place[2] + 1, corner[1] + place[3] + 1], fill=color)
+        _, _, text_right, text_bottom = pen.textbbox((0, 0), text)
+        corner = box[0], max(0.0, box[1] - text_bottom - 1)
+        pen.rectangle([*corner, corner[0] + text_right + 1, corner[1] + text_bottom + 1], fill=color)
         pen.text(corner, text, fill=(0, 0, 0))
     return picture
 
 
 def _color(label: int) -> tuple[int, int, int]:
-    # Steps of the golden ratio keep any number of hues apart.
+    # Multiples of the golden ratio give distinct hues for any number of classes.
     red, green, blue = (round(255 * x) for x in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.0))
     return red, green, blue
 
 
 def plot_curves(log: Sequence[dict[str, Any]], path: Path | str) -> None:
-    """Write a picture: losses by iteration at the left, AP by minutes of training at the right.
+    """Plot the losses over the iterations (left) and the average precision over the minutes of training (right).
 
     Args:
-        log: lines {"iteration", "minutes", "loss", "losses": {name: value}} of training and {"iteration", "minutes",
-            "AP", "AP50", .., "mask_AP", ..} of evaluation, mixed. What a line lacks is not drawn.
-        path: of the picture; its ending tells the format.
+        log: lines {"iteration", "minutes", "loss", "losses": {name: value}} of training and lines {"iteration",
+            "minutes", "AP", "AP50", ..., "mask_AP", ...} of evaluation, in any order. A value that is missing in a line
+            is not plotted.
+        path: the output file. Its extension determines the format.
     """
-    figure_type = require("matplotlib.figure", "matplotlib").Figure  # unlike pyplot, leaves the backend alone
+    figure_type = require("matplotlib.figure", "matplotlib").Figure  # unlike pyplot, Figure does not set a backend
     figure = figure_type(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
 
@@ -95,9 +99,9 @@ def plot_curves(log: Sequence[dict[str, Any]], path: Path | str) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return running means, each of the values up to it, as many as are 1/20 of all; NaN is left out."""
+    """Return the mean of each value and the values before it in a window of 1/20 of all values, without NaN."""
     window = max(1, len(values) // 20)
-    there = np.isfinite(values)
-    sums, counts = (np.concatenate([np.zeros(window), x]).cumsum() for x in (np.where(there, values, 0), there))
+    finite = np.isfinite(values)
+    sums, counts = (np.concatenate([np.zeros(window), x]).cumsum() for x in (np.where(finite, values, 0), finite))
     counts = counts[window:] - counts[:-window]
     return np.where(counts > 0, (sums[window:] - sums[:-window]) / np.maximum(counts, 1), np.nan)

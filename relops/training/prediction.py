@@ -1,4 +1,4 @@
-"""What a detector finds in images, as detections, objects, drawings or proposals."""
+"""Detections, objects, drawings and proposals that a detector computes for images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from relops.training.detector import Detector
 from relops.training.errors import UsageError
 from relops.training.plots import draw_detections
 
-DRAWN = 640  # pixels that the longer side of a small image is enlarged to, at most
+DRAWN_SIZE = 640  # maximum length in pixels to which the longer side of a small image is enlarged
 
 
 @torch.no_grad()
 def predict(model: BaseDetector, batch: Batch) -> Detections:
-    """Return the detections of a model in evaluation mode, on its device."""
+    """Return the detections of a model, which must be in evaluation mode and on the device of the batch."""
     targets = (batch.targets,) if model.uses_proposals else ()
     detections: Detections = model(batch.images, batch.sizes, *targets)
     return detections
@@ -33,12 +33,12 @@ def predict(model: BaseDetector, batch: Batch) -> Detections:
 
 @dataclass
 class Objects:
-    """The D objects found in an image, by descending score, in pixels of the image.
+    """The D objects that were detected in an image, in order of descending score.
 
     Attributes:
-        boxes: [D,4].
+        boxes: [D,4] x1, y1, x2, y2 in pixels of the image.
         labels, scores: [D].
-        masks: [D,H,W] bool, or None.
+        masks: [D,H,W] bool, or None if the model has no masks.
     """
 
     boxes: np.ndarray
@@ -48,7 +48,7 @@ class Objects:
 
 
 def detect(detector: Detector, sample: Sample, threshold: float) -> Objects:
-    """Return the objects with a score of at least the threshold."""
+    """Detect the objects in an image, and return those whose score is at least the threshold."""
     batch = collate([prepare(sample, detector.min_size, detector.max_size)])
     found = predict(detector.model, batch.to(detector.device))
     keep = ((found.labels[0] >= 0) & (found.scores[0] >= threshold)).cpu()
@@ -62,9 +62,9 @@ def detect(detector: Detector, sample: Sample, threshold: float) -> Objects:
 
 
 def draw(detector: Detector, sample: Sample, found: Objects, path: Path) -> None:
-    """Write a picture of an image with the objects found in it."""
-    # Names have one size of letters: small images are enlarged.
-    factor = max(1, DRAWN // max(sample.image.shape[:2]))
+    """Write a drawing of an image with the objects that were detected in it."""
+    # Small images are enlarged, because the font size of the class names is fixed.
+    factor = max(1, DRAWN_SIZE // max(sample.image.shape[:2]))
     image, masks = sample.image.repeat(factor, 0).repeat(factor, 1), found.masks
     if masks is not None:
         masks = masks.repeat(factor, 1).repeat(factor, 2)
@@ -74,7 +74,7 @@ def draw(detector: Detector, sample: Sample, found: Objects, path: Path) -> None
 
 
 def draw_examples(detector: Detector, data: DetectionData, folder: Path, count: int) -> None:
-    """Write pictures of the first `count` images, and of the objects found in them, to a folder."""
+    """Write drawings of the first `count` images, with the objects that are detected in them, to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     detector.model.eval()
     for index in range(min(count, len(data))):
@@ -82,10 +82,10 @@ def draw_examples(detector: Detector, data: DetectionData, folder: Path, count: 
 
 
 def proposing_model(detector: Detector) -> TwoStageDetector:
-    """Return the model of a detector. One that makes no proposals is a UsageError."""
+    """Return the model of a detector, or raise UsageError if it does not generate proposals."""
     model = detector.model
     if model.uses_proposals or not isinstance(model, TwoStageDetector):
-        raise UsageError(f"model {detector.name} makes no proposals")
+        raise UsageError(f"model {detector.name} does not generate proposals")
     return model
 
 
@@ -93,13 +93,27 @@ def proposing_model(detector: Detector) -> TwoStageDetector:
 def propose(
     detector: Detector, data: DetectionData, count: int, batch_size: int, workers: int
 ) -> dict[int, np.ndarray]:
-    """Return up to `count` proposals [P,4] of each image, in pixels of the image, best first, by the image's id."""
+    """Compute the proposals of a detector for all images of a data set.
+
+    Args:
+        detector: a detector that generates proposals.
+        data: the images.
+        count: the maximum number of proposals per image.
+        batch_size: the number of images per batch.
+        workers: the number of processes that load images.
+
+    Returns:
+        A dict from the id of each image to its proposals [P,4] in pixels of the image, in order of descending score.
+
+    Raises:
+        UsageError: If the detector does not generate proposals.
+    """
     model = proposing_model(detector)
     batches = batches_in_order(range(len(data)), batch_size)
     images = Transformed(data, detector.min_size, detector.max_size)
     proposals = {}
     for batch in load_batches(images, batches, workers, detector.device):
-        found = model.propose(batch.images.to(detector.device), batch.sizes.to(detector.device), max_proposals=count)
+        found = model.propose(batch.images.to(detector.device), batch.sizes.to(detector.device), count)
         boxes = found[0].float().cpu() / batch.scales.flip(1).repeat(1, 2)[:, None]
         for image_id, of_image in zip(batch.image_ids.tolist(), boxes):
             padding = (of_image == 0).all(1)

@@ -1,4 +1,4 @@
-"""Signals that stop a run after a checkpoint."""
+"""Handling of the signals that stop a run after a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A run stopped at a signal, after a checkpoint."""
+    """An exception for a run that a signal stopped after it saved a checkpoint."""
 
     def __init__(self, number: int, iteration: int) -> None:
-        super().__init__(f"{signal.Signals(number).name}: stopped after iteration {iteration}, with a checkpoint")
+        super().__init__(f"{signal.Signals(number).name}: stopped after iteration {iteration} and saved a checkpoint")
         self.number = number
 
 
 class Signals:
-    """Inside it, SIGINT and SIGTERM are noted in `number`, for the run to stop when it can; a second one ends the
-    process at once."""
+    """A context manager that records SIGINT and SIGTERM in `number`, so that the run can stop after a checkpoint.
+
+    A second signal ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if self.number:
             os._exit(128 + number)
         self.number = number

@@ -1,4 +1,4 @@
-"""The commands of `python -m relops` that train and use detectors, a module each.
+"""The commands of `python -m relops`, one module per command.
 
-`add_parser` of a module adds its command to the parser, and what it sets as `run` carries the command out.
+The function `add_parser` of a module adds the command to the parser and sets `run`, the function that executes it.
 """

@@ -1,11 +1,14 @@
-"""The arguments that eval, predict and propose have in common, and the detector and data that they name."""
+"""The parser class of all commands, and the arguments that eval, predict and propose have in common."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +18,37 @@ from relops.training.detector import Detector, load_detector
 from relops.training.distributed import device_named
 
 
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose help may depend on the other arguments of the command.
+
+    Attributes:
+        make_epilog: a function that returns the end of the help, given the arguments of the command, or None.
+    """
+
+    make_epilog: Callable[[Sequence[str]], str] | None = None
+    _arguments: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments, and keep them for `format_help`, which --help calls before parsing has ended."""
+        self._arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """Return the help of the command."""
+        if self.make_epilog is not None:
+            self.epilog = self.make_epilog(self._arguments)
+        return super().format_help()
+
+
+def add_command(commands: argparse._SubParsersAction, name: str, help: str, **options: Any) -> argparse.ArgumentParser:
+    """Add a command to the parser. Its description is `help` as a sentence unless `options` has another one."""
+    options = {"description": f"{help[0].upper()}{help[1:]}."} | options
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, **options)
+    return parser
+
+
 def default_folder(model: str, data: str) -> str:
-    """Return the folder that the files of a run are in where none is named."""
+    """Return the default output folder of a run."""
     return os.path.join("runs", f"{model}-" + re.sub(r"[^\w.-]+", "-", data).strip("-"))
 
 
@@ -27,19 +59,33 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="RUN",
-        help="folder of a run, or its model.pt or last.pt; where train puts that of --model and --data",
+        help="folder of a run, or its file model.pt or last.pt (default: the folder runs/MODEL-DATA, where train puts "
+        "a run with the same --model and --data)",
     )
-    parser.add_argument("--model", default=TrainConfig.model, help="model of the run, where RUN is not given")
-    parser.add_argument("--data", help="coco:DIR, voc:DIR or shapes[:N] (that of the run)")
-    parser.add_argument("--test-annotations", metavar="FILE", help="to evaluate on, of coco:DIR (that of the run)")
-    parser.add_argument("--device", help="cpu or cuda (a GPU where there is one)")
-    parser.add_argument("--threads", type=int, help="threads of the CPU")
+    parser.add_argument(
+        "--model",
+        default=TrainConfig.model,
+        help=f"model of the run, which is used only if RUN is not given (default: {TrainConfig.model})",
+    )
+    parser.add_argument("--data", help="data set: coco:DIR, voc:DIR or shapes[:N] (default: that of the run)")
+    parser.add_argument(
+        "--test-annotations",
+        metavar="FILE",
+        help="annotation file of the test images of coco:DIR (default: that of the run, or, if --data is given, the "
+        "file whose name contains val or test)",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if one is available)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="number of CPU threads (default: the number that torch chooses)"
+    )
 
 
 def add_loader(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of those that take images in batches."""
-    parser.add_argument("--batch", type=int, default=8, help="images at a time (8)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images (2)")
+    """Add the arguments of the commands that load images in batches."""
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="number of images per batch (default: 8)")
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="number of processes that load images (default: 2)"
+    )
 
 
 def load(arguments: argparse.Namespace) -> Detector:
@@ -54,7 +100,7 @@ def load(arguments: argparse.Namespace) -> Detector:
 def open_split(
     arguments: argparse.Namespace, detector: Detector, split: str, with_masks: bool = False
 ) -> DetectionData:
-    """Open the data that the arguments name, or else those of the detector's run, by the detector's classes."""
+    """Open the data set that the arguments name, or otherwise that of the run, with the classes of the detector."""
     annotations = vars(arguments).get(f"{split}_annotations")
     if annotations is None and arguments.data is None:
         annotations = getattr(detector, f"{split}_annotations")

@@ -1,4 +1,4 @@
-"""python -m relops eval"""
+"""The command `python -m relops eval`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relops.training._files import check_file, write_json
 from relops.training._optional import require_all
-from relops.training.cli.arguments import add_detector, add_loader, load, open_split
+from relops.training.cli.arguments import add_command, add_detector, add_loader, load, open_split
 from relops.training.data import with_proposals
 from relops.training.distributed import World
 from relops.training.errors import UsageError
@@ -17,24 +17,32 @@ from relops.training.log import without_nan
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command."""
-    parser = commands.add_parser("eval", help="average precision of a trained detector")
+    """Add the command to the parser."""
+    parser = add_command(commands, "eval", "compute the average precision of a trained detector")
     add_detector(parser)
     add_loader(parser)
-    parser.add_argument("--proposals", help="file of proposals of the images (Fast R-CNN)")
-    parser.add_argument("--voc", action="store_true", help="PASCAL VOC's average precision, too")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="for the numbers as JSON")
+    parser.add_argument(
+        "--proposals",
+        metavar="FILE",
+        help="file of proposals for the images, which only fast_rcnn needs (default: none)",
+    )
+    parser.add_argument(
+        "--voc", action="store_true", help="also compute the average precision of Pascal VOC (default: no)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file for the metrics (default: the metrics are only printed)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate a detector, and print and write the metrics."""
+    """Evaluate a detector, print the metrics, and write them to a file if one is given."""
     require_all("pillow", "faster-coco-eval")
     detector = load(arguments)
     data = open_split(arguments, detector, "test", with_masks=detector.model.uses_masks)
     if detector.model.uses_proposals:
         if arguments.proposals is None:
-            raise UsageError(f"model {detector.name} is given proposals: --proposals must name a file of them")
+            raise UsageError(f"model {detector.name} needs proposals: --proposals must name a file")
         data = with_proposals(data, arguments.proposals)
     if arguments.output is not None:
         check_file(arguments.output)
@@ -47,5 +55,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         write_json(arguments.output, without_nan(metrics))
     for name, value in metrics.items():
-        print(f"{name:32}{'none there' if math.isnan(value) else f'{value:.4f}'}")
+        print(f"{name:32}{'no objects' if math.isnan(value) else f'{value:.4f}'}")
     return 0

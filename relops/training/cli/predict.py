@@ -1,4 +1,4 @@
-"""python -m relops predict"""
+"""The command `python -m relops predict`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from relops.training._files import check_file, make_folder, write_json
 from relops.training._optional import require_all
-from relops.training.cli.arguments import add_detector, load, open_split
+from relops.training.cli.arguments import add_command, add_detector, load, open_split
 from relops.training.data import Sample
 from relops.training.data.images import IMAGE_ENDINGS, PixelRange, common_range, is_image, read_image
 from relops.training.data.masks import encode_mask
@@ -23,29 +23,41 @@ from relops.training.prediction import Objects, detect, draw
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command."""
-    parser = commands.add_parser("predict", help="detect objects in images, and draw them")
+    """Add the command to the parser."""
+    parser = add_command(commands, "predict", "detect objects in images and draw them")
     add_detector(parser)
     parser.add_argument(
-        "images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders of them; none: those to evaluate on"
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image file, or folder of images (default: the test images of the data set)",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for drawings and detections.json")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score (0.5)")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for drawings and detections.json (required)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, metavar="X", help="minimum score of a detection (default: 0.5)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write drawings and detections.json. Images that cannot be read are named and left out, for a status of 1."""
+    """Write drawings and detections.json.
+
+    Images that cannot be read are reported and skipped, and the exit status is then 1.
+    """
     require_all("pillow")
     output: Path = arguments.output
     for path in filter(os.path.isdir, arguments.images):
         if os.path.realpath(path) == os.path.realpath(output):
             raise UsageError(
-                f"{output}: output must not be a folder of images, where drawings would be images next time"
+                f"{output}: output must not be a folder of input images, because the next run would also read the "
+                "drawings"
             )
     detector = load(arguments)
     if detector.model.uses_proposals:
-        raise UsageError(f"model {detector.name} is given proposals, which image files have not")
+        raise UsageError(f"model {detector.name} needs proposals, which image files do not have")
     images = _images(arguments, detector)
     drawings = _drawings(output, [file for file, _ in images])
 
@@ -58,14 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         found = detect(detector, sample, arguments.threshold)
         draw(detector, sample, found, drawing)
-        results[file] = _described(found, detector.classes)
+        results[file] = _json_objects(found, detector.classes)
         print(f"{file}: {len(found.boxes)}")
     write_json(output / "detections.json", results)
     return 0 if len(results) == len(images) else 1
 
 
 def _images(arguments: argparse.Namespace, detector: Detector) -> list[tuple[str, Callable[[], Sample]]]:
-    """Return the file of each image, and what reads it: the images that are given, or else those to evaluate on."""
+    """Return the file of each image and a function that reads it.
+
+    The images are those that the arguments name, or otherwise the test images of the data set.
+    """
     if not arguments.images:
         data = open_split(arguments, detector, "test")
         return [(a.file, functools.partial(data.__getitem__, i)) for i, a in enumerate(data.annotations())]
@@ -75,14 +90,14 @@ def _images(arguments: argparse.Namespace, detector: Detector) -> list[tuple[str
 
 
 def _image_files(paths: list[Path]) -> list[str]:
-    """Return the files given, and the images in the folders given."""
+    """Return the paths of files, and the image files in folders."""
     files: list[Path] = []
     for path in paths:
         inside = [path]
         if os.path.isdir(path):
             inside = sorted(path / name for name in os.listdir(path) if is_image(name))
         if not inside:
-            raise UsageError(f"{path}: a folder must have images in it, got none of {', '.join(IMAGE_ENDINGS)}")
+            raise UsageError(f"{path}: a folder must contain images, got no file of type {', '.join(IMAGE_ENDINGS)}")
         files += inside
     return list(map(str, files))
 
@@ -92,24 +107,28 @@ def _read(file: str, pixel_range: PixelRange | None) -> Sample:
 
 
 def _drawings(output: Path, files: list[str]) -> list[Path]:
-    """Make the folder, and return the file of each image's drawing in it, which is none of the images."""
+    """Create the output folder, and return the path of each image's drawing.
+
+    Raises:
+        UsageError: If two images have the same name, or if a drawing would overwrite an image.
+    """
     by_name: dict[str, str] = {}
     for file in files:
         other = by_name.setdefault(Path(file).name, file)
         if other is not file:
-            raise UsageError(f"names of images must differ, got {other} and {file}")
+            raise UsageError(f"the names of images must be unique, got {other} and {file}")
     make_folder(output)
     check_file(output / "detections.json")
     drawings = [output / f"{Path(file).name}.png" for file in files]
     images = set(map(os.path.realpath, files))
     for drawing in drawings:
         if os.path.realpath(drawing) in images:
-            raise UsageError(f"{drawing}: output must be a folder where no image is overwritten, got one of the images")
+            raise UsageError(f"{drawing}: output must be a folder in which no input image is overwritten")
     return drawings
 
 
-def _described(found: Objects, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the objects as detections.json has them."""
+def _json_objects(found: Objects, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the detected objects in the format of detections.json."""
     return [
         {
             "class": classes[label],

@@ -1,4 +1,4 @@
-"""python -m relops train"""
+"""The command `python -m relops train`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import inspect
 import os
 import sys
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from relops import models
-from relops.models.backbones.build import BODIES
-from relops.training.cli.arguments import default_folder
+from relops.training.cli.arguments import CommandParser, add_command, default_folder
+from relops.training.cli.descriptions import models_help
 from relops.training.config import TrainConfig, check_limits
 from relops.training.engine import train
 from relops.training.errors import UsageError
 from relops.training.log import in_words
 from relops.training.signals import Interrupted
 
-BACKBONES = f"{', '.join(BODIES)}; some of them take endings, as in resnet50-frozen and resnet18-gn-32"
-# The type and help of options of models that have a flag of their own, besides --option.
+# These options of models have their own flags, in addition to --option.
 MODEL_OPTIONS: dict[str, tuple[type, str]] = {
-    "backbone": (str, f"network that the model is built on: {BACKBONES}"),
-    "channels": (int, "channels of the maps that the model works on"),
-    "hidden": (int, "width of the model's fully connected layers"),
+    "backbone": (str, "backbone of the model, one of those listed below (default: that of the model)"),
+    "channels": (int, "number of channels of the model's feature maps (default: that of the model)"),
+    "hidden": (int, "width of the model's fully connected layers (default: that of the model)"),
 }
 
-# In place of the defaults of TrainConfig where the data are shapes; of the options, those that the model has.
+# These defaults replace those of TrainConfig and of the models for the data set `shapes`. Options that a model does not
+# have are ignored.
 SHAPES_DEFAULTS: dict[str, Any] = {
     "options": {
         "backbone": "resnet18-gn-32",
@@ -60,62 +61,93 @@ SHAPES_DEFAULTS: dict[str, Any] = {
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command, with a flag for each setting of TrainConfig."""
-    shapes = ", ".join(f"{name} {value}" for name, value in SHAPES_DEFAULTS.items())
-    parser = commands.add_parser("train", help="train a detector", epilog=f"Defaults of shapes: {shapes}.")
+    """Add the command to the parser, with a flag for each setting of TrainConfig."""
+    parser = add_command(
+        commands,
+        "train",
+        "train a detector",
+        description="Train a detector, or resume its training.\n\n"
+        "`train --model NAME --help` also describes the options of that model.",
+        usage="%(prog)s [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if isinstance(parser, CommandParser):
+        parser.make_epilog = _epilog
+    groups = {name: parser.add_argument_group(name) for name in ("data", "images", "model", "optimization", "run")}
     types = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         if field.name != "options":
-            _add_setting(parser, field, types[field.name])
-    parser.add_argument("--restart", action="store_true", help="begin anew where the output has a run")
-    group = parser.add_argument_group(
-        "options of the model", f"Python's help(relops.models.{TrainConfig.model}) lists all that this model has."
+            _add_setting(groups[field.metadata["group"]], field, types[field.name])
+    groups["run"].add_argument(
+        "--restart", action="store_true", help="start again even if the output folder has a checkpoint (default: no)"
     )
     for name, (kind, help) in MODEL_OPTIONS.items():
-        group.add_argument(f"--{name}", type=kind, help=help)
-    group.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="any option of the model; repeatable"
+        groups["model"].add_argument(f"--{name}", type=kind, metavar="N" if kind is int else None, help=help)
+    groups["model"].add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set any option of the model; may be repeated (default: the options listed below)",
     )
     parser.set_defaults(run=run)
 
 
-def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
-    """Add a flag, whose value is None where it is not given."""
-    flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
-    if field.name == "model":
-        help += f": {', '.join(models.DETECTORS)}"
+def _add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any) -> None:
+    """Add a flag for a setting. The value of the flag is None if it is not given."""
+    flag, help, text = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["default_text"]
+    default = typing.cast(Any, field.default)
     if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
+        help += f" (default: {'yes' if default else 'no'})"
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
         return
-    kinds = [x for x in typing.get_args(kind) or (kind,) if x in (str, int, float)]
-    several, default = typing.get_origin(kind) is tuple, typing.cast(Any, field.default)
-    shown = " ".join(map(str, default)) if several else default
-    parser.add_argument(
+    value_type = next(x for x in typing.get_args(kind) or (kind,) if x in (str, int, float))
+    is_tuple = typing.get_origin(kind) is tuple
+    if text is None:
+        text = " ".join(map(str, default)) if is_tuple else default
+    group.add_argument(
         flag,
-        type=kinds[0],
-        nargs="+" if several else None,
+        type=value_type,
+        nargs="+" if is_tuple else None,
         choices=field.metadata["choices"],
-        help=help if shown in (None, "") else f"{help} ({shown})",
+        metavar=field.metadata["metavar"] or {int: "N", float: "X"}.get(value_type),
+        help=f"{help} (default: {text})",
     )
 
 
+def _epilog(arguments: Sequence[str]) -> str:
+    """Return the end of the help, which describes the options of a model if the arguments name one."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--model")
+    try:
+        model = finder.parse_known_args(arguments)[0].model
+    except argparse.ArgumentError:  # --model has no value
+        model = None
+    settings = {name: value for name, value in SHAPES_DEFAULTS.items() if name != "options"}
+    return models_help(model, settings, SHAPES_DEFAULTS["options"])
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Train, and print the metrics. An interrupt after a checkpoint is told from errors by the status."""
+    """Train a detector and print its metrics.
+
+    Returns:
+        0, or 128 plus the number of the signal that stopped the run after a checkpoint.
+    """
     config = train_config(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         metrics = train(config, arguments.restart)
     except Interrupted as stop:
         if is_main:
-            print(f"{stop} in {config.output}. The same command goes on from there", file=sys.stderr)
+            print(f"{stop} in {config.output}. Run the same command again to resume", file=sys.stderr)
         return 128 + stop.number
     if is_main:
-        print(f"{in_words(metrics)}  in {config.output}")
+        print(f"{config.output}: {in_words(metrics)}")
     return 0
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:
-    """Return the settings that were given, over the defaults for the data."""
+    """Return the settings of the command line, with the defaults for its data set."""
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     given: dict[str, Any] = {name: x for name in names if (x := getattr(arguments, name, None)) is not None}
     if "milestones" in given:
@@ -138,5 +170,5 @@ def _option(text: str) -> tuple[str, Any]:
         raise UsageError(f"--option must be NAME=VALUE, got {text!r}")
     try:
         return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # a string without quotes
-        return name, value
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return name, value  # the value is a string without quotes

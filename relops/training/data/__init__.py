@@ -1,6 +1,6 @@
-"""Data sets, and the way from them to batches.
+"""Data sets, and how their images become batches.
 
-The images of a training step come about so:
+The batches of a training run are made as follows::
 
     data = open_data("voc:VOC2007", "train")
     prepared = Transformed(data, min_size=600, max_size=1000, augment=True)
@@ -51,32 +51,32 @@ def open_data(
     """Open one split of a data set.
 
     Args:
-        spec: `voc:DIR` (see `voc.open_voc`), `coco:DIR` (see `coco.open_coco`), or `shapes:N` for N drawn training
-            images and N // 5 test images; `shapes` is `shapes:1000`.
+        spec: `voc:DIR` for the Pascal VOC format, `coco:DIR` for the COCO format, or `shapes:N` for N drawn training
+            images and N // 5 drawn test images. `shapes` means `shapes:1000`.
         split: "train" or "test".
-        classes: names that labels are numbered by: those of the training data for test data. None: those that occur in
-            train (VOC), or the file's categories (COCO).
-        annotations: the file of annotations of a COCO data set; None: found by its name (see `coco.open_coco`).
-        pixel_range: the values that become 0 and 255 in images whose pixels are not bytes: those of the training data
-            for test data. None: found in a part of the images.
+        classes: class names in the order of their labels. For test data, pass the classes of the training data. None
+            means the classes that occur in the training split (VOC), or the categories of the file (COCO).
+        annotations: the annotation file of a COCO data set. None means that the file is found by its name.
+        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. For test data, pass the
+            range of the training data. None means that the range is determined from a sample of the images.
 
     Raises:
-        UsageError: naming the argument or file, the rule, and what was got.
+        UsageError: If an argument or a file breaks a rule. The message names it, the rule, and the value.
     """
     if split not in ("train", "test"):
         raise UsageError(f"split must be 'train' or 'test', got {split!r}")
-    kind, _, where = spec.partition(":")
+    kind, _, source = spec.partition(":")
     if annotations is not None and kind != "coco":
-        raise UsageError(f"annotations must name a file of coco:DIR, got {annotations!r} for data {spec!r}")
-    if kind in ("voc", "coco") and where:
-        if not os.path.isdir(where):
-            raise UsageError(f"data {spec!r}: {where} must be a folder")
+        raise UsageError(f"annotations may be given for coco:DIR only, got {annotations!r} for data {spec!r}")
+    if kind in ("voc", "coco") and source:
+        if not os.path.isdir(source):
+            raise UsageError(f"data {spec!r}: {source} must be a folder")
         if kind == "voc":
-            return open_voc(where, split, classes, pixel_range)
-        return open_coco(where, split, classes, annotations, pixel_range)
-    if spec != "shapes" and not (kind == "shapes" and re.fullmatch("[0-9]{1,9}", where) and int(where) >= 5):
+            return open_voc(source, split, classes, pixel_range)
+        return open_coco(source, split, classes, annotations, pixel_range)
+    if spec != "shapes" and not (kind == "shapes" and re.fullmatch("[0-9]{1,9}", source) and int(source) >= 5):
         raise UsageError(f"data must be coco:DIR, voc:DIR, shapes or shapes:N with N from 5 to 999999999, got {spec!r}")
-    count = int(where or 1000)
+    count = int(source or 1000)
     data = ShapesData(split, count if split == "train" else count // 5)
     if classes is not None and list(classes) != data.classes:
         raise UsageError(f"classes of {spec} must be {data.classes}, got {list(classes)}")
@@ -84,14 +84,14 @@ def open_data(
 
 
 def warn_of_common_images(train: DetectionData, test: DetectionData) -> None:
-    """Warn where images in files are both trained and evaluated on."""
+    """Warn if image files belong to both the training data and the test data."""
     if not isinstance(train, FileData) or not isinstance(test, FileData):
         return
     trained = {os.path.realpath(a.file) for a in train.annotations()}
     common = [a.file for a in test.annotations() if os.path.realpath(a.file) in trained]
     if common:
         warnings.warn(
-            f"{common[0]}: images to evaluate on should not be trained on, got {len(common)} such images of "
-            f"{len(test)}",
+            f"{common[0]}: a test image should not also be a training image (such images: {len(common)} of "
+            f"{len(test)})",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Batches of padded images, and the processes that load them."""
+"""Batches of padded images, and the worker processes that load them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from relops.models.inference import MEAN, STD
 from relops.training.data.samples import Sample
 from relops.training.data.transforms import Transformed
 
-DIVISOR = 32  # of the sizes of batches: the coarsest stride of a pyramid
+DIVISOR = 32  # H and W of a batch are multiples of this number, the coarsest stride of a feature pyramid
 
 
 class Batch(NamedTuple):
-    """Images and their objects.
+    """A batch of images and their objects.
 
     Attributes:
-        images: [N,3,H,W] float32, less MEAN and divided by STD, with zeros at the right and below; H and W are
-            multiples of 32.
-        sizes: [N,2] float32 (height, width) of the images within.
-        targets: objects, without those to ignore.
+        images: [N,3,H,W] float32, normalized with MEAN and STD, and padded with zeros on the right and at the bottom. H
+            and W are multiples of 32.
+        sizes: [N,2] float32 (height, width) of the images without padding.
+        targets: the objects, without those to be ignored.
         image_ids: [N] int64.
-        scales: [N,2] float32 (y, x), pixels of the images per pixel of the original ones.
+        scales: [N,2] float32 (y, x), the ratio of the size in the batch to the size of the original image.
     """
 
     images: Tensor
@@ -39,11 +39,11 @@ class Batch(NamedTuple):
     scales: Tensor
 
     def to(self, device: torch.device | str, *, channels_last: bool = False) -> Batch:
-        """Copy to a device without waiting for it, as pinned memory allows.
+        """Copy the batch to a device. From pinned memory, the copy is asynchronous.
 
         Args:
-            device: where to.
-            channels_last: whether the images get that memory format.
+            device: the target device.
+            channels_last: convert the images to the channels_last memory format.
         """
         targets = Targets._make(x if x is None else x.to(device, non_blocking=True) for x in self.targets)
         images, sizes, image_ids, scales = (
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Pad N samples to one batch, whose H and W are those of the largest, rounded up."""
+    """Pad N samples to one batch, whose H and W are the largest height and width, rounded up to multiples of 32."""
     N = len(samples)
     sizes = np.array([sample.image.shape[:2] for sample in samples])
     H, W = (-(-int(side) // DIVISOR) * DIVISOR for side in sizes.max(0))
@@ -89,7 +89,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def load_batches(
     data: Transformed, indices: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
 ) -> DataLoader[Batch]:
-    """Load batches of the images with these (epoch, index), in their order, in `workers` other processes."""
+    """Return a loader of batches in a given order.
+
+    Args:
+        data: the images.
+        indices: for each batch, the (epoch, index) of its images.
+        workers: the number of worker processes. With 0, this process loads the images.
+        device: the device of the model. Memory is pinned if the device is a GPU.
+    """
     return DataLoader(
         data,
         batch_sampler=indices,
@@ -101,10 +108,11 @@ def load_batches(
 
 
 def _leave_group(_: int) -> None:
-    """Take a worker out of the process group of the process that trains.
+    """Remove a worker from the process group of the training process.
 
-    Terminals, timeout and torchrun signal all processes of a group, and the one that trains still needs its data then.
-    Where that one is interrupted while it takes a tensor, the thread that hands it over has nothing to report.
+    Terminals, `timeout` and torchrun send a signal to all processes of a group, but the training process still needs
+    its workers until it has saved a checkpoint. The exception hook is disabled because the worker thread that sends
+    tensors would print a traceback if the training process ends while it receives a tensor.
     """
     os.setpgid(0, 0)
     sys.excepthook = lambda *_: None

@@ -1,4 +1,4 @@
-"""Data sets in the format of COCO."""
+"""Data sets in the COCO format."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from relops.training.data.masks import mask_area, shown, usable_mask
 from relops.training.data.samples import Annotation, FileData, parse_flag
 from relops.training.errors import UsageError
 
-# Words in the names of files.
+# These words in file names say which split a file belongs to.
 JOINT = {"trainval"}
 TRAIN = {"train", "training"} | JOINT
 VALIDATION = {"val", "valid", "validation"}
 TEST = {"test", "testing"}
-NOT_INSTANCES = {"captions", "info", "keypoints", "panoptic", "stuff"}  # COCO's other files
+NOT_INSTANCES = {"captions", "info", "keypoints", "panoptic", "stuff"}  # COCO's files for other tasks
 
 
 def open_coco(
@@ -34,35 +34,41 @@ def open_coco(
     annotations: str | None = None,
     pixel_range: PixelRange | None = None,
 ) -> FileData:
-    """Open `split` of the data set in `folder`.
+    """Open a split of the data set in a folder.
 
-    The split "train" is the file in annotations/ whose name contains the word train, and "test" is the file whose name
-    contains val or, where there is none, test. Words are separated by "_", "-" and ".", and may end in digits, as in
-    instances_train2017.json and val.json. A file of trainval, or of train and val, is trained on, and then only a file
-    of test is evaluated on. Files with the word instances come before others. Where no file or several files remain,
-    `annotations` must name one.
+    For the split "train", the annotation file is the one in annotations/ whose name contains the word train. For
+    "test", it is the one whose name contains val or, if there is no such file, test. Words are separated by "_", "-"
+    and ".", and may end in digits, as in instances_train2017.json and val.json. A file whose name contains trainval, or
+    both train and val, belongs to "train", and then only a file whose name contains test can belong to "test". Files
+    whose names contain the word instances are preferred. If no file or more than one file remains, `annotations` must
+    name one.
 
-    The images of instances_train2017.json are looked for in train2017, images/train2017, images and `folder` itself.
+    The images of instances_train2017.json are searched for in train2017, images/train2017, images and `folder` itself.
     Objects with iscrowd are ignored. An object without a usable segmentation has no mask.
 
     Args:
-        classes: names, which labels are numbered by; None: the categories of the file by ascending id.
-        annotations: a path, or a path within `folder` or within its annotations/.
-        pixel_range: see `FileData`.
+        folder: the folder of the data set.
+        split: "train" or "test".
+        classes: class names in the order of their labels. None means the categories of the file by ascending id.
+        annotations: the path of the annotation file, which may be relative to `folder` or to its annotations/. None
+            means that the file is found by its name.
+        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
+            determined from a sample of the images.
 
     Raises:
-        UsageError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
+        UsageError: If a file is missing or cannot be read, or if an object belongs to none of the classes. The message
+            names the file.
     """
     file = _annotation_file(Path(folder), split) if annotations is None else _named_file(Path(folder), annotations)
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: the file must be JSON: {error}") from error
+        raise UsageError(f"{file}: the file must contain valid JSON: {error}") from error
     return _Reader(Path(folder), file, content, classes).read(pixel_range)
 
 
 def _words(file: Path) -> set[str]:
-    # "train2017" and "trainval35k" are names of years and sizes.
+    # Remove years and sizes, as in "train2017" and "trainval35k".
     return {re.sub(r"\d+k?$", "", word) for word in re.split(r"[\W_]+", file.stem.lower())}
 
 
@@ -83,9 +89,10 @@ def _annotation_file(folder: Path, split: str) -> Path:
     if split == "train":
         kinds, rule = [trained], "instances_*train*.json"
     elif any(words[file] & (JOINT | VALIDATION) for file in trained):
-        kinds, rule = [[]], f"instances_*test*.json, where {[file.name for file in trained]} is trained on"
+        kinds, rule = [[]], f"instances_*test*.json (the split train uses {[file.name for file in trained]})"
     else:
-        kinds, rule = [[file for file in others if words[file] & VALIDATION]], "instances_*val or test*.json"
+        kinds = [[file for file in others if words[file] & VALIDATION]]
+        rule = "instances_*val*.json or annotations/instances_*test*.json"
     if split == "test":
         kinds.append([file for file in others if words[file] & TEST])
     found = next(filter(None, kinds), [])
@@ -93,8 +100,8 @@ def _annotation_file(folder: Path, split: str) -> Path:
     if len(found) == 1:
         return found[0]
     raise UsageError(
-        f"{folder}: there must be one file annotations/{rule}, got {[file.name for file in found or files]}. Name the "
-        f"file with --{split}-annotations"
+        f"{folder}: the folder must contain exactly one file annotations/{rule}, got "
+        f"{[file.name for file in found or files]}. Name the file with --{split}-annotations"
     )
 
 
@@ -102,22 +109,24 @@ def _named_file(folder: Path, name: str) -> Path:
     for path in (_annotation_folder(folder) / name, folder / name, Path(name)):
         if path.is_file():
             return path
-    raise UsageError(f"{name}: the file of annotations must be there, or in {folder} or its annotations")
+    raise UsageError(
+        f"{name}: the annotation file must exist at this path, or at this path relative to {folder} or its annotations"
+    )
 
 
 class _Reader:
-    """Reads the content of one file. Its errors name the file, and an entry as in images[3]."""
+    """A reader for the content of one annotation file. Its errors name the file and an entry such as images[3]."""
 
     def __init__(self, folder: Path, file: Path, content: Any, classes: Sequence[str] | None) -> None:
         self.folder, self.file = folder, file
-        self.labels: list[int] = []  # of all objects
-        self.problems: list[str] = []  # of segmentations
+        self.labels: list[int] = []  # the labels of all objects
+        self.problems: list[str] = []  # the problems of unusable segmentations
         self.entries = {name: self._list(content, name) for name in ("images", "annotations", "categories")}
         categories = self.entries["categories"]
         names = {self._id("categories", i, "id"): self._name(i) for i in range(len(categories))}
         if len(set(names.values())) != len(categories):
-            raise UsageError(f"{file}: ids and names of categories must differ, got {categories}")
-        # Numbers come before strings, with which they cannot be compared.
+            raise UsageError(f"{file}: ids and names of categories must be unique, got {categories}")
+        # Numbers are sorted before strings, because the two cannot be compared.
         self.names = dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
         self.classes = list(self.names.values()) if classes is None else list(classes)
         self.label_of = {id: self.classes.index(name) for id, name in self.names.items() if name in self.classes}
@@ -131,20 +140,21 @@ class _Reader:
         first: dict[int | str, str] = {}
         for id, path in zip(ids, files):
             if id in first:
-                raise UsageError(
-                    f"{self.file}: images must have ids of their own, got {id!r} of {first[id]} and {path}"
-                )
+                raise UsageError(f"{self.file}: image ids must be unique, got {id!r} for both {first[id]} and {path}")
             first[id] = path
         unknown = next((id for id in of_image if id not in first), None)
         if unknown is not None:
-            raise UsageError(f"{self.file}: objects must be of the file's images, got image_id {unknown!r}")
+            raise UsageError(f"{self.file}: image_id must be the id of an image of the file, got {unknown!r}")
         path, times = Counter(map(os.path.normpath, files)).most_common(1)[0]
         if times > 1:
-            warnings.warn(f"{self.file}: an image should have one entry, got {times} of {path}", stacklevel=2)
+            warnings.warn(
+                f"{self.file}: each image should have one entry, got {times} entries for {path}", stacklevel=2
+            )
 
         numbers = own_ids = [image["id"] for image in self.entries["images"]]
         original_ids = [None] * len(ids)
-        if any(isinstance(id, str) for id in own_ids):  # in their order, in which pycocotools breaks ties of scores
+        if any(isinstance(id, str) for id in own_ids):
+            # Number the images in the sorted order of their ids, in which pycocotools breaks ties of scores.
             order = sorted(range(len(own_ids)), key=lambda i: (isinstance(own_ids[i], str), own_ids[i]))
             numbers, original_ids = np.argsort(order).tolist(), own_ids
         annotations = [
@@ -169,7 +179,7 @@ class _Reader:
                     if mask:
                         area = area or mask_area(mask, height, width)
                 except ValueError:
-                    pass  # a malformed mask is an error where masks are used: see `FileData.check_masks`
+                    pass  # `FileData.check_masks` raises an error for malformed masks if masks are used
             masks.append(mask)
             areas.append(area or max(0.0, box_width) * max(0.0, box_height))
         boxes[:, 2:] += boxes[:, :2]
@@ -187,13 +197,13 @@ class _Reader:
         )
 
     def _report_masks(self, annotations: list[Annotation]) -> None:
-        """Warn of objects without a mask. Where no object has one, set the masks of all annotations to None."""
+        """Warn about objects without a mask, and set the masks of all annotations to None if no object has a mask."""
         masks = [mask for a in annotations for mask in a.masks or ()]
         without, total = sum(not mask for mask in masks), len(masks)
         if without == total:
             for a in annotations:
                 a.masks = None
-        text = f"{without} of {total} objects have no mask, and are trained by their boxes alone"
+        text = f"{without} of {total} objects have no mask and are trained with their boxes only"
         if self.problems:
             named, more = "; ".join(self.problems[:5]), len(self.problems) - 5
             text += f". Unusable parts of segmentations are ignored: {named}" + f"; and {more} more" * (more > 0)
@@ -201,21 +211,21 @@ class _Reader:
             warnings.warn(f"{self.file}: {text}", stacklevel=2)
 
     def _objects_by_image(self) -> dict[int | str, list[int]]:
-        """Return indices of annotations, by the id of their image, and set `labels`."""
+        """Return the indices of the annotations of each image id, and set `labels`."""
         of_image = defaultdict(list)
         for j, entry in enumerate(self.entries["annotations"]):
             of_image[self._id("annotations", j, "image_id")].append(j)
             category = self._id("annotations", j, "category_id")
             if category not in self.label_of:
                 raise UsageError(
-                    f"{self.file}: object {entry.get('id')} must be of the classes {self.classes}, got "
+                    f"{self.file}: the class of object {entry.get('id')} must be one of {self.classes}, got "
                     f"{self.names.get(category, category)!r}"
                 )
             self.labels.append(self.label_of[category])
         return of_image
 
     def _category_ids(self) -> list[int | str]:
-        """Return the file's own ids of the classes. Those of classes that it lacks are below all of them."""
+        """Return the file's category ids of the classes. Classes that the file lacks get unused, lower ids."""
         ids = {self._id("categories", i, "id"): entry["id"] for i, entry in enumerate(self.entries["categories"])}
         id_of = {label: ids[id] for id, label in self.label_of.items()}
         lowest = min([0, *(id for id in ids if isinstance(id, int))])
@@ -227,14 +237,14 @@ class _Reader:
             raise self._wrong("images", i, "file_name", "the name of a file")
         part = re.sub("^instances_", "", self.file.stem, flags=re.IGNORECASE)
         folders = [self.folder / part, self.folder / "images" / part, self.folder / "images", self.folder]
-        for spelled in dict.fromkeys([name, name.replace("\\", "/")]):  # as Windows has it
+        for spelling in dict.fromkeys([name, name.replace("\\", "/")]):  # a file from Windows has backslashes
             for folder in folders:
-                if os.path.isfile(path := os.path.join(folder, spelled)):
+                if os.path.isfile(path := os.path.join(folder, spelling)):
                     return path
-        raise UsageError(f"{name}: the image of {self.file} must be in one of {list(map(str, folders))}")
+        raise UsageError(f"{name}: this image of {self.file} must be in one of {list(map(str, folders))}")
 
     def _boxes(self, objects: list[int]) -> np.ndarray:
-        """Return [T,4] float64 x, y, width, height."""
+        """Return the boxes of objects as [T,4] float64 x, y, width, height."""
         rows = [self._get("annotations", j, "bbox") for j in objects]
         boxes = _numbers(rows)
         if boxes is None or boxes.shape != (len(rows), 4):
@@ -267,7 +277,7 @@ class _Reader:
         return str(name)
 
     def _id(self, name: str, i: int, key: str) -> int | str:
-        """Return an integer, also for one that is written as a string, or a string."""
+        """Return an id as an integer if it is an integer or a string of one, or else as a string."""
         value = self._get(name, i, key)
         if type(value) is int and -(2**63) <= value < 2**63:
             return value
@@ -278,7 +288,7 @@ class _Reader:
     def _list(self, content: Any, name: str) -> list[dict[str, Any]]:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise UsageError(f"{self.file}: the file must be COCO's instances, which have a list {name!r}")
+            raise UsageError(f"{self.file}: the file must have COCO's format for instances, with a list {name!r}")
         for i, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 raise UsageError(f"{self.file}: {name}[{i}] must be an object, got {shown(entry)}")
@@ -291,11 +301,11 @@ class _Reader:
         return entry[key]
 
     def _wrong(self, name: str, i: int, key: str, rule: str) -> UsageError:
-        return UsageError(f"{self.file}: {key} must be {rule}, got {shown(self.entries[name][i][key])} of {name}[{i}]")
+        return UsageError(f"{self.file}: {key} must be {rule}, got {shown(self.entries[name][i][key])} in {name}[{i}]")
 
 
 def _numbers(value: Any) -> np.ndarray | None:
-    """Return float64 of numbers, also of those that are written as strings; or None."""
+    """Convert numbers, which may be written as strings, to float64, or return None if that is not possible."""
     try:
         return np.array(value, np.float64)
     except (ValueError, TypeError, OverflowError):
@@ -303,8 +313,8 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 
 def _positive(value: Any) -> float:
-    """Return a positive, finite number as it is, and 0 for anything else."""
-    if type(value) is float:  # nearly always
+    """Return a positive, finite number unchanged, and 0 for anything else."""
+    if type(value) is float:  # this is the usual case
         return value if 0 < value < math.inf else 0.0
     number = _numbers(value)
     return float(number) if number is not None and number.ndim == 0 and 0 < number < math.inf else 0.0

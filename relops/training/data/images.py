@@ -1,4 +1,4 @@
-"""Reading images, and the range of values of those with more than 8 bits."""
+"""Image reading, and the pixel range of images with more than 8 bits per pixel."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SAMPLED = 64  # images that the range of a data set is taken from
-# Largest values that cameras and programs write. Between 1 and 16 none of them is likely.
+SAMPLE_SIZE = 64  # maximum number of images from which the pixel range of a data set is determined
+# These are the usual maximum values that cameras and programs write. None of them is likely between 1 and 16.
 INTEGER_MAXIMA = (1, 255, 1023, 4095, 16383, 65535)
 FLOAT_MAXIMA = (1, 255, 65535)
-TOLERANCE = 0.02  # by which resampling leaves the range of floats
-MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE, BITS_PER_SAMPLE, GDAL_NODATA = 281, 341, 258, 42113  # tags of TIFF
+TOLERANCE = 0.02  # fraction of the range by which resampled floats may exceed it
+MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE, BITS_PER_SAMPLE, GDAL_NODATA = 281, 341, 258, 42113  # TIFF tags
 
 
 class PixelRange(NamedTuple):
-    """The values that become 0 and 255 in images whose pixels are not bytes."""
+    """The pixel values that are scaled to 0 and 255 in images whose pixels are not bytes."""
 
     low: float
     high: float
 
     def to_bytes(self, values: np.ndarray) -> np.ndarray:
-        """Return uint8; what is outside of the range is clipped, NaN becomes 0."""
+        """Scale values to uint8. Values outside of the range are clipped, and NaN is replaced by 0 before scaling."""
         scaled = (np.nan_to_num(values.astype(np.float64), posinf=self.high) - self.low) * (
             255 / (self.high - self.low)
         )
@@ -39,21 +39,25 @@ class PixelRange(NamedTuple):
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image; "._a.jpg" is what macOS leaves beside a.jpg."""
+    """Return whether a file name is that of an image. Files such as "._a.jpg", which macOS creates, are no images."""
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith("._")
 
 
 def is_deep(image: Image) -> bool:
-    """Whether the pixels are one integer of 16 or 32 bits, or one float."""
+    """Return whether each pixel is a single integer of 16 or 32 bits, or a single float."""
     return image.mode.startswith(("I", "F"))
 
 
 def read_image(file: str, pixel_range: PixelRange | None = None) -> np.ndarray:
-    """Return [H,W,3] uint8 RGB. A file that is not there or cannot be read whole is a UsageError that names it.
+    """Read an image as [H,W,3] uint8 RGB.
 
     Args:
-        file: path.
-        pixel_range: of an image whose pixels are not bytes; None: one that suits this image alone.
+        file: the path of the image.
+        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
+            determined from this image only.
+
+    Raises:
+        UsageError: If the file is missing or cannot be read completely. The message names the file.
     """
     with _opened(file) as image:
         if is_deep(image):
@@ -63,24 +67,28 @@ def read_image(file: str, pixel_range: PixelRange | None = None) -> np.ndarray:
 
 
 def image_size(file: str) -> tuple[int, int]:
-    """Return (height, width), from the head of the file."""
+    """Return (height, width), which are read from the header of the file."""
     with _opened(file) as image:
         return image.height, image.width
 
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Image]:
-    """Open an image. What goes wrong in the context is a UsageError that names the file."""
+    """Open an image, and raise any error in the context again as a UsageError that names the file."""
     pil = require("PIL.Image", "pillow")
     try:
         with pil.open(file) as image:
             yield image
-    except Exception as error:  # of a broken file, PIL's plugins raise anything
-        raise UsageError(f"{file}: the file must be an image, and cannot be read as one: {error}") from error
+    except Exception as error:  # PIL's plugins raise various exceptions for broken files
+        raise UsageError(f"{file}: the file must be an image, but it cannot be read as one: {error}") from error
 
 
 class _Extremes(NamedTuple):
-    """The least and the largest value of images, the largest one that their files state, or 0, and their kind."""
+    """The minimum and maximum pixel value of images.
+
+    `stated` is the maximum possible value that the files state, or 0 if they state none. `is_float` says whether the
+    pixels are floats.
+    """
 
     low: float
     high: float
@@ -88,9 +96,9 @@ class _Extremes(NamedTuple):
     is_float: bool
 
     def usual_range(self) -> PixelRange:
-        """Return what the files state, or else the smallest usual range that has the values.
+        """Return the range that the files state, or otherwise the smallest usual range that contains the values.
 
-        Negative values have no usual range: theirs is from the least to the largest.
+        There is no usual range for negative values, so the range is then from the minimum to the maximum.
         """
         if self.low < -TOLERANCE * self.high:
             return PixelRange(self.low, max(self.high, self.low + 1))
@@ -109,13 +117,16 @@ def _extremes(image: Image) -> _Extremes:
     missing = getattr(image, "tag_v2", {}).get(GDAL_NODATA, "nan")
     with contextlib.suppress(ValueError, AttributeError):
         values = values[values != float(missing.strip("\0 "))]
-    values = values[np.abs(values) < 1e30]  # NaN, infinities and what stands for no value are not
+    values = values[np.abs(values) < 1e30]  # exclude NaN, infinities and huge values that mark missing pixels
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
     return _Extremes(low, high, _stated_maximum(image), image.mode.startswith("F"))
 
 
 def _stated_maximum(image: Image) -> float:
-    """Return what the tags of a TIFF say, or 0; that of all 16 bits is what programs write that do not look."""
+    """Return the maximum pixel value that the tags of a TIFF file state, or 0 if they state none.
+
+    The value 65535 is disregarded, because many programs write it without examining the pixels.
+    """
     tags = getattr(image, "tag_v2", {})
     for tag in (MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE):
         value = tags.get(tag)
@@ -127,15 +138,16 @@ def _stated_maximum(image: Image) -> float:
 
 
 def common_range(files: Sequence[str]) -> PixelRange | None:
-    """Return the range of the deep ones among SAMPLED of the files, with a warning that tells it; None without any.
+    """Determine one pixel range for all images whose pixels are not bytes, and warn about it.
 
-    Images of 16 bits a color are read by their upper 8 bits, which may be nearly none: a warning, too.
-    A file that is broken is left to the one who reads it.
+    Only up to SAMPLE_SIZE of the files are examined. The result is None if none of them has such pixels. A second
+    warning concerns images with 16 bits per color channel, of which only the upper 8 bits are read, if these bits hold
+    only small values. Broken files are skipped here, because reading them later raises an error.
     """
     pil = require("PIL.Image", "pillow")
     deep: dict[str, _Extremes] = {}
     colors: dict[str, int] = {}
-    for file in files[:: -(-len(files) // SAMPLED) or 1]:
+    for file in files[:: -(-len(files) // SAMPLE_SIZE) or 1]:
         try:
             with pil.open(file) as image:
                 if is_deep(image):
@@ -146,8 +158,8 @@ def common_range(files: Sequence[str]) -> PixelRange | None:
             continue
     if colors and max(colors.values()) < 64:
         warnings.warn(
-            f"{next(iter(colors))}: images have 16 bits a color, of which the upper 8 are read, and these are at most "
-            f"{max(colors.values())} of 255: store such images with 8 bits a color",
+            f"{next(iter(colors))}: images have 16 bits per color channel, but only the upper 8 bits are read, and "
+            f"these are at most {max(colors.values())} of 255. Store such images with 8 bits per color channel",
             stacklevel=2,
         )
     if not deep:
@@ -155,16 +167,16 @@ def common_range(files: Sequence[str]) -> PixelRange | None:
     lows, highs, stated, is_float = zip(*deep.values())
     result = _Extremes(min(lows), max(highs), max(stated), any(is_float)).usual_range()
     warnings.warn(
-        f"{next(iter(deep))}: pixels are not bytes; in all images of this data set, values from {result.low:g} to "
-        f"{result.high:g} are scaled to 0 to 255",
+        f"{next(iter(deep))}: pixels are not bytes, so values from {result.low:g} to {result.high:g} are scaled to the "
+        "range from 0 to 255 in all images of this data set",
         stacklevel=2,
     )
     return result
 
 
 def _has_wide_colors(image: Image) -> bool:
-    # The last item of a tile is the arrangement of its bytes, alone or as the first of several things.
-    tile = getattr(image, "tile", None)  # of images in files
-    arrangement = tile[0][3] if tile else ""
-    arrangement = arrangement[0] if isinstance(arrangement, tuple) and arrangement else arrangement
-    return isinstance(arrangement, str) and ";16" in arrangement
+    # The last item of a tile is the raw mode (the layout of its bytes) or a tuple that begins with the raw mode.
+    tile = getattr(image, "tile", None)  # only images that were opened from files have this attribute
+    raw_mode = tile[0][3] if tile else ""
+    raw_mode = raw_mode[0] if isinstance(raw_mode, tuple) and raw_mode else raw_mode
+    return isinstance(raw_mode, str) and ";16" in raw_mode

@@ -1,4 +1,4 @@
-"""Masks as COCO stores them: polygons and run-length encodings (RLE)."""
+"""Masks in COCO's formats, which are polygons and run-length encodings (RLE)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from relops.training.errors import UsageError
 
 
 def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
-    """Check a segmentation before it is decoded: the decoder's memory depends on its numbers alone.
+    """Check a segmentation before it is decoded, because invalid numbers could make the decoder allocate huge memory.
 
     Args:
-        segmentation: a list of polygons [x, y, x, y, ...] or an RLE {"size": [height, width], "counts": ...}, whose
+        segmentation: a list of polygons [x, y, x, y, ...] or an RLE {"size": [height, width], "counts": ...}. The
             counts are a list or COCO's compressed string.
-        height, width: of the image, in pixels.
+        height, width: the size of the image in pixels.
 
     Returns:
-        The segmentation without its unusable polygons, [] where nothing is left; and why polygons or an RLE are
-        unusable, or "".
+        The segmentation without its unusable polygons, which is [] if nothing is usable, and the reason why a polygon
+        or the RLE is unusable, which is "" if everything is usable.
 
     Raises:
-        UsageError: naming the rule and what was got, where the segmentation is malformed.
+        UsageError: If the segmentation is malformed. The message names the rule and the value.
     """
     if isinstance(segmentation, dict):
         if not run_lengths(segmentation, height, width)[1::2].any():
             return [], "an RLE of zeros"
         return {"size": [height, width], "counts": segmentation["counts"]}, ""
     if not isinstance(segmentation, list):
-        raise UsageError(f"a segmentation must be polygons or an RLE, got {shown(segmentation)}")
+        raise UsageError(f"a segmentation must be a list of polygons or an RLE, got {shown(segmentation)}")
     usable, problem = [], ""
     for polygon in segmentation:
         numbers = _coordinates(polygon)
@@ -46,22 +46,23 @@ def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
 
 
 def _problem(numbers: list[float], height: int, width: int) -> str:
-    """Return why a polygon is not usable, or ""."""
+    """Return the reason why a polygon is not usable, or "" if it is usable."""
     if len(numbers) % 2:
-        return f"a polygon of an odd number of coordinates, {len(numbers)}"
+        return f"a polygon with an odd number of coordinates, {len(numbers)}"
     if len(numbers) < 6:
-        return f"a polygon of {len(numbers) // 2} points"
+        return f"a polygon with {len(numbers) // 2} points"
     xs, ys = numbers[::2], numbers[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
     if left >= width or top >= height or right <= 0 or bottom <= 0:
         return "a polygon outside of the image"
     if _area(xs, ys) <= 1e-9 * (right - left + bottom - top) ** 2:
         return "a polygon without area"
-    # The decoder walks along the edges, at a cost in memory. Each is at most as long as the polygon is wide and high.
-    longest = 1000 * (height + width)
-    if len(xs) * (right - left + bottom - top) > longest:
+    # The memory that the decoder needs is proportional to the total length of the edges. The width plus the height of
+    # the polygon is an upper bound of the length of each edge, so the exact length is rarely computed.
+    max_length = 1000 * (height + width)
+    if len(xs) * (right - left + bottom - top) > max_length:
         points = np.array([xs, ys])
-        if np.abs(points - np.roll(points, 1, 1)).sum() > longest:
+        if np.abs(points - np.roll(points, 1, 1)).sum() > max_length:
             return "a polygon whose edges are more than 1000 times as long as the image"
     return ""
 
@@ -72,14 +73,14 @@ def _area(xs: list[float], ys: list[float]) -> float:
 
 
 def _coordinates(polygon: Any) -> list[float]:
-    """Return a polygon's numbers, which are finite."""
+    """Return the coordinates of a polygon, and raise UsageError if they are not finite numbers."""
     if not isinstance(polygon, list):
-        raise UsageError(f"a segmentation must have polygons that are lists of numbers, got {shown(polygon)}")
+        raise UsageError(f"a segmentation must consist of polygons that are lists of numbers, got {shown(polygon)}")
     with contextlib.suppress(TypeError, OverflowError):
         if math.isfinite(sum(polygon)):
             return polygon
     try:
-        numbers = np.array(polygon, np.float64)  # also of numbers that are written as strings
+        numbers = np.array(polygon, np.float64)  # this also converts numbers that are written as strings
     except (ValueError, TypeError, OverflowError):
         numbers = np.zeros((0, 0))
     if numbers.ndim != 1 or not np.isfinite(numbers).all():
@@ -88,14 +89,14 @@ def _coordinates(polygon: Any) -> list[float]:
 
 
 def run_lengths(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """Return the lengths of an RLE's runs of 0 and 1 in turn, column by column, 0 first: [R] int64."""
+    """Return the lengths [R] int64 of the alternating runs of 0 and 1 of an RLE, beginning with 0, in column order."""
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
         raise UsageError(f"a segmentation must have the size of its image, {[height, width]}, got {shown(size)}")
     if isinstance(counts, (str, bytes)):
         lengths = _decompressed(counts.encode() if isinstance(counts, str) else counts)
     elif isinstance(counts, list) and all(type(count) is int for count in counts):
-        lengths = np.array(counts, object)  # of any size, until they are known to be small
+        lengths = np.array(counts, object)  # Python integers do not overflow in the checks below
     else:
         raise UsageError(f"a segmentation must have counts that are a string or integers, got {shown(counts)}")
     if len(lengths) == 0 or lengths.min() < 0 or lengths.sum() != height * width:
@@ -107,19 +108,23 @@ def run_lengths(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def _decompressed(text: bytes) -> np.ndarray:
-    """Decode the string of a compressed RLE: differences from the run before the previous one, 5 bits a character,
-    the lowest first; bit 5 says that another character follows, and bit 4 of the last one is the sign."""
+    """Decode the string of a compressed RLE.
+
+    Each character holds 5 bits of a number, starting with the lowest bits. Bit 5 says that another character of the
+    same number follows, and bit 4 of the last character of a number is the sign. From the fourth number on, each one is
+    the difference from the run two positions before. The result is empty if the string is malformed.
+    """
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(~digits & 32)
     if len(digits) == 0 or (digits < 0).any() or (digits > 63).any() or len(ends) == 0 or ends[-1] != len(digits) - 1:
         return np.zeros(0, np.int64)
     begins = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(digits)) - np.repeat(begins, ends - begins + 1)
-    if place.max() > 6:  # more than any image needs
+    position = np.arange(len(digits)) - np.repeat(begins, ends - begins + 1)
+    if position.max() > 6:  # no image needs numbers of more than 7 characters
         return np.zeros(0, np.int64)
-    values = np.add.reduceat((digits & 31) << 5 * place, begins)
-    values -= np.where(digits[ends] & 16, np.int64(1) << 5 * (place[ends] + 1), 0)
-    # The first three counts are themselves, each later one is a difference from the one two places before.
+    values = np.add.reduceat((digits & 31) << 5 * position, begins)
+    values -= np.where(digits[ends] & 16, np.int64(1) << 5 * (position[ends] + 1), 0)
+    # The first three counts are stored directly. Each later count is stored as a difference from the count two before.
     for first in (1, 2):
         values[first::2] = values[first::2].cumsum()
     return values
@@ -131,14 +136,14 @@ def shown(value: Any) -> str:
 
 
 def mask_area(segmentation: Any, height: int, width: int) -> float:
-    """Return the area of what `usable_mask` returned, in pixels; polygons are taken to be apart from each other."""
+    """Return the area in pixels of a result of `usable_mask`, assuming that polygons do not overlap."""
     if isinstance(segmentation, dict):
         return float(run_lengths(segmentation, height, width)[1::2].sum())
     return float(sum(_area(polygon[::2], polygon[1::2]) for polygon in segmentation))
 
 
 def checked_mask(segmentation: Any, height: int, width: int, file: str) -> Any:
-    """Return what is usable of a segmentation; errors name the file."""
+    """Return the usable part of a segmentation, or raise a UsageError that names the file."""
     try:
         return usable_mask(segmentation, height, width)[0]
     except ValueError as error:
@@ -146,7 +151,7 @@ def checked_mask(segmentation: Any, height: int, width: int, file: str) -> Any:
 
 
 def decode_mask(segmentation: Any, height: int, width: int, file: str) -> np.ndarray:
-    """Return [H,W] bool; all False where nothing is usable. Errors name the file."""
+    """Decode a segmentation to [H,W] bool, which is all False if nothing is usable. Errors name the file."""
     coco = require("faster_coco_eval.core.mask", "faster-coco-eval")
     usable = checked_mask(segmentation, height, width, file)
     if not usable:

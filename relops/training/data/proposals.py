@@ -1,4 +1,4 @@
-"""Proposals of the images of a data set, in a file."""
+"""Files with proposals for the images of a data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from relops.training.errors import UsageError
 
 
 class _WithProposals(DetectionData):
-    """Data whose samples also have the proposals of their image, by its id."""
+    """A data set whose samples also have the proposals of their image.
+
+    Args:
+        data: the data set.
+        proposals: a dict from the id of each image to its proposals [P,4].
+    """
 
     def __init__(self, data: DetectionData, proposals: Mapping[int, np.ndarray]) -> None:
         self._data, self._proposals = data, proposals
@@ -46,7 +51,12 @@ class _WithProposals(DetectionData):
 
 
 def save_proposals(file: str, proposals: Mapping[int | str, np.ndarray]) -> None:
-    """Write what `with_proposals` reads: for each image, by its own id, [P,4] boxes in pixels of the original image."""
+    """Write proposals to a file that `with_proposals` reads.
+
+    Args:
+        file: the path of the file.
+        proposals: a dict from the id of each image in its data set to [P,4] boxes in pixels of the original image.
+    """
     boxes = [np.asarray(b, np.float32).reshape(-1, 4) for b in proposals.values()]
     with written(Path(file)) as stream:
         np.savez(
@@ -58,19 +68,23 @@ def save_proposals(file: str, proposals: Mapping[int | str, np.ndarray]) -> None
 
 
 def with_proposals(data: DetectionData, file: str) -> DetectionData:
-    """Return the same data with the proposals of a file of `save_proposals`, which must have all its images."""
+    """Return the same data set with the proposals of a file that `save_proposals` wrote.
+
+    Raises:
+        UsageError: If the file cannot be read, or if it lacks the proposals of an image.
+    """
     try:
         with np.load(file) as content:
             image_ids, counts, boxes = (content[name] for name in ("image_ids", "counts", "boxes"))
-    except Exception as error:  # zip files can be broken in many ways
-        raise UsageError(f"{file}: the file must be one that save_proposals wrote: {error}") from error
+    except Exception as error:  # numpy raises various exceptions for broken zip files
+        raise UsageError(f"{file}: the file must have been written by save_proposals: {error}") from error
     shapes_fit = image_ids.shape == counts.shape == (len(image_ids),) and boxes.shape == (counts.sum(), 4)
     if not shapes_fit or (counts < 0).any() or not np.isfinite(boxes).all():
-        raise UsageError(f"{file}: the file must be one that save_proposals wrote: its arrays do not fit together")
+        raise UsageError(f"{file}: the file must have been written by save_proposals: its arrays do not fit together")
     stored = dict(zip(map(str, image_ids.tolist()), np.split(boxes, np.cumsum(counts)[:-1])))
     proposals = {}
     for annotation in data.annotations():
         if str(annotation.own_id) not in stored:
-            raise UsageError(f"{file}: proposals are missing of image {annotation.own_id}, {annotation.file}")
+            raise UsageError(f"{file}: the proposals of image {annotation.own_id}, {annotation.file}, are missing")
         proposals[annotation.image_id] = stored[str(annotation.own_id)]
     return _WithProposals(data, proposals)

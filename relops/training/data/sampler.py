@@ -1,4 +1,4 @@
-"""The order in which images are taken."""
+"""The order in which images are loaded."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from relops.training.errors import UsageError
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (epoch, index). An epoch has every image once, in an order of its own, over all ranks.
+    """A sampler of endless batches of (epoch, index).
 
-    What would be the last, incomplete batch of an epoch is left out. With aspect ratios, wide images (width >= height)
-    and tall ones share no batch, but for one an epoch of those that are left over: otherwise, a kind of which there is
-    less than a batch would never be seen.
+    In each epoch, every image occurs once over all ranks, in a new random order. An incomplete last batch of an epoch
+    is dropped. If aspect ratios are given, wide images (width >= height) and tall images are put into separate batches.
+    The remaining images of both kinds form at most one mixed batch per epoch. Without it, a kind with fewer images than
+    a batch would never occur.
 
     Args:
-        length: of the data.
-        batch_size: images of a batch on one rank.
-        seed: not negative.
-        rank, world_size: which part of the batches of all ranks, and of how many.
-        aspect_ratios: width / height of every image.
+        length: the number of images.
+        batch_size: the number of images in a batch of one rank.
+        seed: the random seed, which must not be negative.
+        rank: the rank of this process.
+        world_size: the number of processes.
+        aspect_ratios: width / height of every image, or None to ignore the shapes of images.
+
+    Raises:
+        UsageError: If there are fewer images than one batch of all ranks needs.
     """
 
     def __init__(
@@ -51,7 +56,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self.batches(0)
 
     def batches(self, first_iteration: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield the batches from any iteration on, which depend on nothing but the seed and the rank."""
+        """Yield the batches of this rank from any iteration on.
+
+        The batches depend only on the iteration and the arguments of the class.
+        """
         epoch, first = divmod(first_iteration, self.batches_per_epoch)
         while True:
             for batch in self._epoch(epoch)[first:]:
@@ -60,17 +68,17 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             epoch, first = epoch + 1, 0
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """[batches_per_epoch, images of all ranks] indices."""
+        """Return the image indices of an epoch as [batches_per_epoch, batch_size * world_size]."""
         size, rng = self._global_batch, np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self._wide))
         kinds = [order[self._wide[order]], order[~self._wide[order]]]
         whole = [len(kind) // size * size for kind in kinds]
-        left = np.concatenate([kind[n:] for kind, n in zip(kinds, whole)])
-        parts = [kind[:n] for kind, n in zip(kinds, whole)] + [left[: len(left) // size * size]]
+        rest = np.concatenate([kind[n:] for kind, n in zip(kinds, whole)])
+        parts = [kind[:n] for kind, n in zip(kinds, whole)] + [rest[: len(rest) // size * size]]
         batches = np.concatenate(parts).reshape(-1, size)
         return batches[rng.permutation(len(batches))]
 
 
 def batches_in_order(indices: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
-    """Return batches of (0, index), in the order of the indices; the last one may have fewer than `size`."""
+    """Return batches of (0, index) in the given order. The last batch may have fewer than `size` entries."""
     return [[(0, index) for index in indices[i : i + size]] for i in range(0, len(indices), size)]

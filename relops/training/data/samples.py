@@ -1,4 +1,4 @@
-"""Images with their objects: what every data set gives, and data sets whose images are files."""
+"""Images with their objects, the base class of data sets, and data sets of image files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from relops.training.errors import UsageError
 
 @dataclass
 class Sample:
-    """An image and its T objects. Coordinates are in pixels of `image`; that of the upper left corner is (0, 0).
+    """An image and its T objects. Coordinates are in pixels of `image`, whose upper left corner is at (0, 0).
 
     Attributes:
         image: [H,W,3] uint8 RGB.
         boxes: [T,4] float32 x1, y1, x2, y2.
-        labels: [T] int64, classes from 0.
-        ignore: [T] bool: crowd (COCO) or difficult (VOC): neither trained on nor counted in evaluation.
-        masks: [T,H,W] bool, all False for an object that has none; or None where the data has none.
-        proposals: [P,4] float32 boxes, or None where there are none.
-        image_id: that of the data set's annotations; where they have none, the index.
-        file: path of the image; of a drawn one, its name.
-        original_size: (height, width) of the image before `prepare`.
+        labels: [T] int64, the classes, counted from 0.
+        ignore: [T] bool, which marks crowds (COCO) and difficult objects (VOC). These objects are not used for training
+            and do not count in evaluation.
+        masks: [T,H,W] bool, where an object without a mask is all False, or None if the data set has no masks.
+        proposals: [P,4] float32 boxes, or None if there are no proposals.
+        image_id: the id of the image in the annotations, or its index if the annotations have no ids.
+        file: the path of the image, or the name of a drawn image.
+        original_size: (height, width) of the image before `prepare` resized it.
     """
 
     image: np.ndarray
@@ -44,23 +45,27 @@ class Sample:
 
 
 def image_sample(image: np.ndarray, file: str) -> Sample:
-    """Return a sample of an image [H,W,3] whose objects are not known."""
-    none = np.zeros((0, 4), np.float32)
-    return Sample(image, none, np.zeros(0, np.int64), np.zeros(0, bool), None, None, 0, file, image.shape[:2])
+    """Return a sample for an image [H,W,3] whose objects are unknown."""
+    no_boxes = np.zeros((0, 4), np.float32)
+    return Sample(image, no_boxes, np.zeros(0, np.int64), np.zeros(0, bool), None, None, 0, file, image.shape[:2])
 
 
 @dataclass
 class Annotation:
-    """The size of an image and all objects of its annotation file, which is what evaluation needs of it.
+    """The size of an image and all T objects in its annotation file, which evaluation compares with detections.
 
     Attributes:
-        image_id, file, labels, ignore: as in `Sample`.
-        height, width: in pixels.
-        boxes: [T,4] x1, y1, x2, y2 as the file has them: they may leave the image, and have no width or height.
-        areas: [T], which tell small objects from large ones: of the mask where the data has masks.
-        masks: T segmentations as COCO has them (polygons, or either kind of RLE), [] for one that is empty and None for
-            an object without one; or None where the data has none.
-        original_id: the image's id in its file where image_id is another, as where ids are strings.
+        image_id: the id of the image in the annotations, or its index if the annotations have no ids.
+        file: the path of the image, or the name of a drawn image.
+        height, width: the size of the image in pixels.
+        boxes: [T,4] x1, y1, x2, y2 exactly as in the file. Boxes may reach outside of the image or be empty.
+        labels: [T] int64, the classes, counted from 0.
+        ignore: [T] bool, which marks crowds (COCO) and difficult objects (VOC).
+        areas: [T], by which evaluation distinguishes small and large objects. This is the area of the mask if the data
+            set has masks.
+        masks: T segmentations in COCO's formats (polygons, or a compressed or uncompressed RLE), or None if the data
+            set has no masks. An entry is [] if the segmentation is empty, and None if the object has none.
+        original_id: the id of the image in its file if it differs from image_id, for example because it is a string.
     """
 
     image_id: int
@@ -76,18 +81,18 @@ class Annotation:
 
     @property
     def own_id(self) -> int | str:
-        """The image's id in its file."""
+        """Return the id of the image in its file."""
         return self.image_id if self.original_id is None else self.original_id
 
 
 class DetectionData(Dataset, abc.ABC):
-    """Images with objects of one split.
+    """The images of one split of a data set, with their objects.
 
     Attributes:
-        classes: names; label i is classes[i].
-        has_masks: some object has a mask, and masks are made: see `use_masks`.
-        category_ids: by which COCO's results name the classes.
-        pixel_range: the values that become 0 and 255 in images whose pixels are not bytes, or None.
+        classes: class names. Label `i` stands for `classes[i]`.
+        has_masks: whether samples have masks. This is False if no object has a mask, or if `use_masks` disabled them.
+        category_ids: the ids of the classes in COCO's results format.
+        pixel_range: the pixel values that are scaled to 0 and 255, or None if all pixels are bytes.
     """
 
     classes: list[str]
@@ -103,37 +108,38 @@ class DetectionData(Dataset, abc.ABC):
 
     @abc.abstractmethod
     def annotations(self) -> list[Annotation]:
-        """Ground truth of every image, in the order of the images."""
+        """Return the ground truth of every image, in the order of the images."""
 
     def check_masks(self) -> None:
-        """Raise UsageError, naming the file, where a mask is malformed."""
+        """Raise a UsageError that names the file if a mask is malformed."""
 
     def use_masks(self, wanted: bool) -> None:
-        """Check the masks if they are wanted; otherwise do not make them, which saves time."""
+        """Check all masks if `wanted` is True. Otherwise omit the masks from the samples, which saves time."""
         self.has_masks = self.has_masks and wanted
         if self.has_masks:
             self.check_masks()
 
     def aspect_ratios(self) -> list[float]:
-        """Width / height of every image."""
+        """Return width / height of every image."""
         return [annotation.width / annotation.height for annotation in self.annotations()]
 
 
 class FileData(DetectionData):
-    """Images in files.
+    """A data set of image files.
 
-    An image is read as its pixels lie in the file: an EXIF orientation is not applied, as COCO's tools do not either.
-    Gray, palette and CMYK images become RGB, alpha is dropped, and pixels that are not bytes are scaled to bytes by
-    `pixel_range`. Samples have the objects to train on: boxes are clipped to the image, and objects whose box is empty
-    then are left out, with one warning for the data set.
+    An EXIF orientation is not applied to the pixels, because COCO's tools do not apply it either. Gray, palette and
+    CMYK images are converted to RGB, alpha is dropped, and pixels that are not bytes are scaled to bytes with
+    `pixel_range`. Samples contain the objects to train on: their boxes are clipped to the image, and objects whose
+    clipped box is empty are left out. One warning for the data set reports the objects that were left out.
 
     Args:
-        classes: names.
-        annotations: one per image.
-        least_extent: which the width and height of a box must be above.
-        category_ids: see `DetectionData`; None: labels.
-        pixel_range: see `DetectionData`; None: that of a part of the images.
-        sources: a file per annotation, which warnings about its boxes name; None: the images.
+        classes: class names.
+        annotations: one annotation per image.
+        min_extent: the width and the height of a box must exceed this number of pixels.
+        category_ids: the ids of the classes in COCO's results format. None means the labels.
+        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
+            determined from a sample of the images.
+        sources: for each annotation, the file that warnings about its boxes name. None means the image files.
     """
 
     def __init__(
@@ -141,7 +147,7 @@ class FileData(DetectionData):
         classes: Sequence[str],
         annotations: list[Annotation],
         *,
-        least_extent: float = 0.0,
+        min_extent: float = 0.0,
         category_ids: Sequence[int | str] | None = None,
         pixel_range: PixelRange | None = None,
         sources: Sequence[str] | None = None,
@@ -150,24 +156,24 @@ class FileData(DetectionData):
         self.category_ids = list(range(len(classes)) if category_ids is None else category_ids)
         self.has_masks = any(mask for a in annotations for mask in a.masks or ())
         self._annotations = annotations
-        self._trained = [_trained(a, least_extent) for a in annotations]
-        self._warn_of_boxes([a.file for a in annotations] if sources is None else sources)
+        self._trainable = [_trainable(a, min_extent) for a in annotations]
+        self._warn_about_boxes([a.file for a in annotations] if sources is None else sources)
         self.pixel_range = pixel_range or common_range([a.file for a in annotations])
 
-    def _warn_of_boxes(self, sources: Sequence[str]) -> None:
-        dropped = [source for source, kept in zip(sources, self._trained) for _ in range((~kept).sum())]
+    def _warn_about_boxes(self, sources: Sequence[str]) -> None:
+        dropped = [source for source, kept in zip(sources, self._trainable) for _ in range((~kept).sum())]
         if dropped:
             warnings.warn(
-                f"{dropped[0]}: a box must be finite and have width and height within its image; training has left "
-                f"out {len(dropped)} of this data set, the first of them here",
+                f"{dropped[0]}: a box must be finite and must not be empty after clipping to its image. Training "
+                f"ignores such boxes ({len(dropped)} in this data set, of which this file has the first)",
                 stacklevel=2,
             )
         first = next((source for source, a in zip(sources, self._annotations) if len(a.boxes)), None)
         if first is not None and all((a.boxes < 2).all() and max(a.height, a.width) > 2 for a in self._annotations):
             warnings.warn(
-                f"{first}: every box of this data set ends within the first two pixels of its image, as if "
-                "coordinates were fractions of the image's size. They must be pixels: multiply x by the width and y "
-                "by the height",
+                f"{first}: every box of this data set ends within the first two pixels of its image, so coordinates "
+                "seem to be fractions of the image size. They must be pixels: multiply x by the width and y by the "
+                "height of the image",
                 stacklevel=2,
             )
 
@@ -175,12 +181,16 @@ class FileData(DetectionData):
         return len(self._annotations)
 
     def __getitem__(self, index: int) -> Sample:
-        """Raise UsageError, naming the file, where the image cannot be read or has not the size of its annotation."""
-        a, kept = self._annotations[index], self._trained[index]
+        """Read a sample.
+
+        Raises:
+            UsageError: If the image cannot be read, or if its size is not that of its annotation.
+        """
+        a, kept = self._annotations[index], self._trainable[index]
         image = read_image(a.file, self.pixel_range)
         if image.shape[:2] != (a.height, a.width):
             raise UsageError(
-                f"{a.file}: the image must have the size that its annotation states, {a.width} x {a.height} (width x "
+                f"{a.file}: the size of the image must be that of its annotation, {a.width} x {a.height} (width x "
                 f"height), got {image.shape[1]} x {image.shape[0]}"
             )
         masks = None
@@ -203,8 +213,12 @@ class FileData(DetectionData):
 
 
 def parse_flag(value: Any) -> bool:
-    """Return what 0, 1, True, False, yes and no mean, as numbers or text. Anything else is a UsageError."""
-    if type(value) in (int, bool) and value in (0, 1):  # nearly always
+    """Convert 0, 1, true, false, yes or no, given as a number or as text, to a bool.
+
+    Raises:
+        UsageError: If the value is anything else.
+    """
+    if type(value) in (int, bool) and value in (0, 1):  # this is the usual case
         return value == 1
     text = str(value).strip().lower()
     if text in ("true", "yes"):
@@ -220,13 +234,13 @@ def parse_flag(value: Any) -> bool:
     return number == 1
 
 
-def _trained(a: Annotation, least_extent: float) -> np.ndarray:
-    """Return which objects can be trained on: [T] bool."""
+def _trainable(a: Annotation, min_extent: float) -> np.ndarray:
+    """Return which objects can be used for training, as [T] bool."""
     clipped = clip_boxes(a.boxes, a.height, a.width)
-    proper = (a.boxes[:, 2:] - a.boxes[:, :2] > least_extent) & (clipped[:, 2:] > clipped[:, :2])
+    proper = (a.boxes[:, 2:] - a.boxes[:, :2] > min_extent) & (clipped[:, 2:] > clipped[:, :2])
     return proper.all(1) & np.isfinite(a.boxes).all(1)
 
 
 def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return [T,4] float32 boxes within the image."""
+    """Clip boxes [T,4] to the image and convert them to float32."""
     return boxes.clip(0, np.array([width, height] * 2)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A data set that is drawn as it is read: every image is a function of its split and index."""
+"""A data set of drawn shapes, in which each image depends only on its split and index."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from relops.training.data.masks import encode_mask
 from relops.training.data.samples import Annotation, DetectionData, Sample
 
 HEIGHT, WIDTH = 128, 160
-MOST_OBJECTS = 6
-SMALLEST, LARGEST = 12, 60
-LEAST_VISIBLE = 0.6
+MAX_OBJECTS = 6
+MIN_SIZE, MAX_SIZE = 12, 60
+MIN_VISIBLE = 0.6
 
 
 def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -32,7 +32,8 @@ def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return abs(np.hypot(x, y) - 0.75) <= 0.25
 
 
-# Functions of coordinates that are within [-1,1] in the square around the object, y downwards.
+# Each function says which points are inside of a shape. The coordinates are in [-1,1] in the square around the shape,
+# and y points downwards.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,
     "square": _square,
@@ -42,10 +43,15 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 class ShapesData(DetectionData):
-    """Up to 6 circles, squares, triangles and rings of 12 to 60 pixels on noise, in images of 160 x 128.
+    """A data set of drawn images of 160 x 128 pixels with up to 6 objects on a noisy background.
 
-    An object may hide another in part, but no more than 40 % of it. Masks are what is visible, boxes are tight around
-    them, colors are random but far from the background's.
+    The objects are circles, squares, triangles and rings with sizes of 12 to 60 pixels. At most 40 % of an object may
+    be hidden by other objects. Masks contain the visible pixels of an object, and boxes are tight around the masks.
+    Colors are random but differ clearly from the background.
+
+    Args:
+        split: "train" or "test".
+        length: the number of images.
     """
 
     def __init__(self, split: str, length: int) -> None:
@@ -61,7 +67,7 @@ class ShapesData(DetectionData):
         return sample if self.has_masks else dataclasses.replace(sample, masks=None)
 
     def _drawn(self, index: int) -> Sample:
-        """Draw an image, with the masks of its objects."""
+        """Draw an image and the masks of its objects."""
         image, labels, masks = _draw(np.random.default_rng((self._split == "test", index)))
         boxes = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
         file = f"shapes[{self._split}][{index}]"
@@ -83,7 +89,7 @@ class ShapesData(DetectionData):
 
 
 def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return an image [H,W,3] uint8, labels [T] int64 and visible masks [T,H,W] bool."""
+    """Draw an image [H,W,3] uint8 with labels [T] int64 and masks [T,H,W] bool of the visible pixels."""
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) + np.float32(0.5)
     background = rng.uniform(40, 216, 3).astype(np.float32)
     across, down, phase = (rng.uniform([-0.08, -0.08, 0], [0.08, 0.08, 2 * np.pi])).astype(np.float32)
@@ -91,17 +97,17 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     image = background + waves[..., None]
 
     labels, masks = [], np.zeros((0, HEIGHT, WIDTH), bool)
-    whole = np.zeros(0)  # pixels of each object, hidden ones among them
-    for _ in range(rng.integers(MOST_OBJECTS + 1)):
-        label, radius = int(rng.integers(len(SHAPES))), rng.uniform(SMALLEST, LARGEST) / 2
+    areas = np.zeros(0)  # number of pixels of each object, including hidden pixels
+    for _ in range(rng.integers(MAX_OBJECTS + 1)):
+        label, radius = int(rng.integers(len(SHAPES))), rng.uniform(MIN_SIZE, MAX_SIZE) / 2
         center_x, center_y = rng.uniform(radius, WIDTH - radius), rng.uniform(radius, HEIGHT - radius)
         color = rng.uniform(0, 255, 3)
         mask = list(SHAPES.values())[label]((x - center_x) / radius, (y - center_y) / radius)
-        rest = masks & ~mask
-        if (rest.sum((1, 2)) < LEAST_VISIBLE * whole).any() or np.abs(color - background).max() < 60:
+        visible = masks & ~mask
+        if (visible.sum((1, 2)) < MIN_VISIBLE * areas).any() or np.abs(color - background).max() < 60:
             continue
         labels.append(label)
-        masks, whole = np.concatenate([rest, mask[None]]), np.append(whole, mask.sum())
+        masks, areas = np.concatenate([visible, mask[None]]), np.append(areas, mask.sum())
         image[mask] = color
 
     image += 8 * rng.standard_normal(image.shape, np.float32)
@@ -109,6 +115,6 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _bounds(mask: np.ndarray) -> list[int]:
-    """Return x1, y1, x2, y2 of the tight box around what is True."""
+    """Return x1, y1, x2, y2 of the tight box around the True pixels of a mask."""
     xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]

@@ -1,4 +1,4 @@
-"""Resizing and flipping of images together with their objects."""
+"""Resizing and flipping of images and their objects."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from relops.training.data.samples import DetectionData, Sample
 
 
 def prepare(sample: Sample, min_size: int, max_size: int, *, flip: bool = False, flip_vertical: bool = False) -> Sample:
-    """Resize a sample so that its shorter side is min_size, or its longer one max_size if that makes it smaller.
+    """Resize and flip a sample.
 
-    The image is interpolated bilinearly, with antialiasing where it shrinks; masks take the nearest pixel. Boxes and
-    proposals are scaled by the ratio of the sizes, which are whole pixels, in each direction. Flips come after that.
+    The aspect ratio is kept. The shorter side of the image becomes `min_size`, unless the longer side would then exceed
+    `max_size`; in that case the longer side becomes `max_size`. The image is interpolated bilinearly, with antialiasing
+    if it shrinks, and masks are interpolated with the nearest pixel. The new height and width are rounded to whole
+    pixels, and the coordinates of boxes and proposals are multiplied by the exact ratio of the new to the old size in
+    each direction.
+
+    Args:
+        sample: the sample, which is not changed.
+        min_size: the length in pixels of the shorter side.
+        max_size: the maximum length in pixels of the longer side.
+        flip: flip the resized image and its objects horizontally.
+        flip_vertical: flip the resized image and its objects vertically.
     """
     pil = require("PIL.Image", "pillow")
     height, width = sample.image.shape[:2]
@@ -35,7 +45,7 @@ def prepare(sample: Sample, min_size: int, max_size: int, *, flip: bool = False,
 
     ratio = np.array([new_width / width, new_height / height] * 2)
 
-    def placed(boxes: np.ndarray) -> np.ndarray:
+    def transform(boxes: np.ndarray) -> np.ndarray:
         x1, y1, x2, y2 = (boxes * ratio).clip(0, [new_width, new_height] * 2).T
         if flip:
             x1, x2 = new_width - x2, new_width - x1
@@ -46,22 +56,24 @@ def prepare(sample: Sample, min_size: int, max_size: int, *, flip: bool = False,
     return dataclasses.replace(
         sample,
         image=image,
-        boxes=placed(sample.boxes),
+        boxes=transform(sample.boxes),
         masks=masks,
-        proposals=None if sample.proposals is None else placed(sample.proposals),
+        proposals=None if sample.proposals is None else transform(sample.proposals),
     )
 
 
 class Transformed(Dataset):
-    """The samples of a data set after `prepare`, by (epoch, index). Flips depend on these and the seed alone.
+    """The resized and flipped samples of a data set, indexed by (epoch, index).
+
+    Whether a sample is flipped depends only on the seed, the epoch and the index.
 
     Args:
-        data: the samples.
-        min_size, max_size: see `prepare`.
-        augment: flip left and right half of the images.
-        seed: not negative.
-        vertical_flip: with augment, turn upside down half of the images too.
-        cache: keep resized samples in the memory of this process; each worker of a loader has its own.
+        data: the data set.
+        min_size, max_size: limits of the image size in pixels, see `prepare`.
+        augment: flip half of the images horizontally.
+        seed: the random seed, which must not be negative.
+        vertical_flip: if `augment` is True, also flip half of the images vertically.
+        cache: keep resized samples in the memory of this process. Each worker of a loader has its own cache.
     """
 
     def __init__(

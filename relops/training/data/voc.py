@@ -1,4 +1,4 @@
-"""Data sets in the format of Pascal VOC."""
+"""Data sets in the Pascal VOC format."""
 
 from __future__ import annotations
 
@@ -19,26 +19,35 @@ ENDING = re.compile("(" + "|".join(map(re.escape, (*IMAGE_ENDINGS, ".xml"))) + "
 
 
 def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range: PixelRange | None = None) -> FileData:
-    """Open `split` of the data set in `folder`, in either layout:
+    """Open a split of the data set in a folder.
 
-        Annotations, JPEGImages, ImageSets/Main/*.txt   test is test.txt and train trainval.txt (or train.txt, where it
-                                                        is missing); without a test.txt, they are val.txt and train.txt
-        train/Annotations, train/Images (or JPEGImages), and the same in test or val; an image is that of the name of
-                                                        its XML file
+    The folder may have one of two layouts:
 
-    VOC counts pixels from 1 and its boxes include the last one: x1 = xmin - 1, y1 = ymin - 1, x2 = xmax, y2 = ymax.
-    For training, boxes are clipped to the image. Boxes that are empty then, or whose xmax (ymax) is not above xmin
-    (ymin), are left out with a warning. Difficult objects are ignored.
+    - The folders Annotations and JPEGImages, and lists ImageSets/Main/*.txt. If test.txt exists, it is the list of
+      "test", and trainval.txt, or train.txt if that is missing, is the list of "train". Otherwise val.txt is the list
+      of "test", and train.txt is the list of "train".
+    - The folders train/Annotations and train/Images (or train/JPEGImages), and the same folders in test or val. An
+      image and its XML file have the same name except for the extension.
 
-    Each line of a list is the name of an image, with or without its ending, and repeated names count once. In VOC's
-    lists of a single class, -1 after a name says that the image has no such object; these images are left out.
+    VOC counts pixels from 1, and xmax and ymax are the last pixels inside of a box. Therefore x1 = xmin - 1,
+    y1 = ymin - 1, x2 = xmax and y2 = ymax. For training, boxes are clipped to the image. Boxes that are empty after
+    clipping, or whose xmax (ymax) is not larger than xmin (ymin), are left out with a warning. Difficult objects are
+    ignored.
+
+    Each line of a list is the name of an image, with or without its extension. Repeated names count once. In VOC's
+    lists for a single class, -1 after a name means that the image has no object of the class. These images are left
+    out.
 
     Args:
-        classes: names; None: those that occur in train, sorted.
-        pixel_range: see `FileData`.
+        folder: the folder of the data set.
+        split: "train" or "test".
+        classes: class names in the order of their labels. None means the sorted names that occur in "train".
+        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
+            determined from a sample of the images.
 
     Raises:
-        UsageError: naming the file, where one is missing or cannot be read, or an object is of none of the classes.
+        UsageError: If a file is missing or cannot be read, or if an object belongs to none of the classes. The message
+            names the file.
     """
     root = Path(folder)
     if classes is None:
@@ -56,12 +65,12 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
         size, objects, named = _read(xml)
         found = [path for path in images[xml.stem] if Path(path).name == named] or images[xml.stem]
         if len(found) != 1:
-            got = f"must be one file, got {found}" if found else "is missing"
-            raise UsageError(f"{image_folder / xml.stem}.*: the image of {xml} {got}")
+            problem = f"must be exactly one file, got {found}" if found else "is missing"
+            raise UsageError(f"{image_folder / xml.stem}.*: the image of {xml} {problem}")
         height, width = size or image_size(found[0])
         for name, _, _ in objects:
             if name not in index:
-                raise UsageError(f"{xml}: an object must be of the classes {list(classes)}, got {name!r}")
+                raise UsageError(f"{xml}: the class of an object must be one of {list(classes)}, got {name!r}")
         boxes = np.array([corners for _, _, corners in objects], np.float64).reshape(-1, 4) - [1, 1, 0, 0]
         annotations.append(
             Annotation(
@@ -75,12 +84,13 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
                 (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1),
             )
         )
-    # VOC's coordinates are inclusive: a box whose xmax equals its xmin, an error of annotation, is one pixel wide.
-    return FileData(classes, annotations, least_extent=1.0, pixel_range=pixel_range, sources=list(map(str, xmls)))
+    # VOC's coordinates are inclusive, so a box is one pixel wide if its xmax equals its xmin. Such a box is an
+    # annotation error and is left out, because `min_extent` is 1.
+    return FileData(classes, annotations, min_extent=1.0, pixel_range=pixel_range, sources=list(map(str, xmls)))
 
 
 def _files(root: Path, split: str) -> tuple[list[Path], Path]:
-    """Return the annotations of a split, and the folder of its images."""
+    """Return the annotation files of a split, and the folder of its images."""
     lists = root / "ImageSets" / "Main"
     if lists.is_dir():
         if split == "train":
@@ -101,20 +111,20 @@ def _files(root: Path, split: str) -> tuple[list[Path], Path]:
 
 
 def _listed(listing: Path, folder: Path) -> list[Path]:
-    """Return the annotations that a list of ImageSets names, each once, in its order."""
+    """Return the annotation files of the images in a list of ImageSets, in its order and without duplicates."""
     try:
         lines = listing.read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{listing}: the file must be a list of names: {error}") from error
+        raise UsageError(f"{listing}: the file must be a text file with image names: {error}") from error
     xmls: dict[Path, None] = {}
     for line in filter(None, map(str.strip, lines)):
         number = re.search(r"\s+([+-]?[01])\Z", line)
         name, flag = (line[: number.start()], number[1]) if number else (line, "")
-        # The number may be a part of the name, and so may the ending.
+        # What looks like a number or a file extension may also be a part of the name.
         stems = [stem for text in (line, name) for stem in (text, ENDING.sub("", text))]
         found = next((i for i, stem in enumerate(stems) if os.path.isfile(folder / f"{stem}.xml")), None)
         if found is None:
-            raise UsageError(f"{listing}: a name must be that of a file in {folder}, got {line!r}")
+            raise UsageError(f"{listing}: each name must have an annotation file in {folder}, got {line!r}")
         if found < 2 or flag != "-1":
             xmls[folder / f"{stems[found]}.xml"] = None
     return list(xmls)
@@ -124,23 +134,28 @@ def _first(folder: Path, names: list[str]) -> Path:
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise UsageError(f"{folder}: there must be {' or '.join(names)} in it")
+    raise UsageError(f"{folder}: the folder must contain {' or '.join(names)}")
 
 
 def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list[float]]], str]:
-    """Return (height, width) if stated; of every object its class, whether it is difficult, and xmin, ymin, xmax, ymax;
-    and the name of the image's file, or ""."""
+    """Read an annotation file.
+
+    Returns:
+        The (height, width) of the image, or None if the file does not state it; a list with the class name of each
+        object, whether it is difficult, and its [xmin, ymin, xmax, ymax]; and the name of the image file, or "" if the
+        annotation file does not state it.
+    """
     try:
         root = ElementTree.parse(xml).getroot()
         if root.tag != "annotation":
             raise UsageError(f"the root must be <annotation>, got <{root.tag}>")
         for element in root.iter():
-            # Elements with other names are passed over, and these two would be missed.
+            # Elements with unknown names are skipped, so misspelled names of these two elements must be errors.
             for name in ("object", "difficult"):
                 if element.tag != name and element.tag.rpartition("}")[2].lower() == name:
                     raise UsageError(f"the name of an element must be <{name}>, got <{element.tag}>")
             if element.tag not in ("object", "part") and element.find("bndbox") is not None:
-                raise UsageError(f"<bndbox> must be within <object>, got it within <{element.tag}>")
+                raise UsageError(f"<bndbox> must be inside of <object>, got it inside of <{element.tag}>")
         height, width = (_whole(root.findtext(f"size/{side}") or "0", side) for side in ("height", "width"))
         objects = []
         for element in root.iter("object"):
@@ -148,7 +163,7 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
             for side in ("xmin", "ymin", "xmax", "ymax"):
                 text = element.findtext(f"bndbox/{side}")
                 if text is None:
-                    raise UsageError(f"an object must have bndbox/{side}")
+                    raise UsageError(f"an object must have an element bndbox/{side}")
                 corners.append(float(text))
             name = element.findtext("name", "").strip()
             if not name:
@@ -158,8 +173,8 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
             except ValueError as error:
                 raise UsageError(f"difficult {error}") from error
             objects.append((name, difficult, corners))
-    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
-        raise UsageError(f"{xml}: the file must be an annotation of Pascal VOC: {error}") from error
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
+        raise UsageError(f"{xml}: the file must be a Pascal VOC annotation: {error}") from error
     return (height, width) if min(height, width) > 0 else None, objects, root.findtext("filename", "").strip()
 
 

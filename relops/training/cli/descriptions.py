@@ -1,0 +1,132 @@
+"""Descriptions of the detectors and their options, which come from the signatures and docstrings of their factories."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from relops import models
+from relops.models.backbones.build import BODIES, NORM_SUFFIXES
+
+COLUMN = 24  # column at which descriptions begin, as in the help of argparse
+
+
+class Option(NamedTuple):
+    """An option of a detector."""
+
+    name: str
+    default: Any
+    description: str
+
+
+def summary(factory: Callable[..., object]) -> str:
+    """Return the first line of the docstring of a detector's factory function."""
+    return (inspect.getdoc(factory) or "").partition("\n")[0]
+
+
+def options_of(factory: Callable[..., object]) -> list[Option]:
+    """Return the options of a detector, which are the parameters of its factory function that have a default."""
+    descriptions = described_arguments(inspect.getdoc(factory) or "")
+    return [
+        Option(name, parameter.default, descriptions.get(name, ""))
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if parameter.default is not parameter.empty
+    ]
+
+
+def described_arguments(docstring: str) -> dict[str, str]:
+    """Return the descriptions of the parameters in the Args section of a docstring in Google style.
+
+    Args:
+        docstring: the docstring as `inspect.getdoc` returns it.
+
+    Returns:
+        A dict from the name of each parameter to its description as one line of text. An entry for several names, such
+        as "height, width: ...", is returned for each of them.
+    """
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", docstring, re.MULTILINE)
+    if section is None:
+        return {}
+    # An entry begins with its names at the indentation of the section, and its further lines are indented more.
+    entries = re.split(r"^(?=\S)", textwrap.dedent(section[1]), flags=re.MULTILINE)
+    descriptions = {}
+    for entry in entries:
+        head = re.match(r"([\w*]+(?:, *[\w*]+)*)(?: *\([^)]*\))?: *", entry)
+        if head is not None:
+            text = " ".join(entry[head.end() :].replace("`", "").split())
+            descriptions.update({name.strip(" *"): text for name in head[1].split(",")})
+    return descriptions
+
+
+def as_argument(value: Any) -> str:
+    """Format a value as `--option NAME=VALUE` accepts it."""
+    return value if isinstance(value, str) else repr(value).replace(" ", "")
+
+
+def models_help(model: str | None, shapes_settings: Mapping[str, Any], shapes_options: Mapping[str, Any]) -> str:
+    """Return the part of `train --help` that lists all models with the defaults of their options, and all backbones.
+
+    Args:
+        model: the name of a model whose options are described in addition, or None.
+        shapes_settings: the settings of a run whose defaults differ for the data set `shapes`.
+        shapes_options: the options of models whose defaults differ for the data set `shapes`.
+    """
+    defaults = {name: {o.name: o.default for o in options_of(factory)} for name, factory in models.DETECTORS.items()}
+    backbones = (
+        f"A ResNet, vgg16 or zf may be followed by a normalization: -{', -'.join(NORM_SUFFIXES)}. A ResNet or LR-Net "
+        "may then be followed by a width, which is 64 by default. Examples are resnet50-frozen, resnet18-gn-32 and "
+        "lr_net26-32."
+    )
+    sections = {
+        "models, with their options and defaults": [
+            (name, f"{summary(factory)}\n{_assignments(defaults[name])}") for name, factory in models.DETECTORS.items()
+        ],
+        "backbones": [(", ".join(BODIES), backbones)],
+        "defaults for --data shapes, which replace those above": [
+            ("settings", _assignments(shapes_settings)),
+            (
+                "options of models",
+                f"{_assignments(shapes_options)}\nA model ignores the options that it does not have.",
+            ),
+        ],
+    }
+    if model in models.DETECTORS:
+        sections[f"options of {model}"] = [
+            (_assignments({option.name: option.default}), option.description)
+            for option in options_of(models.DETECTORS[model])
+        ]
+    return "\n\n".join(f"{title}:\n{_entries(entries)}" for title, entries in sections.items())
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={as_argument(value)}" for name, value in values.items())
+
+
+def _entries(entries: Iterable[tuple[str, str]]) -> str:
+    """Format pairs of a head and a text in two columns. Each line of a text begins on a new line."""
+    width = max(40, shutil.get_terminal_size().columns - 2)
+    lines = []
+    for head, text in entries:
+        indent = " " * COLUMN
+        wrapped = [
+            line
+            for paragraph in text.split("\n")
+            for line in textwrap.wrap(
+                paragraph,
+                width,
+                initial_indent=indent,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        ]
+        if wrapped and len(head) + 3 <= COLUMN:
+            wrapped[0] = f"  {head}".ljust(COLUMN) + wrapped[0].lstrip()
+        else:
+            wrapped.insert(0, f"  {head}")
+        lines += wrapped
+    return "\n".join(lines)
