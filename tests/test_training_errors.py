@@ -500,7 +500,8 @@ def test_all_processes_of_a_second_run_stop_with_the_error(tmp_path: Path) -> No
     script.write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom test_training import *\nregister()\n"
         f"try:\n    train(make_config({str(tmp_path / 'run')!r}, threads=1, batch=2))\n"
-        "except ValueError as error:\n    print(f'{os.environ[\"RANK\"]}: {error}', flush=True)\n"
+        # A single write per process, so that the lines of the two processes cannot be mixed.
+        "except ValueError as error:\n    print(f'{os.environ[\"RANK\"]}: {error}\\n', end='', flush=True)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
