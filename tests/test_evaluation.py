@@ -267,7 +267,7 @@ class TestCOCO:
 
     @pytest.mark.parametrize("seed", range(6))
     def test_metrics_equal_those_of_pycocotools(self, tmp_path: Path, seed: int) -> None:
-        """The data have crowds, areas that differ from the boxes, empty boxes, boxes outside of the image, and ties."""
+        """The data have crowds, areas that differ from the boxes, empty boxes, boxes outside the image, and ties."""
         pil, api, evaluation = (
             pytest.importorskip(name) for name in ("PIL.Image", "pycocotools.coco", "pycocotools.cocoeval")
         )

@@ -574,7 +574,7 @@ def test_model_and_data_determine_the_default_folder(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", [name for name in models.DETECTORS if name != "fast_rcnn"])
 def test_every_loss_of_every_detector_is_positive_on_shapes(name: str, tmp_path: Path) -> None:
-    """With the defaults for shapes, some anchors lie inside of the images and match objects."""
+    """With the defaults for shapes, some anchors lie inside the images and match objects."""
     common = ["--model", name, "--data", "shapes:10", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
     assert main(["train", *common, "--iterations", "1", "--batch", "4", "--log-every", "1"]) == 0
     losses = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["losses"]
@@ -697,7 +697,7 @@ def test_error_names_a_broken_image(
     assert errors.startswith(f"relops train: {tmp_path / 'broken.jpg'}: ") and errors.count("\n") == 1
 
 
-def test_images_without_objects_are_no_error(
+def test_images_without_objects_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There is then nothing to learn, and AP is undefined."""

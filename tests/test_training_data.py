@@ -201,7 +201,7 @@ class TestVOC:
             ),
             (
                 xml(("cat", *VOC_BOX)).replace("object>", "item>"),
-                "<bndbox> must be inside of <object>, got it inside of <item>",
+                "<bndbox> must be inside <object>, got it inside <item>",
             ),
             (xml(("cat", *VOC_BOX)).replace("xmin>", "XMIN>"), "an object must have an element bndbox/xmin"),
             (xml().replace("60", "60.5"), "width must be a whole number of pixels, got '60.5'"),
@@ -232,7 +232,7 @@ class TestVOC:
         spec = write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX)).replace("t>0<", f"t>{text}<")})
         assert open_data(spec, "train")[0].ignore.tolist() == [difficult]
 
-    def test_files_of_macos_are_skipped(self, tmp_path: Path) -> None:
+    def test_metadata_files_of_macos_are_skipped(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml(("cat", *VOC_BOX))})
         (tmp_path / "train" / "Annotations" / "._a.xml").write_bytes(b"\0\5\x16\7")
         (tmp_path / "train" / "Images" / "._a.png").write_bytes(b"\0\5\x16\7")
@@ -251,7 +251,7 @@ class TestVOC:
             ("a b 1\na b\n", ["a b 1", "a b"]),
         ],
     )
-    def test_lines_of_lists_may_have_extensions_and_flags(self, tmp_path: Path, text: str, expected: list[str]) -> None:
+    def test_names_in_lists_may_have_extensions_and_flags(self, tmp_path: Path, text: str, expected: list[str]) -> None:
         spec = write_voc_lists(tmp_path, {"train": ["1", "2", "3", "a b 1", "a b"]})
         (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(text, "utf-8")
         assert stems(open_data(spec, "train")) == expected
@@ -266,7 +266,7 @@ class TestVOC:
             ):
                 open_data(spec, "train")
 
-    def test_two_images_of_one_name_are_an_error(self, tmp_path: Path) -> None:
+    def test_two_images_with_the_same_name_are_an_error(self, tmp_path: Path) -> None:
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml()})
         write_image(tmp_path / "train" / "Images" / "b.jpg")
         with pytest.raises(
@@ -450,12 +450,12 @@ class TestCOCO:
         sample = data[1]
         assert sample.boxes.tolist() == [READ_BOX, [50.5, 30, 60, 40]] and sample.boxes.dtype == np.float32
         assert sample.labels.tolist() == [1, 0] and sample.ignore.tolist() == [False, True]
-        annotation = data.annotations()[1]  # has all objects of the file, unchanged
+        annotation = data.annotations()[1]  # contains all objects of the file without changes
         assert annotation.boxes.tolist() == [READ_BOX, [50.5, 30, 70.5, 50], [1, 1, 1, 6]]
         assert annotation.labels.tolist() == [1, 0, 0] and annotation.areas.tolist() == [7, 7, 7]
 
     @pytest.mark.parametrize("folder", ["train2017", "images/train2017", "images", "."])
-    def test_images_may_be_in_several_folders(self, tmp_path: Path, folder: str) -> None:
+    def test_images_are_found_in_several_folders(self, tmp_path: Path, folder: str) -> None:
         data = open_data(write_coco(tmp_path, [], folder=folder), "train")
         assert data[0].image.shape == (40, 60, 3)
 
@@ -518,8 +518,8 @@ class TestCOCO:
             ([[]], "a polygon with 0 points"),
             ([[1, 1, 9, 9]], "a polygon with 2 points"),
             ([[1, 1, 9, 1, 9, 9, 5]], "a polygon with an odd number of coordinates, 7"),
-            ([[61, 1, 70, 1, 70, 9]], "a polygon outside of the image"),
-            ([[1, -9, 9, -9, 9, -1]], "a polygon outside of the image"),
+            ([[61, 1, 70, 1, 70, 9]], "a polygon outside the image"),
+            ([[1, -9, 9, -9, 9, -1]], "a polygon outside the image"),
             ([[-1e9, 1, 1e9, 1, 1e9, 9]], "a polygon whose edges are more than 1000 times as long as the image"),
             ([[-119, -119, 119, 119, 119, -119] * 2000], "a polygon whose edges are more than 1000 times as long"),
             ([[5, 5, 5, 5, 5, 5]], "a polygon without area"),
@@ -657,7 +657,7 @@ for segmentation in {segmentations!r}:
         with pytest.raises(ValueError, match=r"train2017\.json: id must be a signed integer .* in images\[1\]"):
             open_data(spec, "train")
 
-    def test_two_images_with_one_id_are_an_error(self, tmp_path: Path) -> None:
+    def test_two_images_with_the_same_id_are_an_error(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [])
         change(spec, '"id": 7, "file', '"id": "30", "file')
         with pytest.raises(ValueError, match=r"image ids must be unique, got 30 for both .*30\.png and .*7\.png"):
@@ -694,7 +694,7 @@ for segmentation in {segmentations!r}:
         with pytest.raises(ValueError, match=rf"{file}: the file must contain valid JSON"):
             open_data(spec, "train")
 
-    def test_file_names_of_windows_are_found(self, tmp_path: Path) -> None:
+    def test_file_names_may_have_backslashes(self, tmp_path: Path) -> None:
         spec = write_coco(tmp_path, [], folder="images/a")
         change(spec, '"30.png', r'"a\\30.png')
         change(spec, '"7.png', r'".\\a\\7.png')
@@ -832,7 +832,7 @@ class TestAnnotationFilesOfCOCO:
         assert self.open_and_name(tmp_path, files, "test", annotations=named) == "instances_a.json"
         with pytest.raises(ValueError, match=r"instances_b\.json: the annotation file must exist"):
             open_data(f"coco:{tmp_path}", "train", annotations="instances_b.json")
-        with pytest.raises(ValueError, match="annotations may be given for coco:DIR only"):
+        with pytest.raises(ValueError, match="annotations can only be given for coco:DIR"):
             open_data("shapes:50", "train", annotations="instances_a.json")
 
 
@@ -884,7 +884,7 @@ class TestShapes:
 
 
 def painted(height: int, width: int, *boxes: tuple[int, int, int, int], **more) -> Sample:
-    """Return a black image with white rectangles, which are the objects, with their masks, and the proposals."""
+    """Return a sample of a black image with white rectangles, which are its objects and its proposals."""
     masks = np.zeros((len(boxes), height, width), bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes):
         mask[y1:y2, x1:x2] = True

@@ -108,14 +108,14 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "predict", "propose"])
-@pytest.mark.parametrize("kind", ["wrong kind", "inside of a file", "unsuitable file system", "long", "null"])
+@pytest.mark.parametrize("kind", ["wrong kind", "inside a file", "unsuitable file system", "long", "null"])
 def test_output_that_cannot_be_written_is_an_error(
     name: str, kind: str, run: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     (tmp_path / "file").write_text("x")
     output = {
         "wrong kind": tmp_path / "file" if name in ("train", "predict") else tmp_path,
-        "inside of a file": tmp_path / "file" / "output",
+        "inside a file": tmp_path / "file" / "output",
         "unsuitable file system": Path("/proc/output"),
         "long": tmp_path / ("x" * 300),
         "null": tmp_path / "x\0",
@@ -254,7 +254,7 @@ def test_unsuitable_input_file_is_an_error(kind: str, message: str, tmp_path: Pa
     assert not (tmp_path / "run").exists() and not (tmp_path / "output").exists()
 
 
-def test_file_name_of_two_lines_is_printed_in_one(tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_newline_in_a_file_name_is_printed_as_a_space(tmp_path: Path, fails: Callable[..., str]) -> None:
     assert "no run: must be the folder of a run" in fails(*arguments_of("eval", tmp_path / "no\nrun", tmp_path))
 
 

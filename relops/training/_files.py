@@ -31,12 +31,12 @@ def make_folder(folder: Path) -> None:
 
 
 def check_kinds(folder: Path, files: Sequence[str], folders: Sequence[str]) -> None:
-    """Raise UsageError if one of the `files` to be written exists but is no file, or one of the `folders` no folder."""
+    """Raise UsageError if one of `files` exists but is not a file, or one of `folders` exists but is not a folder."""
     for name in (*files, *folders):
         path = folder / name
         if os.path.lexists(path) and not (path.is_dir() if name in folders else path.is_file()):
             kind = "folder" if name in folders else "file"
-            raise UsageError(f"{path}: must be a {kind} that the run can write, but something else has this name")
+            raise UsageError(f"{path}: must be a {kind}, but something else with this name exists")
 
 
 def check_file(path: Path) -> None:

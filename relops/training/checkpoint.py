@@ -20,7 +20,7 @@ from relops.training.errors import UsageError
 # file contains are not sufficient, because they do not cover the attributes and offsets of its members.
 MARK = b"\nsha256 "
 LENGTH = len(MARK) + 2 * hashlib.sha256().digest_size
-# This key of the state says that the file must end with a checksum. Files of earlier versions have neither.
+# This key of the state says that the file must end with a checksum. Files of earlier versions do not have the key.
 CHECKED = "checksum"
 
 
@@ -97,7 +97,7 @@ def check_keys(path: Path, state: Any, *keys: str) -> None:
 
 
 def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
-    """Load weights, which were read from the file `path`, into a model."""
+    """Load a state_dict into a model, or raise a UsageError that names the file `path`, from which it was read."""
     try:
         model.load_state_dict(weights)
     except Exception as error:  # RuntimeError if names or shapes differ, any exception if `weights` is not a state_dict

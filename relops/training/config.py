@@ -147,7 +147,7 @@ class TrainConfig:
         (0.67, 0.89),
         "fractions of the run after which the step schedule divides the learning rate by 10",
     )
-    warmup: int = setting("optimization", 500, "number of iterations in which the learning rate rises at the start")
+    warmup: int = setting("optimization", 500, "number of iterations over which the learning rate rises at the start")
     clip: float | None = setting("optimization", None, "maximum norm of the gradient", default_text="no clipping")
     ema: float | None = setting(
         "optimization",

@@ -45,7 +45,7 @@ def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDet
 
 
 def _check_options(factory: Callable[..., object], num_classes: int, options: dict[str, Any]) -> None:
-    """Raise an error if the factory lacks one of the options or annotates it with another type than the value has."""
+    """Raise an error if the factory does not have one of the options, or if the value of an option has a wrong type."""
     inspect.signature(factory).bind(num_classes, **options)
     hints = typing.get_type_hints(factory)
     for option, value in options.items():

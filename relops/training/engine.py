@@ -376,7 +376,7 @@ class Run:
     def _evaluate_if_due(self) -> None:
         """Evaluate the model if an evaluation is due.
 
-        A checkpoint is always saved before, so that a resumed run repeats an evaluation that was interrupted.
+        A checkpoint has always been saved before, so that a resumed run repeats an evaluation that was interrupted.
         """
         if not self._evaluation_is_due():
             return

@@ -36,10 +36,12 @@ def evaluate(
     channels_last: bool = False,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluator:
-    """Detect the objects in all images, divided among the processes, and collect the detections in every process.
+    """Detect the objects in all images, and collect the detections in every process.
+
+    Each process detects the objects in a part of the images.
 
     Args:
-        model: the detector on the device of this process, which is put into evaluation mode.
+        model: the detector, which must be on the device of this process. It is put into evaluation mode.
         data: the images and their annotations.
         batch_size: the number of images per batch in each process.
         min_size, max_size: limits of the image size in pixels, see `relops.training.data.prepare`.
@@ -78,10 +80,10 @@ class _Found(NamedTuple):
 
 
 class Evaluator:
-    """A collector that compares the detections in images, added in any order, with the annotated objects.
+    """A collector of detections, which compares them with the annotated objects.
 
-    All objects of an image without detections count as missed. If an image is added again, its new detections replace
-    the old ones.
+    The detections of the images may be added in any order. All objects of an image without detections count as missed.
+    If an image is added again, its new detections replace the old ones.
 
     Args:
         data: the images and their annotations.
@@ -122,21 +124,21 @@ class Evaluator:
         return list(self._found.items())
 
     def merge(self, others: list[list[tuple[int, _Found]]]) -> None:
-        """Add the detections that `state` of other evaluators with the same data returned."""
+        """Add detections that the method `state` of other evaluators of the same data returned."""
         for state in others:
             self._found.update(state)
 
     def summarize(self) -> dict[str, float]:
         """Compute COCO's metrics with faster-coco-eval.
 
-        The boxes of the objects are used exactly as in the annotation file, so they may reach outside of the image or
-        be empty. Ignored objects are treated like COCO's crowds: a detection that lies mostly inside of one counts as
+        The boxes of the objects are used exactly as in the annotation file, so they may reach outside the image or
+        be empty. Ignored objects are treated like COCO's crowds: a detection that lies mostly inside one counts as
         neither correct nor wrong.
 
         Returns:
             A dict with AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100 and AP/<class>. Each value is
             in [0,1], or NaN if there are no such objects. If both the data and the detections have masks, the dict also
-            has mask_AP, mask_AP50 and so on. Mask detections inside of the box of an object that has no mask count as
+            has mask_AP, mask_AP50 and so on. Mask detections inside the box of an object that has no mask count as
             neither correct nor wrong.
         """
         metrics = self._coco("bbox")
@@ -159,7 +161,7 @@ class Evaluator:
         evaluation.accumulate()
         evaluation.summarize()
         values = dict(zip(METRICS, evaluation.stats))
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [thresholds,recalls,classes] of all areas
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [thresholds,recalls,classes] for all areas
         for k, category in enumerate(evaluation.params.catIds):
             values[f"AP/{self._classes[category - 1]}"] = precision[:, :, k].mean()
         return {name: float(value) if value >= 0 else math.nan for name, value in values.items()}
@@ -264,7 +266,7 @@ def _finite(annotation: Annotation) -> Annotation:
 
 
 def _verdicts(boxes: np.ndarray, annotation: Annotation, label: int, iou_threshold: float) -> np.ndarray:
-    """Return [K] verdicts on boxes [K,4], which are in order of descending score: 1 correct, 0 wrong, -1 neither."""
+    """Return a verdict on each of K boxes, sorted by descending score: 1 if correct, 0 if wrong, -1 if neither."""
     of_class = annotation.labels == label
     objects, ignore = annotation.boxes[of_class], annotation.ignore[of_class]
     verdicts = np.zeros(len(boxes), int)
@@ -291,7 +293,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _segmentation(a: Annotation, i: int) -> dict[str, Any]:
     """Return the entries for the mask of object `i` in COCO's format.
 
-    An object that has no mask becomes a crowd that fills its box, so that detections inside of the box are ignored.
+    An object that has no mask becomes a crowd that fills its box, so that detections inside the box are ignored.
     """
     if a.masks is not None and a.masks[i] is not None:
         empty_mask = {"size": [a.height, a.width], "counts": [a.height * a.width]}

@@ -147,7 +147,7 @@ class Losses:
         self._unread.append((iteration, image_ids, {name: loss.detach() for name, loss in losses.items()}))
 
     def read(self, world: World) -> None:
-        """Transfer the losses of all processes, which must call this at the same iteration.
+        """Read the losses of all processes. All processes must call this method in the same iteration.
 
         Raises:
             LossError: If a loss of any process is not finite. The error is raised in all processes.
@@ -181,7 +181,7 @@ class Clock:
     """The minutes of training, including data loading, and the elapsed minutes of the whole run.
 
     Args:
-        training, elapsed: the minutes at which an earlier part of the run stopped.
+        training, elapsed: the minutes of the earlier part of a run that is resumed.
     """
 
     def __init__(self, training: float = 0.0, elapsed: float = 0.0) -> None:

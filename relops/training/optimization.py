@@ -62,7 +62,7 @@ def lr_factor(kind: str, iteration: int, total: int, warmup: int, milestones: Se
     """Return the factor of the learning rate in iteration number `iteration` of `total`.
 
     The factor rises linearly in the first `warmup` iterations. With "cosine" it then follows half a cosine wave down to
-    0. With "step" it is divided by 10 at each milestone, which is a fraction of the run. It depends only on the
+    0. With "step" it is divided by 10 at each milestone, which is a fraction of the run. The factor depends only on the
     iteration, so a checkpoint need not store any state of the schedule.
     """
     rise = min(1.0, (iteration + 1) / (warmup + 1))

@@ -99,7 +99,7 @@ def plot_curves(log: Sequence[dict[str, Any]], path: Path | str) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each value and the values before it in a window of 1/20 of all values, without NaN."""
+    """Return running means, ignoring NaN, over windows that end at each value and span 1/20 of all values."""
     window = max(1, len(values) // 20)
     finite = np.isfinite(values)
     sums, counts = (np.concatenate([np.zeros(window), x]).cumsum() for x in (np.where(finite, values, 0), finite))

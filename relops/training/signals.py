@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """An exception for a run that a signal stopped after it saved a checkpoint."""
+    """The exception that ends a run after it received a signal and saved a checkpoint."""
 
     def __init__(self, number: int, iteration: int) -> None:
         super().__init__(f"{signal.Signals(number).name}: stopped after iteration {iteration} and saved a checkpoint")

@@ -107,7 +107,7 @@ def _assignments(values: Mapping[str, Any]) -> str:
 
 
 def _entries(entries: Iterable[tuple[str, str]]) -> str:
-    """Format pairs of a head and a text in two columns. Each line of a text begins on a new line."""
+    """Format pairs of a heading and a text in two columns, keeping the line breaks of the text."""
     width = max(40, shutil.get_terminal_size().columns - 2)
     lines = []
     for head, text in entries:

@@ -93,12 +93,12 @@ def _image_files(paths: list[Path]) -> list[str]:
     """Return the paths of files, and the image files in folders."""
     files: list[Path] = []
     for path in paths:
-        inside = [path]
+        expanded = [path]
         if os.path.isdir(path):
-            inside = sorted(path / name for name in os.listdir(path) if is_image(name))
-        if not inside:
+            expanded = sorted(path / name for name in os.listdir(path) if is_image(name))
+        if not expanded:
             raise UsageError(f"{path}: a folder must contain images, got no file of type {', '.join(IMAGE_ENDINGS)}")
-        files += inside
+        files += expanded
     return list(map(str, files))
 
 

@@ -28,8 +28,8 @@ MODEL_OPTIONS: dict[str, tuple[type, str]] = {
     "hidden": (int, "width of the model's fully connected layers (default: that of the model)"),
 }
 
-# These defaults replace those of TrainConfig and of the models for the data set `shapes`. Options that a model does not
-# have are ignored.
+# For the data set `shapes`, these defaults replace those of TrainConfig and of the models. A model ignores the options
+# that it does not have.
 SHAPES_DEFAULTS: dict[str, Any] = {
     "options": {
         "backbone": "resnet18-gn-32",
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:
-    """Return the settings of the command line, with the defaults for its data set."""
+    """Return the settings given on the command line, completed with the defaults for the data set."""
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     given: dict[str, Any] = {name: x for name in names if (x := getattr(arguments, name, None)) is not None}
     if "milestones" in given:

@@ -67,7 +67,7 @@ def open_data(
         raise UsageError(f"split must be 'train' or 'test', got {split!r}")
     kind, _, source = spec.partition(":")
     if annotations is not None and kind != "coco":
-        raise UsageError(f"annotations may be given for coco:DIR only, got {annotations!r} for data {spec!r}")
+        raise UsageError(f"annotations can only be given for coco:DIR, got {annotations!r} for data {spec!r}")
     if kind in ("voc", "coco") and source:
         if not os.path.isdir(source):
             raise UsageError(f"data {spec!r}: {source} must be a folder")

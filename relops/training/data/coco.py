@@ -211,7 +211,7 @@ class _Reader:
             warnings.warn(f"{self.file}: {text}", stacklevel=2)
 
     def _objects_by_image(self) -> dict[int | str, list[int]]:
-        """Return the indices of the annotations of each image id, and set `labels`."""
+        """Group the indices of the annotations by image id, and set `labels`."""
         of_image = defaultdict(list)
         for j, entry in enumerate(self.entries["annotations"]):
             of_image[self._id("annotations", j, "image_id")].append(j)
@@ -225,7 +225,7 @@ class _Reader:
         return of_image
 
     def _category_ids(self) -> list[int | str]:
-        """Return the file's category ids of the classes. Classes that the file lacks get unused, lower ids."""
+        """Return the category ids of the classes. Classes that are missing in the file get ids below all others."""
         ids = {self._id("categories", i, "id"): entry["id"] for i, entry in enumerate(self.entries["categories"])}
         id_of = {label: ids[id] for id, label in self.label_of.items()}
         lowest = min([0, *(id for id in ids if isinstance(id, int))])

@@ -31,7 +31,7 @@ class PixelRange(NamedTuple):
     high: float
 
     def to_bytes(self, values: np.ndarray) -> np.ndarray:
-        """Scale values to uint8. Values outside of the range are clipped, and NaN is replaced by 0 before scaling."""
+        """Scale values to uint8. Values outside the range are clipped, and NaN is replaced by 0 before scaling."""
         scaled = (np.nan_to_num(values.astype(np.float64), posinf=self.high) - self.low) * (
             255 / (self.high - self.low)
         )
@@ -39,7 +39,7 @@ class PixelRange(NamedTuple):
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file name is that of an image. Files such as "._a.jpg", which macOS creates, are no images."""
+    """Return whether a file name is that of an image. Files like "._a.jpg", which macOS creates, are not images."""
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith("._")
 
 
@@ -84,7 +84,7 @@ def _opened(file: str) -> Iterator[Image]:
 
 
 class _Extremes(NamedTuple):
-    """The minimum and maximum pixel value of images.
+    """The minimum and maximum pixel values of images.
 
     `stated` is the maximum possible value that the files state, or 0 if they state none. `is_float` says whether the
     pixels are floats.
@@ -140,9 +140,9 @@ def _stated_maximum(image: Image) -> float:
 def common_range(files: Sequence[str]) -> PixelRange | None:
     """Determine one pixel range for all images whose pixels are not bytes, and warn about it.
 
-    Only up to SAMPLE_SIZE of the files are examined. The result is None if none of them has such pixels. A second
-    warning concerns images with 16 bits per color channel, of which only the upper 8 bits are read, if these bits hold
-    only small values. Broken files are skipped here, because reading them later raises an error.
+    Only up to SAMPLE_SIZE of the files are examined. The result is None if none of them has such pixels. Another
+    warning is given if images have 16 bits per color channel and the upper 8 bits, which are the only bits that are
+    read, have small values. Broken files are skipped here, because reading them later raises an error.
     """
     pil = require("PIL.Image", "pillow")
     deep: dict[str, _Extremes] = {}

@@ -14,7 +14,7 @@ from relops.training.errors import UsageError
 
 
 def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
-    """Check a segmentation before it is decoded, because invalid numbers could make the decoder allocate huge memory.
+    """Check a segmentation before it is decoded, because invalid numbers could make the decoder exhaust the memory.
 
     Args:
         segmentation: a list of polygons [x, y, x, y, ...] or an RLE {"size": [height, width], "counts": ...}. The
@@ -54,7 +54,7 @@ def _problem(numbers: list[float], height: int, width: int) -> str:
     xs, ys = numbers[::2], numbers[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
     if left >= width or top >= height or right <= 0 or bottom <= 0:
-        return "a polygon outside of the image"
+        return "a polygon outside the image"
     if _area(xs, ys) <= 1e-9 * (right - left + bottom - top) ** 2:
         return "a polygon without area"
     # The memory that the decoder needs is proportional to the total length of the edges. The width plus the height of

@@ -58,7 +58,7 @@ class Annotation:
         image_id: the id of the image in the annotations, or its index if the annotations have no ids.
         file: the path of the image, or the name of a drawn image.
         height, width: the size of the image in pixels.
-        boxes: [T,4] x1, y1, x2, y2 exactly as in the file. Boxes may reach outside of the image or be empty.
+        boxes: [T,4] x1, y1, x2, y2 exactly as in the file. Boxes may reach outside the image or be empty.
         labels: [T] int64, the classes, counted from 0.
         ignore: [T] bool, which marks crowds (COCO) and difficult objects (VOC).
         areas: [T], by which evaluation distinguishes small and large objects. This is the area of the mask if the data
@@ -237,8 +237,8 @@ def parse_flag(value: Any) -> bool:
 def _trainable(a: Annotation, min_extent: float) -> np.ndarray:
     """Return which objects can be used for training, as [T] bool."""
     clipped = clip_boxes(a.boxes, a.height, a.width)
-    proper = (a.boxes[:, 2:] - a.boxes[:, :2] > min_extent) & (clipped[:, 2:] > clipped[:, :2])
-    return proper.all(1) & np.isfinite(a.boxes).all(1)
+    valid = (a.boxes[:, 2:] - a.boxes[:, :2] > min_extent) & (clipped[:, 2:] > clipped[:, :2])
+    return valid.all(1) & np.isfinite(a.boxes).all(1)
 
 
 def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -32,7 +32,7 @@ def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return abs(np.hypot(x, y) - 0.75) <= 0.25
 
 
-# Each function says which points are inside of a shape. The coordinates are in [-1,1] in the square around the shape,
+# Each function says which points are inside a shape. The coordinates are in [-1,1] in the square around the shape,
 # and y points downwards.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,

@@ -29,7 +29,7 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
     - The folders train/Annotations and train/Images (or train/JPEGImages), and the same folders in test or val. An
       image and its XML file have the same name except for the extension.
 
-    VOC counts pixels from 1, and xmax and ymax are the last pixels inside of a box. Therefore x1 = xmin - 1,
+    VOC counts pixels from 1, and xmax and ymax are the last pixels inside a box. Therefore x1 = xmin - 1,
     y1 = ymin - 1, x2 = xmax and y2 = ymax. For training, boxes are clipped to the image. Boxes that are empty after
     clipping, or whose xmax (ymax) is not larger than xmin (ymin), are left out with a warning. Difficult objects are
     ignored.
@@ -155,7 +155,7 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
                 if element.tag != name and element.tag.rpartition("}")[2].lower() == name:
                     raise UsageError(f"the name of an element must be <{name}>, got <{element.tag}>")
             if element.tag not in ("object", "part") and element.find("bndbox") is not None:
-                raise UsageError(f"<bndbox> must be inside of <object>, got it inside of <{element.tag}>")
+                raise UsageError(f"<bndbox> must be inside <object>, got it inside <{element.tag}>")
         height, width = (_whole(root.findtext(f"size/{side}") or "0", side) for side in ("height", "width"))
         objects = []
         for element in root.iter("object"):
