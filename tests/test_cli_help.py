@@ -43,6 +43,12 @@ def defaults_of(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
+def summary_of(factory: Callable[..., object]) -> str:
+    first, built = inspect.getdoc(factory).splitlines()[0].split(maxsplit=1)
+    assert first == "Build"
+    return built
+
+
 def parsed_options(text: str) -> dict[str, Any]:
     """Parse assignments NAME=VALUE as `--option` does."""
     return dict(map(_option, text.split()))
@@ -57,7 +63,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 def test_models_command_lists_every_detector(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     lines = [tuple(line.split(maxsplit=1)) for line in capsys.readouterr().out.splitlines()]
-    assert lines == [(name, inspect.getdoc(factory).splitlines()[0]) for name, factory in models.DETECTORS.items()]
+    assert lines == [(name, summary_of(factory)) for name, factory in models.DETECTORS.items()]
 
 
 @pytest.mark.quick
@@ -65,7 +71,7 @@ def test_train_help_lists_every_model_with_its_defaults(help_of: Callable[..., s
     lines = section(help_of("train", "--help"), "models, with their options and defaults")
     assert len(lines) == 2 * len(models.DETECTORS)
     for (name, factory), head, options in zip(models.DETECTORS.items(), lines[::2], lines[1::2], strict=True):
-        assert head.split(maxsplit=1) == [name, inspect.getdoc(factory).splitlines()[0]]
+        assert head.split(maxsplit=1) == [name, summary_of(factory)]
         assert parsed_options(options) == defaults_of(name)
 
 

@@ -24,8 +24,8 @@ class Option(NamedTuple):
 
 
 def summary(factory: Callable[..., object]) -> str:
-    """Return the first line of the docstring of a detector's factory function."""
-    return (inspect.getdoc(factory) or "").partition("\n")[0]
+    """Return what a factory function builds, which the first line of its docstring says."""
+    return (inspect.getdoc(factory) or "").partition("\n")[0].removeprefix("Build ")
 
 
 def options_of(factory: Callable[..., object]) -> list[Option]:
