@@ -1,4 +1,4 @@
-"""Devices, seeds, tolerances and layouts that all tests share."""
+"""The fixtures, comparisons, layouts and process helpers that all tests share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ import relops
 from relops import _library
 
 ROOT = Path(__file__).resolve().parents[1]
-# The compiler's cache knows ops by name: what it compiled before a change of a schema would call the op as it was.
+# The compiler's cache identifies ops by name. Each version of the schemas gets its own cache, because code that was
+# compiled before a schema changed would call the op with the old arguments.
 SCHEMAS = zlib.crc32((ROOT / "csrc/library.cpp").read_bytes())
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / f"build/inductor-{SCHEMAS:08x}")
 
@@ -42,7 +43,7 @@ def why_no_cuda() -> str | None:
 needs_cuda = pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
 
 
-# Without a GPU the CUDA half of the tests is not collected: skipping as many tests as there are would take its time.
+# Without a GPU the CUDA half of the tests is not collected, because skipping that many tests one by one would be slow.
 DEVICES = ["cpu"] if why_no_cuda() else ["cpu", "cuda"]
 
 
@@ -58,14 +59,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--emulate-cuda", action="store_true", help="tests on the CPU run the CUDA kernels, on the emulation of CUDA"
+        "--emulate-cuda", action="store_true", help="run the CPU tests with the CUDA kernels on the CUDA emulation"
     )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
-    wanted = request.config.getoption("--emulate-cuda")
-    with cuda_emulation.instead_of_cpu_kernels() if wanted else contextlib.nullcontext():
+    requested = request.config.getoption("--emulate-cuda")
+    with cuda_emulation.instead_of_cpu_kernels() if requested else contextlib.nullcontext():
         yield
 
 
@@ -75,9 +76,9 @@ def seed() -> None:
 
 
 @contextlib.contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
+def determinism(enabled: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted)
+    torch.use_deterministic_algorithms(enabled)
     try:
         yield
     finally:
@@ -92,7 +93,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """For tests that set their number."""
+    """Restore the number of threads after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -105,13 +106,16 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def asking_forward_mode(
+def forward_mode_calls(
     function: Callable[..., Any], inputs: Inputs, name: str
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Ways to ask for a tangent by one argument; a function that gives a tensor."""
+    """Yield a description and a call for every way to differentiate `function` in forward mode.
+
+    The calls differentiate with respect to argument `name`; `function` must return one tensor.
+    """
     x = inputs[name].detach()
 
-    def of(y: Tensor) -> Tensor:
+    def output(y: Tensor) -> Tensor:
         return function(**inputs | {name: y})
 
     def dual(f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor | None:
@@ -119,25 +123,25 @@ def asking_forward_mode(
             return forward_ad.unpack_dual(f(forward_ad.make_dual(y, torch.ones_like(y)))).tangent
 
     def total(y: Tensor) -> Tensor:
-        return of(y).sum()
+        return output(y).sum()
 
     func = torch.func
-    yield "forward_ad", lambda: dual(of, x)
-    yield "forward_ad without gradients", lambda: torch.no_grad()(dual)(of, x)
-    yield "forward_ad of a leaf", lambda: dual(of, x.clone().requires_grad_())
+    yield "forward_ad", lambda: dual(output, x)
+    yield "forward_ad without gradients", lambda: torch.no_grad()(dual)(output, x)
+    yield "forward_ad of a leaf", lambda: dual(output, x.clone().requires_grad_())
     yield "forward_ad of grad", lambda: dual(func.grad(total), x)
-    yield "jvp", lambda: func.jvp(of, (x,), (x,))
-    yield "jvp of jvp", lambda: func.jvp(lambda y: func.jvp(of, (y,), (x,))[1], (x,), (x,))
+    yield "jvp", lambda: func.jvp(output, (x,), (x,))
+    yield "jvp of jvp", lambda: func.jvp(lambda y: func.jvp(output, (y,), (x,))[1], (x,), (x,))
     yield "jvp of grad", lambda: func.jvp(func.grad(total), (x,), (x,))
     yield "grad of jvp", lambda: func.grad(lambda y: func.jvp(total, (y,), (x,))[1])(x)
-    yield "vmap of jvp", lambda: torch.vmap(lambda t: func.jvp(of, (x,), (t,))[1])(x[None])
-    yield "linearize", lambda: func.linearize(of, x)
-    yield "jacfwd", lambda: func.jacfwd(lambda t: of(x * t))(torch.ones((), dtype=x.dtype, device=x.device))
+    yield "vmap of jvp", lambda: torch.vmap(lambda t: func.jvp(output, (x,), (t,))[1])(x[None])
+    yield "linearize", lambda: func.linearize(output, x)
+    yield "jacfwd", lambda: func.jacfwd(lambda t: output(x * t))(torch.ones((), dtype=x.dtype, device=x.device))
     yield "hessian", lambda: func.hessian(lambda t: total(x * t))(torch.ones((), dtype=x.dtype, device=x.device))
 
 
 class AsModule(torch.nn.Module):
-    """What torch.export takes: a function of inputs by name."""
+    """A module that calls a function with a dict of inputs, because torch.export accepts only modules."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -148,7 +152,7 @@ class AsModule(torch.nn.Module):
 
 
 def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any, Any], None]) -> None:
-    """Sizes that grow compile once, and the results of both runs are the same."""
+    """Check that growing sizes compile only once, and that compiled and eager results are equal."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
     frames = []
@@ -156,26 +160,30 @@ def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any
         inputs = op.draw(op.growing(k), device)
         assert_same(op.run(inputs, compiled), op.run(inputs))
         frames.append(counter.frame_count)
-    assert frames[-1] == frames[0]  # which is 2 where floats are traced, found to be constants, and traced again
+    # frames[0] is 2 if the first call traces floats as symbols, finds that they are constants and traces again.
+    assert frames[-1] == frames[0]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process that imports the relops of this one, installed or not."""
+    """Return this process's environment variables, updated with `more`, for a new process that uses the same relops.
+
+    The new process finds relops even if it is not installed.
+    """
     paths = [str(Path(relops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
 
 
 def run_python(program: str, **more: str) -> subprocess.CompletedProcess:
-    """In a process of its own, with more of an environment."""
+    """Run a Python program in a new process, whose environment variables are updated with `more`."""
     command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=Path(__file__).parent, env=environment(**more), capture_output=True, text=True)
 
 
 def resident_growth(begin: str, small: str, large: str) -> int:
-    """By how many KB the peak of the resident set grows when statements that took some memory take more."""
+    """Return by how many KB the statements `large` raise the peak resident set that `begin` and `small` reached."""
     if sys.platform != "linux":
-        pytest.skip("reads the peak of the resident set in the unit of Linux")
-    done = run_python(
+        pytest.skip("ru_maxrss is in KB only on Linux")
+    process = run_python(
         f"""
 import resource, torch, relops
 {begin}
@@ -185,8 +193,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    assert process.returncode == 0, process.stderr
+    return int(process.stdout)
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
@@ -198,13 +206,16 @@ def faked(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
 
 
 def traced(run: Callable[[Inputs], Any], inputs: Inputs, tracing_mode: str) -> Callable[[Inputs], Any]:
-    """`run` of inputs of which the tensors are those of the graph, traced by make_fx."""
+    """Trace `run` with make_fx into a graph that has the tensors among `inputs` as its arguments."""
     graph = make_fx(lambda tensors: run(inputs | tensors), tracing_mode=tracing_mode)(tensors_of(inputs))
     return lambda inputs: graph(tensors_of(inputs))
 
 
 def check_two_streams(op: Op | Selection, sample: Sample, assert_same: Callable[[Any, Any], None]) -> None:
-    """On two at once, with numbers that arrive after a long wait: a kernel on any other stream would be too early."""
+    """Check that kernels run on the current stream, on two streams at the same time.
+
+    The numbers of the inputs arrive after a long wait, so a kernel on any other stream would read them too early.
+    """
     inputs = [op.draw(sample, "cuda", seed=seed) for seed in (0, 1)]
     expected = [op.run(given) for given in inputs]
     torch.cuda.synchronize()
@@ -222,7 +233,7 @@ def check_two_streams(op: Op | Selection, sample: Sample, assert_same: Callable[
 
 
 def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of the step, and what its replays write their results to."""
+    """Capture `step` in a CUDA graph, and return the graph and the tensors to which its replays write their results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -243,13 +254,13 @@ def reversed_strides(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Every second element of a buffer whose other elements would show."""
+    """Return `x` as every second element of a buffer. The others are NaN (1 for integers), to reveal wrong reads."""
     filler = torch.full_like(x, float("nan")) if x.is_floating_point() else torch.ones_like(x)
     return torch.stack([filler, x], -1)[..., 1]
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Dense, but not aligned to more than an element."""
+    """Return a dense copy of `x` that is aligned only to the size of one element."""
     return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
 
 
@@ -260,9 +271,11 @@ LAYOUTS = [reversed_strides, sliced, shifted]
 
 
 def tolerances(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, as a fraction of the largest value) by which a result of this dtype may miss the float64 twin.
+    """Return the tolerances for comparing a result of this dtype with the float64 twin.
 
-    16-bit results are sums in float32 rounded once: twice the rounding error, and nothing besides it but float32's.
+    The first tolerance is relative to each value, the second is a fraction of the largest value. 16-bit results are
+    float32 sums that are rounded once, so their relative tolerance is twice the rounding error of the dtype, and the
+    second one is that of float32.
     """
     return {
         torch.float64: (1e-12, 1e-13),
@@ -275,35 +288,38 @@ def tolerances(dtype: torch.dtype) -> tuple[float, float]:
 def assert_matches(
     actual: Tensor, expected: Tensor, what: str = "output", dtype: torch.dtype | None = None, noise: float = 1.0
 ) -> None:
-    """`expected` is float64, from the inputs as rounded to the tested dtype; `dtype` where actual was cast since;
-    `noise` is that of the op (cases.Op)."""
-    relative, of_largest = tolerances(dtype or actual.dtype)
+    """Assert that a result is as close to the float64 tensor `expected` as its dtype allows.
+
+    `expected` must be computed from inputs that were rounded to the tested dtype. `dtype` is the tested dtype if
+    `actual` was cast afterwards, and `noise` is the op's (see cases.Op).
+    """
+    relative, fraction = tolerances(dtype or actual.dtype)
     largest = noise * expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.detach().double().cpu(),
         expected.detach().cpu(),
         rtol=relative,
-        atol=of_largest * largest,
+        atol=fraction * largest,
         msg=lambda text: f"{what}: {text}",
     )
 
 
 def assert_matches_twin(op: Op, inputs: Inputs, dtype: torch.dtype | None = None) -> None:
-    """The output and every gradient."""
+    """Assert that the output and every gradient of an op match those of its twin."""
     actual = op.run(inputs)
     for name, expected in op.run_twin(inputs).items():
         assert_matches(actual[name], expected, name, dtype, op.noise)
 
 
 def assert_same_selection(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """The same kernels on the same numbers."""
+    """Assert that two results are equal, because they come from the same kernels and the same numbers."""
     for x, y in zip(actual, expected, strict=True):
         assert x.dtype == y.dtype
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 def assert_matches_selection(op: Selection, inputs: Inputs) -> None:
-    """The twin's indices exactly; its numbers, which soft_nms has, but for rounding."""
+    """Assert that an op returns exactly the twin's indices, and (soft_nms) the twin's scores up to rounding."""
     actual, expected = op.run(inputs), op.run_twin(inputs)
     for x, y in zip(op.comparable(actual), op.comparable(expected), strict=True):
         assert x.dtype == y.dtype

@@ -1,6 +1,6 @@
-"""What every differentiable op keeps, whatever it computes; an op gets all of this by its entry in cases.OPS.
+"""Tests of the properties that all differentiable ops share. An op gets all of them with an entry in cases.OPS.
 
-Ops that select are in test_contract_selection.py.
+test_contract_selection.py has the tests for ops that select.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from conftest import (
     LAYOUTS,
     TRACING_MODES,
     AsModule,
-    asking_forward_mode,
     assert_matches,
     captured,
     check_recompiles,
     check_two_streams,
     determinism,
     faked,
+    forward_mode_calls,
     needs_cuda,
     run_python,
     tensors_of,
@@ -55,20 +55,23 @@ SAMPLES = [
     for name, sample in op.samples.items()
 ]
 EMPTY = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name, sample in op.empty.items()]
-# One sample per op, where more would only repeat.
+# One sample per op, for tests that gain nothing from further samples.
 FIRST = [pytest.param(op, next(iter(op.samples.values())), id=op.name) for op in OPS]
 BAD = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad]
 HARMFUL = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad if not bad.harmless]
 
-# Of features and coordinates: 16-bit features go with float32 coordinates, or with their own kind.
+# Dtypes of features and coordinates. 16-bit features go with coordinates of float32 or of the same dtype.
 DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in DTYPES] + [
     (dtype, dtype) for dtype in DTYPES if dtype.itemsize == 2
 ]
 
 
 def in_turn(name: str, choices: Sequence[Any], samples: list[Any]) -> pytest.MarkDecorator:
-    """Of what does not depend on a sample and a choice together: all choices for the first sample of an op, and for
-    the others one each, in turn."""
+    """Parametrize a test over samples and choices without running all of their combinations.
+
+    The first sample of an op is combined with every choice, and each other sample with one choice, in turn. Use it for
+    tests whose outcome does not depend on the combination of a sample and a choice.
+    """
     chosen = [
         pytest.param(*sample.values, choice, id=f"{sample.id}-{choice}", marks=sample.marks)
         for i, sample in enumerate(samples)
@@ -83,7 +86,10 @@ on_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same kernels on the same numbers: equal but for the order of sums, on CUDA or by memory format."""
+    """Assert that two results are equal, because they come from the same kernels and the same numbers.
+
+    Sums may be in a different order, on CUDA or if memory formats differ, and are then compared with a tolerance.
+    """
     cuda_kernels = actual["output"].is_cuda or cuda_emulation.in_use
     in_order = not cuda_kernels and actual["output"].stride() == expected["output"].stride()
     for name, x in actual.items():
@@ -120,8 +126,8 @@ def test_deterministic(op: Op, sample: Sample, device: str, dtype: torch.dtype, 
 
 
 @on_ops
-def test_deterministic_where_many_add(op: Op, device: str, deterministic: None) -> None:
-    """Sizes at which threads and blocks come in another order from run to run."""
+def test_deterministic_for_large_inputs(op: Op, device: str, deterministic: None) -> None:
+    """Use sizes at which the order of threads and blocks differs from run to run."""
     inputs = op.draw(op.growing(9), device)
     runs = [op.run(inputs) for _ in range(20 if device == "cuda" else 3)]
     for name, x in runs[0].items():
@@ -131,29 +137,29 @@ def test_deterministic_where_many_add(op: Op, device: str, deterministic: None) 
 @on_samples
 def test_gradcheck(op: Op, sample: Sample, device: str, deterministic: None) -> None:
     inputs = op.draw(sample, device, torch.float64)
-    names = op.wanted(inputs)
-    wanted = [inputs[name].clone().requires_grad_() for name in names]
+    names = op.needs_grad(inputs)
+    leaves = [inputs[name].clone().requires_grad_() for name in names]
 
     def function(*tensors: Tensor) -> Tensor:
         return op.function(**inputs | dict(zip(names, tensors)))
 
-    assert torch.autograd.gradcheck(function, wanted, fast_mode=True)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
 @on_samples
-def test_only_wanted_gradients(op: Op, sample: Sample, device: str, deterministic: None) -> None:
+def test_gradients_of_some_inputs_only(op: Op, sample: Sample, device: str, deterministic: None) -> None:
     inputs = op.draw(sample, device)
     everything = op.run(inputs)
-    for name in op.wanted(inputs):
-        alone = op.run(inputs, wanted=(name,))  # run() hands the others in without requires_grad
+    for name in op.needs_grad(inputs):
+        alone = op.run(inputs, needs_grad=(name,))  # the other inputs do not require gradients
         assert_same(alone, everything)
-        others = tuple(other for other in op.wanted(inputs) if other != name)
+        others = tuple(other for other in op.needs_grad(inputs) if other != name)
         if others:
-            assert_same(op.run(inputs, wanted=others), everything)
+            assert_same(op.run(inputs, needs_grad=others), everything)
 
 
 @on_ops
-def test_no_gradient_no_graph(op: Op, device: str) -> None:
+def test_no_graph_without_requires_grad(op: Op, device: str) -> None:
     inputs = op.draw(next(iter(op.samples.values())), device)
     assert not op.function(**inputs).requires_grad
 
@@ -174,14 +180,14 @@ def floating(inputs: Inputs) -> list[str]:
 
 @on_samples
 def test_forward_mode_raises(op: Op, sample: Sample, device: str) -> None:
-    """Forward mode is not provided, and a tangent of zeros would be wrong in silence."""
+    """Check that forward mode raises an error. relops does not provide it, and zeros would be silently wrong."""
     inputs = op.draw(sample, device)
     functions = op.function, lambda **inputs: op.run_raw(inputs)
     for i, (name, function) in enumerate(itertools.product(floating(inputs), functions)):
-        ways = list(asking_forward_mode(function, inputs, name))
-        for way, ask in ways if is_first(op, sample) else [ways[i % len(ways)]]:
+        calls = list(forward_mode_calls(function, inputs, name))
+        for description, call in calls if is_first(op, sample) else [calls[i % len(calls)]]:
             with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
-                pytest.fail(f"{way} by {name} gives {ask()}")
+                pytest.fail(f"{description} with respect to {name} returned {call()}")
 
 
 @on_first_sample
@@ -195,18 +201,18 @@ def test_forward_mode_raises_compiled(
     def jvp(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(f, (x,), (x,))
 
-    def of(x: Tensor) -> Tensor:
+    def call(x: Tensor) -> Tensor:
         return op.function(**inputs | {name: x})
 
     with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
         if compiled_outside:
-            torch.compile(lambda x: jvp(of, x), backend="aot_eager")(inputs[name])
+            torch.compile(lambda x: jvp(call, x), backend="aot_eager")(inputs[name])
         else:
-            jvp(torch.compile(of, backend="aot_eager"), inputs[name])
+            jvp(torch.compile(call, backend="aot_eager"), inputs[name])
 
 
 class Recorded(TorchDispatchMode):
-    """The calls of one op."""
+    """A dispatch mode that records the arguments of all calls of one op."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -220,7 +226,7 @@ class Recorded(TorchDispatchMode):
 
 @on_samples
 def test_forward_mode_of_backward_raises(op: Op, sample: Sample, device: str) -> None:
-    """Of the ops that compute gradients, called as they are by autograd."""
+    """Check the op that computes gradients, called with the arguments that autograd passes to it."""
     with Recorded(f"_{op.name}_backward") as recorded:
         op.run(op.draw(sample, device))
     (args,) = recorded.calls
@@ -228,11 +234,11 @@ def test_forward_mode_of_backward_raises(op: Op, sample: Sample, device: str) ->
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor) and x.is_floating_point():
 
-            def of(x: Tensor, i: int = i) -> Any:
+            def call(x: Tensor, i: int = i) -> Any:
                 return recorded.op(*tree_unflatten([*leaves[:i], x, *leaves[i + 1 :]], spec))
 
             with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
-                torch.func.jvp(of, (x,), (x,))
+                torch.func.jvp(call, (x,), (x,))
 
 
 # ---- Layouts ----
@@ -263,7 +269,7 @@ def test_expanded_inputs(op: Op, sample: Sample, device: str) -> None:
 def test_layouts_of_grad_output(op: Op, sample: Sample, device: str, layout: Callable | str) -> None:
     inputs = op.draw(sample, device)
     output = op.function(**inputs)
-    if layout == "expanded":  # what out.sum().backward() hands back
+    if layout == "expanded":  # the layout of the gradient in out.sum().backward()
         dense = torch.ones_like(output)
         grad = torch.ones((), device=device).expand_as(output)
     else:
@@ -280,16 +286,16 @@ def test_empty(op: Op, sample: Sample, device: str, dtype: torch.dtype) -> None:
     meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in inputs.items()}
     assert results["output"].shape == op.run_raw(meta).shape
     assert not results["output"].any()
-    for name in op.wanted(inputs):
+    for name in op.needs_grad(inputs):
         assert results[name].shape == inputs[name].shape and not results[name].any(), name
 
 
-# ---- The rest of torch ----
+# ---- Tracing, compilation and transforms ----
 
 
 @on_samples
 def test_meta_tensors(op: Op, sample: Sample) -> None:
-    """What shape inference outside of a compiler gives them."""
+    """Check the shapes, strides and dtypes of meta tensors, with which users infer shapes without a compiler."""
     inputs = op.draw(sample)
     meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in inputs.items()}
     actual, expected = op.function(**meta), op.function(**inputs)
@@ -310,7 +316,7 @@ def test_fake_tensors(op: Op, sample: Sample, device: str) -> None:
 
 @in_turn("tracing_mode", TRACING_MODES, [*SAMPLES, *EMPTY])
 def test_make_fx(op: Op, sample: Sample, device: str, tracing_mode: str) -> None:
-    """A graph of forward and backward."""
+    """Trace forward and backward into one graph."""
     inputs, others = (op.draw(sample, device, seed=seed) for seed in (0, 1))
     graph = traced(op.run, inputs, tracing_mode)
     for each in (inputs, others):
@@ -319,13 +325,17 @@ def test_make_fx(op: Op, sample: Sample, device: str, tracing_mode: str) -> None
 
 @on_samples
 def test_opcheck(op: Op, sample: Sample, device: str) -> None:
-    """With what wants gradients; without, which leaves out a part of it, where one sample says enough."""
+    """Run opcheck with inputs that require gradients, and for the first sample also with inputs that do not.
+
+    Without gradients opcheck checks less, and one sample is enough.
+    """
     inputs = op.draw(sample, device)
     if is_first(op, sample):
         torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()))
-    for name in op.wanted(inputs):
+    for name in op.needs_grad(inputs):
         inputs[name].requires_grad_()
-    # opcheck compares two runs of the backward without tolerance to speak of; fast CUDA sums differ in order.
+    # By default opcheck compares two runs of the backward with hardly any tolerance, but the order of fast sums on CUDA
+    # varies.
     torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()), rtol=1e-4, atol=1e-5)
 
 
@@ -342,7 +352,7 @@ def test_compile_inductor(op: Op, sample: Sample, device: str, dtype: torch.dtyp
         pytest.skip("inductor needs a C++ compiler")
     inputs = op.draw(sample, device, dtype)
 
-    # Something for inductor to fuse around the op, whose layout assumptions then matter.
+    # Inductor fuses the operations around the op, so its assumptions about layouts are tested as well.
     def around(**inputs: Tensor) -> Tensor:
         scaled = {name: x * 1.0 if name in op.differentiable else x for name, x in inputs.items()}
         return op.function(**scaled).flip(-1) * 2
@@ -354,7 +364,7 @@ def test_compile_inductor(op: Op, sample: Sample, device: str, dtype: torch.dtyp
 
 
 @on_ops
-def test_compile_does_not_recompile_for_ever(op: Op, device: str, fresh_compiler: None) -> None:
+def test_compile_does_not_recompile_forever(op: Op, device: str, fresh_compiler: None) -> None:
     check_recompiles(op, device, assert_same)
 
 
@@ -382,7 +392,10 @@ def test_export_dynamic_shapes(op: Op, device: str, fresh_compiler: None) -> Non
 @on_samples
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(op: Op, sample: Sample, device: str, autocast_dtype: torch.dtype) -> None:
-    """Linear layers give 16 bit, what did not pass one stays float32: each mixture must do without a cast by hand."""
+    """Check that every mixture of dtypes works under autocast without explicit casts.
+
+    Linear layers return 16-bit tensors there, and tensors that pass through no linear layer stay float32.
+    """
     f32 = torch.float32
     narrow_features = op.cast(op.draw(sample, device), autocast_dtype, f32)
     narrow_coordinates = op.cast(op.draw(sample, device), f32, autocast_dtype)
@@ -397,10 +410,10 @@ def test_autocast(op: Op, sample: Sample, device: str, autocast_dtype: torch.dty
         with torch.autocast(device, autocast_dtype):
             return op.function(**inputs)
 
-    for given, meant in mixtures:
-        actual, expected = op.run(given, autocast), op.run(meant)
+    for given, equivalent in mixtures:
+        actual, expected = op.run(given, autocast), op.run(equivalent)
         assert_same(actual, {name: x.to(actual[name].dtype) for name, x in expected.items()})
-        assert all(actual[name].dtype == given[name].dtype for name in op.wanted(given))
+        assert all(actual[name].dtype == given[name].dtype for name in op.needs_grad(given))
         assert actual["output"].dtype == op.output_dtype(given[op.features[0]].dtype)
 
 
@@ -412,7 +425,7 @@ def test_vmap(op: Op, sample: Sample, device: str) -> None:
     scale = torch.linspace(0.9, 1.1, B, device=device)
 
     def batched(name: str, dim: int) -> Tensor:
-        """Features of entry b scaled by its own factor; of all else, rows rolled by their own number of places."""
+        """Stack B variants of an argument. Variant b scales features by `scale[b]`, and rolls other rows by b."""
         x = inputs[name]
         entries = [x * scale[b].to(x.dtype) if name in op.features else x.roll(b, 0) for b in range(B)]
         return torch.stack(entries, dim)
@@ -428,9 +441,9 @@ def test_vmap(op: Op, sample: Sample, device: str) -> None:
             entries = [{name: given[name].select(dim, b) for name, dim in in_dims.items()} for b in range(B)]  # noqa: B023
             return torch.stack([op.function(**inputs | entry) for entry in entries])
 
-        wanted = tuple(name for name in given if name in op.differentiable)
-        actual, expected = (op.run(given, f, wanted=wanted) for f in (mapped, looped))
-        for name, x in actual.items():  # sums over the batch come in another order
+        needs_grad = tuple(name for name in given if name in op.differentiable)
+        actual, expected = (op.run(given, f, needs_grad=needs_grad) for f in (mapped, looped))
+        for name, x in actual.items():  # the order of sums over the batch differs
             assert_matches(x, expected[name].double(), f"{name}, mapped over {in_dims}")
 
 
@@ -448,13 +461,14 @@ def test_bad_input(op: Op, bad: Bad, device: str) -> None:
 
 @pytest.mark.parametrize(("op", "bad"), HARMFUL)
 def test_bad_input_past_the_checks(op: Op, bad: Bad, device: str) -> None:
-    """Called as torch.ops.relops.<name>, errors need not be friendly, but memory is not touched."""
+    """Check that torch.ops.relops.<name> raises some error, however unspecific, before it accesses memory."""
     inputs = bad.change(op.draw(next(iter(op.samples.values())), device))
     if any(isinstance(x, Tensor) and x.is_meta for x in inputs.values()):
-        pytest.skip("torch sends a call with a meta tensor to the fake")
+        pytest.skip("torch dispatches a call with a meta tensor to the fake kernel")
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         output = op.run_raw(inputs)
-        assert not output.is_cuda  # where the host cannot look, the answer is NaN: of the op's own tests
+        # For sizes on the device, which the host cannot check, the output is NaN. The op's own tests check that.
+        assert not output.is_cuda
 
 
 @needs_cuda
@@ -474,9 +488,9 @@ def test_no_synchronization(op: Op, sample: Sample) -> None:
 @on_samples
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 def test_cuda_graph(op: Op, sample: Sample, deterministic: bool) -> None:
-    """Forward and backward, captured once, replayed on other numbers."""
+    """Capture forward and backward once, and replay them on other numbers."""
     inputs = op.draw(sample, "cuda")
-    names = op.wanted(inputs)
+    names = op.needs_grad(inputs)
     leaves = [inputs[name].requires_grad_() for name in names]
     grad = grad_like(op.function(**inputs))
 
@@ -515,7 +529,7 @@ def test_kernels_registered(op: Op) -> None:
 
 @pytest.mark.quick
 def test_every_public_op_has_cases() -> None:
-    """And with them all tests of this file, those that are quick included."""
+    """Check that every public op has cases, and with them all tests of this file, including the quick ones."""
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
     assert public == {op.name for op in (*OPS, *SELECTIONS)}
     assert public == {name for name in relops.__all__ if not isinstance(getattr(relops, name), ModuleType)}
@@ -523,9 +537,9 @@ def test_every_public_op_has_cases() -> None:
 
 
 def test_names() -> None:
-    """After a plain `import relops` each op is a function under all of its names, and its file is there to import."""
+    """Check that `import relops` defines each op under all of its names, and that its modules can be imported."""
     names = [op.name for op in (*OPS, *SELECTIONS)]
-    done = run_python(
+    process = run_python(
         f"""
 import relops, torch
 for name in {names!r}:
@@ -539,7 +553,7 @@ from relops.reference.roi_align import roi_align as twin
 assert roi_align is relops.roi_align and twin is relops.reference.roi_align
 """
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_signatures() -> None:

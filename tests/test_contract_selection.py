@@ -1,4 +1,4 @@
-"""What every op that selects keeps, whatever it selects; an op gets all of this by its entry in cases.SELECTIONS."""
+"""Tests of the properties that all ops that select share. An op gets all of them with an entry in cases.SELECTIONS."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from conftest import (
     LAYOUTS,
     TRACING_MODES,
     AsModule,
-    asking_forward_mode,
     assert_matches_selection,
     assert_same_selection,
     captured,
     check_recompiles,
     check_two_streams,
     faked,
+    forward_mode_calls,
     needs_cuda,
     tensors_of,
     traced,
@@ -41,7 +41,10 @@ def first_sample(op: Selection) -> Sample:
 
 
 def samples_of(op: Selection) -> list[Any]:
-    """`make quick` runs everything on the first sample of every op, without a batch, and on the one named "batch"."""
+    """Return the samples of an op as test parameters.
+
+    `make quick` runs all tests on the first sample of an op, which has no batch, and on the sample named "batch".
+    """
     return [
         pytest.param(op, sample, id=f"{op.name}-{name}", marks=pytest.mark.quick if is_main else ())
         for name, sample in op.samples.items()
@@ -51,7 +54,7 @@ def samples_of(op: Selection) -> list[Any]:
 
 SAMPLES = [sample for op in SELECTIONS for sample in samples_of(op)]
 on_samples = pytest.mark.parametrize(("op", "sample"), SAMPLES)
-# Where more would only repeat.
+# For tests that gain nothing from further samples.
 on_few_samples = pytest.mark.parametrize(("op", "sample"), [sample for sample in SAMPLES if sample.marks])
 on_empty = pytest.mark.parametrize(
     ("op", "sample"),
@@ -78,8 +81,8 @@ def test_equals_twin(op: Selection, sample: Sample, device: str) -> None:
 
 
 @on_ops
-def test_deterministic_where_many_take_part(op: Selection, device: str) -> None:
-    """Sizes at which threads and blocks come in another order from run to run."""
+def test_deterministic_for_large_inputs(op: Selection, device: str) -> None:
+    """Use sizes at which the order of threads and blocks differs from run to run."""
     inputs = op.draw(op.growing(9), device)
     first = op.run(inputs)
     for _ in range(20 if device == "cuda" else 3):
@@ -89,8 +92,7 @@ def test_deterministic_where_many_take_part(op: Selection, device: str) -> None:
 @on_samples
 def test_inputs_that_require_grad(op: Selection, sample: Sample, device: str) -> None:
     inputs = op.draw(sample, device)
-    wanting = inputs | {name: inputs[name].clone().requires_grad_() for name in op.floats}
-    actual = op.run(wanting)
+    actual = op.run(inputs | {name: inputs[name].clone().requires_grad_() for name in op.floats})
     assert not any(x.requires_grad for x in actual)
     assert_same_selection(actual, op.run(inputs))
 
@@ -139,7 +141,10 @@ on_integer_boxes = pytest.mark.parametrize("op", SUPPRESSIONS, ids=lambda op: op
 
 
 def integer_boxes(op: Selection, dtype: torch.dtype, device: str) -> tuple[Inputs, Inputs]:
-    """Inputs, of an image or of a batch where the op takes one, and those that they are to be computed as."""
+    """Return inputs with integer boxes, and the equivalent inputs with floating-point boxes.
+
+    They are those of a batch if the op accepts batches, and of one image otherwise.
+    """
     inputs = op.draw(op.samples.get("batch", first_sample(op)), device)
     whole = inputs["boxes"] + 4  # a corner may be at -4
     assert torch.equal(whole, whole.round()) and whole.min() >= 0
@@ -150,8 +155,8 @@ def integer_boxes(op: Selection, dtype: torch.dtype, device: str) -> tuple[Input
 @on_integer_boxes
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_integer_boxes(op: Selection, dtype: torch.dtype, device: str, fresh_compiler: None) -> None:
-    inputs, meant = integer_boxes(op, dtype, device)
-    expected = op.run(meant)
+    inputs, equivalent = integer_boxes(op, dtype, device)
+    expected = op.run(equivalent)
     assert_same_selection(op.run(inputs), expected)
     assert_matches_selection(op, inputs)
     assert_same_selection(op.run(inputs, torch.compile(op.function, fullgraph=True, backend="aot_eager")), expected)
@@ -161,18 +166,18 @@ def test_integer_boxes(op: Selection, dtype: torch.dtype, device: str, fresh_com
         assert_same_selection([x[0] for x in mapped], expected)
 
 
-# ---- The rest of torch ----
+# ---- Tracing, compilation and transforms ----
 
 
 @on_few_samples
 def test_fake_tensors(op: Selection, sample: Sample, device: str) -> None:
     inputs = op.draw(sample, device)
-    waits = op.waits(inputs)  # an output's size is known to nobody, which takes symbols
-    with FakeTensorMode(shape_env=ShapeEnv() if waits else None) as mode:
+    unknown_size = op.synchronizes(inputs)  # the size of an output depends on values, so it must be a symbol
+    with FakeTensorMode(shape_env=ShapeEnv() if unknown_size else None) as mode:
         actual = op.run(faked(mode, inputs))
     for x, y in zip(actual, op.run(inputs), strict=True):
         assert isinstance(x, FakeTensor) and x.dtype == y.dtype and x.device == y.device and x.dim() == y.dim()
-        assert waits or x.shape == y.shape
+        assert unknown_size or x.shape == y.shape
 
 
 @on_few_samples
@@ -186,14 +191,14 @@ def test_make_fx(op: Selection, sample: Sample, device: str, tracing_mode: str) 
 
 @on_samples
 def test_forward_mode(op: Selection, sample: Sample, device: str) -> None:
-    """Scores that come out have no tangent, and say so; indices need none."""
+    """Check that ops which return scores raise an error in forward mode, and that indices alone need no tangent."""
     inputs = op.draw(sample, device)
     expected = op.run(inputs)
     for name, function in itertools.product(op.floats, (op.function, lambda **x: op.overload(*op.raw(x).values()))):
         if any(x.is_floating_point() for x in expected):
-            for way, ask in asking_forward_mode(lambda **x: function(**x)[-1], inputs, name):  # noqa: B023
+            for description, call in forward_mode_calls(lambda **x: function(**x)[-1], inputs, name):  # noqa: B023
                 with pytest.raises(RuntimeError, match=rf"relops\.{op.name} does not provide forward-mode AD"):
-                    pytest.fail(f"{way} by {name} gives {ask()}")
+                    pytest.fail(f"{description} with respect to {name} returned {call()}")
         else:
             with forward_ad.dual_level():
                 actual = op.run(inputs | {name: forward_ad.make_dual(inputs[name], inputs[name])}, function)
@@ -213,7 +218,7 @@ def test_opcheck(op: Selection, sample: Sample, device: str, requires_grad: bool
 def test_compile(op: Selection, sample: Sample, device: str, fresh_compiler: None) -> None:
     inputs = op.draw(sample, device)
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
-    for seed in (0, 1):  # of which another number is kept
+    for seed in (0, 1):  # the number of kept boxes depends on the seed
         inputs = op.draw(sample, device, seed=seed)
         assert_same_selection(op.run(inputs, compiled), op.run(inputs))
 
@@ -223,7 +228,7 @@ def test_compile_inductor(op: Selection, device: str, fresh_compiler: None) -> N
     if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("inductor needs a C++ compiler")
 
-    # Something for inductor to fuse around the op, whose layout assumptions then matter.
+    # Inductor fuses the operations around the op, so its assumptions about layouts are tested as well.
     def around(**inputs: Tensor) -> tuple[Tensor, ...]:
         doubled = {name: x * 2 if name in op.floats else x for name, x in inputs.items()}
         return tuple(x * 2 for x in op.run(doubled))
@@ -233,7 +238,7 @@ def test_compile_inductor(op: Selection, device: str, fresh_compiler: None) -> N
 
 
 @on_ops
-def test_compile_does_not_recompile_for_ever(op: Selection, device: str, fresh_compiler: None) -> None:
+def test_compile_does_not_recompile_forever(op: Selection, device: str, fresh_compiler: None) -> None:
     check_recompiles(op, device, assert_same_selection)
 
 
@@ -297,17 +302,17 @@ def test_bad_input(op: Selection, bad: Bad, device: str) -> None:
 
 @bad_inputs(harmful=True)
 def test_bad_input_past_the_checks(op: Selection, bad: Bad, device: str) -> None:
-    """Called as torch.ops.relops.<name>, errors need not be friendly, but memory is not touched."""
+    """Check that torch.ops.relops.<name> raises some error, however unspecific, before it accesses memory."""
     inputs = bad.change(op.draw(first_sample(op), device))
     if any(x.is_meta for x in tensors_of(inputs).values()):
-        pytest.skip("torch sends a call with a meta tensor to the fake")
+        pytest.skip("torch dispatches a call with a meta tensor to the fake kernel")
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         op.overload(*op.raw(inputs).values())
 
 
 @pytest.mark.parametrize("op", [op for op in SELECTIONS if op.widened], ids=lambda op: op.name)
-def test_16_bits_past_the_checks(op: Selection, device: str) -> None:
-    """Kernels are not given them."""
+def test_kernels_reject_16_bit_inputs(op: Selection, device: str) -> None:
+    """Check that kernels reject 16-bit inputs, which the Python code widens before it calls the kernels."""
     with pytest.raises(RuntimeError):
         op.overload(*op.raw(op.draw(first_sample(op), device, torch.float16)).values())
 
@@ -319,8 +324,8 @@ def test_16_bits_past_the_checks(op: Selection, device: str) -> None:
 @on_samples
 def test_no_synchronization(op: Selection, sample: Sample) -> None:
     inputs = op.draw(sample, "cuda")
-    if op.waits(inputs):
-        pytest.skip("the size of its output depends on values")
+    if op.synchronizes(inputs):
+        pytest.skip("the size of the output depends on values")
     op.run(inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -334,8 +339,8 @@ def test_no_synchronization(op: Selection, sample: Sample) -> None:
 @on_samples
 def test_cuda_graph(op: Selection, sample: Sample) -> None:
     inputs = op.draw(sample, "cuda")
-    if op.waits(inputs):
-        pytest.skip("the size of its output depends on values")
+    if op.synchronizes(inputs):
+        pytest.skip("the size of the output depends on values")
     graph, results = captured(lambda: op.run(inputs))
     for seed in (0, 1):
         others = op.draw(sample, "cuda", seed=seed)
@@ -351,7 +356,7 @@ def test_cuda_streams(op: Selection, sample: Sample) -> None:
     check_two_streams(op, sample, assert_same_selection)
 
 
-# ---- The house ----
+# ---- Registration and documentation ----
 
 
 @pytest.mark.quick

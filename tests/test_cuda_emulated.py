@@ -81,7 +81,7 @@ def test_empty_inputs_give_zeros(op: Op) -> None:
 def test_single_gradients_of_deformable_attention(needs_grad: tuple[str, ...]) -> None:
     inputs = PLAIN.draw(PLAIN.samples["typical"])
     expected = PLAIN.run(inputs)
-    for name, actual in PLAIN.run(inputs, wanted=needs_grad).items():
+    for name, actual in PLAIN.run(inputs, needs_grad=needs_grad).items():
         assert_matches(actual, expected[name].double(), name)
 
 
@@ -326,8 +326,8 @@ def test_relations_of_larger_sizes(case: Relations, dtype: torch.dtype) -> None:
 def test_relations_with_many_blocks() -> None:
     """A block processes 32 queries instead of 16 if there are at least 256 blocks."""
     inputs = RELATION.draw(Relations(N=86, Q=33, K=2, M=1, D=4, Dv=4).relation_attention)
-    expected = RELATION.run(RELATION.cast(inputs, torch.float64, torch.float64), RELATION.reference, wanted=())
-    assert_matches(RELATION.run(inputs, wanted=())["output"], expected["output"], noise=RELATION.noise)
+    expected = RELATION.run(RELATION.cast(inputs, torch.float64, torch.float64), RELATION.reference, needs_grad=())
+    assert_matches(RELATION.run(inputs, needs_grad=())["output"], expected["output"], noise=RELATION.noise)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -348,7 +348,7 @@ def test_relations_in_tf32(offset: int) -> None:
 def test_single_gradients_of_relations(needs_grad: str, M: int) -> None:
     inputs = RELATION.draw(Relations(N=1, M=M, mask="some").relation_attention, dtype=torch.float64)
     expected = RELATION.run_twin(inputs)[needs_grad]
-    assert_matches(RELATION.run(inputs, wanted=(needs_grad,))[needs_grad], expected, needs_grad)
+    assert_matches(RELATION.run(inputs, needs_grad=(needs_grad,))[needs_grad], expected, needs_grad)
 
 
 def test_masked_keys_have_no_influence() -> None:
@@ -408,7 +408,7 @@ def test_windows_that_exceed_a_tile(case: Windows, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_single_gradients_of_windows(needs_grad: str, stride: int) -> None:
     inputs = LOCAL.draw(Windows(C=20, G=2, stride=stride, border="zero").local_relation, dtype=torch.float64)
-    actual, expected = LOCAL.run(inputs, wanted=(needs_grad,)), LOCAL.run(inputs)
+    actual, expected = LOCAL.run(inputs, needs_grad=(needs_grad,)), LOCAL.run(inputs)
     assert torch.equal(actual[needs_grad], expected[needs_grad])
 
 

@@ -1,4 +1,4 @@
-"""Values and gradients of multi-scale deformable attention."""
+"""Tests of the values and gradients of multi-scale deformable attention."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw(op: Op, case: DeformAttn, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def sample_one(image: Tensor, x: float, y: float, weight: float = 1.0) -> Tensor:
-    """One head samples image [H,W] once, at the normalized (x, y); twice, through both ops."""
+    """Sample image [H,W] with one head at the normalized (x, y), and check that both ops return the same."""
     H, W = image.shape
     value = image.reshape(1, H * W, 1, 1)
     location = torch.tensor([x, y], dtype=value.dtype, device=value.device).view(1, 1, 1, 1, 1, 2)
@@ -92,7 +92,7 @@ def test_linear_ramp_is_reproduced(device: str) -> None:
 
 @both
 def test_constant_value_is_returned(op: Op, device: str) -> None:
-    """Weights that add up to 1 over samples inside: whatever the levels, a mean of equal things."""
+    """Check that weights that add up to 1, over samples inside of the maps, return the constant value of all levels."""
     inputs = draw(op, DeformAttn(levels=((4, 6), (3, 3)), P=3), device, torch.float64)
     inputs["value"] = torch.full_like(inputs["value"], 2.5)
     if op is FUSED:
@@ -104,7 +104,7 @@ def test_constant_value_is_returned(op: Op, device: str) -> None:
 
 
 def test_heads_levels_and_points_do_not_mix(device: str) -> None:
-    """Level l, head m is constantly 100 l + 10 m: the output shows which one each weight fell on."""
+    """Set head m of level l to the constant 100 l + 10 m, so that the output shows what each weight was applied to."""
     levels, M, P = [(3, 4), (2, 2)], 3, 2
     constant = torch.cat([torch.full((h * w,), 100.0 * level) for level, (h, w) in enumerate(levels)])
     value = (constant[:, None] + 10 * torch.arange(M)).view(1, -1, M, 1).to(device)
@@ -114,8 +114,8 @@ def test_heads_levels_and_points_do_not_mix(device: str) -> None:
     assert output.flatten().tolist() == [12 * 100, -(12 * 110 + 3 * 10), 12 * 120 + 3 * 20]
 
 
-def test_box_offsets_are_half_boxes_per_point(device: str) -> None:
-    """Offset P reaches the edge of the box: 0.5 + 4 / 4 * 0.5 * 0.5 = 0.75, the second column's center."""
+def test_an_offset_of_p_reaches_the_edge_of_the_box(device: str) -> None:
+    """Check that an offset of P = 4 samples at 0.5 + 4 / 4 * 0.5 * 0.5 = 0.75, the center of the second column."""
     image = torch.tensor(IMAGE, device=device).view(1, 4, 1, 1)
     box = torch.tensor([0.5, 0.25, 0.5, 0.1], device=device).view(1, 1, 1, 4)
     offsets = torch.tensor([4.0, 0.0], device=device).expand(1, 1, 1, 1, 4, 2)
@@ -124,7 +124,7 @@ def test_box_offsets_are_half_boxes_per_point(device: str) -> None:
 
 
 def test_gradient_of_location_is_the_slope(device: str) -> None:
-    """In pixels the slope of a ramp; times W and H, since locations are normalized."""
+    """Check that the gradient is the slope of a ramp per pixel times W or H, because locations are normalized."""
     H, W = 4, 8
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     value = (3.0 * columns - 2.0 * rows).view(1, H * W, 1, 1).to(device)
@@ -136,7 +136,7 @@ def test_gradient_of_location_is_the_slope(device: str) -> None:
 
 # ---- Against the twin ----
 
-DEFORMABLE_DETR = ((6, 4), (3, 2))  # its own test: N1 M2 L2 P2 Q2
+DEFORMABLE_DETR = ((6, 4), (3, 2))  # the levels in the test of its repository, with N1 M2 L2 P2 Q2
 SHAPES = {
     **{f"Deformable-DETR D{D}": DeformAttn(DEFORMABLE_DETR, 1, 2, 2, D, 2) for D in (30, 32, 64, 71, 1025, 2048, 3096)},
     "batch 3": DeformAttn(((5, 4), (2, 3)), N=3, D=16),
@@ -160,9 +160,9 @@ def test_shapes(op: Op, case: DeformAttn, device: str, dtype: torch.dtype) -> No
 def test_gradcheck_of_deformable_detr(op: Op, D: int, device: str, deterministic: None) -> None:
     inputs = draw(op, DeformAttn(DEFORMABLE_DETR, 1, 2, 2, D, 2, boxes=D == 71), device, torch.float64)
     names = [name for name in inputs if name in op.differentiable]
-    wanted = [inputs[name].requires_grad_() for name in names]
+    leaves = [inputs[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(
-        lambda *tensors: op.function(**inputs | dict(zip(names, tensors))), wanted, fast_mode=D > 32
+        lambda *tensors: op.function(**inputs | dict(zip(names, tensors))), leaves, fast_mode=D > 32
     )
 
 
@@ -189,7 +189,7 @@ def test_fused_equals_unfused(case: DeformAttn, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("level", [(100, 167), (540, 960)], ids=str)
 def test_accuracy_in_16_bit(op: Op, dtype: torch.dtype, level: tuple[int, int], device: str) -> None:
-    """Against float64 inputs that were never rounded: with coordinates in 16 bit it would miss by a third."""
+    """Compare with the twin on float64 inputs that were never rounded. 16-bit coordinates would be wrong by a third."""
     case = DeformAttn((level,), N=1, Q=300, M=1, D=8)
     exact = op.draw(sample_case(op, case), device, torch.float64)
     actual = op.function(**op.cast(exact, dtype, torch.float32)).double()
@@ -198,14 +198,14 @@ def test_accuracy_in_16_bit(op: Op, dtype: torch.dtype, level: tuple[int, int], 
 
 
 @both
-def test_logits_and_weights_of_any_size(op: Op, device: str) -> None:
+def test_large_logits_and_weights(op: Op, device: str) -> None:
     inputs = draw(op, DeformAttn(), device)
     name = "attention_logits" if op is FUSED else "attention_weights"
     inputs[name] = inputs[name] * 1e4  # a softmax that does not subtract its maximum overflows
     assert_matches_twin(op, inputs)
 
 
-def test_logit_of_minus_infinity_drops_its_sample(device: str) -> None:
+def test_logit_of_minus_infinity_removes_its_sample(device: str) -> None:
     inputs = draw(FUSED, DeformAttn(), device)
     inputs["attention_logits"][:, :, :, 0, 1] = -math.inf
     assert_matches_twin(FUSED, inputs)
@@ -213,7 +213,7 @@ def test_logit_of_minus_infinity_drops_its_sample(device: str) -> None:
 
 # ---- Values that are not finite ----
 
-# Whole rows in place and packed rows, on the CPU.
+# On the CPU, "few queries" reads value without a copy, and the other two read packed rows.
 MODES = {
     "few queries": DeformAttn(((12, 10), (6, 5)), N=2, Q=2, M=2, D=32, P=2, mask=True),
     "many queries": DeformAttn(((6, 5), (3, 2)), N=2, Q=50, M=2, D=32, P=2, mask=True),
@@ -228,32 +228,32 @@ NOT_FINITE = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 @pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("coordinate", [0, 1, slice(None)], ids=["x", "y", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_location_that_is_not_finite(
+def test_non_finite_location(
     op: Op, case: DeformAttn, bad: float, coordinate: int | slice, dtype: torch.dtype, device: str
 ) -> None:
-    """It contributes zero and gets zero gradient; the others do not notice."""
+    """Check that a non-finite location contributes zero, gets a zero gradient and does not affect other samples."""
     inputs = draw(op, case, device, dtype)
     name = "sampling_offsets" if op is FUSED else "sampling_locations"
-    spoiled = torch.zeros(inputs[name].shape[:-1], dtype=torch.bool, device=device)
-    spoiled[:, 0, :, 1, 0] = spoiled[0, 1, 0] = True
-    broken = inputs[name].clone()
-    broken[..., coordinate] = broken[..., coordinate].masked_fill(
-        spoiled if isinstance(coordinate, int) else spoiled[..., None], bad
+    replaced = torch.zeros(inputs[name].shape[:-1], dtype=torch.bool, device=device)
+    replaced[:, 0, :, 1, 0] = replaced[0, 1, 0] = True
+    not_finite = inputs[name].clone()
+    not_finite[..., coordinate] = not_finite[..., coordinate].masked_fill(
+        replaced if isinstance(coordinate, int) else replaced[..., None], bad
     )
-    actual = op.run(inputs | {name: broken})
+    actual = op.run(inputs | {name: not_finite})
 
-    # In the twin the sample lies far outside, where it contributes zero but keeps its share of the softmax.
-    far = inputs[name].masked_fill(spoiled[..., None], 1e4)
+    # The twin gets a sample far outside instead, which contributes zero but keeps its weight in the softmax.
+    far = inputs[name].masked_fill(replaced[..., None], 1e4)
     expected = op.run_twin(inputs | {name: far})
     for result, x in actual.items():
         assert_matches(x, expected[result], result)
-    assert not actual[name][spoiled].any()
+    assert not actual[name][replaced].any()
 
 
 @in_modes
 @pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
-def test_reference_that_is_not_finite(case: DeformAttn, bad: float, boxes: bool, device: str) -> None:
+def test_non_finite_reference_point(case: DeformAttn, bad: float, boxes: bool, device: str) -> None:
     inputs = FUSED.draw(replace(case, boxes=boxes).fused, device)
     far = inputs["reference_points"].clone()
     far[0, 0, 0, :2] = 1e4
@@ -269,10 +269,10 @@ def test_reference_that_is_not_finite(case: DeformAttn, bad: float, boxes: bool,
 @in_modes
 @pytest.mark.parametrize("poison", [math.inf, math.nan])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_not_sampled_do_not_leak(op: Op, case: DeformAttn, poison: float, dtype: torch.dtype, device: str) -> None:
-    """Neither neighbors of sampled rows, nor the rows stored around a level, nor other heads and images."""
+def test_unsampled_rows_do_not_leak(op: Op, case: DeformAttn, poison: float, dtype: torch.dtype, device: str) -> None:
+    """Check that results ignore neighbors of sampled rows, rows stored next to a level, and other heads and images."""
     inputs = draw(op, replace(case, mask=False), device, dtype)
-    # All samples are among the four top left pixels of each level, or half a pixel outside them.
+    # All samples are among the four top left pixels of each level, or half a pixel outside of the level.
     sizes = case.sizes_xy.to(device)
     locations, points = op.coordinates[-2], (0.5 / sizes)[:, 0]
     pixels = torch.randint(2, inputs[locations].shape, device=device) - 0.5
@@ -285,10 +285,10 @@ def test_rows_not_sampled_do_not_leak(op: Op, case: DeformAttn, poison: float, d
     for h, w in case.levels:
         sampled[[start, start + 1, start + w, start + w + 1]] = True
         start += h * w
-    # Head 0 of image 0 and head 1 of image 1 are looked at; the other heads beside them are poisoned too.
-    looked_at = torch.eye(2, dtype=torch.bool, device=device)
-    poisoned = ~(sampled[:, None] & looked_at[:, None])[..., None]  # [N,S,M,1]
-    grad = torch.ones(2, case.Q, 2, case.D, dtype=dtype, device=device) * looked_at[:, None, :, None]
+    # Only head 0 of image 0 and head 1 of image 1 are compared. The other head of each image is poisoned too.
+    compared = torch.eye(2, dtype=torch.bool, device=device)
+    poisoned = ~(sampled[:, None] & compared[:, None])[..., None]  # [N,S,M,1]
+    grad = torch.ones(2, case.Q, 2, case.D, dtype=dtype, device=device) * compared[:, None, :, None]
     actual, expected = (
         op.run(inputs | {"value": inputs["value"].masked_fill(poisoned, x)}, grad_output=grad.flatten(2))
         for x in (poison, 0.0)
@@ -296,7 +296,7 @@ def test_rows_not_sampled_do_not_leak(op: Op, case: DeformAttn, poison: float, d
     assert_matches(actual["value"], expected["value"].double(), "value")
     for name in ("output", locations, op.coordinates[-1]):
         a, e = (x[name].unflatten(2, (2, -1)) if name == "output" else x[name] for x in (actual, expected))
-        assert_matches(a.transpose(1, 2)[looked_at], e.transpose(1, 2)[looked_at].double(), name)
+        assert_matches(a.transpose(1, 2)[compared], e.transpose(1, 2)[compared].double(), name)
 
 
 @in_modes
@@ -317,13 +317,13 @@ def test_everything_masked(device: str) -> None:
     assert not any(x.any() for x in FUSED.run(inputs).values())
 
 
-# ---- The ways of computing it ----
+# ---- Alternative code paths ----
 
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_queries_at_once_or_few_at_a_time(op: Op, dtype: torch.dtype, device: str) -> None:
-    """On the CPU many queries read packed rows, few read rows where they lie."""
+def test_splitting_the_queries_changes_nothing(op: Op, dtype: torch.dtype, device: str) -> None:
+    """Compare 72 queries at once, for which the CPU packs rows, with 6 at a time, which read value without a copy."""
     case = DeformAttn(((20, 20), (10, 10)), N=2, Q=72, M=2, D=32, mask=True)
     inputs = draw(op, case, device, dtype)
     actual = op.run(inputs)
@@ -339,7 +339,7 @@ def test_queries_at_once_or_few_at_a_time(op: Op, dtype: torch.dtype, device: st
         value_grad += few.pop("value").double()
         for name, x in few.items():
             assert_matches(x, actual[name][:, queries].double(), name)
-    if dtype.itemsize >= 4:  # else the sum of the rounded parts is not the rounded sum
+    if dtype.itemsize >= 4:  # in 16-bit dtypes the sum of the rounded parts is not the rounded sum
         assert_matches(actual["value"], value_grad, "value")
 
 
@@ -359,21 +359,21 @@ def test_any_number_of_threads(op: Op, Q: int, N: int, M: int, threads: None) ->
 
 
 @pytest.mark.parametrize("needs_grad", [*(tuple(i == j for j in range(4)) for i in range(4)), (True,) * 4], ids=str)
-def test_backward_op_gives_what_is_asked_for(needs_grad: tuple[bool, ...], device: str) -> None:
+def test_backward_op_returns_only_needed_gradients(needs_grad: tuple[bool, ...], device: str) -> None:
     inputs = FUSED.raw(draw(FUSED, DeformAttn(mask=True), device))
     grad = grad_like(FUSED.function(**inputs))
     grads = torch.ops.relops._ms_deform_attn_fused_backward(grad, *inputs.values(), True, needs_grad)
     expected = FUSED.run(inputs)
     names = ("value", "reference_points", "sampling_offsets", "attention_logits")
-    for name, needed, given_back in zip(names, needs_grad, grads, strict=True):
-        assert given_back.shape == (inputs[name].shape if needed else (0,))
+    for name, needed, actual in zip(names, needs_grad, grads, strict=True):
+        assert actual.shape == (inputs[name].shape if needed else (0,))
         if needed:
-            assert_matches(given_back, expected[name].double(), name)
+            assert_matches(actual, expected[name].double(), name)
 
 
 @both
 def test_compile_with_lists_of_sizes(op: Op) -> None:
-    """Sizes in a list are constants of the graph, unless told that they vary; then they must not recompile for ever."""
+    """Check that lists of sizes do not recompile forever when `dynamic=True` makes them variables of the graph."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
@@ -386,8 +386,8 @@ def test_compile_with_lists_of_sizes(op: Op) -> None:
 # ---- Random search ----
 
 SIZES = st.integers(0, 9)
-FAR = 1e4  # beyond it a location is outside every level
-# Normalized: borders, centers of pixels, half outside, exactly one pixel outside, far off, and not finite.
+FAR = 1e4  # a location with a coordinate of at least this size is outside of every level
+# Normalized coordinates of borders and pixel centers, half a pixel, one pixel and far outside, and not finite.
 COORDINATES = st.one_of(
     st.floats(-0.6, 1.6),
     st.sampled_from([0.0, 1.0, 0.5, 0.25, 0.75, 0.125, -0.125, -0.25, -0.5, 1.25, 1.5, 1e-30, *NOT_FINITE]),
@@ -395,7 +395,7 @@ COORDINATES = st.one_of(
 
 
 @st.composite
-def searched(draw_from: st.DrawFn) -> tuple[DeformAttn, list[float], int]:
+def random_cases(draw_from: st.DrawFn) -> tuple[DeformAttn, list[float], int]:
     levels = draw_from(st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4))
     case = DeformAttn(
         levels=tuple(levels),
@@ -419,7 +419,7 @@ def oracle(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The twin, which wants finite locations and levels that are not empty: without what contributes zero."""
+    """Run the twin without samples and levels that contribute zero. It needs finite locations and non-empty levels."""
     shapes = torch.as_tensor(spatial_shapes)
     areas = shapes.prod(-1)
     starts = areas.cumsum(0) - areas if level_start_index is None else level_start_index
@@ -442,7 +442,7 @@ def fused_oracle(
     attention_logits: Tensor,
     value_mask: Tensor | None,
 ) -> Tensor:
-    # Not finite, it would make the gradient of the box 0 * inf.
+    # A non-finite offset would make the gradient of the box 0 * inf, which is NaN.
     offsets = torch.where(sampling_offsets.abs() < 100 * FAR, sampling_offsets, 100 * FAR)
     points = reference_points[:, :, None, :, None]
     if points.shape[-1] == 4:
@@ -456,7 +456,7 @@ def fused_oracle(
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(searched())
+@given(random_cases())
 def test_random_search(search: tuple[DeformAttn, list[float], int]) -> None:
     for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
         check_against_oracles(*search, device)
@@ -468,7 +468,7 @@ def check_against_oracles(case: DeformAttn, coordinates: list[float], seed: int,
     pool = torch.tensor(coordinates, dtype=torch.float64, device=device)
     locations = pool[torch.randint(len(pool), fused["sampling_offsets"].shape, device=device)]
     sizes = case.sizes_xy.to(device)
-    # At the center of a pixel the gradient of a location jumps: to which side is of no interest.
+    # The gradient of a location jumps at the center of a pixel. It is not compared there, because either side is right.
     pixels = locations * sizes - 0.5
     smooth = ~((pixels - pixels.round()).abs() < 1e-6)
 
@@ -485,11 +485,11 @@ def check_against_oracles(case: DeformAttn, coordinates: list[float], seed: int,
     compare(FUSED, fused, fused_oracle, {"sampling_offsets": smooth, "reference_points": smooth_reference})
 
 
-def compare(op: Op, inputs: Inputs, twin: Callable[..., Tensor], where: dict[str, Tensor]) -> None:
+def compare(op: Op, inputs: Inputs, twin: Callable[..., Tensor], smooth: dict[str, Tensor]) -> None:
     actual = op.run(inputs)
     expected = op.run(inputs, twin)
     for name, x in actual.items():
-        compared = where.get(name, torch.ones_like(x, dtype=torch.bool))
+        compared = smooth.get(name, torch.ones_like(x, dtype=torch.bool))
         torch.testing.assert_close(
             x[compared], expected[name][compared], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -502,7 +502,7 @@ def compare(op: Op, inputs: Inputs, twin: Callable[..., Tensor], where: dict[str
 @both
 @pytest.mark.parametrize("shapes", ["list", "tensor", "on the device"])
 def test_cuda_graph(op: Op, shapes: str) -> None:
-    """Captured once, replayed on other numbers; spatial_shapes from the host are part of the graph."""
+    """Capture once, and replay on other numbers. spatial_shapes on the host become a part of the graph."""
     case = DeformAttn(mask=True, shapes="list" if shapes == "list" else "tensor")
     inputs = draw(op, case, "cuda")
     if shapes == "on the device":
@@ -535,8 +535,8 @@ def test_cuda_graph(op: Op, shapes: str) -> None:
     + [("level_start_index", starts) for starts in ([0, 25], [-1, 24], [0, 2**62])],
     ids=str,
 )
-def test_cuda_levels_on_the_device_that_do_not_fit(op: Op, name: str, sizes: list) -> None:
-    """The host cannot look without synchronizing: the output says so with NaN, and nothing outside is read."""
+def test_cuda_invalid_levels_on_the_device_give_nan(op: Op, name: str, sizes: list) -> None:
+    """Check that the output is NaN and kernels read only their tensors. The host would have to wait to check sizes."""
     inputs = draw(op, DeformAttn(), "cuda") | {name: torch.tensor(sizes, device="cuda")}
     results = op.run(inputs)
     torch.cuda.synchronize()
@@ -558,7 +558,7 @@ def test_cuda_device_that_is_not_current(op: Op) -> None:
 @needs_cuda
 @both
 def test_cuda_memory(op: Op) -> None:
-    """Neither the sampled values nor, in the fused op, locations and weights: no more than outputs and inputs."""
+    """Check that outputs and inputs bound the memory, so that no sampled values (and, if fused, locations) are stored."""
     inputs = draw(op, DeformAttn(((64, 64), (32, 32)), N=2, Q=4096, M=8, D=32), "cuda")
     inputs = {n: x.requires_grad_() if n in op.differentiable else x for n, x in inputs.items()}
 
@@ -579,8 +579,8 @@ def test_cuda_memory(op: Op) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-def test_listed_sizes_stay_open_in_a_symbolic_graph(fused: bool) -> None:
-    """Levels (H,W) taken from the shapes of maps are those of the maps that the graph is called with."""
+def test_sizes_in_a_list_are_symbols_of_a_symbolic_graph(fused: bool) -> None:
+    """Check that levels (H,W) taken from the shapes of maps follow the maps with which the graph is called."""
 
     def attend(*inputs: Tensor) -> Tensor:
         maps, (points, weights) = inputs[:2], inputs[2:]

@@ -1,4 +1,4 @@
-"""What all region ops have in common; their values are in test_<op>.py."""
+"""Tests of what all region ops have in common. test_<op>.py tests the values of each op."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ import relops
 from relops import reference
 from relops.reference._regions import split_boxes
 
-every = pytest.mark.parametrize("region", REGION_OPS.values(), ids=REGION_OPS.keys())
-every_of_one_level = pytest.mark.parametrize(
+on_ops = pytest.mark.parametrize("region", REGION_OPS.values(), ids=REGION_OPS.keys())
+on_single_level_ops = pytest.mark.parametrize(
     "region", [region for region in REGION_OPS.values() if region.levels == 1], ids=lambda region: region.name
 )
-every_with_box_gradient = pytest.mark.parametrize(
+on_ops_with_box_gradient = pytest.mark.parametrize(
     "region", [region for region in REGION_OPS.values() if region.box_gradient], ids=lambda region: region.name
 )
 
@@ -41,10 +41,10 @@ def draw(
 # ---- Independent facts ----
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: str) -> None:
-    """Of every image its own constant: the batch index is what picks it."""
+    """Check that a box gets the constant of the image that its batch index selects."""
     case = Regions(N=3, K=20, output_size=(2, 3))
     features, boxes = draw(region, case, device, dtype, inside=True)
     features = [torch.ones_like(x) * torch.tensor([0.5, 2.0, -3.0]).to(x).view(3, 1, 1, 1) for x in features]
@@ -52,9 +52,9 @@ def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: st
     torch.testing.assert_close(region(features, boxes, case), constant)
 
 
-@every
+@on_ops
 def test_translation(region: Region, device: str) -> None:
-    """A map moved by whole pixels, here within a larger one of zeros, and its boxes with it."""
+    """Move a map by whole pixels, within a larger map of zeros, and move its boxes with it."""
     case = Regions(H=40, W=44, C=2)
     features, boxes = draw(region, case, device, inside=True)
     coarsest = 2 ** (region.levels - 1)
@@ -71,14 +71,14 @@ def test_translation(region: Region, device: str) -> None:
         assert_matches(grad, expected[f"input {level}"])
 
 
-@every
+@on_ops
 def test_list_of_boxes(region: Region, device: str) -> None:
     case = Regions(N=3, K=10)
     features, boxes = draw(region, case, device)
     boxes[:, 0] = torch.tensor([0.0] * 4 + [2.0] * 6)  # none in image 1
     boxes.requires_grad_(region.box_gradient)
-    of_images = [boxes[boxes[:, 0] == n, 1:] for n in range(3)]
-    expected, actual = region(features, boxes, case), region(features, of_images, case)
+    boxes_of_images = [boxes[boxes[:, 0] == n, 1:] for n in range(3)]
+    expected, actual = region(features, boxes, case), region(features, boxes_of_images, case)
     assert torch.equal(actual, expected)
     if region.box_gradient:
         grad = grad_like(expected)
@@ -87,7 +87,7 @@ def test_list_of_boxes(region: Region, device: str) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-@every
+@on_ops
 def test_output_size_of_one_number_is_square(region: Region, device: str) -> None:
     case = Regions(output_size=(3, 3))
     features, boxes = draw(region, case, device)
@@ -96,13 +96,13 @@ def test_output_size_of_one_number_is_square(region: Region, device: str) -> Non
     assert torch.equal(function(**options | {"output_size": 3}), function(**options))
 
 
-@every_of_one_level
-def test_scale_of_boxes_is_that_of_the_map(region: Region, device: str) -> None:
-    """Boxes in pixels of the map at scale 1 are boxes of the image at scale 1/4."""
+@on_single_level_ops
+def test_spatial_scale(region: Region, device: str) -> None:
+    """Check that boxes in map pixels at scale 1 are equivalent to boxes in image pixels at scale 1/4."""
     case = Regions()
     features, boxes = draw(region, case, device)
-    of_map = torch.cat([boxes[:, :1], boxes[:, 1:] / 4], 1)
-    actual = region(features, of_map, Regions(spatial_scale=1.0))
+    map_boxes = torch.cat([boxes[:, :1], boxes[:, 1:] / 4], 1)
+    actual = region(features, map_boxes, Regions(spatial_scale=1.0))
     assert torch.equal(actual, region(features, boxes, case))
 
 
@@ -122,7 +122,7 @@ SHAPES = {
     "one bin": Regions(H=30, W=20, C=4, output_size=(1, 1)),
     "odd scale": Regions(spatial_scale=0.0625 * 1.5),
 }
-# Of more bins, or of more pixels in one, than the kernels work on together.
+# Outputs with more bins, or bins with more pixels, than the kernels process at once.
 LARGE = {
     "parts of rows": Regions(H=5, W=6, C=17, N=1, K=4, output_size=(2, 1100)),
     "many rows": Regions(H=6, W=5, C=17, N=1, K=4, output_size=(50, 41)),
@@ -131,12 +131,12 @@ LARGE = {
 
 
 def variants(region: Region, case: Regions) -> list[Regions]:
-    if region.levels > 1:  # its scales are powers of 1/2
+    if region.levels > 1:  # multi_scale_roi_align needs scales that are powers of 1/2
         case = replace(case, spatial_scale=2.0 ** round(math.log2(case.spatial_scale)))
     return [replace(case, **options) for options in region.options]
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_shapes(region: Region, case: Regions, dtype: torch.dtype, device: str) -> None:
@@ -144,20 +144,20 @@ def test_shapes(region: Region, case: Regions, dtype: torch.dtype, device: str) 
         region.assert_matches_twin(*draw(region, variant, device, dtype), variant)
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["typical", "wide", "14 x 14", "40 channels"])
 def test_16_bit(region: Region, name: str, dtype: torch.dtype, device: str) -> None:
-    """Sums in float32, rounded once, and boxes never rounded: one of 16 bit would be a pixel off in "wide"."""
+    """Check that float32 sums are rounded once and boxes never. 16-bit boxes would be off by a pixel in "wide"."""
     for variant in variants(region, SHAPES[name])[:1]:
         region.assert_matches_twin(*draw(region, variant, device, dtype), variant)
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["typical", "17 columns", "14 x 14", "one row", "40 channels"])
 def test_channels_last(region: Region, name: str, dtype: torch.dtype, device: str) -> None:
-    """It stays so, forward and backward, with the values of the other order."""
+    """Check that channels_last inputs give channels_last outputs and gradients, with the right values."""
     (variant, *_) = variants(region, SHAPES[name])
     features, boxes = draw(region, variant, device, dtype)
     features = [x.to(memory_format=torch.channels_last) for x in features]
@@ -168,7 +168,7 @@ def test_channels_last(region: Region, name: str, dtype: torch.dtype, device: st
             assert actual[result].is_contiguous(memory_format=torch.channels_last), result
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE.keys())
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_large_outputs_and_bins(region: Region, case: Regions, layout: torch.memory_format, device: str) -> None:
@@ -205,32 +205,35 @@ for region in REGION_OPS.values():
                 os.waitpid(pid, 0)
                 continue
             few = Regions(8, 8, 16, 1, 1, (2, 2), 1.0)
-            region.run(region.features(few), boxes.double(), few)  # what is loaded at the first call
+            region.run(region.features(few), boxes.double(), few)  # the first call loads libraries
             outputs, grads = [], []
             forward = grown(outputs, lambda: [region(features, boxes.requires_grad_(region.box_gradient), case)])
             grad = torch.ones_like(outputs[0])
-            wanted = features + [boxes] * region.box_gradient
-            backward = grown(grads, lambda: torch.autograd.grad(outputs[0], wanted, grad, allow_unused=True))
-            sums = sum(4 * x.numel() // 1024 for x in features)  # of gradients of 16 bits
+            leaves = features + [boxes] * region.box_gradient
+            backward = grown(grads, lambda: torch.autograd.grad(outputs[0], leaves, grad, allow_unused=True))
+            sums = sum(4 * x.numel() // 1024 for x in features)  # 16-bit gradients are summed in float32
             print(region.name, layout, C, side, forward, backward - sums, sep=",", flush=True)
             os._exit(0)
 """
 
 
 def test_memory_does_not_grow_with_the_output() -> None:
-    """Nor with the pixels of a bin: beside inputs, results and their sums in float32, a thread takes a few MB."""
+    """Check that a thread needs a few MB in addition to inputs, results and float32 sums of gradients.
+
+    The need must not grow with the number of bins or with the number of pixels in a bin.
+    """
     if sys.platform != "linux":
-        pytest.skip("reads the peak of the resident set in the unit of Linux")
-    # So that what is freed is given back, and what is taken next shows.
-    done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
-    assert done.returncode == 0, done.stderr
-    lines = [line.split(",") for line in done.stdout.splitlines()]
+        pytest.skip("ru_maxrss is in KB only on Linux")
+    # With this threshold, memory is returned to the system when it is freed, so that later allocations are visible.
+    process = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
+    assert process.returncode == 0, process.stderr
+    lines = [line.split(",") for line in process.stdout.splitlines()]
     assert len(lines) == len(REGION_OPS) * 6
     assert not [line for line in lines if max(map(int, line[-2:])) > 4 << 10]
 
 
-@every
-def test_only_wanted_gradients(region: Region, device: str) -> None:
+@on_ops
+def test_gradients_of_some_inputs_only(region: Region, device: str) -> None:
     case = Regions(**region.options[0])
     features, boxes = draw(region, case, device)
     expected = region.run(features, boxes, case)
@@ -250,7 +253,7 @@ def input_names(region: Region) -> list[str]:
     return [f"input {level}" for level in range(region.levels)]
 
 
-@every_with_box_gradient
+@on_ops_with_box_gradient
 def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
     case = Regions(**region.options[0])
     grad = region.run(*draw(region, case, device, inside=True), case)["boxes"]
@@ -258,16 +261,16 @@ def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
     assert grad[:, 1:].any(1).all()
 
 
-@every
+@on_ops
 def test_gradcheck(region: Region, device: str, deterministic: None) -> None:
-    """By whole rows of boxes: a batch index that is moved a little is the same."""
+    """Check the gradients of whole rows of boxes. A small change of a batch index changes nothing."""
     for options in region.options:
         case = Regions(N=3, H=5, W=6, C=2, K=5, output_size=(2, 3), **options)
         features, boxes = draw(region, case, device)
         boxes[:3, 0] = torch.arange(3)
-        wanted = (boxes.requires_grad_(region.box_gradient), *(x.requires_grad_() for x in features))
+        leaves = (boxes.requires_grad_(region.box_gradient), *(x.requires_grad_() for x in features))
         assert torch.autograd.gradcheck(
-            lambda boxes, *features, case=case: region(features, boxes, case), wanted, fast_mode=True
+            lambda boxes, *features, case=case: region(features, boxes, case), leaves, fast_mode=True
         )
 
 
@@ -276,10 +279,13 @@ def test_gradcheck(region: Region, device: str, deterministic: None) -> None:
 NEAR = 2.0**-10
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_batch_index_near_an_integer_or_truncated(region: Region, dtype: torch.dtype, device: str) -> None:
-    """Also under vmap, which makes one batch of its entries."""
+def test_batch_index_is_rounded_near_an_integer(region: Region, dtype: torch.dtype, device: str) -> None:
+    """Check that a batch index is rounded if it is near an integer, and truncated otherwise, also under vmap.
+
+    vmap is a case of its own because it joins its entries into one batch.
+    """
     images = {
         0: (-1e-6, -0.0, 0.7, -0.7, 1 - 2 * NEAR, NEAR, -NEAR, 2 * NEAR, -1 + 2 * NEAR),
         1: (0.999999, 1.000001, 1 - NEAR, 1 + NEAR, 1.5, 2 - 2 * NEAR),
@@ -307,10 +313,10 @@ INDICES = st.one_of(
 )
 
 
-@every
+@on_ops
 @settings(max_examples=50, deadline=None)
 @given(indices=st.lists(INDICES, min_size=1, max_size=9))
-def test_any_batch_index_is_that_of_the_twin(region: Region, indices: list[float]) -> None:
+def test_any_batch_index_selects_the_image_of_the_twin(region: Region, indices: list[float]) -> None:
     case = Regions(N=3, K=len(indices))
     features, boxes = draw(region, case, "cpu")
     boxes[:, 0] = torch.tensor(indices, dtype=torch.float64)
@@ -324,36 +330,36 @@ def test_any_batch_index_is_that_of_the_twin(region: Region, indices: list[float
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_coordinate_that_is_not_finite(
+def test_non_finite_coordinate(
     region: Region, bad: float, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
-    """Its row is zero with zero gradient, and the other boxes do not notice."""
+    """Check that such a box gives zeros and gets a zero gradient, and that the other boxes are not affected."""
     case = Regions(K=14, **region.options[0])
     features, boxes = draw(region, case, device, dtype)
     features = [x.to(memory_format=memory_format) for x in features]
-    broken = boxes.clone()
-    spoiled = torch.tensor([0, 2, 5, 6, 13], device=device)
-    for k, column in zip(spoiled.tolist(), (1, 2, 3, 4, slice(1, 5))):
-        broken[k, column] = bad
-    actual = region.run(features, broken, case)
+    not_finite = boxes.clone()
+    replaced = torch.tensor([0, 2, 5, 6, 13], device=device)
+    for k, column in zip(replaced.tolist(), (1, 2, 3, 4, slice(1, 5))):
+        not_finite[k, column] = bad
+    actual = region.run(features, not_finite, case)
     grad = grad_like(actual["output"])
-    expected = region.run_twin(features, boxes, case, grad.index_fill(0, spoiled, 0))
-    expected["output"][spoiled] = 0
+    expected = region.run_twin(features, boxes, case, grad.index_fill(0, replaced, 0))
+    expected["output"][replaced] = 0
     for name, x in expected.items():
         assert_matches(actual[name], x, name)
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("index", [-1.0, 2.0, 1e9, -1.5, NEAR - 1, 2 - NEAR, math.nan, math.inf, -math.inf])
-def test_batch_index_outside(region: Region, index: float, device: str) -> None:
-    """The host of a CUDA device cannot look without synchronizing: the output says so with NaN."""
+def test_batch_index_out_of_range(region: Region, index: float, device: str) -> None:
+    """Check for an error on the CPU, and for NaN on CUDA, where the host cannot check indices without waiting."""
     case = Regions()
     features, boxes = draw(region, case, device, torch.float32)
-    good = boxes.clone()
+    valid = boxes.clone()
     boxes[3, 0] = index
     if device == "cpu":
         with pytest.raises(IndexError, match="boxes"):
@@ -362,13 +368,13 @@ def test_batch_index_outside(region: Region, index: float, device: str) -> None:
     actual = region(features, boxes, case)
     assert actual[3].isnan().all()
     others = [k for k in range(case.K) if k != 3]
-    assert torch.equal(actual[others], region(features, good, case)[others])
+    assert torch.equal(actual[others], region(features, valid, case)[others])
 
 
-@every
+@on_ops
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [1e4, 1e9, 1e18, 1e30])
-def test_huge_boxes_return(region: Region, size: float, dtype: torch.dtype, device: str) -> None:
+def test_huge_boxes_give_finite_results(region: Region, size: float, dtype: torch.dtype, device: str) -> None:
     case = Regions()
     boxes = as_rows(
         (0, 0, size, size),
@@ -389,7 +395,7 @@ def test_huge_boxes_return(region: Region, size: float, dtype: torch.dtype, devi
     assert not results["input 0"][0].any()
 
 
-@every
+@on_ops
 def test_no_boxes(region: Region, device: str) -> None:
     case = Regions(K=0)
     features, boxes = draw(region, case, device, torch.float32)
@@ -401,7 +407,7 @@ def test_no_boxes(region: Region, device: str) -> None:
 
 # ---- Random search ----
 
-# Borders, centers, halves and a pixel outside of maps up to 9 x 9, far off, and not finite.
+# For maps up to 9 x 9: borders, pixel centers, half a pixel and one pixel outside, far outside, and not finite.
 COORDINATES = st.one_of(
     st.integers(-8, 44).map(lambda i: i / 4),
     st.floats(-3, 12, width=32),
@@ -410,7 +416,7 @@ COORDINATES = st.one_of(
 
 
 @st.composite
-def searched(draw_from: st.DrawFn) -> tuple[Regions, list[list[float]], int, int]:
+def random_cases(draw_from: st.DrawFn) -> tuple[Regions, list[list[float]], int, int]:
     sizes = st.integers(1, 9)
     case = Regions(
         H=draw_from(sizes),
@@ -424,9 +430,9 @@ def searched(draw_from: st.DrawFn) -> tuple[Regions, list[list[float]], int, int
     return case, boxes, draw_from(st.integers(0, 5)), draw_from(st.integers(0, 2**31))
 
 
-@every
+@on_ops
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(search=searched())
+@given(search=random_cases())
 def test_random_search(region: Region, search: tuple[Regions, list[list[float]], int, int]) -> None:
     case, corners, option, seed = search
     options = region.options[option % len(region.options)]
@@ -438,32 +444,34 @@ def test_random_search(region: Region, search: tuple[Regions, list[list[float]],
 
 
 def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, case: Regions) -> None:
-    """Compare with the twin, without the boxes whose result jumps when they are moved by nearly nothing: a sample a
-    rounding error off the border counts or not, one off a pixel has this slope or that."""
+    """Compare with the twin, except for boxes whose result jumps if they move by a tiny distance.
+
+    A rounding error may decide whether a sample on the border counts, or on which side of a pixel center a sample lies.
+    """
     expected = region.run(features, boxes, case, reference)
-    steady = torch.ones(case.K, dtype=torch.bool, device=boxes.device)
-    steady_gradient = steady
+    stable = torch.ones(case.K, dtype=torch.bool, device=boxes.device)
+    stable_gradient = stable
     size = torch.where(boxes[:, 1:].isfinite(), boxes[:, 1:].abs(), 0)
     if not region.whole_pixels:
-        # At least some units in the last place of the coordinates.
+        # The step is at least a few units in the last place of the coordinates.
         step = 1e-9 + 4 * torch.finfo(boxes.dtype).eps * size
         for sign in (1, -1):
             moved = torch.cat([boxes[:, :1], boxes[:, 1:] + sign * step], 1)
             nearby = region.run(features, moved, case, reference)
-            steady = steady & (nearby["output"] - expected["output"]).abs().flatten(1).amax(1).lt(1e-6)
-            steady_gradient = steady_gradient & (nearby["boxes"] - expected["boxes"]).abs().amax(1).lt(1e-6)
-    # The samples of a box of 1e9 pixels are known to 1e-7 pixels, so that it is not compared to 1e-9. Of a box that is
-    # much larger no sample lies on the map.
+            stable = stable & (nearby["output"] - expected["output"]).abs().flatten(1).amax(1).lt(1e-6)
+            stable_gradient = stable_gradient & (nearby["boxes"] - expected["boxes"]).abs().amax(1).lt(1e-6)
+    # The samples of a box of 1e9 pixels are accurate only to 1e-7 pixels, so its tolerance cannot be 1e-9. No sample of a
+    # much larger box lies on the map.
     far = ((size > 1e6) & (size < 1e15)).any(1)
     for compared, tolerance in ((~far, 1e-9), (torch.ones_like(far), 1e-5)):
-        grad = grad_like(expected["output"]) * (steady & compared)[:, None, None, None]
-        wanted = region.run(features, boxes, case, reference, grad)
+        grad = grad_like(expected["output"]) * (stable & compared)[:, None, None, None]
+        expected = region.run(features, boxes, case, reference, grad)
         actual = region.run(features, boxes, case, grad_output=grad)
-        for name, x in wanted.items():
-            kept = {"output": steady & compared, "boxes": steady & steady_gradient & compared}.get(name, slice(None))
+        for name, x in expected.items():
+            rows = {"output": stable & compared, "boxes": stable & stable_gradient & compared}.get(name, slice(None))
             torch.testing.assert_close(
-                actual[name][kept],
-                x[kept],
+                actual[name][rows],
+                x[rows],
                 rtol=tolerance,
                 atol=tolerance,
                 msg=lambda text, name=name: f"{name}: {text}",

@@ -1,4 +1,4 @@
-"""Values and gradients of attention weighted by the geometry of boxes."""
+"""Tests of the values and gradients of attention that is weighted by the geometry of boxes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch import Tensor
 import relops
 from relops.ops.relation_attention import _tf32_allowed
 
-dialects = pytest.mark.parametrize("geometry", ["paper", "official"])
+both_geometries = pytest.mark.parametrize("geometry", ["paper", "official"])
 
 
 def draw(case: Relations, device: str = "cpu", dtype: torch.dtype = torch.float64, **options: object) -> Inputs:
@@ -52,7 +52,7 @@ def embedding(query: list[float], key: list[float], geometry: str, wavelength: f
 
 
 def geometry_bias(inputs: Inputs) -> Tensor:
-    """log max(b, 1e-6) as an attention bias [N,M,Q,K], float64."""
+    """Return log max(b, 1e-6) as an attention bias [N,M,Q,K] in float64."""
     weight, bias = inputs["geometry_weight"].tolist(), inputs["geometry_bias"]
     biases = [0.0] * len(weight) if bias is None else bias.tolist()
 
@@ -71,7 +71,7 @@ def attention(inputs: Inputs, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, bias, scale=inputs["scale"]).transpose(1, 2)
 
 
-@dialects
+@both_geometries
 @pytest.mark.parametrize(
     "case",
     [
@@ -90,22 +90,22 @@ def test_definition(case: Relations, geometry: str, wavelength: float, scale: fl
 
 
 def test_one_coordinate_by_hand(device: str) -> None:
-    """Only the sine of the longest wave of log |dx| / w counts: b = 1 + sin(100 / 1000^(7/8) log(30 / 10))."""
+    """Use only the slowest sine of log(|dx| / w), so that b = 1 + sin(100 / 1000^(7/8) log(30 / 10))."""
     boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [30.0, 0.0, 39.0, 9.0], [30.0, 50.0, 39.0, 59.0]], device=device)
     weight = torch.zeros(1, 64, device=device)
     weight[0, 7] = 1
     value = torch.tensor([1.0, 2.0, 4.0], device=device).view(1, 3, 1, 1)
-    nothing = torch.zeros(1, 3, 1, 1, device=device)
+    zeros = torch.zeros(1, 3, 1, 1, device=device)
     output = relops.relation_attention(
-        nothing[:, :1], nothing, value, boxes[None, :1], boxes[None], weight, torch.ones(1, device=device)
+        zeros[:, :1], zeros, value, boxes[None, :1], boxes[None], weight, torch.ones(1, device=device)
     )
     far, near = (1 + math.sin(100 / 1000 ** (7 / 8) * math.log(x)) for x in (3, 1e-3))
     expected = (near * 1 + far * 2 + far * 4) / (near + far + far)
     assert output.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_dialects_differ_by_whose_size_divides(device: str) -> None:
-    """Boxes of equal sizes: no difference. Of other sizes: there is."""
+def test_geometries_differ_if_box_sizes_differ(device: str) -> None:
+    """Check that "paper" and "official" agree for boxes of equal sizes, and only for those."""
     inputs = draw(Relations(), device)
     for name in ("query_boxes", "key_boxes"):
         inputs[name][..., 2:] = inputs[name][..., :2] + 40
@@ -131,27 +131,27 @@ def test_uniform_attention_is_a_mean(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [2.5, -3.0], ids=["constant", "clamped"])
-def test_without_geometry_it_is_attention(bias: float, device: str) -> None:
+def test_equals_attention_without_geometry(bias: float, device: str) -> None:
     inputs = draw(Relations(K=50, D=16), device)
     inputs["geometry_weight"] = torch.zeros_like(inputs["geometry_weight"])
     inputs["geometry_bias"] = torch.full_like(inputs["geometry_bias"], bias)
-    wanted = ("query", "key", "value")
-    expected = OP.run(inputs, lambda **inputs: attention(inputs, None), wanted=wanted)
-    for name, x in OP.run(inputs, wanted=wanted).items():
+    needs_grad = ("query", "key", "value")
+    expected = OP.run(inputs, lambda **inputs: attention(inputs, None), needs_grad=needs_grad)
+    for name, x in OP.run(inputs, needs_grad=needs_grad).items():
         assert_matches(x, expected[name], name)
 
 
-def test_logits_of_any_size(device: str) -> None:
-    """Exponentials that are not taken relative to the largest overflow."""
+def test_large_logits(device: str) -> None:
+    """Check that large logits do not overflow, which their exponentials would without subtracting the largest logit."""
     inputs = draw(Relations(K=40, D=16), device, torch.float32, scale=30.0)
     assert_matches(OP.function(**inputs), OP.run_twin(inputs)["output"], noise=30 * OP.noise)
     inputs["scale"] = 1e4
     assert OP.function(**inputs).isfinite().all()
 
 
-@dialects
+@both_geometries
 def test_geometry_is_relative(geometry: str, device: str) -> None:
-    """Moved and scaled together, boxes stand to each other as before. A box is as wide as x2 - x1 + 1."""
+    """Check that moving, scaling or mirroring all boxes changes nothing. The width of a box is x2 - x1 + 1."""
     inputs = draw(Relations(), device, geometry=geometry)
     expected = OP.function(**inputs)
     shift = torch.tensor([[100.0, -37.0, 100.0, -37.0]], dtype=torch.float64, device=device)
@@ -183,7 +183,7 @@ def test_order_of_keys_and_queries(device: str) -> None:
 
 
 def test_order_of_objects(device: str) -> None:
-    """Of a relation of objects with themselves."""
+    """Check that permuting objects, which are both queries and keys, permutes the output."""
     inputs = draw(Relations(Q=40, K=40, same_boxes=True), device)
     inputs["key"] = inputs["query"].clone()
     order = torch.randperm(40, device=device)
@@ -193,7 +193,7 @@ def test_order_of_objects(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_padded_batch_is_a_loop(dtype: torch.dtype, device: str) -> None:
+def test_padded_batch_equals_a_loop(dtype: torch.dtype, device: str) -> None:
     inputs = draw(Relations(N=4, Q=5, K=70, D=16), device, dtype)
     sizes = [70, 1, 33, 64]
     inputs["key_mask"] = torch.arange(70, device=device) >= torch.tensor(sizes, device=device)[:, None]
@@ -216,17 +216,17 @@ def test_padded_batch_is_a_loop(dtype: torch.dtype, device: str) -> None:
         assert_matches(whole[name], x, name, noise=OP.noise)
 
 
-# ---- Keys that are ignored, queries that have none ----
+# ---- Masked keys, and queries without keys ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_query_without_keys_gets_zeros(dtype: torch.dtype, device: str) -> None:
+def test_query_without_keys_gives_zeros(dtype: torch.dtype, device: str) -> None:
     inputs = draw(Relations(N=3, Q=40, K=50, mask="all"), device, dtype)
     results = OP.run(inputs)
     for name in ("output", *QUERIES, "key", "value", "key_boxes"):
         assert not results[name][0].any(), name
         assert results[name][1:].any() and results[name].isfinite().all(), name
-    # The others do not notice.
+    # The other images are not affected.
     alone = OP.run(
         {name: x[1:] if isinstance(x, Tensor) and "geometry" not in name else x for name, x in inputs.items()},
         grad_output=grad_like(results["output"])[1:],
@@ -242,7 +242,7 @@ POISON = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["some", "all"])
 def test_masked_keys_do_not_leak(mask: str, dtype: torch.dtype, poison: float, device: str) -> None:
-    """Nor do queries that have no keys."""
+    """Check that masked keys, and queries without keys, do not affect other results."""
     inputs = draw(Relations(Q=20, K=70, D=17, mask=mask), device, dtype)
     masked = inputs["key_mask"]
     expected = OP.run(inputs)
@@ -256,9 +256,9 @@ def test_masked_keys_do_not_leak(mask: str, dtype: torch.dtype, poison: float, d
             assert not x[masked].any()
 
 
-# ---- Boxes that have no logarithm ----
+# ---- Boxes for which a logarithm is undefined ----
 
-NO_BOX = {
+INVALID_BOXES = {
     "nan": (1.0, math.nan, 9.0, 9.0),
     "infinite": (1.0, 1.0, math.inf, 9.0),
     "everywhere": (-math.inf, -math.inf, math.inf, math.inf),
@@ -268,36 +268,36 @@ NO_BOX = {
 }
 
 
-@pytest.mark.parametrize("box", NO_BOX.values(), ids=NO_BOX)
-@dialects
+@pytest.mark.parametrize("box", INVALID_BOXES.values(), ids=INVALID_BOXES)
+@both_geometries
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_box_without_logarithm(geometry: str, box: tuple[float, ...], dtype: torch.dtype, device: str) -> None:
-    """NaN in the row of the query, in all rows of the key's image, and nowhere else."""
+def test_invalid_box(geometry: str, box: tuple[float, ...], dtype: torch.dtype, device: str) -> None:
+    """Check that a query box gives NaN only in its row, and a key box in all rows of its image."""
     inputs = draw(Relations(N=3, Q=37, K=50, mask="some"), device, dtype, geometry=geometry)
     expected = OP.function(**inputs)
-    spoiled = inputs["query_boxes"].clone()
-    spoiled[1, 20] = torch.tensor(box)
-    nan = expected.clone()
-    nan[1, 20] = math.nan
-    found = OP.run(inputs | {"query_boxes": spoiled})
-    torch.testing.assert_close(found["output"], nan, rtol=0, atol=0, equal_nan=True)
-    assert found["query"][[0, 2]].isfinite().all()
+    query_boxes = inputs["query_boxes"].clone()
+    query_boxes[1, 20] = torch.tensor(box)
+    with_nan = expected.clone()
+    with_nan[1, 20] = math.nan
+    actual = OP.run(inputs | {"query_boxes": query_boxes})
+    torch.testing.assert_close(actual["output"], with_nan, rtol=0, atol=0, equal_nan=True)
+    assert actual["query"][[0, 2]].isfinite().all()
 
-    spoiled = inputs["key_boxes"].clone()
-    spoiled[1, 33] = torch.tensor(box)
+    key_boxes = inputs["key_boxes"].clone()
+    key_boxes[1, 33] = torch.tensor(box)
     mask = inputs["key_mask"].clone()
     mask[1, 33] = False
-    nan = expected.clone()
-    nan[1] = math.nan
-    found = OP.run(inputs | {"key_boxes": spoiled, "key_mask": mask})
-    torch.testing.assert_close(found["output"], nan, rtol=0, atol=0, equal_nan=True)
-    assert found["value"][[0, 2]].isfinite().all()
+    with_nan = expected.clone()
+    with_nan[1] = math.nan
+    actual = OP.run(inputs | {"key_boxes": key_boxes, "key_mask": mask})
+    torch.testing.assert_close(actual["output"], with_nan, rtol=0, atol=0, equal_nan=True)
+    assert actual["value"][[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1e4, 1e9, 1e15, 1e30, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_huge_coordinates(dtype: torch.dtype, size: float, device: str) -> None:
-    """Finite wherever the definition is, and in bounded time."""
+    """Check that results are finite if the definition is finite, and that they take a bounded time."""
     inputs = draw(Relations(), device, dtype)
     for change in (lambda x: x * size, lambda x: x + size, lambda x: x - size):
         changed = {name: change(inputs[name].double()).to(dtype) for name in ("query_boxes", "key_boxes")}
@@ -311,7 +311,7 @@ def test_huge_coordinates(dtype: torch.dtype, size: float, device: str) -> None:
 
 
 def test_far_from_the_origin(device: str) -> None:
-    """Distances of boxes at 1e6 in float32 are as good as the boxes are."""
+    """Check that distances between float32 boxes near 1e6 are as accurate as the coordinates of the boxes."""
     inputs = draw(Relations(), device, torch.float32)
     for name in ("query_boxes", "key_boxes"):
         inputs[name] = inputs[name] + 1e6
@@ -321,16 +321,16 @@ def test_far_from_the_origin(device: str) -> None:
 # ---- Gradients ----
 
 
-@dialects
+@both_geometries
 @pytest.mark.parametrize("same_boxes", [False, True])
 def test_gradcheck(geometry: str, same_boxes: bool, device: str) -> None:
-    """By every input, one by one; with keys masked, and b positive and negative."""
+    """Check the gradient of every input, with some keys masked, and with positive and negative b."""
     case = Relations(N=2, Q=3, K=3, M=3, D=3, Dv=2, bias=0.0, clamped=True, same_boxes=same_boxes, mask="all")
     inputs = draw(case, device, geometry=geometry)
     inputs["key_mask"][1, :2] = False
-    names = OP.wanted(inputs)
-    wanted = [inputs[name].clone().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(lambda *tensors: OP.function(**inputs | dict(zip(names, tensors))), wanted)
+    names = OP.needs_grad(inputs)
+    leaves = [inputs[name].clone().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(lambda *tensors: OP.function(**inputs | dict(zip(names, tensors))), leaves)
 
 
 def test_clamped_weights_have_no_gradient(device: str) -> None:
@@ -346,7 +346,7 @@ def test_clamped_weights_have_no_gradient(device: str) -> None:
 
 
 def test_clamped_distances_have_no_gradient(device: str) -> None:
-    """Only distances count, of boxes with one center: it makes no difference how they move."""
+    """Use only distances, between boxes with the same center. They are clamped, so moving the boxes changes nothing."""
     inputs = draw(Relations(), device)
     inputs["geometry_weight"][:, 32:] = 0
     half = torch.rand(2, 9, 2, dtype=torch.float64, device=device) * 100 + 1
@@ -360,7 +360,7 @@ def test_clamped_distances_have_no_gradient(device: str) -> None:
 
 
 def test_one_key(device: str) -> None:
-    """Its value, whatever else; so that only the value has a gradient."""
+    """Check that the output is the value of the only key, and that no other input has a gradient."""
     inputs = draw(Relations(K=1), device)
     results = OP.run(inputs)
     torch.testing.assert_close(results["output"], inputs["value"].expand(results["output"].shape))
@@ -369,7 +369,7 @@ def test_one_key(device: str) -> None:
 
 
 @pytest.mark.parametrize("flags", [1 << i for i in range(7)] + [0, 0b1010101, 0b1111000, 0b1111111], ids=bin)
-def test_backward_op_gives_what_is_asked_for(flags: int, device: str) -> None:
+def test_backward_op_returns_only_needed_gradients(flags: int, device: str) -> None:
     inputs = draw(Relations(mask="some"), device)
     needs_grad = [bool(flags >> i & 1) for i in range(7)]
     raw = OP.raw(inputs)
@@ -392,7 +392,7 @@ def test_raw_op_names_an_unknown_geometry(device: str) -> None:
 
 
 def test_logsumexp(device: str) -> None:
-    """What the forward keeps for the backward: of the logits; infinite where there are none."""
+    """Check the logsumexp of the logits, which forward saves for backward. It is infinite for a query without keys."""
     inputs = draw(Relations(N=3, Q=5, K=40, mask="all"), device)
     output, logsumexp = OP.overload(*OP.raw(inputs).values())
     logits = geometry_bias(inputs) + inputs["query"].shape[3] ** -0.5 * torch.einsum(
@@ -413,11 +413,11 @@ def test_logsumexp(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_accuracy_in_16_bit(dtype: torch.dtype, device: str) -> None:
-    """Of float32 boxes, against float64 that was never rounded: with boxes in 16 bit there is nothing left of it."""
+    """Compare with float64 inputs that were never rounded. float32 boxes are accurate, but 16-bit boxes are not."""
     exact = draw(Relations(Q=60, K=80, D=32, Dv=32, bias=2.0), device)
     for name in ("query_boxes", "key_boxes"):
         exact[name] = exact[name] + torch.rand_like(exact[name])
-    exact["scale"] = 0.0  # the error of q . k is that of its rounded inputs
+    exact["scale"] = 0.0  # excludes q . k, whose error comes from its rounded inputs
     expected = OP.reference(**exact)
 
     def error(coordinates: torch.dtype) -> float:
@@ -431,7 +431,7 @@ def test_accuracy_in_16_bit(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("narrow", [("query",), ("key",), ("value",), ("query", "value")], ids=",".join)
 def test_mixed_features(narrow: tuple[str, ...], device: str) -> None:
-    """Under autocast all follow the widest; otherwise they must agree."""
+    """Check that autocast converts all features to the widest dtype, and that dtypes must be equal without autocast."""
     inputs = draw(Relations(), device, torch.float32)
     mixed = inputs | {name: inputs[name].bfloat16() for name in narrow}
     with torch.autocast(device, torch.bfloat16):
@@ -464,7 +464,7 @@ def matmul_precision() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("error")
 def test_tf32_follows_the_settings(matmul_precision: None, fresh_compiler: None) -> None:
-    """Whichever of them, eagerly and compiled."""
+    """Check all settings that control TF32, in eager and in compiled code."""
 
     def switches() -> Iterator[tuple[Callable[[], None], bool]]:
         yield lambda: torch.set_float32_matmul_precision("high"), True
@@ -502,9 +502,9 @@ def test_sizes(case: Relations, dtype: torch.dtype, device: str) -> None:
     assert_matches_twin(OP, draw(case, device, dtype))
 
 
-@dialects
+@both_geometries
 def test_many_boxes(geometry: str, device: str) -> None:
-    """Some rows of 1500 x 1500, which the twin can compute alone; gradients of keys from those rows."""
+    """Compare a few rows of 1500 x 1500 pairs with the twin, which computes only these rows and their gradients."""
     inputs = draw(Relations(N=1, Q=1500, K=1500, M=2, D=16, Dv=16, same_boxes=True), device, geometry=geometry)
     rows = torch.tensor([0, 1, 700, 1498, 1499], device=device)
     grad = torch.zeros(1, 1500, 2, 16, dtype=torch.float64, device=device)
@@ -517,7 +517,7 @@ def test_many_boxes(geometry: str, device: str) -> None:
 
 
 def test_memory() -> None:
-    """Neither the embeddings of 2000 x 2000 pairs, 1 GB, nor a logit of each, 16 MB a head, forward or backward."""
+    """Check that neither the embeddings of 2000 x 2000 pairs (1 GB) nor their logits (16 MB per head) are stored."""
     begin = """
 x, boxes = torch.randn(1, 2000, 4, 16), torch.rand(1, 2000, 4) + torch.tensor([0.0, 0.0, 50.0, 50.0])
 leaves = [t.requires_grad_() for t in (x, boxes, torch.randn(4, 64) * 0.1, torch.ones(4))]
@@ -547,7 +547,7 @@ BOXES = st.lists(st.tuples(COORDINATES, COORDINATES, COORDINATES, COORDINATES), 
 
 
 @st.composite
-def searched(draw_from: st.DrawFn) -> tuple[Relations, list[tuple[float, ...]], bool, int]:
+def random_cases(draw_from: st.DrawFn) -> tuple[Relations, list[tuple[float, ...]], bool, int]:
     case = Relations(
         N=draw_from(st.integers(1, 3)),
         Q=draw_from(st.integers(1, 40)),
@@ -568,9 +568,9 @@ def searched(draw_from: st.DrawFn) -> tuple[Relations, list[tuple[float, ...]], 
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
-@given(searched())
+@given(random_cases())
 def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, int]) -> None:
-    """Equal boxes, inverted ones, huge ones and such that are none, masked or not."""
+    """Compare with the twin for boxes that are equal, inverted, huge or not finite, and masked or not."""
     case, boxes, ordered, seed = search
     generator = torch.Generator().manual_seed(seed)
     inputs = case.relation_attention(generator)
@@ -580,9 +580,9 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
     for name in ("query_boxes", "key_boxes"):
         inputs[name] = pool[torch.randint(len(pool), inputs[name].shape[:2], generator=generator)]
     for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
-        here = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        actual, expected = OP.run(here), OP.run(here, OP.reference)
-        if expected["output"].isnan().any():  # gradients are NaN where there is no telling
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        actual, expected = OP.run(moved), OP.run(moved, OP.reference)
+        if expected["output"].isnan().any():  # which gradients are NaN is unspecified
             actual, expected = ({"output": results["output"]} for results in (actual, expected))
         for name, x in actual.items():
             largest = expected[name].nan_to_num().abs().max().item() if x.numel() else 0.0
@@ -601,7 +601,7 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
 
 @needs_cuda
 def test_cuda_tf32(matmul_precision: None) -> None:
-    """Where it is allowed errors are those of TF32; geometry is never rounded so far."""
+    """Check that errors are within those of TF32 if it is allowed. Geometry is never rounded to TF32."""
     inputs = draw(Relations(Q=70, K=150, D=64, Dv=64, bias=3.0), "cuda", torch.float32)
     expected = OP.run_twin(inputs)
     torch.set_float32_matmul_precision("high")
@@ -611,7 +611,7 @@ def test_cuda_tf32(matmul_precision: None) -> None:
 
 @needs_cuda
 def test_cuda_memory() -> None:
-    """No more than outputs, gradients and inputs, and logsumexp."""
+    """Check that the memory is bounded by inputs, outputs, gradients and logsumexp."""
     inputs = draw(Relations(N=1, Q=4000, K=4000, M=2, D=16, Dv=16), "cuda", torch.float32)
     OP.run(inputs)
     torch.cuda.synchronize()

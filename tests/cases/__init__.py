@@ -1,6 +1,6 @@
-"""Sample inputs of every op, a file per family: the one list that contract tests draw on.
+"""The sample inputs of every op, in one file per family, on which all contract tests run.
 
-An op that is added to a family's OPS gets all of test_contract.py, one that is added to its SELECTIONS all of
+An op in a family's OPS gets all tests of test_contract.py, and an op in its SELECTIONS all tests of
 test_contract_selection.py.
 """
 

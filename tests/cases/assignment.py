@@ -1,4 +1,4 @@
-"""linear_sum_assignment: costs of pairs."""
+"""Cases of linear_sum_assignment: costs of pairs."""
 
 from __future__ import annotations
 
@@ -9,39 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Bad, Inputs, Selection, bad_options, change, elsewhere, put
+from .base import Bad, Inputs, Selection, bad_options, change, put, to_other_device
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Sizes and kinds of a sample; letters as in relops.linear_sum_assignment."""
+    """The sizes and kinds of a sample, with the letters of relops.linear_sum_assignment."""
 
     R: int = 7
     C: int = 5
     B: int | None = None
     padded: bool = False
-    forbidden: float | None = None  # the cost of half of the pairs, and of all pairs of a row and of a column
+    forbidden: float | None = None  # the cost of about half of all pairs, and of all pairs of one row and one column
     maximize: bool = False
 
     def problem(self, r: int, c: int, generator: torch.Generator) -> Tensor:
-        """Integers exact in every dtype, for which one assignment is the best: it alone gains all that rows and columns
-        are worth, and takes no pair that costs more."""
+        """Return integer costs, exact in every dtype, with only one best assignment.
+
+        The cost of a pair is an excess minus the worth of its row and of its column. Only the best assignment gains the
+        worth of all rows and columns without any excess.
+        """
         rows, cols = (torch.randperm(size, generator=generator)[: min(r, c)] for size in (r, c))
         worth = torch.zeros(r, 1, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
         for x, paired in zip(worth, (rows, cols)):
             x[paired] = torch.randint(60, x[paired].shape, generator=generator).double()
-        more = torch.randint(1, 60, (r, c), generator=generator).double()
+        excess = torch.randint(1, 60, (r, c), generator=generator).double()
         if self.forbidden is not None:
-            more[torch.rand(r, c, generator=generator) < 0.5] = self.forbidden
-        more[rows, cols] = 0.0
+            excess[torch.rand(r, c, generator=generator) < 0.5] = self.forbidden
+        excess[rows, cols] = 0.0
         if self.forbidden is not None:
-            more[rows[:1]] = more[:, cols[:1]] = self.forbidden
-        return more - worth[0] - worth[1]
+            excess[rows[:1]] = excess[:, cols[:1]] = self.forbidden
+        return excess - worth[0] - worth[1]
 
     def linear_sum_assignment(self, generator: torch.Generator) -> Inputs:
         limits, B = (self.R, self.C), 1 if self.B is None else self.B
         sizes = [torch.randint(x + 1, (B,), generator=generator) if self.padded else None for x in limits]
-        cost = torch.full((B, *limits), -200.0, dtype=torch.float64)  # padding would be the best to take
+        cost = torch.full(
+            (B, *limits), -200.0, dtype=torch.float64
+        )  # lower than every valid cost, to reveal that padding is read
         for b in range(B):
             r, c = (limit if x is None else int(x[b]) for x, limit in zip(sizes, limits))
             cost[b, :r, :c] = self.problem(r, c, generator)
@@ -80,15 +85,15 @@ def bad_sizes(what: str, name: str, sizes: Any, error: type[Exception], message:
     return Bad(f"{name} {what}", changed, error, f"{name} must be {message}")
 
 
-# Of "typical": R = 7, C = 5, float32, no batch.
+# Changes to the sample "typical": R = 7, C = 5, float32, no batch.
 BAD_ASSIGNMENT = (
-    Bad("cost no tensor", put("cost", [[1.0]]), TypeError, "cost must be a Tensor, got list"),
+    Bad("cost not a tensor", put("cost", [[1.0]]), TypeError, "cost must be a Tensor, got list"),
     Bad("cost complex", change("cost", Tensor.cfloat), TypeError, "cost must be float64.*or integer.*torch.complex64"),
     Bad("cost 1-D", change("cost", lambda x: x[0]), ValueError, r"cost must be \[B,R,C\] or \[R,C\], got shape \[5\]"),
     Bad("cost 4-D", change("cost", lambda x: x[None, None]), ValueError, r"cost must be .*got shape \[1, 1, 7, 5\]"),
     Bad(
-        "num_rows elsewhere",
-        lambda x: x | {"num_rows": elsewhere(x["cost"][0, :1].long())},
+        "num_rows on another device",
+        lambda x: x | {"num_rows": to_other_device(x["cost"][0, :1].long())},
         ValueError,
         "num_rows must be on the device of cost.*got",
     ),

@@ -1,4 +1,4 @@
-"""What a case is: sample inputs of an op, changes that make them bad, and the op called with them."""
+"""The classes of test cases, which hold sample inputs of an op and invalid changes to them, and call the op."""
 
 from __future__ import annotations
 
@@ -18,47 +18,51 @@ INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 )
-# Arguments by name, in the order of the signature; a list of tensors one by one, for Op.assemble to join.
+# Arguments by name, in the order of the signature. A list of tensors is stored as separate entries, which Case.assemble
+# joins.
 Inputs = dict[str, Any]
-# Draws them in float64 on the CPU, so that every device and dtype is given the same numbers.
+# Draws inputs in float64 on the CPU, so that every device and dtype gets the same numbers.
 Sample = Callable[[torch.Generator], Inputs]
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A change to valid inputs, and the error that must name the argument and what was got."""
+    """A change that makes valid inputs invalid, and the error that must name the argument and the value."""
 
     id: str
     change: Callable[[Inputs], Inputs]
     error: type[Exception] | tuple[type[Exception], ...]
     message: str
-    harmless: bool = False  # the kernels make something of it
+    harmless: bool = False  # the kernels, called without the Python checks, need not reject the input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
+    """An op, its sample inputs and its invalid inputs."""
+
     name: str
     samples: Mapping[str, Sample]
     empty: Mapping[str, Sample]
-    growing: Callable[[int], Sample]  # the k-th size of a series whose sizes all differ, without lists of sizes
-    vmapped: tuple[str, ...]  # arguments that torch.vmap may map
+    # Returns sample k of a series in which all sizes differ. Arguments that hold sizes are tensors, not lists.
+    growing: Callable[[int], Sample]
+    vmapped: tuple[str, ...]  # arguments over which torch.vmap can map
     bad: tuple[Bad, ...]
-    assemble: Callable[[Inputs], Inputs] = dict  # gives the arguments of relops.<name>
-    raw: Callable[[Inputs], Inputs] = dict  # gives those of torch.ops.relops.<name>
-    wide_output: bool = False  # float32 for 16-bit features
+    assemble: Callable[[Inputs], Inputs] = dict  # converts inputs to the arguments of relops.<name>
+    raw: Callable[[Inputs], Inputs] = dict  # converts inputs to the arguments of torch.ops.relops.<name>
+    wide_output: bool = False  # the output is float32 for 16-bit features
 
     def output_dtype(self, features: torch.dtype) -> torch.dtype:
         return torch.promote_types(features, torch.float32) if self.wide_output else features
 
     @property
     def function(self) -> Callable[..., Any]:
-        return self.of_inputs(getattr(relops, self.name))
+        return self.with_assembled_inputs(getattr(relops, self.name))
 
     @property
     def reference(self) -> Callable[..., Any]:
-        return self.of_inputs(getattr(reference, self.name))
+        return self.with_assembled_inputs(getattr(reference, self.name))
 
-    def of_inputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def with_assembled_inputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
         assemble = self.assemble
         if assemble is dict:
             return function
@@ -74,7 +78,7 @@ class Case:
         return getattr(torch.ops.relops, self.name).default
 
 
-def drawn(sample: Sample, device: str, seed: int = 0) -> Inputs:
+def draw_sample(sample: Sample, device: str, seed: int = 0) -> Inputs:
     inputs = sample(torch.Generator().manual_seed(seed))
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
@@ -84,20 +88,20 @@ class Op(Case):
     """A differentiable op with one output."""
 
     features: tuple[str, ...]  # arguments of the tested dtype
-    coordinates: tuple[str, ...]  # arguments that stay float32 beside 16-bit features
+    coordinates: tuple[str, ...]  # arguments that stay float32 if the features have 16 bits
     differentiable: tuple[str, ...]
-    # How many times further than sums the rounding of what is inside may take it from the twin, of the largest value.
+    # Factor on the absolute tolerance, for an op that amplifies the rounding errors of its intermediate values.
     noise: float = 1.0
 
     def draw(self, sample: Sample, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
-        return self.cast(drawn(sample, device, seed), dtype, torch.promote_types(dtype, torch.float32))
+        return self.cast(draw_sample(sample, device, seed), dtype, torch.promote_types(dtype, torch.float32))
 
     def cast(self, inputs: Inputs, features: torch.dtype, coordinates: torch.dtype) -> Inputs:
         dtypes = dict.fromkeys(self.features, features) | dict.fromkeys(self.coordinates, coordinates)
         return {name: x.to(dtypes[name]) if name in dtypes and x is not None else x for name, x in inputs.items()}
 
-    def wanted(self, inputs: Inputs) -> tuple[str, ...]:
-        """What gradients there are to: an optional argument may be None."""
+    def needs_grad(self, inputs: Inputs) -> tuple[str, ...]:
+        """Return the names of the arguments that have a gradient. An optional argument that is None has none."""
         return tuple(name for name in self.differentiable if inputs[name] is not None)
 
     def run(
@@ -105,35 +109,36 @@ class Op(Case):
         inputs: Inputs,
         function: Callable[..., Tensor] | None = None,
         grad_output: Tensor | None = None,
-        wanted: tuple[str, ...] | None = None,
+        needs_grad: tuple[str, ...] | None = None,
     ) -> dict[str, Tensor]:
-        """The output, under its name, and the gradients, under those of their arguments."""
-        wanted = self.wanted(inputs) if wanted is None else wanted
-        inputs = {name: x.detach().requires_grad_() if name in wanted else x for name, x in inputs.items()}
+        """Run forward and backward. Return the output as "output" and each gradient under the name of its argument."""
+        needs_grad = self.needs_grad(inputs) if needs_grad is None else needs_grad
+        inputs = {name: x.detach().requires_grad_() if name in needs_grad else x for name, x in inputs.items()}
         output = (function or self.function)(**inputs)
-        if wanted:
+        if needs_grad:
             output.backward(grad_like(output) if grad_output is None else grad_output)
-        return {"output": output.detach()} | {name: inputs[name].grad for name in wanted}
+        return {"output": output.detach()} | {name: inputs[name].grad for name in needs_grad}
 
     def run_raw(self, inputs: Inputs) -> Tensor:
-        """The output of torch.ops.relops.<name>, whose further outputs are for its backward."""
+        """Return the output of torch.ops.relops.<name> without the further outputs that its backward uses."""
         outputs = self.overload(*self.raw(inputs).values())
         return outputs if isinstance(outputs, Tensor) else outputs[0]
 
     def run_twin(self, inputs: Inputs) -> dict[str, Tensor]:
-        """The same by the twin, in float64."""
+        """Return the output and the gradients of the twin in float64."""
         return self.run(self.cast(inputs, torch.float64, torch.float64), self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Case):
-    """An op that selects: its outputs are indices, equal to the twin's, and perhaps numbers; none has a gradient."""
+    """An op that selects. Its outputs are indices, which equal the twin's, and perhaps scores. None has a gradient."""
 
-    floats: tuple[str, ...]  # arguments of any floating dtype, each
-    widened: bool = True  # where these are of 16 bits, before kernels are given them
-    # Of outputs, what is equal to the twin's but for rounding of the numbers among it.
+    floats: tuple[str, ...]  # floating-point arguments, whose dtypes may differ
+    widened: bool = True  # 16-bit arguments are converted to float32 before the kernels get them
+    # Brings outputs into a form that equals the twin's except for the rounding of scores.
     comparable: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
-    waits: Callable[[Inputs], bool] = lambda inputs: False  # for the device: where sizes of outputs depend on values
+    # Whether the op waits for the device, because the sizes of its outputs depend on values.
+    synchronizes: Callable[[Inputs], bool] = lambda inputs: False
 
     def draw(
         self,
@@ -142,9 +147,9 @@ class Selection(Case):
         dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float32,
         seed: int = 0,
     ) -> Inputs:
-        """`dtype`: of all floats, or of each."""
+        """Draw inputs. `dtype` is the dtype of all float arguments, or a tuple of one dtype for each."""
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(self.floats)
-        inputs = drawn(sample, device, seed)
+        inputs = draw_sample(sample, device, seed)
         return inputs | {name: inputs[name].to(dtype) for name, dtype in zip(self.floats, dtypes)}
 
     def run(self, inputs: Inputs, function: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
@@ -156,7 +161,7 @@ class Selection(Case):
 
 
 def grad_like(output: Tensor) -> Tensor:
-    """A gradient of the output that is the same numbers in every dtype."""
+    """Return a gradient for `output` whose numbers are the same in every dtype."""
     steps = torch.arange(output.numel(), device=output.device) * 37 % 17 - 8
     return (steps / 8).to(output.dtype).view(output.shape)
 
@@ -164,7 +169,7 @@ def grad_like(output: Tensor) -> Tensor:
 # ---- Bad inputs ----
 
 
-def elsewhere(tensor: Tensor) -> Tensor:
+def to_other_device(tensor: Tensor) -> Tensor:
     return tensor.to("cpu" if tensor.is_cuda else "meta")
 
 
@@ -183,7 +188,7 @@ def bad_options(name: str, error: type[Exception], *values: Any, harmless: bool 
 
 
 def bad_numbers(name: str, rule: str, *values: Any) -> Iterator[Bad]:
-    """The kernels compute with any."""
+    """Yield invalid numbers. All are harmless, because the kernels compute with any number."""
     for value in values:
         error = ValueError if type(value) in (float, int) else TypeError
         message = rf"{name} must be {rule}, got {re.escape(repr(value))}"

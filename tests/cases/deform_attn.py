@@ -1,4 +1,4 @@
-"""ms_deform_attn and ms_deform_attn_fused: a pyramid, and points in it."""
+"""Cases of ms_deform_attn and ms_deform_attn_fused: a pyramid of feature maps, and sampling points in it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Bad, Inputs, Op, change, elsewhere, put
+from .base import Bad, Inputs, Op, change, put, to_other_device
 
 
 @dataclass(frozen=True)
 class DeformAttn:
-    """Sizes and kinds of arguments of a sample; letters as in relops.ms_deform_attn."""
+    """The sizes and kinds of a sample's arguments, with the letters of relops.ms_deform_attn."""
 
     levels: tuple[tuple[int, int], ...] = ((6, 4), (3, 2))
     N: int = 2
@@ -21,9 +21,9 @@ class DeformAttn:
     D: int = 8
     P: int = 4
     shapes: str = "list"  # spatial_shapes: "list" or "tensor", on the CPU
-    starts: str | None = None  # level_start_index: None, "in order", or "reversed": the last level is stored first
-    boxes: bool = False  # from here on fused only
-    mask: bool = False
+    starts: str | None = None  # level_start_index: None, "in order", or "reversed" (the last level is stored first)
+    boxes: bool = False  # fused op only: the reference points are boxes
+    mask: bool = False  # fused op only: value_mask is given
 
     @property
     def S(self) -> int:
@@ -47,7 +47,10 @@ class DeformAttn:
         return torch.tensor(self.levels, dtype=torch.float64).flip(-1)[:, None].clamp(min=1)
 
     def locations(self, generator: torch.Generator) -> Tensor:
-        """Inside and up to two pixels outside, away from pixel centers, where the gradient jumps."""
+        """Return points inside and up to two pixels outside of the maps.
+
+        They keep a distance from pixel centers, where the gradient jumps.
+        """
         shape = (self.N, self.Q, self.M, len(self.levels), self.P, 2)
         corner, fraction = torch.rand(2, *shape, generator=generator, dtype=torch.float64)
         pixel = (corner * (self.sizes_xy + 3)).floor() - 2 + 0.15 + 0.7 * fraction
@@ -90,7 +93,8 @@ DEFORM_ATTN = {
     "levels reversed": DeformAttn(levels=((4, 6), (2, 3), (1, 1)), starts="reversed", shapes="tensor", mask=True),
     "D30": DeformAttn(D=30, boxes=True, P=2),
     "D71": DeformAttn(N=1, M=2, D=71, mask=True),
-    # Rows as they lie, on the CPU: few queries over a large pyramid, D whole vectors.
+    # The CPU kernels read value without a copy: there are few queries and a large pyramid, and D is a multiple of the
+    # vector size.
     "few queries": DeformAttn(levels=((12, 10), (6, 5)), Q=2, D=32, P=1, mask=True),
     "many queries": DeformAttn(levels=((3, 5),), Q=150, M=1, D=16, P=3, boxes=True),
 }
@@ -104,7 +108,7 @@ DEFORM_ATTN_EMPTY = {
 
 
 def deform_attn_growing(k: int) -> DeformAttn:
-    """At k = 0 no two sizes are equal: the compiler would take equal ones to be always so."""
+    """Return case `k`. At k = 0 no two sizes are equal, because the compiler assumes that equal sizes stay equal."""
     return DeformAttn(
         levels=((4 + k, 7 + 2 * k), (2 + k, 3 + 3 * k)),
         N=3 + k,
@@ -122,18 +126,24 @@ def shapes_as_tensor(inputs: Inputs) -> Inputs:
 
 
 def bad_deform_attn(locations: str, weights: str) -> tuple[Bad, ...]:
-    """Of "typical": levels (6,4) and (3,2), S = 30, N = 2, Q = 5, M = 3, D = 8, P = 4, float32."""
+    """Return invalid changes to the sample "typical", in which arguments have these sizes.
+
+    Levels are (6,4) and (3,2), S = 30, N = 2, Q = 5, M = 3, D = 8, P = 4; the dtype is float32.
+    """
     shapes, starts = "spatial_shapes", "level_start_index"
     coordinates = [
         bad
         for name, letters in ((locations, r"\[N,Q,M,L,P,2\]"), (weights, r"\[N,Q,M,L,P\]"))
         for bad in (
-            Bad(f"{name} no tensor", put(name, 3), TypeError, f"{name} must be a Tensor, got int"),
+            Bad(f"{name} not a tensor", put(name, 3), TypeError, f"{name} must be a Tensor, got int"),
             Bad(f"{name} int", change(name, Tensor.long), TypeError, f"{name} must be .*float32.*got torch.int64"),
             Bad(f"{name} wider", change(name, Tensor.double), TypeError, f"{name} must be .*got torch.float64"),
             Bad(f"{name} narrower", change(name, Tensor.bfloat16), TypeError, f"{name} must be .*got torch.bfloat16"),
             Bad(
-                f"{name} elsewhere", change(name, elsewhere), ValueError, f"{name} must be on the device of value.*got"
+                f"{name} on another device",
+                change(name, to_other_device),
+                ValueError,
+                f"{name} must be on the device of value.*got",
             ),
             Bad(f"{name} batch", change(name, lambda x: x[:1]), ValueError, rf"{name} must be {letters}.*got.*\[1, 5"),
             Bad(f"{name} heads", change(name, lambda x: x[:, :, :2]), ValueError, rf"{name} must be {letters}.*got"),
@@ -141,7 +151,7 @@ def bad_deform_attn(locations: str, weights: str) -> tuple[Bad, ...]:
         )
     ]
     return (
-        Bad("value no tensor", put("value", [1.0]), TypeError, "value must be a Tensor, got list"),
+        Bad("value not a tensor", put("value", [1.0]), TypeError, "value must be a Tensor, got list"),
         Bad("value int", change("value", Tensor.int), TypeError, "value must be float64.*got torch.int32"),
         Bad(
             "value 3-D",
@@ -196,7 +206,7 @@ def bad_deform_attn(locations: str, weights: str) -> tuple[Bad, ...]:
             "shapes overflow", put(shapes, torch.tensor([[2**62, 4], [6, 5]])), ValueError, "spatial_shapes must add up"
         ),
         Bad(
-            "shapes elsewhere",
+            "shapes on another device",
             put(shapes, torch.tensor([[6, 4], [3, 2]], device="meta")),
             ValueError,
             "spatial_shapes must be on the device of value.*got meta",
@@ -214,7 +224,7 @@ def bad_deform_attn(locations: str, weights: str) -> tuple[Bad, ...]:
             ValueError,
             "level_start_index must .*got 9223",
         ),
-        Bad("starts no tensor", put(starts, [0, 24]), TypeError, "level_start_index must be a Tensor, got list"),
+        Bad("starts not a tensor", put(starts, [0, 24]), TypeError, "level_start_index must be a Tensor, got list"),
         Bad(
             "starts int32",
             put(starts, torch.tensor([0, 24], dtype=torch.int32)),
@@ -228,7 +238,7 @@ def bad_deform_attn(locations: str, weights: str) -> tuple[Bad, ...]:
             r"level_start_index must be \[L\] = \[2\].*\[1\]",
         ),
         Bad(
-            "starts elsewhere",
+            "starts on another device",
             put(starts, torch.tensor([0, 24], device="meta")),
             ValueError,
             "level_start_index must be on the device of value.*got meta",
@@ -240,7 +250,7 @@ def bad_fused() -> tuple[Bad, ...]:
     points, mask = "reference_points", "value_mask"
     return (
         *bad_deform_attn("sampling_offsets", "attention_logits"),
-        Bad("reference no tensor", put(points, None), TypeError, "reference_points must be a Tensor, got NoneType"),
+        Bad("reference not a tensor", put(points, None), TypeError, "reference_points must be a Tensor, got NoneType"),
         Bad("reference int", change(points, Tensor.long), TypeError, "reference_points must be .*got torch.int64"),
         Bad(
             "reference wider", change(points, Tensor.double), TypeError, "reference_points must be .*got torch.float64"
@@ -258,9 +268,12 @@ def bad_fused() -> tuple[Bad, ...]:
             r"reference_points must .*\[2, 4, 2, 2\]",
         ),
         Bad(
-            "reference elsewhere", change(points, elsewhere), ValueError, "reference_points must be on the device.*got"
+            "reference on another device",
+            change(points, to_other_device),
+            ValueError,
+            "reference_points must be on the device.*got",
         ),
-        Bad("mask no tensor", put(mask, True), TypeError, "value_mask must be a Tensor, got bool"),
+        Bad("mask not a tensor", put(mask, True), TypeError, "value_mask must be a Tensor, got bool"),
         Bad(
             "mask uint8",
             put(mask, torch.zeros(2, 30, dtype=torch.uint8)),
@@ -268,7 +281,7 @@ def bad_fused() -> tuple[Bad, ...]:
             "value_mask must be bool.*got torch.uint8",
         ),
         Bad(
-            "mask elsewhere",
+            "mask on another device",
             put(mask, torch.zeros(2, 30, dtype=torch.bool, device="meta")),
             ValueError,
             "value_mask must be on the device of value.*got meta",

@@ -1,4 +1,4 @@
-"""box_iou and generalized_box_iou: pairs of boxes."""
+"""Cases of box_iou and generalized_box_iou: pairs of boxes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Bad, Inputs, Op, change, elsewhere, put
+from .base import Bad, Inputs, Op, change, put, to_other_device
 
 
 @dataclass(frozen=True)
 class BoxPairs:
-    """Sizes and kinds of arguments of a sample; letters as in relops.box_iou.
+    """The sizes and kinds of a sample's arguments, with the letters of relops.box_iou.
 
-    Coordinates of a and of b never meet, in no dtype: there the gradient jumps.
+    A coordinate of `a` never equals one of `b` in any dtype, because the gradient jumps where they are equal.
     """
 
     A: int = 7
     B: int = 5
     N: int | None = None
-    inverted: bool = False  # some, in one direction or both
-    spread: float = 8.0  # of centers; boxes are up to 10 wide
+    inverted: bool = False  # some boxes are inverted, in one direction or both
+    spread: float = 8.0  # range of the corners, in steps of 1/2; boxes are up to 10 steps wide
 
     def arguments(self, generator: torch.Generator) -> Inputs:
-        """Multiples of 1/2, and 1/8 or 3/8: exact in 16 bits."""
+        """Return boxes at multiples of 1/2 plus 1/8 (`a`) or 3/8 (`b`), which are exact in 16-bit dtypes."""
         batch = () if self.N is None else (self.N,)
         a, b = (self.boxes(generator, (*batch, K, 1), offset) for K, offset in ((self.A, 0.125), (self.B, 0.375)))
         return {"a": a, "b": b}
@@ -56,10 +56,10 @@ BOX_PAIRS_EMPTY = {
     "N": BoxPairs(N=0),
     "B of a batch": BoxPairs(N=2, B=0),
 }
-# Of "typical": A = 7, B = 5, float32.
+# Changes to the sample "typical": A = 7, B = 5, float32.
 BAD_BOX_PAIRS = (
-    Bad("a no tensor", put("a", [[0.0, 0.0, 1.0, 1.0]]), TypeError, "a must be a Tensor, got list"),
-    Bad("b no tensor", put("b", None), TypeError, "b must be a Tensor, got NoneType"),
+    Bad("a not a tensor", put("a", [[0.0, 0.0, 1.0, 1.0]]), TypeError, "a must be a Tensor, got list"),
+    Bad("b not a tensor", put("b", None), TypeError, "b must be a Tensor, got NoneType"),
     Bad("a complex", change("a", Tensor.cfloat), TypeError, "a must be float64.*got torch.complex64"),
     Bad("b bool", change("b", Tensor.bool), TypeError, "b must be float64.*or integer, got torch.bool"),
     Bad(
@@ -73,7 +73,7 @@ BAD_BOX_PAIRS = (
     Bad("b of 3", change("b", lambda x: x[:, 1:]), ValueError, r"b must be \[B,4\] or \[N,B,4\], got shape \[5, 3\]"),
     Bad("b wider", change("b", Tensor.double), TypeError, "b must be .*float32 when a is torch.float32, .*float64"),
     Bad("a wider", change("a", Tensor.double), TypeError, "b must be float64 when a is torch.float64, got .*float32"),
-    Bad("b elsewhere", change("b", elsewhere), ValueError, "b must be on the device of a.*got"),
+    Bad("b on another device", change("b", to_other_device), ValueError, "b must be on the device of a.*got"),
     Bad(
         "a alone batched",
         change("a", lambda x: x[None]),
@@ -96,7 +96,7 @@ BAD_BOX_PAIRS = (
 
 
 def box_pairs_growing(k: int) -> BoxPairs:
-    """At k = 0 no two sizes are equal, nor one to the 4 coordinates."""
+    """Return case `k`. At k = 0 no two sizes are equal, and no size equals the number of coordinates, 4."""
     return BoxPairs(N=3 + k, A=7 + 2 * k, B=10 + 3 * k)
 
 

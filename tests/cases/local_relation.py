@@ -1,4 +1,4 @@
-"""local_relation: windows of a map."""
+"""Cases of local_relation: windows of a map."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Bad, Inputs, Op, bad_options, change, elsewhere, put
+from .base import Bad, Inputs, Op, bad_options, change, put, to_other_device
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Sizes and kinds of arguments of a sample; letters as in relops.local_relation."""
+    """The sizes and kinds of a sample's arguments, with the letters of relops.local_relation."""
 
     N: int = 2
     C: int = 7
@@ -35,7 +35,8 @@ class Windows:
 
         query = draw(self.N, self.G, -(-self.H // self.stride), -(-self.W // self.stride))
         key = draw(self.N, self.G, self.H, self.W)
-        if self.similarity == "absolute_difference":  # apart in every dtype, because the gradient jumps where they meet
+        # Queries and keys differ in every dtype, because the gradient jumps where they are equal.
+        if self.similarity == "absolute_difference":
             query, key = (2 * query).round() / 2, (2 * key).round() / 2 + 0.25
         return {
             "query": query,
@@ -60,7 +61,7 @@ WINDOWS = {
     "gaps": Windows(H=9, W=10, k=2, G=4, stride=4, similarity="absolute_difference", channels_last=True),
     "wide window": Windows(N=1, C=3, G=2, H=8, W=5, k=15, border="zero"),
     "beyond the map": Windows(N=1, H=4, W=5, k=5, dilation=3, similarity="product", border="zero"),
-    "ragged": Windows(N=1, C=6, G=5, W=40),  # three groups of two channels, two of none
+    "ragged": Windows(N=1, C=6, G=5, W=40),  # three groups have two channels, the other two have none
     "wide groups": Windows(N=1, C=20, G=1, H=12, W=17, similarity="product"),
 }
 WINDOWS_EMPTY = {
@@ -73,20 +74,25 @@ WINDOWS_EMPTY = {
 
 
 def windows_growing(k: int) -> Windows:
-    """At k = 0 no two sizes are equal."""
+    """Return case `k`. At k = 0 no two sizes are equal."""
     return Windows(N=2 + k, C=23 + 3 * k, G=5 + k, H=7 + 2 * k, W=11 + 3 * k, k=3, stride=2)
 
 
 def bad_windows() -> Iterator[Bad]:
-    """Of "typical": N = 2, C = 7, G = 3, H = 6, W = 9, k = 3, float32."""
+    """Yield invalid changes to the sample "typical": N = 2, C = 7, G = 3, H = 6, W = 9, k = 3, float32."""
     for name, letters in (("query", r"\[N,G,Ho,Wo\]"), ("key", r"\[N,G,H,W\]"), ("value", r"\[N,C,H,W\]")):
         rule = "float64" if name == "value" else "torch.float32, the dtype of value"
-        yield Bad(f"{name} no tensor", put(name, [1.0]), TypeError, f"{name} must be a Tensor, got list")
+        yield Bad(f"{name} not a tensor", put(name, [1.0]), TypeError, f"{name} must be a Tensor, got list")
         yield Bad(f"{name} int", change(name, Tensor.long), TypeError, f"{name} must be {rule}.*got torch.int64")
         yield Bad(f"{name} 3-D", change(name, lambda x: x[0]), ValueError, rf"{name} must be {letters}, got .*, 6, 9\]")
     for name in ("query", "key"):
         yield Bad(f"{name} wider", change(name, Tensor.double), TypeError, f"{name} must be .*got torch.float64")
-        yield Bad(f"{name} elsewhere", change(name, elsewhere), ValueError, f"{name} must be on the device of value.*")
+        yield Bad(
+            f"{name} on another device",
+            change(name, to_other_device),
+            ValueError,
+            f"{name} must be on the device of value.*",
+        )
         yield Bad(f"{name} batch", change(name, lambda x: x[:1]), ValueError, rf"{name} must be .*got shape \[1, 3")
         yield Bad(f"{name} short", change(name, lambda x: x[:, :, 1:]), ValueError, rf"{name} must be .*got .*3, 5, 9")
         yield Bad(f"{name} narrow", change(name, lambda x: x[..., 1:]), ValueError, rf"{name} must be .*got .*3, 6, 8")
@@ -100,11 +106,13 @@ def bad_windows() -> Iterator[Bad]:
         "key must have at least one group for the C = 7 channels of value, got G = 0",
     )
     prior = r"prior must be \[G,k,k\] = \[3,3,3\]"
-    yield Bad("prior no tensor", put("prior", 3), TypeError, "prior must be a Tensor, got int")
+    yield Bad("prior not a tensor", put("prior", 3), TypeError, "prior must be a Tensor, got int")
     yield Bad("prior int", change("prior", Tensor.long), TypeError, "prior must be .*float32.*got torch.int64")
     yield Bad("prior wider", change("prior", Tensor.double), TypeError, "prior must be .*got torch.float64")
     yield Bad("prior narrower", change("prior", Tensor.half), TypeError, "prior must be .*got torch.float16")
-    yield Bad("prior elsewhere", change("prior", elsewhere), ValueError, "prior must be on the device of value")
+    yield Bad(
+        "prior on another device", change("prior", to_other_device), ValueError, "prior must be on the device of value"
+    )
     yield Bad("prior groups", change("prior", lambda x: x[1:]), ValueError, rf"{prior}, got shape \[2, 3, 3\]")
     yield Bad("prior flat", change("prior", lambda x: x.flatten(1)), ValueError, rf"{prior}, got shape \[3, 9\]")
     yield Bad("prior of another window", put("kernel_size", 5), ValueError, r"prior must be .*\[3,5,5\], got")

@@ -1,4 +1,4 @@
-"""roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool and multi_scale_roi_align: maps, and boxes on them."""
+"""Cases of the six region ops, from roi_align to multi_scale_roi_align: feature maps and boxes on them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Bad, Inputs, Op, bad_options, change, elsewhere, put
+from .base import Bad, Inputs, Op, bad_options, change, put, to_other_device
 
-LEVELS = 3  # of multi_scale_roi_align, each of half the size of the one before
-OPTIONS = {  # of each op, beside its features, boxes and output_size
+LEVELS = 3  # the number of maps of multi_scale_roi_align, each half the size of the previous one
+OPTIONS = {  # the arguments of each op in addition to its features, boxes and output_size
     "roi_align": ("spatial_scale", "sampling_ratio", "aligned"),
     "roi_pool": ("spatial_scale",),
     "ps_roi_align": ("spatial_scale", "sampling_ratio"),
@@ -31,10 +31,11 @@ OPTIONS = {  # of each op, beside its features, boxes and output_size
 
 @dataclass(frozen=True)
 class Regions:
-    """Sizes and options of a call; letters as in relops.roi_align, except that C counts output channels.
+    """The sizes and options of a call, with the letters of relops.roi_align, except that C counts output channels.
 
-    Boxes of contract tests are drawn again until rounding, of theirs to whatever dtype or of the arithmetic, decides
-    nothing: how many samples, between which pixels or whether on the map, which pixels, which level.
+    Contract tests use only boxes whose result does not depend on a rounding error, whether of the boxes (in any dtype)
+    or of the arithmetic. Rounding must not decide the number of samples, the pixels around a sample, whether a sample
+    is on the map, the pixels of a bin, or the level.
     """
 
     H: int = 12
@@ -47,7 +48,7 @@ class Regions:
     sampling_ratio: int = -1
     aligned: bool = False
     channels_last: bool = False
-    canonical: float | None = None  # the side of boxes between the first two levels; None: a sixth of the map's
+    canonical: float | None = None  # side of a box between the first two levels; None: a sixth of the map's side
 
     @property
     def spatial_scales(self) -> list[float]:
@@ -63,8 +64,8 @@ class Regions:
 
     @property
     def canonical_box_size(self) -> float:
-        of_map = math.sqrt(max(1, self.H * self.W)) / self.spatial_scale / 6
-        return of_map if self.canonical is None else self.canonical
+        sixth_of_map = math.sqrt(max(1, self.H * self.W)) / self.spatial_scale / 6
+        return sixth_of_map if self.canonical is None else self.canonical
 
     def options(self, name: str) -> Inputs:
         return {"output_size": self.output_size} | {option: getattr(self, option) for option in OPTIONS[name]}
@@ -74,12 +75,12 @@ class Regions:
     ) -> Tensor:  # float64
         shape = (self.N, channels, -(-self.H // 2**level), -(-self.W // 2**level))
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if distinct:  # in every dtype, for maxima without ties
+        if distinct:  # values that differ in every dtype, so that maxima have no ties
             x = (x.flatten(2).argsort(-1).view(shape) - self.H * self.W // 2).double() / 64
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
-    def boxes(self, generator: torch.Generator, decides: Callable[[Tensor], Tensor]) -> Tensor:
-        """Of every size, inside, across the border and outside."""
+    def boxes(self, generator: torch.Generator, is_sensitive: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return K boxes of many sizes, inside the map, across its border and outside, that are not sensitive."""
         M = 100 * self.K + 1
         width_height = torch.tensor([self.W, self.H], dtype=torch.float64).clamp(min=1)
         center, extent = torch.rand(2, M, 2, generator=generator, dtype=torch.float64)
@@ -87,71 +88,76 @@ class Regions:
         index = torch.randint(max(self.N, 1), (M, 1), generator=generator)
         boxes = torch.cat([index, (center - half) / self.spatial_scale, (center + half) / self.spatial_scale], 1)
         dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        steady = ~torch.stack([decides(boxes.to(dtype).double()) for dtype in dtypes]).any(0)
-        kept = boxes[steady][: self.K]
+        stable = ~torch.stack([is_sensitive(boxes.to(dtype).double()) for dtype in dtypes]).any(0)
+        kept = boxes[stable][: self.K]
         assert len(kept) == self.K
         return kept
 
-    def sampled_decides(self, aligned: bool, levels: int = 1) -> Callable[[Tensor], Tensor]:
-        def decides(boxes: Tensor) -> Tensor:
-            scale, found = torch.full((len(boxes), 1), self.spatial_scale, dtype=torch.float64), False
+    def sampling_sensitivity(self, aligned: bool, levels: int = 1) -> Callable[[Tensor], Tensor]:
+        """Return a function that finds boxes whose samples or level a rounding error may change."""
+
+        def is_sensitive(boxes: Tensor) -> Tensor:
+            scale, sensitive = torch.full((len(boxes), 1), self.spatial_scale, dtype=torch.float64), False
             if levels > 1:
                 side = ((boxes[:, 3:4] - boxes[:, 1:2]) * (boxes[:, 4:5] - boxes[:, 2:3])).sqrt()
                 level = self.canonical_level + (side / self.canonical_box_size).log2()
                 scale = 2.0 ** -level.floor().clamp(self.finest, self.finest + levels - 1)
-                found = near_whole(level)
+                sensitive = near_whole(level)
             for first, last, bins in ((1, 3, self.output_size[1]), (2, 4, self.output_size[0])):
                 begin, end = boxes[:, [first]] * scale, boxes[:, [last]] * scale
                 length = end - begin
                 if not aligned:
-                    found = found | ((length - 1).abs() < 1e-2)
+                    sensitive = sensitive | ((length - 1).abs() < 1e-2)
                     length = length.clamp(min=1)
                 bin = length / bins
                 if self.sampling_ratio > 0:
                     grid = torch.full_like(bin, self.sampling_ratio)
                 else:
                     grid = bin.ceil()
-                    found = found | (near_whole(bin) & (length != 1))  # which widened boxes have in every dtype
+                    # The length of a box that was widened to 1 is exact in every dtype.
+                    sensitive = sensitive | (near_whole(bin) & (length != 1))
                 step = torch.arange(bins * int(grid.max()))
                 position = begin - (0.5 if aligned else 0) + (step + 0.5) * bin / grid
-                found = found | (near_whole(position) & (step < bins * grid)).any(1, keepdim=True)
-            return found[:, 0]
+                sensitive = sensitive | (near_whole(position) & (step < bins * grid)).any(1, keepdim=True)
+            return sensitive[:, 0]
 
-        return decides
+        return is_sensitive
 
-    def rounded_decides(self, last_included: bool) -> Callable[[Tensor], Tensor]:
-        def decides(boxes: Tensor) -> Tensor:
-            found = near_whole(boxes[:, 1:] * self.spatial_scale + 0.5).any(1)
+    def bin_sensitivity(self, last_included: bool) -> Callable[[Tensor], Tensor]:
+        """Return a function that finds boxes for which a rounding error may change the pixels of a bin."""
+
+        def is_sensitive(boxes: Tensor) -> Tensor:
+            sensitive = near_whole(boxes[:, 1:] * self.spatial_scale + 0.5).any(1)
             corners = (boxes * self.spatial_scale).round()
             for first, last, bins in ((1, 3, self.output_size[1]), (2, 4, self.output_size[0])):
                 length = (corners[:, [last]] - corners[:, [first]] + last_included).clamp(min=1).long()
                 edges = torch.arange(bins + 1) * length  # in units of 1 / bins
                 for dtype in (torch.float32, torch.float64):
-                    at = torch.arange(bins + 1) * (length.to(dtype) / bins)
-                    found |= ((at.floor() != edges // bins) | (at.ceil() != -(-edges // bins))).any(1)
-            return found
+                    rounded = torch.arange(bins + 1) * (length.to(dtype) / bins)
+                    sensitive |= ((rounded.floor() != edges // bins) | (rounded.ceil() != -(-edges // bins))).any(1)
+            return sensitive
 
-        return decides
+        return is_sensitive
 
     def roi_align(self, generator: torch.Generator) -> Inputs:
-        boxes = self.boxes(generator, self.sampled_decides(self.aligned))
+        boxes = self.boxes(generator, self.sampling_sensitivity(self.aligned))
         return {"input": self.map(generator, self.C), "boxes": boxes} | self.options("roi_align")
 
     def ps_roi_align(self, generator: torch.Generator) -> Inputs:
-        boxes = self.boxes(generator, self.sampled_decides(True))
+        boxes = self.boxes(generator, self.sampling_sensitivity(True))
         return {"input": self.map(generator, self.bin_channels), "boxes": boxes} | self.options("ps_roi_align")
 
     def multi_scale_roi_align(self, generator: torch.Generator) -> Inputs:
-        boxes = self.boxes(generator, self.sampled_decides(self.aligned, LEVELS))
+        boxes = self.boxes(generator, self.sampling_sensitivity(self.aligned, LEVELS))
         features = {f"level{level}": self.map(generator, self.C, level) for level in range(LEVELS)}
         return features | {"boxes": boxes} | self.options("multi_scale_roi_align")
 
     def roi_pool(self, generator: torch.Generator) -> Inputs:
-        boxes = self.boxes(generator, self.rounded_decides(last_included=True))
+        boxes = self.boxes(generator, self.bin_sensitivity(last_included=True))
         return {"input": self.map(generator, self.C, distinct=True), "boxes": boxes} | self.options("roi_pool")
 
     def ps_roi_pool(self, generator: torch.Generator) -> Inputs:
-        boxes = self.boxes(generator, self.rounded_decides(last_included=False))
+        boxes = self.boxes(generator, self.bin_sensitivity(last_included=False))
         return {"input": self.map(generator, self.bin_channels), "boxes": boxes} | self.options("ps_roi_pool")
 
     def prroi_pool(self, generator: torch.Generator) -> Inputs:
@@ -160,7 +166,7 @@ class Regions:
 
     @property
     def bin_channels(self) -> int:
-        """How many channels the map has of which every bin reads its own."""
+        """The number of map channels if every bin reads channels of its own."""
         return self.C * math.prod(self.output_size)
 
 
@@ -194,28 +200,36 @@ REGIONS_EMPTY = {
 
 
 def regions_growing(k: int) -> Regions:
-    """At k = 0 no two sizes are equal, nor one to the 5 columns of the boxes. Compilers take floats for constants."""
+    """Return case `k`. At k = 0 no two sizes are equal, and no size equals the number of columns of the boxes, 5.
+
+    Float arguments are the same for all `k`, because compilers treat them as constants.
+    """
     return Regions(N=4 + k, C=8 + 3 * k, H=22 + 4 * k, W=26 + 8 * k, K=9 + 2 * k, spatial_scale=0.5, canonical=7.0)
 
 
 def bad_regions(features: str, *more: Bad) -> tuple[Bad, ...]:
-    """Of "typical": N = 2, K = 7, output_size = (3, 2), float32."""
+    """Return invalid changes to the sample "typical": N = 2, K = 7, output_size = (3, 2), float32."""
     first = r"inputs\[0\]" if features == "level0" else features
 
     def split(f: Callable[[Tensor], Any]) -> Callable[[Inputs], Inputs]:
         return change("boxes", lambda x: [x[:3, 1:], f(x[3:, 1:])])
 
     return (
-        Bad(f"{features} no tensor", put(features, [1.0]), TypeError, f"{first} must be a Tensor, got list"),
+        Bad(f"{features} not a tensor", put(features, [1.0]), TypeError, f"{first} must be a Tensor, got list"),
         Bad(f"{features} int", change(features, Tensor.int), TypeError, f"{first} must be float64.*got torch.int32"),
         Bad(f"{features} 3-D", change(features, lambda x: x[0]), ValueError, rf"{first} must be \[N,C,H,W\], got "),
-        Bad("boxes no tensor", put("boxes", 3), TypeError, r"boxes must be a Tensor \[K,5\] or a list.*got int"),
+        Bad("boxes not a tensor", put("boxes", 3), TypeError, r"boxes must be a Tensor \[K,5\] or a list.*got int"),
         Bad("boxes int", change("boxes", Tensor.long), TypeError, "boxes must be .*float32.*got torch.int64"),
         Bad("boxes wider", change("boxes", Tensor.double), TypeError, "boxes must be .*got torch.float64"),
         Bad("boxes narrower", change("boxes", Tensor.bfloat16), TypeError, "boxes must be .*got torch.bfloat16"),
-        Bad("boxes elsewhere", change("boxes", elsewhere), ValueError, "boxes must be on the device of input.*got"),
+        Bad(
+            "boxes on another device",
+            change("boxes", to_other_device),
+            ValueError,
+            "boxes must be on the device of input.*got",
+        ),
         Bad("boxes of 4", change("boxes", lambda x: x[:, 1:]), ValueError, r"boxes must be \[K,5\].*got .*\[7, 4\]"),
-        # What torchvision raises there, and its users catch.
+        # torchvision raises an AssertionError for such boxes, and its users catch it.
         Bad("boxes of 4, asserted", change("boxes", lambda x: x[:, 1:]), AssertionError, r"boxes must be \[K,5\]"),
         Bad("boxes 1-D", change("boxes", lambda x: x[0]), ValueError, r"boxes must be \[K,5\].*got shape \[5\]"),
         Bad(
@@ -224,7 +238,7 @@ def bad_regions(features: str, *more: Bad) -> tuple[Bad, ...]:
             ValueError,
             "boxes must be a list of N = 2 Tensors.*got 1",
         ),
-        Bad("list no tensor", split(Tensor.tolist), TypeError, r"boxes\[1\] must be a Tensor, got list"),
+        Bad("list not a tensor", split(Tensor.tolist), TypeError, r"boxes\[1\] must be a Tensor, got list"),
         Bad("list wider", split(Tensor.double), TypeError, r"boxes\[1\] must be .*got torch.float64"),
         Bad("list of 3", split(lambda x: x[:, 1:]), AssertionError, r"boxes\[1\] must be \[Ki,4\].*\[4, 3\]"),
         *bad_options("output_size", ValueError, 0, (3, -1), (3,), (1, 2, 3)),
@@ -245,14 +259,19 @@ BAD_RATIO = (
 BAD_ALIGNED = tuple(bad_options("aligned", TypeError, "no"))
 BAD_CHANNELS = Bad("channels", change("input", lambda x: x[:, 1:]), ValueError, "input must .* 3 x 2, .*got C = 29")
 BAD_LEVELS = (
-    Bad("no list", lambda x: x | {"inputs": x["level0"]}, TypeError, "inputs must be a list of Tensors.*got Tensor"),
+    Bad("not a list", lambda x: x | {"inputs": x["level0"]}, TypeError, "inputs must be a list of Tensors.*got Tensor"),
     Bad(
         "no levels",
         lambda x: {name: x[name] for name in x if "level" not in name[:5]},
         ValueError,
         "inputs must hold at least one level, got none",
     ),
-    Bad("level elsewhere", change("level1", elsewhere), ValueError, r"inputs\[1\] must be on the device of .*got"),
+    Bad(
+        "level on another device",
+        change("level1", to_other_device),
+        ValueError,
+        r"inputs\[1\] must be on the device of .*got",
+    ),
     Bad(
         "level batch",
         change("level2", lambda x: x[:1]),
@@ -261,7 +280,9 @@ BAD_LEVELS = (
     ),
     Bad("level wider", change("level1", Tensor.double), TypeError, r"inputs\[1\] must be torch.float32.*got .*float64"),
     Bad("scales too few", put("spatial_scales", [0.5, 0.25]), ValueError, "spatial_scales must .* 3 levels .*got 2"),
-    Bad("scales no list", put("spatial_scales", 0.5), TypeError, "spatial_scales must be a list of floats, got float"),
+    Bad(
+        "scales not a list", put("spatial_scales", 0.5), TypeError, "spatial_scales must be a list of floats, got float"
+    ),
     *bad_options("spatial_scales", ValueError, [0.5, 0.25, 0.25], [0.3, 0.15, 0.075], harmless=True),
     Bad(
         "scales negative",

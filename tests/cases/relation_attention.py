@@ -1,4 +1,4 @@
-"""relation_attention and rank_embedding."""
+"""Cases of relation_attention and rank_embedding."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Bad, Inputs, Op, bad_numbers, bad_options, change, elsewhere, put
+from .base import Bad, Inputs, Op, bad_numbers, bad_options, change, put, to_other_device
 
 
 @dataclass(frozen=True)
 class Relations:
-    """Sizes and kinds of arguments of a sample; letters as in relops.relation_attention.
+    """The sizes and kinds of a sample's arguments, with the letters of relops.relation_attention.
 
-    Coordinates are whole numbers, and boxes odd numbers of pixels wide, so that distances are exact in float32 and far
-    from the 1e-3 of a side where the gradient jumps. It jumps too where b is 1e-6, which hardly any is near.
+    Coordinates are whole numbers, and the width and height of a box are odd numbers of pixels. Distances are therefore
+    exact in float32 and far from 1e-3 of a side, where the gradient jumps. The gradient also jumps where the geometric
+    weight b is 1e-6, but hardly any b is near that value.
     """
 
     N: int = 2
@@ -28,9 +29,9 @@ class Relations:
     D: int = 8
     Dv: int = 8
     bias: float | None = 1.0  # the mean of geometry_bias
-    clamped: bool = False  # the last head: b is negative for all pairs
-    same_boxes: bool = False  # of queries and keys
-    mask: str | None = None  # None, "some" keys, or "all" of image 0 and some of the others
+    clamped: bool = False  # b is negative for all pairs of the last head
+    same_boxes: bool = False  # queries and keys have the same boxes
+    mask: str | None = None  # masked keys: None, "some", or "all" (all keys of image 0 and some of the others)
     options: tuple[tuple[str, Any], ...] = ()
 
     def relation_attention(self, generator: torch.Generator) -> Inputs:
@@ -44,7 +45,7 @@ class Relations:
 
         weight, bias, mask = 0.1 * normal(self.M, 64), None, None
         if self.bias is None:
-            weight[:, 47] += 4  # the slowest cosine of log wq / wk, which is never small
+            weight[:, 47] += 4  # makes b positive, because the slowest cosine of log(wq / wk) is never small
         else:
             bias = self.bias + 0.3 * normal(self.M)
             bias[self.M - self.clamped :] = -10
@@ -90,7 +91,7 @@ RELATIONS_EMPTY = {
 
 
 def relations_growing(k: int) -> Relations:
-    """At k = 0 no two sizes are equal."""
+    """Return case `k`. At k = 0 no two sizes are equal."""
     return Relations(N=3 + k, Q=11 + 3 * k, K=17 + 5 * k, M=5 + k, D=8 + k, Dv=23 + 2 * k, mask="some")
 
 
@@ -99,15 +100,20 @@ def raw_relations(inputs: Inputs) -> Inputs:
 
 
 def bad_relations() -> Iterator[Bad]:
-    """Of "typical": N = 2, Q = 6, K = 9, M = 3, D = 8, Dv = 8, float32."""
+    """Yield invalid changes to the sample "typical": N = 2, Q = 6, K = 9, M = 3, D = 8, Dv = 8, float32."""
     for name, letters in (("query", r"\[N,Q,M,D\]"), ("key", r"\[N,K,M,D\]"), ("value", r"\[N,K,M,Dv\]")):
         rule = "float64" if name == "query" else "torch.float32, the dtype of query"
-        yield Bad(f"{name} no tensor", put(name, [1.0]), TypeError, f"{name} must be a Tensor, got list")
+        yield Bad(f"{name} not a tensor", put(name, [1.0]), TypeError, f"{name} must be a Tensor, got list")
         yield Bad(f"{name} int", change(name, Tensor.long), TypeError, f"{name} must be {rule}.*got torch.int64")
         yield Bad(f"{name} 3-D", change(name, lambda x: x[0]), ValueError, rf"{name} must be {letters}, got .*, 3, 8\]")
     for name in ("key", "value"):
         yield Bad(f"{name} wider", change(name, Tensor.double), TypeError, f"{name} must be .*got torch.float64")
-        yield Bad(f"{name} elsewhere", change(name, elsewhere), ValueError, f"{name} must be on the device of query.*")
+        yield Bad(
+            f"{name} on another device",
+            change(name, to_other_device),
+            ValueError,
+            f"{name} must be on the device of query.*",
+        )
         yield Bad(f"{name} batch", change(name, lambda x: x[:1]), ValueError, rf"{name} must be .*got shape \[1, 9, 3")
         yield Bad(
             f"{name} heads", change(name, lambda x: x[:, :, 1:]), ValueError, rf"{name} must be .*got .*9, 2, 8\]"
@@ -124,19 +130,29 @@ def bad_relations() -> Iterator[Bad]:
         ("geometry_weight", r"\[M,64\] = \[3,64\]"),
         ("geometry_bias", r"\[M\] = \[3\]"),
     ):
-        yield Bad(f"{name} no tensor", put(name, 3), TypeError, f"{name} must be a Tensor, got int")
+        yield Bad(f"{name} not a tensor", put(name, 3), TypeError, f"{name} must be a Tensor, got int")
         yield Bad(f"{name} int", change(name, Tensor.long), TypeError, f"{name} must be .*float32.*got torch.int64")
         yield Bad(f"{name} wider", change(name, Tensor.double), TypeError, f"{name} must be .*got torch.float64")
         yield Bad(f"{name} narrower", change(name, Tensor.half), TypeError, f"{name} must be .*got torch.float16")
-        yield Bad(f"{name} elsewhere", change(name, elsewhere), ValueError, f"{name} must be on the device of query")
+        yield Bad(
+            f"{name} on another device",
+            change(name, to_other_device),
+            ValueError,
+            f"{name} must be on the device of query",
+        )
         yield Bad(f"{name} short", change(name, lambda x: x[1:]), ValueError, f"{name} must be {letters}, got shape")
         yield Bad(f"{name} narrow", change(name, lambda x: x[..., 1:]), ValueError, f"{name} must be {letters}, got")
         yield Bad(f"{name} another dimension", change(name, lambda x: x[None]), ValueError, f"{name} must be {letters}")
     yield Bad("weight None", put("geometry_weight", None), TypeError, "geometry_weight must be a Tensor, got NoneType")
     mask = "key_mask"
-    yield Bad("mask no tensor", put(mask, True), TypeError, "key_mask must be a Tensor, got bool")
+    yield Bad("mask not a tensor", put(mask, True), TypeError, "key_mask must be a Tensor, got bool")
     yield Bad("mask uint8", change(mask, Tensor.byte), TypeError, "key_mask must be bool .*got torch.uint8")
-    yield Bad("mask elsewhere", change(mask, elsewhere), ValueError, "key_mask must be on the device of query.*got")
+    yield Bad(
+        "mask on another device",
+        change(mask, to_other_device),
+        ValueError,
+        "key_mask must be on the device of query.*got",
+    )
     yield Bad("mask short", change(mask, lambda x: x[:, 1:]), ValueError, r"key_mask must be \[N,K\] = \[2,9\], got")
     yield Bad("mask flat", change(mask, lambda x: x[0]), ValueError, r"key_mask must be \[N,K\] = \[2,9\], got .*\[9\]")
     yield from bad_options("geometry", ValueError, "query", None, 1, harmless=True)
@@ -148,7 +164,7 @@ def bad_relations() -> Iterator[Bad]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Numbers up to 100, of which 16-bit dtypes have fractions."""
+    """Ranks up to 100, which are not whole numbers, even after rounding to a 16-bit dtype."""
 
     shape: tuple[int, ...] = (3, 7)
     dim: int = 16
@@ -167,9 +183,9 @@ RANKS = {
     "many": Ranks((700,), dim=6, wavelength=0.5),
 }
 RANKS_EMPTY = {"all": Ranks((0,)), "some": Ranks((3, 0, 2))}
-# Of "typical": 3 x 7, float32.
+# Changes to the sample "typical": 3 x 7 ranks, float32.
 BAD_RANKS = (
-    Bad("ranks no tensor", put("ranks", [1, 2]), TypeError, "ranks must be a Tensor, got list"),
+    Bad("ranks not a tensor", put("ranks", [1, 2]), TypeError, "ranks must be a Tensor, got list"),
     Bad("ranks bool", change("ranks", Tensor.bool), TypeError, "ranks must be of an integer dtype.*got torch.bool"),
     Bad("ranks complex", change("ranks", Tensor.cfloat), TypeError, "ranks must be .*got torch.complex64"),
     *bad_options("dim", ValueError, 0, 1, 17, -2),
@@ -189,8 +205,8 @@ RELATION_ATTENTION = Op(
     vmapped=("query", "key", "value", "query_boxes", "key_boxes", "key_mask"),
     bad=tuple(bad_relations()),
     raw=raw_relations,
-    # Angles reach 100 log(1e-3) = -691 radians, which float32 rounds by up to 3e-5; relative errors of the twin
-    # itself in float32 reach 3.1e-5.
+    # Angles reach 100 log(1e-3) = -691 radians, which float32 rounds by up to 3e-5. The relative errors of the twin
+    # itself reach 3.1e-5 in float32.
     noise=2.0,
 )
 RANK_EMBEDDING = Op(

@@ -1,4 +1,4 @@
-"""nms, batched_nms, nms_padded and soft_nms: boxes with scores."""
+"""Cases of nms, batched_nms, nms_padded and soft_nms: boxes with scores."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Bad, Inputs, Selection, bad_numbers, bad_options, change, elsewhere, put
+from .base import Bad, Inputs, Selection, bad_numbers, bad_options, change, put, to_other_device
 
 
 @dataclass(frozen=True)
 class Suppression:
-    """Sizes and kinds of a sample; letters as in relops.nms_padded."""
+    """The sizes and kinds of a sample, with the letters of relops.nms_padded."""
 
     K: int = 40
     B: int | None = None
-    classes: int | None = None  # None: no idxs, for ops that can do without
-    kind: str = "grid"  # of boxes and scores: "grid", "anywhere" or "degenerate"
+    classes: int | None = None  # the number of classes; None: no idxs, if the op allows that
+    kind: str = "grid"  # the kind of boxes and scores: "grid", "anywhere" or "degenerate"
     iou_threshold: float = 1 / 3
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -29,7 +29,7 @@ class Suppression:
         return (self.K,) if self.B is None else (self.B, self.K)
 
     def boxes(self, generator: torch.Generator) -> Tensor:
-        """On a grid there are duplicates, and IoU that equal the threshold."""
+        """Return boxes. On a grid some boxes are duplicates, and some IoUs equal the threshold."""
         corner, extent = torch.rand(2, *self.shape, 2, generator=generator, dtype=torch.float64)
         if self.kind == "anywhere":
             return torch.cat([100 * corner, 100 * corner + 60 * extent], -1)
@@ -48,19 +48,19 @@ class Suppression:
                 [0.0, 0.0, 1e30, 1e30],
                 [-1e4, -1e4, 1e4, 1e4],
             ]
-            places = torch.randperm(self.K, generator=generator)[: 2 * len(odd)]
-            boxes[..., places, :] = torch.tensor(odd + odd, dtype=torch.float64)[: len(places)]
+            indices = torch.randperm(self.K, generator=generator)[: 2 * len(odd)]
+            boxes[..., indices, :] = torch.tensor(odd + odd, dtype=torch.float64)[: len(indices)]
         return boxes
 
     def scores(self, generator: torch.Generator) -> Tensor:
-        """On a grid, ties."""
+        """Return scores, some of which are equal unless `kind` is "anywhere"."""
         scores = torch.rand(self.shape, generator=generator, dtype=torch.float64)
         if self.kind != "anywhere":
             scores = (16 * scores).floor() / 16
         if self.kind == "degenerate":
             odd = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, math.nan, -1.0])
-            places = torch.randperm(self.K, generator=generator)[: len(odd)]
-            scores[..., places] = odd.double()[: len(places)]
+            indices = torch.randperm(self.K, generator=generator)[: len(odd)]
+            scores[..., indices] = odd.double()[: len(indices)]
         return scores
 
     def idxs(self, generator: torch.Generator) -> Tensor | None:
@@ -91,7 +91,7 @@ class Suppression:
             "idxs": self.idxs(generator),
         }
         scores = self.scores(generator)
-        scores[scores == math.inf] = 2.0  # which a product cannot lower
+        scores[scores == math.inf] = 2.0  # multiplication cannot lower an infinite score
         return {"boxes": self.boxes(generator), "scores": scores} | options | dict(self.options)
 
 
@@ -108,8 +108,8 @@ SUPPRESSION_BATCHED = SUPPRESSION | {
     "batch degenerate": Suppression(K=30, B=2, kind="degenerate", iou_threshold=0.5),
 }
 NMS_PADDED = SUPPRESSION_BATCHED | {
-    "more than there are": Suppression(K=9, B=2, options=(("max_output", 20),)),
-    "none wanted": Suppression(options=(("max_output", 0),)),
+    "max_output above K": Suppression(K=9, B=2, options=(("max_output", 20),)),
+    "max_output 0": Suppression(options=(("max_output", 0),)),
     "score threshold": Suppression(B=2, options=(("score_threshold", 0.5), ("max_output", 40))),
 }
 SOFT_NMS = SUPPRESSION_BATCHED | {
@@ -128,9 +128,9 @@ def suppression_growing(k: int, B: int | None) -> Suppression:
 
 
 def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
-    """Of "typical": K = 40, float32, no batch."""
+    """Return invalid changes to the sample "typical": K = 40, float32, no batch."""
     return (
-        Bad("boxes no tensor", put("boxes", [1.0]), TypeError, "boxes must be a Tensor, got list"),
+        Bad("boxes not a tensor", put("boxes", [1.0]), TypeError, "boxes must be a Tensor, got list"),
         Bad("boxes bool", change("boxes", Tensor.bool), TypeError, "boxes must be float64.*or integer, got torch.bool"),
         Bad("boxes complex", change("boxes", Tensor.cfloat), TypeError, "boxes must be float64.*got torch.complex64"),
         Bad("boxes 1-D", change("boxes", lambda x: x[0]), ValueError, rf"boxes must be {letters}, got shape \[4\]"),
@@ -141,7 +141,7 @@ def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
             ValueError,
             rf"boxes must be {letters}, got shape \[40, 5\]",
         ),
-        Bad("scores no tensor", put("scores", None), TypeError, "scores must be a Tensor, got NoneType"),
+        Bad("scores not a tensor", put("scores", None), TypeError, "scores must be a Tensor, got NoneType"),
         Bad("scores int", change("scores", Tensor.long), TypeError, "scores must be float64.*got torch.int64"),
         Bad(
             "scores too few",
@@ -156,7 +156,12 @@ def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
             r"scores must be \[K\] = \[40\], got shape \[80\]",
         ),
         Bad("scores 2-D", change("scores", lambda x: x[:, None]), ValueError, r"scores must be .*got shape \[40, 1\]"),
-        Bad("scores elsewhere", change("scores", elsewhere), ValueError, "scores must be on the device of boxes.*got"),
+        Bad(
+            "scores on another device",
+            change("scores", to_other_device),
+            ValueError,
+            "scores must be on the device of boxes.*got",
+        ),
         *bad_numbers("iou_threshold", r"a number in \[0,1\]", -0.1, 1.1, math.nan, math.inf, 2, True),
         Bad("iou_threshold str", put("iou_threshold", "0.5"), TypeError, "iou_threshold must be a number.*got '0.5'"),
         *more,
@@ -164,13 +169,13 @@ def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
 
 
 BAD_IDXS = (
-    Bad("idxs no tensor", put("idxs", 3), TypeError, "idxs must be a Tensor, got int"),
+    Bad("idxs not a tensor", put("idxs", 3), TypeError, "idxs must be a Tensor, got int"),
     Bad("idxs float", lambda x: x | {"idxs": x["scores"]}, TypeError, "idxs must be of an integer.*got torch.float32"),
     Bad("idxs bool", lambda x: x | {"idxs": x["scores"] > 0}, TypeError, "idxs must be of an integer.*torch.bool"),
     Bad("idxs too few", lambda x: x | {"idxs": x["scores"][1:].long()}, ValueError, r"idxs must be .*got shape \[39\]"),
     Bad(
-        "idxs elsewhere",
-        lambda x: x | {"idxs": elsewhere(x["scores"].long())},
+        "idxs on another device",
+        lambda x: x | {"idxs": to_other_device(x["scores"].long())},
         ValueError,
         "idxs must be on the device of boxes.*got",
     ),
@@ -208,7 +213,10 @@ BAD_SOFT = (
 
 
 def by_index(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of soft_nms, whose order rounding decides where scores decay to nearly the same."""
+    """Sort the outputs of soft_nms by index.
+
+    Rounding decides the order of boxes whose scores decay to nearly the same value.
+    """
     order = outputs[0].argsort(dim=-1, stable=True)
     return tuple(x.gather(-1, order) for x in outputs)
 
@@ -235,14 +243,16 @@ def suppression_op(
 one_image = r"\[K,4\]"
 images = r"\[K,4\] or \[B,K,4\]"
 SELECTIONS = [
-    suppression_op("nms", SUPPRESSION, SUPPRESSION_EMPTY, bad_suppression(one_image), vmapped=(), waits=lambda x: True),
+    suppression_op(
+        "nms", SUPPRESSION, SUPPRESSION_EMPTY, bad_suppression(one_image), vmapped=(), synchronizes=lambda x: True
+    ),
     suppression_op(
         "batched_nms",
         SUPPRESSION,
         SUPPRESSION_EMPTY,
         bad_suppression(one_image, *BAD_IDXS),
         vmapped=(),
-        waits=lambda x: True,
+        synchronizes=lambda x: True,
     ),
     suppression_op(
         "nms_padded",
@@ -259,7 +269,7 @@ SELECTIONS = [
         bad_suppression(images, *BAD_SOFT),
         B=3,
         vmapped=(),
-        waits=lambda x: x["boxes"].dim() == 2,
+        synchronizes=lambda x: x["boxes"].dim() == 2,
         comparable=by_index,
     ),
 ]

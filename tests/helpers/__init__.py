@@ -1,1 +1,1 @@
-"""What several test files share beside conftest.py."""
+"""Helpers that several test files share, in addition to conftest.py."""

@@ -1,4 +1,4 @@
-"""The six region ops called in one way, and boxes for them: what the tests of their values share."""
+"""A common interface to the six region ops, and boxes for them, for the tests of their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Region:
     box_gradient: bool = True
     position_sensitive: bool = False
     whole_pixels: bool = False  # bins are rounded to pixels
-    options: tuple[dict[str, Any], ...] = ({},)  # what is to be tested
+    options: tuple[dict[str, Any], ...] = ({},)  # the options to test
 
     @property
     def levels(self) -> int:
@@ -47,20 +47,23 @@ class Region:
         module: ModuleType = relops,
         grad_output: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The output, the gradients of the levels, and that of the boxes where the op has one."""
+        """Return the output, the gradients of the levels, and that of the boxes if the op has one."""
         features = [x.detach().requires_grad_() for x in features]
         boxes = boxes.detach().requires_grad_(self.box_gradient)
         output = self(features, boxes, case, module)
         output.backward(grad_like(output) if grad_output is None else grad_output)
         results = {"output": output.detach()} | {f"input {level}": x.grad for level, x in enumerate(features)}
-        # A level that no box is pooled from is no part of the twin's graph.
+        # A level from which no box is pooled is not part of the twin's graph and has no gradient.
         results = {name: x for name, x in results.items() if x is not None}
         return results | ({"boxes": boxes.grad} if self.box_gradient else {})
 
     def run_twin(
         self, features: Sequence[Tensor], boxes: Tensor, case: Regions, grad_output: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """In float64; where bins are rounded to pixels, in the dtype of the boxes, which decides what they round to."""
+        """Run the twin in float64, or in the dtype of the boxes if bins are rounded to pixels.
+
+        The dtype of the boxes decides to which pixels they are rounded.
+        """
         dtype = boxes.dtype if self.whole_pixels else torch.float64
         grad = None if grad_output is None else grad_output.to(dtype)
         results = self.run([x.to(dtype) for x in features], boxes.to(dtype), case, reference, grad)
@@ -91,14 +94,15 @@ def box_dtype(features: torch.dtype) -> torch.dtype:
 
 
 def as_rows(*boxes: Sequence[float], image: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
-    """[K,5] of boxes given by x1, y1, x2, y2."""
+    """Return boxes (x1, y1, x2, y2) of one image as a tensor [K,5]."""
     return torch.tensor([[image, *box] for box in boxes], dtype=dtype, device=device)
 
 
 def random_boxes(case: Regions, inside: bool = False) -> Tensor:  # [K,5] float64
-    """Mostly inside, some beyond the border; of every nine one each is tiny, inverted and without area.
+    """Return random boxes, which are inside of the map or cross its border.
 
-    Numbers of float32, so that the ops are given the same boxes in every dtype.
+    Unless `inside` is true, one in nine is tiny, one in nine is inverted and one in nine has no area. All coordinates
+    are float32 numbers, so that the ops get the same boxes in float32 and float64.
     """
     size = torch.tensor([case.W, case.H], dtype=torch.float64) / case.spatial_scale
     low, span = (0.1, 0.8) if inside else (-0.3, 1.6)

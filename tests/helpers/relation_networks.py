@@ -1,5 +1,8 @@
-"""Relation Networks step by step, as their released code computes: embeddings of all pairs, features aggregated before
-they are projected, a loop over classes. Parameters have the names and shapes of that code."""
+"""A step-by-step implementation of Relation Networks that follows the released code.
+
+It embeds all pairs of boxes, aggregates features before it projects them, and loops over classes. Parameters have the
+names and shapes of the released code.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Parameters = dict[str, Tensor]
 
 
 def random_parameters(shapes: dict[str, tuple[int, ...]], spread: float = 0.5) -> Parameters:
-    """Far enough from zero that everything shows in the result."""
+    """Return random parameters that are large enough for each to affect the result visibly."""
     return {name: spread * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
@@ -31,7 +34,7 @@ def relation_shapes(channels: int, heads: int, head_dim: int, prefix: str = "", 
 
 
 def relation_state(p: Parameters, prefix: str = "", index: int = 1) -> Parameters:
-    """The same parameters under the names of relops.nn.ObjectRelation."""
+    """Rename parameters to the names of relops.nn.ObjectRelation."""
     state = {}
     for ours, theirs in (("query", "query"), ("key", "key"), ("value", "linear_out"), ("geometry", "pair_pos_fc1")):
         state[f"{ours}.weight"] = p[f"{prefix}{theirs}_{index}_weight"].flatten(1)
@@ -40,7 +43,7 @@ def relation_state(p: Parameters, prefix: str = "", index: int = 1) -> Parameter
 
 
 def pair_embedding(boxes: Tensor, num_keys: int, geometry: str) -> Tensor:
-    """[K,num_keys,64]."""
+    """Return the geometric embedding [K,num_keys,64] of every pair of a box and a key box."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     w, h = x2 - x1 + 1, y2 - y1 + 1
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
@@ -62,7 +65,10 @@ def pair_embedding(boxes: Tensor, num_keys: int, geometry: str) -> Tensor:
 def relation(
     features: Tensor, embedding: Tensor, p: Parameters, heads: int, prefix: str = "", index: int = 1
 ) -> Tensor:
-    """[K,C] of [K,C] and the embedding [K,num_keys,64]: without the feature itself."""
+    """Return the relation features [K,C], which do not include the features [K,C] themselves.
+
+    `embedding` is [K,num_keys,64].
+    """
     num_keys = embedding.shape[1]
     names = ("pair_pos_fc1", "query", "key", "linear_out")
     weights = [p[f"{prefix}{name}_{index}_weight"] for name in names]
@@ -73,8 +79,8 @@ def relation(
     D = query.shape[1] // heads
     means = []
     for m in range(heads):
-        of_head = slice(m * D, (m + 1) * D)
-        appearance = query[:, of_head] @ key[:, of_head].T / math.sqrt(D)
+        columns = slice(m * D, (m + 1) * D)
+        appearance = query[:, columns] @ key[:, columns].T / math.sqrt(D)
         attention = (geometry[..., m].clamp(min=1e-6).log() + appearance).softmax(1)
         means.append(attention @ features[:num_keys])
     grouped = torch.nn.functional.conv2d(torch.cat(means, 1)[..., None, None], weights[3], biases[3], groups=heads)
@@ -82,7 +88,10 @@ def relation(
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str = "output") -> None:
-    """float64, but for rounding, which the logarithm of a geometric weight near 1e-6 makes a million times as large."""
+    """Assert that float64 results are equal up to rounding errors.
+
+    The logarithm of a geometric weight near 1e-6 makes rounding errors a million times as large.
+    """
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
         actual.detach().cpu(),
@@ -109,7 +118,7 @@ def removal_shapes(channels: int, rank_dim: int, hidden: int, heads: int, head_d
 
 
 def removal_state(p: Parameters) -> Parameters:
-    """The same parameters under the names of relops.nn.DuplicateRemoval."""
+    """Rename parameters to the names of relops.nn.DuplicateRemoval."""
     state = {f"relation.{name}": x for name, x in relation_state(p, "nms_").items()}
     for ours, theirs in (("rank", "nms_rank"), ("feature", "roi_feat_embedding"), ("logit", "nms_logit")):
         state |= {f"{ours}.{kind}": p[f"{theirs}_{kind}"] for kind in ("weight", "bias")}
@@ -134,7 +143,10 @@ def remove_duplicates(
     score_threshold: float,
     geometry: str,
 ) -> list[tuple[list[int], Tensor, Tensor]]:
-    """Of one image, [K,channels], [K,C] and [K,C,4]: for each class the indices of its n best, s0 [n] and s1 [n,E]."""
+    """Remove the duplicates of one image, with features [K,channels], scores [K,C] and boxes [K,C,4].
+
+    Return for each class the indices of its n best boxes, their scores s0 [n] and their scores s1 [n,E].
+    """
     result = []
     for c in range(scores.shape[1]):
         values = scores[:, c].tolist()
@@ -159,7 +171,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def right_ones(boxes: list, objects: list, threshold: float) -> set[int]:
-    """Of one class, boxes by descending score: which are right."""
+    """Return the ranks of the correct boxes of one class; `boxes` are sorted by descending score."""
     best: dict[int, int] = {}
     for rank, box in enumerate(boxes):
         overlaps = [iou(box, x) for x in objects]
@@ -169,7 +181,10 @@ def right_ones(boxes: list, objects: list, threshold: float) -> set[int]:
 
 
 def removal_loss(s0: Tensor, s1: Tensor, right: list[set[int]], positive_weight: float) -> Tensor:
-    """Of one class, summed: s0 [n], s1 [n,E], for each threshold who is right."""
+    """Return the summed loss of one class with scores s0 [n] and s1 [n,E].
+
+    `right` holds the ranks of the correct boxes for each threshold.
+    """
     total = s0.new_zeros(())
     for e, ranks in enumerate(right):
         for rank in range(len(s0)):

@@ -2,9 +2,9 @@
 
     python tests/helpers/search_nms.py --problems 100000
 
-Problems are small and degenerate: boxes on a grid with IoU that equal the threshold, ties, duplicates, boxes without
-area, inverted, huge or not finite, classes. The loops go through one pair of boxes after the other, of many problems
-side by side; nothing of them is shared with the twins.
+Problems are small and degenerate. They have boxes on a grid with IoUs that equal the threshold, ties, duplicates,
+several classes, and boxes that are inverted, huge, not finite or without area. The loops process one pair of boxes
+after the other, for many problems at a time, and share no code with the twins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 import relops
 
-# Thresholds that boxes on a grid reach exactly, in the rounding of each dtype.
+# IoU thresholds that boxes on a grid reach exactly, after rounding to each dtype.
 THRESHOLDS = (0.0, 1.0, 1 / 2, 1 / 3, 1 / 4, 2 / 3, 0.3, 0.7, 0.45)
 CLASSES = np.array([0, 1, -1, 2**63 - 1, -(2**63), 2**32])
 ODD_BOXES = (
@@ -40,7 +40,7 @@ ODD_SCORES = (np.nan, np.inf, -np.inf, -0.0, 0.0, -1.0)
 
 
 def plain_iou(boxes: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Of boxes i[p] and j[p] of problem p, rounded to the dtype of boxes at every step."""
+    """Return the IoU of boxes i[p] and j[p] of each problem p, with every step rounded to the dtype of the boxes."""
     p = np.arange(len(boxes))
     a, b = boxes[p, i].T, boxes[p, j].T
     zero = boxes.dtype.type(0)
@@ -69,15 +69,15 @@ def plain_nms(
     rank = np.where(present, -scores, np.inf)
     order = np.stack([np.lexsort((range(K), each)) for each in rank]) if K else np.zeros((P, 0), int)
     p = np.arange(P)
-    kept = np.zeros((P, K), bool)  # by place in that order
-    for place in range(K):
-        j = order[:, place]
+    kept = np.zeros((P, K), bool)  # by rank in `order`
+    for later in range(K):
+        j = order[:, later]
         suppressed = np.zeros(P, bool)
-        for earlier in range(place):
+        for earlier in range(later):
             i = order[:, earlier]
-            of_class = True if idxs is None else idxs[p, i] == idxs[p, j]
-            suppressed |= kept[:, earlier] & of_class & (plain_iou(boxes, i, j) > boxes.dtype.type(iou_threshold))
-        kept[:, place] = present[p, j] & ~suppressed
+            same_class = True if idxs is None else idxs[p, i] == idxs[p, j]
+            suppressed |= kept[:, earlier] & same_class & (plain_iou(boxes, i, j) > boxes.dtype.type(iou_threshold))
+        kept[:, later] = present[p, j] & ~suppressed
     return [order[q, kept[q]].tolist() for q in range(P)]
 
 
@@ -91,7 +91,7 @@ def plain_soft_nms(
     sigma: float,
     score_threshold: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [P,K], [P,K], [P]
-    """keep and scores padded as for a batch, and whether the rounding of an exponential may have decided something."""
+    """Return padded indices and scores, and whether the rounding of an exponential may have affected the selection."""
     P, K = scores.shape
     number, p = boxes.dtype.type, np.arange(P)
     remaining = plain_present(boxes, scores, score_threshold)
@@ -128,12 +128,13 @@ def plain_soft_nms(
 
 
 class Problems:
-    """P problems of K boxes, and the numbers that all of them share."""
+    """P problems of K boxes with common options."""
 
     def __init__(self, random: np.random.Generator, P: int) -> None:
         self.P, self.K = P, int(random.integers(0, 11))
         shape = (P, self.K)
-        self.dtypes = [(torch.float64, torch.float32)[d] for d in random.integers(2, size=2)]  # of boxes and scores
+        # The dtypes of boxes and scores.
+        self.dtypes = [(torch.float64, torch.float32)[d] for d in random.integers(2, size=2)]
         self.iou_threshold = float(random.choice(THRESHOLDS)) if random.random() < 0.8 else random.random()
         self.score_threshold = (None, 0.0, 0.25, 0.3)[random.integers(4)]
         self.max_output = int(random.integers(0, 13))
@@ -142,8 +143,8 @@ class Problems:
         boxes *= random.choice([1.0, 0.1, 1 / 3, 1000.0], size=(P, 1, 1))
         scores = random.integers(0, 8, shape) / 8 if random.random() < 0.7 else random.random(shape)
         for values, odd in ((boxes, ODD_BOXES), (scores, ODD_SCORES)):
-            places = random.random(shape) < random.choice([0.0, 0.3], size=(P, 1))
-            values[places] = np.array(odd, float)[random.integers(len(odd), size=int(places.sum()))]
+            replaced = random.random(shape) < random.choice([0.0, 0.3], size=(P, 1))
+            values[replaced] = np.array(odd, float)[random.integers(len(odd), size=int(replaced.sum()))]
         self.idxs = CLASSES[random.integers(random.integers(1, 5), size=shape)] if random.random() < 0.6 else None
         self.boxes, self.scores = (
             torch.from_numpy(x).to(dtype).numpy() for x, dtype in zip((boxes, scores), self.dtypes)
@@ -180,15 +181,15 @@ def check_nms_padded(problems: Problems, device: str) -> None:
         problems.boxes, problems.scores, problems.idxs, problems.iou_threshold, problems.score_threshold
     )
     for q, (got, n) in enumerate(zip(keep.tolist(), count.tolist())):
-        wanted = expected[q][: problems.max_output]
-        padding = [-1] * (problems.max_output - len(wanted))
-        problems.check("nms_padded", q, [*got, n], [*wanted, *padding, len(wanted)], **options)
+        kept = expected[q][: problems.max_output]
+        padding = [-1] * (problems.max_output - len(kept))
+        problems.check("nms_padded", q, [*got, n], [*kept, *padding, len(kept)], **options)
 
 
 def check_soft_nms(problems: Problems, device: str, method: str, sigma: float) -> int:
-    """Gives the number of problems that rounding may have decided, which are not compared."""
+    """Check soft_nms. Return the number of problems that are not compared because rounding may affect the result."""
     boxes, scores, idxs = problems.tensors(device)
-    scores = torch.where(scores.isposinf(), 2, scores)  # inf times 0 is neither
+    scores = torch.where(scores.isposinf(), 2, scores)  # a decayed infinite score may be inf * 0, which is NaN
     options = {
         "method": method,
         "iou_threshold": problems.iou_threshold,
@@ -211,7 +212,11 @@ def check_soft_nms(problems: Problems, device: str, method: str, sigma: float) -
 
 
 def search(problems: int, seed: int = 0, device: str = "cpu") -> int:
-    """Raises AssertionError with the first problem on which an op and a loop disagree; gives how many were unsure."""
+    """Compare the ops with the loops, and return the number of problems that could not be compared.
+
+    Raises:
+        AssertionError: If an op and a loop disagree. The message shows the first such problem.
+    """
     random, unsure = np.random.default_rng(seed), 0
     for _ in range(0, problems, 100):
         drawn = Problems(random, min(100, problems))
@@ -231,8 +236,9 @@ def main() -> None:
     options = parser.parse_args()
     unsure = search(options.problems, options.seed, options.device)
     print(
-        f"{options.problems} problems on {options.device}, seed {options.seed}: no disagreement. Of twice as many of "
-        f"soft_nms {unsure} were left out, where the rounding of an exponential may decide."
+        f"{options.problems} problems on {options.device}, seed {options.seed}: no disagreement. soft_nms ran on each "
+        f"problem with both methods; {unsure} of these results were not compared, because the rounding of an "
+        f"exponential may affect the selection."
     )
 
 

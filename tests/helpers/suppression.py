@@ -1,4 +1,4 @@
-"""What the tests of the suppression ops share: clustered boxes, and the property that defines who is kept."""
+"""Clustered boxes, and a check of which boxes must be kept, for the tests of the suppression ops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def clustered(sizes: list[int], boxes_per_object: float = 30.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """boxes [K,4], scores [K] and idxs [K] float64, with sizes[c] boxes of class c, around objects of many sizes."""
+    """Return boxes [K,4], scores [K] and idxs [K], with sizes[c] boxes of class c around objects of many sizes.
+
+    Boxes and scores are float64.
+    """
     generator = torch.Generator().manual_seed(seed)
     idxs = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
     K = len(idxs)
@@ -24,19 +27,22 @@ def clustered(sizes: list[int], boxes_per_object: float = 30.0, seed: int = 0) -
 
 
 def assert_greedy(keep: Tensor, boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
-    """No kept box overlaps another, every other overlaps a kept one that comes before it: only one set is like that."""
+    """Assert that `keep` is the only set of boxes that greedy suppression can keep.
+
+    No kept box overlaps another kept box, and every other box overlaps a kept box with a better rank.
+    """
     K = len(boxes)
     rank = torch.empty(K, dtype=torch.int64, device=keep.device)
     rank[scores.argsort(descending=True, stable=True)] = torch.arange(K, device=keep.device)
     assert (rank[keep].diff() > 0).all()
     x1, y1, x2, y2 = boxes.unbind(1)
     area = (x2 - x1) * (y2 - y1)
-    beaten = torch.zeros(K, dtype=torch.bool, device=keep.device)
+    suppressed = torch.zeros(K, dtype=torch.bool, device=keep.device)
     for i in keep.tolist():
         width = (x2.clamp(max=x2[i]) - x1.clamp(min=x1[i])).clamp(min=0)
         height = (y2.clamp(max=y2[i]) - y1.clamp(min=y1[i])).clamp(min=0)
         both = width * height
-        beaten |= (both / (area + area[i] - both) > iou_threshold) & (rank > rank[i])
-    kept = torch.zeros_like(beaten)
+        suppressed |= (both / (area + area[i] - both) > iou_threshold) & (rank > rank[i])
+    kept = torch.zeros_like(suppressed)
     kept[keep] = True
-    assert torch.equal(kept, ~beaten)
+    assert torch.equal(kept, ~suppressed)
