@@ -1,4 +1,4 @@
-"""What batched_nms keeps: nms of each class alone, whatever the classes are called and wherever the boxes lie."""
+"""Tests that batched_nms equals nms of each class alone, for any class ids and any coordinates."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LARGEST, SMALLEST = 2**63 - 1, -(2**63)
 def class_by_class(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     kept = []
     for c in idxs.unique():
-        of_class = (idxs == c).nonzero()[:, 0]
-        kept.append(of_class[relops.nms(boxes[of_class], scores[of_class], iou_threshold)])
+        members = (idxs == c).nonzero()[:, 0]
+        kept.append(members[relops.nms(boxes[members], scores[members], iou_threshold)])
     kept = torch.cat(kept).sort().values
     return kept[scores[kept].argsort(descending=True, stable=True)]
 
 
-def test_classes_do_not_meet(device: str) -> None:
+def test_classes_do_not_affect_each_other(device: str) -> None:
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 5, device=device)
     scores = torch.tensor([0.1, 0.5, 0.3, 0.4, 0.5], device=device)
     idxs = torch.tensor([7, -1, 7, -1, 0], device=device)
@@ -34,22 +34,25 @@ def test_classes_do_not_meet(device: str) -> None:
         assert op(boxes, scores, idxs, 0.5).tolist() == [1, 4, 2]
 
 
-def test_one_class_is_nms(device: str) -> None:
+def test_one_class_equals_nms(device: str) -> None:
     boxes, scores, _ = (x.to(device) for x in clustered([500]))
-    for name in (0, -5, SMALLEST):
-        idxs = torch.full((500,), name, device=device)
+    for class_id in (0, -5, SMALLEST):
+        idxs = torch.full((500,), class_id, device=device)
         assert torch.equal(relops.batched_nms(boxes, scores, idxs, 0.4), relops.nms(boxes, scores, 0.4))
 
 
 @pytest.mark.parametrize("box", [(-50.0, -50.0, -40.0, -40.0), (-1e30, 0.0, 1e30, 1.0), (1e7, 1e7, 1e7 + 1, 1e7 + 1)])
-def test_coordinates_do_not_decide_the_class(box: tuple[float, ...], device: str) -> None:
-    """Classes moved apart by the largest coordinate meet where it is negative, and are rounded together where huge."""
+def test_classes_are_separate_for_all_coordinates(box: tuple[float, ...], device: str) -> None:
+    """Check boxes for which adding a multiple of the largest coordinate would not separate the classes.
+
+    If the largest coordinate is negative, shifted classes may overlap. If it is huge, rounding makes their boxes equal.
+    """
     boxes = torch.tensor([box, box, (0.0, 0.0, 1.0, 1.0)], device=device)
     kept = relops.batched_nms(boxes, torch.tensor([0.3, 0.2, 0.1], device=device), torch.arange(3, device=device), 0.5)
     assert kept.tolist() == [0, 1, 2]
 
 
-def test_an_infinite_box_changes_no_other(device: str) -> None:
+def test_infinite_box_does_not_affect_other_boxes(device: str) -> None:
     boxes, scores, idxs = (x.to(device) for x in clustered([60, 40, 50]))
     expected = relops.batched_nms(boxes, scores, idxs, 0.4)
     for value in (math.inf, -math.inf, math.nan):
@@ -60,31 +63,31 @@ def test_an_infinite_box_changes_no_other(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
-def test_class_ids_of_any_integer(dtype: torch.dtype, device: str) -> None:
+def test_class_ids_of_any_integer_dtype(dtype: torch.dtype, device: str) -> None:
     boxes, scores, idxs = (x.to(device) for x in clustered([30, 40, 20, 25]))
     info = torch.iinfo(dtype)
-    names = torch.tensor([info.min, info.max, info.max - 1, 0 if info.min else 1], dtype=dtype, device=device)
+    class_ids = torch.tensor([info.min, info.max, info.max - 1, 0 if info.min else 1], dtype=dtype, device=device)
     expected = relops.batched_nms(boxes, scores, idxs, 0.4)
-    assert torch.equal(relops.batched_nms(boxes, scores, names[idxs], 0.4), expected)
+    assert torch.equal(relops.batched_nms(boxes, scores, class_ids[idxs], 0.4), expected)
     assert torch.equal(expected, class_by_class(boxes, scores, idxs, 0.4))
 
 
 def test_class_ids_that_differ_in_high_bits_only(device: str) -> None:
-    names = torch.tensor([0, 2**32, 2**40, 2**62, SMALLEST, LARGEST, LARGEST - 2**32, -(2**32)], device=device)
+    class_ids = torch.tensor([0, 2**32, 2**40, 2**62, SMALLEST, LARGEST, LARGEST - 2**32, -(2**32)], device=device)
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 16, device=device)
-    kept = relops.batched_nms(boxes, torch.linspace(1, 0, 16, device=device), names.repeat(2), 0.5)
+    kept = relops.batched_nms(boxes, torch.linspace(1, 0, 16, device=device), class_ids.repeat(2), 0.5)
     assert kept.tolist() == list(range(8))
 
 
 def test_20_000_classes(device: str) -> None:
-    """Of two overlapping boxes each, all in one place."""
+    """Use classes of two overlapping boxes each, with the same coordinates in all classes."""
     C = 20_000
     boxes = torch.tensor([(0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 9.0)], device=device).repeat_interleave(C, 0)
-    names = (torch.arange(C, device=device) * 7919 - 10**6).repeat(2)
+    class_ids = (torch.arange(C, device=device) * 7919 - 10**6).repeat(2)
     scores = torch.rand(2 * C, device=device)
-    kept = relops.batched_nms(boxes, scores, names, 0.5)
-    winners = scores.view(2, C).argmax(0) * C + torch.arange(C, device=device)
-    assert torch.equal(kept.sort().values, winners.sort().values)
+    kept = relops.batched_nms(boxes, scores, class_ids, 0.5)
+    expected = scores.view(2, C).argmax(0) * C + torch.arange(C, device=device)
+    assert torch.equal(kept.sort().values, expected.sort().values)
     assert (scores[kept].diff() <= 0).all()
 
 

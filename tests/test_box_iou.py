@@ -1,4 +1,4 @@
-"""Values and gradients of box_iou and generalized_box_iou."""
+"""Tests of the values and gradients of box_iou and generalized_box_iou."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def random_boxes(*shape: int, dtype: torch.dtype = torch.float32, device: str = 
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """To the bit, except that NaN equals NaN."""
+    """Assert that all elements are equal, where NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- Independent facts ----
 
-# a, b, IoU, generalized IoU.
+# Box a, box b, their IoU and their generalized IoU.
 VALUES = {
-    "itself": ((1, 2, 4, 7), (1, 2, 4, 7), 1, 1),
-    "half each": ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3, 1 / 3),
+    "equal": ((1, 2, 4, 7), (1, 2, 4, 7), 1, 1),
+    "half of each": ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3, 1 / 3),
     "a corner": ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7, 1 / 7 - 2 / 9),
     "inside": ((0, 0, 4, 4), (1, 1, 3, 3), 1 / 4, 1 / 4),
     "across": ((0, 1, 3, 2), (1, 0, 2, 3), 1 / 5, 1 / 5 - 4 / 9),
-    "beside": ((0, 0, 1, 1), (2, 0, 3, 1), 0, -1 / 3),
-    "above": ((0, 0, 1, 1), (0, 4, 1, 5), 0, -3 / 5),
-    "far": ((0, 0, 1, 1), (9, 9, 10, 10), 0, -98 / 100),
+    "left of the other": ((0, 0, 1, 1), (2, 0, 3, 1), 0, -1 / 3),
+    "above the other": ((0, 0, 1, 1), (0, 4, 1, 5), 0, -3 / 5),
+    "far apart": ((0, 0, 1, 1), (9, 9, 10, 10), 0, -98 / 100),
     "side by side": ((0, 0, 1, 1), (1, 0, 2, 1), 0, 0),
     "corner to corner": ((0, 0, 1, 1), (1, 1, 2, 2), 0, -1 / 2),
     "negative coordinates": ((-3, -2, -1, 0), (-2, -2, 0, 0), 1 / 3, 1 / 3),
@@ -56,7 +56,7 @@ VALUES = {
     "two lines on a line": ((0, 0, 1, 0), (2, 0, 3, 0), 0, 0),
     "areas that cancel": ((2, 0, 0, 2), (0, 0, 2, 2), 0, -1),
     "inverted in one direction": ((1, 0, 0, 1), (0, 0, 2, 2), 0, -1 / 4),
-    "inverted in both": ((2, 2, 0, 0), (0, 0, 2, 2), 0, 1),
+    "inverted in both directions": ((2, 2, 0, 0), (0, 0, 2, 2), 0, 1),
 }
 
 
@@ -99,7 +99,7 @@ def test_bounds(dtype: torch.dtype, device: str) -> None:
 
 
 @both
-def test_batch_is_a_loop(op: Op, device: str) -> None:
+def test_batch_equals_a_loop(op: Op, device: str) -> None:
     a, b = random_boxes(3, 20, device=device), random_boxes(3, 33, device=device)
     whole = op.run({"a": a, "b": b}, grad_output=grad_like(torch.empty(3, 20, 33, device=device)))
     grads = grad_like(whole["output"])
@@ -118,8 +118,8 @@ def test_vmap_of_batches(op: Op, device: str) -> None:
 
 @both
 @wide_dtypes
-def test_every_lane_computes_alike(op: Op, dtype: torch.dtype, device: str) -> None:
-    """Whole vectors, what is left of one, and single values: the same bits, which are those of plain arithmetic."""
+def test_all_lanes_compute_the_same_bits(op: Op, dtype: torch.dtype, device: str) -> None:
+    """Check that full vectors, partial vectors and single values give the same bits as plain arithmetic."""
     for B in [*range(1, 36), 63, 64, 65, 1024, 1025, 2100]:
         a, b = random_boxes(5, dtype=dtype, device=device), random_boxes(B, dtype=dtype, device=device)
         output = op.function(a, b)
@@ -133,7 +133,7 @@ def test_every_lane_computes_alike(op: Op, dtype: torch.dtype, device: str) -> N
 
 
 def formula(op: Op, a: Tensor, b: Tensor) -> Tensor:
-    """As one would write it down, with 0 where that is 0 / 0."""
+    """Compute the textbook formula, with 0 in place of 0 / 0."""
     a, b = a[:, None], b[None]
 
     def sides(x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def formula(op: Op, a: Tensor, b: Tensor) -> Tensor:
 
 @both
 def test_gradients_at_ties(op: Op, device: str) -> None:
-    """On a coarse grid most pairs share coordinates, touch, or have no area."""
+    """Use boxes on a coarse grid, where most pairs share coordinates, touch, or have no area."""
     inputs = {}
     for name, K in (("a", 60), ("b", 90)):
         corner, size = torch.randint(0, 5, (2, K, 2)).double().to(device)
@@ -171,8 +171,8 @@ def test_gradients_at_ties(op: Op, device: str) -> None:
         # d IoU / d intersection = 1 / U + I / U^2; d IoU / d area = -I / U^2.
         ((0, 0, 2, 2), (1, 0, 3, 2), (2 * 2 / 36, 0, 2 * 8 / 36 - 2 * 2 / 36, 0)),
         ((0, 0, 4, 4), (1, 1, 3, 3), (4 * 4 / 256, 4 * 4 / 256, -4 * 4 / 256, -4 * 4 / 256)),
-        ((1, 2, 4, 7), (1, 2, 4, 7), (0, 0, 0, 0)),  # the most there can be
-        ((0, 0, 1, 1), (1, 0, 2, 1), (0, 0, 1 / 2, 0)),  # would overlap
+        ((1, 2, 4, 7), (1, 2, 4, 7), (0, 0, 0, 0)),  # the IoU is at its maximum
+        ((0, 0, 1, 1), (1, 0, 2, 1), (0, 0, 1 / 2, 0)),  # the boxes touch, and a larger x2 makes them overlap
         ((0, 0, 1, 1), (2, 0, 3, 1), (0, 0, 0, 0)),
         ((1, 1, 1, 1), (1, 1, 1, 1), (0, 0, 0, 0)),
         ((0, 0, 1, 0), (0, 0, 3, 0), (0, 0, 0, 0)),
@@ -187,8 +187,8 @@ def test_gradient_of_iou_by_hand(a: tuple, b: tuple, expected: tuple, device: st
     assert leaf.grad[0].tolist() == pytest.approx(expected, abs=1e-15)
 
 
-def test_generalized_iou_draws_disjoint_boxes_together(device: str) -> None:
-    """Following its gradient ends on the box, where that of IoU is zero."""
+def test_generalized_iou_pulls_disjoint_boxes_together(device: str) -> None:
+    """Check that gradient descent moves a box onto a disjoint target, for which the gradient of the IoU is zero."""
     target = rows((5, 6, 9, 11), device=device)
     box = rows((-3, -4, 0, 0), device=device).requires_grad_()
     optimizer = torch.optim.Adam([box], lr=0.1)
@@ -202,8 +202,8 @@ def test_generalized_iou_draws_disjoint_boxes_together(device: str) -> None:
 @both
 @pytest.mark.parametrize(("A", "B"), [(1100, 1050), (3, 5000), (5000, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["dense", "transposed", "expanded", "column expanded"])
-def test_sums_over_many(op: Op, A: int, B: int, layout: str, device: str, threads: None) -> None:
-    """Longer than what a thread sums at a time; by one thread or several, the same."""
+def test_sums_over_many_boxes(op: Op, A: int, B: int, layout: str, device: str, threads: None) -> None:
+    """Check sums longer than a thread adds at a time, which must not depend on the number of threads."""
     inputs = {"a": random_boxes(A, device=device), "b": random_boxes(B, device=device)}
     grad = grad_like(torch.empty(A, B, device=device))
     grad = {
@@ -222,7 +222,7 @@ def test_sums_over_many(op: Op, A: int, B: int, layout: str, device: str, thread
             assert torch.equal(x, actual[name]), name
 
 
-# ---- Coordinates that are no boxes ----
+# ---- Invalid boxes ----
 
 
 @both
@@ -238,7 +238,7 @@ def test_nan_stays_in_its_row_and_column(op: Op, dtype: torch.dtype, column: int
 
 @both
 @wide_dtypes
-def test_what_is_not_finite_is_plain_arithmetic(op: Op, dtype: torch.dtype, device: str) -> None:
+def test_non_finite_coordinates_follow_plain_arithmetic(op: Op, dtype: torch.dtype, device: str) -> None:
     numbers = [-math.inf, -1e30, -1.0, 0.0, 1.0, 1e30, math.inf, math.nan]
     boxes = torch.cartesian_prod(*[torch.tensor(numbers, dtype=dtype)] * 4).to(device)
     boxes = boxes[torch.randperm(len(boxes), device=boxes.device)][:300]
@@ -249,15 +249,15 @@ def test_what_is_not_finite_is_plain_arithmetic(op: Op, dtype: torch.dtype, devi
 
 
 @both
-@pytest.mark.parametrize("of_a", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("of_b", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("a_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("b_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-def test_dtypes_may_differ(op: Op, of_a: torch.dtype, of_b: torch.dtype, autocast: bool, device: str) -> None:
-    inputs = {"a": random_boxes(9, dtype=of_a, device=device), "b": random_boxes(20, dtype=of_b, device=device)}
+def test_dtypes_may_differ(op: Op, a_dtype: torch.dtype, b_dtype: torch.dtype, autocast: bool, device: str) -> None:
+    inputs = {"a": random_boxes(9, dtype=a_dtype, device=device), "b": random_boxes(20, dtype=b_dtype, device=device)}
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         actual = op.run(inputs)
     assert actual["output"].dtype == torch.float32
-    assert actual["a"].dtype == of_a and actual["b"].dtype == of_b
+    assert actual["a"].dtype == a_dtype and actual["b"].dtype == b_dtype
     for name, x in op.run(op.cast(inputs, torch.float32, torch.float32)).items():
         assert torch.equal(actual[name], x.to(actual[name].dtype)), name
 
@@ -265,7 +265,7 @@ def test_dtypes_may_differ(op: Op, of_a: torch.dtype, of_b: torch.dtype, autocas
 @both
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_integers(op: Op, dtype: torch.dtype, device: str, fresh_compiler: None) -> None:
-    """Those of 64 bits are computed in float64, and so is the result; all others in float32."""
+    """Check that results are computed and returned in float64 for 64-bit integers, and in float32 for all others."""
     a, b = (random_boxes(2, K, device=device).round().to(dtype) for K in (9, 5))
     floating = torch.float64 if dtype.itemsize == 8 else torch.float32
     expected = op.function(a.to(floating), b.to(floating))
@@ -283,14 +283,14 @@ def test_integers(op: Op, dtype: torch.dtype, device: str, fresh_compiler: None)
 @both
 @pytest.mark.parametrize("integer", [torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("floating", DTYPES, ids=str)
-def test_integers_beside_floats(op: Op, integer: torch.dtype, floating: torch.dtype, device: str) -> None:
-    whole = random_boxes(5, device=device).round().to(integer)
+def test_integers_with_floats(op: Op, integer: torch.dtype, floating: torch.dtype, device: str) -> None:
+    integer_boxes = random_boxes(5, device=device).round().to(integer)
     boxes = random_boxes(9, dtype=floating, device=device).requires_grad_()
-    actual = op.function(boxes, whole)
-    computed = torch.float64 if integer == torch.int64 or floating == torch.float64 else torch.float32
-    assert_equal(actual, op.function(boxes.to(computed), whole.to(computed)))
-    assert_equal(actual, op.function(whole, boxes).T)
-    assert_equal(actual, op.reference(boxes, whole))
+    actual = op.function(boxes, integer_boxes)
+    compute_dtype = torch.float64 if integer == torch.int64 or floating == torch.float64 else torch.float32
+    assert_equal(actual, op.function(boxes.to(compute_dtype), integer_boxes.to(compute_dtype)))
+    assert_equal(actual, op.function(integer_boxes, boxes).T)
+    assert_equal(actual, op.reference(boxes, integer_boxes))
     actual.sum().backward()
     assert boxes.grad.dtype == floating and boxes.grad.any()
 
@@ -303,7 +303,7 @@ def test_integers_beyond_float32(device: str) -> None:
 
 
 @both
-def test_scripts(op: Op) -> None:
+def test_torchscript(op: Op) -> None:
     a, b = random_boxes(3, dtype=torch.bfloat16), random_boxes(4)
     assert torch.equal(torch.jit.script(op.function)(a, b), op.function(a, b))
 
@@ -318,18 +318,19 @@ BOX = st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(a=st.lists(BOX, min_size=1, max_size=6), b=st.lists(BOX, min_size=1, max_size=20))
 def test_random_search(op: Op, a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> None:
-    """Boxes on a grid, inverted and without area among them: ties everywhere."""
+    """Compare with the twin for boxes on a grid. Many of them have ties, and some are inverted or have no area."""
     for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
         for dtype in (torch.float64, torch.float32):
             inputs = {name: rows(*boxes, dtype=dtype, device=device) for name, boxes in (("a", a), ("b", b))}
             assert_equal(op.function(**inputs), op.reference(**inputs))
             actual, tolerance = op.run(inputs), {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-            for name, x in op.run_twin(inputs).items():  # sums of 20 terms of the order of 1, which may cancel
+            # The gradients are sums of up to 20 terms of magnitude 1, which may cancel.
+            for name, x in op.run_twin(inputs).items():
                 torch.testing.assert_close(actual[name].double(), x, rtol=tolerance, atol=tolerance)
 
 
 @both
-def test_twin_is_finite_where_nothing_has_area(op: Op) -> None:
+def test_twin_is_finite_for_boxes_without_area(op: Op) -> None:
     boxes = rows((1, 1, 1, 1), (0, 0, 2, 0))
     results = op.run({"a": boxes, "b": boxes}, op.reference)
     assert all(x.isfinite().all() for x in results.values())

@@ -1,4 +1,4 @@
-"""linear_sum_assignment: values against brute force, SciPy and the twin; forms of sizes."""
+"""Tests of linear_sum_assignment against brute force, SciPy and its twin, and of the forms in which sizes are given."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from relops import reference
 
 INF, NAN = math.inf, math.nan
 
-# Of problems: fewer, as many and more rows than columns; a side of one; more than a vector or a warp has lanes.
+# Problems with fewer rows than columns, as many, and more, with a side of one, and with more rows or columns than a
+# vector or a warp has lanes.
 SIZES = [(1, 1), (1, 5), (5, 1), (3, 4), (4, 4), (5, 3), (7, 40), (40, 7), (33, 33), (70, 130), (130, 70)]
 
 
 def check_consistent(cost: Tensor, row_to_col: Tensor, col_to_row: Tensor) -> None:
-    """Shapes, and that both outputs say the same: a matching of permitted pairs."""
+    """Check shapes and dtypes, and that both outputs describe the same matching of permitted pairs."""
     *batch, R, C = cost.shape
     assert row_to_col.dtype == col_to_row.dtype == torch.int64
     assert row_to_col.device == col_to_row.device == cost.device
@@ -37,7 +38,7 @@ def check_consistent(cost: Tensor, row_to_col: Tensor, col_to_row: Tensor) -> No
 
 
 def summary(cost: Tensor, row_to_col: Tensor) -> tuple[Tensor, Tensor]:
-    """How many pairs, and the sum of their costs in float64, of each problem."""
+    """Return for each problem the number of pairs and the sum of their costs in float64."""
     used = row_to_col >= 0
     if cost.size(-1) == 0:
         return used.sum(-1), used.sum(-1).double()
@@ -46,20 +47,20 @@ def summary(cost: Tensor, row_to_col: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_as_good(cost: Tensor, actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """As many pairs, and the same sum but for rounding."""
+    """Assert that two results have equally many pairs and, up to rounding, equal sums of costs."""
     check_consistent(cost, *actual)
     (pairs, total), (expected_pairs, expected_total) = summary(cost, actual[0]), summary(cost, expected[0])
     assert torch.equal(pairs, expected_pairs)
-    torch.testing.assert_close(total, expected_total, rtol=1e-11, atol=1e-11 * largest_of(cost))
+    torch.testing.assert_close(total, expected_total, rtol=1e-11, atol=1e-11 * largest_finite(cost))
 
 
-def largest_of(cost: Tensor) -> float:
+def largest_finite(cost: Tensor) -> float:
     finite = cost[cost.isfinite()].double().abs()
     return finite.max().item() if finite.numel() else 0.0
 
 
 def brute_force(cost: list[list[float]], maximize: bool = False) -> tuple[int, float]:
-    """The number of pairs and the sum, by trying every assignment of the smaller side."""
+    """Try every assignment of the smaller side, and return the best number of pairs and its sum of costs."""
     R, C = len(cost), len(cost[0]) if cost else 0
     if R > C:
         cost, R, C = [list(column) for column in zip(*cost)], C, R
@@ -78,9 +79,9 @@ def random_sizes(B: int, limit: int, seed: int = 0) -> Tensor:
     return torch.randint(0, limit + 1, (B,), generator=torch.Generator().manual_seed(seed))
 
 
-def forbid_some(cost: Tensor, share: float, value: float = INF) -> Tensor:
+def forbid_some(cost: Tensor, fraction: float, value: float = INF) -> Tensor:
     draws = torch.rand(cost.shape, generator=torch.Generator().manual_seed(1)).to(cost.device)
-    return torch.where(draws < share, value, cost)
+    return torch.where(draws < fraction, value, cost)
 
 
 # ---- Values ----
@@ -95,8 +96,8 @@ def forbid_some(cost: Tensor, share: float, value: float = INF) -> Tensor:
         ([[3], [1], [2]], False, [-1, 0, -1]),
         ([[1, 2], [1, 10], [0, 10]], False, [1, -1, 0]),  # 2 + 0
         ([[-1, -2], [-1, -4]], False, [0, 1]),
-        ([[1, INF], [1, INF]], False, None),  # one of the rows
-        ([[1, INF], [0, 9]], False, [0, 1]),  # two pairs, although 0 alone costs less
+        ([[1, INF], [1, INF]], False, None),  # either row may be assigned
+        ([[1, INF], [0, 9]], False, [0, 1]),  # two pairs, although the pair of cost 0 alone is cheaper
         ([[NAN, INF], [-INF, NAN]], False, [-1, -1]),
         ([[NAN, 7], [-INF, INF]], True, [1, -1]),
         ([[0, 0], [0, 0]], False, None),
@@ -118,7 +119,7 @@ def test_by_hand(
 @pytest.mark.parametrize("forbidden", [None, INF, -INF, NAN], ids=str)
 @pytest.mark.parametrize("R, C", [(1, 4), (4, 1), (3, 5), (5, 3), (5, 5)])
 def test_brute_force(R: int, C: int, forbidden: float | None, maximize: bool, device: str) -> None:
-    cost = random_costs(20, R, C).mul(4).round().to(device)  # ties
+    cost = random_costs(20, R, C).mul(4).round().to(device)  # rounding creates ties
     if forbidden is not None:
         cost = forbid_some(cost, 0.5, forbidden)
     outputs = relops.linear_sum_assignment(cost, maximize=maximize)
@@ -160,7 +161,7 @@ def adversarial(kind: str, n: int, generator: torch.Generator) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["products", "few values", "many values", "distances", "low rank", "equal columns"])
-def test_hard_for_augmenting_paths(kind: str, device: str) -> None:
+def test_costs_that_are_hard_for_augmenting_paths(kind: str, device: str) -> None:
     optimize = pytest.importorskip("scipy.optimize")
     cost = adversarial(kind, 150, torch.Generator().manual_seed(0))
     rows, cols = optimize.linear_sum_assignment(cost.numpy())
@@ -173,10 +174,10 @@ def test_hard_for_augmenting_paths(kind: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("R, C", SIZES)
-def test_twin(R: int, C: int, share: float, maximize: bool, device: str) -> None:
-    cost = forbid_some(random_costs(3, R, C).to(device), share)
+def test_twin(R: int, C: int, fraction: float, maximize: bool, device: str) -> None:
+    cost = forbid_some(random_costs(3, R, C).to(device), fraction)
     sizes = [random_sizes(3, limit, seed).to(device) for seed, limit in enumerate((R, C))]
     actual, expected = (
         function(cost, *sizes, maximize) for function in (relops.linear_sum_assignment, reference.linear_sum_assignment)
@@ -235,25 +236,25 @@ def test_forms_of_sizes(form: Callable, device: str) -> None:
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("largest", [1e-310, 1e-30, 1.0, 1e30, 3e38, 1e300, 1.7e308])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.4])
-def test_any_magnitude(share: float, dtype: torch.dtype, largest: float, maximize: bool, device: str) -> None:
-    """Nothing overflows, neither sums of the largest costs there are nor what stands for a forbidden pair."""
+@pytest.mark.parametrize("fraction", [0.0, 0.4])
+def test_any_magnitude(fraction: float, dtype: torch.dtype, largest: float, maximize: bool, device: str) -> None:
+    """Check that neither sums of the largest possible costs nor the cost of a forbidden pair overflows."""
     if dtype == torch.float32 and not 1e-38 < largest < 3.3e38:
-        pytest.skip("beyond float32")
+        pytest.skip("the costs are out of the range of float32")
     cost = torch.rand(2, 30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    cost = forbid_some((cost * largest).to(dtype), share).to(device)
+    cost = forbid_some((cost * largest).to(dtype), fraction).to(device)
     row_to_col, col_to_row = relops.linear_sum_assignment(cost, maximize=maximize)
     check_consistent(cost, row_to_col, col_to_row)
     normal = cost.double() * 0.25 if largest > 1 else cost.double() * 2.0**60
     expected = reference.linear_sum_assignment(normal, maximize=maximize)
     (pairs, total), (expected_pairs, expected_total) = summary(normal, row_to_col), summary(normal, expected[0])
     assert torch.equal(pairs, expected_pairs)
-    scale = largest_of(normal)
+    scale = largest_finite(normal)
     torch.testing.assert_close(total / scale, expected_total / scale, rtol=1e-11, atol=1e-11)
 
 
-def test_small_costs_beside_huge_ones(device: str) -> None:
-    """What a huge cost is added to loses its digits; costs that never meet one keep theirs."""
+def test_small_costs_next_to_huge_costs(device: str) -> None:
+    """Check that small costs keep their precision unless they are added to huge costs."""
     small = random_costs(1, 20, 20).abs()[0] * 1e-30
     huge = torch.where(torch.rand(20, 20, generator=torch.Generator().manual_seed(2)) < 0.3, 1e300, small)
     cost = huge.to(device)
@@ -264,7 +265,7 @@ def test_small_costs_beside_huge_ones(device: str) -> None:
     assert summary(cost, outputs[0])[1].item() == pytest.approx(huge.numpy()[rows, cols].sum(), rel=1e-12)
 
 
-def test_nothing_permitted(device: str) -> None:
+def test_all_pairs_forbidden(device: str) -> None:
     for R, C in SIZES:
         for value in (NAN, INF, -INF):
             outputs = relops.linear_sum_assignment(torch.full((2, R, C), value, device=device))
@@ -278,7 +279,7 @@ def test_integer_costs(dtype: torch.dtype, device: str) -> None:
 
 
 def test_many_problems(device: str) -> None:
-    """More than threads, of unequal sizes: each as if it were alone, and the same every time."""
+    """Check that more problems than threads give the same results in every run, and the same as one by one."""
     B, R, C = 200, 25, 18
     cost = random_costs(B, R, C).to(device, torch.float32)
     sizes = [random_sizes(B, limit, seed).to(device) for seed, limit in enumerate((R, C))]
@@ -291,7 +292,7 @@ def test_many_problems(device: str) -> None:
         assert torch.equal(rows, outputs[0][b]) and torch.equal(cols, outputs[1][b])
 
 
-def test_threads_do_not_matter() -> None:
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
     cost = random_costs(50, 60, 70)
     expected = relops.linear_sum_assignment(cost)
     before = torch.get_num_threads()
@@ -307,8 +308,8 @@ def test_threads_do_not_matter() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_assignment_on_both_devices(dtype: torch.dtype) -> None:
     for R, C in [*SIZES, (900, 100), (50, 2000)]:
-        for share in (0.0, 0.5):
-            cost = forbid_some(random_costs(4, R, C).mul(8).round(), share).to(dtype)  # ties
+        for fraction in (0.0, 0.5):
+            cost = forbid_some(random_costs(4, R, C).mul(8).round(), fraction).to(dtype)  # rounding creates ties
             on_cuda = relops.linear_sum_assignment(cost.cuda())
             assert all(torch.equal(x.cpu(), y) for x, y in zip(on_cuda, relops.linear_sum_assignment(cost)))
 
@@ -335,7 +336,7 @@ def test_sizes_out_of_range(which: str, value: int, device: str) -> None:
         assert (x[1] == -1).all() and torch.equal(x[::2], y)
 
 
-def test_compile_of_lists(device: str, fresh_compiler: None) -> None:
+def test_compile_with_lists_of_sizes(device: str, fresh_compiler: None) -> None:
     cost = random_costs(2, 5, 6).to(device)
     compiled = torch.compile(
         lambda x: relops.linear_sum_assignment(x, [2, 5], [6, 3]), fullgraph=True, backend="aot_eager"
@@ -356,8 +357,7 @@ def test_no_synchronization_for_lists() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_vmap_of_one_size_an_entry(device: str) -> None:
-    """And a dimension that is mapped within another."""
+def test_nested_vmap_with_one_size_per_entry(device: str) -> None:
     V, B, R, C = 4, 3, 6, 5
     cost, sizes = random_costs(V * B, R, C).to(device), random_sizes(V * B, R).to(device)
     mapped = torch.vmap(torch.vmap(relops.linear_sum_assignment))(cost.unflatten(0, (V, B)), sizes.view(V, B))
@@ -365,16 +365,16 @@ def test_vmap_of_one_size_an_entry(device: str) -> None:
         assert torch.equal(x.flatten(0, 1), y)
 
 
-def test_dtypes_past_the_checks(device: str) -> None:
-    """The kernels are not given integer costs or 32-bit sizes, which relops.linear_sum_assignment converts."""
+def test_kernels_reject_unconverted_dtypes(device: str) -> None:
+    """Check that kernels reject integer costs and 32-bit sizes, which relops.linear_sum_assignment converts."""
     cost = random_costs(2, 3, 4).to(device)
     for arguments in ((cost.long(),), (cost, torch.ones(2, dtype=torch.int32, device=device))):
         with pytest.raises(RuntimeError):
             torch.ops.relops.linear_sum_assignment(*arguments)
 
 
-def test_listed_sizes_stay_open_in_a_symbolic_graph() -> None:
-    """Those taken from a shape are those of the tensor that the graph is called with."""
+def test_sizes_in_a_list_are_symbols_of_a_symbolic_graph() -> None:
+    """Check that sizes taken from the shape of a tensor follow the tensor with which the graph is called."""
 
     def assign(cost: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
         return relops.linear_sum_assignment(cost, num_cols=[objects.shape[0]] * 2)

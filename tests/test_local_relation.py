@@ -1,4 +1,4 @@
-"""Values and gradients of windows weighted by similarity and geometry."""
+"""Tests of the values and gradients of windows that are weighted by similarity and geometry."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw(case: Windows, device: str = "cpu", dtype: torch.dtype = torch.float64)
 
 
 def by_loops(inputs: Inputs) -> Tensor:
-    """In plain arithmetic on lists."""
+    """Compute the definition with plain arithmetic on lists."""
     k, stride, dilation, similarity, border = (
         inputs[name] for name in ("kernel_size", "stride", "dilation", "similarity", "border")
     )
@@ -75,7 +75,7 @@ def test_definition(case: Windows, device: str) -> None:
 
 
 def test_by_hand(device: str) -> None:
-    """Two pixels, both in the window of each: for the first the difference to the second key is 2, to its own 1."""
+    """Check two pixels whose windows contain both. Query 0 differs by 1 from its own key and by 2 from key 1."""
     query, key, value = (
         torch.tensor([x], device=device).view(1, 1, 1, 2) for x in ([1.0, 0.0], [2.0, 3.0], [5.0, 9.0])
     )
@@ -101,10 +101,10 @@ def test_equal_logits_give_means(border: str, k: int, device: str) -> None:
 
 
 @pytest.mark.parametrize(("k", "stride", "dilation"), [(3, 1, 1), (4, 1, 1), (4, 2, 3), (5, 3, 2), (2, 1, 4)])
-def test_prior_that_picks_a_tap_shifts(k: int, stride: int, dilation: int, device: str) -> None:
-    """Says which tap is which: of an even k, one more lies before the center than after."""
+def test_prior_that_selects_a_tap_shifts_the_map(k: int, stride: int, dilation: int, device: str) -> None:
+    """Check the positions of the taps. For an even k, one more tap lies before the center than after it."""
     H, W = 8, 9
-    value = torch.randn(1, k * k, H, W, device=device)  # a group per channel, of which each picks a tap
+    value = torch.randn(1, k * k, H, W, device=device)  # one channel per group; each group selects one tap
     key = torch.randn(1, k * k, H, W, device=device)
     query = torch.randn(1, k * k, -(-H // stride), -(-W // stride), device=device)
     prior = torch.full((k * k, k * k), -math.inf, device=device).fill_diagonal_(0.0).view(k * k, k, k)
@@ -113,17 +113,20 @@ def test_prior_that_picks_a_tap_shifts(k: int, stride: int, dilation: int, devic
     )
     for i, j in itertools.product(range(k), range(k)):
         before_y, before_x = (dilation * (k // 2 - tap) for tap in (i, j))
-        padded = F.pad(value[0, i * k + j], (before_x, 60, before_y, 60))  # negative: cropped
+        padded = F.pad(value[0, i * k + j], (before_x, 60, before_y, 60))  # negative padding crops
         expected = padded[::stride, ::stride][: query.shape[2], : query.shape[3]]
         assert torch.equal(output[0, i * k + j], expected), (i, j)
 
 
 def test_attention_with_a_bias() -> None:
-    """Squared differences are products of [2q, 1] and [k, -k^2], but for what all taps of a query share."""
+    """Compare with attention with a bias.
+
+    Squared differences are products of [2q, 1] and [k, -k^2] plus a term that is the same for all taps of a query.
+    """
     N, C, G, H, W, k = 2, 12, 3, 7, 8, 5
     inputs = draw(Windows(N=N, C=C, G=G, H=H, W=W, k=k))
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
-    i, j = (a.flatten()[None] - a.flatten()[:, None] + k // 2 for a in (y, x))  # [pixels of queries, of keys]
+    i, j = (a.flatten()[None] - a.flatten()[:, None] + k // 2 for a in (y, x))  # [query pixels, key pixels]
     inside = (i >= 0) & (i < k) & (j >= 0) & (j < k)
     bias = inputs["prior"][:, i.clamp(0, k - 1), j.clamp(0, k - 1)].masked_fill(~inside, -math.inf)  # [G,HW,HW]
     q, key = (inputs[name].flatten(2) for name in ("query", "key"))
@@ -138,7 +141,7 @@ def test_attention_with_a_bias() -> None:
 
 @pytest.mark.parametrize(("C", "G"), [(100, 13), (7, 3), (6, 5), (3, 8), (64, 64)])
 def test_channels_of_groups(C: int, G: int, device: str) -> None:
-    """Each group by itself gives its channels; those that have none get no gradient."""
+    """Check that each group alone gives the same channels, and that groups without channels get zero gradients."""
     inputs = draw(Windows(N=1, C=C, G=G), device)
     whole = OP.run(inputs)
     m = math.ceil(C / G)
@@ -161,7 +164,7 @@ def test_channels_of_groups(C: int, G: int, device: str) -> None:
 
 
 @similarities
-def test_prior_that_is_the_same_for_all_taps_changes_nothing(similarity: str, device: str) -> None:
+def test_adding_a_constant_to_the_prior_changes_nothing(similarity: str, device: str) -> None:
     inputs = draw(Windows(similarity=similarity, border="zero"), device)
     results = OP.run(inputs)
     shifted = OP.run(inputs | {"prior": inputs["prior"] + 50.0})
@@ -173,13 +176,13 @@ def test_prior_that_is_the_same_for_all_taps_changes_nothing(similarity: str, de
 @similarities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_logits_far_from_zero(similarity: str, dtype: torch.dtype, device: str) -> None:
-    """Exponentials of all of them would be 0."""
+    """Check logits whose exponentials are all rounded to 0."""
     inputs = draw(Windows(similarity=similarity), device, dtype)
     inputs["query"] = inputs["query"] + (300 if similarity == "absolute_difference" else 30)
     inputs["key"] = inputs["key"] * 0.1 - (30 if similarity == "product" else 0)
     results, expected = OP.run(inputs), OP.run_twin(inputs)
-    # Rounding a logit of 1000 changes its weight by 6e-5. Absolute differences that all have the same sign leave
-    # a query no gradient but rounding.
+    # Rounding a logit of 1000 changes its weight by 6e-5. If the absolute differences of a query all have the same
+    # sign, its gradient is zero except for rounding errors.
     for name, x in results.items():
         if name == "query" and similarity == "absolute_difference":
             assert x.abs().max() < 1e-3
@@ -191,35 +194,36 @@ def test_logits_far_from_zero(similarity: str, dtype: torch.dtype, device: str) 
 @similarities
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_what_is_not_finite_stays_in_its_windows(
+def test_non_finite_numbers_affect_only_their_windows(
     border: str, similarity: str, bad: float, stride: int, device: str
 ) -> None:
-    """Also of the vectors and tiles that kernels work on."""
+    """Check that such a number does not spread within the vectors and tiles that the kernels process."""
     case = Windows(N=2, C=10, G=2, H=13, W=21, k=3, stride=stride, similarity=similarity, border=border)
     inputs = draw(case, device, torch.float32)
     clean = OP.run(inputs)
     y, x = 6, 9
-    rows, columns = (slice(-(-(at - 1) // stride), (at + 1) // stride + 1) for at in (y, x))  # whose windows hold it
-    for name, at, seen in (
+    # The windows of these outputs contain pixel (y, x).
+    rows, columns = (slice(-(-(pixel - 1) // stride), (pixel + 1) // stride + 1) for pixel in (y, x))
+    for name, index, affected in (
         ("value", (0, 7, y, x), (0, slice(7, 8), rows, columns)),
         ("key", (0, 1, y, x), (0, slice(5, 10), rows, columns)),
         ("query", (0, 1, y // stride, x // stride), (0, slice(5, 10), y // stride, x // stride)),
     ):
-        dirty = inputs[name].clone()
-        dirty[at] = bad
-        output = OP.function(**inputs | {name: dirty})
-        elsewhere = torch.ones_like(output, dtype=torch.bool)
-        elsewhere[seen] = False
-        assert torch.equal(output[elsewhere], clean["output"][elsewhere]), name
-        assert name != "value" or not output[seen].isfinite().any()
+        not_finite = inputs[name].clone()
+        not_finite[index] = bad
+        output = OP.function(**inputs | {name: not_finite})
+        unaffected = torch.ones_like(output, dtype=torch.bool)
+        unaffected[affected] = False
+        assert torch.equal(output[unaffected], clean["output"][unaffected]), name
+        assert name != "value" or not output[affected].isfinite().any()
 
     grad = grad_like(clean["output"])
     grad[1, 3, 2, 4] = bad
     results = OP.run(inputs, grad_output=grad)
-    elsewhere = torch.ones_like(inputs["value"], dtype=torch.bool)
-    elsewhere[1, 3, 2 * stride - 1 : 2 * stride + 2, 4 * stride - 1 : 4 * stride + 2] = False
-    assert torch.equal(results["value"][elsewhere], clean["value"][elsewhere])
-    assert not results["value"][~elsewhere].isfinite().any()
+    unaffected = torch.ones_like(inputs["value"], dtype=torch.bool)
+    unaffected[1, 3, 2 * stride - 1 : 2 * stride + 2, 4 * stride - 1 : 4 * stride + 2] = False
+    assert torch.equal(results["value"][unaffected], clean["value"][unaffected])
+    assert not results["value"][~unaffected].isfinite().any()
     assert torch.equal(results["query"][0], clean["query"][0]) and torch.equal(results["key"][0], clean["key"][0])
 
 
@@ -232,8 +236,8 @@ def test_gradient_of_absolute_differences_that_are_zero(device: str) -> None:
 
 @borders
 @pytest.mark.parametrize("step", [7, 100, 2**24])
-def test_steps_beyond_the_map(border: str, step: int, device: str) -> None:
-    """Of a window whose taps are further apart than the map is wide the center is left; of outputs, the first."""
+def test_steps_larger_than_the_map(border: str, step: int, device: str) -> None:
+    """Check that a dilation beyond the map leaves only the center tap, and a stride beyond it only the first output."""
     inputs = draw(Windows(N=1, H=5, W=6, prior=False, border=border), device)
     center = OP.run(inputs | {"dilation": step})
     if border == "mask":
@@ -249,7 +253,7 @@ def test_steps_beyond_the_map(border: str, step: int, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_channels_last_comes_out_so(dtype: torch.dtype, stride: int, device: str) -> None:
+def test_channels_last_is_preserved(dtype: torch.dtype, stride: int, device: str) -> None:
     case = Windows(C=20, G=5, H=9, W=18, stride=stride)
     planar = OP.run(draw(case, device, dtype))
     inputs = draw(replace(case, channels_last=True), device, dtype)
@@ -263,7 +267,7 @@ def test_channels_last_comes_out_so(dtype: torch.dtype, stride: int, device: str
 
 
 def test_windows_of_a_crop(device: str) -> None:
-    """A part of a larger map is read as it lies, and its border is that of the part."""
+    """Check a crop of a larger map, which is read without a copy, and whose windows end at the border of the crop."""
     inputs = draw(Windows(), device)
     large = {name: F.pad(inputs[name], (2, 3, 1, 2), value=math.nan) for name in ("query", "key", "value")}
     crop = {name: x[:, :, 1:-2, 2:-3] for name, x in large.items()}
@@ -277,13 +281,13 @@ def test_windows_of_a_crop(device: str) -> None:
         Windows(C=16, G=2, H=40, W=23, k=5),
         Windows(C=16, G=2, H=41, W=23, k=4, stride=2, channels_last=True),
         Windows(N=1, C=4, G=1, H=70, W=9, k=3, dilation=3, border="zero"),
-        # Windows whose weights are too many to keep those of all outputs that read a pixel.
+        # These windows are too large for kernels to keep the weights of all outputs that read a pixel.
         Windows(N=1, C=5, G=2, H=45, W=150, k=21),
         Windows(N=1, C=5, G=2, H=31, W=300, k=20, stride=2, dilation=2, border="zero", similarity="product"),
     ],
 )
-def test_threads_do_not_matter(case: Windows, threads: None) -> None:
-    """Not even to the sums over images, and over the strips that a large map is divided into."""
+def test_results_do_not_depend_on_the_number_of_threads(case: Windows, threads: None) -> None:
+    """Check that results are equal in every bit, even sums over images and over the strips of a large map."""
     inputs = draw(case, dtype=torch.float32)
     expected = OP.run_twin(inputs)
     runs = []
@@ -296,7 +300,7 @@ def test_threads_do_not_matter(case: Windows, threads: None) -> None:
 
 
 def test_memory() -> None:
-    """Neither the windows of this map, 314 MB, nor a weight of each pixel, 39 MB, forward or backward."""
+    """Check that neither the windows of this map (314 MB) nor the weights of all its pixels (39 MB) are stored."""
     begin = """
 query, key, value = torch.randn(2, 32, 56, 56), torch.randn(2, 32, 56, 56), torch.randn(2, 256, 56, 56)
 leaves = [t.requires_grad_() for t in (query, key, value, torch.randn(32, 7, 7))]
@@ -304,12 +308,12 @@ def step(rows):
     cut = [t[:, :, :rows] for t in leaves[:3]]
     relops.local_relation(*cut, leaves[3], kernel_size=7).sum().backward()
 """
-    # Output and gradients, which autograd adds to those of the whole of what was cut.
+    # The limit covers the output, its gradients, and the gradients of the whole tensors to which autograd adds them.
     assert resident_growth(begin, "step(4)", "step(56)") < 32 * 1024
 
 
 def test_memory_of_large_windows() -> None:
-    """The weights of a row of outputs, not of all rows that a window reaches, which here would take 70 MB."""
+    """Check that only the weights of one row of outputs are stored. Those of all rows of a window would take 70 MB."""
     begin = """
 torch.set_num_threads(1)
 query, value = torch.randn(1, 1, 64, 64), torch.randn(1, 4, 64, 64)
@@ -320,8 +324,8 @@ def step(k):
     assert resident_growth(begin, "step(3)", "step(41)") < 20 * 1024
 
 
-def test_fake_of_the_backward_is_like_it() -> None:
-    """With 16-bit maps and a prior of float32, whatever gradients are asked for."""
+def test_fake_kernel_of_the_backward() -> None:
+    """Check every combination of needed gradients, with 16-bit maps and a float32 prior."""
     inputs = draw(Windows(), dtype=torch.bfloat16)
     arguments = (grad_like(OP.function(**inputs)), *OP.raw(inputs).values())
     backward = torch.ops.relops._local_relation_backward.default
@@ -336,8 +340,8 @@ def test_raw_op_names_an_unknown_choice(name: str, device: str) -> None:
         OP.overload(*inputs.values())
 
 
-def test_extreme_sizes_are_refused() -> None:
-    """Where the kernels count in 32 bits."""
+def test_extreme_sizes_are_rejected() -> None:
+    """Check a size for which the 32-bit arithmetic of the kernels does not suffice."""
     x = torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 2**24 + 1)
     with pytest.raises(RuntimeError, match="more than 16777216 rows or columns"):
         relops.local_relation(x, x, x, kernel_size=1)
@@ -347,7 +351,7 @@ def test_extreme_sizes_are_refused() -> None:
 
 
 @st.composite
-def searched(draw: st.DrawFn) -> tuple[Windows, int]:
+def random_cases(draw: st.DrawFn) -> tuple[Windows, int]:
     def integers(low: int, high: int) -> int:
         return draw(st.integers(low, high))
 
@@ -369,13 +373,13 @@ def searched(draw: st.DrawFn) -> tuple[Windows, int]:
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
-@given(searched())
+@given(random_cases())
 def test_random_search(search: tuple[Windows, int]) -> None:
     case, seed = search
     inputs = case.local_relation(torch.Generator().manual_seed(seed))
     actual = OP.run(inputs)
     for name, expected in OP.run_twin(inputs).items():
-        # Of one group and few pixels sums may cancel to nothing.
+        # With one group and few pixels, sums may cancel to almost zero.
         torch.testing.assert_close(actual[name], expected, rtol=1e-11, atol=1e-12, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
@@ -384,7 +388,7 @@ def test_random_search(search: tuple[Windows, int]) -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS)
-def test_cuda_backward_is_the_same_every_time(case: Windows) -> None:
+def test_cuda_backward_is_reproducible(case: Windows) -> None:
     inputs = draw(case, "cuda", torch.float32)
     with determinism(False):
         runs = [OP.run(inputs) for _ in range(5)]
@@ -394,7 +398,7 @@ def test_cuda_backward_is_the_same_every_time(case: Windows) -> None:
 
 @needs_cuda
 def test_cuda_memory() -> None:
-    """No more than outputs and gradients, and two numbers per query."""
+    """Check that the memory is bounded by outputs, gradients and two numbers per query."""
     inputs = draw(Windows(C=256, G=32, H=56, W=56, k=7), "cuda", torch.float32)
     OP.run(inputs)
     torch.cuda.synchronize()

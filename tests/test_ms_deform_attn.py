@@ -558,7 +558,7 @@ def test_cuda_device_that_is_not_current(op: Op) -> None:
 @needs_cuda
 @both
 def test_cuda_memory(op: Op) -> None:
-    """Check that outputs and inputs bound the memory, so that no sampled values (and, if fused, locations) are stored."""
+    """Check that outputs and inputs bound the memory, so that sampled values (or fused locations) are not stored."""
     inputs = draw(op, DeformAttn(((64, 64), (32, 32)), N=2, Q=4096, M=8, D=32), "cuda")
     inputs = {n: x.requires_grad_() if n in op.differentiable else x for n, x in inputs.items()}
 

@@ -1,4 +1,4 @@
-"""Values and gradients of multi_scale_roi_align known without its twin; see also test_regions.py."""
+"""Tests of the values and gradients of multi_scale_roi_align without its twin. See also test_regions.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
 def pyramid(device: str, C: int = 2, N: int = 1, size: int = 1024, levels: int = 4) -> list[Tensor]:
-    """Level l of an image of size x size is constantly l."""
+    """Return the pyramid of an image of size x size, in which level l is the constant l."""
     return [
         torch.full((N, C, size >> level + 2, size >> level + 2), float(level), device=device) for level in range(levels)
     ]
@@ -30,20 +30,23 @@ def levels_of(sizes: list[tuple[float, float]], device: str, **options: float) -
 
 
 def test_boundaries_of_levels(device: str) -> None:
-    """Feature Pyramid Networks, equation 1: 224 pixels are level 4, the third here; each half is one level down."""
+    """Check equation 1 of Feature Pyramid Networks.
+
+    Boxes of 224 pixels are on level 4, which is the third one here. Half the size is one level less.
+    """
     sizes = [1, 56, 111.99, 112, 223.9, 224, 447.9, 448, 900]
     assert levels_of([(size, size) for size in sizes], device) == [0, 0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_trifle_less_than_a_boundary_is_over_it(dtype: torch.dtype, device: str) -> None:
-    """By the 1e-6 that is added to the level."""
+def test_size_just_below_a_boundary_counts_as_above(dtype: torch.dtype, device: str) -> None:
+    """Check that 1e-6 is added to the level before it is rounded down."""
     boxes = as_rows((0, 0, 223.99994, 223.99994), (0, 0, 223.9997, 223.9997), dtype=dtype, device=device)
     features = [x.to(dtype) for x in pyramid(device)]
     assert relops.multi_scale_roi_align(features, boxes, 1, SCALES)[:, 0, 0, 0].tolist() == [2, 1]
 
 
-def test_level_is_that_of_the_area(device: str) -> None:
+def test_level_depends_on_the_area(device: str) -> None:
     assert levels_of([(448, 112), (112, 448), (14, 900), (56, 224), (56, 223)], device) == [2, 2, 1, 1, 0]
 
 
@@ -60,20 +63,20 @@ def test_canonical_box(options: dict[str, float], expected: list[int], device: s
     assert levels_of([(64, 64), (112, 112), (224, 224)], device, **options) == expected
 
 
-def test_boxes_without_area_are_of_the_finest_level(device: str) -> None:
+def test_boxes_without_area_are_on_the_finest_level(device: str) -> None:
     boxes = as_rows((10, 10, 10, 90), (90, 10, 10, 90), (90, 90, 90, 90), dtype=torch.float32, device=device)
     features = [x + 5 for x in pyramid(device)]
     assert relops.multi_scale_roi_align(features, boxes, 1, SCALES)[:, 0, 0, 0].tolist() == [5, 5, 5]
 
 
-def test_inverted_on_both_axes_has_an_area(device: str) -> None:
-    """The product of two negative sides, as torchvision computes it."""
+def test_box_inverted_on_both_axes_has_an_area(device: str) -> None:
+    """Check that the area is the product of the two negative sides, as in torchvision."""
     boxes = as_rows((250, 250, 20, 20), dtype=torch.float32, device=device)
     assert relops.multi_scale_roi_align(pyramid(device), boxes, 1, SCALES)[0, 0, 0, 0].item() == 2
 
 
 def test_levels_beyond_the_pyramid(device: str) -> None:
-    """One that begins at 1/16: level 4, its finest, takes all smaller boxes."""
+    """Check a pyramid whose finest level, 4, has scale 1/16. All smaller boxes are on that level."""
     sizes = [(20, 20), (230, 230), (500, 500), (1000, 1000)]
     boxes = as_rows(*[(0, 0, *size) for size in sizes], dtype=torch.float32, device=device)
     features = pyramid(device, levels=2)
@@ -85,7 +88,7 @@ def test_levels_beyond_the_pyramid(device: str) -> None:
 @pytest.mark.parametrize("ratio", [2, -1])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_roi_align_on_each_level(aligned: bool, ratio: int, memory_format: torch.memory_format, device: str) -> None:
-    """The boxes of a level, pooled from it, with gradients; every level has some."""
+    """Compare outputs and gradients with roi_align on the level of each box. Every level has boxes."""
     size, C = 400, 5
     features = [torch.randn(2, C, size >> level + 2, size >> level + 2, dtype=torch.float64) for level in range(4)]
     features = [x.to(device).to(memory_format=memory_format).requires_grad_() for x in features]
@@ -111,7 +114,7 @@ def test_roi_align_on_each_level(aligned: bool, ratio: int, memory_format: torch
 
 
 def test_gradient_of_some_levels(device: str) -> None:
-    """A level that needs none gets none; one that no box is of gets zeros."""
+    """Check that a level that requires no gradient gets None, and that a level without boxes gets zeros."""
     features = pyramid(device)
     boxes = as_rows((10, 10, 200, 200), (10, 10, 100, 100), dtype=torch.float32, device=device)  # levels 1 and 0
     for level in (1, 3):
@@ -122,8 +125,8 @@ def test_gradient_of_some_levels(device: str) -> None:
     assert features[3].grad.shape == features[3].shape and not features[3].grad.any()
 
 
-def test_boxes_of_16_bit_features_choose_their_level_in_float32(device: str) -> None:
-    """223.9 rounds to 224 in bfloat16, a level higher."""
+def test_levels_are_computed_in_float32_for_16_bit_features(device: str) -> None:
+    """Check a box of 223.9 pixels, which bfloat16 would round to 224 and put on the next level."""
     boxes = as_rows((0, 0, 223.9, 223.9), dtype=torch.float32, device=device)
     features = [x.bfloat16() for x in pyramid(device)]
     assert relops.multi_scale_roi_align(features, boxes, 1, SCALES)[0, 0, 0, 0].item() == 1

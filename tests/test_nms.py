@@ -1,4 +1,4 @@
-"""What nms keeps, known without its twin: by hand, by plain loops, by the property that defines it."""
+"""Tests of nms that do not need its twin: by hand, with plain loops, and by the property that defines the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from relops import reference
 inf, nan = math.inf, math.nan
 UNIT = (0, 0, 1, 1)
 
-# Boxes, scores, iou_threshold, who is kept.
+# Boxes, scores, iou_threshold and the indices of the kept boxes.
 BY_HAND = {
     "none": ([], [], 0.5, []),
     "one": ([UNIT], [0.0], 0.5, [0]),
@@ -31,13 +31,13 @@ BY_HAND = {
     "equal scores, disjoint: in order": ([UNIT, (2, 0, 3, 1), (4, 0, 5, 1)], [0.5] * 3, 0.5, [0, 1, 2]),
     "0 and -0 are equal": ([UNIT, (2, 0, 3, 1), UNIT], [-0.0, 0.0, 0.0], 0.5, [0, 1]),
     "touching": ([UNIT, (1, 0, 2, 1)], [0.1, 0.2], 0.0, [1, 0]),
-    "who is suppressed suppresses nobody": (
+    "a suppressed box suppresses no other box": (
         [(0, 0, 10, 1), (4, 0, 14, 1), (8, 0, 18, 1)],
         [0.3, 0.2, 0.1],
         0.4,
         [0, 2],
     ),
-    "in a chain of equals": ([(4 * i, 0, 4 * i + 10, 1) for i in range(6)], [0.5] * 6, 0.4, [0, 2, 4]),
+    "a chain of boxes with equal scores": ([(4 * i, 0, 4 * i + 10, 1) for i in range(6)], [0.5] * 6, 0.4, [0, 2, 4]),
     "threshold 1: identical boxes too": ([UNIT, UNIT], [0.1, 0.2], 1.0, [1, 0]),
     "inside": ([(0, 0, 10, 10), (0, 0, 10, 4)], [0.1, 0.2], 0.3, [1]),
     "three tenths": ([(0, 0, 10, 1), (0, 0, 3, 1)], [0.2, 0.1], 0.3, [0, 1]),
@@ -49,13 +49,13 @@ BY_HAND = {
     "without area inside another": ([(0, 0, 4, 4), (1, 1, 1, 1)], [0.1, 0.2], 0.0, [1, 0]),
     "inverted": ([(1, 1, 0, 0)] * 2, [0.1, 0.2], 0.0, [1, 0]),
     "inverted in x: a negative area": ([(1, 0, 0, 1)] * 2, [0.1, 0.2], 0.0, [1, 0]),
-    # 2 - 1 is the union of the whole box with what has a negative area in it: nothing is in both.
+    # The inverted box has area -1, so that the union is 2 - 1, and the intersection is empty.
     "inverted inside another": ([(0, 0, 2, 1), (1, 0, 0, 1)], [0.1, 0.2], 0.0, [1, 0]),
     "NaN scores are absent": ([UNIT, UNIT, UNIT], [nan, 0.1, nan], 0.5, [1]),
     "NaN scores only": ([UNIT, UNIT], [nan, nan], 0.5, []),
     "NaN boxes are absent": ([(0, 0, nan, 1), UNIT, UNIT], [0.9, 0.1, 0.5], 0.5, [2]),
     "infinite boxes are absent": ([(-inf, 0, 1, 1), (0, 0, inf, inf), UNIT], [0.9, 0.8, 0.5], 0.0, [2]),
-    "one infinite box leaves the others alone": ([UNIT, (0, 0, inf, 1), UNIT], [0.1, 0.9, 0.2], 0.5, [2]),
+    "an infinite box does not affect other boxes": ([UNIT, (0, 0, inf, 1), UNIT], [0.1, 0.9, 0.2], 0.5, [2]),
     "huge, but the area fits": ([(0, 0, 1e18, 1e18)] * 2, [0.1, 0.2], 0.5, [1]),
     "area beyond float32: no IoU": ([(-1e30, -1e30, 1e30, 1e30)] * 2, [0.1, 0.2], 0.5, [1, 0]),
     "huge around others": ([UNIT, (-1e30, -1e30, 1e30, 1e30), UNIT], [0.1, 0.9, 0.2], 0.5, [1, 2]),
@@ -72,8 +72,8 @@ def test_by_hand(boxes: list, scores: list, iou_threshold: float, kept: list[int
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("k", "n"), [(1, 2), (1, 3), (3, 10), (7, 10), (9, 10), (2, 3), (1, 7), (5, 11), (1, 100)])
-def test_equal_to_the_threshold_is_kept(k: int, n: int, dtype: torch.dtype, device: str) -> None:
-    """The threshold has the rounding of the boxes: k / n in float32 is no more than k / n."""
+def test_iou_equal_to_the_threshold_is_kept(k: int, n: int, dtype: torch.dtype, device: str) -> None:
+    """Check that the threshold k / n is rounded to the dtype of the boxes, so that an IoU of k / n equals it."""
     boxes = torch.tensor([(0, 0, n, 1), (0, 0, k, 1)], dtype=dtype, device=device)
     scores = torch.tensor([0.9, 0.8], device=device)
     threshold = torch.tensor(k / n, dtype=dtype)
@@ -89,7 +89,8 @@ def test_float64_boxes_stay_float64(device: str) -> None:
         scores = torch.tensor([0.5, 0.25], dtype=dtype, device=device)
         assert relops.nms(boxes, scores, 1 - 5e-11).tolist() == [0, 1]
         assert relops.nms(boxes, scores, 1 - 2e-10).tolist() == [0]
-    assert relops.nms(boxes.float(), scores, 1 - 5e-11).tolist() == [0, 1]  # IoU and threshold are both 1
+    # In float32, the IoU and the threshold are both 1.
+    assert relops.nms(boxes.float(), scores, 1 - 5e-11).tolist() == [0, 1]
 
 
 def test_float64_scores_stay_float64(device: str) -> None:
@@ -141,7 +142,7 @@ def test_many_boxes(iou_threshold: float, dtype: torch.dtype, device: str) -> No
 
 @pytest.mark.parametrize("K", [1, 2, 7, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 2049])
 def test_any_number_of_boxes(K: int, device: str) -> None:
-    """Around the sizes of tiles and blocks."""
+    """Check numbers of boxes that are close to the sizes of tiles and blocks."""
     boxes, scores, _ = (x.to(device) for x in clustered([K], boxes_per_object=6, seed=K))
     boxes, scores = boxes.float(), (16 * scores).floor()
     assert torch.equal(relops.nms(boxes, scores, 0.4), reference.nms(boxes, scores, 0.4))
@@ -156,15 +157,15 @@ def test_400_000_boxes_in_linear_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         keep = relops.nms(boxes, scores, 0.3)
-        grown = torch.cuda.max_memory_allocated() - before
+        growth = torch.cuda.max_memory_allocated() - before
     else:
         status = Path("/proc/self/status")
         if not status.exists():
-            pytest.skip("the peak of memory is read from Linux's /proc")
+            pytest.skip("the peak memory is read from /proc, which only Linux has")
         before = peak_resident(status)
         keep = relops.nms(boxes, scores, 0.3)
-        grown = peak_resident(status) - before
-    assert grown < 300 * K  # bytes, where a bit for every pair is 20,000 MB
+        growth = peak_resident(status) - before
+    assert growth < 300 * K  # in bytes; a bit for every pair would take 20,000 MB
     assert_greedy(keep, boxes, scores, np.float32(0.3).item())
 
 
@@ -172,7 +173,7 @@ def peak_resident(status: Path) -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) << 10
 
 
-# ---- What comes after it in a graph ----
+# ---- Graphs that use the kept boxes ----
 
 
 def postprocess(boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -187,7 +188,7 @@ class Postprocess(torch.nn.Module):
 
 
 def detections(kept: int, K: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """K boxes of which so many are kept."""
+    """Return K boxes and their scores, of which nms keeps `kept`."""
     boxes = torch.tensor([(2 * min(i, max(kept - 1, 0)), 0, 2 * min(i, max(kept - 1, 0)) + 1, 1) for i in range(K)])
     scores = torch.rand(K) if kept else torch.full((K,), nan)
     return boxes.view(K, 4).float().to(device), scores.to(device)
@@ -201,7 +202,7 @@ def assert_postprocessed(actual: tuple[torch.Tensor, ...], kept: int, given: tup
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("inductor", True)])
 def test_compiled_with_any_number_kept(backend: str, dynamic: bool | None, device: str, fresh_compiler: None) -> None:
-    """torchvision's nms demands two where the graph goes on with what is kept."""
+    """Check any number of kept boxes. With torchvision's nms, such a graph needs at least two."""
     compiled = torch.compile(postprocess, fullgraph=True, backend=backend, dynamic=dynamic)
     for kept, K in ((3, 5), (0, 5), (1, 5), (5, 5), (1, 9), (0, 12), (1, 1), (0, 0)):
         given = detections(kept, K, device)

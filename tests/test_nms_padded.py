@@ -1,4 +1,4 @@
-"""nms_padded is nms of each image, cut or padded."""
+"""Tests that nms_padded equals nms of each image, truncated or padded to `max_output`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_by_hand(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_score_equal_to_the_threshold_does_not_count(dtype: torch.dtype, device: str) -> None:
+def test_score_equal_to_the_threshold_is_dropped(dtype: torch.dtype, device: str) -> None:
     unit = [0.0, 0.0, 1.0, 1.0]
     boxes = torch.tensor([unit, [2.0, 0.0, 3.0, 1.0], unit], dtype=dtype, device=device)
     scores = torch.tensor([0.5, 0.75, 0.625], dtype=dtype, device=device)
@@ -43,8 +43,8 @@ def test_a_score_equal_to_the_threshold_does_not_count(dtype: torch.dtype, devic
         assert keep.tolist() == expected and count.item() == sum(i >= 0 for i in expected)
 
 
-def test_the_score_threshold_is_rounded_like_the_scores(device: str) -> None:
-    """0.3 in float32 is more than 0.3."""
+def test_score_threshold_is_rounded_like_the_scores(device: str) -> None:
+    """Check a score of 0.3 in float32, which is greater than the float64 number 0.3."""
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
     for op in (relops.nms_padded, reference.nms_padded):
         assert op(boxes, torch.tensor([0.3], device=device), 0.5, 1, score_threshold=0.3)[1].item() == 0
@@ -60,7 +60,7 @@ def test_infinite_score_thresholds(device: str) -> None:
 
 @pytest.mark.parametrize("classes", [False, True], ids=["", "classes"])
 @pytest.mark.parametrize("max_output", [0, 1, 20, 300, 400])
-def test_batch_is_image_by_image(classes: bool, max_output: int, device: str) -> None:
+def test_batch_equals_a_loop_over_images(classes: bool, max_output: int, device: str) -> None:
     boxes, scores, idxs = batch(device)
     scores[1, ::2] = float("nan")  # an image with fewer boxes
     keep, count = relops.nms_padded(boxes, scores, 0.4, max_output, idxs if classes else None)
@@ -86,21 +86,21 @@ def test_many_boxes(K: int, score_threshold: float | None, device: str) -> None:
             assert torch.equal(x, y)
 
 
-def test_max_output_that_is_a_size(device: str, fresh_compiler: None) -> None:
-    """Of a tensor in a graph, where it is a symbol."""
+def test_max_output_may_be_a_symbolic_size(device: str, fresh_compiler: None) -> None:
+    """Check a max_output that depends on the shape of a tensor, and is therefore a symbol in a graph."""
 
-    def all_of_them(boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keep_half(boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return relops.nms_padded(boxes, scores, 0.4, boxes.shape[1] // 2)
 
-    class All(torch.nn.Module):
+    class KeepHalf(torch.nn.Module):
         def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return all_of_them(boxes, scores)
+            return keep_half(boxes, scores)
 
-    some, more = (batch(device, B=B, K=K)[:2] for B, K in ((2, 40), (3, 64)))
-    dynamic = tuple(dict.fromkeys(range(2), torch.export.Dim.AUTO) for _ in some)
-    exported = torch.export.export(All(), some, dynamic_shapes=dynamic).module()
-    compiled = torch.compile(all_of_them, fullgraph=True, dynamic=True, backend="aot_eager")
-    for given in (some, more):
+    inputs, larger = (batch(device, B=B, K=K)[:2] for B, K in ((2, 40), (3, 64)))
+    dynamic = tuple(dict.fromkeys(range(2), torch.export.Dim.AUTO) for _ in inputs)
+    exported = torch.export.export(KeepHalf(), inputs, dynamic_shapes=dynamic).module()
+    compiled = torch.compile(keep_half, fullgraph=True, dynamic=True, backend="aot_eager")
+    for given in (inputs, larger):
         for f in (exported, compiled):
-            for x, y in zip(f(*given), all_of_them(*given), strict=True):
+            for x, y in zip(f(*given), keep_half(*given), strict=True):
                 assert torch.equal(x, y)

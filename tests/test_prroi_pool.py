@@ -1,4 +1,4 @@
-"""Values and gradients of prroi_pool known without its twin; what all region ops share is in test_regions.py."""
+"""Tests of the values and gradients of prroi_pool without its twin. test_regions.py tests what region ops share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ pytestmark = pytest.mark.quick
 
 
 def surface(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """[...,Y,X]: image [...,H,W] interpolated linearly, falling to zero over a pixel outside."""
+    """Interpolate image [...,H,W] linearly at rows y and columns x, to [...,Y,X].
+
+    Outside of the image the surface falls to zero over one pixel.
+    """
 
     def hats(t: Tensor, n: int) -> Tensor:
         return (1 - (t[:, None] - torch.arange(n, device=t.device)).abs()).clamp(min=0)
@@ -23,15 +26,15 @@ def surface(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return hats(y, image.shape[-2]) @ image @ hats(x, image.shape[-1]).T
 
 
-# Box on a map of one pixel, which is 1: the mean over the box of hat(y) hat(x).
+# Box on a map of a single pixel of value 1, and the mean over the box of the surface hat(y) hat(x).
 ONE_PIXEL = {
-    "all of the hat": ((-1, -1, 1, 1), 1 / 4),
+    "the whole hat": ((-1, -1, 1, 1), 1 / 4),
     "wider than the hat": ((-2, -3, 2, 3), 1 / 4 / 6),
     "a quadrant": ((0, 0, 1, 1), 1 / 4),
-    "the other quadrant": ((-1, -1, 0, 0), 1 / 4),
-    "half of it in x": ((0, -1, 0.5, 1), 3 / 4 / 2),
-    "far from it": ((1, 1, 2, 2), 0.0),
-    "its outer half": ((0.5, -0.5, 1, 0.5), 1 / 4 * 3 / 4),
+    "the opposite quadrant": ((-1, -1, 0, 0), 1 / 4),
+    "half of the hat in x": ((0, -1, 0.5, 1), 3 / 4 / 2),
+    "outside of the hat": ((1, 1, 2, 2), 0.0),
+    "the outer half of the hat": ((0.5, -0.5, 1, 0.5), 1 / 4 * 3 / 4),
     "tiny": ((0.25, 0.5, 0.25 + 2**-20, 0.5 + 2**-20), 3 / 8),
     "without area": ((0, 0, 0, 0), 0.0),
     "without width": ((0, -1, 0, 1), 0.0),
@@ -51,11 +54,11 @@ def test_one_pixel(box: tuple[float, ...], expected: float, dtype: torch.dtype, 
 
 
 def test_linear_ramp_is_exact(device: str) -> None:
-    """The mean of 3x - 2y + 1 over a bin is the value at its center, whatever pixels it cuts; it moves with the box."""
+    """Check that the mean of 3x - 2y + 1 over a bin is the value at its center, and that its gradient is the slope."""
     rows, columns = torch.meshgrid(torch.arange(20), torch.arange(24), indexing="ij")
     image = (3.0 * columns - 2.0 * rows + 1).double().to(device)[None, None]
     scale, PH, PW = 0.5, 3, 2
-    # The second one's bins end on pixels, where the surface has its edges but the integral has none.
+    # The bins of the second box end on pixel centers, where the surface has kinks but its integral is smooth.
     for x1, y1, x2, y2 in ((5.2, 7.7, 31.4, 22.9), (4, 2, 28, 26), (5.2, 7.7, 5.9, 7.8)):
         boxes = as_rows((x1, y1, x2, y2), device=device).requires_grad_()
         output = relops.prroi_pool(image, boxes, (PH, PW), scale)
@@ -70,7 +73,11 @@ def test_linear_ramp_is_exact(device: str) -> None:
 
 
 def test_gradient_of_an_edge_is_the_mean_along_it(device: str) -> None:
-    """Leibniz: moving x2 adds the surface along that edge, and takes the mean over the box from what there is."""
+    """Check the Leibniz rule.
+
+    If x2 moves, the integral over the box gains the surface along that edge. The mean over the box changes by the mean
+    along the edge minus the mean over the box, divided by x2 - x1.
+    """
     image = torch.randn(1, 1, 6, 7, dtype=torch.float64, device=device)
     n = 20000
     for x1, y1, x2, y2 in ((1.3, 0.6, 4.2, 3.9), (-0.4, 1.0, 3.0, 5.7)):
@@ -89,7 +96,7 @@ def test_numerical_integral(output_size: tuple[int, int], device: str) -> None:
     image = torch.randn(1, case.C, case.H, case.W, dtype=torch.float64, device=device)
     boxes = random_boxes(case).to(device)[:7]
     PH, PW = output_size
-    fine = 840  # divisible by the bins
+    fine = 840  # a multiple of the number of bins
     steps = (torch.arange(fine, dtype=torch.float64, device=device) + 0.5) / fine
     output = relops.prroi_pool(image, boxes, output_size, case.spatial_scale)
     for box, actual in zip(boxes[:, 1:] * case.spatial_scale, output):
@@ -99,7 +106,7 @@ def test_numerical_integral(output_size: tuple[int, int], device: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
 
 
-def test_mean_of_the_bins_is_the_whole(device: str) -> None:
+def test_mean_of_the_bins_is_the_mean_of_the_box(device: str) -> None:
     case = Regions(H=20, W=30, N=2, K=16)
     image = torch.randn(2, 5, 20, 30, dtype=torch.float64, device=device)
     boxes = random_boxes(case).to(device)
@@ -109,8 +116,8 @@ def test_mean_of_the_bins_is_the_whole(device: str) -> None:
         assert_matches(bins.mean((2, 3), keepdim=True), whole)
 
 
-def test_thin_boxes_far_out_do_not_cancel(device: str) -> None:
-    """In float32, a box of 1/256 pixel at 1000: as exact as its corners, which are exact."""
+def test_thin_boxes_far_from_the_origin(device: str) -> None:
+    """Check that no precision is lost by cancellation in float32 boxes of 1/256 pixel near x = 1000."""
     image = torch.randn(1, 3, 2, 1100, dtype=torch.float64, device=device)
     x = 1000.25 + torch.arange(20, dtype=torch.float64) / 64
     boxes = torch.stack([x * 0, x, x * 0 + 0.25, x + 1 / 256, x * 0 + 0.5], 1).to(device)
@@ -123,7 +130,7 @@ def test_thin_boxes_far_out_do_not_cancel(device: str) -> None:
 
 
 def test_gradcheck_where_bins_end_on_pixels(device: str, deterministic: None) -> None:
-    """There too the integral is smooth."""
+    """Check that the integral is smooth if bins end on pixel centers, where the surface has kinks."""
     image = torch.randn(1, 2, 6, 7, dtype=torch.float64, device=device, requires_grad=True)
     corners = torch.tensor(
         [[1.0, 1, 4, 5], [0, 0, 6, 5], [-1, 2, 7, 6], [2.5, 2, 3, 2.5]],

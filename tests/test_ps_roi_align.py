@@ -1,4 +1,4 @@
-"""Values and gradients of ps_roi_align known without its twin; what all region ops share is in test_regions.py."""
+"""Tests of the values and gradients of ps_roi_align without its twin. test_regions.py tests what region ops share."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ pytestmark = pytest.mark.quick
 PH, PW, CHANNELS = 2, 3, 4
 
 
-def own_channels(of_all: Tensor) -> Tensor:
-    """From [K,C,PH,PW], bin (ph,pw) of channel (c * PH + ph) * PW + pw, for every c."""
-    by_channel = of_all.unflatten(1, (-1, PH, PW))
+def own_channels(pooled: Tensor) -> Tensor:
+    """Select from [K,C,PH,PW] bin (ph,pw) of channel (c * PH + ph) * PW + pw for every c, ph and pw."""
+    by_channel = pooled.unflatten(1, (-1, PH, PW))
     rows = [torch.stack([by_channel[:, :, ph, pw, ph, pw] for pw in range(PW)], -1) for ph in range(PH)]
     return torch.stack(rows, -2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_bin_has_its_own_channel(dtype: torch.dtype, device: str) -> None:
-    """Channel i of the map is constantly i."""
+    """Use a map whose channel i is the constant i."""
     image = torch.arange(CHANNELS * PH * PW).to(device, dtype).view(1, -1, 1, 1).expand(1, -1, 8, 9)
     boxes = as_rows((1, 1, 7, 6), dtype=box_dtype(dtype), device=device)
     output = relops.ps_roi_align(image, boxes, (PH, PW))
@@ -35,8 +35,8 @@ def test_every_bin_has_its_own_channel(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("ratio", [1, 2, -1])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_aligned_roi_align_of_each_channel(ratio: int, memory_format: torch.memory_format, device: str) -> None:
-    """With gradients: all but one bin in PH * PW of roi_align's output is left out."""
+def test_equals_roi_align_of_each_channel(ratio: int, memory_format: torch.memory_format, device: str) -> None:
+    """Compare outputs and gradients with aligned roi_align, of whose PH * PW bins per channel one is used."""
     case = Regions(H=9, W=13, K=18)
     image = torch.randn(case.N, CHANNELS * PH * PW, case.H, case.W, dtype=torch.float64, device=device)
     image = image.to(memory_format=memory_format).requires_grad_()
@@ -57,8 +57,8 @@ def test_aligned_roi_align_of_each_channel(ratio: int, memory_format: torch.memo
     [(3, 3, 3, 3), (3, 2, 3, 6), (5, 5, 2, 2), (5, 2, 2, 6), (2, 6, 5, 2)],
     ids=["a point", "a line", "inverted", "inverted in x", "inverted in y"],
 )
-def test_adaptive_without_samples_is_zero(box: tuple[float, ...], device: str) -> None:
-    """Where torchvision divides 0 by 0."""
+def test_bins_without_samples_are_zero(box: tuple[float, ...], device: str) -> None:
+    """Check boxes that have no samples with adaptive sampling. torchvision computes 0 / 0 for them."""
     image = torch.randn(1, PH * PW, 8, 9, device=device, requires_grad=True)
     boxes = as_rows(box, dtype=torch.float32, device=device).requires_grad_()
     output = relops.ps_roi_align(image, boxes, (PH, PW))

@@ -1,4 +1,4 @@
-"""Values and gradients of ps_roi_pool known without its twin; what all region ops share is in test_regions.py."""
+"""Tests of the values and gradients of ps_roi_pool without its twin. test_regions.py tests what region ops share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PH, PW, CHANNELS = 2, 3, 4
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_every_bin_has_its_own_channel(dtype: torch.dtype, memory_format: torch.memory_format, device: str) -> None:
-    """Channel i of the map is constantly i; the gradient stays in it."""
+    """Use a map whose channel i is the constant i, and check that the gradient of a bin stays in its channel."""
     image = torch.arange(CHANNELS * PH * PW).to(device, dtype).view(1, -1, 1, 1).expand(1, -1, 8, 9)
     image = image.contiguous(memory_format=memory_format).requires_grad_()
     boxes = as_rows((1, 1, 7, 5), dtype=box_dtype(dtype), device=device)
@@ -25,12 +25,12 @@ def test_every_bin_has_its_own_channel(dtype: torch.dtype, memory_format: torch.
     expected = torch.arange(CHANNELS * PH * PW).view(1, CHANNELS, PH, PW)
     assert torch.equal(output.detach().cpu(), expected.to(dtype))
     output.backward(expected.to(device, dtype))
-    # 2 x 2 pixels a bin: a quarter for each.
+    # A bin has 2 x 2 pixels, and each of them gets a quarter of the gradient.
     assert torch.equal(image.grad.sum((0, 2, 3)).cpu(), expected.flatten().to(dtype))
     assert torch.equal(image.grad.amax((0, 2, 3)).cpu(), expected.flatten().to(dtype) / 4)
 
 
-# Box, output size: rows and columns [first, end) of each bin on a map of 8 x 9; None for an empty one.
+# Box, output size, and the rows and columns [first, end) of each bin on a map of 8 x 9, or None for an empty bin.
 BINS = {
     "the end is not included": ((2, 1, 4, 5), (1, 1), [(1, 5, 2, 4)]),
     "x is the first coordinate": ((1, 0, 2, 7), (1, 1), [(0, 7, 1, 2)]),
@@ -57,5 +57,5 @@ def test_mean_of_the_pixels_of_bins(
             top, bottom, left, right = pixels
             weights[0, channel, top:bottom, left:right] = 1 / ((bottom - top) * (right - left))
     torch.testing.assert_close(output.flatten(), (weights * image).sum((0, 2, 3)))
-    output.sum().backward()  # of this forward; torchvision's clips differently
+    output.sum().backward()  # unlike in torchvision, the backward clips bins as the forward does
     torch.testing.assert_close(image.grad, weights)

@@ -1,4 +1,4 @@
-"""Values and gradients of the sinusoidal embedding of ranks."""
+"""Tests of the values and gradients of the sinusoidal embedding of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from relops import reference
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def written_out(ranks: list[float], dim: int, wavelength: float) -> Tensor:
+def by_loops(ranks: list[float], dim: int, wavelength: float) -> Tensor:
     rows = []
     for rank in ranks:
         angles = [rank / wavelength ** (j / (dim // 2)) for j in range(dim // 2)]
@@ -36,7 +36,7 @@ def written_out(ranks: list[float], dim: int, wavelength: float) -> Tensor:
 @pytest.mark.parametrize("wavelength", [1000.0, 10000.0, 1.0, 0.25])
 def test_definition(dim: int, wavelength: float, device: str) -> None:
     ranks = [0.0, 1.0, 2.5, 99.0, -3.0, 1234.0]
-    expected = written_out(ranks, dim, wavelength)
+    expected = by_loops(ranks, dim, wavelength)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-7)):
         output = relops.rank_embedding(torch.tensor(ranks, dtype=dtype, device=device), dim, wavelength)
         assert output.dtype == dtype and output.shape == (6, dim)
@@ -49,7 +49,10 @@ def test_defaults(device: str) -> None:
 
 
 def test_identities(device: str) -> None:
-    """Rank 0 is sines of 0 and cosines of 0; each pair is on the circle; a step turns it by the same angle anywhere."""
+    """Check rank 0 and negative ranks, that sine and cosine lie on the unit circle, and that each step is a rotation.
+
+    Adding 1 to any rank turns a pair of a sine and a cosine by the same angle.
+    """
     ranks = torch.arange(-50, 400, device=device).double()
     sine, cosine = relops.rank_embedding(ranks, 32).chunk(2, -1)
     assert not sine[50].any() and (cosine[50] == 1).all()
@@ -70,9 +73,9 @@ def test_integers(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float32], ids=str)
 def test_large_ranks(dtype: torch.dtype, device: str) -> None:
-    """A float32 angle would be off by radians."""
+    """Check ranks for which a float32 angle would be wrong by radians."""
     ranks = torch.tensor([10**6 + 1, 10**7, 2**30 - 1, 2**30, 2**30 + 64, 2**31], dtype=dtype, device=device)
-    expected = written_out(ranks.tolist(), 16, 1000.0)
+    expected = by_loops(ranks.tolist(), 16, 1000.0)
     torch.testing.assert_close(relops.rank_embedding(ranks, 16).double().cpu(), expected, rtol=0, atol=2e-6)
 
 
@@ -88,7 +91,7 @@ def test_huge_ranks(rank: float, device: str) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_ranks_that_are_not_finite(bad: float, dtype: torch.dtype, device: str) -> None:
+def test_non_finite_ranks(bad: float, dtype: torch.dtype, device: str) -> None:
     inputs = {"ranks": torch.tensor([2.0, bad, 3.0], dtype=dtype, device=device), "dim": 34}
     grad = torch.ones(3, 34, dtype=dtype, device=device)
     results = OP.run(inputs, grad_output=grad)
@@ -105,8 +108,8 @@ def test_shapes(shape: tuple[int, ...], device: str) -> None:
     assert OP.function(**inputs).shape == (*shape, 6)
 
 
-def test_many(device: str) -> None:
-    """More than one thread or block takes."""
+def test_many_ranks(device: str) -> None:
+    """Check more numbers than one thread or block computes."""
     for case in (Ranks((30000,), dim=4), Ranks((3000,), dim=130), Ranks((3,), dim=20000)):
         assert_matches_twin(OP, OP.draw(case.rank_embedding, device))
 
@@ -115,14 +118,14 @@ def test_many(device: str) -> None:
 
 
 def test_gradient_by_hand(device: str) -> None:
-    """Of dim 2 the output is (sin r, cos r), for any wavelength."""
+    """Check dim = 2, for which the output is (sin r, cos r) for any wavelength."""
     ranks = torch.tensor([0.0, 0.5, -2.0], dtype=torch.float64, device=device)
     grad = torch.tensor([[3.0, 5.0]], dtype=torch.float64, device=device).expand(3, -1)
-    found = OP.run({"ranks": ranks, "dim": 2, "wavelength": 7.0}, grad_output=grad)["ranks"]
-    torch.testing.assert_close(found, 3 * ranks.cos() - 5 * ranks.sin())
+    actual = OP.run({"ranks": ranks, "dim": 2, "wavelength": 7.0}, grad_output=grad)["ranks"]
+    torch.testing.assert_close(actual, 3 * ranks.cos() - 5 * ranks.sin())
 
 
-def test_gradients_of_whole_ranks_are_none(device: str) -> None:
+def test_integer_ranks_have_no_gradient(device: str) -> None:
     output = relops.rank_embedding(torch.arange(5, device=device), 4)
     weight = torch.randn(4, device=device, requires_grad=True)
     (output * weight).sum().backward()
@@ -136,7 +139,7 @@ def test_gradients_of_large_ranks(device: str) -> None:
         torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-3, msg=name)
 
 
-# ---- The rest of torch ----
+# ---- Compilation and transforms ----
 
 
 def test_compile_with_any_dim(fresh_compiler: None) -> None:
@@ -172,9 +175,9 @@ def test_random_search(ranks: list[float], half: int, wavelength: float) -> None
         inputs = {"ranks": torch.tensor(ranks, dtype=torch.float64, device=device), "dim": 2 * half}
         inputs["wavelength"] = wavelength
         actual, expected = OP.run(inputs), OP.run(inputs, OP.reference)
-        largest = max(1.0, 1 / wavelength)  # frequency
-        torch.testing.assert_close(actual["output"], expected["output"], rtol=0, atol=1e-11 * largest)
-        torch.testing.assert_close(actual["ranks"], expected["ranks"], rtol=0, atol=1e-10 * half * largest**2)
+        max_frequency = max(1.0, 1 / wavelength)
+        torch.testing.assert_close(actual["output"], expected["output"], rtol=0, atol=1e-11 * max_frequency)
+        torch.testing.assert_close(actual["ranks"], expected["ranks"], rtol=0, atol=1e-10 * half * max_frequency**2)
 
 
 @needs_cuda
@@ -191,7 +194,7 @@ def test_cuda_graph() -> None:
 
 
 @needs_cuda
-def test_cuda_of_the_cpu() -> None:
+def test_cuda_equals_cpu() -> None:
     ranks = torch.arange(3000)
     for x in (ranks, ranks.double(), ranks / 7):
         torch.testing.assert_close(

@@ -460,8 +460,8 @@ def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, 
             nearby = region.run(features, moved, case, reference)
             stable = stable & (nearby["output"] - expected["output"]).abs().flatten(1).amax(1).lt(1e-6)
             stable_gradient = stable_gradient & (nearby["boxes"] - expected["boxes"]).abs().amax(1).lt(1e-6)
-    # The samples of a box of 1e9 pixels are accurate only to 1e-7 pixels, so its tolerance cannot be 1e-9. No sample of a
-    # much larger box lies on the map.
+    # The samples of a box of 1e9 pixels are accurate only to 1e-7 pixels, so its tolerance cannot be 1e-9. No sample of
+    # a much larger box lies on the map.
     far = ((size > 1e6) & (size < 1e15)).any(1)
     for compared, tolerance in ((~far, 1e-9), (torch.ones_like(far), 1e-5)):
         grad = grad_like(expected["output"]) * (stable & compared)[:, None, None, None]

@@ -104,7 +104,7 @@ def test_one_coordinate_by_hand(device: str) -> None:
     assert output.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_geometries_differ_if_box_sizes_differ(device: str) -> None:
+def test_geometries_differ_for_unequal_boxes(device: str) -> None:
     """Check that "paper" and "official" agree for boxes of equal sizes, and only for those."""
     inputs = draw(Relations(), device)
     for name in ("query_boxes", "key_boxes"):

@@ -1,4 +1,4 @@
-"""Values and gradients of roi_align known without its twin; what all region ops share is in test_regions.py."""
+"""Tests of the values and gradients of roi_align without its twin. test_regions.py tests what region ops share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.quick
 
 
 def one_pixel(y: int, x: int, device: str, H: int = 5, W: int = 6) -> Tensor:
-    """A map that is 1 there and 0 elsewhere: its output is what the pixel weighs."""
+    """Return a map that is 1 at (y,x) and 0 elsewhere, so that the output of a bin is the weight of that pixel."""
     image = torch.zeros(1, 1, H, W, device=device)
     image[..., y, x] = 1
     return image
 
 
-# Pixel (y,x) of a 5 x 6 map, box, sampling_ratio, aligned: weight in the only bin.
+# Pixel (y,x) of a 5 x 6 map, box, sampling_ratio, aligned, and the weight of the pixel in the only bin.
 WEIGHTS = {
     "a sample at the pixel": ((2, 3), (2, 1, 4, 3), 1, False, 1.0),
     "aligned: half a pixel up and left": ((2, 3), (2.5, 1.5, 4.5, 3.5), 1, True, 1.0),
@@ -33,9 +33,9 @@ WEIGHTS = {
     "adaptive: three for two and a bit": ((2, 3), (1.5, 0.5, 4.5, 3.5), 0, False, 1 / 9),
     "adaptive: three by one": ((2, 3), (1.5, 1.5, 4.5, 2.5), -1, False, 1 / 3),
     "half a pixel outside counts as the border": ((2, 0), (-1, 1.5, 0, 2.5), 1, False, 1.0),
-    "a pixel outside still does": ((0, 3), (2.5, -2, 3.5, 0), 1, False, 1.0),
+    "a pixel outside also counts as the border": ((0, 3), (2.5, -2, 3.5, 0), 1, False, 1.0),
     "more than a pixel outside is 0": ((0, 3), (2.5, -2.01, 3.5, 0), 1, False, 0.0),
-    "behind the last pixel": ((4, 5), (5, 4, 6, 5), 1, False, 1.0),
+    "after the last pixel": ((4, 5), (5, 4, 6, 5), 1, False, 1.0),
     "W itself still counts": ((2, 5), (5.5, 1.5, 6.5, 2.5), 1, False, 1.0),
     "more than W is 0": ((2, 5), (5.51, 1.5, 6.51, 2.5), 1, False, 0.0),
     "half of the samples outside": ((2, 5), (4, 1, 10, 3), 2, False, 0.25),
@@ -62,7 +62,7 @@ def test_weight_of_one_pixel(
 
 
 def ramp(H: int, W: int, device: str) -> Tensor:
-    """3x - 2y + 1, in two channels, the second negative."""
+    """Return a map of two channels, 3x - 2y + 1 and its negative."""
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     image = 3.0 * columns - 2.0 * rows + 1
     return torch.stack([image, -image])[None].double().to(device)
@@ -71,7 +71,7 @@ def ramp(H: int, W: int, device: str) -> Tensor:
 @pytest.mark.parametrize("ratio", [1, 2, 5, -1])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_linear_ramp_is_reproduced(ratio: int, aligned: bool, device: str) -> None:
-    """Samples are placed symmetrically: their mean is the value at the center of the bin, and moves with the box."""
+    """Check that the mean of the samples, which lie symmetrically in a bin, is the value at the center of the bin."""
     image, scale, PH, PW = ramp(20, 24, device), 0.5, 2, 3
     x1, y1, x2, y2 = box = (5.2, 7.7, 31.4, 22.9)
     boxes = as_rows(box, device=device).requires_grad_()
@@ -89,23 +89,26 @@ def test_linear_ramp_is_reproduced(ratio: int, aligned: bool, device: str) -> No
 
 
 def test_gradient_of_widened_box(device: str) -> None:
-    """Less than a pixel wide, a box is one pixel wide whatever its end: only its beginning moves the samples."""
+    """Check that only the start of a box moves its samples if the box is narrower than a pixel.
+
+    Such a box is widened to one pixel, wherever it ends.
+    """
     boxes = as_rows((5.2, 7.7, 5.3, 9.8), device=device).requires_grad_()
     relops.roi_align(ramp(20, 24, device), boxes, 1, 1.0, 2)[0, 0].sum().backward()
     assert boxes.grad[0].tolist() == pytest.approx([0, 3, -1, 0, -1], abs=1e-12)
 
 
-def test_box_gradient_does_not_pass_the_border(device: str) -> None:
-    """Outside the centers of the outer pixels the surface is flat."""
+def test_box_gradient_is_zero_across_the_border(device: str) -> None:
+    """Check that the interpolated surface is flat outside of the centers of the outer pixels."""
     boxes = as_rows((-0.9, 4, -0.1, 6), (23.1, 4, 23.9, 6), device=device).requires_grad_()
     relops.roi_align(ramp(20, 24, device), boxes, 1, 1.0, 2)[:, 0].sum().backward()
     assert boxes.grad[1].tolist() == pytest.approx([0, 0, -1, 0, -1], abs=1e-12)
-    # Unaligned, the first box is widened to x = -0.9 .. 0.1: its samples at -0.65 and -0.15 are outside.
+    # The first box is widened to x = -0.9 .. 0.1, as aligned is False. Its samples at -0.65 and -0.15 are outside.
     assert boxes.grad[0].tolist() == pytest.approx([0, 0, -1, 0, -1], abs=1e-12)
 
 
-def share_of_samples(start: Fraction, size: Fraction, P: int, p: int, n: int) -> Fraction:
-    """Adaptive sampling of bin p on a map of n ones, on one axis, as the definition says."""
+def fraction_of_samples(start: Fraction, size: Fraction, P: int, p: int, n: int) -> Fraction:
+    """Return the exact fraction of the adaptive samples of bin p that lie on a map of n pixels, on one axis."""
     grid = ceil(size / P)
     if grid <= 0:
         return Fraction(0)
@@ -121,9 +124,9 @@ HUGE = {
     "1e9 by 10": (0, 3, 1e9, 13),
     "1e30": (0, 0, 1e30, 1e30),
     "through the map": (-5000.5, 2, 5003.25, 9),
-    "beside the map": (13, 0, 1e9, 9),
+    "next to the map": (13, 0, 1e9, 9),
     "inverted": (1e9, 1e9, 0, 0),
-    "from 1e9 on": (1e9, 1e9, 2e9, 2e9),
+    "starting at 1e9": (1e9, 1e9, 2e9, 2e9),
 }
 
 
@@ -131,10 +134,10 @@ HUGE = {
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_huge_box_has_the_value_of_the_definition(
+def test_huge_box_follows_the_definition(
     box: tuple[float, ...], aligned: bool, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
-    """Of billions of samples those on the map are counted, and divided by all."""
+    """Check that the output is the number of samples on a map of ones, divided by the billions of all samples."""
     H, W, PH, PW = 10, 12, 2, 2
     image = torch.ones(1, 4, H, W, dtype=dtype, device=device).to(memory_format=memory_format)
     boxes = as_rows(box, dtype=dtype, device=device)
@@ -142,18 +145,18 @@ def test_huge_box_has_the_value_of_the_definition(
     offset = Fraction(1, 2) if aligned else 0
     x1, y1, x2, y2 = (Fraction(coordinate) - offset for coordinate in boxes[0, 1:].tolist())
     width, height = (max(size, Fraction(1)) if not aligned else size for size in (x2 - x1, y2 - y1))
-    rows = [float(share_of_samples(y1, height, PH, p, H)) for p in range(PH)]
-    columns = [float(share_of_samples(x1, width, PW, p, W)) for p in range(PW)]
+    rows = [float(fraction_of_samples(y1, height, PH, p, H)) for p in range(PH)]
+    columns = [float(fraction_of_samples(x1, width, PW, p, W)) for p in range(PW)]
     expected = torch.tensor([[y * x for x in columns] for y in rows], dtype=torch.float64)
     torch.testing.assert_close(
         actual.cpu(), expected.expand(4, -1, -1), rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-40
     )
 
 
-def test_number_of_samples_of_a_whole_number_of_pixels(device: str) -> None:
-    """A bin of 7 pixels has 7 samples, one of a trifle more has 8."""
+def test_adaptive_number_of_samples(device: str) -> None:
+    """Check that a bin of 7 pixels has 7 samples, and that a slightly larger bin has 8."""
     image = torch.zeros(1, 1, 1, 40, dtype=torch.float64, device=device)
-    image[..., 3] = 1  # seen half by each of the samples at 2.5 and 3.5
+    image[..., 3] = 1  # the samples at 2.5 and 3.5 each give it a weight of 1/2
     boxes = as_rows((0, 0, 21, 1), (0, 0, 21 + 1e-9, 1), device=device)
     output = relops.roi_align(image, boxes, (1, 3))[:, 0, 0, 0].tolist()
     eighths = sum(max(0, 1 - abs(7 / 8 * (i + 0.5) - 3)) for i in range(8)) / 8

@@ -1,4 +1,4 @@
-"""Values and gradients of roi_pool known without its twin; what all region ops share is in test_regions.py."""
+"""Tests of the values and gradients of roi_pool without its twin. test_regions.py tests what region ops share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ in_both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_for
 
 
 def numbered(H: int, W: int, device: str) -> Tensor:
-    """Pixel (y,x) is 10 y + x: a maximum tells the bin's last row and column, that of the negative its first."""
+    """Return a map of two channels, in which pixel (y,x) is 10 y + x and the negative of that.
+
+    The maxima of the two channels show the last and the first pixel of a bin.
+    """
     image = 10.0 * torch.arange(H)[:, None] + torch.arange(W)
     return torch.stack([image, -image])[None].to(device)
 
 
-# Box, output size: first pixels y, x and last pixels y, x of each bin, on a map of 8 x 9.
+# Box, output size, and (y, x) of the first and (y, x) of the last pixel of each bin on a map of 8 x 9.
 BINS = {
     "both ends are included": ((2, 1, 4, 5), (1, 1), [(1, 2, 5, 4)]),
     "x is the first coordinate": ((1, 0, 2, 7), (1, 1), [(0, 1, 7, 2)]),
@@ -66,7 +69,7 @@ def test_bins_outside_are_zero(device: str) -> None:
     assert not output[:3].any()
     assert output[3, 0].tolist() == [[8 - 1000, 0]]
     output.sum().backward()
-    assert image.grad.sum() == 2  # of the one bin on the map, in two channels
+    assert image.grad.sum() == 2  # one bin is on the map, and there are two channels
 
 
 @in_both_formats
@@ -75,7 +78,7 @@ def test_bins_outside_are_zero(device: str) -> None:
 def test_gradient_of_a_tie_goes_to_the_first(
     memory_format: torch.memory_format, C: int, columns: int, device: str
 ) -> None:
-    """In row-major order: (1, 2) comes before (2, 0)."""
+    """Check that the first pixel is the first in row-major order, in which (1, 2) comes before (2, 0)."""
     image = torch.zeros(1, C, 4, columns, device=device)
     image[..., 1, 2] = image[..., 2, 0] = image[..., 3, 1] = 7
     image = image.to(memory_format=memory_format).requires_grad_()
@@ -88,7 +91,7 @@ def test_gradients_of_bins_and_boxes_add_up(device: str) -> None:
     image = numbered(4, 6, device).requires_grad_()
     boxes = as_rows((0, 0, 4, 0), (0, 0, 2, 0), (2, 0, 2, 0), dtype=torch.float32, device=device)
     output = relops.roi_pool(image, boxes, (1, 2))
-    assert output[:, 0, 0].tolist() == [[2, 4], [1, 2], [2, 2]]  # the last pixel of a bin
+    assert output[:, 0, 0].tolist() == [[2, 4], [1, 2], [2, 2]]  # the last pixel of each bin is its maximum
     output[:, 0].backward(torch.tensor([[[1.0, 2]], [[4, 8]], [[16, 32]]], device=device))
     assert image.grad[0, 0, 0].tolist() == [0, 4, 1 + 8 + 16 + 32, 0, 2, 0]
     assert not image.grad[0, 1].any()
@@ -97,7 +100,7 @@ def test_gradients_of_bins_and_boxes_add_up(device: str) -> None:
 @in_both_formats
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [3, 40])
-def test_nan_features_are_passed_over(
+def test_nan_features_are_ignored(
     memory_format: torch.memory_format, dtype: torch.dtype, columns: int, device: str
 ) -> None:
     image = torch.full((1, 3, 2, columns), -5.0, dtype=dtype, device=device)
@@ -113,7 +116,7 @@ def test_nan_features_are_passed_over(
 
 @in_both_formats
 def test_infinite_features(memory_format: torch.memory_format, device: str) -> None:
-    """A maximum of -inf has no gradient, as in torchvision."""
+    """Check that a maximum of -inf has no gradient, as in torchvision."""
     image = torch.full((1, 2, 2, 3), -math.inf, device=device)
     image[:, 1, 0, 1] = math.inf
     image = image.to(memory_format=memory_format).requires_grad_()
@@ -125,7 +128,7 @@ def test_infinite_features(memory_format: torch.memory_format, device: str) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_is_a_feature(dtype: torch.dtype, device: str) -> None:
-    """Not rounded again: the maximum over the whole map is the map's."""
+    """Check that the maximum over the whole map is exactly a feature, and not rounded again."""
     image = torch.randn(2, 5, 9, 70, dtype=torch.float64).to(device, dtype)
     boxes = as_rows((0, 0, 69, 8), image=1, dtype=box_dtype(dtype), device=device)
     assert torch.equal(relops.roi_pool(image, boxes, 1)[0, :, 0, 0], image[1].amax((1, 2)))
@@ -134,7 +137,7 @@ def test_output_is_a_feature(dtype: torch.dtype, device: str) -> None:
 @in_both_formats
 @pytest.mark.parametrize("W", [1, 7, 8, 9, 16, 17, 33, 64, 65, 200])
 def test_every_width_of_a_bin(memory_format: torch.memory_format, W: int, device: str) -> None:
-    """Against slices of the map, with many equal values: maxima of small integers, gradient to the first."""
+    """Compare with slices of the map. Small integers give many ties, whose gradients go to the first pixel."""
     image = torch.randint(0, 4, (1, 3, 6, W)).float().to(device).to(memory_format=memory_format).requires_grad_()
     ends = torch.randint(0, W, (20, 2)).sort(1).values
     boxes = [(x1, k % 3, x2, 2 + k % 4) for k, (x1, x2) in enumerate(ends.tolist())]
@@ -142,8 +145,8 @@ def test_every_width_of_a_bin(memory_format: torch.memory_format, W: int, device
     output.sum().backward()
     grad = torch.zeros_like(image)
     for k, (x1, y1, x2, y2) in enumerate(boxes):
-        values, places = image.detach()[0, :, y1 : y2 + 1, x1 : x2 + 1].flatten(1).max(1)
+        values, pixels = image.detach()[0, :, y1 : y2 + 1, x1 : x2 + 1].flatten(1).max(1)
         assert output[k, :, 0, 0].tolist() == values.tolist()
-        for c, place in enumerate(places.tolist()):
-            grad[0, c, y1 + place // (x2 - x1 + 1), x1 + place % (x2 - x1 + 1)] += 1
+        for c, pixel in enumerate(pixels.tolist()):
+            grad[0, c, y1 + pixel // (x2 - x1 + 1), x1 + pixel % (x2 - x1 + 1)] += 1
     assert torch.equal(image.grad, grad)

@@ -1,4 +1,7 @@
-"""Little work stays on the calling thread: waking another one can cost a scheduler's slice where all cores are busy."""
+"""Tests that small calls stay on the calling thread.
+
+If all cores are busy, waking another thread can cost a time slice of the scheduler.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import pytest
 from cases import OPS, SELECTIONS
 from conftest import run_python
 
-# The threads of a process begin at the first work that is shared among them, and stay: each op has a process of its
-# own. Samples are drawn with one thread, so that it is the op that makes others begin.
+# A process starts its threads at the first parallel work and keeps them, so each op runs in a separate process. Samples
+# are drawn with one thread, so that only the op can start other threads.
 PROGRAM = """
 import os
 import torch
@@ -22,7 +25,7 @@ def threads():
 
 def run(op, sample, dtype=torch.float32):
     inputs = op.draw(sample, dtype=dtype)
-    if "scores" in inputs:  # none suppresses another, so that they are compared with many
+    if "scores" in inputs:  # no box suppresses another, so that each box is compared with many
         inputs["boxes"] += 1000 * torch.arange(inputs["boxes"].size(-2))[:, None]
     torch.set_num_threads(8)
     op.run(inputs)
@@ -46,7 +49,7 @@ for op in OPS + SELECTIONS:
     for call in (small, large):
         pid = os.fork()
         if pid == 0:
-            torch.ones(1, requires_grad=True).sum().backward()  # what autograd begins with
+            torch.ones(1, requires_grad=True).sum().backward()  # starts the threads of autograd
             before = threads()
             call(op)
             print(op.name, call.__name__, threads() - before, flush=True)
@@ -56,13 +59,13 @@ for op in OPS + SELECTIONS:
 
 
 @pytest.fixture(scope="module")
-def begun() -> dict[tuple[str, str], int]:
-    """How many threads begin at small and at large calls of every op, of which 8 may."""
+def started_threads() -> dict[tuple[str, str], int]:
+    """Return the number of threads that a small and a large call of every op start, if 8 threads may run."""
     if sys.platform != "linux":
-        pytest.skip("counts the threads of a process in /proc")
-    done = run_python(PROGRAM, OMP_NUM_THREADS="8")
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+        pytest.skip("the threads of a process are counted in /proc, which only Linux has")
+    process = run_python(PROGRAM, OMP_NUM_THREADS="8")
+    assert process.returncode == 0, process.stderr
+    lines = [line.split() for line in process.stdout.splitlines()]
     return {(name, call): int(count) for name, call, count in lines}
 
 
@@ -70,11 +73,11 @@ on_ops = pytest.mark.parametrize("name", [op.name for op in OPS + SELECTIONS])
 
 
 @on_ops
-def test_a_small_call_wakes_no_thread(begun: dict[tuple[str, str], int], name: str) -> None:
-    """Forward and backward, also where there are more items than threads."""
-    assert begun[name, "small"] == 0
+def test_small_call_starts_no_thread(started_threads: dict[tuple[str, str], int], name: str) -> None:
+    """Check forward and backward, also for more items than threads."""
+    assert started_threads[name, "small"] == 0
 
 
 @on_ops
-def test_a_large_call_wakes_them(begun: dict[tuple[str, str], int], name: str) -> None:
-    assert begun[name, "large"] == 7
+def test_large_call_starts_all_threads(started_threads: dict[tuple[str, str], int], name: str) -> None:
+    assert started_threads[name, "large"] == 7

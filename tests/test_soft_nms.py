@@ -1,4 +1,4 @@
-"""Scores that soft_nms gives, known without its twin. Many small problems: test_search in test_nms.py."""
+"""Tests of soft_nms that do not need its twin. test_search in test_nms.py tests many small problems."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors(boxes: list, scores: list, device: str) -> tuple[Tensor, Tensor]:
 
 @both
 def test_gaussian_by_hand(op, device: str) -> None:
-    # IoU 1/2 of the first two; the third is alone.
+    # The first two boxes have an IoU of 1/2, and the third box overlaps neither of them.
     boxes, scores = tensors([[0.0, 0.0, 2.0, 1.0], UNIT, FAR], [0.9, 0.8, 0.6], device)
     keep, decayed = op(boxes, scores)
     assert keep.tolist() == [0, 2, 1]
@@ -44,14 +44,14 @@ def test_linear_by_hand(op, device: str) -> None:
     keep, decayed = op(boxes, scores, "linear", 0.25)
     assert keep.tolist() == [0, 2, 1]
     assert decayed.tolist() == pytest.approx([0.9, 0.6, 0.4], rel=1e-6)
-    keep, decayed = op(boxes, scores, "linear", 0.5)  # which IoU 1/2 does not exceed
+    keep, decayed = op(boxes, scores, "linear", 0.5)  # an IoU of 1/2 does not exceed the threshold
     assert keep.tolist() == [0, 1, 2]
     assert torch.equal(decayed, scores)
 
 
 @both
-def test_decay_by_all_that_are_kept_before(op, device: str) -> None:
-    """Also by those that have decayed themselves; not by those that fell to the threshold."""
+def test_all_previously_kept_boxes_lower_a_score(op, device: str) -> None:
+    """Check that boxes with lowered scores lower other scores, and that boxes below the threshold do not."""
     boxes, scores = tensors(
         [[0.0, 0.0, 10.0, 1.0], [4.0, 0.0, 14.0, 1.0], [8.0, 0.0, 18.0, 1.0]], [0.9, 0.8, 0.1], device
     )
@@ -70,7 +70,7 @@ def test_decay_by_all_that_are_kept_before(op, device: str) -> None:
 @both
 def test_identical_boxes(op, device: str) -> None:
     boxes, scores = tensors([UNIT] * 4, [0.5] * 4, device)
-    keep, decayed = op(boxes, scores, "linear")  # times 1 - 1
+    keep, decayed = op(boxes, scores, "linear")  # the factor is 1 - 1
     assert keep.tolist() == [0] and decayed.tolist() == [0.5]
     keep, decayed = op(boxes, scores, sigma=1.0)
     assert keep.tolist() == [0, 1, 2, 3]
@@ -79,7 +79,7 @@ def test_identical_boxes(op, device: str) -> None:
 
 @both
 @methods
-def test_classes_do_not_meet(op, method: str, device: str) -> None:
+def test_classes_do_not_affect_each_other(op, method: str, device: str) -> None:
     boxes, scores = tensors([UNIT] * 3, [0.5, 0.75, 0.5], device)
     keep, decayed = op(boxes, scores, method, idxs=torch.tensor([-1, 2**63 - 1, -(2**63)], device=device))
     assert keep.tolist() == [1, 0, 2] and decayed.tolist() == [0.75, 0.5, 0.5]
@@ -87,7 +87,7 @@ def test_classes_do_not_meet(op, method: str, device: str) -> None:
 
 @both
 @methods
-def test_a_score_equal_to_the_threshold_does_not_count(op, method: str, device: str) -> None:
+def test_score_equal_to_the_threshold_is_dropped(op, method: str, device: str) -> None:
     boxes, scores = tensors([UNIT, FAR, [9.0, 0.0, 10.0, 1.0]], [0.5, 0.25, -1.0], device)
     for threshold, expected in ((0.0, [0, 1]), (0.25, [0]), (0.2, [0, 1]), (0.5, [])):
         assert op(boxes, scores, method, score_threshold=threshold)[0].tolist() == expected
@@ -111,7 +111,7 @@ def test_absent_entries(op, method: str, device: str) -> None:
 @both
 @methods
 def test_no_decay_without_an_iou(op, method: str, device: str) -> None:
-    """Boxes without area, and those whose area is beyond float32."""
+    """Check boxes without area, and boxes whose area is too large for float32."""
     huge = [-1e30, -1e30, 1e30, 1e30]
     for box in ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0], huge):
         boxes, scores = tensors([box, UNIT, box], [0.9, 0.8, 0.7], device)
@@ -136,7 +136,7 @@ def test_dtypes(op, device: str) -> None:
 
 
 @methods
-def test_batch_is_image_by_image_padded(method: str, device: str) -> None:
+def test_batch_equals_a_padded_loop_over_images(method: str, device: str) -> None:
     images = [clustered([40, 30], boxes_per_object=8, seed=b) for b in range(3)]
     boxes, scores, idxs = (torch.stack(x).to(device) for x in zip(*images))
     boxes, scores = boxes.float(), scores.float()
@@ -158,7 +158,7 @@ def test_batch_is_image_by_image_padded(method: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("K", [1, 7, 63, 64, 65, 130, 257, 1025])
 def test_many_boxes(K: int, method: str, dtype: torch.dtype, device: str) -> None:
-    """By index: where two scores are nearly the same rounding may decide which comes first."""
+    """Compare scores by index, because rounding may decide which of two nearly equal scores comes first."""
     boxes, scores, idxs = clustered([K - K // 3, K // 3], boxes_per_object=10, seed=K)
     boxes, scores, idxs = boxes.to(device, dtype), scores.to(device, dtype), idxs.to(device)
     options = {"method": method, "iou_threshold": 0.3, "sigma": 0.5, "score_threshold": 1e-3}

@@ -1,4 +1,4 @@
-"""The ops that torchvision has too, against torchvision's: outputs and gradients."""
+"""Comparisons of outputs and gradients with torchvision, for all ops that torchvision has too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REGION_OPTIONS = [
 def with_gradient(f: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
     leaf = image.clone().requires_grad_()
     output = f(leaf)
-    # What torchvision makes 0 / 0 is 0 here.
+    # relops returns 0 if torchvision computes 0 / 0.
     output = torch.where(output.isnan(), 0, output)
     return output.detach(), torch.autograd.grad(output, leaf, grad_like(output))[0]
 
@@ -48,7 +48,7 @@ def test_region(region: Region, options: dict, case: Regions, dtype: torch.dtype
     (image,) = (x.to(device, dtype) for x in region.features(case))
     boxes = random_boxes(case).to(device, dtype)
     if options.get("sampling_ratio") == -1:
-        # Of inverted ones torchvision wants as many samples as there are bytes, and more.
+        # For inverted boxes torchvision would compute more samples than memory can hold.
         boxes[:, 1:] = torch.cat([boxes[:, 1:3].minimum(boxes[:, 3:]), boxes[:, 1:3].maximum(boxes[:, 3:])], 1)
 
     options = replace(case, **options).options(region.name)
@@ -57,12 +57,13 @@ def test_region(region: Region, options: dict, case: Regions, dtype: torch.dtype
         return lambda x: getattr(module, region.name)(x, boxes, **options)
 
     actual, expected = with_gradient(by(relops), image), with_gradient(by(torchvision.ops), image)
-    # torchvision computes places of samples in the dtype of the features: an error of a few roundings of 150 pixels.
+    # torchvision computes sample positions in the dtype of the features, and their error is a few roundings of 150
+    # pixels.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=tolerance * image.abs().max().item())
-    if region.name != "ps_roi_pool":  # whose gradient there is not that of its forward
-        of_largest = expected[1].abs().max().item()
-        torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=tolerance * of_largest)
+    if region.name != "ps_roi_pool":  # in torchvision its gradient does not belong to its forward
+        largest = expected[1].abs().max().item()
+        torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize(("region", "options"), REGION_OPTIONS)
@@ -79,13 +80,12 @@ def test_multi_scale_roi_align(dtype: torch.dtype, device: str) -> None:
     features = [torch.randn(2, 4, size >> level + 2, size >> level + 2, dtype=torch.float64) for level in range(4)]
     features = [x.to(device, dtype).requires_grad_() for x in features]
     boxes = random_boxes(Regions(H=size, W=size, K=45, spatial_scale=1.0)).to(device, dtype)
-    boxes = boxes[
-        [k for k in range(45) if k % 9 != 7]
-    ]  # of the negative area of some inverted ones there it takes a root
+    # Inverted boxes are left out, because torchvision takes the square root of their area, which may be negative.
+    boxes = boxes[[k for k in range(45) if k % 9 != 7]]
     boxes = boxes[boxes[:, 0].argsort(stable=True)]
-    of_images = [boxes[boxes[:, 0] == n, 1:] for n in range(2)]
+    boxes_of_images = [boxes[boxes[:, 0] == n, 1:] for n in range(2)]
     pooler = torchvision.ops.MultiScaleRoIAlign([str(level) for level in range(4)], (7, 7), sampling_ratio=2)
-    expected = pooler({str(level): x for level, x in enumerate(features)}, of_images, [(size, size)] * 2)
+    expected = pooler({str(level): x for level, x in enumerate(features)}, boxes_of_images, [(size, size)] * 2)
     actual = relops.multi_scale_roi_align(features, boxes, (7, 7), scales)
     grad = grad_like(actual)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3
@@ -113,7 +113,10 @@ def test_box_iou(name: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
 def test_box_iou_of_integers(name: str, dtype: torch.dtype, device: str) -> None:
-    """Beside integers, too. Of 64-bit integers torchvision's result is float32, where it is float64 here."""
+    """Compare boxes of `dtype` with each other and with int64 boxes.
+
+    Results may differ in dtype: for 64-bit integers torchvision returns float32 and relops float64.
+    """
     corner, size = torch.randint(1, 60, (2, 150, 2), device=device)
     a, b = torch.cat([corner, corner + size], 1).split([50, 100])
     for x, y in ((a.to(dtype), b), (a, b.to(dtype)), (a.to(dtype), b.to(dtype))):
@@ -123,7 +126,7 @@ def test_box_iou_of_integers(name: str, dtype: torch.dtype, device: str) -> None
 @float64_and_float32
 @pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
 def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> None:
-    """On a grid, inverted ones among them. What torchvision makes 0 / 0 has a value here."""
+    """Compare boxes on a grid, some of which are inverted. relops returns a number if torchvision computes 0 / 0."""
     boxes = torch.randint(-2, 4, (150, 4)).to(device, dtype)
     actual, expected = (getattr(module, name)(boxes[:50], boxes[50:]) for module in (relops, torchvision.ops))
     assert expected.isfinite().any() and not expected.isfinite().all() and actual.isfinite().all()
@@ -133,7 +136,7 @@ def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> Non
 @float64_and_float32
 @pytest.mark.parametrize("iou_threshold", [0.2, 0.5, 0.8])
 def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
-    """On boxes at positive coordinates, whose IoU is not within a rounding of the threshold."""
+    """Use positive coordinates, and boxes whose IoUs differ from the threshold by more than rounding errors."""
     boxes, scores, idxs = (x.to(device) for x in clustered([700, 500, 300, 100], boxes_per_object=12))
     boxes, scores = (boxes - boxes.min()).to(dtype), scores.to(dtype)
     expected = torchvision.ops.nms(boxes, scores, iou_threshold)
@@ -143,7 +146,7 @@ def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
 
 
 def test_nms_at_the_threshold() -> None:
-    """An IoU of exactly 3/10: what the documentation says of torchvision's CPU kernel."""
+    """Check an IoU of exactly 3/10, about which the documentation describes torchvision's CPU kernel."""
     boxes, scores = torch.tensor([[0.0, 0.0, 10.0, 1.0], [0.0, 0.0, 3.0, 1.0]]), torch.tensor([0.2, 0.1])
     assert relops.nms(boxes, scores, 0.3).tolist() == [0, 1]
     assert torchvision.ops.nms(boxes, scores, 0.3).tolist() == [0]
@@ -151,5 +154,5 @@ def test_nms_at_the_threshold() -> None:
 
 @pytest.mark.parametrize("name", ["nms", "batched_nms"])
 def test_nms_takes_the_same_arguments(name: str) -> None:
-    mine, theirs = (inspect.signature(getattr(module, name)).parameters for module in (relops, torchvision.ops))
-    assert list(mine) == list(theirs)
+    actual, expected = (inspect.signature(getattr(module, name)).parameters for module in (relops, torchvision.ops))
+    assert list(actual) == list(expected)

@@ -1,4 +1,4 @@
-"""A whole detector of Hugging Face transformers, with relops in place of its sampling."""
+"""A test of a whole detector of Hugging Face transformers whose sampling is replaced with relops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ H, W = 480, 640
 
 @pytest.fixture(scope="module")
 def detector() -> torch.nn.Module:
-    """Deformable DETR with four levels and random weights: nothing is downloaded."""
+    """Return a Deformable DETR with four levels and random weights, so that nothing is downloaded."""
     torch.manual_seed(0)
     backbone = transformers.ResNetConfig(
         embedding_size=16,
@@ -42,14 +42,15 @@ def detector() -> torch.nn.Module:
     model = transformers.DeformableDetrForObjectDetection(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # They begin as zeros, with every location exactly on a pixel, where its gradient jumps.
+            # These weights are initialized to zero, so that every location is exactly on a pixel center, where its
+            # gradient jumps.
             if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
                 parameter.normal_(std=0.05)
     return model
 
 
 def photographs() -> dict[str, Tensor]:
-    """Two of 480 x 640, the second padded on the right and below: smooth shapes and noise, normalized."""
+    """Return two normalized images of 480 x 640 of smooth shapes and noise. The second is padded right and below."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.randn(2, 3, 12, 16, generator=generator)
     pixels = torch.nn.functional.interpolate(coarse, (H, W), mode="bicubic")
@@ -74,19 +75,19 @@ def outputs_and_gradients(model: torch.nn.Module, device: str) -> dict[str, Tens
     }
 
 
-def test_swapped_detector_gives_the_same(detector: torch.nn.Module, device: str) -> None:
+def test_detector_with_replaced_modules_is_equivalent(detector: torch.nn.Module, device: str) -> None:
     detector = detector.to(device)
-    own = [module for module in detector.modules() if type(module).__name__ == "MultiScaleDeformableAttention"]
-    assert len(own) == 4
+    modules = [module for module in detector.modules() if type(module).__name__ == "MultiScaleDeformableAttention"]
+    assert len(modules) == 4
     expected = outputs_and_gradients(detector, device)
-    original, calls = type(own[0]), []
-    for module in own:
+    original, calls = type(modules[0]), []
+    for module in modules:
         module.__class__ = relops.nn.MultiScaleDeformableAttention
         module.register_forward_hook(lambda module, arguments, output: calls.append(output))
     try:
         actual = outputs_and_gradients(detector, device)
     finally:
-        for module in own:
+        for module in modules:
             module.__class__ = original
             module._forward_hooks.clear()
     assert len(calls) == 4
