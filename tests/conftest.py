@@ -180,7 +180,7 @@ def run_python(program: str, **more: str) -> subprocess.CompletedProcess:
 
 
 def resident_growth(begin: str, small: str, large: str) -> int:
-    """Return by how many KB the statements `large` raise the peak resident set that `begin` and `small` reached."""
+    """Return how many KB the statements `large` add to the peak resident set size after `begin` and `small`."""
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KB only on Linux")
     process = run_python(
@@ -274,8 +274,8 @@ def tolerances(dtype: torch.dtype) -> tuple[float, float]:
     """Return the tolerances for comparing a result of this dtype with the float64 twin.
 
     The first tolerance is relative to each value, the second is a fraction of the largest value. 16-bit results are
-    float32 sums that are rounded once, so their relative tolerance is twice the rounding error of the dtype, and the
-    second one is that of float32.
+    float32 sums that are rounded once, so their relative tolerance is twice the rounding error of the dtype, and their
+    second tolerance is that of float32.
     """
     return {
         torch.float64: (1e-12, 1e-13),
@@ -312,7 +312,7 @@ def assert_matches_twin(op: Op, inputs: Inputs, dtype: torch.dtype | None = None
 
 
 def assert_same_selection(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Assert that two results are equal, because they come from the same kernels and the same numbers."""
+    """Assert that two results of the same kernels on the same numbers are equal."""
     for x, y in zip(actual, expected, strict=True):
         assert x.dtype == y.dtype
         torch.testing.assert_close(x, y, rtol=0, atol=0)

@@ -1,6 +1,6 @@
-"""Tests of the properties that all differentiable ops share. An op gets all of them with an entry in cases.OPS.
+"""Tests of the properties that all differentiable ops share. They run for every op that has an entry in cases.OPS.
 
-test_contract_selection.py has the tests for ops that select.
+The tests of ops that return indices are in test_contract_selection.py.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ on_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Assert that two results are equal, because they come from the same kernels and the same numbers.
+    """Assert that two results of the same kernels on the same numbers are equal.
 
-    Sums may be in a different order, on CUDA or if memory formats differ, and are then compared with a tolerance.
+    On CUDA, or if memory formats differ, the order of sums may differ, and results are compared with a tolerance.
     """
     cuda_kernels = actual["output"].is_cuda or cuda_emulation.in_use
     in_order = not cuda_kernels and actual["output"].stride() == expected["output"].stride()
@@ -295,7 +295,7 @@ def test_empty(op: Op, sample: Sample, device: str, dtype: torch.dtype) -> None:
 
 @on_samples
 def test_meta_tensors(op: Op, sample: Sample) -> None:
-    """Check the shapes, strides and dtypes of meta tensors, with which users infer shapes without a compiler."""
+    """Check the shapes, strides and dtypes of meta tensors, which allow shape inference without a compiler."""
     inputs = op.draw(sample)
     meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in inputs.items()}
     actual, expected = op.function(**meta), op.function(**inputs)
@@ -394,7 +394,7 @@ def test_export_dynamic_shapes(op: Op, device: str, fresh_compiler: None) -> Non
 def test_autocast(op: Op, sample: Sample, device: str, autocast_dtype: torch.dtype) -> None:
     """Check that every mixture of dtypes works under autocast without explicit casts.
 
-    Linear layers return 16-bit tensors there, and tensors that pass through no linear layer stay float32.
+    Under autocast, linear layers return 16-bit tensors, and tensors that pass through no linear layer stay float32.
     """
     f32 = torch.float32
     narrow_features = op.cast(op.draw(sample, device), autocast_dtype, f32)
@@ -425,7 +425,7 @@ def test_vmap(op: Op, sample: Sample, device: str) -> None:
     scale = torch.linspace(0.9, 1.1, B, device=device)
 
     def batched(name: str, dim: int) -> Tensor:
-        """Stack B variants of an argument. Variant b scales features by `scale[b]`, and rolls other rows by b."""
+        """Stack B variants of an argument: features times `scale[b]`, or other arguments with rows rolled by b."""
         x = inputs[name]
         entries = [x * scale[b].to(x.dtype) if name in op.features else x.roll(b, 0) for b in range(B)]
         return torch.stack(entries, dim)

@@ -1,4 +1,7 @@
-"""Tests of the properties that all ops that select share. An op gets all of them with an entry in cases.SELECTIONS."""
+"""Tests of the properties that all ops share whose outputs are indices and perhaps scores.
+
+They run for every op that has an entry in cases.SELECTIONS.
+"""
 
 from __future__ import annotations
 
@@ -143,10 +146,10 @@ on_integer_boxes = pytest.mark.parametrize("op", SUPPRESSIONS, ids=lambda op: op
 def integer_boxes(op: Selection, dtype: torch.dtype, device: str) -> tuple[Inputs, Inputs]:
     """Return inputs with integer boxes, and the equivalent inputs with floating-point boxes.
 
-    They are those of a batch if the op accepts batches, and of one image otherwise.
+    The inputs are a batch if the op accepts batches, and a single image otherwise.
     """
     inputs = op.draw(op.samples.get("batch", first_sample(op)), device)
-    whole = inputs["boxes"] + 4  # a corner may be at -4
+    whole = inputs["boxes"] + 4  # corners are at -4 or more, but some of the dtypes are unsigned
     assert torch.equal(whole, whole.round()) and whole.min() >= 0
     floating = torch.float64 if dtype.itemsize == 8 else torch.float32
     return inputs | {"boxes": whole.to(dtype)}, inputs | {"boxes": whole.to(floating)}

@@ -19,8 +19,8 @@ from relops import reference
 
 INF, NAN = math.inf, math.nan
 
-# Problems with fewer rows than columns, as many, and more, with a side of one, and with more rows or columns than a
-# vector or a warp has lanes.
+# Sizes of problems with fewer, as many and more rows than columns, with a single row or column, and with more rows or
+# columns than a vector or a warp has lanes.
 SIZES = [(1, 1), (1, 5), (5, 1), (3, 4), (4, 4), (5, 3), (7, 40), (40, 7), (33, 33), (70, 130), (130, 70)]
 
 
@@ -279,7 +279,10 @@ def test_integer_costs(dtype: torch.dtype, device: str) -> None:
 
 
 def test_many_problems(device: str) -> None:
-    """Check that more problems than threads give the same results in every run, and the same as one by one."""
+    """Check that problems get the same results in every run, and when they are solved one by one.
+
+    There are more problems than threads, and their sizes differ.
+    """
     B, R, C = 200, 25, 18
     cost = random_costs(B, R, C).to(device, torch.float32)
     sizes = [random_sizes(B, limit, seed).to(device) for seed, limit in enumerate((R, C))]

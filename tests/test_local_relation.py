@@ -197,7 +197,7 @@ def test_logits_far_from_zero(similarity: str, dtype: torch.dtype, device: str) 
 def test_non_finite_numbers_affect_only_their_windows(
     border: str, similarity: str, bad: float, stride: int, device: str
 ) -> None:
-    """Check that such a number does not spread within the vectors and tiles that the kernels process."""
+    """Check that a non-finite number does not spread within the vectors and tiles that the kernels process."""
     case = Windows(N=2, C=10, G=2, H=13, W=21, k=3, stride=stride, similarity=similarity, border=border)
     inputs = draw(case, device, torch.float32)
     clean = OP.run(inputs)
@@ -267,7 +267,7 @@ def test_channels_last_is_preserved(dtype: torch.dtype, stride: int, device: str
 
 
 def test_windows_of_a_crop(device: str) -> None:
-    """Check a crop of a larger map, which is read without a copy, and whose windows end at the border of the crop."""
+    """Check that windows end at the border of a crop, which is read from the larger map without a copy."""
     inputs = draw(Windows(), device)
     large = {name: F.pad(inputs[name], (2, 3, 1, 2), value=math.nan) for name in ("query", "key", "value")}
     crop = {name: x[:, :, 1:-2, 2:-3] for name, x in large.items()}
@@ -308,7 +308,7 @@ def step(rows):
     cut = [t[:, :, :rows] for t in leaves[:3]]
     relops.local_relation(*cut, leaves[3], kernel_size=7).sum().backward()
 """
-    # The limit covers the output, its gradients, and the gradients of the whole tensors to which autograd adds them.
+    # The limit covers the output and the gradients of the slices, which autograd adds to gradients of whole tensors.
     assert resident_growth(begin, "step(4)", "step(56)") < 32 * 1024
 
 
@@ -325,7 +325,7 @@ def step(k):
 
 
 def test_fake_kernel_of_the_backward() -> None:
-    """Check every combination of needed gradients, with 16-bit maps and a float32 prior."""
+    """Check the fake kernel for every combination of needed gradients, with 16-bit maps and a float32 prior."""
     inputs = draw(Windows(), dtype=torch.bfloat16)
     arguments = (grad_like(OP.function(**inputs)), *OP.raw(inputs).values())
     backward = torch.ops.relops._local_relation_backward.default

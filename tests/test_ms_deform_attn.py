@@ -92,7 +92,7 @@ def test_linear_ramp_is_reproduced(device: str) -> None:
 
 @both
 def test_constant_value_is_returned(op: Op, device: str) -> None:
-    """Check that weights that add up to 1, over samples inside of the maps, return the constant value of all levels."""
+    """Check that a constant value is returned if all samples are inside the maps and their weights add up to 1."""
     inputs = draw(op, DeformAttn(levels=((4, 6), (3, 3)), P=3), device, torch.float64)
     inputs["value"] = torch.full_like(inputs["value"], 2.5)
     if op is FUSED:
@@ -136,7 +136,7 @@ def test_gradient_of_location_is_the_slope(device: str) -> None:
 
 # ---- Against the twin ----
 
-DEFORMABLE_DETR = ((6, 4), (3, 2))  # the levels in the test of its repository, with N1 M2 L2 P2 Q2
+DEFORMABLE_DETR = ((6, 4), (3, 2))  # the levels that Deformable DETR's own test uses, with N1 M2 L2 P2 Q2
 SHAPES = {
     **{f"Deformable-DETR D{D}": DeformAttn(DEFORMABLE_DETR, 1, 2, 2, D, 2) for D in (30, 32, 64, 71, 1025, 2048, 3096)},
     "batch 3": DeformAttn(((5, 4), (2, 3)), N=3, D=16),
@@ -189,7 +189,10 @@ def test_fused_equals_unfused(case: DeformAttn, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("level", [(100, 167), (540, 960)], ids=str)
 def test_accuracy_in_16_bit(op: Op, dtype: torch.dtype, level: tuple[int, int], device: str) -> None:
-    """Compare with the twin on float64 inputs that were never rounded. 16-bit coordinates would be wrong by a third."""
+    """Compare with the twin on float64 inputs that were never rounded.
+
+    With 16-bit coordinates, the error would be a third of the result.
+    """
     case = DeformAttn((level,), N=1, Q=300, M=1, D=8)
     exact = op.draw(sample_case(op, case), device, torch.float64)
     actual = op.function(**op.cast(exact, dtype, torch.float32)).double()
@@ -373,7 +376,7 @@ def test_backward_op_returns_only_needed_gradients(needs_grad: tuple[bool, ...],
 
 @both
 def test_compile_with_lists_of_sizes(op: Op) -> None:
-    """Check that lists of sizes do not recompile forever when `dynamic=True` makes them variables of the graph."""
+    """Check that new sizes in a list recompile at most once with `dynamic=True`, which makes them variables."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
@@ -419,7 +422,10 @@ def oracle(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Run the twin without samples and levels that contribute zero. It needs finite locations and non-empty levels."""
+    """Run the twin without samples and levels that contribute zero.
+
+    The twin itself needs finite locations and non-empty levels.
+    """
     shapes = torch.as_tensor(spatial_shapes)
     areas = shapes.prod(-1)
     starts = areas.cumsum(0) - areas if level_start_index is None else level_start_index
@@ -536,7 +542,10 @@ def test_cuda_graph(op: Op, shapes: str) -> None:
     ids=str,
 )
 def test_cuda_invalid_levels_on_the_device_give_nan(op: Op, name: str, sizes: list) -> None:
-    """Check that the output is NaN and kernels read only their tensors. The host would have to wait to check sizes."""
+    """Check that invalid sizes on the device give NaN, and that kernels read nothing outside of their tensors.
+
+    The host could check such sizes only with a synchronization.
+    """
     inputs = draw(op, DeformAttn(), "cuda") | {name: torch.tensor(sizes, device="cuda")}
     results = op.run(inputs)
     torch.cuda.synchronize()
@@ -558,7 +567,10 @@ def test_cuda_device_that_is_not_current(op: Op) -> None:
 @needs_cuda
 @both
 def test_cuda_memory(op: Op) -> None:
-    """Check that outputs and inputs bound the memory, so that sampled values (or fused locations) are not stored."""
+    """Check that the memory is bounded by outputs and inputs.
+
+    Sampled values are not stored, and in the fused op neither are locations and weights.
+    """
     inputs = draw(op, DeformAttn(((64, 64), (32, 32)), N=2, Q=4096, M=8, D=32), "cuda")
     inputs = {n: x.requires_grad_() if n in op.differentiable else x for n, x in inputs.items()}
 

@@ -202,7 +202,7 @@ def assert_postprocessed(actual: tuple[torch.Tensor, ...], kept: int, given: tup
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("inductor", True)])
 def test_compiled_with_any_number_kept(backend: str, dynamic: bool | None, device: str, fresh_compiler: None) -> None:
-    """Check any number of kept boxes. With torchvision's nms, such a graph needs at least two."""
+    """Check graphs that keep any number of boxes. A graph with torchvision's nms must keep at least two."""
     compiled = torch.compile(postprocess, fullgraph=True, backend=backend, dynamic=dynamic)
     for kept, K in ((3, 5), (0, 5), (1, 5), (5, 5), (1, 9), (0, 12), (1, 1), (0, 0)):
         given = detections(kept, K, device)

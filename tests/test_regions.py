@@ -220,7 +220,7 @@ for region in REGION_OPS.values():
 def test_memory_does_not_grow_with_the_output() -> None:
     """Check that a thread needs a few MB in addition to inputs, results and float32 sums of gradients.
 
-    The need must not grow with the number of bins or with the number of pixels in a bin.
+    This amount must not grow with the number of bins or with the number of pixels in a bin.
     """
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KB only on Linux")
@@ -337,7 +337,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
 def test_non_finite_coordinate(
     region: Region, bad: float, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
-    """Check that such a box gives zeros and gets a zero gradient, and that the other boxes are not affected."""
+    """Check that a box with a non-finite coordinate gives zeros, gets a zero gradient and affects no other box."""
     case = Regions(K=14, **region.options[0])
     features, boxes = draw(region, case, device, dtype)
     features = [x.to(memory_format=memory_format) for x in features]

@@ -142,7 +142,7 @@ def test_equals_attention_without_geometry(bias: float, device: str) -> None:
 
 
 def test_large_logits(device: str) -> None:
-    """Check that large logits do not overflow, which their exponentials would without subtracting the largest logit."""
+    """Check that the largest logit is subtracted before the exponential, which would overflow otherwise."""
     inputs = draw(Relations(K=40, D=16), device, torch.float32, scale=30.0)
     assert_matches(OP.function(**inputs), OP.run_twin(inputs)["output"], noise=30 * OP.noise)
     inputs["scale"] = 1e4
@@ -297,7 +297,7 @@ def test_invalid_box(geometry: str, box: tuple[float, ...], dtype: torch.dtype, 
 @pytest.mark.parametrize("size", [1e4, 1e9, 1e15, 1e30, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_huge_coordinates(dtype: torch.dtype, size: float, device: str) -> None:
-    """Check that results are finite if the definition is finite, and that they take a bounded time."""
+    """Check that results are finite if the definition is finite, and that computing them takes bounded time."""
     inputs = draw(Relations(), device, dtype)
     for change in (lambda x: x * size, lambda x: x + size, lambda x: x - size):
         changed = {name: change(inputs[name].double()).to(dtype) for name in ("query_boxes", "key_boxes")}
@@ -346,7 +346,7 @@ def test_clamped_weights_have_no_gradient(device: str) -> None:
 
 
 def test_clamped_distances_have_no_gradient(device: str) -> None:
-    """Use only distances, between boxes with the same center. They are clamped, so moving the boxes changes nothing."""
+    """Check that boxes with the same center get no gradient from their distances, which are clamped."""
     inputs = draw(Relations(), device)
     inputs["geometry_weight"][:, 32:] = 0
     half = torch.rand(2, 9, 2, dtype=torch.float64, device=device) * 100 + 1

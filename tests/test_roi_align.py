@@ -103,7 +103,7 @@ def test_box_gradient_is_zero_across_the_border(device: str) -> None:
     boxes = as_rows((-0.9, 4, -0.1, 6), (23.1, 4, 23.9, 6), device=device).requires_grad_()
     relops.roi_align(ramp(20, 24, device), boxes, 1, 1.0, 2)[:, 0].sum().backward()
     assert boxes.grad[1].tolist() == pytest.approx([0, 0, -1, 0, -1], abs=1e-12)
-    # The first box is widened to x = -0.9 .. 0.1, as aligned is False. Its samples at -0.65 and -0.15 are outside.
+    # The first box is not aligned and is widened to x = -0.9 .. 0.1, so its samples at -0.65 and -0.15 are outside.
     assert boxes.grad[0].tolist() == pytest.approx([0, 0, -1, 0, -1], abs=1e-12)
 
 

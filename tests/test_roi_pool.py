@@ -18,7 +18,7 @@ in_both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_for
 
 
 def numbered(H: int, W: int, device: str) -> Tensor:
-    """Return a map of two channels, in which pixel (y,x) is 10 y + x and the negative of that.
+    """Return a map of two channels, whose pixels (y,x) are 10 y + x and -(10 y + x).
 
     The maxima of the two channels show the last and the first pixel of a bin.
     """
@@ -78,7 +78,7 @@ def test_bins_outside_are_zero(device: str) -> None:
 def test_gradient_of_a_tie_goes_to_the_first(
     memory_format: torch.memory_format, C: int, columns: int, device: str
 ) -> None:
-    """Check that the first pixel is the first in row-major order, in which (1, 2) comes before (2, 0)."""
+    """Check that pixels are ordered by rows, so that (1, 2) comes before (2, 0)."""
     image = torch.zeros(1, C, 4, columns, device=device)
     image[..., 1, 2] = image[..., 2, 0] = image[..., 3, 1] = 7
     image = image.to(memory_format=memory_format).requires_grad_()

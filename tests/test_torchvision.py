@@ -61,7 +61,7 @@ def test_region(region: Region, options: dict, case: Regions, dtype: torch.dtype
     # pixels.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=tolerance * image.abs().max().item())
-    if region.name != "ps_roi_pool":  # in torchvision its gradient does not belong to its forward
+    if region.name != "ps_roi_pool":  # torchvision's backward of ps_roi_pool does not match its forward
         largest = expected[1].abs().max().item()
         torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=tolerance * largest)
 
@@ -146,7 +146,7 @@ def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
 
 
 def test_nms_at_the_threshold() -> None:
-    """Check an IoU of exactly 3/10, about which the documentation describes torchvision's CPU kernel."""
+    """Check what the documentation says about torchvision's CPU kernel, with an IoU of exactly 3/10."""
     boxes, scores = torch.tensor([[0.0, 0.0, 10.0, 1.0], [0.0, 0.0, 3.0, 1.0]]), torch.tensor([0.2, 0.1])
     assert relops.nms(boxes, scores, 0.3).tolist() == [0, 1]
     assert torchvision.ops.nms(boxes, scores, 0.3).tolist() == [0]

@@ -131,11 +131,11 @@ class Op(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Case):
-    """An op that selects. Its outputs are indices, which equal the twin's, and perhaps scores. None has a gradient."""
+    """An op whose outputs are indices, which equal the twin's, and perhaps scores. No output has a gradient."""
 
     floats: tuple[str, ...]  # floating-point arguments, whose dtypes may differ
     widened: bool = True  # 16-bit arguments are converted to float32 before the kernels get them
-    # Brings outputs into a form that equals the twin's except for the rounding of scores.
+    # Converts outputs to a form that equals the twin's except for the rounding of scores.
     comparable: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
     # Whether the op waits for the device, because the sizes of its outputs depend on values.
     synchronizes: Callable[[Inputs], bool] = lambda inputs: False

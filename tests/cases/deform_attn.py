@@ -47,7 +47,7 @@ class DeformAttn:
         return torch.tensor(self.levels, dtype=torch.float64).flip(-1)[:, None].clamp(min=1)
 
     def locations(self, generator: torch.Generator) -> Tensor:
-        """Return points inside and up to two pixels outside of the maps.
+        """Return points inside the maps and up to two pixels outside.
 
         They keep a distance from pixel centers, where the gradient jumps.
         """
@@ -126,9 +126,9 @@ def shapes_as_tensor(inputs: Inputs) -> Inputs:
 
 
 def bad_deform_attn(locations: str, weights: str) -> tuple[Bad, ...]:
-    """Return invalid changes to the sample "typical", in which arguments have these sizes.
+    """Return invalid changes to the sample "typical".
 
-    Levels are (6,4) and (3,2), S = 30, N = 2, Q = 5, M = 3, D = 8, P = 4; the dtype is float32.
+    That sample is float32 and has levels (6,4) and (3,2), S = 30, N = 2, Q = 5, M = 3, D = 8 and P = 4.
     """
     shapes, starts = "spatial_shapes", "level_start_index"
     coordinates = [

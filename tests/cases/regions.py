@@ -48,7 +48,7 @@ class Regions:
     sampling_ratio: int = -1
     aligned: bool = False
     channels_last: bool = False
-    canonical: float | None = None  # side of a box between the first two levels; None: a sixth of the map's side
+    canonical: float | None = None  # side of a box on the boundary of the first two levels; None: 1/6 of the map's side
 
     @property
     def spatial_scales(self) -> list[float]:
@@ -80,7 +80,10 @@ class Regions:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def boxes(self, generator: torch.Generator, is_sensitive: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return K boxes of many sizes, inside the map, across its border and outside, that are not sensitive."""
+        """Return K boxes of many sizes that lie inside the map, across its border and outside.
+
+        Boxes are left out if `is_sensitive` returns True for them, which means that rounding may decide their result.
+        """
         M = 100 * self.K + 1
         width_height = torch.tensor([self.W, self.H], dtype=torch.float64).clamp(min=1)
         center, extent = torch.rand(2, M, 2, generator=generator, dtype=torch.float64)

@@ -99,7 +99,7 @@ def as_rows(*boxes: Sequence[float], image: int = 0, dtype: torch.dtype = torch.
 
 
 def random_boxes(case: Regions, inside: bool = False) -> Tensor:  # [K,5] float64
-    """Return random boxes, which are inside of the map or cross its border.
+    """Return random boxes, which are inside the map or cross its border.
 
     Unless `inside` is true, one in nine is tiny, one in nine is inverted and one in nine has no area. All coordinates
     are float32 numbers, so that the ops get the same boxes in float32 and float64.

@@ -65,7 +65,7 @@ def pair_embedding(boxes: Tensor, num_keys: int, geometry: str) -> Tensor:
 def relation(
     features: Tensor, embedding: Tensor, p: Parameters, heads: int, prefix: str = "", index: int = 1
 ) -> Tensor:
-    """Return the relation features [K,C], which do not include the features [K,C] themselves.
+    """Return the relation features [K,C] of `features` [K,C], without adding `features` to them.
 
     `embedding` is [K,num_keys,64].
     """
@@ -180,13 +180,13 @@ def right_ones(boxes: list, objects: list, threshold: float) -> set[int]:
     return set(best.values())
 
 
-def removal_loss(s0: Tensor, s1: Tensor, right: list[set[int]], positive_weight: float) -> Tensor:
+def removal_loss(s0: Tensor, s1: Tensor, correct: list[set[int]], positive_weight: float) -> Tensor:
     """Return the summed loss of one class with scores s0 [n] and s1 [n,E].
 
-    `right` holds the ranks of the correct boxes for each threshold.
+    `correct` holds the ranks of the correct boxes for each threshold.
     """
     total = s0.new_zeros(())
-    for e, ranks in enumerate(right):
+    for e, ranks in enumerate(correct):
         for rank in range(len(s0)):
             s = s0[rank] * s1[rank, e]
             total = total - (positive_weight * s.log() if rank in ranks else (1 - s).log())

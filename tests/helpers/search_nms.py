@@ -1,4 +1,4 @@
-"""Searches for disagreement between the suppression ops and plain loops.
+"""Search for disagreements between the suppression ops and plain loops.
 
     python tests/helpers/search_nms.py --problems 100000
 
