@@ -113,9 +113,9 @@ class DetectionData(Dataset, abc.ABC):
     def check_masks(self) -> None:
         """Raise a UsageError that names the file if a mask is malformed."""
 
-    def use_masks(self, wanted: bool) -> None:
-        """Check all masks if `wanted` is True. Otherwise omit the masks from the samples, which saves time."""
-        self.has_masks = self.has_masks and wanted
+    def use_masks(self, enabled: bool) -> None:
+        """Check all masks if `enabled` is True. Otherwise omit the masks from the samples, which saves time."""
+        self.has_masks = self.has_masks and enabled
         if self.has_masks:
             self.check_masks()
 
