@@ -1,5 +1,5 @@
 // linear_sum_assignment on the CPU: this file checks the sizes and allocates the results, and threads process one
-// problem at a time. The search is in cpu_kernel.h, which explains what limits its speed.
+// problem at a time. cpu_kernel.h contains the search and explains what limits its speed.
 
 #include <stdexcept>
 #include <string>
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> linear_sum_assignment(const Tensor& cost, const std::
                            maximize,
                            static_cast<int64_t*>(row_to_col.mutable_data_ptr()),
                            static_cast<int64_t*>(col_to_row.mutable_data_ptr())};
-    // Rows are scanned more often if there are hardly more columns than rows.
+    // The search scans more rows if the number of columns hardly exceeds the number of rows.
     const double n = std::min(p.R, p.C), m = std::max(p.R, p.C);
     const double scans = n * (1 + 10 * n / m), work = p.B * scans * (30 + 2.5 * vectors_of<double>(m));
     RELOPS_CALL_ISA(linear_sum_assignment, args, threads_for(work));

@@ -48,7 +48,7 @@ inline int pick_column(double target, int64_t columns, const int* row_of, F valu
   return first;
 }
 
-// See assign_rows in problem.h. S is the type of the packed costs.
+// The Search that assign_rows (problem.h) uses. S is the type of the packed costs.
 template <class S>
 class Search {
  public:
@@ -176,9 +176,9 @@ class Search {
   Settled* settled_;
 };
 
-// Converts costs for packing: negates them if `maximize` is set, and makes forbidden costs infinite. It also collects
-// the values on which the scale depends. The loops below pass this object by value, because GCC would write it to
-// memory in every iteration if they passed it by reference.
+// Converts costs for packing: negates them if `maximize` is set, makes forbidden costs infinite, and collects the
+// values on which the scale depends. The loops below pass this object by value, because GCC would write it to memory in
+// every iteration if they passed it by reference.
 template <class Compute>
 struct Packing {
   const VecInt<Compute> sign;
@@ -187,8 +187,8 @@ struct Packing {
 
   explicit Packing(bool maximize) : sign((VecInt<Compute>)broadcast(maximize ? Compute(-0.0) : Compute(0.0))) {}
 
-  // Lanes from n on do not belong to the problem. This function uses only selections, because GCC 12 combines two masks
-  // bit by bit.
+  // Lanes from n on do not belong to the problem. This function uses only selections (?:), because GCC 12 compiles a
+  // combination of two masks to code that processes one bit at a time.
   Vec<Compute> operator()(Vec<Compute> x, int64_t n) {
     constexpr Compute kForbidden = std::numeric_limits<Compute>::infinity();
     const VecInt<Compute> lane = lanes<Compute>([](Int<Compute> j) { return j; }), count = broadcast_int<Compute>(n);
@@ -224,7 +224,7 @@ Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Si
   return packing;
 }
 
-// Packs columns as rows. It transposes squares whose side is the number of lanes of a vector.
+// Packs columns as rows, by transposing squares whose side is the number of lanes of a vector.
 template <class T, class Compute>
 Packing<Compute> pack_columns(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
                               Compute* out) {

@@ -1,11 +1,11 @@
 // linear_sum_assignment on CUDA.
 //
-// A block solves one problem. If the problem has more rows than columns, it uses a transposed copy of the costs, so
-// that a row of the search is contiguous. A thread owns some columns. Other threads read their search state, which is
-// in shared memory if it fits, only after a barrier. A step of the search consists of one pass over a row, in which the
-// loads of a thread are in flight together, and one reduction over the block, which contains the only barrier of the
-// step. The latency of L2 and of shuffles limits the speed: steps run one after another, and only different problems
-// run in parallel.
+// A block solves one problem. If the problem has more rows than columns, the block uses a transposed copy of the costs,
+// so that a row of the search is contiguous. Each thread owns some columns. The search state is in shared memory if it
+// fits, and other threads read the state of a column only after a barrier. A step of the search consists of one pass
+// over a row, in which the loads of a thread are in flight together, and one reduction over the block, which contains
+// the only barrier of the step. The latency of L2 and of shuffles limits the speed: steps run one after another, and
+// only different problems run in parallel.
 
 #include <torch/csrc/stable/library.h>
 
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 constexpr int kColumnsPerThread = 4;               // number of loads that are in flight together
-constexpr int64_t kStateInSharedBytes = 44 << 10;  // part of the 48 KB that need no attribute; reductions use the rest
+constexpr int64_t kStateInSharedBytes = 44 << 10;  // of a launch's default limit of 48 KB; reductions use the rest
 constexpr int kTile = 32;
 constexpr int kTransposeThreads = 256;
 
@@ -129,7 +129,7 @@ __device__ X merge_over_block(X x, int parity) {
   return x;
 }
 
-// See assign_rows in problem.h.
+// The Search that assign_rows (problem.h) uses.
 template <class T>
 class BlockSearch {
  public:
@@ -211,7 +211,7 @@ class BlockSearch {
     return nearest(thread_best);
   }
 
-  // Other threads read prices, rows of columns and columns of rows only in the next search, after the barrier.
+  // Other threads read the prices and the assignment (row_of_, column_of_) only in the next search, after the barrier.
   __device__ void finish(int i, const Nearest& end) {
     for (int j = threadIdx.x; j < m_; j += blockDim.x)
       if (settled_[j]) price_[j] += distance_[j] - end.distance;

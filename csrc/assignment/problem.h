@@ -3,10 +3,11 @@
 //
 // A problem of n rows and m columns has n <= m: if it has more rows than columns, the two are exchanged. The search is
 // the algorithm of Jonker and Volgenant (1987), which Crouse (2016) describes for rectangular problems. Columns have
-// prices v <= 0, and a column without a row has price 0. First, the rows take their cheapest columns one after another.
-// A row lowers the price of its column until its second choice would be equally good, and displaces the row that had
-// the column before. Then each row without a column gets one by a shortest augmenting path (Dijkstra). All values are
-// float64. The search does not multiply, so no operations can be fused and both devices round identically.
+// prices v <= 0, and a column without a row has price 0. First, the rows bid for their cheapest columns one after
+// another. A row that bids for a column lowers the price of the column until its second choice would be equally good,
+// and displaces the row that had the column before. Then each row without a column gets one by a shortest augmenting
+// path (Dijkstra). Prices and distances are float64. The search does not multiply, so no operations can be fused and
+// both devices round identically.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -58,9 +59,9 @@ inline const int64_t* sizes_or_null(const std::optional<Tensor>& sizes) {
 }
 
 // The conversion of costs for the search. Costs are multiplied by `scale` so that their sums do not overflow.
-// `forbidden` is the cost of forbidden pairs. It is larger than any difference between total costs of the n rows, so
-// the search selects as few forbidden pairs as possible. It is a power of two, so it is exact in any dtype that has
-// sufficient range.
+// `forbidden` is the cost of forbidden pairs. This cost exceeds the difference between the total costs of any two
+// assignments without forbidden pairs, so the search selects as few forbidden pairs as possible. It is a power of two
+// and therefore exact in any dtype that has sufficient range.
 struct CostScale {
   double scale, forbidden;
 };
@@ -103,7 +104,8 @@ struct Nearest {
 // On CUDA, all threads of a block follow the same path through this function.
 template <class Search>
 RELOPS_HOST_DEVICE void assign_rows(Search& search, int n, int m) {
-  // Rows may outbid one another for a long time by ever smaller amounts. Paths are faster then, so bids are limited.
+  // Rows may outbid one another for a long time by ever smaller amounts. In that case augmenting paths are faster, so
+  // the number of bids is limited.
   int64_t bids = m == 1 ? 0 : int64_t{kBidsPerRow} * n;
   for (int i = 0; i < n; ++i)
     for (int row = i; row >= 0 && bids > 0; --bids) {

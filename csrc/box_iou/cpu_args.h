@@ -13,7 +13,7 @@ namespace relops {
 constexpr int64_t kBoxTile = 1024;
 constexpr int64_t kPairsPerItem = 32768;
 
-// Divides N matrices of A x B pairs into work items: some rows of a tile of columns.
+// Divides N matrices of A x B pairs into work items, each of which consists of some rows of a tile of columns.
 struct BoxTiling {
   struct Item {
     int64_t n, row_begin, row_end, column, columns;

@@ -2,8 +2,8 @@
 //
 // In the forward pass, lanes are along a row of the output, and the loop is bound by writing the output. In the
 // backward pass, lanes are along a row of grad_output for both gradients, so that grad_output is read in memory order.
-// The gradient of a box of a is summed in registers, and over lanes at the end. The gradients of the boxes of b are
-// summed row by row in the L1 cache.
+// The gradient of each box in `a` is summed in registers, and over lanes at the end. The gradients of the boxes in `b`
+// are summed row by row in the L1 cache.
 
 #include "box_iou/cpu_args.h"
 #include "common/cpu/simd.h"
@@ -81,7 +81,7 @@ inline Vec<Compute> load_strided(const Compute* p, int64_t stride, int64_t n) {
   return load(values);
 }
 
-// Computes the gradient of a, whose boxes belong to the rows of grad_output. Each item sums over one tile of columns.
+// Computes the gradient of `a`, whose boxes belong to the rows of grad_output. Each item sums over one tile of columns.
 template <bool kGeneralized, class Compute>
 void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* partials, int64_t threads) {
   constexpr int64_t V = kLanes<Compute>;
@@ -109,7 +109,7 @@ void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* partials, 
   });
 }
 
-// Computes the gradient of b, whose boxes belong to the columns of grad_output. Each item sums over kBoxTile rows.
+// Computes the gradient of `b`, whose boxes belong to the columns of grad_output. Each item sums over kBoxTile rows.
 template <bool kGeneralized, class Compute>
 void box_iou_backward_columns(const BoxIouGradient<Compute>& p, Compute* partials, int64_t threads) {
   constexpr int64_t V = kLanes<Compute>;

@@ -1,13 +1,13 @@
 // box_iou and generalized_box_iou on CUDA.
 //
-// Forward: a thread keeps one box of b and loops over rows, so that a warp writes neighboring outputs. The kernel is
-// bound by these writes, closely followed by arithmetic. If b is short, a warp spans several rows.
+// Forward: a thread keeps one box of `b` and loops over rows, so that a warp writes neighboring outputs. The kernel is
+// bound by these writes, closely followed by arithmetic. If `b` has few boxes, a warp spans several rows.
 //
 // Backward: a launch computes the gradient of one side, called own, and sums over the boxes of the other side. The
-// lanes of a warp are along the side in which grad_output has the smaller stride. If that is the own side, each lane
-// sums the gradient of its own box, and the warps of a block divide the other boxes among themselves. If it is the
-// other side, a warp sums the gradient of one own box and adds up its lanes at the end. A second launch adds up the
-// sums of the blocks in a fixed order. The kernel is bound by arithmetic.
+// lanes of a warp are along the side in which grad_output has the smaller stride. If this is the own side, each lane
+// sums the gradient of its own box, and the warps of a block divide the other boxes among themselves. Otherwise, a warp
+// sums the gradient of one own box and adds up its lanes at the end. A second launch adds up the sums of the blocks in
+// a fixed order. The kernel is bound by arithmetic.
 
 #include <algorithm>
 
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kBoxThreads = 256;
 constexpr int kBoxWarps = kBoxThreads / 32;
-// Blocks stride over tiles, so more blocks than run at a time would gain nothing.
+// Blocks stride over tiles, so a launch gains nothing from more blocks than can run at the same time.
 constexpr int64_t kMaxBlocks = 2048;
 // A launch gives each block less work if it would otherwise have fewer blocks than this.
 constexpr int64_t kRequestedBlocks = 1024;
@@ -144,8 +144,8 @@ template <class Compute, bool kGeneralized, bool kAlongOwn>
 void launch_backward(const BoxPairs& pairs, const BoxIouGradient<Compute>& gradient, cudaStream_t stream) {
   BackwardParams<Compute> p{gradient};
   p.own_tiles = ceil_div(gradient.own_count, kAlongOwn ? 32 : kBoxWarps);
-  // There are enough slices for the requested number of blocks, but every thread gets at least 8 pairs. The number
-  // depends only on sizes, so that every device sums in the same order.
+  // The number of slices is large enough for the requested number of blocks, but leaves at least 8 pairs for every
+  // thread. It depends only on sizes, so that every device sums in the same order.
   const int64_t max_slices = ceil_div(gradient.other_count, 8 * (kAlongOwn ? kBoxWarps : 32));
   p.slices =
       std::clamp<int64_t>(ceil_div(kRequestedBlocks, gradient.N * p.own_tiles), 1, std::max<int64_t>(max_slices, 1));

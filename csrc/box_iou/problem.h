@@ -1,8 +1,8 @@
 // box_iou and generalized_box_iou: code that the CPU and CUDA kernels share. It contains the arithmetic of a pair of
 // boxes, the ops with the signatures of library.cpp, and their checks.
 //
-// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_iou.py raises
-// the errors that users should see.
+// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// relops/ops/_iou.py raises the errors that are meant for users.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,8 +28,8 @@ RELOPS_HOST_DEVICE_INLINE F hull_height(const Box<F>& a, const Box<F>& b) {
   return larger(a.y2, b.y2) - smaller(a.y1, b.y1);
 }
 
-// Returns the IoU. If kGeneralized, it subtracts the fraction of the hull that the union does not cover. That fraction
-// is 0 if the hull has no area.
+// Returns the IoU or, if kGeneralized, the IoU minus the fraction of the hull that the union does not cover. This
+// fraction is 0 if the hull has no area.
 template <bool kGeneralized, class F>
 RELOPS_HOST_DEVICE_INLINE F overlap(const Box<F>& a, const Box<F>& b, F area_a, F area_b) {
   const F none{}, common_area = intersection(a, b), value = iou(area_a, area_b, common_area);
@@ -54,15 +54,15 @@ struct BoxGradient {
   }
 };
 
-// Returns the gradient of x, given those of the smaller and the larger of x and y. At a tie, x and y get half of each.
+// Returns the gradient of x, given the gradients of min(x, y) and max(x, y). At a tie, x and y each get half of both.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F split_gradient(F x, F y, F grad_smaller, F grad_larger) {
   return x < y ? grad_smaller : x == y ? (grad_smaller + grad_larger) / 2 : grad_larger;
 }
 
 // Adds the gradient of `own` from the pair (own, other), given the gradient grad of the overlap of the pair. The
-// quotient 0 / 0 counts as a constant. Widths and heights are clamped to at least 0; one that is exactly 0 still passes
-// its gradient on.
+// quotient 0 / 0 counts as a constant. Widths and heights are clamped to at least 0; a width or height of exactly 0
+// still passes its gradient on.
 template <bool kGeneralized, class F>
 RELOPS_HOST_DEVICE_INLINE void add_gradient(BoxGradient<F>& sum, const Box<F>& own, const Box<F>& other, F own_area,
                                             F other_area, F grad) {

@@ -34,7 +34,8 @@ inline bool is_channels_last(const Tensor& input) {
 // Returns the empty tensor that stands for a gradient that is not needed.
 inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 
-// Returns grad if it is needed, else an empty tensor. Callers use it for gradients that are computed with another one.
+// Returns grad if it is needed, else an empty tensor. Callers use this function for a gradient that is always computed
+// together with another one.
 inline Tensor only_if(bool needed, const Tensor& grad) { return needed ? grad : none_like(grad); }
 
 inline void check_needs_grad(const char* op, const std::vector<bool>& needs_grad, size_t count) {

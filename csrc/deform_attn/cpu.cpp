@@ -1,5 +1,5 @@
 // ms_deform_attn and ms_deform_attn_fused on the CPU. This file allocates the results, collects the arguments and
-// registers the ops. The kernels are in cpu_kernel.h, which explains how the work is divided and what limits its speed.
+// registers the ops. The kernels are in cpu_kernel.h, which explains how the work is divided and what limits the speed.
 
 #include "deform_attn/cpu_args.h"
 

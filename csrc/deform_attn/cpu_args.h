@@ -21,7 +21,7 @@ struct MsDeformAttnArgs : MsDeformAttnSizes {
   T* output;  // [N,Q,M,D]; only for the forward pass
 
   const T* grad_output;     // [N,Q,M,D]; this and the following are only for the backward pass
-  T* grad_value;            // [N,S,M,D]; null if this gradient is not needed, like the following
+  T* grad_value;            // [N,S,M,D]; this and the following gradients are null if not needed
   U* grad_locations;        // [N,Q,M,L,P,2]
   U* grad_weights;          // [N,Q,M,L,P]
   Compute* grad_reference;  // [N,M,Q,L,R]: one partial sum per head

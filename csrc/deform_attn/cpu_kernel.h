@@ -34,8 +34,8 @@ double nanoseconds(const MsDeformAttnArgs<T, U>& a, double sampled, double of_va
 }
 
 // Returns the number of parts into which the queries of an (image, head) pair are split if every part has its own dense
-// rows. This is `enough`, which balances the threads, if there are at least as many pairs as threads. Otherwise it is
-// the smallest number that occupies all threads, but at most 4, which limits memory.
+// rows. If there are at least as many pairs as threads, the number is `enough`, which balances the threads. Otherwise
+// it is the smallest number that occupies all threads, but at most 4, which limits memory.
 inline int64_t packing_parts(int64_t threads, int64_t pairs, int64_t enough) {
   return threads <= pairs ? enough : std::min<int64_t>(ceil_div(threads, pairs), 4);
 }
@@ -50,8 +50,8 @@ template <class X>
     __builtin_prefetch(reinterpret_cast<const void*>(address + byte));
 }
 
-// Prefetches what the backward pass of item (n, q, m) reads and writes. Consecutive items of a head are separated by
-// those of all other heads, a stride that hardware prefetchers do not follow, and an item is too much work for
+// Prefetches what the backward pass of item (n, q, m) reads and writes. In memory, the items of all other heads lie
+// between consecutive items of a head. Hardware prefetchers do not follow this stride, and an item is too much work for
 // out-of-order execution to reach the next one. The item may not exist and a gradient may not be needed: prefetching an
 // invalid address is harmless.
 template <class T, class U>

@@ -147,7 +147,7 @@ void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* ma
   for (int64_t i = 0; i < k.padded; i += kLanes<Compute>) {
     Vector x = load(s.x + i), y = load(s.y + i);
     const Ints width = load_int<Compute>(k.width_int + i), height = load_int<Compute>(k.height_int + i);
-    // This is false for NaN. All other values that pass fit an int.
+    // This is false for NaN. Coordinates inside the level fit in an int.
     const Ints inside = (x > Compute(-1)) & (x < load(k.width + i)) & (y > Compute(-1)) & (y < load(k.height + i));
     x = inside ? x : Vector{};
     y = inside ? y : Vector{};

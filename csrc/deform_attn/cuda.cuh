@@ -9,8 +9,8 @@
 //
 // A block processes queries of one head of one image. Blocks are ordered by image, then by head, so at any time the
 // whole device gathers from one or two heads (2.8 MB of float32 at 800x1333), which L2 holds. If the queries are the
-// pixels of the pyramid themselves (Q = S, an encoder), a block processes a patch of 8 rows instead of a run in one
-// row, because neighbors in both directions sample the same rows of value, which L1 can then reuse.
+// pixels of the pyramid themselves (Q = S, an encoder), a block processes a patch of 8 rows instead of consecutive
+// pixels of one row, because neighbors in both directions sample the same rows of value, which L1 can then reuse.
 #pragma once
 
 #include <vector>
@@ -153,7 +153,7 @@ __device__ inline SoftmaxStats<Compute> softmax_stats(const U* logits, int count
   return {top, 1 / sum};
 }
 
-// nq = n * Q + q; item = nq * M + m.
+// Reads sample s of an item and converts it to pixels. nq is n * Q + q, and item is nq * M + m.
 template <bool kFused, class Params, class Compute>
 __device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel* levels, int64_t nq, int64_t item,
                                               int s, SoftmaxStats<Compute> stats) {
@@ -191,7 +191,8 @@ struct Corners {
   Compute fx, fy;  // distance of the sample from its top left corner, to the right and downwards
 };
 
-// Returns whether any corner of the sample is in its level; false for NaN. The coordinates that pass fit an int.
+// Returns whether any corner of the sample is in its level. The result is false for NaN. Coordinates for which it is
+// true fit in an int.
 template <class Compute>
 __device__ __forceinline__ bool is_inside(const Sample<Compute>& s) {
   return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height);
@@ -285,7 +286,8 @@ struct Launch {
 // channels beyond those of a group of 32 lanes are divided among blocks.
 template <class Params>
 Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
-  // With at least 2 lanes (float) or 4 lanes (double), the staging of 256 threads fits the 48 KB of every launch.
+  // With at least 2 lanes (float) or 4 lanes (double), the staging of 256 threads fits in the 48 KB that every launch
+  // may use.
   p.group_log2 = sizeof(typename Params::Compute) == 8 ? 2 : 1;
   while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
   p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
@@ -305,9 +307,9 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
   static_cast<MsDeformAttnSizes&>(p) = in.sizes;
   p.half_per_point = Compute(0.5) / p.P;
   STD_TORCH_CHECK(in.value.is_cuda(), in.op, ": value must be a CUDA tensor like the other inputs");
-  // The levels and the staging must fit 48 KB of shared memory.
+  // The levels and the staging must fit in 48 KB of shared memory.
   STD_TORCH_CHECK(p.L <= 512, in.op, ": at most 512 levels are supported, got L = ", p.L);
-  // With fewer than 2^28 channels the bytes of a row fit 32 bits.
+  // With fewer than 2^28 channels, the size of a row in bytes fits in 32 bits.
   STD_TORCH_CHECK(p.M * p.D < 1 << 28, in.op, ": value must have fewer than 2^28 channels, got ", p.M * p.D);
   STD_TORCH_CHECK(p.L * p.P <= 1 << 20, in.op, ": at most 2^20 samples per query and head are supported, got ",
                   p.L * p.P);
@@ -339,8 +341,8 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
   return p;
 }
 
-// Calls f(V, fused) with constants. V is the number of channels per lane: those of 16 bytes if D allows it,
-// otherwise 1.
+// Calls f(V, fused) with constants. V is the number of channels per lane: the number that fills 16 bytes if D is a
+// multiple of it, otherwise 1.
 template <class T, class F>
 void dispatch_launch(int64_t D, bool fused, F f) {
   constexpr int V = 16 / sizeof(T);

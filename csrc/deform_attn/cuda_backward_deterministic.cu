@@ -1,11 +1,11 @@
 // ms_deform_attn and ms_deform_attn_fused on CUDA: the deterministic gradient of value, which is identical from run to
 // run because it gathers in a fixed order instead of adding atomically.
 //
-//   1. Every sample gets a key, the cell of the level in which it lies. Cell (x, y) holds the samples whose top left
-//      corner is (x, y). Coordinates begin at -1, so a level has (H + 1)(W + 1) cells.
+//   1. The key of a sample is the cell of its level in which the sample lies. Cell (x, y) holds the samples whose top
+//      left corner is (x, y). Coordinates begin at -1, so a level has (H + 1)(W + 1) cells.
 //   2. A stable radix sort groups the samples by cell and keeps them in the order of their numbers.
 //   3. Each row of value finds the samples of the four cells around it by binary search (in two ranges, because the
-//      cells of a row are adjacent) and sums weight * output gradient over them in that order.
+//      cells of a row are adjacent) and sums weight * output gradient over these samples in the sorted order.
 //
 // No sum is accumulated in memory, so nothing needs zeroing, and 16-bit gradients are rounded only once. One sort
 // handles a limited number of heads of one image, which limits its memory to about 16 bytes per sample of these heads.

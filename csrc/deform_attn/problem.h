@@ -143,7 +143,7 @@ inline MsDeformAttnGrads no_grads(const MsDeformAttnInputs& in) {
   return {none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
 }
 
-// Returns the gradients if the output is empty.
+// Returns the gradients for an empty output, which are zero.
 inline MsDeformAttnGrads zero_grads(const MsDeformAttnInputs& in, MsDeformAttnNeeds needs) {
   const auto zeros = [](const Tensor& tensor) { return torch::stable::new_zeros(tensor, tensor.sizes()); };
   MsDeformAttnGrads grads = no_grads(in);

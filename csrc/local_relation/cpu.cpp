@@ -2,11 +2,11 @@
 // registration of the ops.
 //
 // An item is a strip of output rows of some groups of an image (LocalRelationItems in cpu_args.h). Threads process
-// items one at a time. The cost of a tap per vector of outputs limits the speed: about 13 operations for its
-// exponential, 6 for its logit, and one multiply-add with a load per channel. The backward pass takes about three times
-// as long as the forward pass. cpu_kernel.h describes both algorithms. Every item writes the gradients of its own
-// queries, keys and values. This file adds the partial sums of the gradient of the prior in the order of the strips, so
-// the results do not depend on the number of threads.
+// items one at a time. The operations per tap and vector of outputs limit the speed: about 13 for the exponential, 6
+// for the logit, and one multiply-add with a load per channel. The backward pass takes about three times as long as the
+// forward pass. cpu_kernel.h describes both algorithms. Every item writes the gradients of its own queries, keys and
+// values. This file adds the partial sums of the gradient of the prior in the order of the strips, so the results do
+// not depend on the number of threads.
 
 #include <tuple>
 #include <vector>

@@ -91,8 +91,8 @@ struct WindowRows {
 };
 
 // The division of the work into strips of output rows and bundles of groups. A strip also owns the input rows that
-// begin at `stride` times its first output row. The division does not depend on the number of threads, and therefore
-// neither do sums over it.
+// begin at `stride` times its first output row. The division does not depend on the number of threads, so sums over
+// strips do not depend on it either.
 struct LocalRelationItems {
   template <class T>
   explicit LocalRelationItems(const LocalRelationArgs<T>& a, const WindowRows& rows)
@@ -103,7 +103,7 @@ struct LocalRelationItems {
     bundle =
         has_adjacent_channels ? std::clamp<int64_t>(kCacheLine / (a.m * static_cast<int64_t>(sizeof(T))), 1, G) : 1;
     bundles = ceil_div(G, bundle);
-    // Strips have a minimum height, because each recomputes the values that it shares with its neighbors.
+    // Strips have a minimum height, because each strip recomputes the values that it shares with its neighbors.
     constexpr int64_t kEnoughItems = 32, kMinRows = 8;
     const int64_t max_strips = std::max<int64_t>(Ho / std::max(kMinRows, 2 * rows.max_outputs()), 1);
     strips = std::clamp<int64_t>(ceil_div(kEnoughItems, a.N * bundles), 1, max_strips);

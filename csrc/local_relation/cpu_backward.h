@@ -80,7 +80,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 
   int64_t sums_size() const { return (1 + a_.m) * columns_.width; }
 
-  // Returns the sums of the gradients of a row of inputs if keeps_sums_ is set. They are 0 between strips.
+  // Returns the sums of the gradients of a row of inputs. They exist if keeps_sums_ is set, and are 0 between strips.
   Compute* sums_of(int64_t y, int64_t part) const {
     return sums_ + (y % this->ring_ * static_cast<int64_t>(columns_.parts.size()) + part) * sums_size();
   }
@@ -181,7 +181,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     if (own) store(query_sums_ + w, grad * Compute(kSlopeScale<kSimilarity>));
   }
 
-  // Writes the gradients of a row of inputs. If no output reads the row, or a phase of it, they are already zero.
+  // Writes the gradients of a row of inputs. In a row or phase that no output reads, the gradients are already zero.
   void write_inputs(int64_t y) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part) {
       Compute* const sums = keeps_sums_ ? sums_of(y, part) : sums_;

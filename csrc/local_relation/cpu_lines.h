@@ -53,7 +53,7 @@ RELOPS_HOST_DEVICE_INLINE Vec<Compute> sum_over(int64_t count, F f) {
   return (parts.v[0] + parts.v[1]) + (parts.v[2] + parts.v[3]);
 }
 
-// Sets dst[0..n) to src[0..n), converted to the type of dst. The row may be shorter than a vector.
+// Sets dst[0..n) to src[0..n), converted to the type of dst. n may be smaller than the number of lanes of a vector.
 template <class To, class From>
 inline void convert_row(const From* src, To* dst, int64_t n) {
   if constexpr (std::is_same_v<To, From>)

@@ -149,7 +149,7 @@ class LocalRelationWorker {
 
   int64_t n_, g_, first_channel_, channels_, loaded_;
 
-  int64_t count_, map_taps_;  // taps of the row of outputs; those on the map for at least one output
+  int64_t count_, map_taps_;  // numbers of taps of the row: all, and those on the map for some output
   int32_t* tap_;
   const Compute **key_at_, **value_at_, **inside_at_;  // positions for output 0
   Compute *prior_at_, *weights_;                       // weights_: [count,V]

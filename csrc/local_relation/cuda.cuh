@@ -2,9 +2,9 @@
 //
 // A thread computes several neighboring outputs (in the backward pass also inputs) of a column for one group. A block
 // computes a tile of them. If stride and dilation are 1, the windows of a tile are read from shared memory, values in
-// steps of eight channels. A row that a thread reads from there serves each of its outputs: in a column of taps, tap i
-// of output r is row r + i. Otherwise, in direct mode, a thread has one output and reads taps from global memory, which
-// means mostly from L1.
+// steps of eight channels. A pixel that a thread reads from shared memory serves several of its outputs: in a column of
+// taps, tap i of output r is in row r + i. Otherwise, in direct mode, a thread has one output and reads taps from
+// global memory, mostly from L1.
 #pragma once
 
 #include <algorithm>
@@ -90,7 +90,7 @@ __device__ void stage(Compute* to, const Map<T>& map, int64_t n, int64_t c, cons
   }
 }
 
-// Stages the channels [c, c + channels), at most kChannels, and fills up with zeros.
+// Stages the channels [c, c + channels), but at most kChannels, and pads them with zeros to kChannels channels.
 template <class T>
 __device__ void stage_packs(Pack<T, kPack<T>>* to, const Map<const T>& map, int64_t n, int64_t c, int channels,
                             bool packs, const TileArea& area) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void read_packs(ComputeType<T> (&to)[kChannels], cons
   }
 }
 
-// Reads kChannels channels of one pixel from global memory. Those after the first `channels` are zero.
+// Reads kChannels channels of one pixel from global memory. Channels from index `channels` on are zero.
 template <class T>
 __device__ __forceinline__ void read_channels(ComputeType<T> (&to)[kChannels], const Map<const T>& map, int64_t n,
                                               int64_t c, int64_t y, int64_t x, int channels) {
@@ -219,7 +219,7 @@ struct LocalLaunch {
   int threads;
   size_t bytes;
 
-  // per_pixel and sums are the members of LocalMemory.
+  // per_pixel and sums are explained at LocalMemory.
   LocalLaunch(const LocalRelationParams<T>& p_, int rows, int columns, int direct_columns, int per_pixel, bool sums)
       : p(p_) {
     using Compute = ComputeType<T>;

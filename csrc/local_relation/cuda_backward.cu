@@ -1,13 +1,13 @@
 // local_relation on CUDA: the backward pass. cuda.cuh explains how the work is divided.
 //
-// The backward pass has two kernels. In neither of them do two threads add to the same value. The kernel of the outputs
-// computes the softmax again. With weights e before the division by their sum S, and gradients d of the weights,
+// The backward pass has two kernels, in which no two threads add to the same value. The kernel of the outputs computes
+// the softmax again. With weights e before the division by their sum S, and gradients d of the weights,
 //   delta = sum of e d / S,  grad_query = sum of e d s / S - delta * sum of e s / S
-// where s is the derivative of the logit with respect to the query. Therefore a single pass suffices after the pass
-// that finds the largest logit. This kernel writes delta and the logarithm of the sum for the kernel of the inputs,
-// which visits, for each pixel, the outputs whose windows contain the pixel. The kernel of the inputs also sums the
-// gradients of the prior: for each tap over the pixels of a thread, over a warp, over a block, and finally, in a
-// separate kernel, over all blocks.
+// where s is the derivative of the logit with respect to the query. All these sums are computed in a single pass, which
+// follows the pass that finds the largest logit. The kernel of the outputs writes delta and the logarithm of the sum
+// for the kernel of the inputs, which visits, for each pixel, the outputs whose windows contain the pixel. The kernel
+// of the inputs also sums the gradients of the prior: for each tap over the pixels of a thread, over a warp, over a
+// block, and finally, in a separate kernel, over all blocks.
 //
 // Taps outside the map have no pixel. If they take part in the softmax (border "zero"), the kernel of the outputs adds
 // their contribution.

@@ -1,7 +1,7 @@
 // local_relation on CUDA: the forward pass. cuda.cuh explains how the work is divided.
 //
 // A thread passes over the window twice. The first pass finds the largest logit of each output; the second computes
-// exponentials, their sum, and eight sums of values. With 7 x 7 taps, what both passes need per tap and output limits
+// exponentials, their sum, and eight sums of values. With 7 x 7 taps, the work of both passes per tap and output limits
 // the speed: an exponential, about 16 operations, and, with four outputs per thread, 36 bytes of shared memory for
 // every 2.8 taps. With 3 x 3 taps, memory limits the speed.
 

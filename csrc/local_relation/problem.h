@@ -48,8 +48,8 @@ RELOPS_HOST_DEVICE_INLINE F similarity(F q, F k) {
 }
 
 // Returns the derivative of the similarity with respect to k, given d = q - k. The derivative with respect to q has the
-// opposite sign. For squared differences the result lacks the factor 2 (kSlopeScale), which is applied at the end of
-// sums. A product does not use this function, because its derivative is the other factor.
+// opposite sign. For squared differences the result lacks the factor 2 (kSlopeScale), by which sums are multiplied at
+// the end. A product does not use this function, because its derivative is the other factor.
 template <Similarity kSimilarity, class F>
 RELOPS_HOST_DEVICE_INLINE F slope(F d) {
   if constexpr (kSimilarity == Similarity::kSquaredDifference)

@@ -4,7 +4,7 @@
 // First, the boxes are ordered by the map that they read and then from top to bottom, and each thread converts a range
 // of boxes to taps (taps.h). Then the kernels of cpu_kernel.h process items. A work item is some channels of a map, a
 // band of rows of a map, or one region. A thread that has finished an item gets the next one. No two items write the
-// same number, so results do not depend on the number of threads.
+// same element, so results do not depend on the number of threads.
 //
 // The kernels are bound by loading cache lines from L2 and L3, because regions overlap and read a map many times, and
 // by the first touch of large results, for which huge pages are therefore requested.
@@ -124,8 +124,8 @@ struct RegionWork {
     }
   }
 
-  // Estimates the time of a kernel on one thread. The arguments are its time for a vector of pixels of a plane, for a
-  // vector of channels of a pixel, and, if position-sensitive, for a single number.
+  // Estimates the time of a kernel on one thread. The arguments are the times for a vector of pixels of a plane, for a
+  // vector of channels of a pixel, and, in position-sensitive ops, for a single number.
   double nanoseconds(double per_plane_vector, double per_pixel_vector, double per_number) const {
     if (args.position_sensitive) return per_number * pixels * args.out_channels;
     if (!p.channels_last) return per_plane_vector * vectors_of<Compute>(pixels * p.C) + 0.5 * p.K * p.PH * p.PW * p.C;

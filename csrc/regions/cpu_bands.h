@@ -104,7 +104,7 @@ inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t first, int
     }
 }
 
-// Adds grad[0..width) times its weight to each pixel of a list, in whole vectors.
+// Adds grad[0..width), multiplied by the weight of the pixel, to each pixel of a list, in whole vectors.
 template <class Compute>
 inline void add_to_pixels(const PixelList<Compute>& pixels, const Compute* grad, int64_t width, Compute* sums) {
   constexpr int64_t V = kLanes<Compute>;
@@ -130,7 +130,7 @@ inline void add_to_pixels(const PixelList<Compute>& pixels, const Compute* grad,
   }
 }
 
-// Computes the gradient of means. For either layout, sums are rows of channels in memory of the thread.
+// Computes the gradient of means. For either layout, sums are rows of channels in the thread's own memory.
 template <class T, bool kChannelsLast>
 void mean_backward_bands(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;

@@ -17,8 +17,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The transpose of a ColumnTable: the bins of a row of a tile that read each column. Entry j of column i is at index
-// j * width + i. `valid` is -1 if the entry exists, and 0 if it does not.
+// The transpose of a ColumnTable: for each column, the bins of a row of a tile that read the column. Entry j of column
+// i is at index j * width + i. `valid` is -1 if the entry exists, and 0 if it does not.
 template <class Compute>
 struct BinTable {
   int64_t width = 0, depth = 0;

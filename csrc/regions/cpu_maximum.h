@@ -64,8 +64,8 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
                                  columns.width, runs + ph * columns.width);
             }
             for (int64_t level = 0; level < levels; ++level) {
-              // Runs that reach past the end have wrong maxima, but no bin gathers them. They read only memory of this
-              // thread.
+              // Runs that reach past the end have wrong maxima, but no bin gathers these, and only memory of this
+              // thread is read.
               for (int64_t i = 0; i < run; i += V) {
                 const Vec<Compute> left = load(runs + level * run + i);
                 const Vec<Compute> right = load(runs + level * run + i + (1 << level));
@@ -110,8 +110,8 @@ inline void first_maxima(const T* first, const T* end, const int64_t* offset, in
   }
 }
 
-// The gradient of a maximum goes to the first pixel, row by row, that has its value. This pixel is in the column that
-// reaches the value in the earliest row.
+// The gradient of a maximum goes to the first pixel, row by row, whose value is the maximum. This pixel is in the
+// column that reaches the value in the earliest row.
 template <class T>
 void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;

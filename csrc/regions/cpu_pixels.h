@@ -28,9 +28,9 @@ struct PixelList {
         weight(scratch.allocate<Compute>(max_count)) {}
 
   // Lists the pixels of a bin in column pw, for its row taps [begin, end), and calls f(first, last) after filling each
-  // list. first and last tell whether the list is the first and the last one. There is at least one list; if it is the
-  // only one, first and last are compile-time constants. Pixel 0 of the map is at `origin`, and a pixel has `stride`
-  // elements.
+  // list. first and last tell whether the list is the first list and whether it is the last. A bin has at least one
+  // list; if it has only one, first and last are compile-time constants. Pixel 0 of the map is at `origin`, and a pixel
+  // has `stride` elements.
   template <class F>
   void visit(const Region<Compute>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
              int64_t stride, F f) {
@@ -81,7 +81,7 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     PixelList<Compute> pixels(a.max_taps_y, a.max_taps_x, *scratch);
-    // If a bin needs several lists, these hold its results after the previous list and after the current list.
+    // If a bin needs several lists, `previous` and `current` hold its results after the previous and the current list.
     const int64_t partial_size = pixels.max_count < a.max_taps_y * a.max_taps_x ? a.out_channels : 0;
     Compute *previous = scratch->template allocate<Compute>(partial_size),
             *current = scratch->template allocate<Compute>(partial_size);

@@ -16,8 +16,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Returns whether slices are faster. By measurement, transposing pays off if the regions read more pixels than are
-// transposed. There must also be a slice for every thread, because threads do not divide a slice.
+// Returns whether slices are faster. Measurements show that transposing pays off if the regions read more pixels than
+// are transposed. Every thread must also get a slice, because threads do not divide a slice.
 template <class T>
 bool by_slices(const RegionArgs<T>& a, int64_t threads) {
   if (a.position_sensitive || a.L * a.N * (a.channels / kLanes<ComputeType<T>>) < threads) return false;

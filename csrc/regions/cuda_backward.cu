@@ -7,7 +7,7 @@
 // A block owns a tile of pixels and some channels. It searches all boxes, 256 at a time, for those that reach its tile,
 // and processes these in order. For each box, it computes the weights of the tile's rows and columns in the bins, in
 // shared memory. Then every thread adds the gradients of outputs times the weights to its pixels. Few bins read a
-// pixel, so the numbers of these bins are stored as bits.
+// pixel, so these bins are stored as a bit mask.
 //
 // - channels_last: a warp has four neighboring pixels of a row, and each lane has four neighboring channels.
 // - NCHW: lanes have neighboring columns, and each thread has four rows of two channels. The sum over a row of bins is
@@ -323,8 +323,8 @@ __global__ __launch_bounds__(kRegionThreads, kGatherBlocks<typename P::Compute>)
     store_planes(p, tile, own, sums);
 }
 
-// Finds the pixel of each maximum, which is the first pixel of the bin, row by row, that has its value. The result is
-// -1 if the maximum is -infinity. Each thread processes one output at a time.
+// Finds the pixel of each maximum, which is the first pixel of the bin, row by row, whose value is the maximum. The
+// result is -1 if the maximum is -infinity. Each thread processes one output at a time.
 template <class P>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_argmax_kernel(const __grid_constant__ P p,
                                                                           bool channels_last,

@@ -44,7 +44,7 @@ struct SharedTaps {
   }
 };
 
-// Finds the taps of all bins of an axis, with one thread per bin. There are no taps if the box is not readable. All
+// Finds the taps of all bins of an axis, with one thread per bin. If `readable` is false, there are no taps. All
 // threads of the block call this function.
 template <class Compute>
 __device__ void find_taps(const RegionAxis& axis, bool readable, int max_taps, const SharedTaps<Compute>& taps) {

@@ -17,9 +17,9 @@ namespace relops {
 // The functions of a device are
 //   kForward: Tensor (const RegionProblem&), and
 //   kBackward: void (const RegionProblem&, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes).
-// kBackward fills the gradients of the levels and grad_boxes, which are not initialized. grad_boxes is null if it is
-// not needed. output is null except for RegionKind::kMaximum. grad_output and output have the memory format of the
-// problem.
+// kBackward fills the gradients of the levels and grad_boxes, which are uninitialized before the call. grad_boxes is
+// null if it is not needed. output is null except for RegionKind::kMaximum. grad_output and output have the memory
+// format of the problem.
 template <auto kForward, auto kBackward>
 struct RegionOps {
   using OptionalTensor = std::optional<Tensor>;

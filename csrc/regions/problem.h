@@ -1,8 +1,8 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the description of a call of one
 // of these ops, which ops.h passes to the CPU and CUDA code, and its checks.
 //
-// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_regions.py
-// raises the errors that users should see.
+// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// relops/ops/_regions.py raises the errors that are meant for users.
 //
 //   RegionSpec                the differences between the ops; RegionKind: how they weight pixels (taps.h)
 //   RegionProblem             the checked sizes, levels and boxes of a call
@@ -105,7 +105,7 @@ struct RegionProblem {
   Tensor boxes;                // [K,5]
 };
 
-// Checks that the number of each pixel fits in an int, in which the backward of a maximum stores it.
+// Checks that the number of each pixel fits in an int, because the backward of a maximum stores it as an int.
 inline void check_pixels_fit_int(const RegionProblem& p) {
   for (const RegionLevel<void>& level : p.levels)
     STD_TORCH_CHECK(int64_t{level.H} * level.W <= std::numeric_limits<int32_t>::max(), p.spec.op,

@@ -5,8 +5,8 @@
 // queries with all heads (PackedKeys and ForwardWorker in cpu_forward.h). In the backward pass, each thread processes
 // some heads of an image (BackwardWorker in cpu_backward.h) and writes partial sums for weights and boxes. This file
 // adds the partial sums in a fixed order, so the results do not depend on the number of threads. The multiply-adds of
-// cpu_products.h limit the speed of both; cpu_kernel.h counts them. The sines and cosines of cpu_geometry.h are the
-// second largest cost.
+// cpu_products.h limit the speed of both passes; cpu_kernel.h counts them. The sines and cosines of cpu_geometry.h are
+// the second largest cost.
 
 #include <algorithm>
 #include <cstdint>
@@ -43,7 +43,7 @@ struct Kernels {
       for_each_range(a.N * a.Q, threads_for(work),
                      [&](int64_t begin, int64_t end) { RELOPS_CALL_ISA(relation_attention_delta, a, begin, end); });
     }
-    // The number of parts is not larger than the threads need, because every part computes the sines again.
+    // The number of parts is the smallest that keeps the threads busy, because every part computes the sines again.
     const int64_t parts = parts_for(a.N, 1, a.M, threads);
     std::vector<double> weight(a.grad_weight == nullptr ? 0 : a.N * a.M * kEmbedding);
     std::vector<double> bias(a.grad_bias == nullptr ? 0 : a.N * a.M);

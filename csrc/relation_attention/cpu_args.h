@@ -15,8 +15,8 @@ namespace relops {
 // The largest number of queries in a block, a multiple of the six rows of a panel.
 constexpr int64_t kForwardBlock = 36, kBackwardBlock = 24;
 
-// The memory for packed keys per thread. Without a limit, the keys of all images of a large batch would need new
-// memory, whose page faults cost more than the packing.
+// The limit of the memory for packed keys per thread. Without a limit, the keys of all images of a large batch would
+// need new memory, whose page faults cost more than the packing.
 constexpr int64_t kPackedBytes = 2 << 20;
 
 // Returns the number of parts into which each of N images is divided: the smallest number from min_parts to max_parts

@@ -72,8 +72,8 @@ struct ForwardWorker {
   int64_t blocks;              // number of blocks into which the queries of an image are divided
   int64_t max_queries;         // largest number of queries in a block
   int64_t width, value_width;  // padded D and Dv
-  // The distance between queries in b. It is one vector larger than the rows of a query, because these would otherwise
-  // compete for the same sets of the cache.
+  // The distance between queries in b. It is one vector more than the size of the M rows of a query, because rows of
+  // different queries would otherwise compete for the same sets of the cache.
   int64_t b_stride;
   Scratch scratch;
   BoxTable<Compute> queries;

@@ -59,7 +59,7 @@ inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Co
     const F sine = r * Series<Compute>::sine(u), cosine = Series<Compute>::cosine(u);
 #pragma GCC unroll 4
     for (int i = 0; i < kAtOnce; ++i) {
-      // An odd number of half turns changes the signs of both.
+      // An odd number of half turns changes the signs of sine and cosine.
       const VecInt<Compute> sign = (VecInt<Compute>)shifted.v[i] << (8 * sizeof(Compute) - 1);
       store(terms + (j + i) * row, (Vec<Compute>)((VecInt<Compute>)sine.v[i] ^ sign));
       store(terms + (kWaves + j + i) * row, (Vec<Compute>)((VecInt<Compute>)cosine.v[i] ^ sign));
@@ -73,7 +73,7 @@ struct BoxTable {
   int64_t padded;
   Compute *x_high, *x_low, *y_high, *y_low;  // centers
   Compute *width, *height;
-  Compute *width_n, *width_l, *height_n, *height_l;  // log2
+  Compute *width_n, *width_l, *height_n, *height_l;  // log2 as n + l
   Compute *terms, *term_rows;  // [32,padded], [padded,32]: for width and height; NaN if the box is invalid
 
   BoxTable(int64_t count, Scratch& scratch) : padded(round_up(count, kLanes<Compute>)) {
@@ -158,7 +158,7 @@ inline Log2<Vec<Compute>> log2_ratio(Vec<Compute> d, Log2<Vec<Compute>> size) {
   return {above ? ratio.n : broadcast(n), above ? ratio.l : broadcast(l)};
 }
 
-// Writes terms [32,kTile]: the sines and cosines of dx and dy between query q and a tile of keys.
+// Sets terms [32,kTile] to the sines and cosines of dx and dy between query q and a tile of keys.
 template <class Compute>
 inline void pair_terms(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
                        const BoxTable<Compute>& keys, int64_t vectors, Compute* terms) {
@@ -182,7 +182,7 @@ inline void for_separable(const Compute* weight, const Compute* terms, F f) {
     }
 }
 
-// Writes out [32]: the weights of the terms of a key's width and height for a query and head.
+// Sets out [32] to the weights, for a query and head, of the terms of a key's width and height.
 template <class Compute>
 inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   for_separable(weight, terms, [out](int at, Compute of_sine, Compute of_cosine, Compute sine, Compute cosine) {
@@ -191,7 +191,7 @@ inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   });
 }
 
-// Writes b [heads,kTile], without biases, for query q and a tile of keys, and writes terms [32,kTile]: the sines and
+// Sets b [heads,kTile] to b without biases for query q and a tile of keys, and terms [32,kTile] to the sines and
 // cosines of dx and dy. `weight` and `rotated` begin at the first head.
 template <class Compute>
 inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,

@@ -2,16 +2,16 @@
 // set.
 //
 // For each pair and head, the forward pass needs 64 multiply-adds for the geometry, D for the logit and Dv for the
-// output. The backward pass repeats those of the geometry and the logit and needs another 64 for the gradients of the
-// geometry's weights, Dv for the gradient of p, and D + D + Dv for the gradients of query, key and value. In addition,
-// both need 16 sines and cosines per pair (not per head) and one exponential per pair and head. A single register-tiled
-// kernel, `multiply`, computes the products and limits the speed of both.
+// output. The backward pass repeats the multiply-adds of the geometry and the logit and needs another 64 for the
+// gradients of the geometry's weights, Dv for the gradient of p, and D + D + Dv for the gradients of query, key and
+// value. In addition, both passes need 16 sines and cosines per pair (not per head) and one exponential per pair and
+// head. A single register-tiled kernel, `multiply`, computes the products and limits the speed of both passes.
 //
 // Keys are processed in tiles of kTile<Compute> keys. A tile is packed head by head without the masked keys, and
-// transposed for products that have keys in their lanes. Then it is combined with blocks of queries. In the forward
-// pass, an item consists of some queries of an image with all heads, so the heads share the sines. In the backward
-// pass, an item consists of some heads of an image. It owns the gradients of their queries, keys and weights, so no sum
-// depends on the order of threads.
+// transposed for products that have keys in their lanes. Then the tile is combined with blocks of queries. In the
+// forward pass, an item consists of some queries of an image with all heads, so the heads share the sines. In the
+// backward pass, an item consists of some heads of an image. It owns the gradients of their queries, keys and weights,
+// so no sum depends on the order of threads.
 
 #include "common/cpu/simd.h"
 #include "relation_attention/cpu_args.h"

@@ -199,7 +199,7 @@ inline void prefetch_lines(const Compute* p, int64_t size, int64_t first, int64_
     __builtin_prefetch(p + i, 0, 2);
 }
 
-// Writes minus infinity to those lanes of the last vector of the logits p[0..count) that have no key.
+// Sets the lanes without a key in the last vector of the logits p[0..count) to minus infinity.
 template <class Compute>
 inline void mask_last(Compute* p, int64_t count) {
   constexpr int64_t V = kLanes<Compute>;

@@ -1,11 +1,12 @@
-// relation_attention on CUDA: the backward pass. It is bit-identical from run to run, as it has no atomic additions.
+// relation_attention on CUDA: the backward pass. Its results are bit-identical from run to run, because it has no
+// atomic additions.
 //
 // The same kernel runs twice: with queries as own rows for the gradients of queries, weights, biases and query boxes,
 // and with keys as own rows for the gradients of keys, values and key boxes. With e = exp(s - logsumexp),
 // p = e max(b, 1e-6), and delta the sum over channels of output times its gradient,
 //   ds = p (grad_output . value - delta),  db = b > 1e-6 ? e (grad_output . value - delta) : 0.
 // The gradients of own rows are products of ds (of p for values) with the other rows. db replaces b in shared memory.
-// From there the warps, each of which processes one other box at a time, compute the gradients that flow through the
+// The warps, each of which processes one other box at a time, compute from db the gradients that flow through the
 // features:
 //
 // - Weights: features times db, summed over pairs. For the features of sizes, the sum is computed with the sines of the

@@ -1,8 +1,8 @@
 // relation_attention on CUDA: the forward pass.
 //
 // A block has 16 or 32 queries and 8 heads. A warp has one head and 16 queries and keeps their running maxima and sums,
-// as in flash attention. cuda.cuh explains the stages. The issue of instructions limits the speed: a warp needs about
-// 330 instructions for b of 16 pairs and 8 heads, 24 of which are products on tensor cores.
+// as in flash attention. cuda.cuh explains the stages. Instruction issue limits the speed: a warp needs about 330
+// instructions for b of 16 pairs and 8 heads, 24 of which are products on tensor cores.
 //
 // The running maximum is the maximum of s plus the exponent of b. The weights that multiply the values are therefore at
 // most 2, and the largest is at least 1, as their conversion to 16 bits requires. No logarithm of b is needed for this.
@@ -28,7 +28,7 @@ struct ForwardShared {
   HeadWeights<Compute> weights;
   BoxTerms<Compute> keys[kForwardRing][kKeys];
   unsigned active[kForwardRing];
-  // Values per 16 queries. A block may have more than one of these, which is why `rows` is the last member.
+  // The values of 16 queries. A block with 32 queries has two elements in `rows`, which is therefore the last member.
   struct Rows {
     BoxTerms<Compute> queries[kOwnRows];
     Compute tile[kForwardRing - 1][TileLayout<kKeys>::kSize];
@@ -175,7 +175,7 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
   p.vector = are_packs(a.query, a.D) && are_packs(a.key, a.D) && are_packs(a.value, a.Dv);
   p.groups = static_cast<unsigned>(ceil_div(a.M, kHeads));
   p.chunks = static_cast<unsigned>(ceil_div(a.Dv, kColumns<T>));
-  // With twice the queries per block, keys and values are read half as often from L2, if enough blocks remain.
+  // If enough blocks remain, a block gets twice the queries, so that keys and values are read half as often from L2.
   constexpr int64_t kManyBlocks = 256;
   const int64_t others = a.N * p.groups * p.chunks, tiles = ceil_div(a.Q, kOwnRows);
   p.row_tiles = sizeof(T) < 8 && others * tiles >= kManyBlocks && tiles > 1 ? 2 : 1;

@@ -47,7 +47,7 @@ __device__ __forceinline__ void sine_cosine(Log2<double> x, const Wave<double>& 
   cosine = sign * Series<double>::cosine(r * r);
 }
 
-// Sets the sine and cosine of wave j for one coordinate of a box; j = 0 also sets the center and the logarithm of the
+// Sets the sine and cosine of wave j for one coordinate of a box and, if j = 0, the center and the logarithm of the
 // size. `box` is null if the box must not have any influence. The size of a box that is not finite or not positive is
 // set to NaN, so all its pairs become NaN.
 template <class Compute>

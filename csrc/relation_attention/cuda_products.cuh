@@ -14,7 +14,7 @@ constexpr int kColumns = sizeof(T) == 8 ? 16 : 64;
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
-// Returns bits, of which bit i says whether row first + i exists and is not masked. The whole warp must call this
+// Returns a bit mask: bit i tells whether row first + i exists and is not masked. The whole warp must call this
 // function.
 __device__ __forceinline__ unsigned active_bits(int count, int64_t first, int64_t total, const bool* masked) {
   const int lane = threadIdx.x % 32;

@@ -12,8 +12,8 @@
 // number is exact. Centers are sums of two numbers, so the difference of close centers is as exact as the boxes are.
 // The remaining error of e is about 1e-5 for float32 boxes. Most of it is the rounding error of dx, multiplied by 100.
 //
-// The half of e that depends on widths and heights is separable: with a and b the angles of the query and the key,
-//   W_s sin(a - b) + W_c cos(a - b) = sin b (W_c sin a - W_s cos a) + cos b (W_s sin a + W_c cos a).
+// The half of e that depends on widths and heights is separable. With u and v the angles of the query and the key,
+//   W_s sin(u - v) + W_c cos(u - v) = sin v (W_c sin u - W_s cos u) + cos v (W_s sin u + W_c cos u).
 // Therefore pairs need sines only for dx and dy. The separable half is a dot product of 32 terms of the query and head
 // (the `rotated` weights) with 32 terms of the key.
 #pragma once

@@ -37,7 +37,7 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
   const Compute threshold = static_cast<Compute>(p.iou_threshold);
 
-  // The valid entries of image b are the n[b] elements from b * K on.
+  // The valid entries of image b are the n[b] elements from b * K on in each of the arrays below.
   std::vector<int64_t> n(B);
   std::vector<std::vector<Range>> ranges(B);
   Scratch scratch;

@@ -1,11 +1,11 @@
 // nms, batched_nms and nms_padded on the CPU: greedy suppression within a class, for each instruction set.
 //
 // Boxes are processed in blocks, in the order of descending score. First, a block is compared with all boxes that were
-// kept before it, by several threads if there is enough work. Then the boxes that remain go through the greedy order
-// and are compared with the boxes that the block itself has kept so far. Kept boxes are stored in groups as wide as a
-// vector. Comparing a box with a group takes 9 operations and no division: the area bounds of nms.h serve as a filter,
-// and the IoU of boxes.h decides about the pairs that pass it. The kernel is bound by arithmetic. Boxes are compared
-// tile by tile, so that the 20 bytes of each box come from L1.
+// kept before it, by several threads if there is enough work. Then the remaining boxes are processed one by one and
+// compared with the boxes that the block itself has kept so far. Kept boxes are stored in groups as wide as a vector.
+// Comparing a box with a group takes 9 operations and no division: the area bounds of nms.h serve as a filter, and the
+// IoU of boxes.h decides about the pairs that pass it. The kernel is bound by arithmetic. Boxes are compared tile by
+// tile, so that the 20 bytes of each box come from L1.
 
 #include "common/cpu/simd.h"
 #include "suppression/cpu_nms_args.h"
@@ -114,7 +114,7 @@ void suppress_classes(const NmsArgs<Compute>& a) {
       groups += boxes * (2 + boxes / (4 * kLanes<Compute>));
     }
   const int64_t threads = threads_for(kNanosecondsPerGroup * groups);
-  // If there are many classes, a thread processes several at a time.
+  // If there are many classes, a work item consists of several classes.
   const int64_t count = small.size(), classes_per_item = std::max<int64_t>(1, count / (16 * threads));
   for_each_item(ceil_div(count, classes_per_item), threads, [&] {
     return [&, scratch = std::make_shared<Scratch>(), memory = static_cast<Compute*>(nullptr)](int64_t item) mutable {

@@ -2,10 +2,9 @@
 //
 // Each step keeps the entry with the highest score and makes one pass over all other entries. The pass computes their
 // IoU with the kept entry, decays their scores, and finds the highest score for the next step. An entry whose score
-// falls to the threshold is removed. When the number of steps since the last move reaches a quarter of the stored
-// entries, the remaining entries are moved together. The kernel is bound by arithmetic: about 15 operations for a
-// vector of entries that do not intersect the kept entry, and in addition an exponential for a vector with an entry
-// that does.
+// falls to the threshold is removed. When the number of steps since the last compaction reaches a quarter of the stored
+// entries, the remaining entries are compacted. The kernel is bound by arithmetic: about 15 operations for a vector of
+// entries that do not intersect the kept entry, and in addition an exponential for a vector with an entry that does.
 
 #include "common/cpu/simd.h"
 #include "suppression/cpu_soft_nms_args.h"
@@ -108,7 +107,7 @@ void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t
       const Vec<Compute> common = intersection(kept, rows.boxes(i));
       if (greater_bits(common, Vec<Compute>{})) {
         const Vec<Compute> factor = a.decay.template factor<VecInt<Compute>>(iou(kept_area, load(areas + i), common));
-        // The factor is 1 in lanes that do not intersect.
+        // The factor is 1 in lanes whose entry does not intersect the kept entry.
         scores = product(scores, factor);
         scores = scores > a.decay.score_threshold ? scores : Vec<Compute>{};
         store(score + i, scores);

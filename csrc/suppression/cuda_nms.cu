@@ -8,9 +8,9 @@
 //   arithmetic: it compares all N x kept / 2 pairs.
 // - mask: finds which later boxes of its chunk each box would suppress, and stores one bit for each. Each warp has one
 //   box.
-// - resolve: goes through the greedy order of each chunk, with one block per chunk and 64 boxes at a time. Bits in
-//   registers tell which of the 64 boxes are kept. Then the mask rows of the kept boxes mark later boxes as suppressed.
-//   The launch is bound by latency: 16 steps of about a microsecond.
+// - resolve: decides in the order of descending score which boxes of each chunk are kept, with one block per chunk and
+//   64 boxes at a time. Bits in registers tell which of the 64 boxes are kept. Then the mask rows of the kept boxes
+//   mark later boxes as suppressed. The launch is bound by latency: 16 steps of about a microsecond.
 //
 // The number of rounds is that of the longest possible span, because the host does not know the spans.
 
@@ -264,7 +264,7 @@ __global__ __launch_bounds__(kResolveThreads) void nms_resolve_kernel(const __gr
 
 constexpr int kCompactThreads = 1024, kFlags = 4;
 
-// Writes at most max_output kept entries of each image in the order of their rank. Each block has one image.
+// Writes at most max_output kept entries of each image in the order of their rank. Each block processes one image.
 template <class Compute>
 __global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                       int64_t max_output, int64_t* keep,
@@ -376,7 +376,8 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
     const int first = by_class ? 0 : p.round * kChunk, rest = p.K - first;
     const PositionRange later{first, rest}, chunk{first, by_class ? rest : std::min(rest, kChunk)};
     if (p.round > 0) {
-      // If there are few boxes, 8 blocks divide the kept boxes. Otherwise most of the device would be idle.
+      // If there are few boxes, 8 blocks divide the kept boxes among themselves, because most of the device would
+      // otherwise be idle.
       const dim3 grid(std::min(kMaxBlocks, blocks(B * later.count)), B * later.count < (1 << 16) ? 8 : 1);
       nms_suppress_kernel<Compute><<<grid, kEntryThreads, 0, stream>>>(p, later);
       STD_CUDA_KERNEL_LAUNCH_CHECK();

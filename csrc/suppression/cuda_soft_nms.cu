@@ -200,7 +200,8 @@ SoftKept suppress(const SoftNmsProblem& problem) {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     p.spans = spans;
   }
-  // With classes, a block has few positions, so that it has few small classes. Without classes, a block has one image.
+  // With classes, a block has few positions, so that it does not process many small classes. Without classes, a block
+  // processes one image.
   const int block_positions = by_class ? 64 : p.K;
   const unsigned decay_blocks = grid_size(problem.op, ceil_div(n, block_positions));
   soft_nms_decay_kernel<Compute><<<decay_blocks, kDecayThreads, 0, stream>>>(p, block_positions);

@@ -2,8 +2,8 @@
 // with the signatures of library.cpp, and NmsProblem, which checks and describes a call of any of these ops. soft_nms
 // uses the order of scores and NmsProblem, too.
 //
-// These checks only keep the kernels inside their tensors if torch.ops is called directly. relops/ops/_suppression.py
-// raises the errors that users should see.
+// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// relops/ops/_suppression.py raises the errors that are meant for users.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

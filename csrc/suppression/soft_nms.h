@@ -7,8 +7,8 @@
 namespace relops {
 
 // Returns e^x for x <= 0, to about 1 unit in the last place, or 0 if e^x is below the normal range. F is Compute or a
-// vector of Compute, and I is the integer or the vector of integers of the same size. The result has the same bits on
-// every device, unlike that of the math libraries.
+// vector of Compute, and I is the integer or the vector of integers of the same size. Unlike the exponential functions
+// of math libraries, this function returns the same bits on every device.
 template <class Compute, class I, class F>
 RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
   constexpr bool kDouble = sizeof(Compute) == 8;

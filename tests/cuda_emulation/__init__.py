@@ -75,7 +75,7 @@ def build() -> Path:
         "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = g++ -shared $in -o $out {paths} -ltorch -ltorch_cpu -lc10",
     ]
-    with FileLock(folder / "lock"):  # of several test processes, the first one builds and the others wait
+    with FileLock(folder / "lock"):  # the first of several test processes builds; the rest wait
         objects = []
         for source in write_translated(folder):
             name = source.relative_to(folder)

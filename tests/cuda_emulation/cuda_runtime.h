@@ -150,8 +150,8 @@ using ResumePoint = void* [5];
 struct Fiber {
   ResumePoint resume_point;
   std::unique_ptr<char[]> stack;  // allocated when the fiber is first entered
-  const Barrier* barrier;         // the fiber waits here while the barrier has this generation; or null
-  int generation;
+  const Barrier* barrier;         // null if the fiber does not wait
+  int generation;                 // the fiber waits while the barrier has this generation
   bool done;
   bool waits() const { return done || (barrier != nullptr && barrier->generation == generation); }
 };

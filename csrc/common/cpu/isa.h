@@ -8,7 +8,7 @@ namespace relops {
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 // Returns the widest instruction set that this processor and this build support. RELOPS_CPU_ISA=baseline|avx2|avx512
-// can lower it but never raise it.
+// can select a narrower one but not a wider one.
 Isa isa();
 
 const char* isa_name(Isa isa);

@@ -217,7 +217,7 @@ inline void transpose(Vec<Compute>* v) {
   }
 }
 
-// Folds the lanes of v into one value with the associative f.
+// Reduces the lanes of v to one value with the associative function f.
 template <class Compute, int kDistance = kLanes<Compute> / 2, class F>
 inline Compute fold(Vec<Compute> v, F f) {
   if constexpr (kDistance == 0) {
@@ -339,7 +339,7 @@ RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
 // results below the normal range are inexact down to x = -87.7 and 0 for smaller x.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential(Batch<float, N> x) {
-  // At x = -88, the power of two that is computed below is 2^-127, whose bits are those of 0.
+  // At x = -88, the power of two that is computed below has the exponent field 0 and is therefore 0.
   x = batch<float, N>([&](int i) { return maximum(broadcast(-88.0f), x.v[i]); });
   // Adding 1.5 * 2^23 + 127 rounds to the nearest integer and puts it in the low bits, biased like an exponent.
   constexpr float kRounder = 12582912.0f + 127;

@@ -18,16 +18,16 @@
 
 namespace relops {
 
-// Returns torch's current stream on the device. (The accessor of stable::accelerator for the native handle needs torch
-// 2.13.)
+// Returns torch's current stream on the device. (stable::accelerator gives access to the native handle only from torch
+// 2.13 on.)
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
-// Returns the tensor, or a copy of it, that is contiguous and aligned to 16 bytes. A view with an offset may be
-// unaligned.
+// Returns the tensor if it is contiguous and aligned to 16 bytes, otherwise a copy that is. A view with an offset may
+// be unaligned.
 inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
   const torch::stable::Tensor dense = torch::stable::contiguous(tensor);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);

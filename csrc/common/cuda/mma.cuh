@@ -21,7 +21,7 @@ template <class T>
 constexpr int kLaneDepth = sizeof(T) == 2 ? 4 : 2;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
-// Returns a number with the precision with which a tensor core reads it.
+// Converts a number to the compute type, with the precision with which a tensor core reads it.
 template <class T>
 __device__ inline ComputeType<T> mma_input(T x) {
   if constexpr (std::is_same_v<T, float>)
@@ -30,7 +30,7 @@ __device__ inline ComputeType<T> mma_input(T x) {
     return static_cast<ComputeType<T>>(x);
 }
 
-// Gets the part of a row that another lane holds.
+// Sets `result` to the part of a row that another lane holds.
 template <class T, int kSize>
 __device__ inline void shuffle_row(const T (&x)[kSize], int lane, ComputeType<T> (&result)[kSize]) {
   unsigned long long words[sizeof(x) / 8];
