@@ -43,7 +43,7 @@ def why_no_cuda() -> str | None:
 needs_cuda = pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
 
 
-# Without a GPU the CUDA half of the tests is not collected, because skipping that many tests one by one would be slow.
+# Without a GPU, tests on the device "cuda" are not collected, because skipping them one by one would be slow.
 DEVICES = ["cpu"] if why_no_cuda() else ["cpu", "cuda"]
 
 
@@ -152,7 +152,7 @@ class AsModule(torch.nn.Module):
 
 
 def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any, Any], None]) -> None:
-    """Check that growing sizes compile only once, and that compiled and eager results are equal."""
+    """Check that an op is compiled only once for growing sizes, and that compiled and eager results are equal."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
     frames = []
@@ -180,7 +180,7 @@ def run_python(program: str, **more: str) -> subprocess.CompletedProcess:
 
 
 def resident_growth(begin: str, small: str, large: str) -> int:
-    """Return how many KB the statements `large` add to the peak resident set size after `begin` and `small`."""
+    """Return by how many KB the statements `large`, after `begin` and `small`, raise the peak resident set size."""
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KB only on Linux")
     process = run_python(
@@ -206,15 +206,15 @@ def faked(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
 
 
 def traced(run: Callable[[Inputs], Any], inputs: Inputs, tracing_mode: str) -> Callable[[Inputs], Any]:
-    """Trace `run` with make_fx into a graph that has the tensors among `inputs` as its arguments."""
+    """Trace `run` with make_fx into a graph whose arguments are the tensors in `inputs`."""
     graph = make_fx(lambda tensors: run(inputs | tensors), tracing_mode=tracing_mode)(tensors_of(inputs))
     return lambda inputs: graph(tensors_of(inputs))
 
 
 def check_two_streams(op: Op | Selection, sample: Sample, assert_same: Callable[[Any, Any], None]) -> None:
-    """Check that kernels run on the current stream, on two streams at the same time.
+    """Check that kernels run on the current stream while two streams are in use at the same time.
 
-    The numbers of the inputs arrive after a long wait, so a kernel on any other stream would read them too early.
+    The inputs get their values after a long wait, so a kernel on any other stream would read them too early.
     """
     inputs = [op.draw(sample, "cuda", seed=seed) for seed in (0, 1)]
     expected = [op.run(given) for given in inputs]
@@ -254,7 +254,10 @@ def reversed_strides(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Return `x` as every second element of a buffer. The others are NaN (1 for integers), to reveal wrong reads."""
+    """Return `x` as every second element of a buffer.
+
+    The elements in between are NaN (1 for integers), to reveal wrong reads.
+    """
     filler = torch.full_like(x, float("nan")) if x.is_floating_point() else torch.ones_like(x)
     return torch.stack([filler, x], -1)[..., 1]
 
@@ -291,7 +294,7 @@ def assert_matches(
     """Assert that a result is as close to the float64 tensor `expected` as its dtype allows.
 
     `expected` must be computed from inputs that were rounded to the tested dtype. `dtype` is the tested dtype if
-    `actual` was cast afterwards, and `noise` is the op's (see cases.Op).
+    `actual` was cast afterwards, and `noise` is that of cases.Op.
     """
     relative, fraction = tolerances(dtype or actual.dtype)
     largest = noise * expected.abs().max().item() if expected.numel() else 0.0

@@ -45,7 +45,8 @@ def test_one_class_equals_nms(device: str) -> None:
 def test_classes_are_separate_for_all_coordinates(box: tuple[float, ...], device: str) -> None:
     """Check boxes for which adding a multiple of the largest coordinate would not separate the classes.
 
-    If the largest coordinate is negative, shifted classes may overlap. If it is huge, rounding makes their boxes equal.
+    If the largest coordinate is negative, shifted classes may overlap. If the largest coordinate is huge, rounding
+    makes the boxes of different classes equal.
     """
     boxes = torch.tensor([box, box, (0.0, 0.0, 1.0, 1.0)], device=device)
     kept = relops.batched_nms(boxes, torch.tensor([0.3, 0.2, 0.1], device=device), torch.arange(3, device=device), 0.5)

@@ -203,7 +203,7 @@ def test_generalized_iou_pulls_disjoint_boxes_together(device: str) -> None:
 @pytest.mark.parametrize(("A", "B"), [(1100, 1050), (3, 5000), (5000, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["dense", "transposed", "expanded", "column expanded"])
 def test_sums_over_many_boxes(op: Op, A: int, B: int, layout: str, device: str, threads: None) -> None:
-    """Check sums longer than a thread adds at a time, which must not depend on the number of threads."""
+    """Check sums with more terms than a thread adds at a time. They must not depend on the number of threads."""
     inputs = {"a": random_boxes(A, device=device), "b": random_boxes(B, device=device)}
     grad = grad_like(torch.empty(A, B, device=device))
     grad = {
@@ -265,7 +265,7 @@ def test_dtypes_may_differ(op: Op, a_dtype: torch.dtype, b_dtype: torch.dtype, a
 @both
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_integers(op: Op, dtype: torch.dtype, device: str, fresh_compiler: None) -> None:
-    """Check that results are computed and returned in float64 for 64-bit integers, and in float32 for all others."""
+    """Check that results are computed and returned in float64 for 64-bit integers, and in float32 for smaller ones."""
     a, b = (random_boxes(2, K, device=device).round().to(dtype) for K in (9, 5))
     floating = torch.float64 if dtype.itemsize == 8 else torch.float32
     expected = op.function(a.to(floating), b.to(floating))
@@ -318,7 +318,7 @@ BOX = st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(a=st.lists(BOX, min_size=1, max_size=6), b=st.lists(BOX, min_size=1, max_size=20))
 def test_random_search(op: Op, a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> None:
-    """Compare with the twin for boxes on a grid. Many of them have ties, and some are inverted or have no area."""
+    """Compare with the twin for boxes on a grid. Many coordinates are equal, and boxes may be inverted or empty."""
     for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
         for dtype in (torch.float64, torch.float32):
             inputs = {name: rows(*boxes, dtype=dtype, device=device) for name, boxes in (("a", a), ("b", b))}

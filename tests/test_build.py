@@ -1,4 +1,4 @@
-"""Tests of the build and of its error messages. None of them compiles anything."""
+"""Tests of the build and of its error messages, which do not compile anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def python(*arguments: str, cwd: Path, path: Path | None = None, **environment: 
 
 
 def join_lines(text: str) -> str:
-    """Replace line breaks by spaces, because a message may be wrapped anywhere."""
+    """Replace line breaks with spaces, because a message may be wrapped anywhere."""
     return " ".join(text.split())
 
 
@@ -97,7 +97,7 @@ def test_every_schema_has_a_cpu_kernel() -> None:
 
 
 def test_every_schema_has_a_cuda_kernel(tmp_path: Path) -> None:
-    """This test does not need a torch with CUDA: it loads relops._cuda with unresolved CUDA symbols."""
+    """Load relops._cuda with unresolved CUDA symbols, so that the test also runs with a torch without CUDA."""
     if _library.cuda_library() is None:
         message = "relops._cuda is not built"
         if os.environ.get("RELOPS_REQUIRE_CUDA_BUILD") == "1":

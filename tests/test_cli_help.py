@@ -22,7 +22,7 @@ from relops.training.config import TrainConfig
 
 @pytest.fixture
 def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that returns what a command prints. Lines are wide, so that no text is wrapped."""
+    """Return a function that runs a command and returns its output. Lines are wide, so that no text is wrapped."""
     monkeypatch.setenv("COLUMNS", "1000")
 
     def output(*arguments: str) -> str:

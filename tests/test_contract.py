@@ -48,7 +48,7 @@ def is_first(op: Op, sample: Sample) -> bool:
     return sample is next(iter(op.samples.values()))
 
 
-# `make quick` runs everything on the first sample of every op.
+# `make quick` runs the tests of SAMPLES on the first sample of every op.
 SAMPLES = [
     pytest.param(op, sample, id=f"{op.name}-{name}", marks=pytest.mark.quick if is_first(op, sample) else ())
     for op in OPS
@@ -60,7 +60,7 @@ FIRST = [pytest.param(op, next(iter(op.samples.values())), id=op.name) for op in
 BAD = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad]
 HARMFUL = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad if not bad.harmless]
 
-# Dtypes of features and coordinates. 16-bit features go with coordinates of float32 or of the same dtype.
+# Dtypes of features and coordinates. For 16-bit features, coordinates are float32 or have the same dtype.
 DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in DTYPES] + [
     (dtype, dtype) for dtype in DTYPES if dtype.itemsize == 2
 ]
@@ -88,7 +88,7 @@ on_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Assert that two results of the same kernels on the same numbers are equal.
 
-    On CUDA, or if memory formats differ, the order of sums may differ, and results are compared with a tolerance.
+    On CUDA, or if memory formats differ, the order of sums may differ, so results are compared with a tolerance.
     """
     cuda_kernels = actual["output"].is_cuda or cuda_emulation.in_use
     in_order = not cuda_kernels and actual["output"].stride() == expected["output"].stride()
@@ -180,7 +180,7 @@ def floating(inputs: Inputs) -> list[str]:
 
 @on_samples
 def test_forward_mode_raises(op: Op, sample: Sample, device: str) -> None:
-    """Check that forward mode raises an error. relops does not provide it, and zeros would be silently wrong."""
+    """Check that forward-mode AD, which relops does not provide, raises an error instead of returning zeros."""
     inputs = op.draw(sample, device)
     functions = op.function, lambda **inputs: op.run_raw(inputs)
     for i, (name, function) in enumerate(itertools.product(floating(inputs), functions)):
@@ -226,7 +226,7 @@ class Recorded(TorchDispatchMode):
 
 @on_samples
 def test_forward_mode_of_backward_raises(op: Op, sample: Sample, device: str) -> None:
-    """Check the op that computes gradients, called with the arguments that autograd passes to it."""
+    """Check that the op that computes gradients raises an error, given the arguments that autograd passes to it."""
     with Recorded(f"_{op.name}_backward") as recorded:
         op.run(op.draw(sample, device))
     (args,) = recorded.calls
@@ -327,15 +327,15 @@ def test_make_fx(op: Op, sample: Sample, device: str, tracing_mode: str) -> None
 def test_opcheck(op: Op, sample: Sample, device: str) -> None:
     """Run opcheck with inputs that require gradients, and for the first sample also with inputs that do not.
 
-    Without gradients opcheck checks less, and one sample is enough.
+    Without gradients opcheck checks less, so one sample is enough.
     """
     inputs = op.draw(sample, device)
     if is_first(op, sample):
         torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()))
     for name in op.needs_grad(inputs):
         inputs[name].requires_grad_()
-    # By default opcheck compares two runs of the backward with hardly any tolerance, but the order of fast sums on CUDA
-    # varies.
+    # By default opcheck compares two runs of the backward with a very small tolerance, but the order of fast sums on
+    # CUDA varies.
     torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()), rtol=1e-4, atol=1e-5)
 
 
@@ -461,7 +461,7 @@ def test_bad_input(op: Op, bad: Bad, device: str) -> None:
 
 @pytest.mark.parametrize(("op", "bad"), HARMFUL)
 def test_bad_input_past_the_checks(op: Op, bad: Bad, device: str) -> None:
-    """Check that torch.ops.relops.<name> raises some error, however unspecific, before it accesses memory."""
+    """Check that torch.ops.relops.<name> raises an error of any type before it accesses memory."""
     inputs = bad.change(op.draw(next(iter(op.samples.values())), device))
     if any(isinstance(x, Tensor) and x.is_meta for x in inputs.values()):
         pytest.skip("torch dispatches a call with a meta tensor to the fake kernel")
@@ -488,7 +488,7 @@ def test_no_synchronization(op: Op, sample: Sample) -> None:
 @on_samples
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 def test_cuda_graph(op: Op, sample: Sample, deterministic: bool) -> None:
-    """Capture forward and backward once, and replay them on other numbers."""
+    """Capture forward and backward once, and replay them with other inputs."""
     inputs = op.draw(sample, "cuda")
     names = op.needs_grad(inputs)
     leaves = [inputs[name].requires_grad_() for name in names]
@@ -529,14 +529,14 @@ def test_kernels_registered(op: Op) -> None:
 
 @pytest.mark.quick
 def test_every_public_op_has_cases() -> None:
-    """Check that every public op has cases, and with them all tests of this file, including the quick ones."""
+    """Check that every public op has cases, so that all contract tests run for it, including the quick ones."""
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
     assert public == {op.name for op in (*OPS, *SELECTIONS)}
     assert public == {name for name in relops.__all__ if not isinstance(getattr(relops, name), ModuleType)}
     assert {sample.values[0].name for sample in SAMPLES if sample.marks} == {op.name for op in OPS}
 
 
-def test_names() -> None:
+def test_import_defines_every_op() -> None:
     """Check that `import relops` defines each op under all of its names, and that its modules can be imported."""
     names = [op.name for op in (*OPS, *SELECTIONS)]
     process = run_python(
@@ -556,7 +556,7 @@ assert roi_align is relops.roi_align and twin is relops.reference.roi_align
     assert process.returncode == 0, process.stderr
 
 
-def test_signatures() -> None:
+def test_public_functions_have_annotations() -> None:
     functions = [getattr(relops, op.name) for op in (*OPS, *SELECTIONS)]
     modules = [getattr(relops.nn, name) for name in relops.nn.__all__]
     for function in (*functions, *modules):
@@ -567,7 +567,7 @@ def test_signatures() -> None:
 
 
 @on_ops
-def test_documented(op: Op) -> None:
+def test_docstring_describes_every_argument(op: Op) -> None:
     doc = op.function.__doc__
     assert "Example" in doc and "Gradients" in doc
     assert all(name in doc for name in op.assemble(op.draw(next(iter(op.samples.values())))))

@@ -1,4 +1,4 @@
-"""Tests of the properties that all ops share whose outputs are indices and perhaps scores.
+"""Tests of the properties that are common to all ops that return indices and perhaps scores.
 
 They run for every op that has an entry in cases.SELECTIONS.
 """
@@ -149,7 +149,7 @@ def integer_boxes(op: Selection, dtype: torch.dtype, device: str) -> tuple[Input
     The inputs are a batch if the op accepts batches, and a single image otherwise.
     """
     inputs = op.draw(op.samples.get("batch", first_sample(op)), device)
-    whole = inputs["boxes"] + 4  # corners are at -4 or more, but some of the dtypes are unsigned
+    whole = inputs["boxes"] + 4  # corners are at least -4, but some of the dtypes are unsigned
     assert torch.equal(whole, whole.round()) and whole.min() >= 0
     floating = torch.float64 if dtype.itemsize == 8 else torch.float32
     return inputs | {"boxes": whole.to(dtype)}, inputs | {"boxes": whole.to(floating)}
@@ -194,7 +194,7 @@ def test_make_fx(op: Selection, sample: Sample, device: str, tracing_mode: str) 
 
 @on_samples
 def test_forward_mode(op: Selection, sample: Sample, device: str) -> None:
-    """Check that ops which return scores raise an error in forward mode, and that indices alone need no tangent."""
+    """Check that forward-mode AD raises an error for ops that return scores, and works for indices alone."""
     inputs = op.draw(sample, device)
     expected = op.run(inputs)
     for name, function in itertools.product(op.floats, (op.function, lambda **x: op.overload(*op.raw(x).values()))):
@@ -305,7 +305,7 @@ def test_bad_input(op: Selection, bad: Bad, device: str) -> None:
 
 @bad_inputs(harmful=True)
 def test_bad_input_past_the_checks(op: Selection, bad: Bad, device: str) -> None:
-    """Check that torch.ops.relops.<name> raises some error, however unspecific, before it accesses memory."""
+    """Check that torch.ops.relops.<name> raises an error of any type before it accesses memory."""
     inputs = bad.change(op.draw(first_sample(op), device))
     if any(x.is_meta for x in tensors_of(inputs).values()):
         pytest.skip("torch dispatches a call with a meta tensor to the fake kernel")
@@ -315,7 +315,7 @@ def test_bad_input_past_the_checks(op: Selection, bad: Bad, device: str) -> None
 
 @pytest.mark.parametrize("op", [op for op in SELECTIONS if op.widened], ids=lambda op: op.name)
 def test_kernels_reject_16_bit_inputs(op: Selection, device: str) -> None:
-    """Check that kernels reject 16-bit inputs, which the Python code widens before it calls the kernels."""
+    """Check that kernels reject 16-bit inputs, which the public functions convert to float32."""
     with pytest.raises(RuntimeError):
         op.overload(*op.raw(op.draw(first_sample(op), device, torch.float16)).values())
 
@@ -370,7 +370,7 @@ def test_kernels_registered(op: Selection) -> None:
 
 
 @on_ops
-def test_documented(op: Selection) -> None:
+def test_docstring_describes_every_argument(op: Selection) -> None:
     doc = op.function.__doc__
     assert "Example" in doc and "Gradients" in doc
     assert all(name in doc for name in op.draw(first_sample(op)))

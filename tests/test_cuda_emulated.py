@@ -1,4 +1,4 @@
-"""Tests of the results of the CUDA kernels on a CPU emulation of CUDA (cuda_emulation/), which need no GPU."""
+"""Tests of the CUDA kernels on the CUDA emulation (cuda_emulation/), which need no GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for na
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, sample", SAMPLES)
 def test_outputs_and_gradients_match_the_reference(op: Op, sample, dtype: torch.dtype) -> None:
-    """Every launch runs blocks and threads in another order, which must not change deterministic results."""
+    """Every launch runs blocks and threads in a different order, which must not change deterministic results."""
     inputs = op.draw(sample, dtype=dtype)
     expected = op.run_twin(inputs)
     # Only deformable attention has separate deterministic kernels.
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_match_the_reference(op: Op, sample, dtype: torch.
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("op, sample", [param for param in SAMPLES if param.values[0] in (PLAIN, FUSED)])
 def test_16_bit_coordinates_match_the_reference(op: Op, sample, dtype: torch.dtype) -> None:
-    """The kernels of all other ops get float32 coordinates."""
+    """Test deformable attention only, because the kernels of all other ops get float32 coordinates."""
     assert_matches_twin(op, op.cast(op.draw(sample), dtype, dtype), dtype)
 
 
@@ -93,7 +93,7 @@ def test_heads_wider_than_a_group_of_lanes(D: int) -> None:
 
 
 def test_encoder_whose_patches_end_inside_a_level() -> None:
-    """Queries that are the pixels of the pyramid are processed in patches of 8 rows; each must be visited once."""
+    """If the queries are the pixels of the pyramid, patches of 8 rows must process each query exactly once."""
     levels = ((17, 9), (8, 3), (3, 11), (1, 2))
     case = DeformAttn(levels=levels, N=2, Q=sum(h * w for h, w in levels), M=2, D=16, P=2)
     assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
@@ -101,7 +101,7 @@ def test_encoder_whose_patches_end_inside_a_level() -> None:
 
 @pytest.mark.parametrize("starts", [None, "in order"])
 def test_levels_that_the_kernel_reads(starts: str | None) -> None:
-    """If there are more levels than fit the kernel parameters, the kernel reads their sizes from device memory."""
+    """If there are more levels than fit into the kernel parameters, the kernel reads their sizes from device memory."""
     case = DeformAttn(levels=((2, 3),) * 17, P=1, starts=starts)
     assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
 
@@ -135,9 +135,9 @@ def test_nonfinite_samples_contribute_nothing(deterministic: bool) -> None:
 
 # ---- Regions ----
 
-# Each case exceeds a limit that the samples do not reach: "wide" the number of column sums in shared memory; "bins" and
-# "boxes" the numbers of bins and boxes that a tile processes at once; "channels" the number of channels of a block, for
-# the gradients of both maps and boxes.
+# Each case exceeds a limit that the samples do not reach. "wide" exceeds the number of column sums in shared memory,
+# "bins" and "boxes" exceed the numbers of bins and boxes that a tile processes at once, and "channels" exceeds the
+# number of channels of a block, for the gradients of both maps and boxes.
 LARGE_REGIONS = {
     "wide": Regions(N=1, C=2, H=3, W=800, K=4, spatial_scale=1.0),
     "bins": Regions(N=1, C=2, H=5, W=40, K=2, output_size=(2, 35), spatial_scale=0.5, sampling_ratio=1),
@@ -157,7 +157,7 @@ def test_regions_that_exceed_a_block(op: Op, case: Regions, channels_last: bool)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("op", REGION_OPS, ids=lambda op: op.name)
 def test_maps_whose_taps_may_exceed_shared_memory(op: Op, channels_last: bool) -> None:
-    """Shared memory must hold the taps of the largest possible region, which is impossible for such wide maps."""
+    """For maps as wide as these, the taps of the largest possible region do not fit in shared memory."""
     case = Regions(N=1, C=2, K=3)
     inputs = op.draw(lambda generator: getattr(case, op.name)(generator))
     for name in op.features:
@@ -169,7 +169,7 @@ def test_maps_whose_taps_may_exceed_shared_memory(op: Op, channels_last: bool) -
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("op", REGION_OPS, ids=lambda op: op.name)
 def test_invalid_regions_give_nan(op: Op, channels_last: bool) -> None:
-    """If the CPU would raise an error, CUDA sets only the row of that region to NaN and adds no gradient."""
+    """CUDA sets the row of an invalid region to NaN and adds no gradient. The CPU raises an error instead."""
     case = Regions(channels_last=channels_last)
     inputs = op.draw(lambda generator: getattr(case, op.name)(generator))
     boxes, outside = inputs["boxes"], torch.tensor([2.0, -1.0, float("nan"), -1.5])
@@ -187,7 +187,7 @@ def test_invalid_regions_give_nan(op: Op, channels_last: bool) -> None:
 
 
 def test_boxes_far_larger_than_the_map() -> None:
-    """The time is bounded, whatever number of samples the definition requires."""
+    """The time is bounded, regardless of the number of samples that the definition requires."""
     for op in REGION_OPS:
         inputs = op.draw(op.samples["typical"])
         inputs["boxes"][:, 1:] = torch.tensor([-1e9, -1e30, 1e9, 1e30])
@@ -199,7 +199,7 @@ def test_boxes_far_larger_than_the_map() -> None:
 
 
 def assignment_problems(R: int, C: int, forbidden: float | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return costs with ties, and the used sizes; the first problem uses all rows and columns."""
+    """Return costs with ties, num_rows and num_cols. The first problem uses all rows and columns."""
     generator = torch.Generator().manual_seed(R + C)
     cost = torch.randint(-20, 20, (3, R, C), generator=generator).to(dtype)
     if forbidden is not None:
@@ -238,7 +238,7 @@ def test_assignments_equal_those_of_the_cpu_kernel(case: tuple, maximize: bool, 
 
 
 def test_assignments_of_fractions_and_large_numbers() -> None:
-    """Rounding decides, and sums of large costs would overflow; the costs are a single problem without sizes."""
+    """Check costs whose sums are rounded or would overflow, in a single problem without sizes."""
     for scale in (1e-310, 1.0, 1e308):
         for R, C in ((12, 30), (30, 12)):
             cost = torch.randn(R, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
@@ -280,7 +280,7 @@ def test_many_pairs(op: Op, case: BoxPairs) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
 def test_overlap_equals_plain_arithmetic(op: Op, dtype: torch.dtype) -> None:
-    """The results are bit-identical as on the CPU, even for boxes that are not finite, have no area or are inverted."""
+    """The results are bit-identical to the twin's, even for boxes that are not finite, have no area or are inverted."""
     numbers = [-float("inf"), -2.0, 0.0, 0.3, 1.1, 1e30, float("nan")]
     boxes = torch.cartesian_prod(*[torch.tensor(numbers, dtype=dtype)] * 4)
     a, b = boxes[torch.randperm(len(boxes))][:300].split([100, 200])
@@ -332,7 +332,7 @@ def test_relations_with_many_blocks() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_relations_in_tf32(offset: int) -> None:
-    """The results are close to those of exact products, but not equal, whether or not the rows are aligned."""
+    """Results in TF32 are close but not equal to those in float32, whether or not the rows are aligned."""
     inputs = RELATION.draw(Relations(N=1, Q=17, K=40, D=16 + offset, Dv=16).relation_attention)
     inputs["query"] = inputs["query"][..., offset:]
     inputs["key"] = inputs["key"][..., offset:]
@@ -386,7 +386,7 @@ def test_invalid_boxes_give_nan(box: tuple[float, ...]) -> None:
 
 # ---- Local relation ----
 
-# These cases exceed the sizes of the samples: "tiles" has several tiles in both directions, and the last one is narrow;
+# These cases exceed the sizes of the samples: "tiles" has several tiles in both directions, and a narrow last tile;
 # "chunks" has several chunks of channels, and tiles too large for shared memory at full height; "direct" has taps that
 # are not in shared memory.
 LARGE_WINDOWS = {

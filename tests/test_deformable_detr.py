@@ -96,7 +96,7 @@ def test_without_refinement_all_layers_share_heads_and_references() -> None:
         layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2]))
     model.predict(images(), SIZES)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]) and seen[0].shape == (2, 10, 4, 2)
-    # References are fractions of the padded maps. The second image covers 13 of 16 columns and 10 of 12 rows.
+    # Reference points are fractions of the padded maps. The second image covers 13 of 16 columns and 10 of 12 rows.
     assert (seen[0][1] / seen[0][0])[:, 0].tolist() == [pytest.approx([13 / 16, 10 / 12])] * 10
 
 

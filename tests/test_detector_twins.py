@@ -57,7 +57,7 @@ def test_twins_agree(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["sparse_rcnn", "faster_rcnn"])
 def test_gradients_in_float64(name: str, device: str) -> None:
-    """Test the detectors whose error bound in float32 is too loose to prove much."""
+    """Compare in float64, because the error bounds of these detectors in float32 are very loose."""
     torch.manual_seed(0)
     model = relops.models.build(name, 3, **detector_twins.CASES[name].training)
     model = detector_twins.diversify_outputs(model).train().to(device, torch.float64)

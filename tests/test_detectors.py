@@ -1,4 +1,4 @@
-"""Tests of the detectors: parts against values worked out by hand, gradients, and batches against single images."""
+"""Tests of the detectors: their parts on values computed by hand, gradients, and batches against single images."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_counts_and_order_of_samples(device: str) -> None:
     positive = torch.zeros(3, 100, dtype=torch.bool, device=device)
     negative = torch.zeros_like(positive)
     positive[0, :40], negative[0, 40:] = True, True  # more positives than requested
-    positive[1, :3], negative[1, 50:] = True, True  # too few positives: negatives fill up
+    positive[1, :3], negative[1, 50:] = True, True  # too few positives: negatives replace them
     positive[2, :2], negative[2, 90:93] = True, True  # too few of both kinds
     index, is_positive, valid = sample_candidates(positive, negative, 16, 8)
     assert is_positive.sum(1).tolist() == [8, 3, 2] and valid.sum(1).tolist() == [16, 16, 5]
@@ -176,7 +176,7 @@ def test_rpn_has_no_positive_anchors_without_objects() -> None:
 
 
 def test_softmax_of_two_scores_is_the_sigmoid_of_their_difference() -> None:
-    """Therefore, binary cross entropy of the difference equals cross entropy of the two scores."""
+    """Check that the cross entropy of the two scores equals the binary cross entropy of their difference."""
     torch.manual_seed(0)
     head = RPNHead(8, 8, 2, two_way=True)
     x = torch.randn(1, 8, 3, 4)
@@ -218,7 +218,7 @@ def test_proposals_by_hand(filter_first: bool) -> None:
     assert found.scores[0][found.valid[0]].tolist() == scores[0, expected].tolist()
     assert found.boxes.shape == (1, 10, 4) and (found.boxes[~found.valid] == 0).all()
     everything = module.proposals(scores, torch.zeros(1, 5, 4), anchors, [5], torch.tensor([[96.0, 128.0]]), 4)
-    clipped = torch.tensor([100.0, 60, 128, 96])  # the last anchor within the image
+    clipped = torch.tensor([100.0, 60, 128, 96])  # the last anchor, clipped to the image
     assert everything.boxes[0][everything.valid[0]].tolist() == [*anchors[[1, 3]].tolist(), clipped.tolist()]
 
 
@@ -262,7 +262,7 @@ def heads(logits: Tensor, deltas: Tensor, **options: object) -> RoIHeads:
 
 
 def test_detections_by_hand() -> None:
-    """Two overlapping regions and a third show suppression within classes, thresholds, order and padding."""
+    """Use two overlapping regions and a third to check suppression within classes, thresholds, order and padding."""
     boxes = torch.tensor([[[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 90, 50], [0, 0, 0, 0]]])
     probabilities = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.7, 0.1], [0.5, 0.03, 0.47]])
     deltas = torch.zeros(3, 12)
@@ -271,7 +271,7 @@ def test_detections_by_hand() -> None:
     found = module.detect(
         [], Proposals(boxes, torch.ones(1, 4), torch.tensor([[1, 1, 1, 0]]).bool()), torch.tensor([[60.0, 100]])
     )
-    # Class 1 keeps region 2. Regions 0 and 1 overlap and have equal scores, so it keeps only the lower index, 0.
+    # Class 1 keeps regions 2 and 0. Region 1 overlaps region 0 and has the same score, and ties go to the lower index.
     assert found.labels[0].tolist() == [0, 1, 1, -1, -1]
     torch.testing.assert_close(found.scores[0], torch.tensor([0.8, 0.47, 0.1, 0, 0]))
     torch.testing.assert_close(
@@ -291,7 +291,7 @@ def test_region_losses_by_hand() -> None:
     )
     losses = module.losses_of([], samples, targets)
     assert losses["classes"].item() == pytest.approx(math.log(3))
-    # dx is 10 * 2 / 20 = 1, and half of its square is divided by the two samples.
+    # dx is 10 * 2 / 20 = 1, and half of its square is divided by 2, the number of samples.
     assert losses["boxes"].item() == pytest.approx(0.5 / 2)
 
 
@@ -370,7 +370,7 @@ def test_lr_net_as_backbone(name: str) -> None:
 
 
 def randomize_heads(model: nn.Module) -> nn.Module:
-    """Randomize the heads' weights, because a newly initialized model detects next to nothing."""
+    """Randomize the heads' weights, because a newly initialized model detects almost no objects."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(x in name for x in ("cls_", "bbox_pred", "box_maps", "_embed.")):
@@ -394,7 +394,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_fake_tensors(name: str) -> None:
-    """The model, its losses and its detections are all fake tensors, which have no values."""
+    """Run training and inference with fake tensors, which have no values."""
     inputs = batch()
     with FakeTensorMode() as mode:
         model = small(name)
@@ -428,7 +428,7 @@ def test_batch_gives_the_detections_of_its_images(name: str, device: str) -> Non
 
 @pytest.mark.parametrize("name", SMALL)
 def test_padding_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU leaves out padding rows, because counting them is free on the CPU. Other devices give them no weight."""
+    """Compare leaving out padding rows, as on the CPU, with giving them no weight, as on other devices."""
     images, sizes, targets = batch()
     model = small(name).train()
     for module in model.modules():
@@ -529,7 +529,7 @@ def test_joint_gradient_equals_finite_differences() -> None:
             parameter.normal_(0, 0.3)
 
     def second_stage(deltas: Tensor) -> Tensor:
-        torch.manual_seed(0)  # for the same samples in each call
+        torch.manual_seed(0)  # so that each call draws the same samples
         found = model.rpn.proposals(logits, deltas, anchors, [len(anchors)], sizes, None)
         return sum(model.roi_heads.losses(maps, found, sizes, targets).values())
 
@@ -548,7 +548,7 @@ def test_joint_gradient_equals_finite_differences() -> None:
 
 
 def test_only_joint_training_passes_gradients_to_the_rpn() -> None:
-    """The second stage's losses reach the RPN through the boxes. Approximate joint training ignores this gradient."""
+    """The boxes carry gradients of the second stage to the RPN. Approximate joint training ignores these gradients."""
     for training in ("approximate", "joint"):
         torch.manual_seed(0)
         model = relops.models.faster_rcnn(
@@ -675,13 +675,13 @@ def test_pretrained_weights_of_a_classifier() -> None:
     relops.models.load_backbone(model, state)
     assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     assert (model.backbone.body.features[0].weight == 0.5).all()
-    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # the shapes of its head differ from VGG-16
+    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # the shapes of its head differ from those of VGG-16
     relops.models.load_backbone(model, state)
     assert (model.backbone.body.features[0].weight == 0.5).all()
     model = relops.models.relation_networks(3, backbone="vgg16", channels=8, hidden=32)
     for name, size in (("0", (32, 25088)), ("3", (32, 32))):
         state |= {f"classifier.{name}.weight": torch.ones(size), f"classifier.{name}.bias": torch.ones(32)}
-    relops.models.load_backbone(model, state)  # the state has no weights of relation modules
+    relops.models.load_backbone(model, state)  # the state has no weights for relation modules
     assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     with pytest.raises(ValueError, match=r"state_dict must have conv1\.weight"):
         relops.models.load_backbone(small("detr"), state)
@@ -724,7 +724,7 @@ def test_paste_masks_fills_the_boxes() -> None:
 
 
 def test_detect_returns_boxes_in_pixels_of_the_original_image() -> None:
-    """An image and a copy of twice its size have the same objects, each in its own pixels."""
+    """Compare an image with a copy of twice its size, in which the same objects have boxes of twice the size."""
     model = small("faster_rcnn_fpn").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

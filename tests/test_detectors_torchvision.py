@@ -98,7 +98,7 @@ def test_old_parameter_names_load(pair: tuple[torch.nn.Module, torch.nn.Module])
 
 
 def test_same_losses(pair: tuple[torch.nn.Module, torch.nn.Module], images: list[Tensor]) -> None:
-    """All candidates are sampled, so that the losses do not depend on chance."""
+    """All candidates are sampled, so that the losses do not depend on random sampling."""
     theirs, ours = pair
     boxes = torch.tensor([[[20.0, 30, 90, 120], [100, 40, 180, 170]], [[10, 10, 100, 150], [60, 100, 140, 230]]])
     labels = torch.tensor([[1, 4], [0, 6]])

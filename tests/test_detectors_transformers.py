@@ -118,7 +118,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def objects(sizes: Tensor) -> tuple[Targets, list[dict[str, Tensor]]]:
-    """Return the same objects as targets of relops and as labels of transformers. Their number is large enough that
+    """Return the same objects as targets of relops and as labels of transformers. There are so many objects that
     every cost affects the assignment."""
     counts = 14, 9
     center, size = 0.2 + 0.6 * torch.rand(2, 14, 2), 0.1 + 0.3 * torch.rand(2, 14, 2)
@@ -338,7 +338,7 @@ def released(variant: str) -> dict[str, tuple[int, ...]]:
 
 
 def released_state(variant: str) -> dict[str, Tensor]:
-    """Return a random state_dict. Entries that name the same parameter have equal values."""
+    """Return a random state_dict of the released code, in which names of the same parameter have equal values."""
     state = {name: torch.randn(shape) for name, shape in released(variant).items()}
     for name in state:
         shared = name.removeprefix("transformer.decoder.") if "_embed" in name else name

@@ -1,4 +1,4 @@
-"""The documentation is complete and builds: the API pages have every public name, and the README is short."""
+"""Tests that the documentation lists every public name, that its links work, and that the site builds."""
 
 from __future__ import annotations
 

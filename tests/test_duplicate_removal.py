@@ -11,12 +11,12 @@ import torch
 from conftest import needs_cuda
 from helpers.relation_networks import (
     assert_same,
+    correct_ranks,
     random_parameters,
     removal_loss,
     removal_shapes,
     removal_state,
     remove_duplicates,
-    right_ones,
 )
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def test_released_parameters_give_the_released_result(
             assert_same(detections.final_scores[b, :, c], final)
 
             objects = gt_boxes[b, gt_labels[b] == c].tolist()
-            right = [right_ones(class_boxes[b, best, c].tolist(), objects, threshold) for threshold in THRESHOLDS]
+            right = [correct_ranks(class_boxes[b, best, c].tolist(), objects, threshold) for threshold in THRESHOLDS]
             expected_loss = expected_loss + removal_loss(s0, s1, right, positive_weight=4.0)
             found += sum(map(len, right))
     assert found > 8
@@ -160,7 +160,7 @@ def test_equal_scores_are_ranked_by_index(device: str) -> None:
 
 
 def test_padding_is_ignored(device: str) -> None:
-    """An image padded with junk in a batch of two gives the same result as the image alone."""
+    """A padded image in a batch of two gives the same result as the image alone, whatever the padding contains."""
     removal = small(device)
     features, scores, boxes = draw(2, 9, device=device)
     unpadded = removal(features[:1, :5], scores[:1, :5], boxes[:1, :5])
@@ -300,7 +300,7 @@ def test_targets_equal_those_of_a_loop(device: str) -> None:
             n = (detections.indices[b, c] >= 0).sum()
             objects = gt[b, gt_labels[b] == c].tolist()
             for e, threshold in enumerate(THRESHOLDS):
-                right = right_ones(detections.boxes[b, c, :n].tolist(), objects, threshold)
+                right = correct_ranks(detections.boxes[b, c, :n].tolist(), objects, threshold)
                 assert set(targets[b, c, :, e].nonzero()[:, 0].tolist()) == right
 
 
@@ -478,7 +478,7 @@ def test_learns_to_remove_duplicates(one_thread: None) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-    # A threshold on s0 alone is far worse.
+    # With a threshold on s0 alone, fewer than half of the objects keep exactly one box.
     assert max(kept_once(best_scores > t, test["owner"]) for t in torch.linspace(0.3, 0.95, 40)) < 0.5
     assert quality() > 0.9
 

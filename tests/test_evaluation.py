@@ -56,7 +56,7 @@ def batch_of(image_ids: Sequence[int], scales: Sequence[tuple[float, float]] | N
 
 
 def detections_of(*images: list[tuple[Box, float, int]], masks: Tensor | None = None) -> Detections:
-    """Return a batch of detections (box, score, label) for each image, with one more row of padding."""
+    """Return the detections (box, score, label) of each image as a batch, with an additional row of padding."""
     D = 1 + max(map(len, images))
     boxes, scores = torch.zeros(len(images), D, 4), torch.zeros(len(images), D)
     labels = torch.full((len(images), D), -1)
@@ -77,7 +77,7 @@ def box(x: float, y: float = 20, side: float = 40) -> list[float]:
 
 
 def random_scene(rng: np.random.Generator, images: int) -> tuple[list[list[tuple]], list[list[tuple]]]:
-    """Return random objects of two classes, one of which is ignored in each image, and detections near the objects."""
+    """Return random objects of two classes, and detections near them. One object per image is ignored."""
     truth, found = [], []
     for _ in range(images):
         corners = rng.uniform(0, 180, (6, 2))
@@ -103,10 +103,10 @@ class TestVOC:
             (box(100), 0.5, 0),  # correct
             (box(9, 152), 0.3, 0),  # overlaps the difficult object
         ],
-        [(box(11), 0.4, 0), (box(100), 0.2, 0)],  # the first one is correct, and the second one overlaps no object
+        [(box(11), 0.4, 0), (box(100), 0.2, 0)],  # the first is correct, and the second overlaps no object
     )
 
-    def test_area_is_that_under_the_monotonic_curve(self) -> None:
+    def test_area_metric_is_the_area_under_the_monotonic_curve(self) -> None:
         values = evaluated(self.data, *self.found).voc()
         # There are four objects. At recalls 1/4, 2/4 and 3/4, the precision is 1, 2/4 and 3/5. The monotonic precision
         # is 1, 3/5 and 3/5.
@@ -179,7 +179,8 @@ class TestEvaluator:
         parts = [Evaluator(FixedData(*truth)) for _ in range(2)]
         for i, detections in enumerate(found):
             parts[i % 2].add(batch_of([10 + i]), detections_of(detections))
-        parts[1].add(batch_of([10]), detections_of(found[0]))  # samplers may repeat images to fill up a rank
+        # Samplers may repeat images, so that every rank has the same number of images.
+        parts[1].add(batch_of([10]), detections_of(found[0]))
         parts[0].merge([pickle.loads(pickle.dumps(part.state())) for part in parts])
         assert parts[0].voc() == together.voc() and 0 < together.voc()["mAP"] < 1
 
@@ -239,9 +240,8 @@ class TestCOCO:
                 content["annotations"].append(item)
         file.write_text(json.dumps(content))
 
-        evaluator = Evaluator(
-            open_data(f"coco:{tmp_path}", "test", ["dog", "cat"])
-        )  # the classes are not in the order of their ids
+        # The classes are not in the order of their ids.
+        evaluator = Evaluator(open_data(f"coco:{tmp_path}", "test", ["dog", "cat"]))
         for n, detections in enumerate(found):
             stretched = [((np.array(b) * [2, 3, 2, 3]).tolist(), score, 1 - label) for b, score, label in detections]
             evaluator.add(batch_of([50 - n], [(3.0, 2.0)]), detections_of(stretched))
@@ -281,7 +281,7 @@ class TestCOCO:
             for _ in range(rng.integers(9)):
                 x, y, w, h = rng.uniform([-40, -40, 4, 4], [290, 230, 160, 160])
                 w, h = w * (rng.random() > 0.2), h * (rng.random() > 0.1)
-                if rng.random() < 0.4:  # then an IoU may equal a threshold
+                if rng.random() < 0.4:  # whole numbers, for which an IoU may equal a threshold
                     x, y, w, h = np.rint([x, y, w, h])
                 label = int(rng.integers(3))
                 item = {"id": len(content["annotations"]) + 1, "image_id": f"image {n}", "category_id": ids[label]}

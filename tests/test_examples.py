@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they are, and are short."""
+"""Tests that the scripts in examples/ run without changes and are short."""
 
 from __future__ import annotations
 

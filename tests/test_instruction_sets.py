@@ -1,4 +1,4 @@
-"""Tests of the CPU kernels for lower instruction sets than the machine's, with tests that use all vector lanes.
+"""Tests that the CPU kernels pass tests of all vector lanes with every instruction set below the machine's.
 
 A process chooses its instruction set once, at import, so each instruction set gets one process for all of these tests.
 """

@@ -19,8 +19,8 @@ from relops import reference
 
 INF, NAN = math.inf, math.nan
 
-# Sizes of problems with fewer, as many and more rows than columns, with a single row or column, and with more rows or
-# columns than a vector or a warp has lanes.
+# Sizes (R, C) of problems with R < C, R = C and R > C, with a single row or column, and with more rows or columns
+# than a vector or a warp has lanes.
 SIZES = [(1, 1), (1, 5), (5, 1), (3, 4), (4, 4), (5, 3), (7, 40), (40, 7), (33, 33), (70, 130), (130, 70)]
 
 
@@ -47,7 +47,7 @@ def summary(cost: Tensor, row_to_col: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_as_good(cost: Tensor, actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Assert that two results have equally many pairs and, up to rounding, equal sums of costs."""
+    """Assert that two results have the same number of pairs and, up to rounding, the same sum of costs."""
     check_consistent(cost, *actual)
     (pairs, total), (expected_pairs, expected_total) = summary(cost, actual[0]), summary(cost, expected[0])
     assert torch.equal(pairs, expected_pairs)
@@ -60,7 +60,7 @@ def largest_finite(cost: Tensor) -> float:
 
 
 def brute_force(cost: list[list[float]], maximize: bool = False) -> tuple[int, float]:
-    """Try every assignment of the smaller side, and return the best number of pairs and its sum of costs."""
+    """Try every assignment of the smaller side. Return the number of pairs and the sum of costs of the best one."""
     R, C = len(cost), len(cost[0]) if cost else 0
     if R > C:
         cost, R, C = [list(column) for column in zip(*cost)], C, R
@@ -118,7 +118,7 @@ def test_by_hand(
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("forbidden", [None, INF, -INF, NAN], ids=str)
 @pytest.mark.parametrize("R, C", [(1, 4), (4, 1), (3, 5), (5, 3), (5, 5)])
-def test_brute_force(R: int, C: int, forbidden: float | None, maximize: bool, device: str) -> None:
+def test_matches_brute_force(R: int, C: int, forbidden: float | None, maximize: bool, device: str) -> None:
     cost = random_costs(20, R, C).mul(4).round().to(device)  # rounding creates ties
     if forbidden is not None:
         cost = forbid_some(cost, 0.5, forbidden)
@@ -132,7 +132,7 @@ def test_brute_force(R: int, C: int, forbidden: float | None, maximize: bool, de
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("R, C", SIZES)
-def test_scipy(R: int, C: int, dtype: torch.dtype, maximize: bool, device: str) -> None:
+def test_matches_scipy(R: int, C: int, dtype: torch.dtype, maximize: bool, device: str) -> None:
     optimize = pytest.importorskip("scipy.optimize")
     cost = random_costs(4, R, C).to(device, dtype)
     row_to_col, col_to_row = relops.linear_sum_assignment(cost, maximize=maximize)
@@ -176,7 +176,7 @@ def test_costs_that_are_hard_for_augmenting_paths(kind: str, device: str) -> Non
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("R, C", SIZES)
-def test_twin(R: int, C: int, fraction: float, maximize: bool, device: str) -> None:
+def test_matches_twin(R: int, C: int, fraction: float, maximize: bool, device: str) -> None:
     cost = forbid_some(random_costs(3, R, C).to(device), fraction)
     sizes = [random_sizes(3, limit, seed).to(device) for seed, limit in enumerate((R, C))]
     actual, expected = (
@@ -187,7 +187,7 @@ def test_twin(R: int, C: int, fraction: float, maximize: bool, device: str) -> N
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_integers(data: st.DataObject) -> None:
+def test_random_search(data: st.DataObject) -> None:
     R, C = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
     entry = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([INF, -INF, NAN, 1e6, 0.5]))
     rows = data.draw(st.lists(st.lists(entry, min_size=C, max_size=C), min_size=R, max_size=R))
@@ -279,7 +279,7 @@ def test_integer_costs(dtype: torch.dtype, device: str) -> None:
 
 
 def test_many_problems(device: str) -> None:
-    """Check that problems get the same results in every run, and when they are solved one by one.
+    """Check that problems have the same results in every run and when they are solved one by one.
 
     There are more problems than threads, and their sizes differ.
     """
@@ -377,7 +377,7 @@ def test_kernels_reject_unconverted_dtypes(device: str) -> None:
 
 
 def test_sizes_in_a_list_are_symbols_of_a_symbolic_graph() -> None:
-    """Check that sizes taken from the shape of a tensor follow the tensor with which the graph is called."""
+    """Check that a graph takes the sizes from the shape of the tensor with which it is called."""
 
     def assign(cost: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
         return relops.linear_sum_assignment(cost, num_cols=[objects.shape[0]] * 2)

@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of windows that are weighted by similarity and geometry."""
+"""Tests of the values and gradients of local_relation, which weights windows by similarity and geometry."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_definition(case: Windows, device: str) -> None:
 
 
 def test_by_hand(device: str) -> None:
-    """Check two pixels whose windows contain both. Query 0 differs by 1 from its own key and by 2 from key 1."""
+    """Check a map of two pixels, which both windows contain. Query 0 differs by 1 from key 0 and by 2 from key 1."""
     query, key, value = (
         torch.tensor([x], device=device).view(1, 1, 1, 2) for x in ([1.0, 0.0], [2.0, 3.0], [5.0, 9.0])
     )
@@ -119,9 +119,9 @@ def test_prior_that_selects_a_tap_shifts_the_map(k: int, stride: int, dilation: 
 
 
 def test_attention_with_a_bias() -> None:
-    """Compare with attention with a bias.
+    """Compare with scaled dot product attention with a bias.
 
-    Squared differences are products of [2q, 1] and [k, -k^2] plus a term that is the same for all taps of a query.
+    -(q - k)^2 is the product of [2q, 1] and [k, -k^2] plus a term that is the same for all taps of a query.
     """
     N, C, G, H, W, k = 2, 12, 3, 7, 8, 5
     inputs = draw(Windows(N=N, C=C, G=G, H=H, W=W, k=k))
@@ -141,7 +141,7 @@ def test_attention_with_a_bias() -> None:
 
 @pytest.mark.parametrize(("C", "G"), [(100, 13), (7, 3), (6, 5), (3, 8), (64, 64)])
 def test_channels_of_groups(C: int, G: int, device: str) -> None:
-    """Check that each group alone gives the same channels, and that groups without channels get zero gradients."""
+    """Check that each group has the same results when computed alone, and that empty groups get zero gradients."""
     inputs = draw(Windows(N=1, C=C, G=G), device)
     whole = OP.run(inputs)
     m = math.ceil(C / G)
@@ -176,7 +176,7 @@ def test_adding_a_constant_to_the_prior_changes_nothing(similarity: str, device:
 @similarities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_logits_far_from_zero(similarity: str, dtype: torch.dtype, device: str) -> None:
-    """Check logits whose exponentials are all rounded to 0."""
+    """Check logits so negative that all their exponentials underflow to 0."""
     inputs = draw(Windows(similarity=similarity), device, dtype)
     inputs["query"] = inputs["query"] + (300 if similarity == "absolute_difference" else 30)
     inputs["key"] = inputs["key"] * 0.1 - (30 if similarity == "product" else 0)
@@ -287,7 +287,7 @@ def test_windows_of_a_crop(device: str) -> None:
     ],
 )
 def test_results_do_not_depend_on_the_number_of_threads(case: Windows, threads: None) -> None:
-    """Check that results are equal in every bit, even sums over images and over the strips of a large map."""
+    """Check that results are bit-identical, even sums over images and over the strips of a large map."""
     inputs = draw(case, dtype=torch.float32)
     expected = OP.run_twin(inputs)
     runs = []
@@ -313,7 +313,7 @@ def step(rows):
 
 
 def test_memory_of_large_windows() -> None:
-    """Check that only the weights of one row of outputs are stored. Those of all rows of a window would take 70 MB."""
+    """Check that only the weights of one row of outputs are stored. All weights of a window would take 70 MB."""
     begin = """
 torch.set_num_threads(1)
 query, value = torch.randn(1, 1, 64, 64), torch.randn(1, 4, 64, 64)
@@ -341,7 +341,7 @@ def test_raw_op_names_an_unknown_choice(name: str, device: str) -> None:
 
 
 def test_extreme_sizes_are_rejected() -> None:
-    """Check a size for which the 32-bit arithmetic of the kernels does not suffice."""
+    """Check a size that is too large for the 32-bit arithmetic of the kernels."""
     x = torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 2**24 + 1)
     with pytest.raises(RuntimeError, match="more than 16777216 rows or columns"):
         relops.local_relation(x, x, x, kernel_size=1)

@@ -98,7 +98,7 @@ def test_weights_depend_on_the_content(device: str) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_layer_in_training(autocast: bool, device: str, fresh_compiler: None) -> None:
-    """The compiled layer keeps the channels_last format and gives gradients to all parameters, also under autocast."""
+    """The compiled layer keeps the channels_last format and has gradients for all parameters, also under autocast."""
     module = layer(device, torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 20, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
@@ -178,7 +178,7 @@ def small() -> relops.models.LRNet:
 def test_gradients_reach_every_parameter(device: str) -> None:
     network = small().to(device)
     for name, parameter in network.named_parameters():
-        if name.endswith("bn3.weight"):  # an initial value of zero blocks gradients into the block
+        if name.endswith("bn3.weight"):  # with the initial value of zero, the block would get no gradients
             nn.init.ones_(parameter)
     network(torch.randn(8, 1, 32, 32, device=device)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in network.parameters())

@@ -41,13 +41,13 @@ def draw(op: Op, case: DeformAttn, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def sample_one(image: Tensor, x: float, y: float, weight: float = 1.0) -> Tensor:
-    """Sample image [H,W] with one head at the normalized (x, y), and check that both ops return the same."""
+    """Sample image [H,W] with one head at the normalized location (x, y). Check that both ops return the same value."""
     H, W = image.shape
     value = image.reshape(1, H * W, 1, 1)
     location = torch.tensor([x, y], dtype=value.dtype, device=value.device).view(1, 1, 1, 1, 1, 2)
     weights = torch.full((1, 1, 1, 1, 1), weight, dtype=value.dtype, device=value.device)
     plain = relops.ms_deform_attn(value, [(H, W)], None, location, weights)
-    # A softmax over one sample is 1, whatever the logit.
+    # A softmax over one sample is 1 for any logit.
     points, offsets = torch.full_like(location, 0.5).view(1, 1, 1, 2), (location - 0.5) * torch.tensor([W, H]).to(value)
     fused = relops.ms_deform_attn_fused(value, [(H, W)], None, points, offsets, weights) * weight
     torch.testing.assert_close(fused, plain)
@@ -104,7 +104,7 @@ def test_constant_value_is_returned(op: Op, device: str) -> None:
 
 
 def test_heads_levels_and_points_do_not_mix(device: str) -> None:
-    """Set head m of level l to the constant 100 l + 10 m, so that the output shows what each weight was applied to."""
+    """Set head m of level l to the constant 100 l + 10 m, so that the output shows which value each weight scales."""
     levels, M, P = [(3, 4), (2, 2)], 3, 2
     constant = torch.cat([torch.full((h * w,), 100.0 * level) for level, (h, w) in enumerate(levels)])
     value = (constant[:, None] + 10 * torch.arange(M)).view(1, -1, M, 1).to(device)
@@ -115,7 +115,7 @@ def test_heads_levels_and_points_do_not_mix(device: str) -> None:
 
 
 def test_an_offset_of_p_reaches_the_edge_of_the_box(device: str) -> None:
-    """Check that an offset of P = 4 samples at 0.5 + 4 / 4 * 0.5 * 0.5 = 0.75, the center of the second column."""
+    """Check that an offset of P = 4 leads to x = 0.5 + 4 / 4 * 0.5 * 0.5 = 0.75, the center of the second column."""
     image = torch.tensor(IMAGE, device=device).view(1, 4, 1, 1)
     box = torch.tensor([0.5, 0.25, 0.5, 0.1], device=device).view(1, 1, 1, 4)
     offsets = torch.tensor([4.0, 0.0], device=device).expand(1, 1, 1, 1, 4, 2)
@@ -204,7 +204,7 @@ def test_accuracy_in_16_bit(op: Op, dtype: torch.dtype, level: tuple[int, int], 
 def test_large_logits_and_weights(op: Op, device: str) -> None:
     inputs = draw(op, DeformAttn(), device)
     name = "attention_logits" if op is FUSED else "attention_weights"
-    inputs[name] = inputs[name] * 1e4  # a softmax that does not subtract its maximum overflows
+    inputs[name] = inputs[name] * 1e4  # a softmax that does not subtract its maximum would overflow
     assert_matches_twin(op, inputs)
 
 
@@ -326,7 +326,10 @@ def test_everything_masked(device: str) -> None:
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_splitting_the_queries_changes_nothing(op: Op, dtype: torch.dtype, device: str) -> None:
-    """Compare 72 queries at once, for which the CPU packs rows, with 6 at a time, which read value without a copy."""
+    """Compare 72 queries at once with 6 queries at a time.
+
+    For 72 queries the CPU packs rows of value, and for 6 it reads value without a copy.
+    """
     case = DeformAttn(((20, 20), (10, 10)), N=2, Q=72, M=2, D=32, mask=True)
     inputs = draw(op, case, device, dtype)
     actual = op.run(inputs)
@@ -376,7 +379,7 @@ def test_backward_op_returns_only_needed_gradients(needs_grad: tuple[bool, ...],
 
 @both
 def test_compile_with_lists_of_sizes(op: Op) -> None:
-    """Check that new sizes in a list recompile at most once with `dynamic=True`, which makes them variables."""
+    """Check that new sizes in a list cause at most one recompilation with `dynamic=True`, which makes them symbols."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
@@ -390,7 +393,7 @@ def test_compile_with_lists_of_sizes(op: Op) -> None:
 
 SIZES = st.integers(0, 9)
 FAR = 1e4  # a location with a coordinate of at least this size is outside of every level
-# Normalized coordinates of borders and pixel centers, half a pixel, one pixel and far outside, and not finite.
+# Normalized coordinates on borders, on pixel centers, half a pixel, one pixel and far outside, and non-finite ones.
 COORDINATES = st.one_of(
     st.floats(-0.6, 1.6),
     st.sampled_from([0.0, 1.0, 0.5, 0.25, 0.75, 0.125, -0.125, -0.25, -0.5, 1.25, 1.5, 1e-30, *NOT_FINITE]),
@@ -424,7 +427,7 @@ def oracle(
 ) -> Tensor:
     """Run the twin without samples and levels that contribute zero.
 
-    The twin itself needs finite locations and non-empty levels.
+    The twin supports only finite locations and non-empty levels.
     """
     shapes = torch.as_tensor(spatial_shapes)
     areas = shapes.prod(-1)
@@ -448,7 +451,7 @@ def fused_oracle(
     attention_logits: Tensor,
     value_mask: Tensor | None,
 ) -> Tensor:
-    # A non-finite offset would make the gradient of the box 0 * inf, which is NaN.
+    # With a non-finite offset, the gradient of the box would be 0 * inf, which is NaN.
     offsets = torch.where(sampling_offsets.abs() < 100 * FAR, sampling_offsets, 100 * FAR)
     points = reference_points[:, :, None, :, None]
     if points.shape[-1] == 4:
@@ -474,7 +477,8 @@ def check_against_oracles(case: DeformAttn, coordinates: list[float], seed: int,
     pool = torch.tensor(coordinates, dtype=torch.float64, device=device)
     locations = pool[torch.randint(len(pool), fused["sampling_offsets"].shape, device=device)]
     sizes = case.sizes_xy.to(device)
-    # The gradient of a location jumps at the center of a pixel. It is not compared there, because either side is right.
+    # The gradient of a location jumps at the center of a pixel. There it is not compared, because the slopes on both
+    # sides are correct.
     pixels = locations * sizes - 0.5
     smooth = ~((pixels - pixels.round()).abs() < 1e-6)
 
@@ -508,7 +512,7 @@ def compare(op: Op, inputs: Inputs, twin: Callable[..., Tensor], smooth: dict[st
 @both
 @pytest.mark.parametrize("shapes", ["list", "tensor", "on the device"])
 def test_cuda_graph(op: Op, shapes: str) -> None:
-    """Capture once, and replay on other numbers. spatial_shapes on the host become a part of the graph."""
+    """Capture once, and replay with other inputs. spatial_shapes on the host become a part of the graph."""
     case = DeformAttn(mask=True, shapes="list" if shapes == "list" else "tensor")
     inputs = draw(op, case, "cuda")
     if shapes == "on the device":
@@ -569,7 +573,7 @@ def test_cuda_device_that_is_not_current(op: Op) -> None:
 def test_cuda_memory(op: Op) -> None:
     """Check that the memory is bounded by outputs and inputs.
 
-    Sampled values are not stored, and in the fused op neither are locations and weights.
+    Sampled values are not stored, and the fused op does not store locations and weights either.
     """
     inputs = draw(op, DeformAttn(((64, 64), (32, 32)), N=2, Q=4096, M=8, D=32), "cuda")
     inputs = {n: x.requires_grad_() if n in op.differentiable else x for n, x in inputs.items()}
@@ -592,7 +596,7 @@ def test_cuda_memory(op: Op) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_sizes_in_a_list_are_symbols_of_a_symbolic_graph(fused: bool) -> None:
-    """Check that levels (H,W) taken from the shapes of maps follow the maps with which the graph is called."""
+    """Check that a graph takes the levels (H,W) from the shapes of the maps with which it is called."""
 
     def attend(*inputs: Tensor) -> Tensor:
         maps, (points, weights) = inputs[:2], inputs[2:]

@@ -32,7 +32,7 @@ def levels_of(sizes: list[tuple[float, float]], device: str, **options: float) -
 def test_boundaries_of_levels(device: str) -> None:
     """Check equation 1 of Feature Pyramid Networks.
 
-    Boxes of 224 pixels are on level 4, which is the third one here. Half the size is one level less.
+    Boxes of 224 pixels are on level 4, the third level of this pyramid. Halving the size lowers the level by one.
     """
     sizes = [1, 56, 111.99, 112, 223.9, 224, 447.9, 448, 900]
     assert levels_of([(size, size) for size in sizes], device) == [0, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -76,7 +76,7 @@ def test_box_inverted_on_both_axes_has_an_area(device: str) -> None:
 
 
 def test_levels_beyond_the_pyramid(device: str) -> None:
-    """Check a pyramid whose finest level, 4, has scale 1/16. All smaller boxes are on that level."""
+    """Check a pyramid whose finest level is level 4, of scale 1/16. All smaller boxes are on that level."""
     sizes = [(20, 20), (230, 230), (500, 500), (1000, 1000)]
     boxes = as_rows(*[(0, 0, *size) for size in sizes], dtype=torch.float32, device=device)
     features = pyramid(device, levels=2)

@@ -1,4 +1,4 @@
-"""Tests of nms that do not need its twin: by hand, with plain loops, and by the property that defines the result."""
+"""Tests of nms without its twin: results by hand, plain loops, and the property that defines the result."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_float64_boxes_stay_float64(device: str) -> None:
         scores = torch.tensor([0.5, 0.25], dtype=dtype, device=device)
         assert relops.nms(boxes, scores, 1 - 5e-11).tolist() == [0, 1]
         assert relops.nms(boxes, scores, 1 - 2e-10).tolist() == [0]
-    # In float32, the IoU and the threshold are both 1.
+    # In float32, the IoU and the threshold are both rounded to 1.
     assert relops.nms(boxes.float(), scores, 1 - 5e-11).tolist() == [0, 1]
 
 
@@ -103,7 +103,7 @@ def test_areas_of_float16_boxes_do_not_overflow(device: str) -> None:
     assert relops.nms(boxes, boxes[:, 0], 0.5).tolist() == [0]
 
 
-def test_search(device: str) -> None:
+def test_small_problems_match_plain_loops(device: str) -> None:
     search(2000, device=device)
 
 
@@ -117,7 +117,7 @@ SCORES = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0, nan, inf, -inf, 1e-45, 3e38
     iou_threshold=st.sampled_from([0.0, 1 / 3, 0.5, 1.0]),
     dtypes=st.tuples(*[st.sampled_from([torch.float64, torch.float32])] * 2),
 )
-def test_any_boxes(rows: list, iou_threshold: float, dtypes: tuple) -> None:
+def test_random_search(rows: list, iou_threshold: float, dtypes: tuple) -> None:
     boxes = torch.tensor([row[:4] for row in rows], dtype=torch.float64).to(dtypes[0])
     scores = torch.tensor([row[4] for row in rows], dtype=torch.float64).to(dtypes[1])
     idxs = torch.tensor([row[5] for row in rows])
@@ -188,7 +188,7 @@ class Postprocess(torch.nn.Module):
 
 
 def detections(kept: int, K: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return K boxes and their scores, of which nms keeps `kept`."""
+    """Return K boxes, of which nms keeps `kept`, and their scores."""
     boxes = torch.tensor([(2 * min(i, max(kept - 1, 0)), 0, 2 * min(i, max(kept - 1, 0)) + 1, 1) for i in range(K)])
     scores = torch.rand(K) if kept else torch.full((K,), nan)
     return boxes.view(K, 4).float().to(device), scores.to(device)
@@ -202,7 +202,7 @@ def assert_postprocessed(actual: tuple[torch.Tensor, ...], kept: int, given: tup
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("inductor", True)])
 def test_compiled_with_any_number_kept(backend: str, dynamic: bool | None, device: str, fresh_compiler: None) -> None:
-    """Check graphs that keep any number of boxes. A graph with torchvision's nms must keep at least two."""
+    """Check that one graph can keep any number of boxes. With torchvision's nms, a graph must keep at least two."""
     compiled = torch.compile(postprocess, fullgraph=True, backend=backend, dynamic=dynamic)
     for kept, K in ((3, 5), (0, 5), (1, 5), (5, 5), (1, 9), (0, 12), (1, 1), (0, 0)):
         given = detections(kept, K, device)

@@ -44,7 +44,7 @@ def test_score_equal_to_the_threshold_is_dropped(dtype: torch.dtype, device: str
 
 
 def test_score_threshold_is_rounded_like_the_scores(device: str) -> None:
-    """Check a score of 0.3 in float32, which is greater than the float64 number 0.3."""
+    """Check a score of 0.3 in float32, which is greater than 0.3 in float64."""
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
     for op in (relops.nms_padded, reference.nms_padded):
         assert op(boxes, torch.tensor([0.3], device=device), 0.5, 1, score_threshold=0.3)[1].item() == 0

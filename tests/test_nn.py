@@ -70,7 +70,7 @@ TRACED = [(name, mode) for i, name in enumerate(MODULES) for mode in ("plain", T
 
 @pytest.mark.parametrize(("name", "tracing_mode"), TRACED)
 def test_fake_tensors_and_make_fx(name: str, tracing_mode: str) -> None:
-    """Run the module, and the gradients of its parameters and inputs, with fake tensors or as a traced graph."""
+    """Compute outputs and gradients of parameters and inputs, with fake tensors or with a traced graph."""
     module, arguments = MODULES[name]()
     state = dict(module.named_parameters()) | dict(module.named_buffers())
     leaves, spec = tree_flatten((state, arguments))
@@ -122,7 +122,7 @@ def test_state_dict_has_the_layout_of_deformable_detr() -> None:
 
 def test_initial_parameters_equal_deformable_detr() -> None:
     layer = relops.nn.MSDeformAttn(d_model=64, n_levels=3, n_heads=8, n_points=4)
-    # Each of the eight heads samples points in one compass direction, 1 to 4 pixels away in the maximum norm.
+    # Each of the eight heads samples points in a different compass direction, 1 to 4 pixels away in the maximum norm.
     compass = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor([[[[p * x, p * y] for p in range(1, 5)]] * 3 for x, y in compass]).float()
     torch.testing.assert_close(layer.sampling_offsets.bias.view(8, 3, 4, 2), expected, rtol=0, atol=1e-5)
@@ -210,7 +210,7 @@ def test_repr_shows_the_sizes() -> None:
 
 
 def test_transformers_layer_has_neither_init_nor_parameters() -> None:
-    """transformers requires this of a layer that replaces its own."""
+    """transformers requires this of every layer that replaces one of its own."""
     layer = relops.nn.MultiScaleDeformableAttention
     assert "__init__" not in vars(layer)
     assert not layer().state_dict()
@@ -316,7 +316,7 @@ def test_multi_scale_module_equals_its_op() -> None:
 
 
 def test_multi_scale_module_computes_scales_in_every_call() -> None:
-    """A call leaves no state behind: the next call, with images of twice the size, halves the scales."""
+    """The module keeps no state: a second call, with images of twice the size, uses half the scales."""
     module, x = multi_scale_module(), maps()
     module(x, LARGE_BOXES, IMAGES)
     boxes = [2 * image_boxes for image_boxes in LARGE_BOXES]
@@ -332,7 +332,7 @@ def test_multi_scale_module_without_images() -> None:
 
 
 def test_levels_of_several_dtypes_under_autocast() -> None:
-    """Layers that autocast does not know produce float32 levels next to bfloat16 levels."""
+    """Under autocast, some layers return bfloat16 levels, and others return float32 levels."""
     mixed = list(maps().values())
     mixed[1] = mixed[1].bfloat16()
     arguments = LARGE_BOXES, 3, [1 / 4, 1 / 8, 1 / 16]

@@ -58,7 +58,7 @@ def test_released_parameters_give_the_released_result(geometry: str, num_keys: i
 
 
 def test_head_of_the_paper(device: str) -> None:
-    """Two modules work on the same boxes. The released code computes one embedding of all pairs for both of them."""
+    """Check two modules on the same boxes. In the released code, both use the same embedding of all pairs."""
     torch.manual_seed(1)
     fc = [torch.nn.Linear(width, 12).double() for width in (20, 12)]
     p = random_parameters(relation_shapes(12, 3, 5, index=1) | relation_shapes(12, 3, 5, index=2))

@@ -26,7 +26,7 @@ def surface(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return hats(y, image.shape[-2]) @ image @ hats(x, image.shape[-1]).T
 
 
-# Box on a map of a single pixel of value 1, and the mean over the box of the surface hat(y) hat(x).
+# A box on a map with a single pixel of value 1, and the mean of the surface hat(y) hat(x) over the box.
 ONE_PIXEL = {
     "the whole hat": ((-1, -1, 1, 1), 1 / 4),
     "wider than the hat": ((-2, -3, 2, 3), 1 / 4 / 6),
@@ -75,8 +75,8 @@ def test_linear_ramp_is_exact(device: str) -> None:
 def test_gradient_of_an_edge_is_the_mean_along_it(device: str) -> None:
     """Check the Leibniz rule.
 
-    If x2 moves, the integral over the box gains the surface along that edge. The mean over the box changes by the mean
-    along the edge minus the mean over the box, divided by x2 - x1.
+    The derivative with respect to x2 of the integral over the box is the integral along the edge at x2. The derivative
+    of the mean is therefore the mean along the edge minus the mean over the box, divided by x2 - x1.
     """
     image = torch.randn(1, 1, 6, 7, dtype=torch.float64, device=device)
     n = 20000

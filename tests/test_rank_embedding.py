@@ -49,9 +49,9 @@ def test_defaults(device: str) -> None:
 
 
 def test_identities(device: str) -> None:
-    """Check rank 0 and negative ranks, that sine and cosine lie on the unit circle, and that each step is a rotation.
+    """Check rank 0, negative ranks, that sine and cosine lie on the unit circle, and that each step is a rotation.
 
-    Adding 1 to any rank turns a pair of a sine and a cosine by the same angle.
+    Adding 1 to a rank rotates each pair of a sine and a cosine by an angle that does not depend on the rank.
     """
     ranks = torch.arange(-50, 400, device=device).double()
     sine, cosine = relops.rank_embedding(ranks, 32).chunk(2, -1)

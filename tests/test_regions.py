@@ -53,7 +53,7 @@ def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: st
 
 
 @on_ops
-def test_translation(region: Region, device: str) -> None:
+def test_moving_map_and_boxes_together_keeps_the_output(region: Region, device: str) -> None:
     """Move a map by whole pixels, within a larger map of zeros, and move its boxes with it."""
     case = Regions(H=40, W=44, C=2)
     features, boxes = draw(region, case, device, inside=True)
@@ -148,7 +148,7 @@ def test_shapes(region: Region, case: Regions, dtype: torch.dtype, device: str) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["typical", "wide", "14 x 14", "40 channels"])
 def test_16_bit(region: Region, name: str, dtype: torch.dtype, device: str) -> None:
-    """Check that float32 sums are rounded once and boxes never. 16-bit boxes would be off by a pixel in "wide"."""
+    """Check that float32 sums are rounded once and boxes are not. 16-bit boxes would be off by a pixel in "wide"."""
     for variant in variants(region, SHAPES[name])[:1]:
         region.assert_matches_twin(*draw(region, variant, device, dtype), variant)
 
@@ -284,7 +284,7 @@ NEAR = 2.0**-10
 def test_batch_index_is_rounded_near_an_integer(region: Region, dtype: torch.dtype, device: str) -> None:
     """Check that a batch index is rounded if it is near an integer, and truncated otherwise, also under vmap.
 
-    vmap is a case of its own because it joins its entries into one batch.
+    vmap is a separate case, because it joins its entries into one batch.
     """
     images = {
         0: (-1e-6, -0.0, 0.7, -0.7, 1 - 2 * NEAR, NEAR, -NEAR, 2 * NEAR, -1 + 2 * NEAR),
@@ -407,7 +407,7 @@ def test_no_boxes(region: Region, device: str) -> None:
 
 # ---- Random search ----
 
-# For maps up to 9 x 9: borders, pixel centers, half a pixel and one pixel outside, far outside, and not finite.
+# For maps up to 9 x 9: on borders, on pixel centers, half a pixel, one pixel and far outside, and non-finite ones.
 COORDINATES = st.one_of(
     st.integers(-8, 44).map(lambda i: i / 4),
     st.floats(-3, 12, width=32),

@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of attention that is weighted by the geometry of boxes."""
+"""Tests of the values and gradients of relation_attention, which weights attention by the geometry of boxes."""
 
 from __future__ import annotations
 
@@ -413,7 +413,7 @@ def test_logsumexp(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_accuracy_in_16_bit(dtype: torch.dtype, device: str) -> None:
-    """Compare with float64 inputs that were never rounded. float32 boxes are accurate, but 16-bit boxes are not."""
+    """Compare with float64 inputs that were never rounded. Results are accurate only if boxes stay float32."""
     exact = draw(Relations(Q=60, K=80, D=32, Dv=32, bias=2.0), device)
     for name in ("query_boxes", "key_boxes"):
         exact[name] = exact[name] + torch.rand_like(exact[name])
@@ -582,7 +582,7 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
     for device in ["cpu"] if why_no_cuda() else ["cpu", "cuda"]:
         moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         actual, expected = OP.run(moved), OP.run(moved, OP.reference)
-        if expected["output"].isnan().any():  # which gradients are NaN is unspecified
+        if expected["output"].isnan().any():  # it is not specified which gradients are NaN
             actual, expected = ({"output": results["output"]} for results in (actual, expected))
         for name, x in actual.items():
             largest = expected[name].nan_to_num().abs().max().item() if x.numel() else 0.0
@@ -601,7 +601,7 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
 
 @needs_cuda
 def test_cuda_tf32(matmul_precision: None) -> None:
-    """Check that errors are within those of TF32 if it is allowed. Geometry is never rounded to TF32."""
+    """Check that errors are at most those of TF32 if TF32 is allowed. Geometry is never rounded to TF32."""
     inputs = draw(Relations(Q=70, K=150, D=64, Dv=64, bias=3.0), "cuda", torch.float32)
     expected = OP.run_twin(inputs)
     torch.set_float32_matmul_precision("high")

@@ -103,7 +103,7 @@ def test_head_step_by_step() -> None:
         assert_same(deltas[n, valid_rows], heads.box_predictor.bbox_pred(x), "deltas")
 
 
-def test_constants() -> None:
+def test_sizes_equal_those_of_the_published_head() -> None:
     """The published head has 16 relations with queries and keys of width 64, and 3.15 million parameters per module."""
     with torch.device("meta"):
         model = relops.models.relation_networks_fpn(80, relations=(2, 0))
@@ -166,7 +166,7 @@ def test_padding_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("num_samples", [1000, 3])
-def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
+def test_detector_without_relations_equals_faster_rcnn(num_samples: int) -> None:
     """With the same weights, the detections equal those of Faster R-CNN. The losses equal those that Faster R-CNN
     computes for the hardest regions."""
     model = small(relations=(0, 0), duplicate_removal=False, num_samples=num_samples)
@@ -214,7 +214,7 @@ def test_without_relations_it_is_faster_rcnn(num_samples: int) -> None:
 
 
 class RecordOps(TorchDispatchMode):
-    """Record the names of the relops ops that run."""
+    """A dispatch mode that records the names of the relops ops that run."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,9 +29,9 @@ WEIGHTS = {
     "between four pixels": ((2, 3), (2, 1, 3, 2), 1, False, 0.25),
     "x is the first coordinate": ((2, 3), (2.5, 1, 4, 3), 1, False, 0.75),
     "four samples around": ((2, 3), (2, 1, 4, 3), 2, False, 0.25),
-    "adaptive: two for two pixels": ((2, 3), (2, 1, 4, 3), -1, False, 0.25),
-    "adaptive: three for two and a bit": ((2, 3), (1.5, 0.5, 4.5, 3.5), 0, False, 1 / 9),
-    "adaptive: three by one": ((2, 3), (1.5, 1.5, 4.5, 2.5), -1, False, 1 / 3),
+    "adaptive: two by two samples": ((2, 3), (2, 1, 4, 3), -1, False, 0.25),
+    "adaptive: three by three samples": ((2, 3), (1.5, 0.5, 4.5, 3.5), 0, False, 1 / 9),
+    "adaptive: three by one samples": ((2, 3), (1.5, 1.5, 4.5, 2.5), -1, False, 1 / 3),
     "half a pixel outside counts as the border": ((2, 0), (-1, 1.5, 0, 2.5), 1, False, 1.0),
     "a pixel outside also counts as the border": ((0, 3), (2.5, -2, 3.5, 0), 1, False, 1.0),
     "more than a pixel outside is 0": ((0, 3), (2.5, -2.01, 3.5, 0), 1, False, 0.0),
@@ -137,7 +137,7 @@ HUGE = {
 def test_huge_box_follows_the_definition(
     box: tuple[float, ...], aligned: bool, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
-    """Check that the output is the number of samples on a map of ones, divided by the billions of all samples."""
+    """Check that a map of ones gives the fraction of samples on the map, even if a bin has billions of samples."""
     H, W, PH, PW = 10, 12, 2, 2
     image = torch.ones(1, 4, H, W, dtype=dtype, device=device).to(memory_format=memory_format)
     boxes = as_rows(box, dtype=dtype, device=device)
@@ -156,7 +156,7 @@ def test_huge_box_follows_the_definition(
 def test_adaptive_number_of_samples(device: str) -> None:
     """Check that a bin of 7 pixels has 7 samples, and that a slightly larger bin has 8."""
     image = torch.zeros(1, 1, 1, 40, dtype=torch.float64, device=device)
-    image[..., 3] = 1  # the samples at 2.5 and 3.5 each give it a weight of 1/2
+    image[..., 3] = 1  # the samples at 2.5 and 3.5 each have a weight of 1/2 for this pixel
     boxes = as_rows((0, 0, 21, 1), (0, 0, 21 + 1e-9, 1), device=device)
     output = relops.roi_align(image, boxes, (1, 3))[:, 0, 0, 0].tolist()
     eighths = sum(max(0, 1 - abs(7 / 8 * (i + 0.5) - 3)) for i in range(8)) / 8

@@ -42,7 +42,7 @@ BINS = {
     "bins that overlap": ((0, 0, 2, 0), (1, 2), [(0, 0, 0, 1), (0, 1, 0, 2)]),
     "more bins than pixels": ((4, 2, 4, 2), (1, 3), [(2, 4, 2, 4)] * 3),
     "inverted: one pixel": ((4, 3, 1, 1), (1, 1), [(3, 4, 3, 4)]),
-    "beyond the border: what is on the map": ((5, 6, 20, 20), (1, 1), [(6, 5, 7, 8)]),
+    "beyond the border: only pixels on the map": ((5, 6, 20, 20), (1, 1), [(6, 5, 7, 8)]),
     "beyond two borders": ((-9, -9, 20, 20), (1, 1), [(0, 0, 7, 8)]),
 }
 

@@ -118,7 +118,7 @@ def test_class_cost_equals_the_cost_gathered_from_all_classes(focal: bool, dtype
 
 
 class LargestResult(TorchDispatchMode):
-    """Record the number of elements of the largest result of any operation."""
+    """A dispatch mode that records the number of elements of the largest result of any operation."""
 
     numel = 0
 

@@ -1,4 +1,4 @@
-"""Tests of soft_nms that do not need its twin. test_search in test_nms.py tests many small problems."""
+"""Tests of soft_nms without its twin. test_nms.py also compares soft_nms with plain loops on many small problems."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_many_boxes(K: int, method: str, dtype: torch.dtype, device: str) -> Non
 
 
 @methods
-def test_plain_loop(method: str, device: str) -> None:
+def test_matches_plain_loop(method: str, device: str) -> None:
     boxes, scores, idxs = (x[None].numpy() for x in clustered([50, 30], boxes_per_object=6))
     expected, values, unsure = plain_soft_nms(boxes, scores, idxs, method, 0.3, 0.5, 1e-3)
     assert not unsure.any()

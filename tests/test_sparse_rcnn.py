@@ -239,7 +239,7 @@ def predict_step_by_step(module: SparseRCNN, images: Tensor, sizes: Tensor) -> t
 
 
 def with_small_deltas(module: SparseRCNN) -> SparseRCNN:
-    """Scale down the deltas, so that boxes stay in the image, and spread the logits."""
+    """Scale down the deltas, so that boxes stay in the image, and make the logits differ more."""
     for head in module.head.head_series:
         head.bboxes_delta.weight.data.mul_(0.2)
         nn.init.normal_(head.class_logits.weight)

@@ -57,8 +57,7 @@ def test_region(region: Region, options: dict, case: Regions, dtype: torch.dtype
         return lambda x: getattr(module, region.name)(x, boxes, **options)
 
     actual, expected = with_gradient(by(relops), image), with_gradient(by(torchvision.ops), image)
-    # torchvision computes sample positions in the dtype of the features, and their error is a few roundings of 150
-    # pixels.
+    # torchvision computes sample positions of up to 150 pixels with rounding errors of the dtype of the features.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=tolerance * image.abs().max().item())
     if region.name != "ps_roi_pool":  # torchvision's backward of ps_roi_pool does not match its forward
@@ -146,7 +145,7 @@ def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
 
 
 def test_nms_at_the_threshold() -> None:
-    """Check what the documentation says about torchvision's CPU kernel, with an IoU of exactly 3/10."""
+    """Check the documented behavior of torchvision's CPU kernel for an IoU of exactly 3/10."""
     boxes, scores = torch.tensor([[0.0, 0.0, 10.0, 1.0], [0.0, 0.0, 3.0, 1.0]]), torch.tensor([0.2, 0.1])
     assert relops.nms(boxes, scores, 0.3).tolist() == [0, 1]
     assert torchvision.ops.nms(boxes, scores, 0.3).tolist() == [0]

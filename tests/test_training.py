@@ -285,7 +285,7 @@ def test_resumed_run_with_two_phases_is_bitwise_identical(
     assert all(x["step"] == 3 for x in after["optimizer"]["state"].values())
     changed = {name for name, value in after["model"].items() if not torch.equal(value, before["model"][name])}
     assert {"head.weight", "head.bias"} <= changed
-    assert ("body.weight" in changed) == (crash == 3)  # a step of the first phase remained only in this case
+    assert ("body.weight" in changed) == (crash == 3)  # only then did a step of the first phase remain
     rates = [line["lr"] for line in log(tmp_path / "whole") if "loss" in line]
     assert rates[:3] == rates[3:] and rates[0] < rates[1]
 
@@ -345,7 +345,7 @@ def test_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
 
 
 def start(program: str, *arguments: str) -> subprocess.Popen:
-    """Start `python -m relops` with the detectors of this file, after the statement `program`."""
+    """Run the statement `program` and then the command `relops` with the detectors of this file, in a new process."""
     program = f"import sys; from test_training import *; register(); {program}; sys.exit(main(sys.argv[1:]))"
     pipe, command = subprocess.PIPE, [sys.executable, "-c", program, *arguments]
     return subprocess.Popen(
@@ -551,7 +551,7 @@ def test_all_commands_work_on_one_detector(tmp_path: Path, capsys: pytest.Captur
         data = with_proposals(open_data("shapes:10", split), file)
         boxes = np.concatenate([data[i].proposals for i in range(len(data))])
         assert len(boxes) > 0 and all(len(data[i].proposals) <= 20 for i in range(len(data)))
-        assert boxes.min() >= 0 and 80 < boxes[:, 2].max() <= 160.1  # in pixels of the original images, 160 pixels wide
+        assert boxes.min() >= 0 and 80 < boxes[:, 2].max() <= 160.1  # in pixels of the original images of width 160
     fast = ["train", *training, "--model", "fast_rcnn", "--output", str(tmp_path / "fast")]
     assert main(fast) == 2
     assert "proposals" in capsys.readouterr().err
@@ -594,7 +594,7 @@ def test_predict_writes_masks(tmp_path: Path) -> None:
 
 
 def write_coco(folder: Path, name: str, images: int, masks: int = 0) -> None:
-    """Write images of 12 bits in 16-bit files with one object each, of which the first `masks` objects have a mask."""
+    """Write 12-bit images in 16-bit files, with one object each. The first `masks` objects have a mask."""
     pil = pytest.importorskip("PIL.Image")
     content: dict[str, Any] = {"images": [], "categories": [{"id": 1, "name": "cell"}], "annotations": []}
     (folder / "annotations").mkdir(exist_ok=True)
@@ -700,7 +700,7 @@ def test_error_names_a_broken_image(
 def test_images_without_objects_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is then nothing to learn, and AP is undefined."""
+    """Without objects there is nothing to learn, and AP is undefined."""
     height, width = shapes.HEIGHT, shapes.WIDTH
     empty = np.zeros((height, width, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, height, width), bool)
     monkeypatch.setattr(shapes, "_draw", lambda _: empty)

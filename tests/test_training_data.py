@@ -59,7 +59,7 @@ def xml(*objects: tuple, size: tuple[int, int] | None = (60, 40)) -> str:
 
 
 def write_voc(root: Path, split: str, files: dict[str, str], images: str = "Images", ending: str = "png") -> str:
-    """Write a split in the layout of folders, with an annotation and an image of 60 x 40 for each name."""
+    """Write the folder of a split, with an annotation and an image of 60 x 40 pixels for each name."""
     for name, text in files.items():
         write_image(root / split / images / f"{name}.{ending}")
         (root / split / "Annotations").mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ def write_voc(root: Path, split: str, files: dict[str, str], images: str = "Imag
 
 
 def write_voc_lists(root: Path, lists: dict[str, list[str]]) -> str:
-    """Write a data set in the layout of VOC itself, in which image n has one object of "class n"."""
+    """Write a data set in the original layout of VOC, in which image n has one object of "class n"."""
     for name in {name for names in lists.values() for name in names}:
         write_image(root / "JPEGImages" / f"{name}.jpg")
         (root / "Annotations").mkdir(exist_ok=True)
@@ -147,7 +147,7 @@ class TestVOC:
         assert data[1].boxes.tolist() == [READ_BOX]
         assert stems(open_data(spec, "test", ["class 1", "class 2", "class 3"])) == ["1", "3"]
 
-    def test_val_is_not_trained_on_without_a_test_list(self, tmp_path: Path) -> None:
+    def test_training_excludes_val_without_a_test_list(self, tmp_path: Path) -> None:
         spec = write_voc_lists(tmp_path, {"train": ["1"], "val": ["2"], "trainval": ["1", "2"]})
         assert stems(open_data(spec, "train")) == ["1"]
         assert stems(open_data(spec, "test", ["class 2"])) == ["2"]
@@ -562,7 +562,7 @@ class TestCOCO:
             "7",
         ]
         spec = write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation="HERE")])
-        # Decoding such masks would exhaust the memory.
+        # Decoding some of these masks would exhaust the memory.
         done = run_python(
             f"""
 import pathlib, resource
@@ -884,7 +884,7 @@ class TestShapes:
 
 
 def painted(height: int, width: int, *boxes: tuple[int, int, int, int], **more) -> Sample:
-    """Return a sample of a black image with white rectangles, which are its objects and its proposals."""
+    """Return a sample of a black image with white rectangles, which are both its objects and its proposals."""
     masks = np.zeros((len(boxes), height, width), bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes):
         mask[y1:y2, x1:x2] = True

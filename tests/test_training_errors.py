@@ -383,7 +383,7 @@ def test_damaged_lines_of_the_log_are_skipped(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_metrics_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
-    """This holds even if two runs wrote the log and other lines follow that evaluation."""
+    """Check a log that two runs wrote, in which other lines follow the last evaluation."""
     metrics = train(make_config(tmp_path, log_every=1))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, lines[0], lines[-2]]) + "\n")
@@ -410,7 +410,7 @@ def test_training_data_without_classes_is_an_error(tmp_path: Path, fails: Callab
 
 
 def test_images_of_16_bits_share_one_pixel_range(run: Path, tmp_path: Path) -> None:
-    """This holds even if the detector was trained on images of 8 bits."""
+    """Check a detector that was trained on 8-bit images."""
     images = tmp_path / "images"
     images.mkdir()
     for name, brightest in (("a", 255), ("b", 4000)):
@@ -424,7 +424,7 @@ def test_images_of_16_bits_share_one_pixel_range(run: Path, tmp_path: Path) -> N
 
 
 def test_detector_that_does_not_generate_proposals_is_an_error() -> None:
-    """Deformable DETR has a method `propose` with another meaning, and Fast R-CNN reads its proposals from a file."""
+    """Deformable DETR's method `propose` has a different meaning, and Fast R-CNN reads its proposals from a file."""
     options = {"backbone": "resnet18-gn-16", "hidden": 32, "channels": 32, "queries": 5, "encoder_layers": 1}
     for name, others in (("deformable_detr", options), ("fast_rcnn", {"hidden": 8, "backbone": "resnet18-gn-16"})):
         detector = Detector(build_model(name, 2, others), name, others, ["a", "b"], 64, 64, "shapes:10")
@@ -471,7 +471,7 @@ def test_killed_run_releases_the_folder(tmp_path: Path) -> None:
 
 
 def test_child_processes_do_not_inherit_the_lock(tmp_path: Path) -> None:
-    """Processes that load data live for some seconds after their parent was killed."""
+    """Processes that load data continue to run for some seconds after their parent was killed."""
     program = (
         "import os, sys, time\nfrom pathlib import Path\nfrom relops.training._files import locked\n"
         "with locked(Path(sys.argv[1])):\n    child = os.fork()\n    if child:\n        print(child, flush=True)\n"
@@ -500,7 +500,7 @@ def test_all_processes_of_a_second_run_stop_with_the_error(tmp_path: Path) -> No
     script.write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom test_training import *\nregister()\n"
         f"try:\n    train(make_config({str(tmp_path / 'run')!r}, threads=1, batch=2))\n"
-        # A single write per process, so that the lines of the two processes cannot be mixed.
+        # Each process prints with a single write, so that the lines of the two processes cannot be mixed.
         "except ValueError as error:\n    print(f'{os.environ[\"RANK\"]}: {error}\\n', end='', flush=True)\n"
     )
     done = subprocess.run(

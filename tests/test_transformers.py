@@ -50,7 +50,7 @@ def detector() -> torch.nn.Module:
 
 
 def photographs() -> dict[str, Tensor]:
-    """Return two normalized images of 480 x 640 of smooth shapes and noise. The second is padded right and below."""
+    """Return two normalized images of smooth shapes and noise. The second is padded on the right and at the bottom."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.randn(2, 3, 12, 16, generator=generator)
     pixels = torch.nn.functional.interpolate(coarse, (H, W), mode="bicubic")

@@ -14,24 +14,24 @@ from .base import Bad, Inputs, Selection, bad_options, change, put, to_other_dev
 
 @dataclass(frozen=True)
 class Assignment:
-    """The sizes and kinds of a sample, with the letters of relops.linear_sum_assignment."""
+    """The sizes and options of a sample. The letters are those of relops.linear_sum_assignment."""
 
     R: int = 7
     C: int = 5
     B: int | None = None
     padded: bool = False
-    forbidden: float | None = None  # the cost of about half of all pairs, and of all pairs of one row and one column
+    forbidden: float | None = None  # the cost of forbidden pairs: about half of all, and all of one row and one column
     maximize: bool = False
 
     def problem(self, r: int, c: int, generator: torch.Generator) -> Tensor:
-        """Return integer costs, exact in every dtype, with only one best assignment.
+        """Return integer costs that are exact in every dtype and have only one best assignment.
 
-        The cost of a pair is an excess minus the worth of its row and of its column. Only the best assignment gains the
-        worth of all rows and columns without any excess.
+        The cost of a pair is an excess minus a bonus of its row and a bonus of its column. Only the pairs of the
+        best assignment have no excess, and only their rows and columns have a bonus.
         """
         rows, cols = (torch.randperm(size, generator=generator)[: min(r, c)] for size in (r, c))
-        worth = torch.zeros(r, 1, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
-        for x, paired in zip(worth, (rows, cols)):
+        bonus = torch.zeros(r, 1, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+        for x, paired in zip(bonus, (rows, cols)):
             x[paired] = torch.randint(60, x[paired].shape, generator=generator).double()
         excess = torch.randint(1, 60, (r, c), generator=generator).double()
         if self.forbidden is not None:
@@ -39,14 +39,13 @@ class Assignment:
         excess[rows, cols] = 0.0
         if self.forbidden is not None:
             excess[rows[:1]] = excess[:, cols[:1]] = self.forbidden
-        return excess - worth[0] - worth[1]
+        return excess - bonus[0] - bonus[1]
 
     def linear_sum_assignment(self, generator: torch.Generator) -> Inputs:
         limits, B = (self.R, self.C), 1 if self.B is None else self.B
         sizes = [torch.randint(x + 1, (B,), generator=generator) if self.padded else None for x in limits]
-        cost = torch.full(
-            (B, *limits), -200.0, dtype=torch.float64
-        )  # lower than every valid cost, to reveal that padding is read
+        # The padding is lower than every valid cost, so that reading it changes the result.
+        cost = torch.full((B, *limits), -200.0, dtype=torch.float64)
         for b in range(B):
             r, c = (limit if x is None else int(x[b]) for x, limit in zip(sizes, limits))
             cost[b, :r, :c] = self.problem(r, c, generator)

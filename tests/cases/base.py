@@ -1,4 +1,4 @@
-"""The classes of test cases, which hold sample inputs of an op and invalid changes to them, and call the op."""
+"""The classes of test cases. A case has an op, sample inputs, and changes that make these inputs invalid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Sample = Callable[[torch.Generator], Inputs]
 
 @dataclass(frozen=True)
 class Bad:
-    """A change that makes valid inputs invalid, and the error that must name the argument and the value."""
+    """A change that makes valid inputs invalid, and the expected error, which names the argument and the value."""
 
     id: str
     change: Callable[[Inputs], Inputs]
@@ -43,7 +43,7 @@ class Case:
     name: str
     samples: Mapping[str, Sample]
     empty: Mapping[str, Sample]
-    # Returns sample k of a series in which all sizes differ. Arguments that hold sizes are tensors, not lists.
+    # Returns sample k of a series in which all sizes change with k. Arguments that hold sizes are tensors, not lists.
     growing: Callable[[int], Sample]
     vmapped: tuple[str, ...]  # arguments over which torch.vmap can map
     bad: tuple[Bad, ...]
@@ -101,7 +101,7 @@ class Op(Case):
         return {name: x.to(dtypes[name]) if name in dtypes and x is not None else x for name, x in inputs.items()}
 
     def needs_grad(self, inputs: Inputs) -> tuple[str, ...]:
-        """Return the names of the arguments that have a gradient. An optional argument that is None has none."""
+        """Return the names of the arguments that get a gradient: those that are differentiable and not None."""
         return tuple(name for name in self.differentiable if inputs[name] is not None)
 
     def run(
@@ -111,7 +111,7 @@ class Op(Case):
         grad_output: Tensor | None = None,
         needs_grad: tuple[str, ...] | None = None,
     ) -> dict[str, Tensor]:
-        """Run forward and backward. Return the output as "output" and each gradient under the name of its argument."""
+        """Run forward and backward. Return a dict of the "output" and of the gradients by argument name."""
         needs_grad = self.needs_grad(inputs) if needs_grad is None else needs_grad
         inputs = {name: x.detach().requires_grad_() if name in needs_grad else x for name, x in inputs.items()}
         output = (function or self.function)(**inputs)
@@ -131,7 +131,7 @@ class Op(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Case):
-    """An op whose outputs are indices, which equal the twin's, and perhaps scores. No output has a gradient."""
+    """An op that returns indices and perhaps scores. The indices equal the twin's, and no output has a gradient."""
 
     floats: tuple[str, ...]  # floating-point arguments, whose dtypes may differ
     widened: bool = True  # 16-bit arguments are converted to float32 before the kernels get them
@@ -147,7 +147,7 @@ class Selection(Case):
         dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float32,
         seed: int = 0,
     ) -> Inputs:
-        """Draw inputs. `dtype` is the dtype of all float arguments, or a tuple of one dtype for each."""
+        """Draw inputs. `dtype` is the dtype of all float arguments, or a tuple with a dtype for each."""
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(self.floats)
         inputs = draw_sample(sample, device, seed)
         return inputs | {name: inputs[name].to(dtype) for name, dtype in zip(self.floats, dtypes)}
@@ -188,7 +188,7 @@ def bad_options(name: str, error: type[Exception], *values: Any, harmless: bool 
 
 
 def bad_numbers(name: str, rule: str, *values: Any) -> Iterator[Bad]:
-    """Yield invalid numbers. All are harmless, because the kernels compute with any number."""
+    """Yield changes of a number to invalid values. They are harmless, because the kernels compute with any number."""
     for value in values:
         error = ValueError if type(value) in (float, int) else TypeError
         message = rf"{name} must be {rule}, got {re.escape(repr(value))}"

@@ -12,7 +12,7 @@ from .base import Bad, Inputs, Op, change, put, to_other_device
 
 @dataclass(frozen=True)
 class DeformAttn:
-    """The sizes and kinds of a sample's arguments, with the letters of relops.ms_deform_attn."""
+    """The sizes and options of a sample. The letters are those of relops.ms_deform_attn."""
 
     levels: tuple[tuple[int, int], ...] = ((6, 4), (3, 2))
     N: int = 2
@@ -49,7 +49,7 @@ class DeformAttn:
     def locations(self, generator: torch.Generator) -> Tensor:
         """Return points inside the maps and up to two pixels outside.
 
-        They keep a distance from pixel centers, where the gradient jumps.
+        No point is near a pixel center, where the gradient jumps.
         """
         shape = (self.N, self.Q, self.M, len(self.levels), self.P, 2)
         corner, fraction = torch.rand(2, *shape, generator=generator, dtype=torch.float64)

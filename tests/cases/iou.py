@@ -12,9 +12,9 @@ from .base import Bad, Inputs, Op, change, put, to_other_device
 
 @dataclass(frozen=True)
 class BoxPairs:
-    """The sizes and kinds of a sample's arguments, with the letters of relops.box_iou.
+    """The sizes and options of a sample. The letters are those of relops.box_iou.
 
-    A coordinate of `a` never equals one of `b` in any dtype, because the gradient jumps where they are equal.
+    No coordinate of `a` equals a coordinate of `b` in any dtype, because the gradient jumps where the two are equal.
     """
 
     A: int = 7

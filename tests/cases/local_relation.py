@@ -13,7 +13,7 @@ from .base import Bad, Inputs, Op, bad_options, change, put, to_other_device
 
 @dataclass(frozen=True)
 class Windows:
-    """The sizes and kinds of a sample's arguments, with the letters of relops.local_relation."""
+    """The sizes and options of a sample. The letters are those of relops.local_relation."""
 
     N: int = 2
     C: int = 7

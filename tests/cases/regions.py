@@ -31,10 +31,10 @@ OPTIONS = {  # the arguments of each op in addition to its features, boxes and o
 
 @dataclass(frozen=True)
 class Regions:
-    """The sizes and options of a call, with the letters of relops.roi_align, except that C counts output channels.
+    """The sizes and options of a call. The letters are those of relops.roi_align, but C counts output channels.
 
-    Contract tests use only boxes whose result does not depend on a rounding error, whether of the boxes (in any dtype)
-    or of the arithmetic. Rounding must not decide the number of samples, the pixels around a sample, whether a sample
+    Contract tests use only boxes whose result does not depend on rounding errors, neither of the boxes (in any dtype)
+    nor of the arithmetic. Rounding must not decide the number of samples, the pixels around a sample, whether a sample
     is on the map, the pixels of a bin, or the level.
     """
 
@@ -169,7 +169,7 @@ class Regions:
 
     @property
     def bin_channels(self) -> int:
-        """The number of map channels if every bin reads channels of its own."""
+        """The number of map channels of a position-sensitive op, in which every bin reads its own channels."""
         return self.C * math.prod(self.output_size)
 
 

@@ -15,7 +15,7 @@ from .base import Bad, Inputs, Op, bad_numbers, bad_options, change, put, to_oth
 
 @dataclass(frozen=True)
 class Relations:
-    """The sizes and kinds of a sample's arguments, with the letters of relops.relation_attention.
+    """The sizes and options of a sample. The letters are those of relops.relation_attention.
 
     Coordinates are whole numbers, and the width and height of a box are odd numbers of pixels. Distances are therefore
     exact in float32 and far from 1e-3 of a side, where the gradient jumps. The gradient also jumps where the geometric
@@ -45,7 +45,7 @@ class Relations:
 
         weight, bias, mask = 0.1 * normal(self.M, 64), None, None
         if self.bias is None:
-            weight[:, 47] += 4  # makes b positive, because the slowest cosine of log(wq / wk) is never small
+            weight[:, 47] += 4  # makes b positive: this cosine of log(wq / wk), the slowest one, exceeds 0.7
         else:
             bias = self.bias + 0.3 * normal(self.M)
             bias[self.M - self.clamped :] = -10
@@ -164,7 +164,7 @@ def bad_relations() -> Iterator[Bad]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks up to 100, which are not whole numbers, even after rounding to a 16-bit dtype."""
+    """Random ranks up to 100. Most of them are not whole numbers, even after rounding to a 16-bit dtype."""
 
     shape: tuple[int, ...] = (3, 7)
     dim: int = 16
@@ -205,8 +205,8 @@ RELATION_ATTENTION = Op(
     vmapped=("query", "key", "value", "query_boxes", "key_boxes", "key_mask"),
     bad=tuple(bad_relations()),
     raw=raw_relations,
-    # Angles reach 100 log(1e-3) = -691 radians, which float32 rounds by up to 3e-5. The relative errors of the twin
-    # itself reach 3.1e-5 in float32.
+    # Angles of the geometric embedding reach 100 log(1e-3) = -691 radians, which float32 rounds by up to 3e-5. Even the
+    # twin has relative errors of up to 3.1e-5 in float32.
     noise=2.0,
 )
 RANK_EMBEDDING = Op(

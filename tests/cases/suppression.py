@@ -15,11 +15,11 @@ from .base import Bad, Inputs, Selection, bad_numbers, bad_options, change, put,
 
 @dataclass(frozen=True)
 class Suppression:
-    """The sizes and kinds of a sample, with the letters of relops.nms_padded."""
+    """The sizes and options of a sample. The letters are those of relops.nms_padded."""
 
     K: int = 40
     B: int | None = None
-    classes: int | None = None  # the number of classes; None: no idxs, if the op allows that
+    classes: int | None = None  # the number of classes; None: no idxs, or one class for batched_nms
     kind: str = "grid"  # the kind of boxes and scores: "grid", "anywhere" or "degenerate"
     iou_threshold: float = 1 / 3
     options: tuple[tuple[str, Any], ...] = ()

@@ -47,7 +47,7 @@ class Region:
         module: ModuleType = relops,
         grad_output: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the output, the gradients of the levels, and that of the boxes if the op has one."""
+        """Return the output, the gradients of the levels, and the gradient of the boxes if the op has one."""
         features = [x.detach().requires_grad_() for x in features]
         boxes = boxes.detach().requires_grad_(self.box_gradient)
         output = self(features, boxes, case, module)
@@ -62,7 +62,7 @@ class Region:
     ) -> dict[str, Tensor]:
         """Run the twin in float64, or in the dtype of the boxes if bins are rounded to pixels.
 
-        The dtype of the boxes decides to which pixels they are rounded.
+        A coordinate may be rounded to different pixels in different dtypes.
         """
         dtype = boxes.dtype if self.whole_pixels else torch.float64
         grad = None if grad_output is None else grad_output.to(dtype)
@@ -101,8 +101,8 @@ def as_rows(*boxes: Sequence[float], image: int = 0, dtype: torch.dtype = torch.
 def random_boxes(case: Regions, inside: bool = False) -> Tensor:  # [K,5] float64
     """Return random boxes, which are inside the map or cross its border.
 
-    Unless `inside` is true, one in nine is tiny, one in nine is inverted and one in nine has no area. All coordinates
-    are float32 numbers, so that the ops get the same boxes in float32 and float64.
+    Unless `inside` is true, one box in nine is tiny, one in nine is inverted and one in nine has no area. All
+    coordinates are exact in float32, so that the ops get the same boxes in float32 and float64.
     """
     size = torch.tensor([case.W, case.H], dtype=torch.float64) / case.spatial_scale
     low, span = (0.1, 0.8) if inside else (-0.3, 1.6)

@@ -90,7 +90,7 @@ def relation(
 def assert_same(actual: Tensor, expected: Tensor, what: str = "output") -> None:
     """Assert that float64 results are equal up to rounding errors.
 
-    The logarithm of a geometric weight near 1e-6 makes rounding errors a million times as large.
+    The logarithm of a geometric weight near 1e-6 amplifies rounding errors by a factor of a million.
     """
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
@@ -170,7 +170,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
 
 
-def right_ones(boxes: list, objects: list, threshold: float) -> set[int]:
+def correct_ranks(boxes: list, objects: list, threshold: float) -> set[int]:
     """Return the ranks of the correct boxes of one class; `boxes` are sorted by descending score."""
     best: dict[int, int] = {}
     for rank, box in enumerate(boxes):

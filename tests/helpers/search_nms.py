@@ -212,7 +212,7 @@ def check_soft_nms(problems: Problems, device: str, method: str, sigma: float) -
 
 
 def search(problems: int, seed: int = 0, device: str = "cpu") -> int:
-    """Compare the ops with the loops, and return the number of problems that could not be compared.
+    """Compare the ops with the loops, and return the number of soft_nms results that could not be compared.
 
     Raises:
         AssertionError: If an op and a loop disagree. The message shows the first such problem.
