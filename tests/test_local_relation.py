@@ -343,7 +343,7 @@ def test_raw_op_names_an_unknown_choice(name: str, device: str) -> None:
 def test_extreme_sizes_are_rejected() -> None:
     """Check a size that is too large for the 32-bit arithmetic of the kernels."""
     x = torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 2**24 + 1)
-    with pytest.raises(RuntimeError, match="more than 16777216 rows or columns"):
+    with pytest.raises(RuntimeError, match="at most 16777216 rows and columns"):
         relops.local_relation(x, x, x, kernel_size=1)
 
 
