@@ -59,9 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    The status is 0 after success, 2 after an error that the user can fix, and 1 if a loss is not finite or if `predict`
-    skipped an image. These errors are printed in one line. If a signal stopped the command, the status is 128 plus the
-    number of the signal.
+    The status is 0 after success, 1 if a loss is not finite or if `predict` skipped an image, 2 after any other error
+    that the user can fix, and 128 plus the number of the signal if a signal stopped the command. An error that the user
+    can fix is printed in one line.
     """
     from relops.training.errors import LossError, user_message
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         status: int = arguments.run(arguments)
         print(end="", flush=True)
         return status
-    except BrokenPipeError:  # the reader closed the pipe; without this, Python would write to it again at exit
+    except BrokenPipeError:  # the reader closed the pipe, so stdout is redirected before Python flushes it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

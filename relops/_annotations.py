@@ -1,7 +1,7 @@
 """Type annotations of the region ops and of their modules.
 
-torch.jit.script compiles the functions that use these annotations. It evaluates annotations at run time, so neither
-this file nor the files of those functions may import annotations from __future__.
+torch.jit.script compiles the functions that use these annotations and evaluates the annotations at run time. Therefore
+neither this file nor the files of those functions may import annotations from __future__.
 """
 
 from collections.abc import Sequence

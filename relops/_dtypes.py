@@ -1,7 +1,7 @@
 """The dtypes that ops accept and the dtypes in which they compute.
 
-torch.jit.script compiles `compute_dtype`, `common_compute_dtype` and `to_compute_dtype`. It evaluates annotations
-at run time, so this file must not import annotations from __future__.
+torch.jit.script compiles `compute_dtype`, `common_compute_dtype` and `to_compute_dtype` and evaluates their annotations
+at run time. Therefore this file must not import annotations from __future__.
 """
 
 import torch

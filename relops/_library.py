@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-# The oldest torch that has the stable ABI of the sources. A build runs on it and on every later torch. setup.py reads
-# this number.
+# The oldest torch whose stable ABI has all functions that the sources call. A build runs on this torch and on every
+# later one. setup.py reads this number.
 MINIMUM_TORCH = (2, 10)
 
 # The reason why relops._cuda is not loaded, or None if it is loaded.
@@ -19,7 +19,7 @@ def load() -> None:
     """Register the schemas and CPU kernels, and the CUDA kernels if this torch has CUDA.
 
     A build without relops._cuda is not an error. Its ops work on the CPU, and raise an error that names the missing
-    library when they get a CUDA tensor.
+    library if they get a CUDA tensor.
 
     Raises:
         ImportError: If torch is too old, if relops._C is missing or does not load, or if torch has CUDA and

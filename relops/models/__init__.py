@@ -27,7 +27,7 @@ from relops.models.inference import batch_images, detect
 from relops.models.structures import Detections, Targets
 
 # The functions that build detectors, by name.
-#: The factory of each detector, by the name that `build` and `python -m relops train --model` take.
+#: The factory of each detector, by the name that `build` and `python -m relops train --model` accept.
 DETECTORS: dict[str, Callable[..., BaseDetector]] = {
     "fast_rcnn": fast_rcnn,
     "faster_rcnn": faster_rcnn,

@@ -19,13 +19,13 @@ def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 
     Args:
         images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1.
         min_size: Length in pixels to which the shorter side of each image is resized.
-        max_size: Maximum length in pixels of the longer side. If resizing to `min_size` would exceed it, the longer
-            side is resized to `max_size`, and the shorter side becomes smaller than `min_size`.
+        max_size: Maximum length in pixels of the longer side. If the longer side would exceed this length, it is
+            resized to `max_size`, and the shorter side becomes smaller than `min_size`.
 
     Returns:
-        A tuple of three tensors. The first holds the images [N,3,H,W], padded with zeros to the right and below so that
-        H and W are multiples of 32. The second holds the sizes [N,2], the height and width of each image without
-        padding. The third holds the scales [N,2], by which the height and width of each image were multiplied.
+        A tuple of three tensors. The first holds the images [N,3,H,W], padded with zeros on the right and at the bottom
+        so that H and W are multiples of 32. The second holds the sizes [N,2], the height and width of each image
+        without padding. The third holds the scales [N,2], by which the height and width of each image were multiplied.
 
     Raises:
         ValueError: If there is no image, or an image is not a floating-point tensor [3,H,W].
@@ -75,8 +75,8 @@ def detect(
         images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1. They are normalized, resized and
             padded to one batch.
         min_size: Length in pixels to which the shorter side of each image is resized.
-        max_size: Maximum length in pixels of the longer side. If resizing to `min_size` would exceed it, the longer
-            side is resized to `max_size`, and the shorter side becomes smaller than `min_size`.
+        max_size: Maximum length in pixels of the longer side. If the longer side would exceed this length, it is
+            resized to `max_size`, and the shorter side becomes smaller than `min_size`.
 
     Returns:
         A dict for each image, with the entries "boxes" [D,4] as x1, y1, x2, y2 in pixels of the image, "scores" [D] and

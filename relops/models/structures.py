@@ -61,5 +61,6 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
-# torch.export.save needs this for models that return Detections. torch has a public equivalent only for dataclasses.
+# torch.export.save needs this registration for models that return Detections. torch has a public function for it only
+# for dataclasses.
 _pytree._register_namedtuple(Detections, serialized_type_name="relops.models.Detections")

@@ -25,8 +25,8 @@ SCORE_MARGIN = 2.0**-23
 class RankedDetections(NamedTuple):
     """The output of `DuplicateRemoval` for B images with K objects and C classes.
 
-    For each class it holds n = min(first_n, K) objects, the best first. If fewer objects remain in a class, the other
-    slots have index -1 and zeros elsewhere. Floating-point tensors are float32, or float64 for float64 inputs.
+    For each class, the output has n = min(first_n, K) objects, best first. If fewer objects remain in a class, the
+    other slots have index -1 and zeros elsewhere. Floating-point tensors are float32, or float64 for float64 inputs.
 
     Attributes:
         final_scores: Scores [B,K,C] to rank detections by: s0 times the mean of s1 over the thresholds, and 0 for
@@ -72,7 +72,7 @@ class DuplicateRemoval(nn.Module):
     Args:
         channels: Width of the features.
         first_n: Maximum number of objects per class. The released code uses 100, and 150 with a feature pyramid.
-        thresholds: E IoU thresholds. The network predicts one s1 for each of them.
+        thresholds: E IoU thresholds. The network predicts one s1 for each threshold.
         score_threshold: An object is excluded from a class if its s0 is not larger than this number. This also applies
             in training. The released code excludes only whole classes, and only at test time. Set the threshold to 0 to
             reproduce the training of the released code.

@@ -22,9 +22,9 @@ class DynamicConv(nn.Module):
         x = relu(norm2(x @ second))      [P,C]
         y = relu(norm3(out_layer(x)))    [C]
 
-    The norms are layer normalizations. R regions take R * (4 C^2 D + 4 P C D + 2 P C^2) operations. The first term is
-    the cost of dynamic_layer, which computes the filters, and the last term is the cost of out_layer. The filtering
-    itself costs the least.
+    The norms are layer normalizations. R regions take R * (4 C^2 D + 4 P C D + 2 P C^2) operations. The three terms are
+    the costs of dynamic_layer, which computes the filters, of the filtering itself, and of out_layer. With the default
+    sizes, the filtering costs the least.
 
     The parameters of the released code can be loaded unchanged.
 
@@ -61,7 +61,7 @@ class DynamicConv(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize the parameters as the released code does.
 
-        Weights have Xavier's uniform distribution. Biases and norms have the defaults of torch.
+        Weights are drawn from Xavier's uniform distribution. Biases and norms keep the defaults of torch.
         """
         for layer in (self.dynamic_layer, self.out_layer):
             layer.reset_parameters()

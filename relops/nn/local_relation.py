@@ -23,9 +23,9 @@ class LocalRelation(nn.Module):
     `relops.local_relation`). The values are the input itself. A 1x1 convolution over all channels follows the
     aggregation.
 
-    The paper does not define the position of a tap. Here it is the offset (x, y) of the tap from the center, counted in
-    taps and divided by max(k // 2, 1), regardless of the dilation. Positions range from -1 to 1 if k is odd, and stay
-    below 1 if k is even.
+    The paper does not define the position of a tap. Here, the position is the offset (x, y) of the tap from the center,
+    counted in taps and divided by max(k // 2, 1), regardless of the dilation. Positions range from -1 to 1 if k is odd,
+    and stay below 1 if k is even.
 
     Args:
         channels: Number C of input and output channels.

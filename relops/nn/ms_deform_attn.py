@@ -94,8 +94,8 @@ class MSDeformAttn(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If an argument has the wrong shape or device, or if the sizes of the levels do not add up to S.
-                If `input_spatial_shapes` is a CUDA tensor, the last check would need a synchronization, so the output
-                is NaN instead.
+                If `input_spatial_shapes` is a CUDA tensor, checking the levels would require a synchronization, so the
+                output is NaN instead.
         """
         N, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points

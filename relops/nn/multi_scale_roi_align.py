@@ -73,7 +73,7 @@ class MultiScaleRoIAlign(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If `image_shapes` is empty, if an argument has the wrong shape or device, or if the scale of a
-                level is not half the scale of the level before. For boxes of the wrong shape, the error is also an
+                level is not half the scale of the previous level. For boxes of the wrong shape, the error is also an
                 AssertionError.
         """
         return _pool(

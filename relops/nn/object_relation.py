@@ -13,12 +13,12 @@ class ObjectRelation(nn.Module):
 
     The module computes M relation features of each object, concatenates them and adds them to the feature of the
     object. Each relation feature is a weighted mean of the features of all objects, projected to C / M channels. The
-    weights depend on appearance and relative geometry (see `relops.relation_attention`). The kernel computes the terms
-    of each pair of boxes when it needs them. It stores nothing for each pair, so modules that see the same boxes do not
-    need to share an embedding.
+    weights depend on appearance and relative geometry (see `relops.relation_attention`). The kernel computes the
+    geometric terms of a pair of boxes when it needs them and stores nothing per pair, so modules for the same boxes
+    need not share an embedding.
 
-    The parameters of the released code can be used with `geometry="official"`. The parameters of its module i have
-    these names in relops::
+    The parameters of the released code can be used with `geometry="official"`. The parameters of module i of the
+    released code have these names in relops::
 
         query_i_weight, query_i_bias                        query.weight [M*D,C], query.bias [M*D]
         key_i_weight, key_i_bias                            key.weight [M*D,C], key.bias [M*D]
@@ -31,8 +31,8 @@ class ObjectRelation(nn.Module):
     rows of head m in the weight of linear_out are the rows of head m in the weight of `value`.
 
     With Adam, `query` and `key` should learn at a tenth of the learning rate. The attention weights are exponentials of
-    products of the two, and the first steps of Adam are as large as the initial parameters. At the full learning rate,
-    a few objects could outweigh any geometry permanently.
+    products of queries and keys, and the first steps of Adam are as large as the initial parameters of these layers.
+    With the full learning rate, a few objects could permanently get the largest weights regardless of geometry.
 
     Args:
         channels: Width C of the features; must be divisible by `heads`.
@@ -75,8 +75,8 @@ class ObjectRelation(nn.Module):
         """Initialize the parameters as the released code does, except that the bias of `geometry` is 0.1.
 
         With this bias, every pair of objects starts with a positive geometric weight. In the released code, a ReLU sets
-        the weights of half of the pairs to 0 at the start, and a head that does not see the duplicates of an object can
-        hardly learn to see them.
+        the weights of half of the pairs to 0 at the start, and a head that gives the duplicates of an object no weight
+        can hardly learn to attend to them.
         """
         for linear in (self.query, self.key, self.value, self.geometry):
             nn.init.normal_(linear.weight, std=0.01)

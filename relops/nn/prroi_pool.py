@@ -12,9 +12,9 @@ torch.fx.wrap("prroi_pool")
 class PrRoIPool(nn.Module):
     """Precise RoI Pooling (IoU-Net, https://arxiv.org/abs/1807.11590) with fixed options.
 
-    Each box is divided into PH x PW equal bins, and each bin is the exact mean of the bilinearly interpolated feature
-    map over the bin. Nothing is sampled, and the gradients with respect to the boxes are continuous. The module calls
-    `relops.prroi_pool`.
+    Each box is divided into PH x PW equal bins, and the value of a bin is the exact mean of the bilinearly interpolated
+    feature map over the bin. Nothing is sampled, and the gradients with respect to the boxes are continuous. The module
+    calls `relops.prroi_pool`.
 
     Args:
         output_size: Height and width (PH,PW) of the output, or one int for both.
@@ -42,12 +42,12 @@ class PrRoIPool(nn.Module):
                 without a copy.
             rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
                 tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
-                16-bit `input` they may also be float32, which is recommended: a bfloat16 coordinate of 200 can be off
-                by a pixel.
+                16-bit `input` they may also be float32, which is recommended, because bfloat16 coordinates near 200
+                have a resolution of only one pixel.
 
         Returns:
-            A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. A box with a coordinate that is
-            not finite gives zeros.
+            A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. The output of a box with a
+            non-finite coordinate is zero.
 
         Gradients:
             Gradients flow to `input`, and to `rois` if they require them.
@@ -56,8 +56,8 @@ class PrRoIPool(nn.Module):
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If an argument has the wrong shape or device, or if a number is out of its range. For boxes of
                 the wrong shape, the error is also an AssertionError.
-            IndexError: If a batch index is outside [0,N) on the CPU. On CUDA, the check would need a synchronization;
-                the row of such a box is NaN instead.
+            IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+                require a synchronization, so the output of the box is NaN instead.
         """
         return prroi_pool(input, rois, self.output_size, self.spatial_scale)
 

@@ -12,8 +12,9 @@ torch.fx.wrap("ps_roi_align")
 class PSRoIAlign(nn.Module):
     """Position-sensitive RoIAlign (Light-Head R-CNN, https://arxiv.org/abs/1711.07264) with fixed options.
 
-    Each box is divided into PH x PW equal bins, and each bin is the mean of bilinear samples from channels that only
-    this bin uses. The module calls `relops.ps_roi_align` and can replace torchvision's module of the same name.
+    Each box is divided into PH x PW equal bins, and the value of a bin is the mean of bilinear samples from channels
+    that only this bin uses. The module calls `relops.ps_roi_align` and can replace torchvision's module of the same
+    name.
 
     Args:
         output_size: Height and width (PH,PW) of the output, or one int for both.
@@ -44,12 +45,12 @@ class PSRoIAlign(nn.Module):
                 channels_last inputs are read without a copy.
             rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
                 tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
-                16-bit `input` they may also be float32, which is recommended: a bfloat16 coordinate of 200 can be off
-                by a pixel.
+                16-bit `input` they may also be float32, which is recommended, because bfloat16 coordinates near 200
+                have a resolution of only one pixel.
 
         Returns:
-            A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. A box with a coordinate
-            that is not finite gives zeros.
+            A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. The output of a box with
+            a non-finite coordinate is zero.
 
         Gradients:
             Gradients flow to `input`, and to `rois` if they require them.
@@ -58,8 +59,8 @@ class PSRoIAlign(nn.Module):
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If an argument has the wrong shape or device, if a number is out of its range, or if PH * PW
                 does not divide C. For boxes of the wrong shape, the error is also an AssertionError.
-            IndexError: If a batch index is outside [0,N) on the CPU. On CUDA, the check would need a synchronization;
-                the row of such a box is NaN instead.
+            IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+                require a synchronization, so the output of the box is NaN instead.
         """
         return ps_roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio)
 

@@ -12,9 +12,9 @@ torch.fx.wrap("ps_roi_pool")
 class PSRoIPool(nn.Module):
     """Position-sensitive RoI pooling (R-FCN, https://arxiv.org/abs/1605.06409) with fixed options.
 
-    Each box is rounded to whole pixels and divided into PH x PW bins, and each bin is the mean, over its pixels, of
-    channels that only this bin uses. The module calls `relops.ps_roi_pool` and can replace torchvision's module of the
-    same name.
+    Each box is rounded to whole pixels and divided into PH x PW bins, and the value of a bin is the mean, over its
+    pixels, of channels that only this bin uses. The module calls `relops.ps_roi_pool` and can replace torchvision's
+    module of the same name.
 
     Args:
         output_size: Height and width (PH,PW) of the output, or one int for both.
@@ -42,12 +42,12 @@ class PSRoIPool(nn.Module):
                 channels_last inputs are read without a copy.
             rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
                 tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
-                16-bit `input` they may also be float32, which is recommended: a bfloat16 coordinate of 200 can be off
-                by a pixel.
+                16-bit `input` they may also be float32, which is recommended, because bfloat16 coordinates near 200
+                have a resolution of only one pixel.
 
         Returns:
-            A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. A box with a coordinate
-            that is not finite gives zeros.
+            A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. The output of a box with
+            a non-finite coordinate is zero.
 
         Gradients:
             Gradients flow to `input` but not to `rois`, because rounding has no useful gradient.
@@ -56,8 +56,8 @@ class PSRoIPool(nn.Module):
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If an argument has the wrong shape or device, if a number is out of its range, or if PH * PW
                 does not divide C. For boxes of the wrong shape, the error is also an AssertionError.
-            IndexError: If a batch index is outside [0,N) on the CPU. On CUDA, the check would need a synchronization;
-                the row of such a box is NaN instead.
+            IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
+                require a synchronization, so the output of the box is NaN instead.
         """
         return ps_roi_pool(input, rois, self.output_size, self.spatial_scale)
 

@@ -1,6 +1,6 @@
 """The public ops. The file of an op holds its checks, fake kernels, autograd, autocast and vmap.
 
-The attribute `relops.ops.<op>` is the function. The file of the same name is only reachable by an import statement.
+The attribute `relops.ops.<op>` is the function. The module of the same name can only be reached by an import statement.
 """
 
 from relops.ops.batched_nms import batched_nms

@@ -47,12 +47,12 @@ def register_differentiable(
 
 
 def fresh_gradients(tensors: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor, ...]:
-    """Return a new tensor for the gradient of each tensor, which is empty if the gradient is not needed."""
+    """Allocate a gradient for each tensor, which is empty if it is not needed."""
     return tuple(tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs_grad))
 
 
 def only_needed(grads: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor | None, ...]:
-    """Replace the gradients that are not needed by None. A backward op returns them as empty tensors."""
+    """Replace the gradients that are not needed, which a backward op returns as empty tensors, with None."""
     return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad))
 
 

@@ -1,7 +1,7 @@
 """Checks, dtype conversion and registration of box_iou and generalized_box_iou.
 
-torch.jit.script compiles `to_common_compute_dtype`. It evaluates annotations at run time, so this file must not import
-annotations from __future__.
+torch.jit.script compiles `to_common_compute_dtype` and evaluates its annotations at run time. Therefore this file must
+not import annotations from __future__.
 """
 
 from collections.abc import Sequence

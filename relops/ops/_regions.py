@@ -1,7 +1,7 @@
 """Code that the region ops have in common: checks, conversion of boxes, fake kernels, autograd and vmap.
 
-torch.jit.script compiles the public functions and `as_rows`. It evaluates annotations at run time, so neither this file
-nor the files of the ops may import annotations from __future__.
+torch.jit.script compiles the public functions and `as_rows` and evaluates their annotations at run time. Therefore
+neither this file nor the files of the ops may import annotations from __future__.
 """
 
 import math
@@ -133,8 +133,8 @@ def as_rows(boxes: Boxes, input: Tensor) -> Tensor:
     elif len(boxes) == 0:
         rows = torch.empty([0, 5], dtype=dtype, device=input.device)
     else:
-        # The number of kernel launches does not depend on the number of images, because expand needs none. The dtype
-        # has at least 32 bits, so that batch indices are not rounded.
+        # The number of kernel launches does not depend on the number of images, because expand launches no kernel. The
+        # dtype has at least 32 bits, so that batch indices are not rounded.
         images = torch.arange(len(boxes), dtype=dtype, device=input.device)[:, None].unbind(0)
         indices = torch.cat([image.expand(image_boxes.size(0)) for image, image_boxes in zip(images, boxes)])
         rows = torch.cat([indices[:, None], torch.cat(boxes)], 1)

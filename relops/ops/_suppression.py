@@ -1,7 +1,7 @@
 """Argument checks of the suppression ops, and the symbolic output size of their fake kernels.
 
-torch.jit.script compiles `nms` and `batched_nms`. It evaluates annotations at run time, so the files of these two ops
-must not import annotations from __future__.
+torch.jit.script compiles `nms` and `batched_nms` and evaluates their annotations at run time. Therefore the files of
+these two ops must not import annotations from __future__.
 """
 
 from __future__ import annotations

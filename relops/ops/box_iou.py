@@ -18,7 +18,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
         a: A tensor [A,4] or [N,A,4] with rows (x1, y1, x2, y2) in any unit, where x1 <= x2 and y1 <= y2. The dtype is
             float64, float32, float16, bfloat16 or an integer dtype. 64-bit integers are converted to float64, and
             16-bit floats and all other integers to float32, also under autocast.
-        b: A tensor [B,4], or [N,B,4] with the N of `a`, with rows (x1, y1, x2, y2). If `a` is float64, `b` must be
+        b: A tensor [B,4], or [N,B,4] with the same N as `a`, with rows (x1, y1, x2, y2). If `a` is float64, `b` must be
             float64 or an integer dtype. If `a` is float32, float16 or bfloat16, `b` must have one of these three dtypes
             or an integer dtype. If `a` has an integer dtype, `b` may have any of the supported dtypes.
 
@@ -30,9 +30,9 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     Gradients:
         Gradients flow to `a` and `b` if they require them. Only the gradients that are needed are computed, and no
         intermediate tensor of the size [A,B] is allocated. If two coordinates are equal, each gets half of the
-        gradient. Boxes that only touch get the gradient of overlapping boxes. The gradient is zero if the union has no
-        area. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run
-        to run.
+        gradient. Boxes that touch without overlapping get the same gradient as if they overlapped. The gradient is zero
+        if the union has no area. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is
+        bit-identical from run to run.
 
     Raises:
         TypeError: If an argument is not a tensor or has the wrong dtype.

@@ -40,8 +40,8 @@ def local_relation(
         weight[t] = softmax over t of (phi(query[n,g,ho,wo], key[n,g,y,x]) + prior[g,t])
         output[n,c,ho,wo] = sum over t of weight[t] * value[n,c,y,x]
 
-    Here (y, x) is the pixel of tap t, and g is the group of channel c. Queries and keys are one number per pixel and
-    group. Tap (i, j) of output (ho, wo) is the pixel
+    Here (y, x) is the pixel of tap t, and g is the group of channel c. A query and a key are a single number per pixel
+    and group. Tap (i, j) of output (ho, wo) is the pixel
     ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``. The window is centered, and an
     even k has one more tap before the center than after it. With ``m = ceil(C / G)``, group g owns the channels from
     ``g * m`` to ``min((g + 1) * m, C) - 1``, so C need not be a multiple of G. The definition is that of Local Relation

@@ -100,8 +100,8 @@ def ms_deform_attn_fused(
 ) -> Tensor:
     """Compute multi-scale deformable attention with the softmax, sampling locations and padding mask in the kernel.
 
-    The result is that of the following steps. Neither the forward nor the backward pass stores their intermediate
-    results in memory. The steps are::
+    The result is that of the following steps, but neither the forward nor the backward pass stores their intermediate
+    results in memory::
 
         value = value with the rows of value_mask set to zero
         locations = reference + offset / (W,H)                              # for reference points

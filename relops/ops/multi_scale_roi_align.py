@@ -213,7 +213,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], inputs: list[Tensor], boxes: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    """Fold the vmapped dimension into N of all levels, if at least one level is vmapped, and into K."""
+    """Fold the vmapped dimension into K, and into N of all levels if at least one level is vmapped."""
     N = None
     if any(dim is not None for dim in in_dims[0]):
         inputs = [mapped_first(level, dim, info.batch_size) for level, dim in zip(inputs, in_dims[0])]

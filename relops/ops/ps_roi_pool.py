@@ -16,10 +16,11 @@ def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int]
     """Compute the mean over the pixels of each bin of each box, with separate input channels for each bin.
 
     ``output[k,c,ph,pw]`` is the mean of input channel ``(c * PH + ph) * PW + pw`` over the pixels of bin (ph,pw) of box
-    k. The corners of each box are multiplied by `spatial_scale` and rounded to whole pixels. The first corner pixel
-    belongs to the box, and the second does not. The box is divided into PH x PW bins, whose edges are rounded outward
-    to whole pixels. A bin without pixels is zero. The definition is that of R-FCN (https://arxiv.org/abs/1605.06409).
-    The values agree with `torchvision.ops.ps_roi_pool`, whose bins exclude the last row and the last column of the map.
+    k. The corners of each box are multiplied by `spatial_scale` and rounded to whole pixels. The pixel at the corner
+    (x1, y1) belongs to the box, and the pixel at the corner (x2, y2) does not. The box is divided into PH x PW bins,
+    whose edges are rounded outward to whole pixels. A bin without pixels is zero. The definition is that of R-FCN
+    (https://arxiv.org/abs/1605.06409). The values agree with `torchvision.ops.ps_roi_pool`, whose bins exclude the last
+    row and the last column of the map.
 
     Args:
         input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. C must be divisible by PH * PW.

@@ -14,7 +14,7 @@ from relops.ops._autograd import register_differentiable
 
 
 def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) -> Tensor:
-    """Compute sines and cosines of ranks, which tell a network the position of an entry in an order.
+    """Compute sines and cosines of ranks, which encode the position of an entry in a ranking.
 
     For j from 0 to ``dim / 2 - 1``, the embedding of a rank is::
 

@@ -81,19 +81,18 @@ def relation_attention(
         scale: A finite number, or None for ``1 / sqrt(D)``.
 
     Returns:
-        A tensor [N,Q,M,Dv] in the dtype of `query`. For 16-bit features, sums are computed in float32. The output of a
-        query without keys is zero, either because K is 0 or because all keys are masked. The logarithms are undefined
-        for a box with a non-finite coordinate, or with a width or height that is not positive. Such a box in
-        `query_boxes` makes the output of its query NaN. Such a box in `key_boxes` makes all outputs of its image NaN,
-        unless its key is masked.
+        A tensor [N,Q,M,Dv] in the dtype of `query`. For 16-bit features, sums are computed in float32. If K is 0 or all
+        keys of an image are masked, the outputs of the image are zero. The logarithms are undefined for a box with a
+        non-finite coordinate, or with a width or height that is not positive. Such a box in `query_boxes` makes the
+        output of its query NaN. Such a box in `key_boxes` makes all outputs of its image NaN, unless its key is masked.
 
     Gradients:
         Gradients flow to `query`, `key`, `value`, `query_boxes`, `key_boxes`, `geometry_weight` and `geometry_bias`.
         Only the gradients that are needed are computed. No gradient flows through a maximum that has the value of its
         constant: if ``b <= 1e-6``, none flows to `geometry_weight`, `geometry_bias` and the boxes, and if
-        ``|dx| / w <= 1e-3`` or ``|dy| / h <= 1e-3``, none flows through that coordinate. The gradients of masked keys
-        and of queries without keys are zero. Second derivatives and forward-mode AD raise a RuntimeError. The backward
-        pass is bit-identical from run to run.
+        ``|dx| / w <= 1e-3`` or ``|dy| / h <= 1e-3``, none flows through that coordinate. The gradients of masked keys,
+        and of queries whose keys are all masked, are zero. Second derivatives and forward-mode AD raise a RuntimeError.
+        The backward pass is bit-identical from run to run.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.

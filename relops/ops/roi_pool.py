@@ -64,7 +64,7 @@ def _fake_backward(grad_output: Tensor, input: Tensor, *_: object) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     input, boxes, _, ctx.spatial_scale = inputs
-    # The backward pass finds the maxima again from their values, which is cheaper than an index per output element.
+    # The backward pass searches for the maxima again, which is cheaper than storing an index for each output element.
     ctx.save_for_backward(input, boxes, output)
 
 

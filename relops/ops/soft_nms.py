@@ -31,8 +31,8 @@ def soft_nms(
     Args:
         boxes: A tensor [K,4], or [B,K,4] for a batch, with rows (x1, y1, x2, y2) in any unit. The dtype is float64,
             float32, float16, bfloat16 or an integer dtype. For a batch, the output has a known size, so the call does
-            not wait for a CUDA device and can be captured in a CUDA graph. To avoid waiting for a single image, pass a
-            batch of one, ``boxes[None]`` and ``scores[None]``.
+            not wait for a CUDA device and can be captured in a CUDA graph. To process a single image without waiting
+            for the device, pass a batch of one, ``boxes[None]`` and ``scores[None]``.
         scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of
             `boxes`. An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and
             it suppresses no other box. Boxes and scores are converted to float64 if the boxes are float64 or 64-bit

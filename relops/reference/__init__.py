@@ -3,7 +3,7 @@
 The tests compare the ops with their twins, and the benchmarks use the twins as a baseline. Twins use no code of the
 ops, so that an error in that code cannot be in both.
 
-The attribute `relops.reference.<op>` is the function. The file of the same name is only reachable by an import
+The attribute `relops.reference.<op>` is the function. The module of the same name can only be reached by an import
 statement.
 """
 

@@ -72,8 +72,8 @@ def sampled_taps(start: Tensor, size: Tensor, P: int, sampling_ratio: int, n: in
         sample = arange_like(sampling_ratio, start)  # [S]
     else:
         grid = bins.detach().ceil()
-        # Samples outside of the map are not needed. Those on it are more than half a pixel apart, so their number is
-        # limited even for a huge box.
+        # Samples outside of the map are not needed. Samples inside the map are more than half a pixel apart, so their
+        # number is bounded even for a huge box.
         spacing = torch.where(grid > 0, bins.detach() / grid, 1)
         first = ((-1 - edges.detach()) / spacing - 0.5).floor().clamp(min=0)
         sample = first[..., None] + arange_like(max_length(grid.clamp(0, 2 * n + 6)), start)  # [K,P,S]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from relops.reference._iou import broadcast_pairs, intersection_and_union
 
-# Boxes are processed in blocks, and a block is compared with one tile of later boxes at a time. The sizes fit into the
-# caches of a CPU and need few launches on a GPU.
+# Boxes are processed in blocks, and a block is compared with one tile of later boxes at a time. With these sizes, a
+# block and a tile fit into the caches of a CPU, and a GPU needs few launches.
 BLOCK, TILE_CPU, TILE_CUDA = 256, 256, 65536
 
 

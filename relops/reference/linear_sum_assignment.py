@@ -52,8 +52,8 @@ def solve(cost: Tensor) -> Tensor:
     # Division by a power of two is exact, and prevents overflow of sums of the largest possible costs.
     exponent = torch.frexp(cost[allowed].abs().max()).exponent
     cost = torch.ldexp(cost, -exponent.clamp(min=-1000))
-    # A forbidden pair costs more than the largest possible difference between sums of allowed costs, so the number of
-    # forbidden pairs in the solution is the minimum.
+    # A forbidden pair costs more than the largest possible difference between sums of allowed costs, so the solution
+    # has as few forbidden pairs as possible.
     cost = torch.where(allowed, cost, 2.0 * n + 3)
 
     u, v = torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)  # dual variables

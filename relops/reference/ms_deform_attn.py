@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention by grid_sample, like the PyTorch version of Deformable DETR's authors."""
+"""Multi-scale deformable attention by grid_sample, like the PyTorch version by the authors of Deformable DETR."""
 
 from __future__ import annotations
 

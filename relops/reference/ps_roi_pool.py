@@ -29,9 +29,9 @@ def ps_roi_pool(
     """Compute the mean over the pixels of each bin of each box, with separate input channels for each bin.
 
     ``output[k,c,ph,pw]`` is the mean of input channel ``(c * PH + ph) * PW + pw`` over the pixels of bin (ph,pw) of box
-    k. The corners of a box are multiplied by `spatial_scale` and rounded to whole pixels, and the second corner pixel
-    does not belong to the box. The edges of bins are rounded outward to whole pixels. Bins exclude the last row and the
-    last column of the map.
+    k. The corners of a box are multiplied by `spatial_scale` and rounded to whole pixels, and the pixel at the corner
+    (x2, y2) does not belong to the box. The edges of bins are rounded outward to whole pixels. Bins exclude the last
+    row and the last column of the map.
 
     `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
     the result is [K,C/(PH*PW),PH,PW]. For 16-bit inputs, the computation is in float32. Features must be finite. Only

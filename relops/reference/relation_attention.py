@@ -39,7 +39,8 @@ def relation_attention(
     Here dx and dy are the differences between the centers of the two boxes. The width of a box is x2 - x1 + 1, and its
     height is y2 - y1 + 1. The query's box has width wq and height hq, and the key's box has width wk and height hk. The
     divisors w and h are the size of the key's box if `geometry` is "paper", and the size of the query's box if it is
-    "official". Keys for which `key_mask` is True are ignored, and the output of a query without keys is zero.
+    "official". Keys for which `key_mask` is True are ignored, and the output of a query whose keys are all ignored is
+    zero.
 
     `query` is [N,Q,M,D], `key` [N,K,M,D], `value` [N,K,M,Dv], `query_boxes` [N,Q,4], `key_boxes` [N,K,4],
     `geometry_weight` [M,64], `geometry_bias` [M], `key_mask` [N,K], and the result [N,Q,M,Dv]. For 16-bit inputs, the
@@ -47,7 +48,7 @@ def relation_attention(
     """
     D = query.shape[3]
     dtype = compute_dtype(query)
-    if key_mask is not None:  # masked keys, and queries without an unmasked key, may have any values
+    if key_mask is not None:  # masked keys, and queries whose keys are all masked, may have any values
         no_keys = key_mask.all(1, keepdim=True)
         key, value = (x.masked_fill(key_mask[:, :, None, None], 0) for x in (key, value))
         query = query.masked_fill(no_keys[:, :, None, None], 0)
@@ -60,7 +61,7 @@ def relation_attention(
     bias = None if geometry_bias is None else geometry_bias.to(dtype)
     relation = F.linear(angles.sin(), sine_weight, bias) + F.linear(angles.cos(), cosine_weight)  # [N,Q,K,M]
     logits = relation.clamp(min=1e-6).log().permute(0, 3, 1, 2)  # [N,M,Q,K]
-    if key_mask is not None:  # not if all keys are masked, because the softmax would be NaN
+    if key_mask is not None:  # if all keys are masked, none is excluded here, because the softmax would be NaN
         logits = logits.masked_fill((key_mask & ~no_keys)[:, None, None], float("-inf"))
 
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))

@@ -40,7 +40,7 @@ def check_kinds(folder: Path, files: Sequence[str], folders: Sequence[str]) -> N
 
 
 def check_file(path: Path) -> None:
-    """Create the folder of an output file, and raise a UsageError if the file cannot be written there."""
+    """Create the folder of an output file, and raise a UsageError if the file cannot be written."""
     if os.path.isdir(path):
         raise UsageError(f"{path}: output must be a file, got a folder")
     if _is_device(path):
@@ -103,7 +103,7 @@ def why(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that other processes that try to lock it get a UsageError that names this process.
+    """Lock a folder, so that any other process that tries to lock it gets a UsageError that names this process.
 
     The kernel releases the lock when the process ends for any reason. The lock file stays in the folder and only names
     the process that holds the lock. `lockf` is used because processes that load data would inherit a lock of `flock`

@@ -17,7 +17,8 @@ EPOCHS = 12  # the length of a run if neither iterations nor epochs are given
 # Settings that may change when a run resumes, because its results do not depend on them except for rounding.
 FREE = ("output", "epochs", "cache", "workers", "device", "threads", "eval_every", "checkpoint_every", "log_every")
 
-# The minimum and maximum of each number. The maxima are the limits of C's integers and of the number of processes.
+# The minimum and maximum of each numeric setting or argument. The maxima are the limits of C's integers and of the
+# number of processes.
 COUNT = 1, 2**31 - 1
 FINITE = 0, sys.float_info.max
 LIMITS = {
@@ -45,7 +46,7 @@ LIMITS = {
 
 
 def check_limits(values: Mapping[str, Any], **extra_limits: tuple[int, int]) -> None:
-    """Raise UsageError if a number among the settings or arguments is outside its limits. None means not given."""
+    """Raise UsageError if a number among the settings or arguments is outside its limits. None is ignored."""
     for name, (minimum, maximum) in (LIMITS | extra_limits).items():
         value = values.get(name)
         if value is not None and not minimum <= value <= maximum:

@@ -73,7 +73,8 @@ def world(device: str | None = None) -> Iterator[World]:
     """Join the process group that torchrun's environment variables describe, or yield a world of one process.
 
     Args:
-        device: see `device_named`. If it is a GPU and there are several processes, each uses the GPU of its local rank.
+        device: see `device_named`. If the device is a GPU and the run has several processes, each process uses the GPU
+            of its local rank.
     """
     own_device = device_named(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,7 +84,8 @@ def world(device: str | None = None) -> Iterator[World]:
     if own_device.type == "cuda":
         own_device = device_named(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(own_device)
-    # With both backends, collectives on CPU tensors do not wait for the work that is queued on the GPU.
+    # The gloo backend serves CPU tensors, so that collectives on them do not wait for the work that is queued on the
+    # GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, own_device)

@@ -154,8 +154,8 @@ class Run:
     ends: list[int]
     lock: contextlib.ExitStack
 
-    # Set by begin. `stored` is the content of the checkpoint, `iteration` the number of iterations that are done, and
-    # `logged` the minutes of training at the last line of the log. Only the main process has a log.
+    # These attributes are set by begin. `stored` is the content of the checkpoint, `iteration` the number of iterations
+    # that are done, and `logged` the minutes of training at the last line of the log. Only the main process has a log.
     stored: dict[str, Any] | None
     iteration: int
     losses: Losses
@@ -198,9 +198,8 @@ class Run:
 
     def begin(self, restart: bool) -> None:
         """Lock the folder, and restore the state of the run from its checkpoint, or set the state of a new run."""
-        self.world.on_main(
-            lambda: self._claim(restart)
-        )  # no process looks for a checkpoint before the folder is locked
+        # No process looks for a checkpoint before the folder is locked.
+        self.world.on_main(lambda: self._claim(restart))
         self.stored = self._load_checkpoint() if self.checkpoint_file.exists() else None
         start = self.stored or {"iteration": 0, "losses": [], "times": (0.0, 0.0, 0.0)}
         self.iteration = start["iteration"]
@@ -251,8 +250,8 @@ class Run:
     def close(self) -> None:
         """Release the workers, the process group, the log files and the lock of the folder."""
         self.batches = iter(())  # ends the workers even if the traceback of an exception keeps the run alive
-        # DistributedDataParallel must not hold the last reference to the process group. Otherwise it would join the
-        # group's threads while holding the interpreter lock, for which those threads may be waiting.
+        # DistributedDataParallel must not hold the last reference to the process group. Otherwise its destructor would
+        # join the group's threads while holding the interpreter lock, for which those threads may be waiting.
         self.parallel = self.model
         if self.log is not None:
             self.log.close()
@@ -280,8 +279,8 @@ class Run:
         self.average = WeightAverage(self.model, config.ema) if config.ema is not None else None
         self.parallel = self.model
         if self.world.size > 1:
-            # Which parameters contribute to the loss depends on the images, which may have no objects or no masks, so
-            # it may differ between processes. DDP must therefore look for unused parameters, whatever the model is.
+            # An image may have no objects or no masks, so the parameters that contribute to the loss may differ between
+            # processes. DDP must therefore look for unused parameters, whatever the model is.
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
 
     def _restore(self, stored: dict[str, Any]) -> None:
@@ -376,7 +375,8 @@ class Run:
     def _evaluate_if_due(self) -> None:
         """Evaluate the model if an evaluation is due.
 
-        A checkpoint has always been saved before, so that a resumed run repeats an evaluation that was interrupted.
+        A checkpoint is always saved before an evaluation, so that a resumed run repeats an evaluation that was
+        interrupted.
         """
         if not self._evaluation_is_due():
             return

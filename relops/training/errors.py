@@ -2,7 +2,7 @@
 
 `python -m relops` prints these errors in one line. Any other exception is a bug of relops and keeps its traceback. The
 code that raises an error chooses the class, so no later code has to guess whether the user can fix it. Each class also
-derives from the matching built-in exception, so callers of `relops.training` can catch that one.
+derives from the matching built-in exception, so callers of `relops.training` can catch the built-in one.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def user_message(error: Exception) -> str | None:
         # A DataLoader raises the exception of a worker again, with the worker's traceback as its message. The traceback
         # ends with the class, the message and a newline.
         return message.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip("\n")
-    # The user can fix errors of the operating system that name a file. Errors of ops and detectors begin with a prefix
-    # such as "relops.nms: ". They are caused by the model's options, because everything else that the command line
-    # passes to ops is checked before.
+    # The user can fix errors of the operating system that name a file. The user can also fix errors of ops and
+    # detectors, which begin with a prefix such as "relops.nms: ". The model's options cause these errors, because
+    # everything else that the command line passes to ops was checked before.
     names_file = isinstance(error, OSError) and error.filename is not None
     names_op = isinstance(error, ValueError) and message.startswith("relops.")
     return message if names_file or names_op else None

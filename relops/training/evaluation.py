@@ -173,7 +173,7 @@ class Evaluator:
             images.append({"id": numbers[a.image_id], "height": a.height, "width": a.width})
             for i, (label, ignore) in enumerate(zip(a.labels, a.ignore)):
                 item = {
-                    "id": len(objects) + 1,  # not 0, which means that a detection has no match
+                    "id": len(objects) + 1,  # starts at 1, because 0 means that a detection has no match
                     "image_id": numbers[a.image_id],
                     "category_id": 1 + int(label),
                     "bbox": _corner_and_size(a.boxes[i]),
@@ -210,10 +210,10 @@ class Evaluator:
     def voc(self, iou_threshold: float = 0.5, metric: str = "area") -> dict[str, float]:
         """Compute VOC's average precision of each class and its mean over the classes.
 
-        The detections of a class are processed in order of descending score. Each one is compared with the object that
-        it overlaps most. If their IoU is at least `iou_threshold`, the detection is correct if it is the first one of
-        that object, and wrong otherwise. If that object is marked as difficult, the detection counts as neither correct
-        nor wrong.
+        The detections of a class are processed in order of descending score. Each detection is compared with the object
+        of the class that it overlaps most. It is wrong if their IoU is less than `iou_threshold`. Otherwise it counts
+        as neither correct nor wrong if the object is marked as difficult, as correct if it is the first detection of
+        the object, and as wrong if it is a later one.
 
         Args:
             iou_threshold: the minimum IoU of a correct detection.

@@ -35,8 +35,8 @@ def make_optimizer(
         momentum: the momentum of sgd.
         backbone_lr: the factor of the learning rate for the parameters of a module named `body`, which is the network
             of a backbone.
-        slower: names of modules whose learning rate is a tenth of `lr` with adamw, because the size of its first steps
-            does not depend on the size of the gradient.
+        slower: names of modules whose learning rate is a tenth of `lr` with adamw, because the size of the first steps
+            of adamw does not depend on the size of the gradient.
 
     Raises:
         UsageError: If no parameter requires a gradient.

@@ -39,7 +39,7 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
         The network with randomly initialized parameters.
 
     Raises:
-        ValueError: If the name is unknown, or the network does not take the normalization or the width.
+        ValueError: If the name is unknown, or the network does not support the normalization or the width.
     """
     match = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
     kind, norm, width = match.groups() if match else ("", None, None)

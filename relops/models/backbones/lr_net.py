@@ -8,8 +8,8 @@ images of 224 x 224 pixels are::
 
 In this implementation, LR-Net-26 has 14.62 M parameters and 2.59 G multiply-adds, and LR-Net-50 has 23.38 M and 4.24 G.
 The multiply-adds include the convolutions, the aggregation of values and the classifier, but neither similarities nor
-softmax. Groups of the stem have one channel each, whereas groups of the other layers have eight. This is an assumption;
-with eight channels, both networks would have 0.2 G fewer multiply-adds.
+softmax. Groups of the stem have one channel each, whereas groups of the other layers have eight. The single channel is
+an assumption; with eight channels per group of the stem, both networks would have 0.2 G fewer multiply-adds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LRNet(Body):
         in_channels: Number of channels of the images.
         stem_channels: Number of channels of the stem.
         expansion: Ratio of the number of output channels of a stage to stem_channels * 2^stage.
-        dilated: If True, the last stage has no stride, and its windows are dilated by two instead.
+        dilated: If True, the last stage has a stride of 1, and its windows are dilated by two instead.
 
     Attributes:
         channels: Number of channels of the map of each stage.
@@ -131,8 +131,8 @@ class LRNet(Body):
     def reset_parameters(self) -> None:
         """Initialize the blocks as in ResNets.
 
-        Convolutions have He's normal distribution. The last normalization of each block has weight 0, so that the block
-        starts as its shortcut.
+        Weights of convolutions are drawn from He's normal distribution. The last normalization of each block has weight
+        0, so that the block initially computes only its shortcut.
         """
         for module in self.modules():
             if isinstance(module, LRBottleneck):
@@ -190,8 +190,9 @@ def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
-        stages: Number of stages, at most 4. Detectors use fewer if they need no deeper map.
-        width: Number of channels of the stem, 64 in the paper. The widths of the stages are in proportion.
+        stages: Number of stages, at most 4. Detectors omit the stages whose maps they do not need.
+        width: Number of channels of the stem, 64 in the paper. The widths of the stages are proportional to this
+            number.
         options: Further keyword arguments of `LRNet`: `kernel_size` (side of the windows, 7 by default), `in_channels`
             (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated` (False by
             default).
@@ -214,8 +215,9 @@ def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
-        stages: Number of stages, at most 4. Detectors use fewer if they need no deeper map.
-        width: Number of channels of the stem, 64 in the paper. The widths of the stages are in proportion.
+        stages: Number of stages, at most 4. Detectors omit the stages whose maps they do not need.
+        width: Number of channels of the stem, 64 in the paper. The widths of the stages are proportional to this
+            number.
         options: Further keyword arguments of `LRNet`: `kernel_size` (side of the windows, 7 by default), `in_channels`
             (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated` (False by
             default).

@@ -34,7 +34,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # A trained nn.BatchNorm2d has this entry in addition.
+        # The state_dict of an nn.BatchNorm2d also has this entry.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -61,9 +61,6 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def make_norm(name: str) -> Callable[[int], nn.Module]:
-    """Return the normalization layer with the given name: "batch", "frozen" or "group".
-
-    Calling the result with the number of channels builds the layer.
-    """
+    """Return the function that builds the normalization layer "batch", "frozen" or "group" for a number of channels."""
     check_choice("models", "norm", name, tuple(NORMS))
     return NORMS[name]

@@ -79,9 +79,9 @@ class ResNet(Body):
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
         norm: Normalization: "batch", "frozen" (batch normalization with constant statistics and weights) or "group" (32
             groups, or fewer if a group would have fewer than two channels).
-        dilated: If True, the last stage has no stride, and its 3x3 convolutions are dilated by two instead. R-FCN uses
-            this for a stride of 16.
-        stages: Number of stages, at most 4. Detectors use fewer if they need no deeper map.
+        dilated: If True, the last stage has a stride of 1, and its 3x3 convolutions are dilated by two instead. R-FCN
+            uses this for a stride of 16.
+        stages: Number of stages, at most 4. Detectors omit the stages whose maps they do not need.
         width: Number of channels of the stem. The numbers of channels of all other layers are multiples of it.
 
     Attributes:
@@ -141,8 +141,8 @@ class ResNet(Body):
     def reset_parameters(self) -> None:
         """Initialize the parameters.
 
-        Convolutions have He's normal distribution. The last normalization of each block has weight 0, so that the block
-        starts as its shortcut, except if the normalization is frozen.
+        Weights of convolutions are drawn from He's normal distribution. The last normalization of each block has weight
+        0, so that the block initially computes only its shortcut, unless the normalization is frozen.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -19,15 +19,15 @@ class VGG16(Chain):
 
     The network has five stages of 3x3 convolutions with 2x2 max pooling between them. `stage_maps` returns conv1_2,
     conv2_2, conv3_3, conv4_3 and conv5_3, at strides of 1 to 16. Only the classifier uses the last max pooling (pool5).
-    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, and one of
-    vgg16_bn with `norm="batch"`.
+    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, as can one
+    of vgg16_bn if `norm` is "batch".
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
         norm: Normalization after each convolution: None (as published), "batch", "frozen" (batch normalization with
             constant statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two
             channels).
-        stages: Number of stages, at most 5. Detectors use fewer if they need no deeper map.
+        stages: Number of stages, at most 5. Detectors omit the stages whose maps they do not need.
 
     Attributes:
         channels: Number of channels of the map of each stage.
@@ -108,8 +108,8 @@ class VGG16(Chain):
 def vgg16(num_classes: int | None = 1000, **options: Any) -> VGG16:
     """Build VGG-16 (https://arxiv.org/abs/1409.1556).
 
-    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, and one of
-    vgg16_bn with `norm="batch"`.
+    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, as can one
+    of vgg16_bn if `norm` is "batch".
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.

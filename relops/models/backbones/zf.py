@@ -21,9 +21,9 @@ class ZF(Chain):
     conv2 and conv5, at strides of 2, 8 and 16.
 
     Args:
-        norm: None uses local response normalization after the first two convolutions, as published. "batch", "frozen"
-            (batch normalization with constant statistics and weights) and "group" (32 groups, or fewer if a group would
-            have fewer than two channels) normalize after each convolution.
+        norm: Normalization: None (local response normalization after the first two convolutions, as published), or,
+            after each convolution, "batch", "frozen" (batch normalization with constant statistics and weights) or
+            "group" (32 groups, or fewer if a group would have fewer than two channels).
 
     Attributes:
         channels: Number of channels of the map of each stage.

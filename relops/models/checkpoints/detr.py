@@ -26,7 +26,7 @@ TRANSFORMERS: Rules = [
     (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
     (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
     (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    # The ResNet of transformers itself, which can replace that of timm.
+    # These rules are for the ResNet of transformers, which can be used instead of that of timm.
     (r"^backbone\.body\.embedder\.embedder\.convolution\.", "backbone.body.conv1."),
     (r"^backbone\.body\.embedder\.embedder\.normalization\.", "backbone.body.bn1."),
     (r"^backbone\.body\.encoder\.stages\.(\d+)\.layers\.", lambda x: f"backbone.body.layer{int(x[1]) + 1}."),
@@ -103,8 +103,8 @@ def _merge_projections(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def _expand_heads(state_dict: Mapping[str, Tensor], model: DeformableDETR) -> dict[str, Tensor]:
     """Return the state_dict with one name for each head, and with a head for each layer.
 
-    Heads inside the decoder get the names of the heads of the model. If the state_dict has a head for the first layer
-    only, all layers get a copy of it.
+    Heads that are stored inside the decoder are renamed to the heads of the model. If the state_dict has a head for the
+    first layer only, all layers get a copy of it.
     """
     heads: dict[str, Tensor] = {}
     for name, value in state_dict.items():

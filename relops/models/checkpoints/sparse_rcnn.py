@@ -24,9 +24,9 @@ BACKBONE_RULES: Rules = (
 def load_sparse_rcnn(model: SparseRCNN, state_dict: Mapping[str, Tensor]) -> None:
     """Load a state_dict of the released code of Sparse R-CNN (https://arxiv.org/abs/2011.12450).
 
-    The released code names the parameters of the backbone as detectron2 does, and they are renamed. All other names are
-    identical. Images must be normalized as `relops.models.batch_images` does: RGB, with the mean and standard deviation
-    of the released code. The released weights are loaded as follows::
+    In the released code, the parameters of the backbone have the names of detectron2, which are translated. All other
+    names are identical. Images must be normalized as by `relops.models.batch_images`: RGB, with the mean and standard
+    deviation of the released code. The released weights are loaded as follows::
 
         model = relops.models.sparse_rcnn(80)
         relops.models.load_sparse_rcnn(model, torch.load("r50_100pro_3x_model.pth"))

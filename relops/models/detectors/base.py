@@ -14,7 +14,7 @@ class BaseDetector(nn.Module):
 
     In training mode, `detector(images, sizes, targets)` returns a dict of scalar losses, which are added up for
     training. In evaluation mode, `detector(images, sizes)` returns `Detections`. Neither mode waits for a CUDA device,
-    unless the documentation of a detector says so. The arguments are:
+    unless the documentation of a detector says otherwise. The arguments are:
 
     - `images`: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
     - `sizes`: [N,2], the height and width of each image in pixels, without its padding. None if there is no padding.

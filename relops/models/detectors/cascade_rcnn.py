@@ -21,12 +21,13 @@ from relops.models.structures import Detections, Targets
 
 
 class CascadeRoIHeads(RoIHeads):
-    """Three stages, each of which refines the boxes that the next stage receives.
+    """Region heads of three stages, each of which refines the boxes that the next stage receives.
 
     The three stages treat a region as positive if its IoU with an object is at least 0.5, 0.6 and 0.7, respectively.
     Each stage samples its own regions, and no gradients flow through boxes from one stage to another. In evaluation
     mode, detections have the boxes of the last stage and the mean of the scores of all stages. Deltas are
-    class-agnostic. Their weights in the second and third stage are two and three times those in the first.
+    class-agnostic, and their weights in the second and third stage are two and three times the weights in the first
+    stage.
     """
 
     IOU = 0.5, 0.6, 0.7
@@ -88,9 +89,9 @@ def cascade_rcnn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of each box head.
         frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.

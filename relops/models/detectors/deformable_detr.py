@@ -1,8 +1,8 @@
 """Deformable DETR (Zhu et al., https://arxiv.org/abs/2010.04159).
 
-It is DETR with attention to a few points on each level of a feature pyramid, iterative bounding box refinement, and an
-optional first stage that proposes boxes. Parameters have the names of the released code, whose state_dict can be loaded
-with `load_detr`.
+Deformable DETR is DETR with attention to a few points on each level of a feature pyramid, iterative bounding box
+refinement, and an optional first stage that proposes boxes. Parameters have the names of the released code, whose
+state_dict can be loaded with `load_detr`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class DeformableDETR(SetDetector):
             return nn.Sequential(conv, nn.GroupNorm(32, channels))
 
         # Section 4.1: the first additional level is computed from the last map of the backbone, and each further level
-        # from the one before.
+        # from the previous one.
         self.input_proj = nn.ModuleList(projection(c, 1, 1) for c in backbone.channels)
         for i in range(levels - len(backbone.channels)):
             self.input_proj.append(projection(backbone.channels[-1] if i == 0 else channels, 3, 2))
@@ -283,9 +283,9 @@ def deformable_detr(
     Args:
         num_classes: Number of object classes. There is no background class. The released models for COCO have 91.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the transformer, divisible by 32.
         hidden: Width of the feed-forward networks of the transformer.
         queries: Number of object queries, which is the number of predictions per image.

@@ -142,9 +142,9 @@ def detr(
     Args:
         num_classes: Number of object classes, without the background. The released models for COCO have 91.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the transformer, divisible by 8.
         hidden: Width of the feed-forward networks of the transformer.
         queries: Number of object queries, which is the number of predictions per image.
@@ -158,9 +158,9 @@ def detr(
     Returns:
         A `DETR`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses "classes",
         "boxes" and "giou" of the last decoder layer. If there are other layers, "auxiliary" is the sum of their losses.
-        In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 (or `queries`, if that is
-        smaller) objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image
-        without padding (None: no padding), and `targets` is a `Targets`.
+        In evaluation mode, `detector(images, sizes)` returns `Detections` with at most min(queries, 100) objects per
+        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
+        padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.

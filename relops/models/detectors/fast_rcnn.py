@@ -82,8 +82,8 @@ def fast_rcnn(
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
             or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
-            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default).
+            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
+            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         hidden: Width of the two fully connected layers of the box head.
         roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
         dropout: Dropout probability after each of the two fully connected layers.

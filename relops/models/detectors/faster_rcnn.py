@@ -35,12 +35,13 @@ def single_map(backbone: str, frozen_stages: int, stride: int) -> tuple[StageBac
 class AlternatingFasterRCNN(TwoStageDetector):
     """Faster R-CNN with the paper's 4-step alternating training (section 3.2).
 
-    1. The RPN is trained with a backbone of its own.
+    1. The RPN is trained with its own backbone.
     2. A Fast R-CNN with a second backbone is trained on the proposals of that RPN.
-    3. The RPN is trained on the second backbone, which does not change from now on.
-    4. The heads of the Fast R-CNN are trained on the new proposals, with the same fixed backbone.
+    3. The RPN is trained on the second backbone, which is frozen in this step and the next.
+    4. The heads of the Fast R-CNN are trained on the new proposals, with the same frozen backbone.
 
-    After these steps, both stages share the second backbone. `start_phase` starts a step. A new detector is in step 4.
+    After these steps, both stages share the second backbone. `start_phase` starts a step. Before its first call, the
+    detector is in step 4.
     """
 
     phases = (("rpn", 1 / 3), ("fast_rcnn", 1 / 6), ("rpn, shared", 1 / 3), ("fast_rcnn, shared", 1 / 6))
@@ -106,7 +107,8 @@ class AlternatingFasterRCNN(TwoStageDetector):
     ) -> tuple[list[Tensor], Proposals]:
         """Return the maps of the second stage and the proposals.
 
-        The proposals are computed on the first backbone in the first two steps, and on the shared one afterwards.
+        The first two steps compute the proposals from the first backbone, and the last two steps from the shared
+        backbone.
         """
         maps = self.backbone(images)
         rpn_maps = maps if self.phase >= 2 else self.first_backbone(images)
@@ -150,8 +152,8 @@ def faster_rcnn(
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
             or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
-            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default). The paper uses "vgg16" with
+            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
+            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32". The paper uses "vgg16" with
             frozen_stages=2, and "zf" with channels=256.
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head.
@@ -160,8 +162,9 @@ def faster_rcnn(
             it requires roi="align". "alternating": the 4-step training of the paper.
         rpn_loss: Loss of the scores of the RPN: "softmax" of two scores per anchor, as in the released code, or
             "sigmoid" of one score per anchor.
-        balance: Weight lambda of the RPN's loss of deltas in the normalization of the paper, where it is 10. None: the
-            normalization of the released code.
+        balance: Weight lambda of the RPN's loss of deltas, which is 10 in the paper. The loss is multiplied by lambda
+            and divided by the number of positions on the feature map, as in the paper. None: the loss is divided by the
+            number of samples, as in the released code.
         roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
         order: Order in which the RPN selects proposals. "filter_first": all boxes are decoded and clipped, and small
             ones are removed, before the highest scores are selected, as in the released code. "top_first": the highest
@@ -177,8 +180,8 @@ def faster_rcnn(
         A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
         `Detections` with at most 100 objects per image. With training="alternating", the result is an
-        `AlternatingFasterRCNN`. Its `start_phase` selects one of the four training steps, which has the losses of
-        either the RPN or the second stage. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each
+        `AlternatingFasterRCNN`. Its `start_phase` selects one of the four training steps, and the losses are then those
+        of either the RPN or the second stage. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each
         image without padding (None: no padding), and `targets` is a `Targets`.
 
     Raises:
@@ -272,9 +275,9 @@ def faster_rcnn_fpn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head.
         frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.

@@ -25,7 +25,7 @@ class PooledProposalHead(nn.Module):
     """The layers that predict the scores and deltas of candidate boxes from their pooled features (section 3.2).
 
     A 3x3 convolution reduces the number of channels before pooling, as in the fast version of the paper (section 3.4).
-    This makes thousands of candidates cheap.
+    This reduction makes it cheap to score thousands of candidates.
     """
 
     CHANNELS = 4
@@ -81,15 +81,16 @@ def hypernet(
     with a stride of 4.
 
     The candidates for proposals are boxes of several sizes and three aspect ratios at every 16th pixel of the image.
-    Candidates that extend beyond the image are also used for training, because pooled parts outside of the image look
-    different from everything inside it. In evaluation mode, at most 100 proposals per image are kept.
+    Candidates that extend beyond the image are also used for training, because their pooled features are zero outside
+    of the image and differ from those of all other candidates. In evaluation mode, at most 100 proposals per image are
+    kept.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
             or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
-            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default).
+            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
+            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the convolution of the detection head.
         hidden: Width of the two fully connected layers of the detection head.
         dropout: Dropout probability after each of the two fully connected layers.

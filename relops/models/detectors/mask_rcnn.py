@@ -47,9 +47,9 @@ class MaskRoIHeads(RoIHeads):
     """Region heads that also predict masks, with a sigmoid per class (section 3).
 
     The loss depends only on the mask of the region's class. On the CPU, only positive regions pass through the mask
-    head. On CUDA, where counting them would wait for the device, all slots that can hold a positive region pass through
-    it, and the others have no weight in the loss. Objects whose mask in the targets is all False contribute only to the
-    losses of boxes. If the targets have no masks at all, there is no loss of masks.
+    head. On CUDA, counting the positive regions would wait for the device, so all slots that can hold a positive region
+    pass through the mask head, and slots without one have no weight in the loss. Objects whose mask in the targets is
+    all False contribute only to the other losses. If the targets have no masks at all, there is no mask loss.
     """
 
     def __init__(self, *parts: nn.Module, channels: int, strides: Sequence[int], num_classes: int, **options: Any):
@@ -63,7 +63,7 @@ class MaskRoIHeads(RoIHeads):
                 zero_bias(module)
 
     def mask_logits(self, maps: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
-        """Return the log-odds [R,28,28] of the masks of rows [R,5] for their classes, labels [R]."""
+        """Return the log-odds [R,28,28] of the masks of rows [R,5], each for its class in labels [R]."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, rois)))
         class_index = (labels + 1).view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
         return to_compute_dtype(logits.gather(1, class_index).squeeze(1))
@@ -78,7 +78,7 @@ class MaskRoIHeads(RoIHeads):
         rois, row_index = present_rows(boxes, classes > 0)
         classes = select_rows(classes, row_index)
         logits = self.mask_logits(maps, rois, classes.clamp(min=1) - 1)
-        # For RoI Align, each mask of the batch is an image.
+        # RoI Align treats each mask of the batch as an image.
         N, T = targets.labels.shape
         mask_index = select_rows(matched + T * torch.arange(N, device=matched.device)[:, None], row_index)
         rows = torch.cat([mask_index[:, None].to(rois.dtype), rois[:, 1:]], 1)
@@ -122,9 +122,9 @@ def mask_rcnn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the feature pyramid, of the region proposal network (RPN) and of the mask head.
         hidden: Width of the two fully connected layers of the box head.
         frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.

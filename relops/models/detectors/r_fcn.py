@@ -26,8 +26,8 @@ from relops.ops.ps_roi_pool import ps_roi_pool
 class PositionSensitiveHeads(RoIHeads):
     """Region heads that consist of convolutions only (section 2).
 
-    There is one map for each of the parts x parts parts of a region and each class, and likewise for each of the four
-    deltas. Each part of a region is averaged over its own maps, and the score of the region is the mean over its parts.
+    A region is divided into parts x parts parts. Each class and each of the four deltas has one map per part. The value
+    of a part is the mean of its own map over that part, and the value of the region is the mean over its parts.
 
     The heads use the second of the two maps of the backbone. The losses are computed from the num_samples regions of
     each image that have the largest loss, among all proposals and objects (online hard example mining).
@@ -83,9 +83,9 @@ def r_fcn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Number of channels between the backbone and the position-sensitive maps.
         frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
@@ -95,7 +95,7 @@ def r_fcn(
             Align.
         parts: Number k of parts along each side of a region, which is divided into k x k parts.
         stride: Stride of both feature maps in pixels: 16, as published, or 8 for small images, which uses one stage
-            less.
+            fewer.
         scales: Scales of the anchors. An anchor of scale s has an area of (s * stride)^2 pixels.
         min_size: Minimum width and height of proposals, in pixels. Smaller proposals are removed.
 

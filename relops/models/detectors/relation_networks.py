@@ -1,9 +1,9 @@
 """Relation Networks for Object Detection (Hu et al., https://arxiv.org/abs/1711.11575).
 
 Region features pass through two fully connected layers. After each layer, object relation modules let the regions of an
-image exchange information (section 4.2, equation 9). A learned duplicate removal network then decides which box of a
-class is the correct one for its object, instead of non-maximum suppression (section 4.3). The relation modules and the
-duplicate removal network are trained end-to-end with the rest of the detector (section 4.4).
+image exchange information (section 4.2, equation 9). Instead of non-maximum suppression, a learned duplicate removal
+network then selects one correct box for each object (section 4.3). The relation modules and the duplicate removal
+network are trained end-to-end with the rest of the detector (section 4.4).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RelationHead(TwoFC):
             x: [R,...], the pooled features of the rows that `present_rows` returned.
             row_index: The indices that `present_rows` returned.
             boxes: [N,K,4] x1, y1, x2, y2 in pixels.
-            key_mask: [N,K] bool, True for regions that do not contribute to the features of others.
+            key_mask: [N,K] bool, True for regions that do not contribute to the features of other regions.
         """
         x = scatter_rows(self.fc6(x.flatten(1)), row_index, *key_mask.shape)
         for relation in self.fc6_relations:
@@ -73,8 +73,8 @@ class RelationRoIHeads(RoIHeads):
     In training, the objects themselves are appended to the proposals as additional regions. They do not contribute to
     the features of the proposals, because objects are not available in evaluation mode, and duplicate removal ignores
     them. The losses of classes and boxes are computed from the num_samples regions with the largest loss (online hard
-    example mining). Duplicate removal is trained on the proposals. It ignores scores up to its score_threshold in both
-    modes, whereas the released code ignores them only in evaluation mode.
+    example mining). Duplicate removal is trained on the proposals. In both modes it ignores objects whose score does
+    not exceed its score_threshold, whereas the released code ignores them only in evaluation mode.
 
     Args:
         box_roi_pool: A module that pools the features of regions from maps, such as RegionPool.
@@ -150,8 +150,8 @@ class RelationNetworks(TwoStageDetector):
     """Faster R-CNN with RelationRoIHeads."""
 
     # Appearance weights are exponentials of products of queries and keys. The first steps of Adam are as large as the
-    # initial parameters of these layers. At the full learning rate, a few weights then dominated all others regardless
-    # of geometry, and no suppression was learned.
+    # initial parameters of these layers. With the full learning rate, a few weights therefore came to dominate all
+    # others regardless of geometry, and the network did not learn to suppress duplicates.
     slower = ("query", "key")
 
 
@@ -215,8 +215,8 @@ def relation_networks(
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
             or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). ResNets and LR-Nets accept their width, the number of channels of the stem, as the last
-            suffix, as in "resnet18-gn-32" and "lr_net26-32" (64 by default).
+            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
+            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
         relations: Numbers of object relation modules after the first and after the second fully connected layer.
@@ -307,9 +307,9 @@ def relation_networks_fpn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
         relations: Numbers of object relation modules after the first and after the second fully connected layer.

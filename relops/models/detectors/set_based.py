@@ -73,8 +73,8 @@ class SetDetector(BaseDetector):
     def detections(self, logits: Tensor, boxes: Tensor, sizes: Tensor) -> Detections:
         """Return the detections with the highest scores.
 
-        With the focal loss, all classes of all predictions compete. Otherwise, only the best class of each prediction
-        does.
+        With the focal loss, all classes of all predictions compete. Without the focal loss, only the best class of each
+        prediction competes.
 
         Args:
             logits: [N,Q,C].

@@ -57,7 +57,8 @@ class SparseRCNN(SetDetector):
         hidden: int,
         iou_attention: bool,
     ) -> None:
-        # Every stage has a set prediction loss of focal loss, L1 and GIoU. Their weights are the same in the costs.
+        # Every stage has a set prediction loss, which is the weighted sum of focal loss, L1 and GIoU. The costs have
+        # the same weights.
         super().__init__(SetLoss(corners=True), max_detections=proposals)
         channels = backbone.channels[0]
         self.backbone = backbone
@@ -227,11 +228,11 @@ def sparse_rcnn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). All
-            accept their width, the number of channels of the stem, as the last suffix, as in "resnet18-gn-32" and
-            "lr_net26-32" (64 by default).
+            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
+            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the features of proposals, divisible by 8. The width
-            between the two dynamic filters is a quarter of it.
+            between the two dynamic filters is a quarter of this number.
         hidden: Width of the feed-forward network of each stage.
         proposals: Number of proposals per image, which is also the maximum number of detections.
         stages: Number of stages, each of which refines the boxes of the previous one.

@@ -13,8 +13,8 @@ RATIOS = 0.5, 1.0, 2.0  # height / width
 def paper_anchors(base: int = 16, scales: Sequence[float] = (8, 16, 32)) -> list[list[float]]:
     """Return the anchors of Faster R-CNN (https://arxiv.org/abs/1506.01497), rounded as in the released code.
 
-    In the released code, x2 and y2 denote the last pixel inside the box: its first anchor is (-84, -40, 99, 55). Here,
-    they denote the far edge of that pixel, which adds one to both: (-84, -40, 100, 56).
+    In the released code, x2 and y2 denote the last pixel inside the box, and the first anchor is (-84, -40, 99, 55).
+    Here, x2 and y2 denote the far edge of that pixel and are larger by one: the first anchor is (-84, -40, 100, 56).
 
     Returns:
         len(RATIOS) * len(scales) boxes x1, y1, x2, y2 around the first pixel of the map.

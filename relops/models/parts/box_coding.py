@@ -28,7 +28,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, weights: tuple[float, float], log_clamp: float = LOG_CLAMP) -> Tensor:
-    """Invert `encode_boxes` in at least float32 precision. Log sizes grow by at most log_clamp."""
+    """Invert `encode_boxes` in at least float32 precision. Sizes grow by a factor of at most exp(log_clamp)."""
     deltas = to_compute_dtype(deltas)
     anchor_center, anchor_size = center_size(anchors)
     center = anchor_center + deltas[..., :2] / weights[0] * anchor_size

@@ -21,7 +21,7 @@ def as_rows(boxes: Tensor) -> Tensor:
 
 
 def present_rows(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Convert boxes [N,K,4] to rows (image, x1, y1, x2, y2), and drop the padding if that costs nothing.
+    """Convert boxes [N,K,4] to rows (image, x1, y1, x2, y2), and drop the padding if that needs no synchronization.
 
     Returns:
         On the CPU, the rows [R,5] of the boxes that are True in valid [N,K], and their indices [R] into the flattened

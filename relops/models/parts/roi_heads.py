@@ -120,8 +120,9 @@ class RoIHeads(nn.Module):
         num_samples: The number of regions per image that losses are computed from.
         negative: The range of the IoU of background regions, as (minimum, exclusive maximum).
         beta: The distance at which smooth L1 changes from a parabola to a line.
-        score_threshold: Detections must have a larger score than this.
-        nms_threshold: The IoU above which a detection is suppressed by one of the same class with a higher score.
+        score_threshold: The score that a detection must exceed.
+        nms_threshold: The IoU above which a detection is suppressed by a detection of the same class with a higher
+            score.
         max_detections: The maximum number of detections per image.
     """
 
@@ -269,7 +270,7 @@ class RoIHeads(nn.Module):
         boxes = select_rows(samples.boxes, row_index)
         objects = select_rows(gather_rows(targets.boxes.to(boxes.dtype), samples.matched), row_index)
         positive = (classes > 0)[:, None]
-        # Boxes may carry gradients, so all targets must be finite. The targets of regions that are not positive are
+        # Boxes may require gradients, so all targets must be finite. The targets of regions that are not positive are
         # computed from a unit box.
         unit = torch.arange(4, device=boxes.device).div(2, rounding_mode="floor").to(boxes.dtype)
         target_deltas = encode_boxes(torch.where(positive, objects, unit), torch.where(positive, boxes, unit), weights)
@@ -291,7 +292,7 @@ class RoIHeads(nn.Module):
         return self.select(boxes, scores, proposals, sizes)
 
     def select(self, boxes: Tensor, scores: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
-        """Return the detections that are left after suppression within classes.
+        """Return the detections that remain after suppression within classes.
 
         Args:
             boxes: [N,P,classes,4], or [N,P,1,4] if all classes share a box.

@@ -90,16 +90,16 @@ class RPN(nn.Module):
         num_samples: The number of anchors per image that are sampled for the losses. At most half of them are positive.
         pre_nms: The maximum number of proposals per image and level before suppression, in (training, evaluation) mode.
         post_nms: The maximum number of proposals per image after suppression, in (training, evaluation) mode.
-        nms_threshold: The IoU above which a proposal is suppressed by one of higher score on the same level; None: no
-            suppression.
+        nms_threshold: The IoU above which a proposal is suppressed by a proposal with a higher score on the same level;
+            None: no suppression.
         min_size: The minimum width and height of proposals, in pixels.
         filter_first: If True, all boxes are decoded and clipped, and small ones are removed, before the highest scores
             are selected. The released code has this order. If False, the highest scores are selected first, which is
             faster.
         ignore_outside: Whether anchors that are not completely inside the image are ignored in training.
-        balance: The weight lambda of the loss of deltas in the paper's normalization (10 in the paper): this loss is
-            divided by the number of positions on the maps and multiplied by lambda. None: as in the released code, it
-            is divided by the number of samples.
+        balance: The weight lambda of the loss of deltas, which is 10 in the paper. The loss is multiplied by lambda and
+            divided by the number of positions on the maps, as in the paper. None: the loss is divided by the number of
+            samples, as in the released code.
     """
 
     POSITIVE, NEGATIVE = 0.7, 0.3
@@ -228,7 +228,7 @@ class RPN(nn.Module):
         return {"rpn_objectness": (loss * valid).sum() / num, "rpn_boxes": (distance * is_positive).sum() * scale}
 
     def targets(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which anchors are positive and which are negative, and the object with which each overlaps most.
+        """Return which anchors are positive and which are negative, and the object that each anchor overlaps most.
 
         All three are [N,A]. The first two are masks, and the third one holds indices into the targets of the image.
         """

@@ -11,7 +11,7 @@ from relops.ops.box_iou import box_iou
 def target_overlaps(boxes: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
     """Return the IoU [N,T,K] of targets [N,T,4] with boxes [N,K,4] or [1,K,4].
 
-    It is -1 for padding, which has a label of -1 in labels [N,T].
+    The IoU is -1 for targets that are padding, which have a label of -1 in labels [N,T].
     """
     with torch.no_grad():
         iou = box_iou(targets.to(boxes.dtype), boxes.detach().expand(len(targets), -1, -1))
@@ -23,7 +23,7 @@ def sample_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample `count` candidates of each image at random, at most `max_positive` of them positive.
 
-    It does not wait for a CUDA device.
+    The function does not wait for a CUDA device.
 
     Args:
         positive, negative: [N,K] bool.

@@ -33,8 +33,8 @@ class SetPrediction(NamedTuple):
     Attributes:
         logits: [L,N,Q,C].
         boxes: [L,N,Q,4], as fractions of the image without its padding.
-        first: The SetPrediction of the first stage of a two-stage model, with L = 1. It only distinguishes objects,
-            which are class 0, from background. None for other models.
+        first: The SetPrediction of the first stage of a two-stage model, with L = 1. The first stage only distinguishes
+            objects, which are class 0, from background. None for other models.
     """
 
     logits: Tensor
@@ -49,7 +49,7 @@ def focal_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_over_processes(count: Tensor) -> Tensor:
-    """Return the mean of a count over all processes, or 1 if it is smaller, without waiting for a CUDA device."""
+    """Return the mean of a count over all processes, but at least 1, without waiting for a CUDA device."""
     count = count.float()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
@@ -60,12 +60,12 @@ def mean_over_processes(count: Tensor) -> Tensor:
 class SetLoss:
     """Matching and the resulting losses, computed on the device for the whole batch and all layers at once.
 
-    The losses are the focal loss or cross entropy of the classes, the L1 distance of boxes, and 1 - GIoU. Each one is
-    divided by the number of objects, except for the cross entropy, which is divided by the sum of its class weights.
+    The losses are the focal loss or cross entropy of the classes, the L1 distance of boxes, and 1 - GIoU. Each loss is
+    divided by the number of objects, except the cross entropy, which is divided by the sum of its class weights.
 
     Args:
-        focal: If True, each class has a sigmoid and the focal loss. If False, the classes have a softmax, the last
-            class is the background, and the loss is cross entropy.
+        focal: If True, each class has its own sigmoid, and the loss is the focal loss. If False, the classes share a
+            softmax, the last class is the background, and the loss is the cross entropy.
         weights: The weights of classes, L1 and GIoU in the loss.
         costs: The weights of classes, L1 and GIoU in the cost of a pair.
         corners: If True, boxes are x1, y1, x2, y2. If False, they are center x, center y, width and height. The L1

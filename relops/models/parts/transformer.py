@@ -84,7 +84,7 @@ def xavier_weights(module: nn.Module) -> None:
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them. All except the last one have the width of the input."""
+    """Linear layers with ReLU between them. All layers except the last one keep the width of the input."""
 
     def __init__(self, channels: int, out_channels: int, num_layers: int) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class Option(NamedTuple):
 
 
 def summary(factory: Callable[..., object]) -> str:
-    """Return what a factory function builds, which the first line of its docstring says."""
+    """Return what a factory function builds, according to the first line of its docstring."""
     return (inspect.getdoc(factory) or "").partition("\n")[0].removeprefix("Build ")
 
 
@@ -71,7 +71,7 @@ def models_help(model: str | None, shapes_settings: Mapping[str, Any], shapes_op
     """Return the part of `train --help` that lists all models with the defaults of their options, and all backbones.
 
     Args:
-        model: the name of a model whose options are described in addition, or None.
+        model: the name of a model whose options are also described, or None.
         shapes_settings: the settings of a run whose defaults differ for the data set `shapes`.
         shapes_options: the options of models whose defaults differ for the data set `shapes`.
     """

@@ -90,7 +90,7 @@ def _images(arguments: argparse.Namespace, detector: Detector) -> list[tuple[str
 
 
 def _image_files(paths: list[Path]) -> list[str]:
-    """Return the paths of files, and the image files in folders."""
+    """Return the given files, and the image files in the given folders."""
     files: list[Path] = []
     for path in paths:
         expanded = [path]

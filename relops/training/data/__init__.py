@@ -61,7 +61,8 @@ def open_data(
             range of the training data. None means that the range is determined from a sample of the images.
 
     Raises:
-        UsageError: If an argument or a file breaks a rule. The message names it, the rule, and the value.
+        UsageError: If an argument or a file breaks a rule. The message names the argument or file, the rule, and the
+            value.
     """
     if split not in ("train", "test"):
         raise UsageError(f"split must be 'train' or 'test', got {split!r}")

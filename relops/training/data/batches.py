@@ -27,7 +27,7 @@ class Batch(NamedTuple):
         images: [N,3,H,W] float32, normalized with MEAN and STD, and padded with zeros on the right and at the bottom. H
             and W are multiples of 32.
         sizes: [N,2] float32 (height, width) of the images without padding.
-        targets: the objects, without those to be ignored.
+        targets: the objects that are not ignored.
         image_ids: [N] int64.
         scales: [N,2] float32 (y, x), the ratio of the size in the batch to the size of the original image.
     """
@@ -111,8 +111,8 @@ def _leave_group(_: int) -> None:
     """Remove a worker from the process group of the training process.
 
     Terminals, `timeout` and torchrun send a signal to all processes of a group, but the training process still needs
-    its workers until it has saved a checkpoint. The exception hook is disabled because the worker thread that sends
-    tensors would print a traceback if the training process ends while it receives a tensor.
+    its workers until it has saved a checkpoint. The exception hook is disabled because the thread of a worker that
+    sends tensors would print a traceback if the training process ended while receiving a tensor.
     """
     os.setpgid(0, 0)
     sys.excepthook = lambda *_: None

@@ -154,7 +154,8 @@ class _Reader:
         numbers = own_ids = [image["id"] for image in self.entries["images"]]
         original_ids = [None] * len(ids)
         if any(isinstance(id, str) for id in own_ids):
-            # Number the images in the sorted order of their ids, in which pycocotools breaks ties of scores.
+            # Number the images in the sorted order of their ids, because pycocotools sorts detections with equal scores
+            # in this order.
             order = sorted(range(len(own_ids)), key=lambda i: (isinstance(own_ids[i], str), own_ids[i]))
             numbers, original_ids = np.argsort(order).tolist(), own_ids
         annotations = [
@@ -277,7 +278,7 @@ class _Reader:
         return str(name)
 
     def _id(self, name: str, i: int, key: str) -> int | str:
-        """Return an id as an integer if it is an integer or a string of one, or else as a string."""
+        """Return an id as an integer if it is an integer or a string that contains an integer, or else as a string."""
         value = self._get(name, i, key)
         if type(value) is int and -(2**63) <= value < 2**63:
             return value

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SAMPLE_SIZE = 64  # maximum number of images from which the pixel range of a data set is determined
-# These are the usual maximum values that cameras and programs write. None of them is likely between 1 and 16.
+# These are the usual maximum values that cameras and programs write. If the largest value is between 1 and 16, none of
+# them is likely, and the largest value itself is the maximum.
 INTEGER_MAXIMA = (1, 255, 1023, 4095, 16383, 65535)
 FLOAT_MAXIMA = (1, 255, 65535)
 TOLERANCE = 0.02  # fraction of the range by which resampled floats may exceed it
@@ -140,7 +141,7 @@ def _stated_maximum(image: Image) -> float:
 def common_range(files: Sequence[str]) -> PixelRange | None:
     """Determine one pixel range for all images whose pixels are not bytes, and warn about it.
 
-    Only up to SAMPLE_SIZE of the files are examined. The result is None if none of them has such pixels. Another
+    At most SAMPLE_SIZE of the files are examined. The result is None if none of these files has such pixels. Another
     warning is given if images have 16 bits per color channel and the upper 8 bits, which are the only bits that are
     read, have small values. Broken files are skipped here, because reading them later raises an error.
     """

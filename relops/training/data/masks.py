@@ -63,7 +63,7 @@ def _problem(numbers: list[float], height: int, width: int) -> str:
     if len(xs) * (right - left + bottom - top) > max_length:
         points = np.array([xs, ys])
         if np.abs(points - np.roll(points, 1, 1)).sum() > max_length:
-            return "a polygon whose edges are more than 1000 times as long as the image"
+            return "a polygon whose edges are longer in total than 1000 times the height plus width of the image"
     return ""
 
 
@@ -111,8 +111,8 @@ def _decompressed(text: bytes) -> np.ndarray:
     """Decode the string of a compressed RLE.
 
     Each character holds 5 bits of a number, starting with the lowest bits. Bit 5 says that another character of the
-    same number follows, and bit 4 of the last character of a number is the sign. From the fourth number on, each one is
-    the difference from the run two positions before. The result is empty if the string is malformed.
+    same number follows, and bit 4 of the last character of a number is the sign. From the fourth number on, each number
+    is the difference from the run length two positions before. The result is empty if the string is malformed.
     """
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(~digits & 32)

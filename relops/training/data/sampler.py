@@ -13,10 +13,10 @@ from relops.training.errors import UsageError
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """A sampler of endless batches of (epoch, index).
 
-    In each epoch, every image occurs once over all ranks, in a new random order. An incomplete last batch of an epoch
+    In each epoch, every image occurs once over all ranks, in a new random order, except that an incomplete last batch
     is dropped. If aspect ratios are given, wide images (width >= height) and tall images are put into separate batches.
-    The remaining images of both kinds form at most one mixed batch per epoch. Without it, a kind with fewer images than
-    a batch would never occur.
+    The remaining images of both kinds form at most one mixed batch per epoch. Without the mixed batch, images of a kind
+    that does not fill a batch would never occur.
 
     Args:
         length: the number of images.
@@ -56,7 +56,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self.batches(0)
 
     def batches(self, first_iteration: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield the batches of this rank from any iteration on.
+        """Yield the batches of this rank, starting with the given iteration.
 
         The batches depend only on the iteration and the arguments of the class.
         """

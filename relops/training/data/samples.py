@@ -61,8 +61,8 @@ class Annotation:
         boxes: [T,4] x1, y1, x2, y2 exactly as in the file. Boxes may reach outside the image or be empty.
         labels: [T] int64, the classes, counted from 0.
         ignore: [T] bool, which marks crowds (COCO) and difficult objects (VOC).
-        areas: [T], by which evaluation distinguishes small and large objects. This is the area of the mask if the data
-            set has masks.
+        areas: [T], which evaluation uses to distinguish small and large objects. If the data set has masks, these are
+            the areas of the masks.
         masks: T segmentations in COCO's formats (polygons, or a compressed or uncompressed RLE), or None if the data
             set has no masks. An entry is [] if the segmentation is empty, and None if the object has none.
         original_id: the id of the image in its file if it differs from image_id, for example because it is a string.

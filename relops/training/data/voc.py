@@ -120,7 +120,7 @@ def _listed(listing: Path, folder: Path) -> list[Path]:
     for line in filter(None, map(str.strip, lines)):
         number = re.search(r"\s+([+-]?[01])\Z", line)
         name, flag = (line[: number.start()], number[1]) if number else (line, "")
-        # What looks like a number or a file extension may also be a part of the name.
+        # The end of a line may look like a number or a file extension but be a part of the name.
         stems = [stem for text in (line, name) for stem in (text, ENDING.sub("", text))]
         found = next((i for i, stem in enumerate(stems) if os.path.isfile(folder / f"{stem}.xml")), None)
         if found is None:
@@ -150,12 +150,12 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
         if root.tag != "annotation":
             raise UsageError(f"the root must be <annotation>, got <{root.tag}>")
         for element in root.iter():
-            # Elements with unknown names are skipped, so misspelled names of these two elements must be errors.
+            # Elements with unknown names are skipped, so misspelled names of the elements below must be errors.
             for name in ("object", "difficult"):
                 if element.tag != name and element.tag.rpartition("}")[2].lower() == name:
                     raise UsageError(f"the name of an element must be <{name}>, got <{element.tag}>")
             if element.tag not in ("object", "part") and element.find("bndbox") is not None:
-                raise UsageError(f"<bndbox> must be inside <object>, got it inside <{element.tag}>")
+                raise UsageError(f"<bndbox> must be inside <object>, got <{element.tag}>")
         height, width = (_whole(root.findtext(f"size/{side}") or "0", side) for side in ("height", "width"))
         objects = []
         for element in root.iter("object"):
