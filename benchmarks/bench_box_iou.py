@@ -14,7 +14,8 @@ from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
 from benchmarks.regions import torchvision_ops
 from relops import reference
 
-# Operations per pair in the definition, where each side needs a minimum, a maximum, a difference and a clamp.
+# Operations per pair in the definition. Each side of the intersection and of the enclosing box takes a
+# minimum, a maximum, a difference and a clamp.
 FLOPS = {"box_iou": 12, "generalized_box_iou": 23}
 
 

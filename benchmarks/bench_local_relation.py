@@ -82,7 +82,7 @@ def shifted(
     similarity: str = "squared_difference",
     border: str = "mask",
 ) -> Tensor:
-    """Compute local_relation in PyTorch as a sum of shifted maps over the taps, which does not unfold the values.
+    """Compute local_relation in PyTorch as a sum over taps of shifted maps, without unfolding the values.
 
     Only squared differences with masked borders are implemented.
 
@@ -99,11 +99,11 @@ def shifted(
     k, dtype_of_value = kernel_size, value.dtype
     dtype = torch.promote_types(dtype_of_value, torch.float32)
     before, reach = dilation * (k // 2), dilation * (k - 1) + 1
-    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # distance from the first pixel of a tap to its last, plus 1
+    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # from the first pixel that a tap reads to the last
     below, right = (span - 1 + reach - before - size for span, size in zip(spans, (H, W)))
     around = (before, right, before, below)
     inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=value.device), around)
-    missing = -C % G  # channels that fill up the last groups
+    missing = -C % G  # channels of padding that fill up the last groups
     query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), (*around, 0, missing))
     prior = prior.to(dtype)
 

@@ -172,7 +172,7 @@ def relops_unfused(value: Tensor, levels: Levels, starts: None, points: Tensor, 
 
 
 def deformops_peers(fused: bool) -> dict[str, Callable]:
-    """Return the default CUDA backend of https://pypi.org/project/deformops as a peer, if the package is installed."""
+    """Return a peer that calls the default CUDA backend of https://pypi.org/project/deformops, if it is installed."""
     if importlib.util.find_spec("deformops") is None:
         return {}
     from deformops.registry import msda
@@ -243,7 +243,7 @@ def transformers_encoders(layers: int, device: str) -> tuple[torch.nn.Module, to
     from transformers import DeformableDetrConfig
     from transformers.models.deformable_detr import modeling_deformable_detr as modeling
 
-    # The default backbone of the configuration is never built, and its name needs no download.
+    # The configuration names a default backbone, which is never built and therefore not downloaded.
     config = DeformableDetrConfig(encoder_layers=layers, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
     torch.manual_seed(0)
     plain = modeling.DeformableDetrEncoder(config).to(device).eval()
@@ -272,7 +272,7 @@ def transformers_bench(device: str, layers: int, direction: str, min_rounds: int
     S = sum(h * w for h, w in levels)
     names: Sequence[str] = ()
 
-    # Weights are inputs, so that their gradients are computed and compared, and a cast of the inputs gives float64.
+    # Weights are inputs, so that their gradients are compared, and the encoder computes in float64 if inputs are cast.
     def make_inputs(generator: torch.Generator) -> tuple:
         nonlocal names
         plain, _ = transformers_encoders(layers, device)
@@ -304,7 +304,7 @@ def transformers_bench(device: str, layers: int, direction: str, min_rounds: int
         relops=functools.partial(call, 1),
         pytorch=functools.partial(call, 0),
         # Among millions of locations and ReLUs, rounding to float32 moves a few across a discontinuity. This alone
-        # changes some gradients by 2e-3, those of PyTorch too, whose error is in the record.
+        # changes some gradients by 2e-3, also in PyTorch, as its recorded error shows.
         tolerance=1e-2,
         min_rounds=min_rounds,
     )
@@ -348,7 +348,7 @@ def benches(device: str) -> list[Bench | Skipped]:
             make(bevformer, device, f32, FORWARD),
             make(bevformer, device, f32, FORWARD_BACKWARD),
         ]
-    # In the backward, the float64 twin of the verification holds 2 GB per layer, so the CPU runs fewer layers.
+    # To verify the backward, the float64 twin needs 2 GB per layer, so the CPU runs fewer layers.
     rows += [
         transformers_bench(device, 6, FORWARD, min_rounds=5),
         transformers_bench(device, 6 if device == "cuda" else 2, FORWARD_BACKWARD, min_rounds=5),

@@ -1,4 +1,4 @@
-"""Benchmarks of nms on 100 to 400,000 boxes, which are uniform or proposals as proposals.py defines them."""
+"""Benchmarks of nms on 100 to 400,000 boxes: uniform boxes and proposals, as proposals.py defines them."""
 
 from __future__ import annotations
 

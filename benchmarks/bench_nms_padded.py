@@ -1,6 +1,6 @@
 """Benchmarks of nms_padded: the proposals of two images, and detections of eight images in 80 classes (proposals.py).
 
-torchvision has no such op, so its peer is a loop over images that pads the result of torchvision's batched_nms.
+torchvision has no such op, so the peer is a loop over images that pads the result of torchvision's batched_nms.
 """
 
 from __future__ import annotations

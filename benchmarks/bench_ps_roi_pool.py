@@ -9,8 +9,8 @@ import torch
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench
 from benchmarks.regions import RFCN, make
 
-# torchvision's forward skips the last row and column, but its backward gives them a gradient. A box that reaches them
-# would fail the verification of torchvision, so boxes keep away from the border.
+# torchvision's forward skips the last row and column, but its backward gives them a gradient. With a box that reaches
+# them, torchvision would fail the verification, so boxes keep a distance from the border.
 POOLED = replace(RFCN, margin=32)
 
 

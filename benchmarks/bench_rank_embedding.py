@@ -16,7 +16,7 @@ FLOPS = 21
 
 
 def draw(shape: tuple[int, ...], dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Return random ranks below the number of boxes of a class, which are not integers if `dtype` is floating point."""
+    """Return random ranks below the number of boxes of a class. They have fractions if `dtype` is floating point."""
     ranks = shape[-1] * torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     return (ranks if dtype.is_floating_point else ranks.floor()).to(dtype), dim
 

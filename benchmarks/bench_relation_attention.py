@@ -60,10 +60,10 @@ def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
 
     Boxes have sides of 16 to 256 pixels in an image of 1024 pixels. Their coordinates are multiples of 1/16 pixel, so
     that float32 subtracts their centers exactly. With other coordinates, the twin's gradients for boxes have an error
-    of 5 %.
+    of 5%.
 
-    b stays within (0.3, 1.7). Its gradient is discontinuous at its lower bound, where a comparison with float64 would
-    measure the direction of rounding.
+    The geometric weights b stay within (0.3, 1.7). The gradient is discontinuous at their lower bound of 1e-6, where a
+    comparison with float64 would measure the direction of rounding.
     """
     device, wide_dtype = generator.device, compute_dtype(dtype)
     features = [

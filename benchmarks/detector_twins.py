@@ -1,11 +1,10 @@
-"""Benchmarks of whole detectors against themselves in pure PyTorch: `python -m benchmarks.detector_twins [--quick]`.
+"""Benchmarks of detectors against the same detectors in pure PyTorch: `python -m benchmarks.detector_twins [--quick]`.
 
 The twin of a detector is the same module with the same weights, but every relops op that it calls is replaced by the
-usual implementation without such ops (`TWINS`): grid_sample for deformable attention, bilinear samples gathered level
-by level for RoI Align, blockwise suppression on IoU matrices, scaled_dot_product_attention with its bias in memory for
-relation attention, a sum of shifted maps (which is faster than unfolding) for local relation, and SciPy on the CPU, one
-problem at a time, for the assignment. The detector and its twin share all other code, so a ratio compares whole
-detectors.
+usual PyTorch implementation (`TWINS`): grid_sample for deformable attention, bilinear samples gathered level by level
+for RoI Align, blockwise suppression on IoU matrices, scaled_dot_product_attention with its bias in memory for relation
+attention, a sum of shifted maps (which is faster than unfolding) for local relation, and SciPy on the CPU, one problem
+at a time, for the assignment. The detector and its twin share all other code, so a ratio compares whole detectors.
 
 Each detector has two rows: detection in one image, and the losses of a batch of four images with 13 objects each,
 together with their gradients. DETR has only the second row, because its detection uses none of these ops. Before a row
@@ -49,9 +48,9 @@ TRAINING_SIZE, IMAGES, OBJECTS = (240, 320), 4, 13
 QUICK_SIZE = (96, 128)
 LOGIT_STD = 1.5  # standard deviation of the class logits of two-stage detectors in the detection rows
 
-# The largest allowed differences between the two sides, several times what rounding explains.
+# The largest allowed differences between the two sides, several times the rounding error.
 LOSS_BOUND, BOX_BOUND = 1e-3, 0.1  # relative, and in pixels
-# The fraction of detections that may have no counterpart, because rounding selects among the lowest scores.
+# The fraction of detections that may have no counterpart, because rounding decides which of the lowest scores are kept.
 UNMATCHED = 0.02
 
 
@@ -59,9 +58,9 @@ class Case(NamedTuple):
     """The options of one detector.
 
     Attributes:
-        detection: The options of the model in the detection row, which has the published size on ResNet-50 or
-            LR-Net-26. None if the detector has no such row.
-        training: The options of the model in the training row, which is about as small as the detectors that
+        detection: The options of the model in the detection row. The model has the published size, with a ResNet-50 or
+            LR-Net-26 as backbone. None if the detector has no such row.
+        training: The options of the model in the training row. The model is about as small as the detectors that
             train_cells.sh trains on a CPU.
         gradient_bound: The largest allowed relative RMS difference of the gradients.
     """
@@ -103,7 +102,7 @@ CASES = {
 
 @contextlib.contextmanager
 def twins() -> Iterator[None]:
-    """Replace the ops that modules of relops.models and relops.nn call by their twins, while the context is active."""
+    """Make the modules of relops.models and relops.nn call the twins of the ops while the context is active."""
     replacements = {id(getattr(relops, name)): twin for name, twin in TWINS.items()}
     with contextlib.ExitStack() as stack:
         for module_name, module in list(sys.modules.items()):
@@ -115,7 +114,7 @@ def twins() -> Iterator[None]:
 
 
 class Calls(TorchDispatchMode):
-    """A mode that counts the ops of relops that run while it is active, by name, including those of backward passes."""
+    """A dispatch mode that counts, by name, the relops ops that run while it is active, including backward ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +127,7 @@ class Calls(TorchDispatchMode):
 
 
 def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]) -> tuple[float, dict[str, int]]:
-    """Return the difference between the two sides that `check` computes, and how often relops ran each op.
+    """Return the difference that `check` computes between the two sides, and how often the detector ran each op.
 
     Raises:
         harness.VerificationError: If the difference is too large, if the detector ran no op of relops, or if its twin
@@ -140,8 +139,8 @@ def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]
         expected = run()
     if not ours.counts or theirs.counts:
         raise harness.VerificationError(
-            f"{name}: relops must run its ops and the twin must run none; relops ran {dict(ours.counts)}, and the ops"
-            f" in the twin: {dict(theirs.counts)}"
+            f"{name}: the detector must run relops ops and its twin must run none; the detector ran {dict(ours.counts)}"
+            f" and its twin ran {dict(theirs.counts)}"
         )
     try:
         return check(found, expected), dict(ours.counts)
@@ -167,7 +166,7 @@ def diversify_outputs(model: nn.Module) -> nn.Module:
                 x.normal_(0, 0.05)
             elif name.endswith("weight") and ("bboxes_delta" in name or ("bbox_embed" in name and "layers.2" in name)):
                 x.normal_(0, 0.02)  # the boxes move, but stay in the image
-            elif name.endswith("bn3.weight"):  # in frozen normalization, which diversify_detections does not change
+            elif name.endswith("bn3.weight"):  # a buffer of frozen normalization, which diversify_detections skips
                 x.fill_(0.3)
     return model
 
@@ -182,11 +181,11 @@ def smooth_images(count: int, size: tuple[int, int], device: str) -> list[Tensor
 def detection(
     name: str, options: dict[str, Any], size: tuple[int, int], device: str
 ) -> tuple[Callable[[], Detections], tuple[int, ...]]:
-    """Return a function that detects, and the shape of its images."""
+    """Return a function that runs detection, and the shape of the images."""
     torch.manual_seed(0)
     model = diversify_outputs(relops.models.build(name, CLASSES, **options)).to(device)
     images, sizes, _ = relops.models.batch_images(smooth_images(1, size, device), min(size), max(size))
-    # The initial running statistics fit no image, and would make the maps nearly zero.
+    # Replace the initial running statistics, which match no image and would make the maps nearly zero.
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -210,7 +209,7 @@ def detection(
 def training(
     name: str, options: dict[str, Any], size: tuple[int, int], device: str
 ) -> tuple[Callable[[], tuple[dict[str, Tensor], Sequence[Tensor]]], tuple[int, ...]]:
-    """Return a function that computes losses and gradients of the same samples in every call, and the image shape."""
+    """Return a function that computes losses and gradients, for the same samples in every call, and the image shape."""
     torch.manual_seed(0)
     model = diversify_outputs(relops.models.build(name, detectors.CLASSES, **options)).to(device).train()
     images, sizes, _ = relops.models.batch_images(smooth_images(IMAGES, size, device), min(size), max(size))

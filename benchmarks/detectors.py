@@ -39,7 +39,7 @@ def vision() -> object:
 class Body(nn.Module):
     """An adapter that makes the feature pyramid of relops a backbone of torchvision's detectors.
 
-    The convolutions are the same.
+    Both detectors therefore run the same convolutions.
     """
 
     def __init__(self, backbone: nn.Module, channels: int) -> None:

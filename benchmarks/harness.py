@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FORWARD, BACKWARD, FORWARD_BACKWARD = "forward", "backward", "forward+backward"
 
-# The largest allowed relative RMS error of relops against the float64 twin: several times what rounding explains.
+# The largest allowed relative RMS error of relops against the float64 twin: several times the rounding error.
 ERROR_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # The largest allowed fraction of indices that a peer selects differently, because some peers round the coordinates.
 PEER_SELECTION_BOUND = 0.01
@@ -85,11 +85,11 @@ class Bench:
         device: "cpu" or "cuda".
         direction: "forward", "backward" or "forward+backward". A "backward" row runs the forward before the clock
             starts.
-        make_inputs: A function that takes a generator on the device and returns new random arguments, tensors or
-            others, for each of the callables below.
+        make_inputs: A function that takes a generator on the device and returns new random arguments (tensors and other
+            values) for the callables below.
         relops: The op. It returns a tensor or a tuple of tensors.
-        pytorch: The pure-PyTorch twin of the op, which returns the same.
-        model: The compulsory work, or None if that figure is meaningless (for a whole model).
+        pytorch: The pure-PyTorch twin of the op, which returns the same values.
+        model: The compulsory work, or None if that figure is meaningless, as for a whole network.
         peers: Other implementations to time, by name. A peer that fails or returns wrong results is left out with a
             note.
         compiled: Whether to time the twin under torch.compile too (not in the quick setting).
@@ -188,8 +188,8 @@ def synchronize(device: str) -> None:
 def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor, ...]) -> Callable[[], tuple]:
     """Return a function that runs one call of the contender on these inputs and does only the work that is timed.
 
-    The function returns the outputs, followed by the gradients of the inputs unless the direction is "forward". It can
-    be called once only if the direction is "backward".
+    The function returns the outputs, followed by the gradients of the inputs unless the direction is "forward". If the
+    direction is "backward", the function can be called only once.
     """
     if bench.direction == FORWARD:
 
@@ -446,7 +446,7 @@ def machine_limits(device: str, threads: int) -> dict[str, float]:
     """Return the speed limits of this machine, each the best of a few tries.
 
     The limits are the bandwidth of a large copy (bytes read plus bytes written), and the rates of large matrix products
-    in float32 and float64 (with TF32 off) as the upper bounds of arithmetic.
+    in float32 and float64 (with TF32 off), which are upper bounds for arithmetic.
     """
     del threads  # serves only as a key of the cache
     count, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 1536)
@@ -505,7 +505,7 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
             del contenders[name]
     del expected
 
-    # Verification has warmed everything up, so that only the memory of the call itself is measured here.
+    # Verification has already run every contender once, so that only the memory of the call itself is measured here.
     peaks = {name: peak_bytes(bind(bench, c, inputs, grads), bench.device) for name, c in contenders.items()}
 
     graphs = {name: Graph(c, inputs) for name, c in contenders.items()} if bench.graph else {}

@@ -1,8 +1,9 @@
 """Train a small LR-Net and its convolutional twin from scratch on the digits of scikit-learn.
 
-The twin is the same network with a 3x3 convolution in place of every local relation. It is narrower, so that it has
-nearly the same number of parameters and multiply-adds. Both networks see the same images in the same order with the
-same optimizer. The 1797 images of 8x8 pixels are enlarged four times and split into 1347 training and 450 test images.
+The twin is the same network with a 3x3 convolution in place of every local relation, and with fewer channels, so that
+it has nearly the same number of parameters and multiply-adds. Both networks see the same images in the same order with
+the same optimizer. The 1797 images of 8x8 pixels are enlarged four times and split into 1347 training and 450 test
+images.
 """
 
 from __future__ import annotations

@@ -47,15 +47,15 @@ The command `python -m benchmarks.run` measures all ops and records the results 
 generated from the records by `python -m benchmarks.report`.
 
 - **Baseline.** "PyTorch" is the op in pure PyTorch, which is the function of the same name in `relops.reference`. The
-  text above each table describes its formulation.
+  text above each table describes the PyTorch formulation.
 - **Verification.** Before a row is timed, every implementation runs in the dtype of the row and is compared with the
   pure-PyTorch version in float64 on the same inputs. The comparison includes all outputs and, for rows with a backward,
   all gradients. Indices, such as those that `nms` returns, are compared with the pure-PyTorch version in the same
   dtype. An implementation that does not support the dtype or fails this check is missing from the row.
 - **Rounds.** Every round draws new random inputs and runs all implementations on them, in rotating order. A row has at
   least five rounds, or fewer if PyTorch takes many seconds, and more rounds follow until ten seconds have passed. Times
-  are medians over the rounds. A ratio is the median of the ratios within the rounds, so that other load on the machine
-  affects both sides alike. It says how many times faster relops is.
+  are medians over the rounds. A ratio says how many times faster relops is. It is the median of the ratios within the
+  rounds, so that other load on the machine affects both sides alike.
 - **Clock.** On the CPU, the clock is the wall clock, and the inputs may still be in the cache, as they are in a network
   where the preceding layer has just written them. On CUDA, times come from events, and the L2 cache is overwritten
   before each call. The allocation of outputs is included, but freeing them is not. A "backward" row does not include
@@ -69,7 +69,7 @@ Figures can be compared only if the machine, the number of threads and the versi
 
 
 class Machine(NamedTuple):
-    """The description of a results folder. Records do not contain the generation of the processor."""
+    """The description of the machine of a results folder. Records do not contain the generation of the processor."""
 
     short: str
     description: str
@@ -109,9 +109,8 @@ boxes instead of reference points. Sampling locations are uniform over the image
 lie around the pixel of the query. "transformers encoder" is the whole encoder of Deformable DETR in Hugging Face
 transformers, including its linear layers, with only the attention replaced.
 
-"PyTorch" is the `grid_sample` formulation in eager mode, which is the fastest in pure PyTorch here: the same function
-is slower under `torch.compile`. "relops unfused" computes the fused op from `relops.ms_deform_attn` and PyTorch
-functions.
+"PyTorch" is the `grid_sample` formulation in eager mode, which is faster here than the same function under
+`torch.compile`. "relops unfused" computes the fused op from `relops.ms_deform_attn` and PyTorch functions.
 """,
         {},
     ),
@@ -146,8 +145,8 @@ spread over the image, so that half of them or more are kept. "proposals" lie in
 proposal network (`benchmarks/proposals.py`). `nms_padded` processes 2 images with 2000 boxes each and keeps at most
 1000 boxes per image, or 8 images with 5000 boxes each and keeps at most 300.
 
-"PyTorch" suppresses blocks of boxes with IoU matrices. For `soft_nms`, it takes one step per kept box. torchvision has
-no op for a batch of images, so it runs in a loop over the images, and it has no `soft_nms`.
+"PyTorch" suppresses blocks of boxes with IoU matrices; its `soft_nms` takes one step per kept box. torchvision has no
+op for a batch of images, so it runs in a loop over the images, and it has no `soft_nms`.
 """,
         {"amd-epyc-avx512-2-cores": "The version of torchvision is 0.29.1.\n"},
     ),
@@ -170,7 +169,7 @@ its columns, from 1 to 60 (or to 100). The costs of the square problems are unif
 ("ties"), distances between points, a matrix of low rank with noise, and the products i * j, which are the worst case
 of the method.
 
-"PyTorch" searches shortest paths one row at a time. SciPy runs in a loop over the problems.
+"PyTorch" searches for shortest augmenting paths, one row at a time. SciPy runs in a loop over the problems.
 """,
         {"amd-epyc-avx512-2-cores": "The version of SciPy is 1.17.1.\n"},
     ),
@@ -179,7 +178,7 @@ of the method.
         ("relation_attention", "rank_embedding", "duplicate_removal"),
         """\
 For `relation_attention`, the input is N sets of K boxes. Every box attends to all boxes of its set, with M = 16 heads
-whose queries and keys have width D = 64 and whose values have width Dv. The padded batch masks 3 of 10 keys, and
+whose queries and keys have width D = 64 and whose values have width Dv. The padded batch masks about 3 of 10 keys, and
 "official" computes the geometry as the released code does. `rank_embedding` embeds ranks in vectors that are 128 or
 1024 wide. `nn.DuplicateRemoval` is the whole module for 300 objects and 80 classes, which compares the 100 best
 objects of each class. It uses `relops.relation_attention` or its PyTorch version, and processes all objects or only
@@ -191,11 +190,11 @@ class, which needs much less arithmetic.
 """,
         {
             "amd-epyc-avx512-2-cores": """\
-Four fifths of the time of `relation_attention` go into products that run at the rate of torch's large matrix products,
-so these ratios are close to what the arithmetic allows. The ratios grow with the number of boxes. In a separate
-measurement on the same machine and date with 4000 boxes, forward and backward took 2.4 s and 130 MB beyond the inputs,
-while PyTorch took 27 s and 11 GB. After these measurements, `nn.DuplicateRemoval` and the AVX2 kernels became faster.
-The table for Zen 1 includes that change.
+Four fifths of the time of `relation_attention` are spent on products that run at the rate of torch's large matrix
+products, so these ratios are close to what the arithmetic allows. The ratios grow with the number of boxes. In a
+separate measurement on the same machine and date with 4000 boxes, forward and backward took 2.4 s and 130 MB beyond the
+inputs, while PyTorch took 27 s and 11 GB. After these measurements, `nn.DuplicateRemoval` and the AVX2 kernels became
+faster. The table for Zen 1 includes these changes.
 """,
             "amd-epyc-avx2-2-cores": """\
 The two cores multiply matrices at 86 GFLOP/s. At this rate, the products of the forward with 1000 boxes take 72 ms.
@@ -213,7 +212,7 @@ The float32 rows from 2x64x224x224 (the stem) to 2x800x7x7 are layers of LR-Net-
 "PyTorch" unfolds the windows. "shifted maps" is a sum over k x k shifted copies of the maps, which is the fastest
 formulation in pure PyTorch here.
 """,
-        {"amd-epyc-avx2-2-cores": "The two cores multiplied matrices at 69 to 72 GFLOP/s on that day.\n"},
+        {"amd-epyc-avx2-2-cores": "During these runs, the two cores multiplied matrices at 69 to 72 GFLOP/s.\n"},
     ),
 )
 
@@ -227,8 +226,8 @@ PEER_NAMES = {
 DETECTORS = """\
 ## Detectors
 
-The ops are only a part of a detector. The rest is convolutions, matrix products and attention of torch, which both
-sides of the comparisons share.
+The ops are only a part of a detector. The rest consists of convolutions, matrix products and attention of torch, which
+both sides of the comparisons share.
 """
 
 CELLS = {
@@ -242,7 +241,7 @@ CELLS = {
     "r_fcn": "R-FCN",
     "hypernet": "HyperNet",
     "sparse_rcnn": "Sparse R-CNN",
-    "sparse_rcnn_iou": "Sparse R-CNN whose proposals also attend by their overlap (`iou_attention`)",
+    "sparse_rcnn_iou": "Sparse R-CNN with attention weighted by the overlap of proposals (`iou_attention`)",
     "deformable_detr": "Deformable DETR, two-stage",
     "lr_net": "Faster R-CNN on an LR-Net-26 of half the width",
     "relation_networks": "Relation Networks on a feature pyramid, with relation modules and learned duplicate removal",
@@ -264,10 +263,10 @@ CELLS_NOTES = """\
 - `relation_networks` exceeds this AP after 12 minutes with 0.624, and reaches 0.641 after 16 minutes. Its RPN
   suppresses proposals above an IoU of 0.7, as published, and nothing suppresses detections. If proposals are not
   suppressed either (`unsuppressed`), AP is 0.621 after 17 minutes.
-- Sparse R-CNN with the published attention has AP 0.587 and AP50 0.853 after 23.7 minutes, and it finds platelets
-  twice until the end of training. With `iou_attention`, its AP50 is 0.893 after 24 minutes.
+- Sparse R-CNN with the published attention has AP 0.587 and AP50 0.853 after 23.7 minutes. Until the end of training,
+  it often finds the same platelet (the smallest class) twice. With `iou_attention`, its AP50 is 0.893 after 24 minutes.
 - `hypernet`, `lr_net`, `relation_networks`, `unsuppressed` and `sparse_rcnn` also had both cores. The other runs shared
-  the cores, so their minutes are longer than necessary.
+  the cores, so they took longer than they would have alone.
 - These evaluations left out one of the 908 test objects, a red cell whose box has neither width nor height. The command
   `python -m relops eval` now counts this object as missed.
 
@@ -302,7 +301,7 @@ TORCHVISION_TEXT = """\
 ### Comparison with torchvision
 
 The command `python -m benchmarks.detectors` times detectors of relops and torchvision with the same weights. Before the
-timing, both must return the same losses or detections. Rounds alternate between the two.
+timing, both detectors must return the same losses or detections. Rounds alternate between the two.
 """
 
 TWINS = {
@@ -318,9 +317,10 @@ TWINS_TEXT = """\
 ### Comparison with pure PyTorch
 
 The command `python -m benchmarks.detector_twins` times each detector against itself with every op replaced by pure
-PyTorch, or by SciPy for the assignment. Before the timing, both must return the same detections, or the same losses and
-gradients. Detection processes one image of 640x480 with ResNet-50 or LR-Net-26. Training is a forward and a backward of
-a small model on four images of 320x240. Peak memory is what a pass needs beyond the memory that was in use before.
+PyTorch, or by SciPy for the assignment. Before the timing, both sides must return the same detections, or the same
+losses and gradients. Detection processes one image of 640x480 with ResNet-50 or LR-Net-26. Training is a forward and a
+backward of a small model on four images of 320x240. Peak memory is what a pass needs beyond the memory that was in use
+before.
 """
 
 
@@ -639,7 +639,7 @@ SUMMARY = tuple(
     )
 )
 SUMMARY_DTYPE = "float32"
-# Peers of the summary, which leaves out variants of relops and of PyTorch's own formulation under torch.compile.
+# The peers that the summary shows. It leaves out variants of relops and the PyTorch formulation under torch.compile.
 SUMMARY_PEERS = ("torchvision", "scipy", "shifted maps")
 
 

@@ -3,17 +3,18 @@
 Boxes lie in an image of 800 x 1216 pixels. Every round draws new boxes, in one of two ways.
 
 "uniform" boxes are those of most published timings: upper left corners are uniform over the image, sides are uniform
-between 1 and 200 pixels, and scores are uniform. At an IoU of 0.5, about 840 of 1000 boxes are kept, far more than of
-the boxes of a detector.
+between 1 and 200 pixels, and scores are uniform. At an IoU of 0.5, about 840 of 1000 boxes are kept, a far larger
+fraction than of the boxes of a detector.
 
 "proposals" resemble the boxes that a region proposal network or a dense detector passes to suppression. The number of
 objects is one per 100 boxes, and at least 8. The center of an object is uniform over the image, the square root of its
 area is log-uniform between 16 and 512 pixels, the logarithm of its aspect ratio is uniform in +- log 2, and its class c
 (out of C) has a probability proportional to 1 / (c + 1). A quarter of the boxes are background: each is drawn like an
-object, and its score is 0.3 times the square of a uniform number. Every other box belongs to an object that is chosen
-uniformly. Its center deviates from that of the object by a normal variable with a standard deviation of 0.1 sides, and
-the logarithms of its sides deviate by a normal variable with a standard deviation of 0.1. Its score is exp(-d^2) times
-a uniform number between 0.7 and 1, where d^2 is the sum of the squares of these four deviations divided by 0.04.
+object, and its score is 0.3 times the square of a uniform number. Each of the other boxes belongs to an object that is
+chosen uniformly. Its center deviates from that of the object by a normal variable with a standard deviation of 0.1
+sides, and the logarithms of its sides deviate by a normal variable with a standard deviation of 0.1. Its score is
+exp(-d^2) times a uniform number between 0.7 and 1, where d^2 is the sum of the squares of these four deviations divided
+by 0.04.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Case:
     sampling_ratio: int = 2
     aligned: bool = False
     channels_last: bool = False
-    margin: int = 0  # width in image pixels of a border at the right and the bottom that boxes do not reach into
+    margin: int = 0  # width in image pixels of the strips at the right and the bottom that boxes do not enter
     avoided: tuple[int, ...] = ()  # sizes in map pixels that no rounded box may have, in ascending order
     box_gradients: bool = False
 
@@ -62,9 +62,9 @@ def draw_boxes(case: Case, generator: torch.Generator) -> Tensor:
     """Return [K,5] float32 boxes at random positions in the image, sorted by image as detectors return them.
 
     If gradients with respect to the boxes are computed, every sample keeps a distance of 1/128 pixel of the last map
-    from the lines where its four corners change. That gradient is discontinuous there, and a comparison with float64
-    would measure the direction of rounding. Box corners on odd multiples of 1/128, and sides that put the samples on
-    odd multiples too, have this property, also on maps that are up to 32 times finer.
+    from the lines where its four corners change. The box gradients are discontinuous there, and a comparison with
+    float64 would measure the direction of rounding. Box corners on odd multiples of 1/128, and sides that put the
+    samples on odd multiples too, have this property, also on maps that are up to 32 times finer.
     """
     device, (low, high) = generator.device, case.sides
     index = torch.arange(case.K, device=device) * case.N // case.K
@@ -125,9 +125,9 @@ def work(op: str, case: Case, dtype: torch.dtype, direction: str) -> Model:
     outputs once. The backward reads the gradient of the outputs and writes that of the whole input. Gradients with
     respect to the boxes read the input again.
 
-    Flops: Each value that a bin reads by definition costs one multiply-add for the output and one for each of the
-    gradients. It costs one comparison in roi_pool, whose backward needs one addition per output, and one addition in
-    ps_roi_pool.
+    Flops: Each value that a bin reads according to the definition costs one multiply-add for the output and one for
+    each of the gradients. In roi_pool, a value costs one comparison, and the backward takes one addition per output. In
+    ps_roi_pool, a value costs one addition.
     """
     bins, size = case.output**2, dtype.itemsize
     channels = case.C // bins if op in POSITION_SENSITIVE else case.C  # the channels that a bin reads
@@ -160,7 +160,7 @@ def torchvision_ops() -> Any | None:
 
 
 def torchvision_peers(call: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """Return torchvision's op as a peer and, for 16-bit dtypes, another that computes in float32 like autocast."""
+    """Return torchvision's op as a peer and, for 16-bit dtypes, a second one that computes in float32 like autocast."""
 
     def same_dtype(features: Tensor, boxes: Tensor) -> Tensor:
         return call(features, boxes.to(features.dtype))

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="the folder of results")
     parser.add_argument("--no-plots", action="store_true", help="do not draw plots")
-    parser.add_argument("--page", type=Path, metavar="PATH", help="only write the page of performance to this file")
+    parser.add_argument("--page", type=Path, metavar="PATH", help="only write the performance page, to this file")
     parser.add_argument("--summary", action="store_true", help="only print a table of ten rows for the README")
     options = parser.parse_args(argv)
     if options.summary:

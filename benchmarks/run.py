@@ -37,7 +37,7 @@ def discover(device: str, quick: bool, op: str | None) -> Iterator[harness.Bench
 
 
 def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, Any]], failures: list[str]) -> None:
-    """Measure all rows of a device. Each finished row is appended to `rows`, so that an interrupt keeps it."""
+    """Measure all rows of a device. Each finished row is appended to `rows`, so that an interrupted run keeps it."""
     harness.progress(f"{device}: measuring the limits of the machine")
     run = harness.describe_run(device)
     copy, flops = run["limits"]["copy_bytes_per_s"], run["limits"]["float32_flops_per_s"]
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
 
-    # The targets are goals of the project, so only the full run shows them.
+    # The targets are goals of the project, so the quick setting does not show them.
     print(harness.table(rows, targets=not options.quick) if rows else "No rows were measured.")
     print(
         "\nTimes are medians over rounds, and a ratio says how many times faster relops is. The peak is the memory of"

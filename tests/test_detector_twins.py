@@ -78,7 +78,7 @@ def test_gradients_in_float64(name: str, device: str) -> None:
 def test_twin_that_calls_an_op_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(detector_twins.TWINS, "generalized_box_iou", relops.generalized_box_iou)
     run, _ = detector_twins.training("detr", detector_twins.CASES["detr"].training, SIZE, "cpu")
-    with pytest.raises(harness.VerificationError, match=r"in the twin: .*generalized_box_iou"):
+    with pytest.raises(harness.VerificationError, match=r"its twin ran .*generalized_box_iou"):
         detector_twins.verify("detr", run, lambda found, expected: 0.0)
 
 
