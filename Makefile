@@ -1,7 +1,7 @@
 # make run       set up, build, and run the microbenchmarks against pure PyTorch in a quick setting. Without a GPU the CUDA
 #                kernels are not built, unless RELOPS_CUDA=1 requests them
 # make test      set up, build, and run the tests
-# make quick     set up, build, and run the tests that show most mistakes, in a minute; run it after every edit
+# make quick     set up, build, and run the tests that show most mistakes, in one minute; run it after every edit
 # make lint      set up, build, and run ruff, mypy and clang-format
 # make docs      set up, build, and write the documentation to build/docs
 # make bench     set up, build, run all benchmarks, and write results, plots and docs/performance.md
@@ -23,7 +23,7 @@ PIN := $(VENV)/torch-pin.txt
 .PHONY: run test quick docs bench sanitize memcheck racecheck synccheck build info lint oldest clean
 
 run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
-# These rows are compared with SciPy; the full benchmarks need more packages.
+# Some rows of the quick setting are compared with SciPy; the full benchmarks need more packages.
 run: build
 	$(PIP) -c $(PIN) scipy
 	@test "$(RELOPS_CUDA)" != 0 || echo "The CUDA kernels were not built, because no GPU was found. make run RELOPS_CUDA=1 builds them."
@@ -80,7 +80,7 @@ $(OLDEST)/installed:
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check torch==2.10.0 numpy
 	touch $@
 
-# If $(PYTHON) has a torch, the environment uses it.
+# If torch is installed for $(PYTHON), the environment uses it.
 $(PY):
 	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 
@@ -94,7 +94,7 @@ $(VENV)/can-build: $(PIN)
 	$(PIP) -c $(PIN) 'setuptools>=77' wheel ninja pybind11 numpy
 	touch $@
 
-# The build runs before pip, because pip hides its plan and its progress. pip then finds everything compiled.
+# The build runs before pip, because pip hides the plan and the progress of a build. pip then finds everything compiled.
 $(VENV)/installed: pyproject.toml $(VENV)/can-build
 	$(PY) setup.py -q build_ext --inplace
 	$(PIP) -c $(PIN) -e '.[test]' --no-build-isolation

@@ -1,9 +1,8 @@
 """The build of relops._C (CPU kernels and schemas) and, if nvcc is found, of relops._cuda (CUDA kernels).
 
-A single ninja file builds both libraries. Therefore C++ and CUDA sources compile in parallel, and header
-dependencies are tracked for both even with a CPU-only torch, with which torch.utils.cpp_extension does not track
-them for .cu files. The ptxas report of each .cu file is stored next to its object, where tests/test_build.py
-reads it.
+A single ninja file builds both libraries, so C++ and CUDA sources compile in parallel. It tracks the header
+dependencies of all sources, unlike torch.utils.cpp_extension, which does not track those of .cu files with a CPU-only
+torch. The ptxas report of each .cu file is stored next to its object, where tests/test_build.py reads it.
 
 Environment variables: RELOPS_CUDA is 1 (nvcc is required) or 0 (skip the CUDA kernels). TORCH_CUDA_ARCH_LIST,
 MAX_JOBS, CUDA_HOME and CXX have their usual meanings. CFLAGS and NVCC_APPEND_FLAGS are passed to the compilers.
@@ -49,7 +48,7 @@ def find_cuda_home() -> Path | None:
         if os.environ.get(name):
             return Path(os.environ[name])
     if nvcc := shutil.which("nvcc"):
-        # nvcc may be a wrapper script elsewhere on PATH, so ask nvcc for its home instead of deriving it from the path.
+        # The nvcc on PATH may be a wrapper script, so ask nvcc for its home instead of deriving it from the path.
         dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         if top := re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE):
             return Path(top[1].strip()).resolve()
@@ -89,8 +88,8 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # The folder is fixed for each Python and torch, even if pip (editable or not) would use a temporary one, so
-        # that a second build is incremental.
+        # Each version of Python and torch has a fixed folder, even if pip (editable or not) would use a temporary one.
+        # Therefore a second build is incremental.
         self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
         self.into_source = bool(self.inplace)  # setuptools resets inplace during the build
 
@@ -163,7 +162,7 @@ class NinjaBuild(build_ext):
 def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
     import pybind11
 
-    # pybind11 comes first: torch contains a copy that, in some versions, does not compile for the stable ABI.
+    # pybind11 comes first, because the copy of it in some versions of torch does not compile for the stable ABI.
     system = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
     includes = " ".join([f"-I{shlex.quote(str(CSRC))}", *(f"-isystem {shlex.quote(path)}" for path in system)])
     target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))

@@ -16,7 +16,7 @@ class BoxTransformerLayer(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels)
         self.geometry_weight = nn.Parameter(0.1 * torch.randn(heads, 64))  # 64 sines and cosines of the geometry
-        self.geometry_bias = nn.Parameter(torch.full((heads,), 0.1))  # positive, so that every pair can learn
+        self.geometry_bias = nn.Parameter(torch.full((heads,), 0.1))  # positive, so that every pair has a gradient
         self.output = nn.Linear(channels, channels)
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))

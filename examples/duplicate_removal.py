@@ -6,15 +6,15 @@ from torch import Tensor
 import relops
 
 torch.manual_seed(0)
-OBJECTS, COPIES, CHANNELS = 8, 6, 32  # objects of a scene, detections of an object, width of a feature
+OBJECTS, COPIES, CHANNELS = 8, 6, 32  # objects per scene, detections per object, feature width
 
 
 def scenes(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return features, scores and boxes of the detections in `count` scenes, and the boxes of the objects.
 
     Two pairs of objects overlap by an IoU of about 0.8, and their detections are precise. Four other objects stand
-    apart, and their detections scatter. So no threshold of IoU tells duplicates from neighbors, but features do: they
-    are similar for detections of the same object.
+    apart, and their detections scatter. Therefore no IoU threshold separates duplicates from neighbors, but features
+    do, because they are similar for detections of the same object.
     """
     x = torch.tensor([0.0, 8, 100, 108, 200, 300, 400, 500]) + 4 * torch.rand(count, OBJECTS)
     objects = torch.stack([x, torch.zeros_like(x), x + 60, torch.full_like(x, 100.0)], -1)

@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-import relops  # a process that loads the file imports relops as well, because it registers the ops
+import relops  # a process that loads the file must also import relops, which registers the ops
 
 torch.manual_seed(0)
 model = relops.models.deformable_detr(num_classes=3, backbone="resnet18", encoder_layers=1, decoder_layers=2).eval()

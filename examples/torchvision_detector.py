@@ -1,4 +1,4 @@
-"""Replace the operators of a torchvision detector by those of relops, and compare detections and time."""
+"""Replace the operators of a torchvision detector with those of relops, and compare detections and time."""
 
 import time
 
@@ -23,7 +23,7 @@ def run() -> tuple[dict[str, torch.Tensor], float]:
 run()  # the first call allocates memory
 before, seconds_before = run()
 
-pool = model.roi_heads.box_roi_pool  # relops.nn.MultiScaleRoIAlign has the constructor of torchvision's module
+pool = model.roi_heads.box_roi_pool  # relops.nn.MultiScaleRoIAlign takes the arguments of torchvision's module
 model.roi_heads.box_roi_pool = relops.nn.MultiScaleRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
 rpn.box_ops.batched_nms = roi_heads.box_ops.batched_nms = relops.batched_nms  # both stages call it by this name
 

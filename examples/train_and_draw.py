@@ -25,11 +25,11 @@ if len(sys.argv) == 3:
         or main(["predict", str(RUN), images, "--output", "drawn"])
     )
 
-# The same command, called from Python. About a minute of training finds some of the shapes.
+# This is the command `python -m relops train`, called from Python. After about a minute, it finds some of the shapes.
 if status := main(["train", "--data", "shapes:200", "--iterations", "200", "--output", str(RUN), "--workers", "0"]):
     sys.exit(status)
 
-# A trained detector in Python: load_detector reads the folder of the run.
+# load_detector loads the trained detector from the folder of the run.
 detector = load_detector(RUN, torch.device("cpu"))
 sample = open_data("shapes:200", "test")[0]
 image = torch.from_numpy(sample.image).permute(2, 0, 1)  # [3,H,W], uint8

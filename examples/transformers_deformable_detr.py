@@ -1,4 +1,4 @@
-"""Replace the deformable attention of a Hugging Face transformers model by relops, and compare outputs and time."""
+"""Replace the deformable attention of a Hugging Face transformers model with relops, and compare outputs and time."""
 
 import time
 
@@ -8,7 +8,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 import relops
 
 torch.manual_seed(0)
-# DeformableDetrForObjectDetection.from_pretrained(...) loads a trained model; the replacement below is the same.
+# DeformableDetrForObjectDetection.from_pretrained(...) loads a trained model, which is changed in the same way.
 backbone = ResNetConfig(
     depths=[1, 1, 1, 1], hidden_sizes=[64, 128, 256, 512], out_features=["stage2", "stage3", "stage4"]
 )
