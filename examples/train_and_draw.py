@@ -1,6 +1,6 @@
 """Train a detector on your own images, and draw what it finds.
 
-python examples/train_and_draw.py coco:DIR IMAGES    trains on a COCO data set, and draws on a folder of images
+python examples/train_and_draw.py coco:DIR IMAGES    trains on a COCO data set, and draws what it finds in IMAGES
 python examples/train_and_draw.py                    trains for a minute on images that relops draws itself
 """
 
@@ -16,16 +16,16 @@ from relops.__main__ import main
 from relops.training.data import open_data
 from relops.training.detector import load_detector
 
-RUN = Path("runs/example")
-
 if len(sys.argv) == 3:
     data, images = sys.argv[1:]
-    sys.exit(
-        main(["train", "--data", data, "--output", str(RUN), "--min-size", "480", "--max-size", "800"])
-        or main(["predict", str(RUN), images, "--output", "drawn"])
-    )
+    run = "runs/own_data"  # a folder can hold only one run, so each data set needs its own
+    # This backbone learns from scratch. With ["--backbone-weights", FILE] it would begin as a trained classifier.
+    options = ["--backbone", "resnet18-gn", "--min-size", "480", "--max-size", "800"]
+    status = main(["train", "--data", data, "--output", run, *options])
+    sys.exit(status or main(["predict", run, images, "--output", "drawn"]))
 
 # This is the command `python -m relops train`, called from Python. After about a minute, it finds some of the shapes.
+RUN = Path("runs/example")
 if status := main(["train", "--data", "shapes:200", "--iterations", "200", "--output", str(RUN), "--workers", "0"]):
     sys.exit(status)
 
