@@ -135,7 +135,7 @@ class NinjaBuild(build_ext):
         )
         if subprocess.run([ninja, "-C", str(temp), "-j", jobs]).returncode:
             raise SystemExit(
-                "relops: the build failed; see the messages above and 'Troubleshooting builds' in README.md."
+                "relops: the build failed; see the messages above and the section Troubleshooting in docs/install.md."
             )
 
     def ninja_edges(self, temp: Path, facts: dict[str, str]) -> list[str]:

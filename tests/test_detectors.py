@@ -762,8 +762,10 @@ def test_bad_input_raises_an_error_that_names_it(change: dict, message: str) -> 
     [
         (lambda: relops.models.build("yolo", 3), "model must be one of .*faster_rcnn.*, got 'yolo'"),
         (lambda: make_body("resnet19"), "backbone must be one of .*resnet18.*, got 'resnet19'"),
-        (lambda: make_body("lr_net26-bn"), "backbone must be one of .*, got 'lr_net26-bn'"),
-        (lambda: make_body("vgg16-64"), "backbone must be one of .*, got 'vgg16-64'"),
+        (lambda: make_body("lr_net26-bn"), "backbone must support norm, which lr_net26 does not, got 'lr_net26-bn'"),
+        (lambda: make_body("vgg16-64"), "backbone must support width, which vgg16 does not, got 'vgg16-64'"),
+        (lambda: relops.models.r_fcn(3, backbone="zf"), "backbone must support dilated, stages, which zf does not"),
+        (lambda: relops.models.relation_networks(3, relations=(2,)), r"relations must be two numbers, got \(2,\)"),
         (lambda: relops.models.batch_images([]), "images must contain at least one image, got none"),
         (lambda: relops.models.faster_rcnn(3, training="never"), "training must be .*, got 'never'"),
         (lambda: relops.models.faster_rcnn(3, stride=4), "stride must be 16 or 8, got 4"),

@@ -24,6 +24,14 @@ BODIES: dict[str, Callable[..., Body]] = {
     "resnet101": lambda **options: resnet101(None, **options),
 }
 
+# Options that a suffix of the name or a detector sets, and that a network does not have.
+UNSUPPORTED: dict[str, set[str]] = {
+    "lr_net26": {"norm"},
+    "lr_net50": {"norm"},
+    "vgg16": {"dilated", "width"},
+    "zf": {"dilated", "stages", "width"},
+}
+
 
 def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
     """Build a body by name, without a classifier.
@@ -39,20 +47,24 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
         The network with randomly initialized parameters.
 
     Raises:
-        ValueError: If the name is unknown, or the network does not support the normalization or the width.
+        ValueError: If the name is unknown, or the network does not support one of the options.
     """
     match = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
-    kind, norm, width = match.groups() if match else ("", None, None)
-    if not kind or (norm and kind.startswith("lr_net")) or (width and kind in ("vgg16", "zf")):
+    if not match:
         raise ValueError(
             f"relops.models: backbone must be one of {', '.join(BODIES)}, optionally followed by "
-            f"-{', -'.join(NORM_SUFFIXES)} (except after an LR-Net) and, for a ResNet or LR-Net, by -WIDTH, "
-            f"got {name!r}"
+            f"-{', -'.join(NORM_SUFFIXES)} and, for a ResNet or LR-Net, by -WIDTH, got {name!r}"
         )
+    kind, norm, width = match.groups()
     if norm:
         options["norm"] = NORM_SUFFIXES[norm]
     if width:
         options["width"] = int(width)
+    unsupported = sorted(options.keys() & UNSUPPORTED.get(kind, set()))
+    if unsupported:
+        raise ValueError(
+            f"relops.models: backbone must support {', '.join(unsupported)}, which {kind} does not, got {name!r}"
+        )
     body = BODIES[kind](**options)
     for part in body.parts()[:frozen_stages]:
         for module in part:

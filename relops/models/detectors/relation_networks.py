@@ -45,6 +45,8 @@ class RelationHead(TwoFC):
 
     def __init__(self, in_features: int, hidden: int, relations: tuple[int, int]) -> None:
         super().__init__(in_features, hidden)
+        if len(relations) != 2:
+            raise ValueError(f"relops.models: relations must be two numbers, got {relations!r}")
         self.fc6_relations, self.fc7_relations = (
             nn.ModuleList(ObjectRelation(hidden, HEADS, hidden // HEADS) for _ in range(r)) for r in relations
         )
