@@ -1,11 +1,12 @@
-// The schema of every op of relops: the table of contents of the C++ code. Kernels register themselves where they are
-// defined (<family>/cpu*.cpp, <family>/cuda*.cu). The argument checks for users, the fake kernels, autograd and
-// autocast are in relops/ops/<op>.py.
+// The schema of every op of relops: the table of contents of the C++ code. Kernels are registered where they are
+// defined (<family>/cpu*.cpp, <family>/cuda*.cu). The argument checks that raise errors for users, the fake kernels,
+// autograd and autocast are in relops/ops/<op>.py.
 //
-// An op with a leading underscore is the backward of the op that it is named after. If it returns several gradients,
-// needs_grad has one flag per gradient, in the same order; a list of gradients has one flag per element. A gradient
-// that is not needed is returned as an empty tensor of one dimension. The backward of a region op gets input or inputs
-// only if a gradient depends on them: the gradient of the boxes does, and so does the gradient of a maximum.
+// An op whose name begins with an underscore computes the gradients of the op that it is named after. If it returns
+// several gradients, needs_grad has one flag per gradient, in the same order. For a list of gradients, needs_grad has
+// one flag per element. A gradient that is not needed is returned as an empty tensor of one dimension. The backward ops
+// of region ops get the input features only if a gradient depends on them, as the gradient of the boxes and the
+// gradient of roi_pool do.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,6 @@
-// The Python module relops._C, which returns facts about the build. No tensor passes through it. Importing the module
-// loads the library, whose static initializers register the schemas and the CPU kernels.
+// The Python module relops._C. Its only function returns facts about the build, and the ops are called through
+// torch.ops. Importing the module loads the shared library, whose static initializers register the schemas and the CPU
+// kernels.
 
 #include <pybind11/pybind11.h>
 

@@ -1,7 +1,8 @@
-// box_iou and generalized_box_iou on the CPU: this file allocates results, divides work among threads and adds up the
-// partial gradients of tiles. The loops are in cpu_kernel.h.
+// box_iou and generalized_box_iou on the CPU: this file allocates the results, divides the work among threads and adds
+// up the partial gradients. The loops are in cpu_kernel.h.
 //
-// IoU must be the same bit for bit in every lane and on every device, so no multiplication is fused with an addition.
+// The IoU must be bitwise identical in every lane and on every device, so the compiler must not fuse multiplications
+// with additions.
 #pragma GCC optimize("fp-contract=off")
 
 #include "box_iou/cpu_args.h"
@@ -29,8 +30,9 @@ struct Kernels {
     });
   }
 
-  // Every tile of the other side yields a partial gradient. The partials are added up in the order of the tiles, so the
-  // result is always deterministic.
+  // The gradient of one input sums over the boxes of the other input, which are divided into tiles. Each tile yields a
+  // partial gradient. The partial gradients are added up in the order of the tiles, so the result is always
+  // deterministic.
   template <class Compute>
   static void backward(const BoxPairs& pairs, const BoxIouGradient<Compute>& p) {
     const int64_t size = p.N * p.own_count * 4, tiles = ceil_div(p.other_count, kBoxTile);

@@ -8,12 +8,14 @@
 
 namespace relops {
 
-// The largest number of boxes that a work item holds, with one array per coordinate: 20 KB of float32. It is a
-// constant, because gradients are summed tile by tile and the order of summation must not vary.
+// The largest number of boxes in a tile. A tile is stored as one array per coordinate and one for the areas: 20 KB in
+// float32. The number is a constant, because gradients are summed tile by tile and the order of summation must not
+// vary.
 constexpr int64_t kBoxTile = 1024;
 constexpr int64_t kPairsPerItem = 32768;
 
-// Divides N matrices of A x B pairs into work items, each of which consists of some rows of a tile of columns.
+// Divides N matrices of A x B pairs into work items. Each item consists of some rows and at most kBoxTile columns of a
+// matrix.
 struct BoxTiling {
   struct Item {
     int64_t n, row_begin, row_end, column, columns;

@@ -1,17 +1,17 @@
 // box_iou and generalized_box_iou on the CPU: the loops over boxes, which are stored as one array per coordinate.
 //
-// In the forward pass, lanes are along a row of the output, and the loop is bound by writing the output. In the
-// backward pass, lanes are along a row of grad_output for both gradients, so that grad_output is read in memory order.
-// The gradient of each box in `a` is summed in registers, and over lanes at the end. The gradients of the boxes in `b`
-// are summed row by row in the L1 cache.
+// In the forward pass, the lanes of a vector are neighboring elements of a row of the output, and writing the output
+// limits the speed of the loop. In the backward pass, the lanes are neighboring elements of a row of grad_output, so
+// grad_output is read in memory order. For `a`, the gradient of each box is summed in registers, and its lanes are
+// added up at the end. For `b`, each row is added to the gradients of all boxes of a tile, which stay in the L1 cache.
 
 #include "box_iou/cpu_args.h"
 #include "common/cpu/simd.h"
 
 namespace relops::RELOPS_ISA {
 
-// Up to kBoxTile boxes, with one array per coordinate. The last box is repeated to fill a whole vector, so that lanes
-// past the end compute finite values if that box is finite.
+// Up to kBoxTile boxes, stored as one array per coordinate. The last box is repeated to fill the last vector, so the
+// lanes past the end compute finite values if the last box is finite.
 template <class Compute>
 struct BoxTile {
   alignas(RELOPS_VECTOR_BYTES) Compute x1[kBoxTile], y1[kBoxTile], x2[kBoxTile], y2[kBoxTile], area[kBoxTile];
@@ -47,7 +47,7 @@ void box_iou_forward_of(const BoxIouForward<Compute>& p, int64_t threads) {
     return [&](int64_t item) {
       const auto [n, row_begin, row_end, column, columns] = tiles.at(item);
       const BoxTile<Compute> b(p.b + 4 * (n * p.B + column), columns);
-      // If a tile is as wide as the output, a vector may reach past the end of a row into the next one, which is
+      // If a tile is as wide as the output, a vector may be written past the end of its row into the next row, which is
       // overwritten later.
       Compute* const tile_end = p.output + (n * p.A + row_end) * p.B;
       for (int64_t row = row_begin; row < row_end; ++row) {
@@ -71,7 +71,7 @@ void box_iou_forward(const BoxIouForward<Compute>& p, bool generalized, int64_t 
   generalized ? box_iou_forward_of<true>(p, threads) : box_iou_forward_of<false>(p, threads);
 }
 
-// Loads the first n values at p, which are `stride` elements apart, and sets the other lanes to zero.
+// Loads up to n values, which are `stride` elements apart and begin at p, and sets the other lanes to zero.
 template <class Compute>
 inline Vec<Compute> load_strided(const Compute* p, int64_t stride, int64_t n) {
   if (stride == 1) return load_first(p, n);
@@ -81,7 +81,8 @@ inline Vec<Compute> load_strided(const Compute* p, int64_t stride, int64_t n) {
   return load(values);
 }
 
-// Computes the gradient of `a`, whose boxes belong to the rows of grad_output. Each item sums over one tile of columns.
+// Computes the gradient of `a`. Row i of grad_output belongs to box i of `a`. Each work item sums over one tile of
+// columns.
 template <bool kGeneralized, class Compute>
 void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* partials, int64_t threads) {
   constexpr int64_t V = kLanes<Compute>;
@@ -109,7 +110,8 @@ void box_iou_backward_rows(const BoxIouGradient<Compute>& p, Compute* partials, 
   });
 }
 
-// Computes the gradient of `b`, whose boxes belong to the columns of grad_output. Each item sums over kBoxTile rows.
+// Computes the gradient of `b`. Column j of grad_output belongs to box j of `b`. Each work item sums over up to
+// kBoxTile rows.
 template <bool kGeneralized, class Compute>
 void box_iou_backward_columns(const BoxIouGradient<Compute>& p, Compute* partials, int64_t threads) {
   constexpr int64_t V = kLanes<Compute>;

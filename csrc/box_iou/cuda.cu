@@ -1,13 +1,15 @@
 // box_iou and generalized_box_iou on CUDA.
 //
-// Forward: a thread keeps one box of `b` and loops over rows, so that a warp writes neighboring outputs. The kernel is
-// bound by these writes, closely followed by arithmetic. If `b` has few boxes, a warp spans several rows.
+// Forward: a thread keeps one box of `b` in registers and loops over boxes of `a`, so a warp writes neighboring
+// outputs. The kernel is bound by these writes, and the arithmetic takes nearly as long. If `b` has few boxes, a warp
+// computes several rows of the output.
 //
-// Backward: a launch computes the gradient of one side, called own, and sums over the boxes of the other side. The
-// lanes of a warp are along the side in which grad_output has the smaller stride. If this is the own side, each lane
-// sums the gradient of its own box, and the warps of a block divide the other boxes among themselves. Otherwise, a warp
-// sums the gradient of one own box and adds up its lanes at the end. A second launch adds up the sums of the blocks in
-// a fixed order. The kernel is bound by arithmetic.
+// Backward: a launch computes the gradient of one input. The boxes of this input are called "own" boxes, and those of
+// the other input "other" boxes. grad_output has a smaller stride along one of the two inputs, and the lanes of a warp
+// process neighboring boxes of that input. If these are own boxes, each lane sums the gradient of one own box, and the
+// warps of a block divide the other boxes among themselves. If they are other boxes, a warp sums the gradient of one
+// own box and adds up its lanes at the end. A second launch adds up the sums of the blocks in a fixed order. The kernel
+// is bound by arithmetic.
 
 #include <algorithm>
 
@@ -20,12 +22,12 @@ namespace {
 
 constexpr int kBoxThreads = 256;
 constexpr int kBoxWarps = kBoxThreads / 32;
-// Blocks stride over tiles, so a launch gains nothing from more blocks than can run at the same time.
+// Each block loops over several tiles, so launching more blocks than can run at the same time has no benefit.
 constexpr int64_t kMaxBlocks = 2048;
-// A launch gives each block less work if it would otherwise have fewer blocks than this.
+// If a launch would have fewer blocks than this, each block gets less work and the number of blocks increases.
 constexpr int64_t kRequestedBlocks = 1024;
 
-// Loads box i of boxes [..,4], which are aligned to 16 bytes.
+// Loads box i of `boxes` [..,4], which must be aligned to 16 bytes.
 __device__ __forceinline__ Box<float> load_box(const float* boxes, int64_t i) {
   const Pack<float, 4> p = load_pack<float, 4>(boxes + 4 * i);
   return {p.x[0], p.x[1], p.x[2], p.x[3]};
@@ -41,8 +43,8 @@ struct ForwardParams {
   const Compute *a, *b;
   Compute* output;
   int64_t row_tiles, column_tiles;
-  int width;  // columns of a tile, a power of two
-  int rows;   // rows of each thread
+  int width;  // columns of a tile: a power of two
+  int rows;   // rows that each thread computes
 };
 
 template <class Compute, bool kGeneralized>
@@ -68,11 +70,12 @@ template <class Compute>
 struct BackwardParams {
   BoxIouGradient<Compute> gradient;
   int64_t own_tiles;
-  int64_t slices, slice_size;  // the other side has `slices` slices of `slice_size` boxes
+  int64_t slices, slice_size;  // the other boxes are divided into `slices` slices of `slice_size`
   Compute* partials;           // [slices,N,own_count,4]
 };
 
-// If kAlongOwn, lanes are along the own side and a tile has 32 own boxes; otherwise it has one own box per warp.
+// If kAlongOwn, a tile has 32 own boxes, one per lane. Otherwise, a tile has one own box per warp, and the lanes of the
+// warp process different other boxes.
 template <class Compute, bool kGeneralized, bool kAlongOwn>
 __global__ __launch_bounds__(256, 2) void box_iou_backward_kernel(const __grid_constant__ BackwardParams<Compute> p) {
   __shared__ Compute warp_gradients[kBoxWarps][32][4];
@@ -115,7 +118,7 @@ __global__ __launch_bounds__(256, 2) void box_iou_backward_kernel(const __grid_c
   }
 }
 
-// Adds up the partial gradients of the slices in the order of the slices, with one thread per element.
+// Adds up the partial gradients in the order of the slices, with one thread per element.
 template <class Compute>
 __global__ __launch_bounds__(256, 1) void box_iou_sum_kernel(const Compute* partials, int64_t slices, int64_t size,
                                                              Compute* result) {
@@ -144,8 +147,8 @@ template <class Compute, bool kGeneralized, bool kAlongOwn>
 void launch_backward(const BoxPairs& pairs, const BoxIouGradient<Compute>& gradient, cudaStream_t stream) {
   BackwardParams<Compute> p{gradient};
   p.own_tiles = ceil_div(gradient.own_count, kAlongOwn ? 32 : kBoxWarps);
-  // The number of slices is large enough for the requested number of blocks, but leaves at least 8 pairs for every
-  // thread. It depends only on sizes, so that every device sums in the same order.
+  // Uses enough slices to launch the requested number of blocks, but leaves at least 8 pairs for each thread. The
+  // number of slices depends only on tensor sizes, so every device sums in the same order.
   const int64_t max_slices = ceil_div(gradient.other_count, 8 * (kAlongOwn ? kBoxWarps : 32));
   p.slices =
       std::clamp<int64_t>(ceil_div(kRequestedBlocks, gradient.N * p.own_tiles), 1, std::max<int64_t>(max_slices, 1));

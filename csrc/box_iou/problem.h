@@ -1,7 +1,7 @@
-// box_iou and generalized_box_iou: code that the CPU and CUDA kernels share. It contains the arithmetic of a pair of
-// boxes, the ops with the signatures of library.cpp, and their checks.
+// box_iou and generalized_box_iou: code that the CPU and CUDA kernels share. It contains the arithmetic for a pair of
+// boxes, the functions that implement the schemas of library.cpp, and argument checks.
 //
-// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// The checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
 // relops/ops/_iou.py raises the errors that are meant for users.
 #pragma once
 
@@ -15,10 +15,10 @@
 
 namespace relops {
 
-// ---- A pair of boxes. As in common/boxes.h, F is float, double, or a vector of them. ----
+// ---- A pair of boxes. As in common/boxes.h, F is float, double, or a vector of floats or doubles. ----
 
-// Return the width and the height of the hull, which is the smallest box around both boxes. They are negative if the
-// boxes are so inverted that they have no hull.
+// Return the width and the height of the hull, the smallest box that contains both boxes. A negative width or height
+// means that both boxes are inverted and have no hull.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F hull_width(const Box<F>& a, const Box<F>& b) {
   return larger(a.x2, b.x2) - smaller(a.x1, b.x1);
@@ -42,11 +42,12 @@ RELOPS_HOST_DEVICE_INLINE F overlap(const Box<F>& a, const Box<F>& b, F area_a, 
   }
 }
 
-// Sums from which the gradient of a box is computed. The derivatives of the area of the box are the same in every pair,
-// so the sum `area` is multiplied by them only once, in coordinates().
+// Sums over pairs, from which the gradient of a box is computed. `area` is the gradient with respect to the area of the
+// box. The derivatives of the area with respect to the coordinates are the same for every pair, so coordinates()
+// multiplies `area` by them only once.
 template <class F>
 struct BoxGradient {
-  F x1, y1, x2, y2, area;  // the sums for x1 and y1 have the opposite sign
+  F x1, y1, x2, y2, area;  // x1 and y1 are summed with the opposite sign
 
   RELOPS_HOST_DEVICE_INLINE Box<F> coordinates(const Box<F>& box) const {
     const F grad_width = area * (box.y2 - box.y1), grad_height = area * (box.x2 - box.x1);
@@ -54,15 +55,16 @@ struct BoxGradient {
   }
 };
 
-// Returns the gradient of x, given the gradients of min(x, y) and max(x, y). At a tie, x and y each get half of both.
+// Returns the gradient of x, given the gradients of min(x, y) and max(x, y). At a tie, x and y each get half of both
+// gradients.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F split_gradient(F x, F y, F grad_smaller, F grad_larger) {
   return x < y ? grad_smaller : x == y ? (grad_smaller + grad_larger) / 2 : grad_larger;
 }
 
-// Adds the gradient of `own` from the pair (own, other), given the gradient grad of the overlap of the pair. The
-// quotient 0 / 0 counts as a constant. Widths and heights are clamped to at least 0; a width or height of exactly 0
-// still passes its gradient on.
+// Adds the gradient with respect to `own` from the pair (own, other). `grad` is the gradient with respect to the IoU or
+// generalized IoU of the pair. A quotient 0 / 0 is treated as a constant. Widths and heights are clamped to at least 0,
+// and the gradient still flows through a width or height of exactly 0.
 template <bool kGeneralized, class F>
 RELOPS_HOST_DEVICE_INLINE void add_gradient(BoxGradient<F>& sum, const Box<F>& own, const Box<F>& other, F own_area,
                                             F other_area, F grad) {
@@ -71,7 +73,7 @@ RELOPS_HOST_DEVICE_INLINE void add_gradient(BoxGradient<F>& sum, const Box<F>& o
   const F height = smaller(own.y2, other.y2) - larger(own.y1, other.y1);
   const F common_area = product(larger(width, none), larger(height, none));
   const F union_area = own_area + other_area - common_area;
-  // These are the gradients of common_area / union_area with respect to the area of a box and to common_area.
+  // The next lines differentiate common_area / union_area with respect to the area of a box and to common_area.
   const F inverse = union_area == none ? none : 1 / union_area;
   F grad_area = -(grad * inverse) * (common_area * inverse);
   F grad_common_area = grad * inverse - grad_area;
@@ -97,7 +99,7 @@ RELOPS_HOST_DEVICE_INLINE void add_gradient(BoxGradient<F>& sum, const Box<F>& o
 
 // ---- The ops ----
 
-// Contiguous boxes a [N,A,4] and b [N,B,4]. N is 1 if the tensors lack that dimension.
+// Contiguous boxes a [N,A,4] and b [N,B,4]. N is 1 if the tensors have no batch dimension.
 struct BoxPairs {
   BoxPairs(const char* op, bool generalized, const Tensor& a_, const Tensor& b_)
       : op(op), generalized(generalized), batched(a_.dim() == 3), a(a_), b(b_) {
@@ -122,7 +124,7 @@ struct BoxPairs {
     return batched ? torch::stable::new_empty(a, {N, rows, columns}) : torch::stable::new_empty(a, {rows, columns});
   }
 
-  // Calls f with the type of the coordinates.
+  // Calls f(Type<Compute>{}) for coordinates of type Compute.
   template <class F>
   void dispatch(F f) const {
     a.scalar_type() == ScalarType::Double ? f(Type<double>{}) : f(Type<float>{});
@@ -135,7 +137,8 @@ struct BoxPairs {
   Tensor a, b;
 };
 
-// The arguments for the gradient [N,own_count,4] of one side. The strides are those of grad_output, in elements.
+// The arguments for computing the gradient [N,own_count,4] of one input. `own` holds the boxes of this input, and
+// `other` holds those of the other input. The strides are those of grad_output, in elements.
 template <class Compute>
 struct BoxIouGradient {
   bool generalized, of_a;
@@ -145,7 +148,8 @@ struct BoxIouGradient {
   Compute* result;
 };
 
-// The ops with the signatures of library.cpp. They call two static functions of the Kernels of a device:
+// The functions that implement the schemas of library.cpp. They call two static functions of Kernels, which every
+// device defines:
 //   void forward(const BoxPairs&, const Tensor& output), unless the output is empty, and
 //   void backward(const BoxPairs&, const BoxIouGradient<Compute>&), unless the gradient is empty.
 template <class Kernels>

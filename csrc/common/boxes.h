@@ -1,8 +1,8 @@
 // Geometry of boxes (x1, y1, x2, y2). All code computes IoU with the functions of this file, on host and device, for
 // scalars and vectors.
 //
-// F is float, double, or a vector of them (common/cpu/simd.h), whose comparisons and ?: work lane by lane. Every
-// function is a fixed sequence of rounded operations, so its result is the same bit for bit on every device.
+// F is float, double, or a vector of floats or doubles (common/cpu/simd.h). Comparisons and ?: of vectors work lane by
+// lane. Every function is a fixed sequence of rounded operations, so its results are bitwise identical on every device.
 #pragma once
 
 #include "common/host_device.h"
@@ -24,7 +24,7 @@ RELOPS_HOST_DEVICE_INLINE F larger(F a, F b) {
   return a > b ? a : b;
 }
 
-// The area is negative if the box is inverted in one direction, and NaN if a coordinate is NaN.
+// The area is negative if the box is inverted along exactly one axis, and NaN if a coordinate is NaN.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F area(const Box<F>& box) {
   return product(box.x2 - box.x1, box.y2 - box.y1);
@@ -37,8 +37,8 @@ RELOPS_HOST_DEVICE_INLINE F intersection(const Box<F>& a, const Box<F>& b) {
   return product(larger(width, none), larger(height, none));
 }
 
-// Returns the IoU of two boxes, given their areas and the area of their intersection. The IoU is 0 if the union is 0,
-// which is the case for two boxes without area.
+// Returns the IoU of two boxes, given their areas and the area of their intersection. If the union is 0, as for two
+// boxes without area, the IoU is 0.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F iou(F area_a, F area_b, F intersection) {
   const F none{};

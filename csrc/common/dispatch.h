@@ -1,4 +1,4 @@
-// Dispatch from a tensor's dtype at run time to a C++ type at compile time.
+// Dispatch from the dtype of a tensor, known at run time, to a C++ type.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -50,8 +50,8 @@ void dispatch_features(const char* op, ScalarType features, F f) {
   }
 }
 
-// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U. U is either T, or float if T has 16
-// bits.
+// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U. U is the same as T or, if T has 16
+// bits, may also be float.
 template <class F>
 void dispatch_features_and_coordinates(const char* op, ScalarType features, ScalarType coordinates, F f) {
   const bool same = features == coordinates;

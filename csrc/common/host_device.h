@@ -1,4 +1,4 @@
-// Macros and functions with which the same source compiles as host and device code and gives the same bits on both.
+// Macros and functions for code that compiles for both host and device and gives bitwise identical results on both.
 #pragma once
 
 #include <math.h>
@@ -10,9 +10,9 @@
 #define RELOPS_HOST_DEVICE_INLINE __host__ __device__ __forceinline__
 #else
 #define RELOPS_HOST_DEVICE
-// Inlining is forced, because templates that take vectors of common/cpu/simd.h are instantiated for the instruction set
-// of the file and not of the caller. A call that was not inlined would pass the vectors in a way that the function does
-// not expect.
+// Inlining is forced, because a template that takes vectors of common/cpu/simd.h is instantiated for the instruction
+// set of its own file, not for that of the caller. Without inlining, the caller and the function would disagree on how
+// vectors are passed.
 #define RELOPS_HOST_DEVICE_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -21,8 +21,8 @@ namespace relops {
 RELOPS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Returns a * b, rounded. The product is never fused with an addition, because the fused result would differ between
-// devices. On the CPU, a file whose target has fused operations must turn them off itself
-// (`#pragma GCC optimize("fp-contract=off")`).
+// devices. On the CPU, a file that is compiled for a target with fused operations must disable them with
+// fp-contract=off.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE F product(F a, F b) {
   return a * b;

@@ -1,5 +1,5 @@
-// Polynomials that approximate sine, cosine and logarithm, for host and device. F is float, double or a vector of them
-// (common/cpu/simd.h).
+// Polynomials that approximate sine, cosine and logarithm, for host and device. F is float, double, or a vector of
+// floats or doubles (common/cpu/simd.h).
 #pragma once
 
 #include "common/host_device.h"
@@ -16,8 +16,8 @@ RELOPS_HOST_DEVICE_INLINE F polynomial(F x, Coefficient c, Rest... rest) {
   return polynomial(x, rest...) * x + c;
 }
 
-// Polynomials in u = r^2 for sin(pi r) / r and cos(pi r), with |r| <= 1/2, and for log2((1 + r) / (1 - r)) / r, with
-// the mantissa (1 + r) / (1 - r) between sqrt(1/2) and sqrt(2).
+// Polynomials in u = r^2. sine(u) approximates sin(pi r) / r, and cosine(u) approximates cos(pi r), for |r| <= 1/2.
+// log2(u) approximates log2(m) / r, where m = (1 + r) / (1 - r) is a mantissa between sqrt(1/2) and sqrt(2).
 template <class Compute>
 struct Series;
 // These are minimax polynomials. Their errors before rounding are 4e-9 (sine) and 5e-8 (cosine).

@@ -1,4 +1,4 @@
-// Functions on whole tensors that the ops use on either device.
+// Tensor functions that the ops use on both the CPU and CUDA.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,16 +26,16 @@ inline torch::headeronly::MemoryFormat memory_format(bool channels_last) {
   return channels_last ? Format::ChannelsLast : Format::Contiguous;
 }
 
-// Whether an input counts as channels_last. relops/ops/_memory_format.py has the same rule.
+// Returns whether an input is treated as channels_last. relops/ops/_memory_format.py applies the same rule.
 inline bool is_channels_last(const Tensor& input) {
   return input.dim() == 4 && !input.is_contiguous() && input.size(1) > 1 && input.stride(1) == 1;
 }
 
-// Returns the empty tensor that stands for a gradient that is not needed.
+// Returns an empty tensor, which ops return in place of a gradient that is not needed.
 inline Tensor none_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, {0}); }
 
-// Returns grad if it is needed, else an empty tensor. Callers use this function for a gradient that is always computed
-// together with another one.
+// Returns grad if it is needed, else an empty tensor. Callers use this function if a kernel computes several gradients
+// at once and only some of them are needed.
 inline Tensor only_if(bool needed, const Tensor& grad) { return needed ? grad : none_like(grad); }
 
 inline void check_needs_grad(const char* op, const std::vector<bool>& needs_grad, size_t count) {

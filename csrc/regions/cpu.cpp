@@ -1,13 +1,14 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: conversion of boxes to
 // taps, division of work among threads, and registration.
 //
-// First, the boxes are ordered by the map that they read and then from top to bottom, and each thread converts a range
-// of boxes to taps (taps.h). Then the kernels of cpu_kernel.h process items. A work item is some channels of a map, a
-// band of rows of a map, or one region. A thread that has finished an item gets the next one. No two items write the
-// same element, so results do not depend on the number of threads.
+// First, the boxes are sorted by map (one image on one level) and then from top to bottom, and each thread converts a
+// range of boxes to taps (taps.h). Then the kernels of cpu_kernel.h process work items. A work item is some channels of
+// a map, a band of rows of a map, or one region. A thread that has finished an item gets the next one. No two items
+// write the same element, so results do not depend on the number of threads.
 //
-// The kernels are bound by loading cache lines from L2 and L3, because regions overlap and read a map many times, and
-// by the first touch of large results, for which huge pages are therefore requested.
+// Two things limit the speed of the kernels: loading cache lines from L2 and L3, because regions overlap and read a map
+// many times, and page faults when large results are first written. Huge pages are requested for such results to reduce
+// the page faults.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +32,7 @@ namespace relops {
 
 namespace {
 
-// The growing lists of the taps of one axis of a box.
+// The taps of a box on one axis, in lists that grow while the taps are found.
 template <class Compute>
 struct TapList {
   std::vector<int32_t> begin, pixel;
@@ -43,7 +44,7 @@ struct TapList {
     pixel.clear();
     for (int bin = 0; bin < axis.bins; ++bin) {
       for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int index, double w, double first, double last) {
-        // Positions ascend, so a pixel that the bin has already read is one of its last two pixels.
+        // Positions ascend, so a pixel that the bin has already read is one of the last two in the list.
         const int32_t size = static_cast<int32_t>(pixel.size());
         for (int32_t i = size - 1; i >= begin.back() && i >= size - 2; --i)
           if (pixel[i] == index) {
@@ -96,7 +97,7 @@ struct TapList {
   }
 };
 
-// All boxes of a problem as regions, and the arguments of the kernels.
+// The boxes of a problem, converted to regions, and the arguments of the kernels.
 template <class T>
 struct RegionWork {
   using Compute = ComputeType<T>;
@@ -124,8 +125,8 @@ struct RegionWork {
     }
   }
 
-  // Estimates the time of a kernel on one thread. The arguments are the times for a vector of pixels of a plane, for a
-  // vector of channels of a pixel, and, in position-sensitive ops, for a single number.
+  // Estimates the time of a kernel on one thread. The arguments are the times per vector of pixels of a plane (NCHW),
+  // per vector of channels of a pixel (channels_last), and per single value (position-sensitive ops).
   double nanoseconds(double per_plane_vector, double per_pixel_vector, double per_number) const {
     if (args.position_sensitive) return per_number * pixels * args.out_channels;
     if (!p.channels_last) return per_plane_vector * vectors_of<Compute>(pixels * p.C) + 0.5 * p.K * p.PH * p.PW * p.C;
@@ -136,10 +137,10 @@ struct RegionWork {
   const RegionProblem& p;
   std::vector<RegionLevel<T>> levels;
   RegionArgs<T> args{};
-  double pixels = 0;  // the number of pixels that all bins read from one channel
+  double pixels = 0;  // the total number of pixels that the bins read from one channel
 
  private:
-  // Orders the regions by map and then from top to bottom, so that regions that read the same rows are neighbors.
+  // Sorts the regions by map and then from top to bottom, so regions that read the same rows are neighbors.
   void order_regions() {
     const int64_t L = levels.size();
     level_of.resize(p.K);
@@ -199,7 +200,7 @@ struct RegionWork {
     return std::isfinite(box[1]) && std::isfinite(box[2]) && std::isfinite(box[3]) && std::isfinite(box[4]);
   }
   int64_t map_of(int64_t k) const { return level_of[k] * p.N + static_cast<int64_t>(region_image(boxes[5 * k])); }
-  // Returns an upper bound of the number of samples or pixels of a box on both axes together.
+  // Returns an upper bound for the number of samples or pixels of a box, summed over both axes.
   double steps_of(int64_t k) const {
     if (p.spec.sampling_ratio > 0) return static_cast<double>(p.spec.sampling_ratio) * (p.PH + p.PW);
     const Compute* box = boxes + 5 * k;
@@ -235,7 +236,8 @@ Tensor forward(const RegionProblem& p) {
   return output;
 }
 
-// One thread sums each element of a gradient in the order of the boxes, so the result is always deterministic.
+// Each element of a gradient is summed in a fixed order, whatever the number of threads, so the result is always
+// deterministic.
 void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes) {
   dispatch_features(p.spec.op, p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -243,7 +245,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     RegionWork<T> work(p, grad_boxes != nullptr);
     auto& args = work.args;
     args.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
-    double filled = 0;  // the number of cache lines of the sums of the gradients of the levels
+    double filled = 0;  // the number of cache lines that the sums for the input gradients fill
     for (const RegionLevel<T>& level : work.levels)
       if (level.grad_input != nullptr) {
         const int64_t size = p.N * p.C * level.H * level.W;
@@ -266,7 +268,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
     Compute* sums = static_cast<Compute*>(grad_boxes->mutable_data_ptr());
     std::fill_n(sums, 5 * p.K, Compute(0));
     if (grad_output.numel() == 0) return;
-    // For channels_last, a thread sums all channels of a region, so there is one block.
+    // For channels_last, one thread sums all channels of a region, so there is only one block of channels.
     const int64_t blocks = p.channels_last ? 1 : ceil_div(p.C, kChannelBlock);
     const Tensor partials = torch::stable::new_empty(p.boxes, {blocks, p.K, 4});
     args.box_partials = static_cast<Compute*>(partials.mutable_data_ptr());

@@ -10,7 +10,7 @@
 
 namespace relops {
 
-// The taps of the bins of one region on one axis. Bin b has the taps [begin[b], begin[b + 1]), whose pixels ascend.
+// The taps of a region on one axis. Bin b has the taps [begin[b], begin[b + 1]), in ascending order of their pixels.
 template <class Compute>
 struct AxisTaps {
   const int32_t* begin;
@@ -22,11 +22,11 @@ struct AxisTaps {
   int32_t max_taps;   // the largest number of taps of a bin
 };
 
-// A box as taps. A map is one image on one level, and its number is level * N + image.
+// A box, converted to taps. A map is one image on one level and has the number level * N + image.
 template <class Compute>
 struct Region {
-  int64_t k;    // number of the box
-  int64_t map;  // number of the map that the box reads
+  int64_t k;    // index of the box
+  int64_t map;  // number of the map from which the box reads
   AxisTaps<Compute> y, x;
 };
 
@@ -43,14 +43,14 @@ struct RegionArgs {
   int64_t max_taps_y, max_taps_x;  // the largest number of taps of a bin
 
   // These tensors are [K,out_channels,PH,PW] in the layout of the input.
-  T* output;              // forward only
-  const T* grad_output;   // backward only
-  const T* pooled;        // the output of the forward; backward of the maximum only
-  Compute* box_partials;  // [channel blocks,K,4]: the partial gradient of the boxes from each block
+  T* output;              // forward pass only
+  const T* grad_output;   // backward pass only
+  const T* pooled;        // the output of the forward pass; only for the backward pass of roi_pool
+  Compute* box_partials;  // [channel blocks,K,4]: the gradients of the boxes from each block
 };
 
-// The channels of one work item on NCHW maps. The number is fixed, because the gradients of boxes are summed block by
-// block.
+// On NCHW maps, a work item processes a block of this many channels. The number is a constant, because the gradients of
+// boxes are summed block by block and the order of summation must not vary.
 constexpr int64_t kChannelBlock = 8;
 
 }  // namespace relops

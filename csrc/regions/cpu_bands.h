@@ -1,10 +1,10 @@
-// roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align, ps_roi_pool on the CPU: the gradient of the input by
-// bands of rows.
+// roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align, ps_roi_pool on the CPU: the gradient of the input,
+// computed in bands of rows.
 //
-// A work item is a band of rows of one map, for some channels. The band stays in cache as rows of channels while all
-// regions that reach into it add their gradients. NCHW gradients are transposed in registers when they are read and
-// written. One thread sums a whole band, so the order of summation is fixed. (The gradient of the input of ps_roi_align
-// and ps_roi_pool on NCHW maps is in cpu_planes.h.)
+// A work item is a band of rows of one map, for some channels. The sums for the band stay in the cache, with one row of
+// channels per pixel, while all regions that overlap the band add their gradients. On NCHW maps, gradients are
+// transposed in registers when they are read and written. One thread sums an entire band, so the order of summation is
+// fixed. (For ps_roi_align and ps_roi_pool on NCHW maps, see cpu_planes.h.)
 #ifndef RELOPS_REGIONS_BANDS
 #define RELOPS_REGIONS_BANDS
 
@@ -22,7 +22,7 @@ struct Band {
   int64_t map, begin, end;
 };
 
-// Divides the maps whose gradient is needed into bands that fit in cache, given the number of bytes of a pixel.
+// Divides the maps that need a gradient into bands that fit in the cache if a pixel has `pixel_bytes` bytes.
 template <class T>
 std::vector<Band> bands_of(const RegionArgs<T>& a, int64_t pixel_bytes) {
   constexpr int64_t kBandBytes = 512 << 10;
@@ -43,7 +43,7 @@ int64_t max_pixels(const RegionArgs<T>& a, const std::vector<Band>& bands) {
   return largest;
 }
 
-// Returns the taps [begin, end) of a bin whose pixels are in the rows [low, high).
+// Returns the range [begin, end) of the taps that bin row `ph` has in the pixel rows [low, high).
 template <class Compute>
 inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<Compute>& y, int64_t ph, int64_t low, int64_t high) {
   int32_t begin = y.begin[ph], end = y.begin[ph + 1];
@@ -52,8 +52,8 @@ inline std::pair<int32_t, int32_t> taps_within(const AxisTaps<Compute>& y, int64
   return {begin, end};
 }
 
-// Computes the gradient of position-sensitive means on channels_last maps. For each bin, the gradient of an output
-// channel goes to a different channel of the pixels.
+// Computes the gradient of position-sensitive means on channels_last maps. In each bin, the gradient of an output
+// channel goes to a different input channel.
 template <class T>
 void mean_backward_bands_sensitive(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -86,8 +86,8 @@ void mean_backward_bands_sensitive(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Transposes the gradients of n bins from bin `first` on, for `count` channels, from the planes of grad_output to rows
-// of channels, grads[n,width].
+// Transposes the gradients of n bins, starting with bin `first`, for `count` channels. The source is the planes of
+// grad_output, and the result is grads[n,width], one row of channels per bin.
 template <class T, class Compute>
 inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t first, int64_t n, int64_t channel, int64_t count,
                            int64_t width, Compute* grads) {
@@ -104,7 +104,8 @@ inline void transpose_bins(const RegionArgs<T>& a, int64_t k, int64_t first, int
     }
 }
 
-// Adds grad[0..width), multiplied by the weight of the pixel, to each pixel of a list, in whole vectors.
+// Adds grad[0..width), multiplied by the weight of the pixel, to the sums of each pixel of a list. width must be a
+// multiple of the number of lanes.
 template <class Compute>
 inline void add_to_pixels(const PixelList<Compute>& pixels, const Compute* grad, int64_t width, Compute* sums) {
   constexpr int64_t V = kLanes<Compute>;
@@ -130,7 +131,8 @@ inline void add_to_pixels(const PixelList<Compute>& pixels, const Compute* grad,
   }
 }
 
-// Computes the gradient of means. For either layout, sums are rows of channels in the thread's own memory.
+// Computes the gradient of means. For both layouts, the thread's own memory holds the sums, with one row of channels
+// per pixel.
 template <class T, bool kChannelsLast>
 void mean_backward_bands(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;

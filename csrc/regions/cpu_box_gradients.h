@@ -1,8 +1,9 @@
 // roi_align, prroi_pool, multi_scale_roi_align, ps_roi_align on the CPU: the gradient of the boxes.
 //
-// NCHW: a work item is a block of channels of a map, for all or some of its regions. It stores partial sums for each
-// region, which cpu.cpp adds up. For each vector of columns, the gradients of a row of bins are spread to the columns,
-// and the rows of pixels are combined. Both use the weights of the taps and the slopes of these weights.
+// NCHW: a work item is a block of channels of a map, for all or some of the regions that read the map. It stores
+// partial sums for each region, which cpu.cpp adds up. For each vector of columns, two weighted sums are computed: one
+// over the gradients of a row of bins and one over rows of pixels. Both use the weights of the taps and the slopes of
+// these weights.
 //
 // channels_last: a work item is a region.
 #ifndef RELOPS_REGIONS_BOX_GRADIENTS
@@ -17,8 +18,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The transpose of a ColumnTable: for each column, the bins of a row of a tile that read the column. Entry j of column
-// i is at index j * width + i. `valid` is -1 if the entry exists, and 0 if it does not.
+// The transpose of a ColumnTable: for each column, the bins in a row of bins that read the column. Entry j of column i
+// is at index j * width + i. `valid` is -1 if the entry exists, and 0 if it does not.
 template <class Compute>
 struct BinTable {
   int64_t width = 0, depth = 0;
@@ -58,7 +59,8 @@ struct BinTable {
   }
 };
 
-// The gradients of the bins of one row, looked up by the number of the bin. If kInRegister, they all fit in one vector.
+// The gradients of one row of bins, which are looked up by the number of the bin. If kInRegister, they all fit in one
+// vector.
 template <class Compute, bool kInRegister>
 struct BinRow {
   const Compute* p;
@@ -66,8 +68,8 @@ struct BinRow {
   explicit BinRow(const Compute* p) : p(p), all{} {
     if constexpr (kInRegister) all = load(p);
   }
-  // Returns the gradients of the bins of a vector of entries. They are zero for entries that do not exist, even if the
-  // gradients of bins are not finite.
+  // Returns the gradients of the bins to which a vector of table entries refers. The result is zero for entries that do
+  // not exist, even if gradients are not finite.
   Vec<Compute> get(const BinTable<Compute>& table, int64_t entry) const {
     const VecInt<Compute> index = load_int<Compute>(table.bin + entry);
     Vec<Compute> v;
@@ -79,9 +81,9 @@ struct BinRow {
   }
 };
 
-// Adds the contribution of some channels of a tile to the gradient of its box. grads is memory for the bins of a tile
-// plus one vector. The function is noinline, because GCC keeps the pointers of the innermost loop in memory if it
-// inlines the function in the loops of the caller.
+// Adds the contribution of one tile and some channels to `partial`, the gradient of a box. `grads` has space for the
+// bins of a tile plus one vector. The function is noinline, because if it is inlined into the caller's loops, GCC keeps
+// the pointers of the innermost loop in memory instead of registers.
 template <class T, bool kInRegister, class Compute>
 [[gnu::noinline]] void add_tile(const RegionArgs<T>& a, int64_t k, const Map<T>& map, const BinTile<Compute>& tile,
                                 const BinTable<Compute>& table, int64_t left, int64_t channel, int64_t channel_end,
@@ -97,8 +99,8 @@ template <class T, bool kInRegister, class Compute>
     for (int64_t ph = 0; ph < tile.PH; ++ph) {
       const BinRow<Compute, kInRegister> row(grads + ph * tile.PW);
       for (int64_t i = 0; i < table.width && table.depth > 0; i += V) {
-        // g is the gradient, spread to the columns. f is the combination of the rows of pixels. Each is computed with
-        // the weights of the taps and with their slopes.
+        // g is the weighted sum of the gradients of bins, and f is the weighted sum of rows of pixels. The variants
+        // with _first and _last use the slopes of the weights instead of the weights.
         Vec<Compute> g = {}, g_first = {}, g_last = {}, f = {}, f_first = {}, f_last = {};
         for (int64_t j = i; j < table.depth * table.width; j += table.width) {
           const Vec<Compute> bin = row.get(table, j);
@@ -154,7 +156,8 @@ void mean_backward_boxes_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Adds the contribution of a pixel to the gradient of its box. value is the pixel times the gradient of its bin.
+// Adds the contribution of a pixel to `partial`, the gradient of the box of region r. `value` is the pixel times the
+// gradient of the bin that reads it.
 template <class Compute>
 inline void add_pixel(const Region<Compute>& r, int32_t y, int32_t x, Compute value, Compute* partial) {
   partial[0] += value * (r.y.weight[y] * r.x.slope_first[x]);

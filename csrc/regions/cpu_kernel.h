@@ -1,8 +1,8 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the kernels that
 // cpu.cpp calls. foreach_isa.h compiles them once per instruction set.
 //
-// The weight of a pixel in a bin is the product of a factor for its row and one for its column, given as taps (taps.h).
-// A bin therefore reads a small grid of rows and columns.
+// A bin reads a small grid of rows and columns of pixels. The weight of a pixel is the product of a factor for its row
+// and a factor for its column. A row or column with its factor is called a tap (taps.h).
 //
 //                                NCHW                            channels_last
 // forward
@@ -21,10 +21,10 @@
 //                                  sensitive
 //
 // "means" are roi_align, prroi_pool and multi_scale_roi_align. "position-sensitive means" are ps_roi_align and
-// ps_roi_pool; ps_roi_pool has no gradient of the boxes. A part of each name tells what a work item is and which file
-// defines the kernel: planes of NCHW maps (cpu_planes.h), slices (cpu_slices.h), pixels of channels_last maps
-// (cpu_pixels.h), bands (cpu_bands.h). There are two exceptions: kernels for roi_pool alone are in cpu_maximum.h, and
-// gradients of the boxes are in cpu_box_gradients.h.
+// ps_roi_pool; ps_roi_pool has no gradient of the boxes. The name of a kernel contains the kind of its work items,
+// which also tells where the kernel is defined: planes of NCHW maps (cpu_planes.h), slices (cpu_slices.h), pixels of
+// channels_last maps (cpu_pixels.h), bands (cpu_bands.h). There are two exceptions: kernels that are only for roi_pool
+// are in cpu_maximum.h, and kernels for the gradient of the boxes are in cpu_box_gradients.h.
 
 #include "common/cpu/simd.h"
 #include "regions/cpu_args.h"
@@ -89,7 +89,7 @@ void region_maximum_backward(const RegionArgs<T>& a, bool channels_last, int64_t
 
 }  // namespace relops::RELOPS_ISA
 
-// The pieces are compiled again for the next instruction set.
+// These headers are compiled again for the next instruction set.
 #undef RELOPS_REGIONS_MAPS
 #undef RELOPS_REGIONS_TILES
 #undef RELOPS_REGIONS_PLANES

@@ -1,5 +1,5 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on the CPU: code that the kernels
-// share. It contains the map that a work item reads or writes, work items of NCHW maps, and loops over single pixels.
+// share. It contains the map of a work item, the work items for NCHW maps, and loops over pixels.
 #ifndef RELOPS_REGIONS_MAPS
 #define RELOPS_REGIONS_MAPS
 
@@ -10,7 +10,7 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The map of a work item, and the regions that read it.
+// The map that a work item reads or writes, and the regions that read the map.
 template <class T>
 struct Map {
   Map(const RegionArgs<T>& a, int64_t m)
@@ -45,13 +45,13 @@ std::pair<int64_t, int64_t> rows_read(const Map<T>& map) {
   return {std::min(low, high), high};
 }
 
-// Work items of NCHW maps. Each item is a block of channels of a map. If there are few of these blocks, the regions of
-// a map are also divided into parts.
+// Work items for NCHW maps. Each item is a block of channels of a map. If there are few such blocks, the regions that
+// read a map are also divided into parts.
 template <class T>
 struct PlaneItems {
   struct Item {
     Map<T> map;
-    int64_t block, channel, channel_end;  // the channels [channel, channel_end)
+    int64_t block, channel, channel_end;  // the block has the channels [channel, channel_end)
     std::span<const Region<ComputeType<T>>> regions;
   };
 
@@ -82,8 +82,8 @@ inline Vec<ComputeType<T>> load_before(const T* p, const T* end) {
   return load_first(p, std::max<int64_t>(end - p, 0));
 }
 
-// Adds a pixel to a weighted sum or to a maximum. The maximum ignores NaN, like torchvision's. Value is a number or a
-// vector of numbers.
+// Accumulates a pixel into a weighted sum or a maximum. The maximum ignores NaN, as in torchvision. Value is a number
+// or a vector of numbers.
 template <bool kMaximum, class Value, class Compute>
 inline void accumulate(Value& result, Value pixel, Compute weight) {
   if constexpr (kMaximum)
@@ -92,7 +92,7 @@ inline void accumulate(Value& result, Value pixel, Compute weight) {
     result += pixel * weight;
 }
 
-// Calls f(pixel, y tap, x tap) for the taps of bin (ph, pw) of a region.
+// Calls f(pixel, y tap, x tap) for each pixel of bin (ph, pw) of a region.
 template <class Compute, class F>
 inline void for_each_pixel(const Region<Compute>& r, int64_t ph, int64_t pw, int64_t map_width, F f) {
   for (int32_t y = r.y.begin[ph]; y < r.y.begin[ph + 1]; ++y)
@@ -126,7 +126,7 @@ class GradPlane {
   GradPlane(int64_t max_size, Scratch& scratch)
       : own_(std::is_same_v<T, Compute> ? nullptr : scratch.allocate<Compute>(max_size)) {}
 
-  // Returns `size` sums, all zero.
+  // Returns the memory for `size` sums, which are set to zero.
   Compute* begin(T* target, int64_t size) {
     target_ = target;
     size_ = size;

@@ -1,7 +1,8 @@
-// roi_pool on the CPU: the backward pass, and the forward pass on NCHW maps if regions read little of a map (otherwise,
-// cpu_slices.h is used).
+// roi_pool on the CPU: the backward pass, and the forward pass on NCHW maps if the regions read little of a map.
+// (Otherwise, the forward pass is in cpu_slices.h.)
 //
-// No indices are saved for the backward pass. It finds the first maximum of a bin again by comparison with the output.
+// The forward pass saves no indices. The backward pass finds the first maximum of a bin again by comparing pixels with
+// the output.
 #ifndef RELOPS_REGIONS_MAXIMUM
 #define RELOPS_REGIONS_MAXIMUM
 
@@ -17,9 +18,9 @@ namespace {
 // Returns the largest s with 2^s <= n, for n > 0.
 inline int64_t floor_log2(int64_t n) { return 63 - __builtin_clzll(static_cast<uint64_t>(n)); }
 
-// The maximum over the columns of a bin is the maximum over two runs of 2^s columns that together cover the bin.
-// Therefore, the maxima over runs of every length 2^s are computed for all columns at once, by doubling the length, and
-// each bin gathers two of them.
+// Two runs of 2^s columns, which may overlap, cover all columns of a bin, so the maximum of the bin is the larger of
+// their maxima. The kernel first computes the maximum of the run that begins at each column, for every power of two as
+// length, each length from half the length. Then each bin gathers two of these maxima.
 template <class T>
 void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -64,8 +65,8 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
                                  columns.width, runs + ph * columns.width);
             }
             for (int64_t level = 0; level < levels; ++level) {
-              // Runs that reach past the end have wrong maxima, but no bin gathers these, and only memory of this
-              // thread is read.
+              // Runs that reach past the last column have wrong maxima. No bin gathers these, and computing them reads
+              // only memory of this thread.
               for (int64_t i = 0; i < run; i += V) {
                 const Vec<Compute> left = load(runs + level * run + i);
                 const Vec<Compute> right = load(runs + level * run + i + (1 << level));
@@ -89,8 +90,8 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Finds for each column the maximum of the rows and the first row that has it, or -1 if no row is greater than
-// -infinity. NaN is not greater than -infinity.
+// Finds the maximum of each column over the rows, and the first row with this maximum. The row is -1 if all values of
+// the column are -infinity or NaN.
 template <class T, class Compute>
 inline void first_maxima(const T* first, const T* end, const int64_t* offset, int64_t count, int64_t width,
                          Compute* maxima, Int<Compute>* first_row) {
@@ -110,8 +111,8 @@ inline void first_maxima(const T* first, const T* end, const int64_t* offset, in
   }
 }
 
-// The gradient of a maximum goes to the first pixel, row by row, whose value is the maximum. This pixel is in the
-// column that reaches the value in the earliest row.
+// The gradient of a maximum goes to the first pixel, in row-major order, that is equal to the maximum. This pixel is in
+// the column that has the maximum in the earliest row.
 template <class T>
 void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -153,7 +154,7 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
               const int64_t left = x.pixel[x.begin[pw]] - columns.left;
               int64_t row = -1, column = 0;
               for (int64_t i = left; i < left + count; i += V) {
-                // Lanes that do not belong to the bin are ignored.
+                // Lanes past the end of the bin are ignored.
                 unsigned equal = mask_bits<Compute>(load(maxima + i) == pooled[o]);
                 if (left + count - i < V) equal &= (1u << (left + count - i)) - 1;
                 for (; equal != 0; equal &= equal - 1) {
@@ -173,8 +174,8 @@ void maximum_backward_planes(const RegionArgs<T>& a, int64_t threads) {
   });
 }
 
-// Computes the gradient on channels_last maps. A work item is some channels of a whole map. Bands of rows would cost
-// too much, because a maximum must be searched from the first row of its bin on.
+// Computes the gradient on channels_last maps. A work item is some channels of an entire map. Bands of rows would be
+// too slow, because the search for a maximum must begin in the first row of the bin.
 template <class T>
 void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -201,7 +202,7 @@ void maximum_backward_pixels(const RegionArgs<T>& a, int64_t threads) {
           for (int64_t c = 0; c < n; c += V) {
             const int64_t count = std::min(V, n - c);
             const Vec<Compute> pooled = load_first(a.pooled + output + c, count);
-            // The search goes backwards, so that the first of several equal pixels remains.
+            // The loops run backward, so `argmax` ends up as the first of several equal pixels.
             VecInt<Compute> argmax = broadcast_int<Compute>(-1);
             for (int32_t y = r.y.begin[ph + 1] - 1; y >= r.y.begin[ph]; --y)
               for (int32_t x = r.x.begin[pw + 1] - 1; x >= r.x.begin[pw]; --x) {

@@ -13,8 +13,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The offsets of the pixels of a bin in a map, and their weights. If a bin has many pixels, a list holds only some
-// rows.
+// A list of the pixels of a bin: their offsets in the map and their weights. If a bin has many pixels, a list holds
+// only some of its rows.
 template <class Compute>
 struct PixelList {
   int64_t max_count;
@@ -27,10 +27,10 @@ struct PixelList {
         offset(scratch.allocate<int64_t>(max_count)),
         weight(scratch.allocate<Compute>(max_count)) {}
 
-  // Lists the pixels of a bin in column pw, for its row taps [begin, end), and calls f(first, last) after filling each
-  // list. first and last tell whether the list is the first list and whether it is the last. A bin has at least one
-  // list; if it has only one, first and last are compile-time constants. Pixel 0 of the map is at `origin`, and a pixel
-  // has `stride` elements.
+  // Lists the pixels of a bin, which has the y taps [begin, end) and the x taps of bin column pw. Calls f(first, last)
+  // after filling each list, where `first` and `last` say whether this is the first and whether it is the last list of
+  // the bin. A bin has at least one list. If it has only one, `first` and `last` are compile-time constants. Pixel 0 of
+  // the map has the offset `origin`, and pixels are `stride` elements apart.
   template <class F>
   void visit(const Region<Compute>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
              int64_t stride, F f) {
@@ -60,8 +60,9 @@ struct PixelList {
   static constexpr int64_t kListSize = 2048;
 };
 
-// Calls f(c, n) for blocks of channels, which are n vectors from channel c on. The last block is moved back so that it
-// ends at the last channel. If the channels do not fill one vector, does not call f and returns false.
+// Calls f(c, n) for each block of channels, where c is the first channel of the block and n is its number of vectors.
+// The last block is moved back so that it ends at the last channel. If there are too few channels for one vector, the
+// function does not call f and returns false.
 template <class Compute, int kVectors, class F>
 inline bool for_each_channel_block(int64_t channels, F f) {
   constexpr int64_t V = kLanes<Compute>;

@@ -1,9 +1,9 @@
-// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the forward pass on NCHW maps by slices, which is
-// used if regions read a map more than once.
+// roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: the forward pass on NCHW maps, if the regions read
+// a map more than once.
 //
-// A work item is a slice, which is a vector of channels of a map. A slice is transposed to rows of channels, in
-// registers, once for all regions, so that every load is a whole vector of channels. For each row of bins, the rows of
-// pixels are combined at the columns that are read. Then each bin combines its few columns.
+// A work item is a slice: as many channels of a map as a vector has lanes. A slice is transposed in registers, once for
+// all regions, so every pixel becomes one vector of channels. For each row of bins, the rows of pixels are combined,
+// but only in the columns that the bins read. Then each bin combines its few columns.
 #ifndef RELOPS_REGIONS_SLICES
 #define RELOPS_REGIONS_SLICES
 
@@ -16,8 +16,9 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Returns whether slices are faster. Measurements show that transposing pays off if the regions read more pixels than
-// are transposed. Every thread must also get a slice, because threads do not divide a slice.
+// Returns whether the forward pass should use slices. Measurements show that the transposition pays off if the regions
+// read more pixels than it transposes. There must also be a slice for every thread, because threads cannot divide a
+// slice.
 template <class T>
 bool by_slices(const RegionArgs<T>& a, int64_t threads) {
   if (a.position_sensitive || a.L * a.N * (a.channels / kLanes<ComputeType<T>>) < threads) return false;
@@ -44,8 +45,8 @@ inline void transpose_planes(const T* planes, int64_t n, int64_t count, int64_t 
   }
 }
 
-// Computes the weighted sum or the maximum of kRows rows for each tap of the columns. If `more`, the result includes
-// the values that are already in `out`. A pixel is a vector.
+// Computes the weighted sum or the maximum of kRows rows of pixels, in each of the listed columns. A pixel is a vector
+// of channels. If `more`, the result includes the values that are already in `out`.
 template <bool kMaximum, int kRows, class Compute>
 inline void combine_some_pixel_rows(const Compute* pixels, const int64_t* offset, const Compute* weight,
                                     const int64_t* column, int64_t columns, bool more, Compute* out) {
@@ -86,7 +87,7 @@ void forward_slices(const RegionArgs<T>& a, int64_t threads) {
       const auto [low, high] = rows_read(map);
       transpose_planes(map.input + (map.image * a.channels + channel) * plane + low * map.W, (high - low) * map.W,
                        count, plane, slice);
-      const Compute* top = slice - low * map.W * V;  // the address that the first row of the map would have
+      const Compute* top = slice - low * map.W * V;  // the address that row 0 of the map would have
       for (const Region<Compute>& r : map.regions)
         for_each_tile(r, a.PH, a.PW, size, [&](const BinTile<Compute>& tile) {
           const int32_t first_y = tile.y.begin[0], first_x = tile.x.begin[0];

@@ -1,5 +1,5 @@
 // roi_align, roi_pool, prroi_pool, multi_scale_roi_align on the CPU: tiles of bins, and the rows and columns of pixels
-// that they read. Kernels for NCHW maps combine them a vector of columns at a time.
+// that they read. Kernels for NCHW maps combine these rows, a vector of columns at a time.
 #ifndef RELOPS_REGIONS_TILES
 #define RELOPS_REGIONS_TILES
 
@@ -11,18 +11,18 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Kernels store intermediate results for one tile of bins of a region at a time, so that their memory does not grow
-// with the output. A tile is a number of whole rows of bins or a part of one row, so it is contiguous in a plane of the
-// output.
+// A tile of the bins of a region. Kernels store intermediate results for one tile at a time, so their memory does not
+// grow with the output. A tile consists of one or more complete rows of bins, or of a part of one row, so it is
+// contiguous in a plane of the output.
 template <class Compute>
 struct BinTile {
   AxisTaps<Compute> y, x;
   int64_t PH, PW;
-  int64_t first;  // number of the first bin of the tile
+  int64_t first;  // index of the first bin of the tile
 };
 
-// The size of tiles. It bounds the memory of a kernel that stores `row_values` numbers for each row of bins and
-// `column_values` numbers for each column. Outputs of up to 32 x 32 bins are usually one tile.
+// The size of a tile. It is chosen to bound the memory of a kernel that stores `row_values` numbers for each row of
+// bins and `column_values` numbers for each column of bins. An output of up to 32 x 32 bins is usually one tile.
 struct TileSize {
   int64_t PH, PW;
   TileSize(int64_t all_PH, int64_t all_PW, int64_t row_values, int64_t column_values) {
@@ -34,7 +34,7 @@ struct TileSize {
   int64_t bins() const { return PH * PW; }
 };
 
-// Returns the taps of `count` bins from bin `first` on.
+// Returns the taps of `count` bins, starting with bin `first`.
 template <class Compute>
 inline AxisTaps<Compute> taps_of_bins(AxisTaps<Compute> taps, int64_t bins, int64_t first, int64_t count) {
   if (count == bins) return taps;
@@ -49,7 +49,7 @@ inline AxisTaps<Compute> taps_of_bins(AxisTaps<Compute> taps, int64_t bins, int6
   return taps;
 }
 
-// Calls f(tile) for the tiles of a region.
+// Calls f(tile) for each tile of a region.
 template <class Compute, class F>
 inline void for_each_tile(const Region<Compute>& r, int64_t PH, int64_t PW, const TileSize& size, F f) {
   for (int64_t pw = 0; pw < PW; pw += size.PW) {
@@ -62,8 +62,8 @@ inline void for_each_tile(const Region<Compute>& r, int64_t PH, int64_t PW, cons
   }
 }
 
-// The columns that a region reads, rounded to whole vectors that begin at column `left`. They stay inside the row if it
-// is wide enough; otherwise they continue into the next row.
+// The columns that a region reads, extended to full vectors that begin at column `left`. The vectors stay inside the
+// row if it is wide enough. Otherwise, they continue into the next row.
 struct Columns {
   int64_t left, width;
   Columns(int64_t low, int64_t high, int64_t map_width, int64_t lanes)
@@ -84,8 +84,8 @@ struct ColumnTable {
       : index(scratch.allocate<Int<Compute>>(round_up(bins, kLanes<Compute>) * max_taps)),
         weight(scratch.allocate<Compute>(round_up(bins, kLanes<Compute>) * max_taps)) {}
 
-  // Rows of bins are `stride` elements apart in the array from which bins gather. Entries that do not exist read index
-  // `zero`, which holds 0.
+  // In the array from which the bins gather, the rows are `stride` elements apart, and index `zero` holds 0. Table
+  // entries that do not exist refer to index `zero`.
   void fill(const AxisTaps<Compute>& x, int64_t PH, int64_t PW, int64_t left, int64_t stride, int64_t zero) {
     const int64_t bins = PH * PW;
     padded = round_up(bins, kLanes<Compute>);
@@ -130,7 +130,7 @@ inline void combine_some_rows(const T* first, const int64_t* offset, const Compu
   }
 }
 
-// Combines the rows of the taps of a bin into out[0..width), in whole vectors.
+// Combines the rows of pixels that a bin reads into out[0..width). width must be a multiple of the number of lanes.
 template <bool kMaximum, class T, class Compute>
 inline void combine_rows(const T* first, const T* end, const int64_t* offset, const Compute* weight, int64_t count,
                          int64_t width, Compute* out) {
@@ -149,7 +149,7 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
                 : combine_some_rows<kMaximum, 0>(first, offset, weight, width, more, out);
     return;
   }
-  // A vector may reach past the end of the tensor here, so every load checks for the end.
+  // Close to the end of the tensor, a vector may reach past the end, so every load checks for it.
   for (int64_t i = 0; i < width; i += kLanes<Compute>) {
     Vec<Compute> result = broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
     for (t = 0; t < count; ++t) {
@@ -160,8 +160,8 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
   }
 }
 
-// Prefetches the rows of a plane that a region reads. The function is always_inline, because GCC sees no effect in a
-// function that only prefetches and removes calls to it.
+// Prefetches the rows of a plane that a region reads. The function is always_inline, because GCC removes calls of a
+// function that only prefetches.
 template <class T, class Compute>
 [[gnu::always_inline]] inline void prefetch_rows(const Region<Compute>& r, const T* plane, int64_t map_width,
                                                  int64_t PH) {

@@ -9,7 +9,7 @@
 
 namespace relops {
 
-constexpr int kMaxRegionLevels = 16;  // limited, because levels are kernel parameters
+constexpr int kMaxRegionLevels = 16;  // limited, because the levels are passed as kernel parameters
 constexpr int kRegionThreads = 256;
 constexpr int kRegionWarps = kRegionThreads / 32;
 
@@ -21,19 +21,19 @@ struct RegionParams {
   RegionSpec spec;
   int N, channels, out_channels, PH, PW, L;
   int64_t K;
-  Compute canonical_box_size;  // the value of the spec in the type of the boxes
+  Compute canonical_box_size;  // spec.canonical_box_size, converted to the type of the boxes
   int finest;                  // number of the finest level
-  int max_taps_y, max_taps_x;  // no region has more taps on this axis
+  int max_taps_y, max_taps_x;  // upper bounds for the number of taps of a region on each axis
   const Compute* boxes;        // [K,5]
   RegionLevel<T> levels[kMaxRegionLevels];
 
   // These tensors are [K,out_channels,PH,PW] in the layout of the input.
-  T* output;             // forward only
-  const T* grad_output;  // backward only
-  const int* argmax;     // backward of roi_pool only: the pixel y * W + x of each maximum, or -1
+  T* output;             // forward pass only
+  const T* grad_output;  // backward pass only
+  const int* argmax;     // backward pass of roi_pool only: the pixel y * W + x of each maximum, or -1
 };
 
-// Returns an upper bound of the number of taps of a region on an axis of `size` pixels. Neighboring bins have at most
+// Returns an upper bound for the number of taps of a region on an axis of `size` pixels. Neighboring bins have at most
 // two pixels in common.
 inline int64_t max_taps(const RegionSpec& spec, int64_t size, int64_t bins) {
   const int64_t any = size + 2 * bins;
@@ -72,11 +72,11 @@ RegionParams<T> make_region_params(const RegionProblem& p) {
   return a;
 }
 
-// The level and the image that a box reads, and whether it may read them.
+// The level and the image that a box reads, and whether the box is valid.
 struct RegionSource {
   int level, image;
   bool finite;    // if false, the result is zero
-  bool in_batch;  // if false, the result is NaN, because raising an error would need the host
+  bool in_batch;  // if false, the result is NaN, because a kernel cannot raise an error
 
   __device__ bool readable() const { return in_batch && finite; }
 };

@@ -1,23 +1,24 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: the gradient of the
 // feature maps.
 //
-// Each pixel gathers its gradient, so the result has the same bits in every run. There are no atomic additions, memory
-// is not zeroed first, and sums stay in registers, so that 16-bit gradients are rounded only once.
+// The gradient of each pixel is summed by one thread, so the result is bitwise identical in every run. No atomic
+// additions are needed, the result need not be set to zero first, and the sums stay in registers, so 16-bit gradients
+// are rounded only once.
 //
-// A block owns a tile of pixels and some channels. It searches all boxes, 256 at a time, for those that reach its tile,
-// and processes these in order. For each box, it computes the weights of the tile's rows and columns in the bins, in
-// shared memory. Then every thread adds the gradients of outputs times the weights to its pixels. Few bins read a
-// pixel, so these bins are stored as a bit mask.
+// A block computes a tile of pixels for some channels. It searches all boxes, 256 at a time, for those that reach the
+// tile, and processes them in order. For each of these boxes, the block computes the weights of the tile's rows and
+// columns in the bins and stores them in shared memory. Then every thread adds the gradients of the outputs, times the
+// weights, to its pixels. Only a few bins read a given row or column, so a bit mask stores which bins these are.
 //
-// - channels_last: a warp has four neighboring pixels of a row, and each lane has four neighboring channels.
-// - NCHW: lanes have neighboring columns, and each thread has four rows of two channels. The sum over a row of bins is
-//   computed once for all rows of pixels that these bins read.
+// - channels_last: a warp computes four neighboring pixels of a row, and each lane computes four neighboring channels.
+// - NCHW: neighboring lanes compute neighboring columns, and each thread computes four rows of two channels. The sum
+//   over a row of bins is computed once for all rows of pixels that these bins read.
 //
-// The kernel is bound by the latency of processing boxes one after the other. Running many blocks per multiprocessor
+// The kernel is bound by latency, because it processes boxes one after another. Running many blocks per multiprocessor
 // hides this latency.
 //
-// roi_pool: the gradient of a maximum goes to one pixel. A first kernel finds that pixel by scanning the bins again and
-// stores it as one integer per output. The gather kernel compares this integer with its own pixels.
+// roi_pool: the gradient of a maximum goes to one pixel. A first kernel finds this pixel by scanning the bins again and
+// stores its index, one integer per output. The gather kernel compares the stored index with the indices of its pixels.
 
 #include "regions/cuda.cuh"
 
@@ -26,8 +27,8 @@ namespace relops {
 namespace {
 
 constexpr int kTileRows = 4;
-constexpr int kTileBins = 32;       // bins per axis with weights in shared memory; a mask has as many bits
-constexpr int kThreadPixels = 4;    // pixels per thread, in both layouts; NCHW: they are a column of the tile
+constexpr int kTileBins = 32;       // bins per axis whose weights are in shared memory, one per bit of a mask
+constexpr int kThreadPixels = 4;    // pixels per thread; for NCHW, they are a column of the tile
 constexpr int kThreadChannels = 2;  // channels per thread; NCHW only
 constexpr int kBlockChannels = kThreadChannels * kRegionWarps;  // channels per block; NCHW only
 
@@ -54,12 +55,12 @@ struct BinBlock {
   int ph, pw, rows, columns;
 };
 
-// The weights of the rows and columns of a tile in the bins of a block, in shared memory.
+// The weights of the rows and columns of a tile in the bins of a BinBlock. They are in shared memory.
 template <class Compute, int kColumns>
 struct TileWeights {
   Compute y[kTileRows][kTileBins];
   Compute x[kTileBins][kColumns];
-  unsigned mask_y[kTileRows], mask_x[kColumns];  // bit b: whether bin b reads this row or column
+  unsigned mask_y[kTileRows], mask_x[kColumns];  // bit b is set if bin b reads this row or column
 };
 
 template <class T, bool kChannelsLast>
@@ -68,11 +69,11 @@ int64_t tiles_of(const RegionLevel<T>& level, int64_t N) {
   return N * ceil_div(level.H, kTileRows) * ceil_div(level.W, kTileColumns<kChannelsLast>);
 }
 
-// Returns the tile of this block. Tiles are numbered level by level; levels that need no gradient have none.
+// Returns the tile of this block. Tiles are numbered level by level. A level that needs no gradient has no tiles.
 template <int kColumns, class P>
 __device__ __forceinline__ Tile tile_of_block(const P& p) {
   int64_t tile = blockIdx.x;
-  int l = 0, rows = 0, columns = 0;  // l is the level; rows and columns count its tiles
+  int l = 0, rows = 0, columns = 0;  // level l has rows x columns tiles per image
   for (;; ++l) {
     rows = (p.levels[l].H + kTileRows - 1) / kTileRows;
     columns = (p.levels[l].W + kColumns - 1) / kColumns;
@@ -86,15 +87,16 @@ __device__ __forceinline__ Tile tile_of_block(const P& p) {
   return {l, image, top, left, min(top + kTileRows, p.levels[l].H) - 1, min(left + kColumns, p.levels[l].W) - 1};
 }
 
-// Returns whether a region may read the pixels [low, high]. It may return true even if the region does not.
+// Returns whether a region may read any of the pixels [low, high] of an axis. The result may be true although the
+// region reads none of them.
 __device__ inline bool may_reach(const RegionAxis& axis, int low, int high) {
   const double end = axis.start + axis.bins * axis.bin;
   const double region_low = end < axis.start ? end : axis.start, region_high = end < axis.start ? axis.start : end;
   return region_high >= low - 1 && region_low <= high + 1;
 }
 
-// Lists the regions of [first, first + kRegionThreads) that may reach a tile, in order and relative to `first`. Returns
-// their number. All threads of the block call this function.
+// Finds the regions in [first, first + kRegionThreads) that may reach a tile. Lists their indices relative to `first`,
+// in ascending order, and returns the length of the list. All threads of the block must call this function.
 template <class P>
 __device__ __forceinline__ int list_regions(const P& p, const Tile& tile, int64_t first, int* list) {
   __shared__ int counts[kRegionWarps];
@@ -120,8 +122,9 @@ __device__ __forceinline__ int list_regions(const P& p, const Tile& tile, int64_
   return total;
 }
 
-// Computes the weights of a tile in a block of bins. All threads of the block call this function. It has one loop for
-// both axes, because with two loops, which keep both axes alive, every gather kernel spilled registers.
+// Computes the weights of a tile in a BinBlock. All threads of the CUDA block must call this function. One loop handles
+// both axes: with one loop per axis, both axes occupied registers at the same time, and every gather kernel spilled
+// registers.
 template <class P, class Compute, int kColumns>
 __device__ __forceinline__ void find_weights(const P& p, const Tile& tile, const BinBlock& bins,
                                              TileWeights<Compute, kColumns>& weights) {
@@ -146,7 +149,8 @@ __device__ __forceinline__ void find_weights(const P& p, const Tile& tile, const
   __syncthreads();
 }
 
-// Accumulates the gradient of position-sensitive ops for either layout. In these ops, a channel belongs to one bin.
+// Accumulates the gradient of position-sensitive ops for both layouts. In these ops, only one bin reads a given
+// channel.
 template <bool kChannelsLast, class P, class Weights, class Compute, int V>
 __device__ __forceinline__ void accumulate_sensitive(const P& p, const ThreadPixels& own, const BinBlock& block,
                                                      const Weights& weights, Compute (&sums)[kThreadPixels][V]) {
@@ -279,7 +283,8 @@ __device__ __forceinline__ void store_planes(const P& p, const Tile& tile, const
   }
 }
 
-// The number of blocks of the gather kernel that must fit on a multiprocessor, which limits the registers of a thread.
+// The number of blocks of the gather kernel that must fit on a multiprocessor. It limits the number of registers per
+// thread.
 template <class Compute>
 constexpr int kGatherBlocks = sizeof(Compute) == 8 ? 1 : 2;
 
@@ -323,7 +328,7 @@ __global__ __launch_bounds__(kRegionThreads, kGatherBlocks<typename P::Compute>)
     store_planes(p, tile, own, sums);
 }
 
-// Finds the pixel of each maximum, which is the first pixel of the bin, row by row, whose value is the maximum. The
+// Finds the pixel of each maximum: the first pixel of the bin, in row-major order, that is equal to the maximum. The
 // result is -1 if the maximum is -infinity. Each thread processes one output at a time.
 template <class P>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_argmax_kernel(const __grid_constant__ P p,
@@ -359,7 +364,7 @@ template <class P, bool kMaximum>
 void launch_gather(const RegionProblem& problem, const P& p, cudaStream_t stream) {
   using T = typename P::T;
   const char* op = problem.spec.op;
-  // Eight 16-bit channels would need more registers than a thread has.
+  // Eight 16-bit channels per lane would need more registers than a thread has.
   constexpr int V = std::min<int>(4, 16 / sizeof(T));
   int64_t tiles = 0;
   bool aligned =

@@ -1,17 +1,17 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: the forward pass, and the
 // gradient of the boxes.
 //
-// A block processes one region. First, its threads convert the box to taps in shared memory, each thread for one bin of
-// one axis. This happens once per region, not once per channel. Then:
+// A block processes one region. First, its threads convert the box to taps in shared memory, with one thread per bin
+// and axis. The conversion is done once per region, not once per channel. Then:
 //
-// - channels_last: a warp computes one bin at a time. Its lanes have neighboring channels, 16 bytes each, so every
+// - channels_last: a warp computes one bin at a time. Each lane processes 16 bytes of neighboring channels, so every
 //   access is coalesced.
-// - NCHW: a warp computes one channel at a time. First, its lanes, which have neighboring columns, combine rows of the
-//   plane: for each row of bins, they store one row of columns in shared memory. Then each lane adds up the few columns
-//   of a bin. A pixel is fetched about once per row of bins, in whole sectors. With one thread per output, a thread
-//   would fetch 16 scattered pixels.
+// - NCHW: a warp computes one channel at a time. First, for each row of bins, it combines the rows of pixels into one
+//   row in shared memory, with one lane per column. Then each lane adds up the few columns of a bin. Each pixel is
+//   loaded about once per row of bins, in full sectors. With one thread per output instead, each thread would load 16
+//   scattered pixels.
 //
-// Both kernels are bound by the traffic of L1 and L2, because regions overlap and the map is read from L2 many times.
+// Both kernels are bound by L1 and L2 traffic, because regions overlap and read the map from L2 many times.
 
 #include "common/cuda/partial_sums.cuh"
 #include "regions/cuda.cuh"
@@ -21,7 +21,7 @@ namespace relops {
 
 namespace {
 
-// The taps of one axis in shared memory. Bin b has the taps [begin[b], begin[b + 1]).
+// The taps of a region on one axis, in shared memory. Bin b has the taps [begin[b], begin[b + 1]).
 template <class Compute>
 struct SharedTaps {
   int* begin;
@@ -45,11 +45,11 @@ struct SharedTaps {
 };
 
 // Finds the taps of all bins of an axis, with one thread per bin. If `readable` is false, there are no taps. All
-// threads of the block call this function.
+// threads of the block must call this function.
 template <class Compute>
 __device__ void find_taps(const RegionAxis& axis, bool readable, int max_taps, const SharedTaps<Compute>& taps) {
   for (int bin = threadIdx.x; bin < axis.bins; bin += blockDim.x) {
-    // Positions ascend, so a pixel that the bin has already read is one of its last two pixels.
+    // Positions ascend, so a pixel that the bin has already read is one of the last two distinct pixels.
     int count = 0, last = -1, second_last = -1;
     if (readable)
       for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int pixel, double, double, double) {
@@ -87,7 +87,7 @@ __device__ void find_taps(const RegionAxis& axis, bool readable, int max_taps, c
   __syncthreads();
 }
 
-// Adds a pixel to a weighted sum or to a maximum. The maximum ignores NaN, like torchvision's.
+// Accumulates a pixel into a weighted sum or a maximum. The maximum ignores NaN, as in torchvision.
 template <bool kMaximum, class Compute>
 __device__ __forceinline__ void accumulate(Compute& result, Compute pixel, Compute weight) {
   if constexpr (kMaximum)
@@ -122,7 +122,7 @@ __device__ Compute pool_pixels(const SharedTaps<Compute>& y, const SharedTaps<Co
   return result;
 }
 
-// Computes the forward pass on channels_last maps. Each lane has V neighboring channels.
+// Computes the forward pass on channels_last maps. Each lane computes V neighboring channels.
 template <class P, bool kMaximum, int V>
 __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const __grid_constant__ P p) {
   using T = typename P::T;
@@ -172,7 +172,7 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const 
   }
 }
 
-constexpr int kRowBytes = 2048;  // the memory for the combined rows of a warp
+constexpr int kRowBytes = 2048;  // shared memory for the combined rows of a warp
 
 // Computes the forward pass on NCHW maps.
 template <class P, bool kMaximum>
@@ -194,7 +194,8 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bins = p.PH * p.PW;
   Compute* rows = reinterpret_cast<Compute*>(memory + warp * kRowBytes);
 
-  // The pixels of a bin ascend, and bins ascend or descend, so the outermost columns are at the ends of bins.
+  // Columns ascend within a bin, and bins ascend or descend. The lowest and the highest column are therefore the first
+  // or last column of a bin.
   int low = level.W, high = 0;
   for (int pw = 0; pw < p.PW; ++pw)
     if (x.begin[pw] < x.begin[pw + 1]) {
@@ -215,7 +216,7 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
     }
     return;
   }
-  const int max_rows = min(p.PH, kCapacity / max(width, 1));  // rows of bins at a time
+  const int max_rows = min(p.PH, kCapacity / max(width, 1));  // rows of bins that fit in shared memory
   for (int c = blockIdx.y * kRegionWarps + warp; c < p.channels; c += gridDim.y * kRegionWarps) {
     const T* origin = level.input + (int64_t{from.image} * p.channels + c) * plane + low;
     T* out = p.output + (k * p.channels + c) * bins;
@@ -247,8 +248,8 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const 
   }
 }
 
-// Computes the forward pass on maps with thousands of rows or columns, in either layout. The taps of a region do not
-// fit in shared memory, so every thread finds the taps of its output itself.
+// Computes the forward pass on maps with thousands of rows or columns, for both layouts. On such maps, the taps of a
+// region do not fit in shared memory, so every thread finds the taps of its outputs itself.
 template <class P, bool kMaximum>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_outputs_kernel(const __grid_constant__ P p,
                                                                            bool channels_last) {
@@ -289,9 +290,10 @@ struct BoxSums {
   Compute x_first = 0, y_first = 0, x_last = 0, y_last = 0;
 };
 
-// Computes the partial sums of one block for the gradient of box k: the gradients of outputs times their pixels,
-// weighted by the slopes of the taps. partials is [blocks of a region,K,5]; the gradient of the batch index is 0. If
-// kStaged, taps are in shared memory; otherwise every thread finds them itself.
+// Computes the partial sums of one block for the gradient of box k. Each output of the block contributes its gradient
+// times the pixels that it reads, weighted by the slopes of the taps. `partials` is [blocks,K,5], where `blocks` is the
+// number of blocks per region. The gradient of the batch index is 0. If kStaged, the taps are in shared memory;
+// otherwise, every thread finds them itself.
 template <class P, bool kStaged>
 __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const __grid_constant__ P p,
                                                                          bool channels_last,
@@ -324,8 +326,8 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
     const int64_t stride = channels_last ? p.channels : 1;
     const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
     const Compute grad = static_cast<Compute>(p.grad_output[k * outputs + i]);
-    // sum is the sum over the pixels of a row, with the weights of their columns. sum_first and sum_last are the same
-    // sums with the slopes of these weights.
+    // `sum` is the sum of the pixels of a row times the weights of their columns. sum_first and sum_last use the slopes
+    // of these weights instead.
     const auto add_row = [&](Compute weight, Compute first, Compute last, Compute sum, Compute sum_first,
                              Compute sum_last) {
       sums.x_first += grad * weight * sum_first;
@@ -373,7 +375,7 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
   partials[(blockIdx.y * p.K + k) * 5 + threadIdx.x] = sum;
 }
 
-// The limit for dynamic shared memory. A higher limit would have to be enabled for each kernel.
+// The limit for dynamic shared memory per block. A higher limit would have to be enabled for each kernel.
 constexpr size_t kSharedBytes = 46 << 10;
 
 // Returns the number of blocks per region: enough to occupy every multiprocessor, but at most `work`.
@@ -415,7 +417,7 @@ void launch_boxes(const RegionProblem& problem, const P& p, typename P::Compute*
   const char* op = problem.spec.op;
   const int64_t outputs = problem.PH * problem.PW * p.out_channels;
   const unsigned blocks = blocks_of(problem.K, ceil_div(outputs, 4 * kRegionThreads));
-  // If there is one block, its partial sum is the gradient.
+  // If a region has only one block, the partial sums of this block are the gradient.
   const Tensor memory = torch::stable::new_empty(problem.boxes, {blocks > 1 ? blocks : 0, problem.K, 5});
   Compute* partials = blocks > 1 ? static_cast<Compute*>(memory.mutable_data_ptr()) : grad_boxes;
   const size_t taps =

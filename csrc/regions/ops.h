@@ -1,6 +1,6 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align and their backward ops, with the
-// signatures of library.cpp. All of them call the forward or the backward function of a device with a RegionProblem,
-// which describes the call.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align and their backward ops: the
+// functions that implement the schemas of library.cpp. Each function describes its call with a RegionProblem and passes
+// the RegionProblem to the forward or backward function of a device.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,12 +14,12 @@
 
 namespace relops {
 
-// The functions of a device are
+// Every device defines two functions:
 //   kForward: Tensor (const RegionProblem&), and
 //   kBackward: void (const RegionProblem&, const Tensor& grad_output, const Tensor* output, const Tensor* grad_boxes).
-// kBackward fills the gradients of the levels and grad_boxes, which are uninitialized before the call. grad_boxes is
-// null if it is not needed. output is null except for RegionKind::kMaximum. grad_output and output have the memory
-// format of the problem.
+// kBackward computes the gradients of the levels and grad_boxes, whose memory is uninitialized before the call.
+// grad_boxes is null if it is not needed. output is null except for RegionKind::kMaximum. grad_output and output have
+// the memory format of the problem.
 template <auto kForward, auto kBackward>
 struct RegionOps {
   using OptionalTensor = std::optional<Tensor>;
@@ -112,7 +112,8 @@ struct RegionOps {
       .op = "relops.ps_roi_pool", .kind = RegionKind::kAveraged, .position_sensitive = true};
   static constexpr RegionSpec kRoiPool{"relops.roi_pool", RegionKind::kMaximum};
 
-  // Returns the spec of a mean of bilinear samples. RegionProblem checks the bound of sampling_ratio.
+  // Returns the spec of an op that averages bilinear samples. RegionProblem checks that sampling_ratio is not too
+  // large.
   static RegionSpec sampled(const char* op, int64_t sampling_ratio, bool aligned) {
     return {op, RegionKind::kSampled, aligned,
             static_cast<int>(std::clamp<int64_t>(sampling_ratio, 0, kMaxSamplingRatio + 1))};
@@ -172,7 +173,7 @@ struct RegionOps {
     return {std::move(grads), grad_boxes};
   }
 
-  // Calls backward for an op with one level. input is nullopt if it is not read.
+  // Calls backward() for an op with one level. input is nullopt if the op does not read it.
   static std::tuple<Tensor, Tensor> backward_of_one(const RegionSpec& spec, double spatial_scale,
                                                     const Tensor& grad_output, const OptionalTensor& input,
                                                     const Tensor& boxes, const Ints& input_shape, bool channels_last,

@@ -1,13 +1,13 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the description of a call of one
-// of these ops, which ops.h passes to the CPU and CUDA code, and its checks.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: RegionProblem describes a call of
+// one of these ops and checks its arguments. ops.h passes the RegionProblem to the CPU and CUDA code.
 //
-// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// The checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
 // relops/ops/_regions.py raises the errors that are meant for users.
 //
 //   RegionSpec                the differences between the ops; RegionKind: how they weight pixels (taps.h)
 //   RegionProblem             the checked sizes, levels and boxes of a call
-//   RegionLevel               one level of its pyramid: size, scale, features, gradient
-//   RegionAxis                one axis of one box on its level, which determines the taps of its bins (taps.h)
+//   RegionLevel               one level of the pyramid: size, scale, features, gradient
+//   RegionAxis                one axis of a box on a level; determines the taps of the bins (taps.h)
 //   RegionOps                 the ops with the signatures of library.cpp (ops.h)
 //   RegionArgs, RegionParams  the arguments of CPU kernels (cpu_args.h) and of CUDA kernels (cuda.cuh)
 //   Region, RegionWork        CPU: one box as taps (cpu_args.h); all boxes in order, with their memory (cpu.cpp)
@@ -29,14 +29,14 @@ namespace relops {
 template <class T>
 struct RegionLevel {
   int H, W;
-  double scale;    // pixels of the level per unit of the boxes
+  double scale;    // pixels of the level per unit of box coordinates
   const T* input;  // [N,C,H,W], or [N,H,W,C] if channels_last; null if the call does not read features
   T* grad_input;   // has the layout of input; null if the gradient is not needed
 };
 
 struct RegionProblem {
-  // inputs has one tensor per level, or is empty if the call needs only shapes, like a backward pass that reads no
-  // features. input_shape is N, C, then H, W of each level.
+  // inputs has one tensor per level, or is empty if the call needs only shapes, as a backward pass that reads no
+  // features does. input_shape is N, C, then H, W of each level.
   RegionProblem(const RegionSpec& spec, const std::vector<double>& spatial_scales, const std::vector<Tensor>& inputs_,
                 const Tensor& boxes_, const std::vector<int64_t>& input_shape, int64_t PH, int64_t PW, ScalarType dtype,
                 bool channels_last)
@@ -101,11 +101,12 @@ struct RegionProblem {
   bool channels_last;
   int64_t N = 0, C = 0, K = 0, PH, PW;
   std::vector<RegionLevel<void>> levels;
-  std::vector<Tensor> inputs;  // the memory to which `input` of each level points
+  std::vector<Tensor> inputs;  // hold the memory to which `input` of each level points
   Tensor boxes;                // [K,5]
 };
 
-// Checks that the number of each pixel fits in an int, because the backward of a maximum stores it as an int.
+// Checks that the index of every pixel of a map fits in an int, because the backward pass of roi_pool stores indices as
+// int.
 inline void check_pixels_fit_int(const RegionProblem& p) {
   for (const RegionLevel<void>& level : p.levels)
     STD_TORCH_CHECK(int64_t{level.H} * level.W <= std::numeric_limits<int32_t>::max(), p.spec.op,

@@ -1,17 +1,17 @@
-// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the arithmetic, shared by the CPU
-// and CUDA kernels, that turns a box into weights of pixels.
+// roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align: the arithmetic that converts a box
+// to weights of pixels. The CPU and CUDA kernels share it.
 //
-// Every region op except roi_pool is a weighted mean of the pixels of a bin. The weight of a pixel is the product of
-// one factor for its row and one for its column. The mean is taken over a grid of bilinear samples (roi_align,
-// ps_roi_align, multi_scale_roi_align), over the bilinear surface in a rectangle (prroi_pool), or over the pixels of a
-// rectangle (ps_roi_pool). A box is therefore described axis by axis: on each axis, a bin has a few pixels and their
-// weights, which are called its taps. roi_pool is the maximum over a rectangle, and its taps only tell which pixels are
-// in the rectangle.
+// Every region op except roi_pool computes a weighted mean of the pixels of each bin. The mean is taken over a grid of
+// bilinear samples (roi_align, ps_roi_align, multi_scale_roi_align), over the bilinear surface in a rectangle
+// (prroi_pool), or over the pixels of a rectangle (ps_roi_pool). In all cases, the weight of a pixel is the product of
+// one factor for its row and one for its column, so the two axes of a box are described separately. On each axis, a bin
+// has a few pixels with weights, which are called its taps. roi_pool computes the maximum over a rectangle, and its
+// taps only tell which pixels are in the rectangle.
 //
-// Taps are computed in double for every type of features, because there are few of them and a box may be huge. Only the
-// number of samples and the edges that are rounded to pixels are computed in Compute, the type of the boxes. These
-// computations follow torchvision step by step, so that the results are the same in torchvision, on the CPU and on
-// CUDA.
+// Taps are computed in double for every type of features, because there are few of them and boxes may be huge. The
+// exceptions are the number of samples and the edges that are rounded to pixels: they are computed in Compute, the type
+// of the boxes. Their computation follows torchvision step by step, so the results are the same in torchvision, on the
+// CPU and on CUDA.
 #pragma once
 
 #include "common/host_device.h"
@@ -25,40 +25,41 @@ enum class RegionKind {
   kMaximum,   // maximum over a rectangle of pixels
 };
 
-// The differences between the region ops: how a box becomes weights, and which channels and which level it reads.
+// The differences between the region ops: how a box is converted to weights, and which channels and which level it
+// reads.
 struct RegionSpec {
   const char* op;  // in error messages
   RegionKind kind;
   bool aligned = false;    // kSampled: pixel centers are at half integers, and boxes are not widened to one pixel
   int sampling_ratio = 0;  // kSampled: samples per bin and axis; if <= 0, the number of pixels of the bin, rounded up
   bool position_sensitive = false;  // output channel c of bin b reads input channel c * bins + b
-  double canonical_box_size = 1;    // in pyramids, a square box with this side belongs to level canonical_level
+  double canonical_box_size = 1;    // in pyramids, a square box with sides of this length reads level canonical_level
   int canonical_level = 0;
 };
 
 // The largest sampling_ratio that is accepted; it bounds the loops over samples.
 constexpr int kMaxSamplingRatio = 65536;
 
-// Returns the image that a batch index names. The caller must check that it is in [0,N). An index within 2^-10 of an
-// integer is rounded to that integer, so that numerical derivatives can vary an index. All others are truncated toward
-// zero, as in torchvision. NaN and infinities are returned unchanged.
+// Returns the number of the image to which a batch index refers. The caller must check that the number is in [0,N). An
+// index within 2^-10 of an integer is rounded to that integer, so a numerical derivative may perturb the index. Other
+// indices are truncated toward zero, as in torchvision. NaN and infinities are returned unchanged.
 template <class Compute>
 RELOPS_HOST_DEVICE Compute region_image(Compute index) {
   const Compute nearest = round(index), distance = index - nearest;
   return distance >= Compute(-1.0 / 1024) && distance <= Compute(1.0 / 1024) ? nearest : trunc(index);
 }
 
-// A box on one axis of a feature map of `size` pixels, divided into `bins`.
+// A box on one axis of a feature map. The axis has `size` pixels, and the box is divided into `bins` bins.
 struct RegionAxis {
   RegionKind kind;
   int size, bins;
   double start, bin;     // the beginning of bin 0 and the length of a bin, in pixels
   double grid;           // kSampled: samples per bin
-  double scale;          // pixels of the map per unit of the boxes
-  bool widened = false;  // kSampled: the box was widened to one pixel, so its length has derivative zero
+  double scale;          // pixels of the map per unit of box coordinates
+  bool widened = false;  // kSampled: the box was widened to one pixel, so the derivative of its length is 0
 };
 
-// Returns the axis of a box whose coordinates on it are first and last. Both must be finite.
+// Returns the RegionAxis of a box that extends from `first` to `last`, which must be finite.
 template <class Compute>
 RELOPS_HOST_DEVICE RegionAxis region_axis(const RegionSpec& spec, Compute first, Compute last, double scale, int size,
                                           int bins) {
@@ -103,7 +104,7 @@ struct PixelRange {
 template <class Compute>
 RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
   const Compute length = static_cast<Compute>(axis.bin), start = static_cast<Compute>(axis.start);
-  // Means omit the last row and the last column of the map, like torchvision's forward.
+  // The mean (ps_roi_pool) omits the last row and the last column of the map, as torchvision's forward pass does.
   const double limit = axis.kind == RegionKind::kMaximum ? axis.size : axis.size - 1;
   const Compute begin = floor(product(static_cast<Compute>(bin), length)) + start;
   const Compute end = ceil(product(static_cast<Compute>(bin + 1), length)) + start;
@@ -111,26 +112,26 @@ RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
           static_cast<int>(clamped(end, 0, limit < 0 ? 0 : limit))};
 }
 
-// Calls tap(pixel, weight, slope_first, slope_last) for the pixels in [low, high] that the bin reads. Samples or cells
-// come in ascending order, and each calls tap for up to two neighboring pixels. The weight of a pixel is the sum over
-// its calls. The slopes are the derivatives of the weight with respect to the first and the last coordinate of the box.
-// low and high must be in [0, axis.size).
+// Calls tap(pixel, weight, slope_first, slope_last) for the pixels in [low, high] that the bin reads. The samples or
+// cells of the bin are visited in ascending order, and tap is called for up to two neighboring pixels of each. If tap
+// is called several times for a pixel, its weights and slopes must be added up. The slopes are the derivatives of the
+// weight with respect to the first and the last coordinate of the box. low and high must be in [0, axis.size).
 template <class Compute, class Tap>
 RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, int high, Tap tap) {
   switch (axis.kind) {
     case RegionKind::kSampled: {
       if (!(axis.grid >= 1) || axis.size < 1) return;
       const double step = axis.bin / axis.grid, first = axis.start + bin * axis.bin;
-      // Only samples that reach the pixels [low, high] are visited. At the border, samples may be up to a pixel
-      // outside.
+      // Only samples that may read the pixels [low, high] are visited. A sample may be up to one pixel outside of the
+      // map.
       const double nearest = low - 1, farthest = high + 1;
       double from = 0, count = axis.grid;
       if (step != 0) {
-        // The range has one more sample on either side than the division gives. Each sample is checked below.
+        // The range includes one more sample on either side than the division gives. The loop checks each sample.
         const double a = (nearest - first) / step - 0.5, b = (farthest - first) / step - 0.5;
         from = clamped(floor(a < b ? a : b) - 1, 0, axis.grid);
         const double to = clamped(ceil(a < b ? b : a) + 1, -1, axis.grid - 1);
-        // Above 2^53, neighboring positions are the same number, so the count needs another bound.
+        // Above 2^53, neighboring positions round to the same number, so `count` needs another bound.
         const double max_count = (farthest - nearest) / (step < 0 ? -step : step) + 4;
         count = to - from + 1 < max_count ? to - from + 1 : max_count;
       }
@@ -138,7 +139,7 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
         const double i = step < 0 ? from + count - 1 - j : from + j;  // positions must ascend
         double position = first + (i + 0.5) * step;
         if (!(position >= -1 && position <= axis.size)) continue;
-        // The surface is flat outside of the centers of the outermost pixels.
+        // The bilinear surface is constant outside of the centers of the outermost pixels.
         const bool inside = position > 0 && position < axis.size - 1;
         position = clamped(position, 0, axis.size - 1);
         const int pixel = static_cast<int>(position);
@@ -155,10 +156,11 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
     case RegionKind::kPrecise: {
       if (!(axis.bin > 0)) return;
       const double a = axis.start + bin * axis.bin, b = a + axis.bin, length = b - a;
-      if (!(length > 0)) return;  // rounding a huge start made the length 0
+      if (!(length > 0)) return;  // with a huge start, rounding made the length 0
       const int begin = static_cast<int>(clamped(floor(a), low - 1, high + 1));
       const int end = static_cast<int>(clamped(ceil(b), low - 1, high + 1));
-      // These are the derivatives of the two ends a and b of the bin with respect to the two coordinates of the box.
+      // The next values are the derivatives of the bin's ends a and b with respect to the first and last coordinate of
+      // the box.
       const double a_last = axis.scale * bin / axis.bins, a_first = axis.scale - a_last;
       const double b_last = axis.scale * (bin + 1) / axis.bins, b_first = axis.scale - b_last;
       for (int cell = begin; cell < end; ++cell) {
@@ -187,8 +189,9 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
   }
 }
 
-// Returns the index of the level of a box by eq. 1 of Feature Pyramid Networks (https://arxiv.org/abs/1612.03144), as
-// torchvision computes it. There are `levels` levels, and the first has scale 2^-finest.
+// Returns the index of the level that a box reads, according to eq. 1 of Feature Pyramid Networks
+// (https://arxiv.org/abs/1612.03144), computed as in torchvision. There are `levels` levels, and the first has scale
+// 2^-finest.
 template <class Compute>
 RELOPS_HOST_DEVICE int region_level(Compute x1, Compute y1, Compute x2, Compute y2, Compute canonical_box_size,
                                     int canonical_level, int finest, int levels) {

@@ -1,7 +1,7 @@
-// nms, batched_nms and nms_padded on the CPU: this file sorts entries by score and class, and puts the kept entries in
-// order. cpu_nms_kernel.h compares the boxes.
+// nms, batched_nms and nms_padded on the CPU: this file sorts entries by score and class, and writes the kept entries
+// in the order of descending score. cpu_nms_kernel.h compares the boxes.
 //
-// Fusing a multiplication with an addition would give a different IoU than on other processors and on CUDA.
+// If multiplications were fused with additions, the IoU would differ from that on other processors and on CUDA.
 #pragma GCC optimize("fp-contract=off")
 
 #include "suppression/cpu_nms_args.h"
@@ -14,7 +14,8 @@ namespace relops {
 
 namespace {
 
-// Ranks the valid entries by descending score, and equal scores by index. Returns the number of valid entries.
+// Ranks the valid entries by descending score. Entries with equal scores are ranked by index. Returns the number of
+// valid entries.
 template <class Compute, class S>
 int64_t rank(const Compute* boxes, const S* scores, int64_t K, S score_threshold, uint32_t* ranked) {
   Scratch scratch;
@@ -37,7 +38,7 @@ Kept suppress(const NmsProblem& p, int64_t max_output) {
   const auto* idxs = p.idxs ? static_cast<const int64_t*>(p.idxs->const_data_ptr()) : nullptr;
   const Compute threshold = static_cast<Compute>(p.iou_threshold);
 
-  // The valid entries of image b are the n[b] elements from b * K on in each of the arrays below.
+  // In each array below, the n[b] elements that begin at b * K are the valid entries of image b.
   std::vector<int64_t> n(B);
   std::vector<std::vector<Range>> ranges(B);
   Scratch scratch;

@@ -1,11 +1,11 @@
-// nms, batched_nms and nms_padded on the CPU: greedy suppression within a class, for each instruction set.
+// nms, batched_nms and nms_padded on the CPU: greedy suppression within a class, compiled for each instruction set.
 //
-// Boxes are processed in blocks, in the order of descending score. First, a block is compared with all boxes that were
-// kept before it, by several threads if there is enough work. Then the remaining boxes are processed one by one and
-// compared with the boxes that the block itself has kept so far. Kept boxes are stored in groups as wide as a vector.
-// Comparing a box with a group takes 9 operations and no division: the area bounds of nms.h serve as a filter, and the
-// IoU of boxes.h decides about the pairs that pass it. The kernel is bound by arithmetic. Boxes are compared tile by
-// tile, so that the 20 bytes of each box come from L1.
+// Boxes are processed in blocks, in the order of descending score. First, the boxes of a block are compared with all
+// boxes kept from earlier blocks, by several threads if there is enough work. Then the remaining boxes are processed
+// one by one and compared with the boxes kept so far from the same block. Kept boxes are stored in groups, one box per
+// lane of a vector. Comparing a box with a group takes 9 operations and no division: pairs are first filtered by the
+// area bounds of nms.h, and the IoU of boxes.h is computed only for pairs that pass the filter. The kernel is bound by
+// arithmetic. Kept boxes are processed in tiles, so their 20 bytes per box are loaded from the L1 cache.
 
 #include "common/cpu/simd.h"
 #include "suppression/cpu_nms_args.h"
@@ -29,7 +29,7 @@ class KeptBoxes {
     for (int64_t row = 0; row < kRows; ++row) group[row * V + lane] = rows[row];
   }
 
-  // Whether a kept box of the groups [begin, end) suppresses box b.
+  // Returns whether a kept box in the groups [begin, end) suppresses box b.
   bool suppress(const BoundedBox<Compute>& b, int64_t begin, int64_t end) const {
     const Vec<Compute> x1 = broadcast(b.box.x1), y1 = broadcast(b.box.y1), x2 = broadcast(b.box.x2),
                        y2 = broadcast(b.box.y2), area_bound = broadcast(b.area_bound);
@@ -37,7 +37,7 @@ class KeptBoxes {
       const Compute* group = groups_ + g * kRows * V;
       const Vec<Compute> width = minimum(x2, load(group + 2 * V)) - maximum(x1, load(group));
       const Vec<Compute> height = minimum(y2, load(group + 3 * V)) - maximum(y1, load(group + V));
-      // A negative width counts as 0, so that the product is not positive if the height is negative, too.
+      // A negative width is replaced by 0, because its product with a negative height would be positive.
       unsigned lanes = greater_bits(maximum(width, Vec<Compute>{}) * height, area_bound + load(group + 4 * V));
       for (; lanes != 0; lanes &= lanes - 1) {
         const int j = __builtin_ctz(lanes);
@@ -58,19 +58,19 @@ class KeptBoxes {
 
 constexpr double kNanosecondsPerGroup = 2.5;  // to compare a box with a group of kept boxes
 
-// Returns the number of values that n kept boxes take.
+// Returns the number of values that are stored for n kept boxes.
 template <class Compute>
 constexpr int64_t kept_size(int64_t n) {
   return round_up(n, kLanes<Compute>) * KeptBoxes<Compute>::kRows;
 }
 
-// Sets kept[i] = 1 for each box i of a class that is kept, for at most max_kept of its n boxes. All kept[i] must be 0
-// before the call.
+// Applies NMS to the n boxes of a class and keeps at most max_kept of them. Sets kept[i] = 1 for each kept box i. All
+// kept[i] must be 0 before the call.
 template <class Compute>
 void suppress_class(const BoundedBox<Compute>* boxes, int64_t n, Compute threshold, int64_t max_kept, uint8_t* kept,
                     Compute* memory) {
-  constexpr int64_t kBlock = 512;  // boxes
-  constexpr int64_t kTile = 32;    // groups; a tile fits in L1
+  constexpr int64_t kBlock = 512;  // in boxes
+  constexpr int64_t kTile = 32;    // in groups; a tile fits in the L1 cache
   KeptBoxes<Compute> kept_boxes(memory, threshold);
   uint8_t suppressed[kBlock];
   for (int64_t begin = 0; begin < n && kept_boxes.count() < max_kept; begin += kBlock) {
@@ -82,7 +82,7 @@ void suppress_class(const BoundedBox<Compute>* boxes, int64_t n, Compute thresho
           if (!suppressed[i])
             suppressed[i] = kept_boxes.suppress(boxes[begin + i], tile, std::min(tile + kTile, groups));
     });
-    const int64_t first = groups > 0 ? groups - 1 : 0;  // boxes that this block keeps are in this group or later ones
+    const int64_t first = groups > 0 ? groups - 1 : 0;  // the first group that can get boxes of this block
     for (int64_t i = 0; i < size && kept_boxes.count() < max_kept; ++i)
       if (!suppressed[i] && !kept_boxes.suppress(boxes[begin + i], first, kept_boxes.groups())) {
         kept_boxes.add(boxes[begin + i]);
@@ -93,10 +93,11 @@ void suppress_class(const BoundedBox<Compute>* boxes, int64_t n, Compute thresho
 
 template <class Compute>
 void suppress_classes(const NmsArgs<Compute>& a) {
-  // Large classes are processed one after the other, each by all threads; small classes are processed side by side.
+  // Large classes are processed one after another, each by all threads. Small classes are processed in parallel, each
+  // by one thread.
   constexpr int64_t kLarge = 4096;
   int64_t largest = 0;
-  double groups = 0;  // comparisons with groups in small classes, if half of the boxes are kept
+  double groups = 0;  // comparisons with groups in small classes, assuming that half of the boxes are kept
   std::vector<int64_t> small;
   const auto size = [&](int64_t c) { return a.classes[c].end - a.classes[c].begin; };
   const auto do_class = [&](int64_t c, Compute* memory) {

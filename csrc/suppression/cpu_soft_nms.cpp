@@ -1,7 +1,7 @@
-// soft_nms on the CPU: this file groups entries by class and puts the kept entries in order. cpu_soft_nms_kernel.h
+// soft_nms on the CPU: this file groups entries by class and sorts the kept entries by score. cpu_soft_nms_kernel.h
 // computes the decay of the scores.
 //
-// Fusing a multiplication with an addition would give different scores than on other processors and on CUDA.
+// If multiplications were fused with additions, the scores would differ from those on other processors and on CUDA.
 #pragma GCC optimize("fp-contract=off")
 
 #include "suppression/cpu_order.h"

@@ -1,10 +1,10 @@
-// soft_nms on the CPU: suppression by decay within a class, for each instruction set.
+// soft_nms on the CPU: suppression by decay within a class, compiled for each instruction set.
 //
 // Each step keeps the entry with the highest score and makes one pass over all other entries. The pass computes their
-// IoU with the kept entry, decays their scores, and finds the highest score for the next step. An entry whose score
-// falls to the threshold is removed. When the number of steps since the last compaction reaches a quarter of the stored
-// entries, the remaining entries are compacted. The kernel is bound by arithmetic: about 15 operations for a vector of
-// entries that do not intersect the kept entry, and in addition an exponential for a vector with an entry that does.
+// IoU with the kept entry, decays their scores, and finds the highest score for the next step. An entry is removed if
+// its score is no longer above the threshold. When the number of steps since the last compaction reaches a quarter of
+// the number of stored entries, the remaining entries are compacted. The kernel is bound by arithmetic. A vector of
+// entries takes about 15 operations, plus an exponential if one of the entries intersects the kept entry.
 
 #include "common/cpu/simd.h"
 #include "suppression/cpu_soft_nms_args.h"
@@ -25,7 +25,7 @@ struct SoftRows {
     return {broadcast(row(kX1)[i]), broadcast(row(kY1)[i]), broadcast(row(kX2)[i]), broadcast(row(kY2)[i])};
   }
 
-  // Returns the number of values that n entries take.
+  // Returns the number of values that are stored for n entries.
   static int64_t values_of(int64_t n) { return kRows * round_up(n, V); }
 
   Compute* values;
@@ -57,8 +57,8 @@ struct Best {
   }
 };
 
-// Computes the decay of the scores of the n entries of a class, whose `indices` ascend. Sets decayed[index] of each
-// kept entry to its final score.
+// Applies Soft-NMS to the n entries of a class, whose `indices` ascend. Sets decayed[index] of each kept entry to the
+// final score of the entry.
 template <class Compute>
 void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t n, const Compute* boxes,
                  const Compute* scores, Compute* decayed, SoftRows<Compute> rows) {
@@ -120,7 +120,7 @@ void decay_class(const SoftNmsArgs<Compute>& a, const uint32_t* indices, int64_t
 template <class Compute>
 void decay_classes(const SoftNmsArgs<Compute>& a) {
   int64_t largest = 0;
-  double work = 0;  // nanoseconds, if all entries are kept
+  double work = 0;  // nanoseconds, assuming that all entries are kept
   for (int64_t c = 0; c < a.num_classes; ++c) {
     const int64_t n = a.classes[c].end - a.classes[c].begin;
     largest = std::max(largest, n);

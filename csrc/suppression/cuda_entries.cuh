@@ -10,7 +10,8 @@ namespace relops {
 
 constexpr int kEntryThreads = 256;
 
-// Allocates arrays one after the other from one block of memory. Without memory, it only measures how much is needed.
+// Allocates arrays one after another from one block of memory. An Arena without memory only measures how much memory
+// the arrays need.
 class Arena {
  public:
   explicit Arena(void* memory = nullptr) : begin_(reinterpret_cast<uintptr_t>(memory)) {}
@@ -27,8 +28,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Returns memory for all arrays that allocate_arrays(Arena&) allocates. The function is called twice: first to measure
-// the size, then to set the pointers of the arrays.
+// Returns memory for all arrays that allocate_arrays(Arena&) allocates. allocate_arrays is called twice: first to
+// measure the size, then to set the pointers to the arrays.
 template <class F>
 Tensor allocate_memory(const Tensor& like, F allocate_arrays) {
   Arena measuring;
@@ -39,8 +40,7 @@ Tensor allocate_memory(const Tensor& like, F allocate_arrays) {
   return memory;
 }
 
-// Buffers for sorting n pairs of a key and a value. sort() writes the sorted keys to `sorted` and their values to
-// `order`.
+// Buffers for sorting n key-value pairs. sort() writes the sorted keys to `sorted` and their values to `order`.
 template <class Key>
 struct SortBuffers {
   Key *keys, *sorted;
@@ -65,7 +65,7 @@ struct SortBuffers {
   }
 };
 
-// Returns the number of bits that the numbers [0, values) need.
+// Returns the number of bits needed to represent the integers in [0, values).
 inline int bits_of(int64_t values) {
   int bits = 1;
   while (int64_t{1} << bits < values) ++bits;
@@ -95,8 +95,8 @@ inline const int32_t* sort_by_image(const NmsProblem& p, const int32_t* order, S
   return buffers.order;
 }
 
-// Sets keys[i] to the class of entry order[i], or of entry i if order is null, with its sign bit inverted, so that the
-// unsigned keys have the order of the signed classes. Sets values[i] to i.
+// Sets keys[i] to the class of entry order[i], or of entry i if order is null, and sets values[i] to i. The sign bit of
+// the class is inverted, so the unsigned keys have the same order as the signed classes.
 static __global__ __launch_bounds__(kEntryThreads) void class_keys_kernel(int64_t n, const int64_t* idxs,
                                                                           const int32_t* order, uint64_t* keys,
                                                                           int32_t* values) {
@@ -111,15 +111,16 @@ struct Span {
   int begin, end;
 };
 
-// Sets spans[i] to the span of the class of position i. `classes` must be sorted within each image, which has K
-// positions. If longest is not null, *longest is raised to the length of the longest span.
+// Sets spans[i] to the span of the class at position i. Each image has K positions, and `classes` must be sorted within
+// each image. If `longest` is not null, *longest must be 0 before the call and is set to the length of the longest
+// span.
 static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, int K, const int64_t* classes,
                                                                      Span* spans, int* longest) {
   const int64_t i = thread_index();
   if (i >= n) return;
   const int first = static_cast<int>(i) / K * K;
-  // Returns the first position of [low, high) whose class is at least that of position i (or_equal: greater than it),
-  // or high if there is none.
+  // Returns the first position in [low, high) whose class is at least the class at position i or, if or_equal, greater
+  // than it. Returns high if no position satisfies this.
   const auto search = [&](int low, int high, bool or_equal) {
     while (low < high) {
       const int middle = low + (high - low) / 2;
@@ -135,10 +136,10 @@ static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, 
   if (longest != nullptr && span.begin == i) atomicMax(longest, span.end - span.begin);
 }
 
-// Copies a number from the device to the host. Only ops whose output size depends on the data synchronize, and only
-// here.
+// Copies the number of kept entries from the device to the host. Only ops whose output size depends on the data wait
+// for the device, and they do so only in this function.
 inline int64_t read_count(const Tensor& count) {
-  // The handle of a default stream does not name a device: it means the default stream of the current device.
+  // The handle of a default stream does not identify a device. It refers to the default stream of the current device.
   const torch::stable::accelerator::DeviceGuard guard(count.get_device_index());
   const cudaStream_t stream = current_stream(count.get_device_index());
   cudaStreamCaptureStatus capture;

@@ -1,18 +1,19 @@
-// nms, batched_nms and nms_padded on CUDA: greedy suppression without the N x N matrix of bits and without the host.
+// nms, batched_nms and nms_padded on CUDA: greedy suppression that needs neither an N x N bit matrix nor the host.
 //
-// Entries are sorted by score, then by class (two stable radix sorts), so that a class is a span of positions. A span
-// is processed in chunks of 1024 boxes. Round r processes chunk r of every span in three launches:
+// Entries are sorted by score, then by class (two stable radix sorts), so each class occupies a contiguous span of
+// positions. A span is processed in chunks of 1024 boxes. Round r processes chunk r of every span in three launches:
 //
-// - suppress: compares every box from chunk r on with the boxes that chunk r - 1 kept. Each thread has one box and
-//   stops at the first kept box that suppresses it. Kept boxes are broadcast to the threads. The launch is bound by
-//   arithmetic: it compares all N x kept / 2 pairs.
-// - mask: finds which later boxes of its chunk each box would suppress, and stores one bit for each. Each warp has one
-//   box.
-// - resolve: decides in the order of descending score which boxes of each chunk are kept, with one block per chunk and
-//   64 boxes at a time. Bits in registers tell which of the 64 boxes are kept. Then the mask rows of the kept boxes
-//   mark later boxes as suppressed. The launch is bound by latency: 16 steps of about a microsecond.
+// - suppress: compares the boxes of chunk r and of all later chunks with the boxes kept from chunk r - 1. Each thread
+//   processes one box and stops at the first kept box that suppresses it. Kept boxes are broadcast to the threads. This
+//   launch is bound by arithmetic: all rounds together compare about N/2 pairs per kept box.
+// - mask: finds, for each box, the later boxes of the same chunk that it would suppress, and stores one bit per pair of
+//   boxes. Each warp processes one box.
+// - resolve: decides which boxes of each chunk are kept, in the order of descending score, with one block per chunk. A
+//   step decides about 64 boxes, whose state is stored as bits in registers. Then it marks as suppressed all later
+//   boxes whose bits are set in the mask rows of the kept boxes. This launch is bound by latency: 16 steps of about a
+//   microsecond.
 //
-// The number of rounds is that of the longest possible span, because the host does not know the spans.
+// The host does not know the lengths of the spans, so it launches as many rounds as the longest possible span needs.
 
 #include "suppression/cuda_entries.cuh"
 
@@ -23,7 +24,7 @@ namespace {
 constexpr int kChunk = 1024, kWords = kChunk / 64;
 constexpr unsigned kMaxBlocks = 4096;  // limit for launches in which most positions are not part of the round
 
-// Boxes and area bounds are in separate arrays, so that a box is one or two loads of 16 bytes.
+// Boxes and area bounds are in separate arrays, so a box is loaded with one or two 16-byte loads.
 template <class Compute>
 struct BoxArray {
   struct alignas(16) Aligned {
@@ -52,27 +53,28 @@ struct NmsParams {
   Compute threshold;
 
   const Compute* boxes;   // [n,4]
-  const int32_t* ranked;  // [n]: entries by image and descending score, with invalid ones at the end of each image
-  const int32_t* rank;  // [n]: index into `ranked` of each position; null without classes, when it equals the position
-  const int64_t* idxs;  // [n]: class of each entry
+  const int32_t* ranked;  // [n]: entries by image, then by descending score; invalid entries are last in each image
+  const int32_t* rank;    // [n]: index into `ranked` of each position; null without classes (then, it is the position)
+  const int64_t* idxs;    // [n]: class of each entry
   const int64_t* class_of;   // [n]: class of each position
   Span* spans;               // [n]: span of each position; only with classes
   const int* longest;        // length of the longest span; only with classes
   BoxArray<Compute> sorted;  // [n]: box of each position
-  BoxArray<Compute> kept;    // [n]: boxes that a chunk keeps, from the first position of the chunk on
-  int32_t* kept_count;       // [n]: number of boxes that the chunk beginning at each position keeps
+  BoxArray<Compute> kept;    // [n]: kept boxes of each chunk, beginning at its first position
+  int32_t* kept_count;       // [n]: number of kept boxes of the chunk that begins at each position
   uint8_t* suppressed;       // [n]: whether the entry of each position is suppressed or invalid
-  uint8_t* is_kept;          // [n]: whether the entry of each rank is kept
-  uint64_t* mask;            // [slots,kWords]: bit j of a box's row: whether the box would suppress box j of its chunk
+  uint8_t* is_kept;          // [n]: whether entry ranked[i] is kept
+  uint64_t* mask;            // [slots,kWords]: bit j of a box's row is set if the box would suppress box j of its chunk
 
-  // The host launches the number of rounds for the longest possible span; rounds past the longest span do nothing.
+  // The host launches enough rounds for the longest possible span. Rounds that no span needs do nothing.
   __device__ bool finished() const { return by_class && round * kChunk >= *longest; }
   __device__ Span span(int position) const {
     if (by_class) return spans[position];
     const int begin = position / K * K;
     return {begin, begin + K};
   }
-  // Returns the mask row of a position. Without classes, the chunks of a round are known, and only they have rows.
+  // Returns the index of the mask row of a position. Without classes, the host knows the chunks of a round, so the mask
+  // has rows only for these chunks.
   __device__ int64_t slot(int position) const {
     return by_class ? position : int64_t{position / K} * min(K, kChunk) + (position - position / K * K) % kChunk;
   }
@@ -99,7 +101,7 @@ __global__ __launch_bounds__(kEntryThreads) void nms_keys_kernel(int64_t n, cons
   values[i] = static_cast<int32_t>(i);
 }
 
-// Gathers the boxes and the classes of the positions.
+// Gathers the box and the class of each position.
 template <class Compute, class S>
 __global__ __launch_bounds__(kEntryThreads) void nms_gather_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                    const S* scores, S score_threshold,
@@ -191,7 +193,7 @@ __device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, u
   }
   __syncthreads();
   for (int w = 0; w < words; ++w) {
-    // The rows of suppressed boxes were not written. Their values are read here, but not used.
+    // The mask rows of suppressed boxes are uninitialized. They are read here, but not used.
     const int low = 64 * w + lane, high = low + 32;
     const uint64_t* low_row = p.mask + p.slot(chunk + min(low, size - 1)) * kWords;
     const uint64_t* high_row = p.mask + p.slot(chunk + min(high, size - 1)) * kWords;
@@ -237,7 +239,7 @@ __device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, u
 constexpr int kResolveThreads = 256;
 static_assert(2 * (kResolveThreads / 32) >= kWords - 1);
 
-// Each block resolves the chunks that begin at one of its positions. It has one position per thread.
+// A block has one position per thread and resolves the chunks that begin at one of these positions.
 template <class Compute>
 __global__ __launch_bounds__(kResolveThreads) void nms_resolve_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                       PositionRange range) {
@@ -264,7 +266,7 @@ __global__ __launch_bounds__(kResolveThreads) void nms_resolve_kernel(const __gr
 
 constexpr int kCompactThreads = 1024, kFlags = 4;
 
-// Writes at most max_output kept entries of each image in the order of their rank. Each block processes one image.
+// Writes at most max_output kept entries of each image, in the order of `ranked`. Each block processes one image.
 template <class Compute>
 __global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __grid_constant__ NmsParams<Compute> p,
                                                                       int64_t max_output, int64_t* keep,
@@ -372,7 +374,7 @@ Kept suppress(const NmsProblem& problem, int64_t max_output) {
     }
   }
   for (p.round = 0; int64_t{p.round} * kChunk < K && B > 0; ++p.round) {
-    // Without classes, the host knows the positions of the chunks of the round.
+    // Without classes, the host knows the positions of this round's chunks.
     const int first = by_class ? 0 : p.round * kChunk, rest = p.K - first;
     const PositionRange later{first, rest}, chunk{first, by_class ? rest : std::min(rest, kChunk)};
     if (p.round > 0) {

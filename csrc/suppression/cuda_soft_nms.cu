@@ -1,9 +1,9 @@
 // soft_nms on CUDA: suppression by decay, with one block per class.
 //
 // In each step, the threads of the block together find the entry with the highest score. Then each thread decays the
-// scores of its own entries and looks for the next highest score in the same pass. A step has one barrier. The
-// kernel is bound by the latency of the barrier and of the exchange between warps, about 0.3 us, because steps cannot
-// overlap. Scores are computed as on the CPU, bit for bit.
+// scores of its own entries and looks for the next highest score in the same pass. A step has one barrier. Steps cannot
+// overlap, so the kernel is bound by the latency of the barrier and of the exchange between warps, about 0.3 us per
+// step. The scores are bitwise identical to those on the CPU.
 
 #include "suppression/cuda_entries.cuh"
 #include "suppression/soft_nms.h"
@@ -26,8 +26,8 @@ struct SoftNmsParams {
   const Compute* scores;   // [n]
   const int32_t* grouped;  // [n]: entry of each position, sorted by image and class; null if there are no classes
   const Span* spans;       // [n]: span of each position; null if there are no classes
-  Compute* pending;        // [n]: score of each position whose entry may still be kept, else 0
-  Compute* decayed;        // [n]: score of each entry that is kept, else 0
+  Compute* pending;        // [n]: score at each position if the entry may still be kept, else 0
+  Compute* decayed;        // [n]: final score of each entry that is kept, else 0
 
   __device__ int64_t entry(int64_t position) const { return grouped == nullptr ? position : grouped[position]; }
   __device__ Box<Compute> box(int64_t position) const {
@@ -77,7 +77,8 @@ __device__ void decay_class(const SoftNmsParams<Compute>& p, Span span, Best<Com
   }
   for (int step = 0;; step ^= 1) {
     best.reduce(32);
-    // Steps use two buffers in turn, because a warp may be one step ahead of a warp that still reads.
+    // Two buffers alternate, because a warp may write its result of a step while another warp still reads the results
+    // of the previous step.
     if (lane == 0) bests[step][warp] = best;
     __syncthreads();
     best = bests[step][lane % kWarps];
@@ -135,8 +136,8 @@ __global__ __launch_bounds__(kEntryThreads) void soft_nms_keys_kernel(int64_t n,
   values[i] = static_cast<int32_t>(i);
 }
 
-// Writes the results. `ranked` holds the entries by image and descending score, with those that are not kept at the end
-// of each image.
+// Writes the results. `ranked` holds the entries, sorted by image and then by descending score. Entries that are not
+// kept are last in each image.
 template <class Compute>
 __global__ __launch_bounds__(kEntryThreads) void soft_nms_output_kernel(int64_t n, int K, const Compute* decayed,
                                                                         const int32_t* ranked, int64_t* keep,
@@ -200,8 +201,8 @@ SoftKept suppress(const SoftNmsProblem& problem) {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     p.spans = spans;
   }
-  // With classes, a block has few positions, so that it does not process many small classes. Without classes, a block
-  // processes one image.
+  // With classes, a block has only a few positions, because it would otherwise process many small classes one after
+  // another. Without classes, a block processes one image.
   const int block_positions = by_class ? 64 : p.K;
   const unsigned decay_blocks = grid_size(problem.op, ceil_div(n, block_positions));
   soft_nms_decay_kernel<Compute><<<decay_blocks, kDecayThreads, 0, stream>>>(p, block_positions);

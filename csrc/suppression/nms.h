@@ -1,8 +1,8 @@
-// nms, batched_nms and nms_padded: code that the CPU and CUDA kernels share. It contains the order of scores, the ops
-// with the signatures of library.cpp, and NmsProblem, which checks and describes a call of any of these ops. soft_nms
-// uses the order of scores and NmsProblem, too.
+// nms, batched_nms and nms_padded: code that the CPU and CUDA kernels share. It contains the sort key of a score, the
+// functions that implement the schemas of library.cpp, and NmsProblem, which describes a call of one of these ops and
+// checks its arguments. soft_nms also uses the sort key and NmsProblem. An entry is a box with its score and its class.
 //
-// These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
+// The checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
 // relops/ops/_suppression.py raises the errors that are meant for users.
 #pragma once
 
@@ -21,16 +21,16 @@
 
 namespace relops {
 
-// The key of a score is an unsigned integer of the same width.
+// The type of the sort key of a score: an unsigned integer of the same width.
 template <class S>
 using ScoreKey = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
 
-// The key of an invalid entry. No score has this key.
+// The sort key of an invalid entry. No score has this key.
 template <class S>
 constexpr ScoreKey<S> kInvalidKey = ~ScoreKey<S>{0};
 
-// Returns the key of a score. Higher scores have lower keys, and equal scores have equal keys, 0 and -0 included. The
-// score must not be NaN.
+// Returns the sort key of a score, which must not be NaN. Higher scores have lower keys. Equal scores, including 0 and
+// -0, have equal keys.
 template <class S>
 RELOPS_HOST_DEVICE inline ScoreKey<S> score_key(S score) {
   constexpr ScoreKey<S> kSign = ScoreKey<S>{1} << (8 * sizeof(S) - 1);
@@ -40,8 +40,8 @@ RELOPS_HOST_DEVICE inline ScoreKey<S> score_key(S score) {
   return bits & kSign ? bits : bits ^ ~kSign;
 }
 
-// Whether an entry is valid: its coordinates are finite, and its score is above the threshold and not NaN. A threshold
-// of NaN means that there is no threshold.
+// Returns whether an entry is valid: its coordinates must be finite, and its score must be above the threshold and not
+// NaN. A threshold of NaN means that there is no threshold.
 template <class Compute, class S>
 RELOPS_HOST_DEVICE inline bool is_valid(const Compute* box, S score, S score_threshold) {
   for (int i = 0; i < 4; ++i)
@@ -49,10 +49,10 @@ RELOPS_HOST_DEVICE inline bool is_valid(const Compute* box, S score, S score_thr
   return score == score && !(score <= score_threshold);
 }
 
-// A box and its area bound, which is t / (1 + t) times its area, minus a margin for the rounding of the bound and of
-// intersections. Except for rounding, IoU > t is equivalent to intersection > t / (1 + t) (area_a + area_b). Therefore,
-// if the intersection of two boxes is not larger than the sum of their area bounds, neither box suppresses the other.
-// If it is larger, suppresses() decides.
+// A box and its area bound. If t is the IoU threshold, the area bound is t / (1 + t) times the area of the box, minus a
+// margin for rounding errors of the bound and of intersections. Except for rounding, IoU > t is equivalent to
+// intersection > t / (1 + t) (area_a + area_b). Therefore, if the intersection of two boxes is not larger than the sum
+// of their area bounds, neither box suppresses the other. If the intersection is larger, suppresses() decides.
 template <class Compute>
 struct BoundedBox {
   Box<Compute> box;
@@ -68,7 +68,7 @@ RELOPS_HOST_DEVICE inline BoundedBox<Compute> with_area_bound(const Box<Compute>
   return {box, larger(area_bound, Compute(0))};
 }
 
-// Whether one of the two boxes suppresses the other if it is kept.
+// Returns whether either of two boxes, if it is kept, suppresses the other.
 template <class Compute>
 RELOPS_HOST_DEVICE inline bool suppresses(const Box<Compute>& a, const Box<Compute>& b, Compute threshold) {
   return iou(area(a), area(b), intersection(a, b)) > threshold;
@@ -126,7 +126,7 @@ struct Kept {
     return torch::stable::new_empty(like, shape, ScalarType::Long);
   }
 
-  Tensor keep;   // [B,max_output]: for each image, the indices of the kept entries, followed by -1
+  Tensor keep;   // [B,max_output]: for each image, the indices of the kept entries, padded with -1
   Tensor count;  // [B]: for each image, the number of kept entries
 };
 
@@ -140,7 +140,7 @@ void dispatch_boxes_and_scores(const NmsProblem& p, F f) {
     wide_scores ? f(Type<float>{}, Type<double>{}) : f(Type<float>{}, Type<float>{});
 }
 
-// The ops with the signatures of library.cpp. They call two functions of a device:
+// The functions that implement the schemas of library.cpp. They call two functions, which every device defines:
 //   Kept suppress(const NmsProblem&, int64_t max_output) and
 //   int64_t read(const Tensor& count), which waits for the device.
 template <auto kSuppress, auto kRead>

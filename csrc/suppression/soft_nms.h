@@ -1,14 +1,14 @@
-// soft_nms: code that the CPU and CUDA kernels share. It contains the op with the signature of library.cpp, its checks,
-// and the factor by which a score decays.
+// soft_nms: code that the CPU and CUDA kernels share. It contains the function that implements the schema of
+// library.cpp, its argument checks, and the factor by which a score decays.
 #pragma once
 
 #include "suppression/nms.h"
 
 namespace relops {
 
-// Returns e^x for x <= 0, to about 1 unit in the last place, or 0 if e^x is below the normal range. F is Compute or a
-// vector of Compute, and I is the integer or the vector of integers of the same size. Unlike the exponential functions
-// of math libraries, this function returns the same bits on every device.
+// Returns e^x for x <= 0 with an error of about 1 unit in the last place, or 0 if e^x is below the normal range. F is
+// Compute or a vector of Compute, and I is the integer or vector of integers of the same size. Unlike the exponential
+// functions of math libraries, this function returns the same bits on every device.
 template <class Compute, class I, class F>
 RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
   constexpr bool kDouble = sizeof(Compute) == 8;
@@ -23,7 +23,7 @@ RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
   const F none{}, one = none + Compute(1);
   const auto under = x < kLowest;
   x = under ? none : x;
-  // Adding 1.5 * 2^m, where m is the number of mantissa bits, rounds to an integer n and puts it in the low bits.
+  // Adding 1.5 * 2^m, where m is the number of mantissa bits, rounds to an integer n and leaves it in the low bits.
   const F shifted = product(x, none + Compute(1.44269504088896340736)) + kShift, n = shifted - kShift;
   const F r = (x - product(n, none + kLn2High)) - product(n, none + kLn2Low);
   F sum = one;  // 1 + r (1 + r / 2 (1 + r / 3 (..)))
@@ -39,7 +39,7 @@ RELOPS_HOST_DEVICE_INLINE F exp_of_nonpositive(F x) {
   return under ? none : product(sum, power);
 }
 
-// The decay of an entry's score, given its IoU with a kept entry.
+// Computes the factor by which the score of an entry decays, given the IoU of the entry with a kept entry.
 template <class Compute>
 struct Decay {
   bool gaussian;
@@ -77,14 +77,15 @@ struct SoftNmsProblem : NmsProblem {
   double sigma;
 };
 
-// keep and count are those of Kept, with max_output = K. scores [B,K] has the scores of the kept entries, then zeros.
+// keep and count are as in Kept, with max_output = K. scores [B,K] has the scores of the kept entries, padded with
+// zeros.
 struct SoftKept : Kept {
   explicit SoftKept(const NmsProblem& p) : Kept(p, p.K), scores(torch::stable::empty_like(p.scores)) {}
 
   Tensor scores;
 };
 
-// The op with the signature of library.cpp. It calls two functions of a device:
+// The function that implements the schema of library.cpp. It calls two functions, which every device defines:
 //   SoftKept suppress(const SoftNmsProblem&) and
 //   int64_t read(const Tensor& count), which waits for the device.
 template <auto kSuppress, auto kRead>

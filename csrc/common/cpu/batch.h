@@ -1,8 +1,8 @@
-// Several vectors that go through the same operations side by side. In a chain of dependent operations, each operation
-// waits for the previous one. If several chains advance together, step by step, the processor need not look far ahead
-// to find an operation that is ready.
+// A batch of vectors to which the same operations are applied. In a chain of dependent operations, each operation waits
+// for the previous one. If the operations of several vectors are interleaved, the processor does not have to look far
+// ahead to find one that is ready.
 //
-// Vector is a vector of any instruction set (Vec<Compute> of common/cpu/simd.h), so every function here must be
+// Vector is the type Vec<Compute> (common/cpu/simd.h) of any instruction set, so every function of this file must be
 // inlined.
 #pragma once
 

@@ -1,14 +1,15 @@
-// Compiles the file named by RELOPS_KERNEL once per instruction set, each time in a namespace of its own:
+// Compiles the file named by RELOPS_KERNEL once per instruction set, each time in a different namespace:
 //
 //   #define RELOPS_KERNEL "<family>/cpu_kernel.h"
 //   #include "common/cpu/foreach_isa.h"
 //   ...
 //   RELOPS_CALL_ISA(kernel<float>, arguments);
 //
-// The kernel file and its pieces (cpu_*.h of its family) include common/cpu/simd.h and define everything in namespace
-// relops::RELOPS_ISA. A piece has an include guard, which the kernel file undefines at its end. Every other header that
-// they include must have been included before, outside of the sections that are compiled per instruction set.
-// kernel_includes.h includes the headers that most kernels need.
+// The kernel file may be divided into several headers, such as regions/cpu_bands.h. All these files include
+// common/cpu/simd.h and define everything in namespace relops::RELOPS_ISA. Each header has an include guard, which the
+// kernel file undefines at its end. All other headers that these files include must already have been included, outside
+// of the sections that are compiled once per instruction set. kernel_includes.h includes the headers that most kernels
+// need.
 
 #include "common/cpu/kernel_includes.h"
 

@@ -1,4 +1,4 @@
-// Chooses the instruction set by what the processor supports and by the environment variable RELOPS_CPU_ISA.
+// Chooses the instruction set according to the processor and the environment variable RELOPS_CPU_ISA.
 
 #include "common/cpu/isa.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 Isa supported() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  // These checks must name every feature that foreach_isa.h turns on.
+  // These checks must include every feature that foreach_isa.h enables.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

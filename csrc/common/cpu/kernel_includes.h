@@ -1,6 +1,6 @@
 // The headers that CPU kernels use. foreach_isa.h includes this file before it compiles the kernels, because the code
-// of these headers must not be compiled for an instruction set that the processor may lack. simd.h includes it too, so
-// that an editor can parse a kernel file alone.
+// of these headers must not be compiled for an instruction set that the processor may lack. simd.h also includes this
+// file, so an editor can parse a kernel file on its own.
 #pragma once
 
 #if defined(__x86_64__)

@@ -1,16 +1,16 @@
-// Vectors of one instruction set, for kernel files. foreach_isa.h compiles this file once per instruction set and
-// undefines the include guard each time.
+// SIMD vectors for kernel files. foreach_isa.h compiles this file once per instruction set and undefines the include
+// guard each time.
 //
 // Vec<Compute> holds kLanes<Compute> values of the compute type Compute (float or double) in the widest register of the
-// instruction set. Arithmetic, comparisons and ?: on it are the compiler's own (GCC vector extensions). Features stored
-// in 16 bits are converted when they are loaded and stored.
+// instruction set. Arithmetic, comparisons and ?: on a Vec are built into the compiler (GCC vector extensions). 16-bit
+// features are converted when they are loaded or stored.
 
 #ifndef RELOPS_SIMD
 #define RELOPS_SIMD
 
 #include "common/cpu/kernel_includes.h"
 
-#ifndef RELOPS_ISA  // foreach_isa.h defines it; this default lets an editor parse a kernel file alone
+#ifndef RELOPS_ISA  // foreach_isa.h defines it; this default lets an editor parse a kernel file on its own
 #define RELOPS_ISA baseline
 #define RELOPS_VECTOR_BYTES 16
 #endif
@@ -41,7 +41,8 @@ struct VecTypes<double> {
 
 template <class Compute>
 using Vec = typename VecTypes<Compute>::Float;
-// Integers are as wide as Compute, so that a comparison of two Vec<Compute> is a mask for either type of vector.
+// The integers are as wide as Compute, so a comparison of two Vec<Compute> is a mask for both Vec<Compute> and
+// VecInt<Compute>.
 template <class Compute>
 using VecInt = typename VecTypes<Compute>::Int;
 template <class Compute>
@@ -97,7 +98,7 @@ inline void store(BFloat16* p, Vec<float> v) {
 
 #if RELOPS_VECTOR_BYTES == 64
 inline Vec<float> load(const Half* p) {
-  // The form without maskz makes GCC 12 warn of an uninitialized operand in its own header.
+  // The intrinsic without maskz makes GCC 12 warn about an uninitialized operand in one of GCC's own headers.
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store(Half* p, Vec<float> v) {
@@ -122,7 +123,7 @@ inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// Loads the first n values at p and sets the other lanes to zero. Nothing past the n values is read.
+// Loads the first n values at p and sets the other lanes to zero. Nothing past these n values is read.
 template <class T>
 inline Vec<ComputeType<T>> load_first(const T* p, int64_t n) {
   if (n >= kLanes<ComputeType<T>>) return load(p);
@@ -170,8 +171,8 @@ inline void convert(const From* src, To* dst, int64_t n) {
   for (int64_t j = i; j < n; ++j) dst[j] = out[j - i];
 }
 
-// Returns the vector whose lane j is f(j). It is built from an initializer, which the compiler turns into a constant.
-// If a loop assigned the lanes, the compiler might insert them one by one at run time.
+// Returns the vector whose lane j is f(j). The vector is built from an initializer list, which the compiler turns into
+// a constant. With a loop that assigns the lanes, the compiler might insert them one by one at run time.
 template <class Compute, class F, size_t... J>
 inline VecInt<Compute> lanes(F f, std::index_sequence<J...>) {
   return VecInt<Compute>{f(static_cast<Int<Compute>>(J))...};
@@ -181,8 +182,8 @@ inline VecInt<Compute> lanes(F f) {
   return lanes<Compute>(f, std::make_index_sequence<kLanes<Compute>>{});
 }
 
-// Lane j of the result is the sum of the lanes of v[j]. Each level adds halves of two vectors into one vector, so that
-// V sums cost V - 1 additions instead of V log2(V).
+// Returns a vector whose lane j is the sum of the lanes of v[j]. Each round adds pairs of shuffled vectors and halves
+// the number of vectors, so V sums cost V - 1 vector additions instead of V log2(V).
 template <class Compute, int kDistance = kLanes<Compute> / 2>
 inline Vec<Compute> transpose_sum(Vec<Compute>* v) {
   if constexpr (kDistance == 0) {
@@ -199,7 +200,7 @@ inline Vec<Compute> transpose_sum(Vec<Compute>* v) {
   }
 }
 
-// Transposes v: v[i][j] becomes v[j][i]. Each of log2(V) rounds exchanges blocks of lanes between vectors that are
+// Transposes v: v[i][j] becomes v[j][i]. Each of the log2(V) rounds exchanges blocks of lanes between vectors that are
 // kDistance apart.
 template <class Compute, int kDistance = kLanes<Compute> / 2>
 inline void transpose(Vec<Compute>* v) {
@@ -256,7 +257,7 @@ inline unsigned mask_bits(VecInt<Compute> mask) {
 // minimum and maximum return their second operand if either operand is NaN.
 inline Vec<float> minimum(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
 inline Vec<double> minimum(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
-// maximum uses intrinsics, because GCC does not turn a comparison with a constant and a selection into one instruction.
+// maximum uses intrinsics, because if b is a constant, GCC does not compile a > b ? a : b to a single instruction.
 #if RELOPS_VECTOR_BYTES == 64
 inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
@@ -272,8 +273,8 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 #endif
 
-// Returns the bit mask of the lanes in which a > b. It uses an intrinsic, because GCC converts the result of a
-// comparison to a vector mask and then back to a bit mask.
+// Returns the bit mask of the lanes in which a > b. For AVX-512, an intrinsic is used, because GCC would convert the
+// result of a > b to a vector mask and then back to a bit mask.
 inline unsigned greater_bits(Vec<float> a, Vec<float> b) {
 #if RELOPS_VECTOR_BYTES == 64
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
@@ -298,7 +299,7 @@ inline unsigned equal_bits(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Splits the pairs (p[0], p[1]), (p[2], p[3]), .. into their first and their second elements.
+// Loads the pairs (p[0], p[1]), (p[2], p[3]), .. and separates their first elements from their second elements.
 template <class Compute>
 inline void load_pairs(const Compute* p, Vec<Compute>& first, Vec<Compute>& second) {
   const Vec<Compute> low = load(p), high = load(p + kLanes<Compute>);
@@ -327,7 +328,7 @@ RELOPS_HOST_DEVICE_INLINE Batch<Compute, N> batch(F f) {
 }
 
 // Divides `lanes` lanes into batches and calls f(k, count) for each batch, which has `count` vectors and begins at lane
-// k. count is N while at least N whole vectors remain, then 1.
+// k. count is N while at least N full vectors remain, then 1.
 template <class Compute, int N, class F>
 RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
   int64_t k = 0;
@@ -335,13 +336,14 @@ RELOPS_HOST_DEVICE_INLINE void for_batches(int64_t lanes, F f) {
   for (; k < lanes; k += kLanes<Compute>) f(k, std::integral_constant<int, 1>{});
 }
 
-// Computes e^x to about 1 unit in the last place. x must not be so large that e^x overflows. NaN stays NaN. In float,
-// results below the normal range are inexact down to x = -87.7 and 0 for smaller x.
+// Computes e^x with an error of about 1 unit in the last place. x must not be so large that e^x overflows. NaN stays
+// NaN. In float, results below the normal range are inexact, and they are 0 for x < -87.7.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential(Batch<float, N> x) {
   // At x = -88, the power of two that is computed below has the exponent field 0 and is therefore 0.
   x = batch<float, N>([&](int i) { return maximum(broadcast(-88.0f), x.v[i]); });
-  // Adding 1.5 * 2^23 + 127 rounds to the nearest integer and puts it in the low bits, biased like an exponent.
+  // Adding 1.5 * 2^23 + 127 rounds to the nearest integer and leaves it in the low bits, with the bias of a float
+  // exponent.
   constexpr float kRounder = 12582912.0f + 127;
   const Batch<float, N> shifted = x * 1.44269504f + kRounder, n = shifted - kRounder;
   const Batch<float, N> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -356,8 +358,8 @@ inline Batch<double, N> exponential(Batch<double, N> x) {
   return x;
 }
 
-// Computes e^x for x <= 0 with an absolute error of at most 1.5e-7, which suffices for a softmax. It takes two thirds
-// of the operations of exponential(). The relative error of small results grows in proportion to -x, because x times
+// Computes e^x for x <= 0 with an absolute error of at most 1.5e-7, which suffices for a softmax. This takes two thirds
+// as many operations as exponential(). The relative error of small results grows in proportion to -x, because x times
 // log2(e) is rounded once.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential_of_softmax(Batch<float, N> x) {

@@ -26,7 +26,7 @@ constexpr I round_up(I n, I multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Uninitialized memory for a thread's own use, aligned to a cache line.
+// Uninitialized memory for one thread, aligned to cache lines.
 class Scratch {
  public:
   template <class X>
@@ -51,24 +51,24 @@ inline void use_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-// Returns how many threads to use for work that would take one thread `nanoseconds`. The caller estimates this time to
-// a factor of two. If all cores are busy, another thread begins only at the end of a scheduler's time slice,
-// milliseconds later. A small amount of work therefore stays on one thread, however many items it has. Results must not
-// depend on the number of threads.
+// Returns how many threads to use for work that would take one thread `nanoseconds`. The caller's estimate of this time
+// should be right to within a factor of two. If all cores are busy, an additional thread starts only at the end of a
+// scheduler's time slice, milliseconds later. A small amount of work therefore stays on one thread, no matter how many
+// items it has. Results must not depend on the number of threads.
 inline int64_t threads_for(double nanoseconds) {
   constexpr double kNanosecondsPerThread = 50e3;
   const double threads = std::round(nanoseconds / kNanosecondsPerThread);
   return threads < 2 ? 1 : static_cast<int64_t>(std::min<double>(threads, torch::stable::get_num_threads()));
 }
 
-// Returns the number of vectors that `values` values fill, for estimates of the work.
+// Returns the number of vectors that hold `values` values, for estimates of the work.
 template <class Compute>
 double vectors_of(double values) {
   return values * sizeof(Compute) / vector_bytes(isa());
 }
 
-// Each thread makes its own worker with make() and calls worker(item) for one item at a time, so that items of unequal
-// cost are spread evenly. The result of an item must not depend on which thread computes it.
+// Each thread creates its own worker with make(). It then gets one item at a time and calls worker(item), so items of
+// unequal cost are spread evenly. The result of an item must not depend on which thread computes it.
 template <class Make>
 void for_each_item(int64_t items, int64_t threads, const Make& make) {
   const int64_t workers = std::min(items, threads);

@@ -1,4 +1,5 @@
-// Functions that all CUDA ops use: device guard and stream, wide loads, reductions to memory, launch arithmetic.
+// Functions that all CUDA ops use: the current stream, grid sizes, wide loads, atomic additions, and reductions over
+// lanes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,16 +19,16 @@
 
 namespace relops {
 
-// Returns torch's current stream on the device. (stable::accelerator gives access to the native handle only from torch
-// 2.13 on.)
+// Returns torch's current stream on the device. (stable::accelerator provides the native handle only in torch 2.13 and
+// later.)
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
-// Returns the tensor if it is contiguous and aligned to 16 bytes, otherwise a copy that is. A view with an offset may
-// be unaligned.
+// Returns the tensor if it is contiguous and aligned to 16 bytes, otherwise a contiguous and aligned copy. A view with
+// a storage offset may be unaligned.
 inline torch::stable::Tensor aligned(const torch::stable::Tensor& tensor) {
   const torch::stable::Tensor dense = torch::stable::contiguous(tensor);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
@@ -47,9 +48,9 @@ struct alignas(sizeof(T) * V) Pack {
   T x[V];
 };
 
-// Loads a Pack<T, V> from p if `active`; otherwise returns zeros. p is read through the read-only path, so nothing may
-// write to it during the launch. The load is predicated, because a branch would keep the compiler from having several
-// loads in flight.
+// Loads a Pack<T, V> from p if `active`; otherwise returns zeros. The load is non-coherent (ld.global.nc), so nothing
+// may write to the memory at p while the kernel runs. The load is predicated, because with a branch, the compiler would
+// not issue several loads before it waits for the first.
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool active = true) {
   constexpr int kBytes = sizeof(T) * V;
@@ -96,8 +97,8 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
-// Adds x[0..V) to p[0..V) if `active`. Each element is added atomically, and no sum is read back. Hopper adds four
-// floats in one instruction, for which p must be aligned to 16 bytes.
+// Adds x[0..V) to p[0..V) if `active`. Each addition is atomic and does not return the sum. Hopper adds four floats
+// with one instruction, which requires p to be aligned to 16 bytes.
 template <int V>
 __device__ __forceinline__ void reduce_add(float* p, const float (&x)[V], bool active) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -125,15 +126,16 @@ __device__ __forceinline__ void reduce_add(double* p, const double (&x)[V], bool
   for (int i = 0; i < V; ++i) atomicAdd(p + i, x[i]);
 }
 
-// Returns the address row * stride bytes after p. This takes one multiply-add; 64-bit factors would take half a dozen
-// instructions.
+// Returns the address row * stride bytes after p. With 32-bit factors, this takes one multiply-add; with 64-bit
+// factors, it would take half a dozen instructions.
 template <class T>
 __device__ __forceinline__ T* row_at(T* p, int row, unsigned stride) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t{static_cast<unsigned>(row)} * stride);
 }
 
-// Returns the sum over a group of 2^k neighboring lanes. Every lane of the warp must call it.
+// Divides a warp into groups of `group` neighboring lanes, where `group` is a power of two, and returns the sum of x
+// over the lane's group. Every lane of the warp must call this function.
 template <class Compute>
 __device__ __forceinline__ Compute group_sum(Compute x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);

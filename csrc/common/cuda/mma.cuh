@@ -4,11 +4,12 @@
 //   of a: rows g and g + 8, kLaneDepth elements each;
 //   of b: row g, kLaneDepth elements;
 //   of c: rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
-// Four lanes hold the elements of a row. They may divide the elements in any way, as long as a and b agree.
+// Each row of a and b is divided among four lanes. Any division of its elements works, as long as it is the same for a
+// and b.
 //
 // A tensor core rounds float32 to 11 bits (TF32). An operand that must keep the precision of float32 is split into two
-// such numbers. The product of two such operands takes three tensor core products and is exact to about 21 bits. Sums
-// that are rounded to 16 bits before they are multiplied again are split in the same way.
+// TF32 numbers. The product of two split operands takes three tensor core products and is accurate to about 21 bits.
+// Sums that would be rounded to 16 bits before the next multiplication are split in the same way.
 #pragma once
 
 #include <bit>
@@ -21,7 +22,7 @@ template <class T>
 constexpr int kLaneDepth = sizeof(T) == 2 ? 4 : 2;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
-// Converts a number to the compute type, with the precision with which a tensor core reads it.
+// Converts a number to the compute type. A float loses the bits that a tensor core does not read.
 template <class T>
 __device__ inline ComputeType<T> mma_input(T x) {
   if constexpr (std::is_same_v<T, float>)
@@ -30,7 +31,7 @@ __device__ inline ComputeType<T> mma_input(T x) {
     return static_cast<ComputeType<T>>(x);
 }
 
-// Sets `result` to the part of a row that another lane holds.
+// Sets `result` to the part of a row that lane `lane` holds in x.
 template <class T, int kSize>
 __device__ inline void shuffle_row(const T (&x)[kSize], int lane, ComputeType<T> (&result)[kSize]) {
   unsigned long long words[sizeof(x) / 8];
@@ -108,7 +109,7 @@ struct MmaSplit {
       high = static_cast<T>(x);
       rest = static_cast<T>(x - static_cast<Compute>(high));
     } else if constexpr (kExact) {
-      // This rounds to nearest. It may turn NaN into zero, but then the rest is NaN.
+      // This line rounds to nearest. It may turn NaN into zero, but then `rest` is NaN.
       high = std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u);
       rest = x - high;
     } else {
@@ -143,7 +144,7 @@ struct OperandB {
   __device__ __forceinline__ void set_stored(int e, T x) { MmaSplit<T, kExact>::stored(x, high[e], rest[e]); }
 };
 
-// Computes c += a b^T. If kSums, a holds sums; otherwise both operands hold values as they were stored.
+// Computes c += a b^T. If kSums, a was filled with set_sum(); otherwise, both operands were filled with set_stored().
 template <bool kSums, class T, bool kExact>
 __device__ __forceinline__ void multiply(ComputeType<T> (&c)[4], const OperandA<T, kExact>& a,
                                          const OperandB<T, kExact>& b) {

@@ -8,9 +8,8 @@ namespace relops {
 constexpr int kPartialThreads = 256;
 constexpr int kPartialWarps = kPartialThreads / 32;
 
-// Computes result[i] = sum over k of partials[k * stride + i] in an order that never varies. A block computes 32
-// results, and its warps divide the partial sums of each result among themselves. `result` may be the memory of the
-// first partial sum.
+// Computes result[i] = sum over k of partials[k * stride + i] in a fixed order. A block computes 32 results, and its
+// warps divide the partial sums of each result among themselves. `result` may be equal to `partials`.
 template <class Compute>
 __global__ __launch_bounds__(kPartialThreads) void sum_of_partials_kernel(const Compute* partials, int64_t count,
                                                                           int64_t stride, int64_t size,
