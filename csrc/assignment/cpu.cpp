@@ -1,5 +1,5 @@
-// linear_sum_assignment on the CPU: this file checks the sizes and allocates the results, and threads process one
-// problem at a time. cpu_kernel.h contains the search and explains what limits its speed.
+// linear_sum_assignment on the CPU. This file checks the sizes, allocates the results and registers the op. Each thread
+// solves one problem at a time. cpu_kernel.h contains the search and explains what limits the speed.
 
 #include <stdexcept>
 #include <string>
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> linear_sum_assignment(const Tensor& cost, const std::
                            maximize,
                            static_cast<int64_t*>(row_to_col.mutable_data_ptr()),
                            static_cast<int64_t*>(col_to_row.mutable_data_ptr())};
-    // The search scans more rows if the number of columns hardly exceeds the number of rows.
+    // The search scans more rows if the cost matrix is nearly square.
     const double n = std::min(p.R, p.C), m = std::max(p.R, p.C);
     const double scans = n * (1 + 10 * n / m), work = p.B * scans * (30 + 2.5 * vectors_of<double>(m));
     RELOPS_CALL_ISA(linear_sum_assignment, args, threads_for(work));

@@ -1,9 +1,9 @@
 // linear_sum_assignment on the CPU. foreach_isa.h compiles this file once per instruction set.
 //
-// A work item is one problem. First, its costs are packed: the smaller side becomes the rows, the dtype is float64 for
-// float64 costs and float32 otherwise, and rows are padded to whole vectors with infinite costs, which no minimum
-// selects. Then the search scans rows, one vector of columns at a time, with five operations per vector. For the usual
-// sizes, rows are read from the L2 cache, and distances, prices and predecessors from the L1 cache.
+// A work item is one problem. First, the costs of the problem are packed: the smaller side becomes the rows, float64
+// costs stay float64, and all other costs become float32. Rows are padded to whole vectors with infinite costs, which
+// are never the minimum. Then the search scans rows, one vector of columns at a time, with five operations per vector.
+// For typical sizes, rows are read from the L2 cache, and distances, prices and predecessors from the L1 cache.
 
 #include "assignment/cpu_args.h"
 #include "common/cpu/simd.h"
@@ -32,8 +32,8 @@ inline double lowest_lane(Vec<double> v) {
   return fold<double>(v, [](Vec<double> a, Vec<double> b) { return minimum(a, b); });
 }
 
-// Returns the first column without a row among the columns whose value is `target`, or the first of these columns if
-// all of them have rows. value(j) returns the values of the vector of columns that begins at j.
+// Among the columns whose value is `target`, returns the first one without a row, or the first one if all of them have
+// rows. value(j) returns a vector with the values of columns j, j + 1, ...
 template <class F>
 inline int pick_column(double target, int64_t columns, const int* row_of, F value) {
   const Vec<double> target_lanes = broadcast(target);
@@ -48,11 +48,11 @@ inline int pick_column(double target, int64_t columns, const int* row_of, F valu
   return first;
 }
 
-// The Search that assign_rows (problem.h) uses. S is the type of the packed costs.
+// Implements the Search of assign_rows (problem.h). S is the type of the packed costs.
 template <class S>
 class Search {
  public:
-  // Allocates arrays for problems of up to n rows and `columns` columns, which must be a multiple of two vectors.
+  // Allocates arrays for problems with up to n rows and `columns` columns. `columns` must be a multiple of two vectors.
   Search(Scratch& scratch, int64_t n, int64_t columns)
       : price_(scratch.allocate<double>(columns)),
         distance_(scratch.allocate<double>(columns)),
@@ -89,7 +89,7 @@ class Search {
     const double lowest = lowest_lane(first);
     const int lane = __builtin_ctz(equal_bits(first, broadcast(lowest)));
     int column = static_cast<int>(first_at[lane]) + lane;
-    // The second lowest value of this lane takes the place of its lowest value.
+    // The second lowest value of this lane replaces the lowest, so the next minimum is the second lowest of the row.
     first[lane] = second[lane];
     const double next = lowest_lane(first);
     if (next == lowest)
@@ -121,8 +121,7 @@ class Search {
     return pick(nearest);
   }
 
-  // Until the end of the search, a settled column has the price -inf and the distance inf, so no row can lower its
-  // distance.
+  // A settled column has the price -inf and the distance inf until the search ends, so no row can lower this distance.
   Nearest extend(const Nearest& at) {
     const S* cost = costs_ + at.row * columns_;
     const double* price = price_;
@@ -187,7 +186,7 @@ struct Packing {
 
   explicit Packing(bool maximize) : sign((VecInt<Compute>)broadcast(maximize ? Compute(-0.0) : Compute(0.0))) {}
 
-  // Lanes from n on do not belong to the problem. This function uses only selections (?:), because GCC 12 compiles a
+  // Lanes n and above are not part of the problem. This function uses only selections (?:), because GCC 12 compiles a
   // combination of two masks to code that processes one bit at a time.
   Vec<Compute> operator()(Vec<Compute> x, int64_t n) {
     constexpr Compute kForbidden = std::numeric_limits<Compute>::infinity();
@@ -202,19 +201,19 @@ struct Packing {
   }
 };
 
-// Loads the vector at p of a tensor that ends at `end`. Only the first n lanes are used.
+// Loads a vector from p without reading past `end`, the end of the tensor. The caller uses only the first n lanes.
 template <class T>
 inline Vec<ComputeType<T>> load_before(const T* p, int64_t n, const T* end) {
   return end - p >= kLanes<ComputeType<T>> ? load(p) : load_first(p, n);
 }
 
-// The size of a problem in the search, which has the smaller side as rows.
+// The size of a packed problem, in which the smaller side becomes the rows.
 struct Size {
   int64_t n, m, columns;  // columns is m, rounded up to a multiple of two vectors
   bool columns_are_rows;
 };
 
-// Packs rows of a tensor that ends at `end`.
+// Packs the rows of a cost matrix. The tensor that contains it ends at `end`.
 template <class T, class Compute>
 Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
                            Compute* out) {
@@ -224,7 +223,7 @@ Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Si
   return packing;
 }
 
-// Packs columns as rows, by transposing squares whose side is the number of lanes of a vector.
+// Packs the columns of a cost matrix as rows. Transposes blocks of V x V costs, where V is the number of vector lanes.
 template <class T, class Compute>
 Packing<Compute> pack_columns(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
                               Compute* out) {
@@ -242,7 +241,8 @@ Packing<Compute> pack_columns(const T* cost, int64_t stride, const T* end, const
   return packing;
 }
 
-// Converts packed costs for the search if some of them are forbidden or too large.
+// Scales packed costs and replaces infinite costs, which are forbidden, by scale.forbidden. This is needed only if some
+// costs are forbidden or too large.
 template <class Compute, class S>
 void apply_scale(const Compute* packed, const Size& size, const CostScale& scale, S* out) {
   for (int64_t i = 0; i < size.n; ++i, packed += size.columns, out += size.columns)
@@ -285,7 +285,7 @@ class Solver {
       apply_scale(packed_, size, scale, packed_);
       return solve(search_, packed_, b, size, scale.forbidden);
     }
-    // The cost of a forbidden pair is too large for float32.
+    // The cost of a forbidden pair is too large for float32, so the search uses float64 costs.
     Scratch scratch;
     double* wide = scratch.allocate<double>(size.n * size.columns);
     Search<double> search(scratch, size.n, size.columns);

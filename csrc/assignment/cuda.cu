@@ -2,8 +2,8 @@
 //
 // A block solves one problem. If the problem has more rows than columns, the block uses a transposed copy of the costs,
 // so that a row of the search is contiguous. Each thread owns some columns. The search state is in shared memory if it
-// fits, and other threads read the state of a column only after a barrier. A step of the search consists of one pass
-// over a row, in which the loads of a thread are in flight together, and one reduction over the block, which contains
+// fits. Threads read the state of columns that they do not own only after a barrier. A step of the search is one pass
+// over a row, in which all loads of a thread are in flight together, and one reduction over the block, which contains
 // the only barrier of the step. The latency of L2 and of shuffles limits the speed: steps run one after another, and
 // only different problems run in parallel.
 
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 constexpr int kColumnsPerThread = 4;               // number of loads that are in flight together
-constexpr int64_t kStateInSharedBytes = 44 << 10;  // of a launch's default limit of 48 KB; reductions use the rest
+constexpr int64_t kStateInSharedBytes = 44 << 10;  // the default limit of a launch is 48 KB; reductions use the rest
 constexpr int kTile = 32;
 constexpr int kTransposeThreads = 256;
 
@@ -33,7 +33,7 @@ struct AssignmentParams {
   const int64_t* num_rows;  // [B]; null: all rows
   const int64_t* num_cols;  // [B]; null: all columns
   bool maximize;
-  int64_t state_bytes;  // size of the state of a problem
+  int64_t state_bytes;  // bytes of search state per problem
   char* state;          // [B,state_bytes]; null: in shared memory
   int64_t* row_to_col;  // [B,R]
   int64_t* col_to_row;  // [B,C]
@@ -43,7 +43,7 @@ struct UsedSizes {
   int r, c;
 };
 
-// Returns the sizes of a problem, or zeros if they do not fit the tensor.
+// Returns the sizes of a problem, or zeros if they exceed the sizes of the tensor.
 __device__ __forceinline__ UsedSizes used_sizes(const int64_t* num_rows, const int64_t* num_cols, int R, int C,
                                                 int64_t b) {
   const int64_t r = num_rows == nullptr ? R : num_rows[b], c = num_cols == nullptr ? C : num_cols[b];
@@ -70,7 +70,7 @@ __global__ __launch_bounds__(kTransposeThreads) void transpose_kernel(const Bits
     if (j0 + k < used.c && i0 + lane < used.r) out[(b * C + j0 + k) * R + i0 + lane] = tile[lane][k];
 }
 
-// The key of a column and its row. It orders equal values: columns without a row come first, then the index decides.
+// The key of a column and its row. Keys order columns with equal values: first columns without a row, then by index.
 __device__ __forceinline__ uint64_t column_key(int column, int row) {
   return uint64_t{row >= 0} << 63 | uint64_t{static_cast<unsigned>(column)} << 32 | static_cast<unsigned>(row);
 }
@@ -82,7 +82,7 @@ __device__ __forceinline__ bool precedes(const X& a, const X& b) {
   return a.first < b.first || (a.first == b.first && a.key < b.key);
 }
 
-// A value that is reduced over a block: the lowest value and its column.
+// The lowest value and the key of its column, reduced over a block.
 struct LowestOne {
   double first;
   uint64_t key;
@@ -96,7 +96,7 @@ struct LowestOne {
   }
 };
 
-// A value that is reduced over a block: the lowest value, its column, and the second lowest value.
+// The lowest value, the key of its column, and the second lowest value, reduced over a block.
 struct LowestTwo {
   double first, second;
   uint64_t key;
@@ -129,7 +129,7 @@ __device__ X merge_over_block(X x, int parity) {
   return x;
 }
 
-// The Search that assign_rows (problem.h) uses.
+// Implements the Search of assign_rows (problem.h).
 template <class T>
 class BlockSearch {
  public:
@@ -158,7 +158,8 @@ class BlockSearch {
         const double magnitude = fabs(stored(i, j));
         if (permitted(magnitude) && magnitude > max_magnitude) max_magnitude = magnitude;
       }
-    // The maximum is computed as a minimum, because a reduction exists only for the minimum.
+    // The maximum is computed as the negated minimum of the negated values, because only a minimum reduction is
+    // available.
     scale_ = cost_scale(-merge_over_block(LowestOne::of(-max_magnitude, 0), 0).first, n);
   }
 
@@ -211,7 +212,7 @@ class BlockSearch {
     return nearest(thread_best);
   }
 
-  // Other threads read the prices and the assignment (row_of_, column_of_) only in the next search, after the barrier.
+  // Other threads read the prices and the assignment (row_of_, column_of_) only after the barrier at the end.
   __device__ void finish(int i, const Nearest& end) {
     for (int j = threadIdx.x; j < m_; j += blockDim.x)
       if (settled_[j]) price_[j] += distance_[j] - end.distance;
@@ -237,7 +238,7 @@ class BlockSearch {
     return permitted(fabs(cost)) ? product(maximize_ ? -cost : cost, scale_.scale) : scale_.forbidden;
   }
 
-  // Calls f(j, cost of row i at column j) for the columns of this thread.
+  // Calls f(j, cost of row i and column j) for each column j of this thread.
   template <class F>
   __device__ __forceinline__ void scan(int i, F f) const {
     for (int first = threadIdx.x; first < m_; first += kColumnsPerThread * blockDim.x) {

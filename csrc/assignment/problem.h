@@ -1,13 +1,13 @@
-// linear_sum_assignment: the code that CPU and CUDA have in common, so that both take the same steps to the same
+// linear_sum_assignment: the code that CPU and CUDA have in common. Both take the same steps and return the same
 // assignment.
 //
-// A problem of n rows and m columns has n <= m: if it has more rows than columns, the two are exchanged. The search is
-// the algorithm of Jonker and Volgenant (1987), which Crouse (2016) describes for rectangular problems. Columns have
-// prices v <= 0, and a column without a row has price 0. First, the rows bid for their cheapest columns one after
-// another. A row that bids for a column lowers the price of the column until its second choice would be equally good,
-// and displaces the row that had the column before. Then each row without a column gets one by a shortest augmenting
-// path (Dijkstra). Prices and distances are float64. The search does not multiply, so no operations can be fused and
-// both devices round identically.
+// A problem has n rows and m columns with n <= m. If the costs have more rows than columns, rows and columns are
+// exchanged. The search is the algorithm of Jonker and Volgenant (1987), which Crouse (2016) describes for rectangular
+// problems. Columns have prices v <= 0, and a column without a row has price 0. First, the rows bid for their cheapest
+// columns one after another. A row that bids for a column lowers the price of this column until the row's second choice
+// is equally good, and displaces the row that had the column before. Then each row without a column gets one through a
+// shortest augmenting path (Dijkstra). Prices and distances are float64. The search has no multiplications that a
+// compiler could fuse with additions, so both devices round identically.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,7 +23,7 @@ namespace relops {
 constexpr const char* kAssignmentOp = "relops.linear_sum_assignment";
 constexpr int kBidsPerRow = 4;
 
-// The dense tensors of the problems. The checks keep the kernels from accessing memory outside of these tensors;
+// The inputs, checked and dense. The checks keep the kernels from accessing memory outside of these tensors;
 // relops/ops/linear_sum_assignment.py raises the errors that are meant for users.
 struct AssignmentProblems {
   AssignmentProblems(const Tensor& cost_, const std::optional<Tensor>& num_rows_,
@@ -58,15 +58,15 @@ inline const int64_t* sizes_or_null(const std::optional<Tensor>& sizes) {
   return sizes ? static_cast<const int64_t*>(sizes->const_data_ptr()) : nullptr;
 }
 
-// The conversion of costs for the search. Costs are multiplied by `scale` so that their sums do not overflow.
-// `forbidden` is the cost of forbidden pairs. This cost exceeds the difference between the total costs of any two
-// assignments without forbidden pairs, so the search selects as few forbidden pairs as possible. It is a power of two
-// and therefore exact in any dtype that has sufficient range.
+// How costs are converted for the search. Costs are multiplied by `scale` so that their sums do not overflow.
+// `forbidden` is the cost of a forbidden pair. It exceeds the difference between the total costs of any two assignments
+// without forbidden pairs, so the search selects as few forbidden pairs as possible. `forbidden` is a power of two and
+// therefore exact in any dtype with sufficient range.
 struct CostScale {
   double scale, forbidden;
 };
 
-// Returns the scale for costs whose largest permitted magnitude is max_magnitude.
+// Returns the scale for n rows of costs. max_magnitude is the largest magnitude of all costs that are not forbidden.
 RELOPS_HOST_DEVICE inline CostScale cost_scale(double max_magnitude, int n) {
   const double scale = max_magnitude > 0x1p900 ? 0x1p-200 : 1.0;
   int exponent, n_exponent;
@@ -75,15 +75,15 @@ RELOPS_HOST_DEVICE inline CostScale cost_scale(double max_magnitude, int n) {
   return {scale, ldexp(1.0, exponent + n_exponent)};
 }
 
-// The lowest value of cost minus price in a row, its column, the row of that column or -1, and the second lowest value.
-// If both values are equal, the column is the first column with this value that has no row, if such a column exists.
+// The lowest and the second lowest value of cost minus price in a row, the column of the lowest value, and the row of
+// this column or -1. Ties go to the first column without a row, or to the first column if all have rows.
 struct Lowest {
   double first, second;
   int column, row;
 };
 
-// The nearest column that is not settled yet, and its row or -1. Among equally near columns, it is the first one
-// without a row, or the first one if all have rows.
+// The nearest column that is not settled yet, its distance, and its row or -1. Ties go to the first column without a
+// row, or to the first column if all have rows.
 struct Nearest {
   double distance;
   int column, row;
@@ -104,7 +104,7 @@ struct Nearest {
 // On CUDA, all threads of a block follow the same path through this function.
 template <class Search>
 RELOPS_HOST_DEVICE void assign_rows(Search& search, int n, int m) {
-  // Rows may outbid one another for a long time by ever smaller amounts. In that case augmenting paths are faster, so
+  // Rows may outbid one another for a long time by ever smaller amounts. Augmenting paths are faster in that case, so
   // the number of bids is limited.
   int64_t bids = m == 1 ? 0 : int64_t{kBidsPerRow} * n;
   for (int i = 0; i < n; ++i)

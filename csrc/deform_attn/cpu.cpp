@@ -37,7 +37,7 @@ Tensor forward(const MsDeformAttnInputs& in) {
   return output;
 }
 
-// The order of additions does not depend on the threads, so this backward is always deterministic.
+// The order of additions does not depend on thread scheduling, so the backward pass is always deterministic.
 MsDeformAttnGrads backward(const MsDeformAttnInputs& in, const Tensor& grad_output, MsDeformAttnNeeds needs) {
   const auto& z = in.sizes;
   const std::vector<Level> levels = read_levels(in.op, z, in.spatial_shapes, in.level_start_index);

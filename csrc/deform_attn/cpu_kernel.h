@@ -1,20 +1,20 @@
 // ms_deform_attn and ms_deform_attn_fused on the CPU: the entry points. foreach_isa.h compiles this file once per
 // instruction set. cpu_samples.h converts samples to rows and weights; cpu_rows.h sums rows.
 //
-// The work consists of N * Q * M * L * P samples, each of which reads four rows of D values. Fetching these rows limits
-// the speed. In value [N,S,M,D] consecutive rows of one head are M * D values apart, so they use only 1/M of the sets
-// of a cache. If there are many queries, a thread therefore first copies the rows of its (image, head) pair into a
-// dense array, converts them to the compute type, and gathers from the copy. One head of a 100x152 pyramid then takes
-// 2.6 MB instead of 20 MB, and its smaller levels stay in L2. If there are few queries, as in a decoder, rows are read
-// in place.
+// The work consists of N * Q * M * L * P samples. Each sample reads four rows of D values, one per corner. Fetching
+// these rows limits the speed. In value [N,S,M,D], consecutive rows of one head are M * D values apart, so they use
+// only 1/M of the sets of a cache. If there are many queries, a thread therefore first copies the rows of its (image,
+// head) pair into a dense array, converts them to the compute type, and gathers from the copy. One head of a 100x152
+// pyramid then takes 2.6 MB instead of 20 MB, and the smaller levels stay in L2. If there are few queries, as in a
+// decoder, rows are read in place.
 //
-// One item is one (image, query, head). Its L * P samples are first converted to row indices and weights, one vector of
-// samples at a time. Then their rows are accumulated, one vector of channels at a time. A corner outside its level
-// refers to a row of zeros, so the inner loop has no branch. Sampled values are never stored.
+// An item is one (image, query, head). The L * P samples of an item are first converted to row indices and weights, one
+// vector of samples at a time. Then the rows of the samples are accumulated, one vector of channels at a time. A corner
+// outside its level refers to a row of zeros, so the inner loop has no branch. Sampled values are never stored.
 //
 // In the backward pass, one thread owns the gradient of an (image, head) pair, so the sums need neither locks nor
-// atomics and are identical in every run. If there are fewer pairs than threads, the queries are split into a few parts
-// with their own sums, which are added in a fixed order at the end.
+// atomics and are identical in every run. If there are fewer pairs than threads, the queries of each pair are split
+// into a few parts. Each part has its own sums, and these sums are added in a fixed order at the end.
 
 #include "common/cpu/simd.h"
 #include "deform_attn/cpu_args.h"
@@ -41,8 +41,8 @@ inline int64_t packing_parts(int64_t threads, int64_t pairs, int64_t enough) {
 }
 
 // Prefetches p[first..first + count). The address is computed as an integer because it may lie outside of any
-// allocation. The function is always_inline because GCC sees no side effect in a function that only prefetches, and
-// removes its calls.
+// allocation. The function is always_inline because GCC sees no side effect in a function that only prefetches and
+// would remove calls to it.
 template <class X>
 [[gnu::always_inline]] inline void prefetch(const X* p, int64_t first, int64_t count) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p) + first * sizeof(X);
@@ -52,8 +52,8 @@ template <class X>
 
 // Prefetches what the backward pass of item (n, q, m) reads and writes. In memory, the items of all other heads lie
 // between consecutive items of a head. Hardware prefetchers do not follow this stride, and an item is too much work for
-// out-of-order execution to reach the next one. The item may not exist and a gradient may not be needed: prefetching an
-// invalid address is harmless.
+// out-of-order execution to reach the next one. The item need not exist and its gradients need not be requested,
+// because prefetching an invalid address is harmless.
 template <class T, class U>
 [[gnu::always_inline]] inline void prefetch_item(const MsDeformAttnArgs<T, U>& a, int64_t n, int64_t q, int64_t m) {
   const int64_t item = (n * a.Q + q) * a.M + m, samples = a.L * a.P;
@@ -126,7 +126,7 @@ void ms_deform_attn_backward(const MsDeformAttnArgs<T, U>& a) {
     const Samples<Compute> samples(constants.padded, true, scratch);
     RowSource<T, U> source(a, scratch);
     Compute* grad = scratch.allocate<Compute>(width);
-    Compute* unused_row = scratch.allocate<Compute>(width);  // receives what falls outside
+    Compute* unused_row = scratch.allocate<Compute>(width);  // receives the gradients of corners outside their level
     for (int64_t d = 0; d < width; ++d) grad[d] = unused_row[d] = 0;
     Compute* own_sums = scatter && !sums_in_place && parts == 1 ? scratch.allocate<Compute>(sums_size) : nullptr;
     for (int64_t i = 0; i < constants.padded; ++i)

@@ -11,7 +11,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The rows of one (image, head) pair, used in place. Row S consists of zeros and stands for everything outside.
+// The rows of one (image, head) pair, used in place. Row S consists of zeros and stands for all corners outside their
+// level.
 template <class T>
 struct StridedRows {
   T* base;
@@ -98,8 +99,8 @@ class RowSource {
   int64_t n_ = -1, m_ = -1;
 };
 
-// Calls f(number of vectors as a constant, whether they form a whole row, first channel) over the D channels of a row,
-// padded to whole vectors.
+// Splits the D channels of a row, padded to whole vectors, into groups of 1, 2 or 4 vectors. For each group, calls
+// f(number of vectors as a constant, whether the group is the whole row, first channel).
 template <class Compute, class F>
 void for_channels(int64_t D, F f) {
   constexpr int64_t V = kLanes<Compute>;
@@ -115,7 +116,7 @@ void for_channels(int64_t D, F f) {
   if (vectors & 1) f(one, std::false_type{}, d);
 }
 
-// Returns the rows with a width that is constant at compile time if for_channels covers whole rows (kWhole).
+// Returns the rows with a compile-time width if for_channels processes a whole row at once (kWhole).
 template <bool kWhole, int64_t kWidth, class Rows>
 auto known_width(const Rows& rows) {
   if constexpr (kWhole)
@@ -124,7 +125,7 @@ auto known_width(const Rows& rows) {
     return rows;
 }
 
-// out[0..D) = sum over samples and corners of weight * row.
+// Computes out[0..D) as the sum of weight * row over all samples and corners.
 template <class T, class Rows, class Compute>
 void gather_item(const Rows& all_rows, const Samples<Compute>& s, int64_t count, int64_t D, T* out) {
   constexpr int64_t V = kLanes<Compute>;
@@ -158,8 +159,8 @@ void gather_item(const Rows& all_rows, const Samples<Compute>& s, int64_t count,
   });
 }
 
-// Computes dot[corner][sample] = grad . row and, if kScatter, sums[row] += corner_weight * grad. `grad` is padded with
-// zeros to whole vectors.
+// Computes dot[corner][sample] = grad . row. If kScatter, also adds corner_weight * grad to sums[row]. `grad` is padded
+// with zeros to whole vectors.
 template <bool kScatter, class Rows, class Sums, class Compute>
 void backward_item(const Rows& all_rows, const Sums& all_sums, const Samples<Compute>& s, int64_t count, int64_t D,
                    const Compute* grad) {

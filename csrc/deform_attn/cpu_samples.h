@@ -1,5 +1,6 @@
 // ms_deform_attn and ms_deform_attn_fused on the CPU: the samples of an item, processed one vector of samples at a
-// time. Locations are converted to rows and weights, and dot products to the gradients of locations and weights.
+// time. This file converts locations to row indices and weights and, in the backward pass, dot products to the
+// gradients of locations and weights.
 #ifndef RELOPS_DEFORM_ATTN_SAMPLES
 #define RELOPS_DEFORM_ATTN_SAMPLES
 
@@ -89,7 +90,7 @@ class References {
     all_ = load(inside ? ref_ : few);
   }
 
-  // Returns coordinate c of the levels of samples i, i + 1, ...
+  // Returns coordinate c of the references of samples i, i + 1, ...
   Vec<Compute> get(int64_t i, Int<Compute> c) const {
     const VecInt<Compute> at = load_int<Compute>(k_.level + i) * static_cast<Int<Compute>>(R_) + c;
     if (in_vector_) return __builtin_shuffle(all_, at);
@@ -106,7 +107,7 @@ class References {
   Vec<Compute> all_;
 };
 
-// Computes x, y (in pixels) and weight from the inputs of item (n, q, m).
+// Computes x and y (in pixels) and weight of all samples of item (n, q, m).
 template <class T, class U, class Compute>
 void read_samples(const MsDeformAttnArgs<T, U>& a, const SampleConstants<Compute>& k, int64_t n, int64_t q, int64_t m,
                   const Samples<Compute>& s) {
@@ -138,7 +139,8 @@ void read_samples(const MsDeformAttnArgs<T, U>& a, const SampleConstants<Compute
   }
 }
 
-// Computes the rows and weights of the corners from x, y and weight. `mask` is given only if rows are read in place.
+// Computes the rows and weights of the corners from x, y and weight. `mask` is null if rows are read from a copy, in
+// which masked rows are zero.
 template <class Compute>
 void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* mask, const Samples<Compute>& s) {
   using Vector = Vec<Compute>;
@@ -147,12 +149,12 @@ void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* ma
   for (int64_t i = 0; i < k.padded; i += kLanes<Compute>) {
     Vector x = load(s.x + i), y = load(s.y + i);
     const Ints width = load_int<Compute>(k.width_int + i), height = load_int<Compute>(k.height_int + i);
-    // This is false for NaN. Coordinates inside the level fit in an int.
+    // `inside` is false for NaN. Coordinates inside the level fit in an int.
     const Ints inside = (x > Compute(-1)) & (x < load(k.width + i)) & (y > Compute(-1)) & (y < load(k.height + i));
     x = inside ? x : Vector{};
     y = inside ? y : Vector{};
     Ints left = __builtin_convertvector(x, Ints), top = __builtin_convertvector(y, Ints);
-    left += x < __builtin_convertvector(left, Vector);  // from truncation to floor: a true comparison is -1
+    left += x < __builtin_convertvector(left, Vector);  // converts truncation to floor: a true comparison is -1
     top += y < __builtin_convertvector(top, Vector);
     const Vector fx = x - __builtin_convertvector(left, Vector), fy = y - __builtin_convertvector(top, Vector);
     const Vector weight = inside ? load(s.weight + i) : Vector{};
@@ -177,7 +179,7 @@ void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* ma
       if (row[i] != S && mask[row[i]]) row[i] = S;
 }
 
-// Computes the gradients of locations and weights (or of offsets, logits and reference points) of an item from the dot
+// Computes an item's gradients of locations and weights, or of offsets, logits and reference points, from the dot
 // products.
 template <class T, class U, class Compute>
 void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants<Compute>& k, int64_t n, int64_t q,
@@ -189,10 +191,10 @@ void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants
                        d3 = load(s.dot[3] + i);
     const Vec<Compute> dx = (1 - fy) * (d1 - d0) + fy * (d3 - d2), dy = (1 - fx) * (d2 - d0) + fx * (d3 - d1);
     store(s.grad_weight + i, (1 - fy) * ((1 - fx) * d0 + fx * d1) + fy * ((1 - fx) * d2 + fx * d3));
-    store(s.x + i, weight * dx);  // x and y are no longer needed and from here on hold the gradient in pixels
+    store(s.x + i, weight * dx);  // x and y are no longer needed and now hold the gradient in pixels
     store(s.y + i, weight * dy);
   }
-  // The result is written in place if its memory holds whole vectors of Compute.
+  // The gradients are written to the output directly if they have the compute type and fill whole vectors.
   Compute *grad_xy = s.grad_xy, *grad_weight = s.grad_weight;
   bool in_place = false;
   if constexpr (std::is_same_v<U, Compute>)
@@ -218,7 +220,7 @@ void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants
     }
     const References<Compute> reference(a, n, q, k);
     const Compute half_per_point = Compute(0.5) / a.P;
-    // A sample that contributed nothing has no gradient. This includes non-finite samples.
+    // A sample that contributed nothing, such as one at a non-finite location, has zero gradient.
     store_pairs(grad_xy + 2 * i,
                 dx != 0 ? dx * load(k.width + i) * half_per_point * reference.get(i, 2) : Vec<Compute>{},
                 dy != 0 ? dy * load(k.height + i) * half_per_point * reference.get(i, 3) : Vec<Compute>{});

@@ -3,14 +3,15 @@
 //
 // An item is one (image, query, head). A group of 2 to 32 neighboring lanes works on an item. Each lane owns V
 // neighboring channels: 16 bytes if D allows it, so that 8 lanes read a row of 32 floats in one 128-byte request. The
-// lanes of the group first convert kChunk samples, divided among the lanes, to rows and weights in registers and write
-// these to shared memory. Then every lane walks the chunk and gathers its channels of the rows. No data leaves the
-// warp, so __syncwarp is the only synchronization.
+// lanes of a group first divide kChunk samples among themselves, convert them to row indices and weights, and write
+// these to shared memory. Then every lane iterates over the chunk and gathers its own channels of the rows. No data
+// leaves the warp, so __syncwarp is the only synchronization.
 //
 // A block processes queries of one head of one image. Blocks are ordered by image, then by head, so at any time the
-// whole device gathers from one or two heads (2.8 MB of float32 at 800x1333), which L2 holds. If the queries are the
-// pixels of the pyramid themselves (Q = S, an encoder), a block processes a patch of 8 rows instead of consecutive
-// pixels of one row, because neighbors in both directions sample the same rows of value, which L1 can then reuse.
+// whole device gathers from one or two heads (2.8 MB of float32 at 800x1333), which fit in L2. If the queries are the
+// pixels of the pyramid themselves (Q = S, an encoder), a block processes a patch that is 8 pixels high instead of
+// consecutive pixels of one line. Neighbors in both directions sample the same rows of value, so L1 can reuse these
+// rows.
 #pragma once
 
 #include <vector>
@@ -27,7 +28,7 @@ constexpr int kLevelsInParams = 16;  // if there are more levels, they are read 
 
 struct DeviceLevel {
   int height, width;
-  int start;   // first row of the level in S
+  int start;   // first row of the level in value
   int offset;  // sum of the sizes of the preceding levels: the first query of the level in an encoder
 };
 
@@ -66,9 +67,9 @@ struct MsDeformAttnParams : MsDeformAttnSizes {
   Compute* grad_pixels;       // fused: [N,Q,M,L,P,2] or null; gradient of the location in pixels
 };
 
-// Copies the levels into shared memory. Returns false and leaves all levels empty if they do not fit S, which the host
-// cannot check for levels in device memory. All threads of the block must call this function, which ends with a
-// barrier.
+// Copies the levels into shared memory. If the levels do not match S, returns false and makes all of them empty. The
+// host cannot check this for levels in device memory. All threads of the block must call this function, which ends with
+// a barrier.
 __device__ inline bool load_levels(const MsDeformAttnSizes& z, const LevelSource& source, DeviceLevel* levels) {
   __shared__ bool fit;
   const int L = static_cast<int>(z.L);
@@ -104,7 +105,7 @@ __device__ inline bool load_levels(const MsDeformAttnSizes& z, const LevelSource
   return fit;
 }
 
-// Returns the q-th query in processing order, which goes patch by patch if the queries are the pixels of the pyramid.
+// Returns the q-th query in processing order. The order is patch by patch if the queries are the pixels of the pyramid.
 __device__ inline int64_t query_in_patch_order(int64_t q, const MsDeformAttnSizes& z, const DeviceLevel* levels,
                                                bool levels_fit) {
   if (z.Q != z.S || !levels_fit) return q;
@@ -137,8 +138,8 @@ struct SoftmaxStats {
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
-// Computes the softmax statistics of the `count` = L * P logits at `logits` with a group of lanes. `lane` is the index
-// of this lane in the group. Every lane of the warp must call this function.
+// Computes the softmax statistics of `count` = L * P logits with a group of lanes. `lane` is the index of this lane in
+// the group. Every lane of the warp must call this function.
 template <class Compute, class U>
 __device__ inline SoftmaxStats<Compute> softmax_stats(const U* logits, int count, int lane, int group) {
   Compute top = -INFINITY;
@@ -153,7 +154,7 @@ __device__ inline SoftmaxStats<Compute> softmax_stats(const U* logits, int count
   return {top, 1 / sum};
 }
 
-// Reads sample s of an item and converts it to pixels. nq is n * Q + q, and item is nq * M + m.
+// Reads sample s of an item and converts its location to pixels. nq is n * Q + q, and item is nq * M + m.
 template <bool kFused, class Params, class Compute>
 __device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel* levels, int64_t nq, int64_t item,
                                               int s, SoftmaxStats<Compute> stats) {
@@ -191,8 +192,8 @@ struct Corners {
   Compute fx, fy;  // distance of the sample from its top left corner, to the right and downwards
 };
 
-// Returns whether any corner of the sample is in its level. The result is false for NaN. Coordinates for which it is
-// true fit in an int.
+// Returns whether any corner of the sample is inside the level. Returns false for NaN. Coordinates inside the level fit
+// in an int.
 template <class Compute>
 __device__ __forceinline__ bool is_inside(const Sample<Compute>& s) {
   return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height);
@@ -227,7 +228,7 @@ struct alignas(16) Quad {
   Compute x, y, z, w;
 };
 
-// The item on which this lane works. Lanes after the last query stay in step with their warp but access nothing.
+// The item on which this lane works. Lanes beyond the last query keep running with their warp but access no memory.
 struct WorkItem {
   int lane;   // index within the group
   int group;  // number of lanes per item
@@ -244,7 +245,7 @@ __device__ inline WorkItem find_work_item(const Params& p, const DeviceLevel* le
   work.lane = threadIdx.x & (work.group - 1);
   const int in_block = threadIdx.x >> p.group_log2;
   work.slot = in_block * kStride;
-  // A 64-bit division is a function call, so blocks are numbered in 32 bits.
+  // A 64-bit division is a function call, so block numbers have 32 bits.
   const unsigned tile = blockIdx.x % p.tiles, rest = blockIdx.x / p.tiles, pair = rest / p.channel_blocks;
   work.channel_block = rest % p.channel_blocks;
   work.m = pair % static_cast<unsigned>(p.M);
@@ -282,12 +283,12 @@ struct Launch {
   size_t shared;
 };
 
-// Sets the number of lanes per item such that V channels per lane cover D, and numbers the blocks. If `split_channels`,
-// channels beyond those of a group of 32 lanes are divided among blocks.
+// Chooses the number of lanes per item so that V channels per lane cover D, and the number of blocks. If
+// `split_channels` is set and D exceeds the channels of 32 lanes, the channels are divided among several blocks.
 template <class Params>
 Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
-  // With at least 2 lanes (float) or 4 lanes (double), the staging of 256 threads fits in the 48 KB that every launch
-  // may use.
+  // With at least 2 lanes (float) or 4 lanes (double), the staged samples of 256 threads fit in the 48 KB that every
+  // launch may use.
   p.group_log2 = sizeof(typename Params::Compute) == 8 ? 2 : 1;
   while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
   p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
@@ -307,7 +308,7 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
   static_cast<MsDeformAttnSizes&>(p) = in.sizes;
   p.half_per_point = Compute(0.5) / p.P;
   STD_TORCH_CHECK(in.value.is_cuda(), in.op, ": value must be a CUDA tensor like the other inputs");
-  // The levels and the staging must fit in 48 KB of shared memory.
+  // The levels and the staged samples must fit in 48 KB of shared memory.
   STD_TORCH_CHECK(p.L <= 512, in.op, ": at most 512 levels are supported, got L = ", p.L);
   // With fewer than 2^28 channels, the size of a row in bytes fits in 32 bits.
   STD_TORCH_CHECK(p.M * p.D < 1 << 28, in.op, ": value must have fewer than 2^28 channels, got ", p.M * p.D);

@@ -1,12 +1,12 @@
 // ms_deform_attn and ms_deform_attn_fused on CUDA: the backward pass. cuda.cuh explains how the work is divided.
 //
-// A group of lanes walks the samples of its item as in the forward pass. For each sample it gathers four rows,
-// multiplies them with the output gradient of the item, and adds weight * gradient to the four rows of the value
-// gradient by reductions to memory, four floats at a time on Hopper. Then the derivatives with respect to weight, x and
-// y of several samples are summed over the group together. Each exchange halves the number of samples that a lane still
-// sums, so 4 samples in a group of 8 lanes need 12 shuffles instead of 36. The reductions to memory limit the speed
-// (728 M floats at the encoder shape of 800x1333, N = 2), so they are omitted if value needs no gradient. The gradients
-// of 16-bit values are summed in float32 and converted at the end.
+// A group of lanes iterates over the samples of its item, as in the forward pass. For each sample, it gathers four rows
+// of value and multiplies them by the output gradient of the item. It adds weight * output gradient to the same four
+// rows of the gradient of value by reductions to memory, four floats at a time on Hopper. Then the derivatives of
+// several samples with respect to weight, x and y are summed over the group at the same time. Each shuffle step halves
+// the number of samples that a lane still sums, so 4 samples in a group of 8 lanes need 12 shuffles instead of 36. The
+// reductions to memory limit the speed (728 M floats at the encoder shape of 800x1333, N = 2), so they are omitted if
+// value needs no gradient. The gradients of 16-bit values are summed in float32 and converted at the end.
 
 #include "deform_attn/cuda.cuh"
 
@@ -85,7 +85,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
 
   Compute expected = 0;  // fused: sum of weight * derivative with respect to weight
   for (int first = 0; first < count; first += kChunk) {
-    __syncwarp();  // the previous chunk has been read
+    __syncwarp();  // waits until the previous chunk has been read
     for (int j = work.lane; j < kChunk; j += work.group) {
       Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
       Compute weight = 0;
@@ -145,7 +145,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
       if (!sampling_grad) continue;
       int first_sum, sum_count;
       reduce_scatter(derivatives, work.lane, work.group, first_sum, sum_count);
-      __syncwarp();  // all lanes have read their slots
+      __syncwarp();  // waits until all lanes have read their slots
 #pragma unroll
       for (int j = 0; j < kReducedTogether; ++j)
         if (j < sum_count) {
@@ -180,7 +180,8 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
         unit_y = staging.levels[l].height;
         p.grad_weights[at] = static_cast<U>(by_weight);
       }
-      // A sample that contributed nothing, such as one at a non-finite location, has no gradient, whatever its unit.
+      // A sample that contributed nothing, such as one at a non-finite location, has zero gradient even if the unit is
+      // not finite.
       const Compute grad_x = by_x == 0 ? Compute(0) : by_x * unit_x, grad_y = by_y == 0 ? Compute(0) : by_y * unit_y;
       store_pack<U, 2>(p.grad_locations + at * 2, {static_cast<U>(grad_x), static_cast<U>(grad_y)});
     }
@@ -189,7 +190,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
     if (!sampling_grad) return;
     expected = group_sum(expected, work.group);
     if (!work.active) return;
-    // This loop has the same order as the loop above, so each lane reads back what it wrote itself.
+    // This loop has the same order as the loop above, so each lane reads only what it wrote itself.
     for (int first = 0; first < count; first += kChunk)
       for (int s = first + work.lane; s < min(first + kChunk, count); s += work.group) {
         const int64_t at = item * count + s;
@@ -211,7 +212,7 @@ void launch_backward(const char* op, Params p, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Computes the gradient of the reference points: one thread per (image, query, level) adds its heads and points in
+// Computes the gradient of the reference points: one thread per (image, query, level) sums over heads and points in
 // order.
 template <class Params>
 __global__ __launch_bounds__(256, 1) void reference_kernel(const __grid_constant__ Params p,
@@ -220,7 +221,7 @@ __global__ __launch_bounds__(256, 1) void reference_kernel(const __grid_constant
   extern __shared__ __align__(16) char memory[];
   DeviceLevel* levels = reinterpret_cast<DeviceLevel*>(memory);
   load_levels(p, p.levels, levels);
-  // 32 bits suffice: tensors with more queries would not fit a device.
+  // 32 bits suffice: tensors with more queries would not fit in device memory.
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= p.N * p.Q * p.L) return;
   const unsigned l = i % static_cast<unsigned>(p.L);
@@ -278,8 +279,8 @@ MsDeformAttnGrads ms_deform_attn_backward_cuda(const MsDeformAttnInputs& in, con
     grads.weights = torch::stable::new_empty(in.weights, in.weights.sizes());
     const bool same = in.weights.scalar_type() == compute;
     if (fused) raw_grad_weights = same ? grads.weights : in_compute_dtype(in.weights);
-    // If the reference points have two coordinates, the gradient in pixels equals that of the offsets, whose tensor
-    // then serves for both if it has the compute dtype.
+    // If the reference points have two coordinates, the gradient in pixels equals the gradient of the offsets. One
+    // tensor then serves for both if the offsets have the compute dtype.
     if (needs.reference) grad_pixels = same && z.R == 2 ? grads.locations : in_compute_dtype(in.locations);
   }
   if (needs.reference) grads.reference = torch::stable::new_empty(*in.reference_points, in.reference_points->sizes());

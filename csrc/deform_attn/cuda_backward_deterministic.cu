@@ -3,12 +3,13 @@
 //
 //   1. The key of a sample is the cell of its level in which the sample lies. Cell (x, y) holds the samples whose top
 //      left corner is (x, y). Coordinates begin at -1, so a level has (H + 1)(W + 1) cells.
-//   2. A stable radix sort groups the samples by cell and keeps them in the order of their numbers.
-//   3. Each row of value finds the samples of the four cells around it by binary search (in two ranges, because the
-//      cells of a row are adjacent) and sums weight * output gradient over these samples in the sorted order.
+//   2. A stable radix sort groups the samples by cell and keeps the samples of each cell in the order of their numbers.
+//   3. For each row of value, a warp finds the samples of the four surrounding cells by binary search (in two ranges,
+//      because horizontal neighbors are adjacent) and sums weight * output gradient over these samples in sorted order.
 //
-// No sum is accumulated in memory, so nothing needs zeroing, and 16-bit gradients are rounded only once. One sort
-// handles a limited number of heads of one image, which limits its memory to about 16 bytes per sample of these heads.
+// Sums are accumulated in registers, so no memory needs zeroing, and 16-bit gradients are rounded only once. One sort
+// handles as many heads of an image as 32-bit keys and sample numbers allow. It needs about 16 bytes of memory per
+// sample.
 
 #include <cub/device/device_radix_sort.cuh>
 
@@ -21,12 +22,12 @@ namespace {
 // The part of the work that one sort handles: heads [first_head, first_head + heads) of image n.
 struct Slice {
   int64_t n, first_head, heads;
-  int64_t cells;    // an upper bound of the cells per head; the key of a sample outside its level is heads * cells
+  int64_t cells;    // upper bound on the cells per head; the key of a sample outside its level is heads * cells
   int64_t samples;  // heads * Q * L * P samples, numbered in the order (q, head, sample)
 };
 
-// Returns an upper bound of the cells per head that is known without reading the levels: (H + 1)(W + 1) <= 2 H W + 2
-// for H, W >= 1.
+// Returns an upper bound on the number of cells per head without reading the levels: (H + 1)(W + 1) <= 2 H W + 2 for H,
+// W >= 1.
 int64_t cells_bound(const MsDeformAttnSizes& z) { return 2 * z.S + 2 * z.L; }
 
 __device__ __forceinline__ int64_t cells_of(const DeviceLevel& level) {
@@ -39,7 +40,7 @@ __device__ __forceinline__ SoftmaxStats<Compute> stats_of(const SoftmaxStats<Com
   return stats != nullptr ? stats[q * p.M + m] : SoftmaxStats<Compute>{};
 }
 
-// Fused only: computes the softmax statistics of all items of image n, with 8 lanes per item.
+// Computes the softmax statistics of all items of image n for the fused op, with 8 lanes per item.
 template <class Params>
 __global__ __launch_bounds__(256, 1) void stats_kernel(const __grid_constant__ Params p, int64_t n,
                                                        SoftmaxStats<typename Params::Compute>* stats) {
@@ -79,7 +80,7 @@ __global__ __launch_bounds__(256, 1) void keys_kernel(const __grid_constant__ Pa
   numbers[i] = static_cast<uint32_t>(i);
 }
 
-// Returns the first index in the sorted keys whose key is not less than `key`.
+// Returns the index of the first sorted key that is not less than `key`.
 __device__ inline int64_t lower_bound(const uint32_t* keys, int64_t size, int64_t key) {
   int64_t low = 0, high = size;
   while (low < high) {
@@ -92,8 +93,8 @@ __device__ inline int64_t lower_bound(const uint32_t* keys, int64_t size, int64_
   return low;
 }
 
-// One warp computes one row of value; a lane owns channels lane, lane + 32, ... Samples are looked up 32 at a time, one
-// per lane.
+// One warp computes one row of the gradient of value. A lane owns channels lane, lane + 32, ... Samples are looked up
+// 32 at a time, one per lane.
 template <class Params, bool kFused>
 __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ Params p, Slice slice,
                                                         const SoftmaxStats<typename Params::Compute>* stats,
@@ -106,7 +107,7 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
   load_levels(p, p.levels, levels);
   const int lane = threadIdx.x % 32;
   const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
-  if (row >= p.S) return;  // the row is the same in the whole warp
+  if (row >= p.S) return;  // all lanes of a warp have the same row
   const int64_t head = blockIdx.y, m = slice.first_head + head;
   const unsigned count = p.L * p.P, heads = slice.heads;
   T* out = grad_value + ((slice.n * p.S + row) * p.M + m) * p.D;
@@ -115,7 +116,8 @@ __global__ __launch_bounds__(256, 1) void gather_kernel(const __grid_constant__ 
   for (int64_t first_channel = 0; first_channel < p.D; first_channel += 32) {
     const int64_t channel = first_channel + lane;
     Compute sum = 0;
-    // With level_start_index, levels may overlap or leave gaps. Every level that contains a row adds to its gradient.
+    // With level_start_index, levels may overlap or leave gaps. Every level that contains a row contributes to the
+    // gradient of the row.
     int64_t base = head * slice.cells;
     for (int l = 0; l < p.L && !masked; base += cells_of(levels[l]), ++l) {
       const DeviceLevel level = levels[l];

@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kUnroll = 4;
 
-// A lane owns V channels of an item. If D exceeds the channels of a group, they are divided among several blocks.
+// A lane owns V channels of an item. If D exceeds the channels of a group of lanes, the channels are divided among
+// several blocks.
 template <class Params, int V, bool kFused>
 __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__ Params p) {
   using T = typename Params::T;
@@ -38,7 +39,7 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
 
   Compute sum[V] = {};
   for (int first = 0; first < count; first += kChunk) {
-    __syncwarp();  // the previous chunk has been read
+    __syncwarp();  // waits until the previous chunk has been read
     for (int j = work.lane; j < kChunk; j += work.group) {
       Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
       Compute weight = 0;
@@ -63,7 +64,7 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
       for (int corner = 0; corner < 4; ++corner) {
         const bool inside = row_of[corner] >= 0;
         const Pack<T, V> values = load_pack<T, V>(row_at(rows, row_of[corner], row_stride), inside);
-        const Compute w = inside ? weight_of[corner] : Compute(0);  // the weight itself may be NaN
+        const Compute w = inside ? weight_of[corner] : Compute(0);  // the weight may be NaN
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] += w * static_cast<Compute>(values.x[v]);
       }

@@ -1,5 +1,5 @@
-// ms_deform_attn and ms_deform_attn_fused: the sizes, their checks, and the op signatures of library.cpp, for both CPU
-// and CUDA.
+// ms_deform_attn and ms_deform_attn_fused: the sizes, the checks of the inputs, and the op signatures of library.cpp,
+// for both CPU and CUDA.
 //
 // These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
 // relops/ops/ms_deform_attn.py raises the errors that are meant for users.
@@ -143,7 +143,7 @@ inline MsDeformAttnGrads no_grads(const MsDeformAttnInputs& in) {
   return {none_like(in.value), none_like(in.locations), none_like(in.weights), none_like(in.value)};
 }
 
-// Returns the gradients for an empty output, which are zero.
+// Returns zeros for the requested gradients, for use with an empty output.
 inline MsDeformAttnGrads zero_grads(const MsDeformAttnInputs& in, MsDeformAttnNeeds needs) {
   const auto zeros = [](const Tensor& tensor) { return torch::stable::new_zeros(tensor, tensor.sizes()); };
   MsDeformAttnGrads grads = no_grads(in);
@@ -204,7 +204,7 @@ struct MsDeformAttnOps {
     const MsDeformAttnInputs in("_ms_deform_attn_fused_backward", value, spatial_shapes, level_start_index,
                                 reference_points, sampling_offsets, attention_logits, value_mask);
     check_needs_grad(in.op, needs_grad, 4);
-    // The gradient of a reference point is a sum of gradients of offsets.
+    // The gradient of a reference point is a sum over gradients of offsets, so it requires the sampling gradients.
     const bool sampling = needs_grad[1] || needs_grad[2] || needs_grad[3];
     const MsDeformAttnGrads grads = kBackward(in, grad_output, {needs_grad[0], sampling, needs_grad[1], deterministic});
     return {grads.value, grads.reference, only_if(needs_grad[2], grads.locations),

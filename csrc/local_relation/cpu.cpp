@@ -1,12 +1,12 @@
 // local_relation on the CPU: the forward and backward passes, the division of their work among threads, and the
 // registration of the ops.
 //
-// An item is a strip of output rows of some groups of an image (LocalRelationItems in cpu_args.h). Threads process
-// items one at a time. The operations per tap and vector of outputs limit the speed: about 13 for the exponential, 6
-// for the logit, and one multiply-add with a load per channel. The backward pass takes about three times as long as the
-// forward pass. cpu_kernel.h describes both algorithms. Every item writes the gradients of its own queries, keys and
-// values. This file adds the partial sums of the gradient of the prior in the order of the strips, so the results do
-// not depend on the number of threads.
+// An item is a strip of output rows for some channel groups of one image (LocalRelationItems in cpu_args.h). Threads
+// process items one at a time. The operations per tap and vector of outputs limit the speed: about 13 for the
+// exponential, 6 for the logit, and one multiply-add with a load per channel. The backward pass takes about three times
+// as long as the forward pass. cpu_kernel.h describes both algorithms. Every item writes the gradients of its own
+// queries, keys and values. This file adds the partial gradients of the prior in the order of the strips, so the
+// results do not depend on the number of threads.
 
 #include <tuple>
 #include <vector>
@@ -21,7 +21,7 @@ namespace relops {
 namespace {
 
 struct Kernels {
-  // Returns the time of `times` forward passes on one thread, in nanoseconds.
+  // Estimates the time of `times` forward passes on one thread, in nanoseconds.
   template <class T>
   static double nanoseconds(const LocalRelationArgs<T>& a, double times) {
     const double logits = static_cast<double>(a.N) * a.G * a.Ho * a.Wo * a.k * a.k;
@@ -39,7 +39,8 @@ struct Kernels {
 
   template <class T>
   static void backward(const LocalRelation& r, const LocalRelationArgs<T>& a, const LocalRelationGrads& grads) {
-    // If windows may skip pixels, the kernel does not write the gradients of the skipped pixels.
+    // If windows may skip pixels, the kernel does not write the gradients of these pixels, so they are set to zero
+    // first.
     const bool all_read = a.stride == 1 || (a.dilation == 1 && (a.k + 1) / 2 >= a.stride);
     if (!all_read) {
       torch::stable::fill_(std::get<1>(grads), 0);

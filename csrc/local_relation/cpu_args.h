@@ -1,5 +1,5 @@
 // local_relation on the CPU: the positions of windows in lines of memory, and the division of the work. The kernels
-// need these in addition to LocalRelationArgs (problem.h).
+// need both in addition to LocalRelationArgs (problem.h).
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@
 
 namespace relops {
 
-// The positions, in lines of memory, of the columns that taps read. The taps of neighboring outputs are `stride` pixels
-// apart. Therefore a line of inputs is a row of the map that is split into parts, one per remainder of the column
-// modulo the stride (its phase), so that the taps of neighboring outputs are adjacent. All lines are padded with zeros
-// on both sides, as far as whole vectors and taps reach.
+// The positions, in lines of memory, of the columns that taps read. On the map, the taps of neighboring outputs are
+// `stride` pixels apart. Therefore a line of inputs is a row of the map that is split into parts, one for each phase.
+// The phase of a column is the column modulo the stride. Within a part, the taps of neighboring outputs are adjacent.
+// All lines are padded with zeros on both sides, so that every tap can read whole vectors.
 struct WindowColumns {
-  // If phase is -1, no output has this tap on the map. Otherwise output w reads column w + shift of its phase.
+  // If phase is -1, no output has this tap on the map. Otherwise output w reads column w + shift of this phase.
   struct Tap {
     int64_t phase, part, shift;
   };
@@ -57,7 +57,7 @@ struct WindowColumns {
 
   // Returns the position in a line of inputs that output 0 reads with this tap.
   int64_t input_at(const Tap& tap) const { return tap.part * part_size + left + tap.shift; }
-  // Returns the position, in a line of outputs, of the output that reads column 0 of its phase with this tap.
+  // Returns the position, in a line of outputs, of the output that reads column 0 of the phase with this tap.
   int64_t output_at(const Tap& tap) const { return output_left - tap.shift; }
 
   int64_t width;  // length of a row of outputs, rounded up to whole vectors
@@ -67,7 +67,7 @@ struct WindowColumns {
   int64_t left, part_size, line, output_left, output_line;
 };
 
-// The rows of the map that the window of output row ho reads, and the output rows that read a row of the map.
+// The rows of the map that the windows of output row ho read, and the output rows that read a given row of the map.
 struct WindowRows {
   int64_t H, Ho, k, stride, dilation;
 
@@ -90,9 +90,9 @@ struct WindowRows {
   int64_t max_outputs() const { return std::min(dilation * (k - 1) / stride + 1, Ho); }
 };
 
-// The division of the work into strips of output rows and bundles of groups. A strip also owns the input rows that
-// begin at `stride` times its first output row. The division does not depend on the number of threads, so sums over
-// strips do not depend on it either.
+// The division of the work into strips of output rows and bundles of groups. A strip also owns the input rows from
+// `stride` times its first output row up to the first input row of the next strip. The division, and therefore the
+// result of sums over strips, does not depend on the number of threads.
 struct LocalRelationItems {
   template <class T>
   explicit LocalRelationItems(const LocalRelationArgs<T>& a, const WindowRows& rows)
@@ -115,7 +115,7 @@ struct LocalRelationItems {
   struct Item {
     int64_t n, strip, g, g_end, begin, end;
   };
-  // Neighboring groups have consecutive numbers, because their channels may be in the same rows of memory.
+  // Neighboring groups have consecutive item numbers, because their channels may be adjacent in memory.
   Item at(int64_t i) const {
     Item item;
     item.g = i % bundles * bundle;

@@ -56,8 +56,8 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   }
 
  private:
-  // A tap with which outputs read the current row of inputs. All pointers refer to the output that reads column 0 of
-  // the phase: to its weight and the gradient of its logit in the rings, to its query, and to its output gradient.
+  // A tap with which outputs read the current row of inputs. The pointers refer to the output that reads column 0 of
+  // the phase. They point to its weight, the gradient of its logit, its query, and its output gradient.
   struct Read {
     const Compute *weight, *logit, *query, *grad;
   };
@@ -80,18 +80,20 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 
   int64_t sums_size() const { return (1 + a_.m) * columns_.width; }
 
-  // Returns the sums of the gradients of a row of inputs. They exist if keeps_sums_ is set, and are 0 between strips.
+  // Returns the sums that accumulate the gradients of a row of inputs. They exist only if keeps_sums_ is set, and are 0
+  // when a strip begins.
   Compute* sums_of(int64_t y, int64_t part) const {
     return sums_ + (y % this->ring_ * static_cast<int64_t>(columns_.parts.size()) + part) * sums_size();
   }
 
-  // Adds the contribution of row i of the taps of the current output row to the gradients of a row of inputs.
+  // Adds what the current output row contributes, through row i of its taps, to the gradients of input row y.
   void add_inputs(int64_t y, int64_t i) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part)
       sum_reads(find_reads(y, part, i, i + 1), y, part, sums_of(y, part), true);
   }
 
-  // Processes a row of outputs. `own` says whether the row belongs to this strip and not to a neighbor.
+  // Processes a row of outputs. `own` is true if the row belongs to this strip, and false if it belongs to a
+  // neighboring strip.
   void process_row(int64_t ho, bool own) {
     const int64_t output_line = columns_.output_line, slot = ho % output_ring_;
     Compute* const query = query_ring_ + slot * output_line + columns_.output_left;
@@ -181,7 +183,8 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     if (own) store(query_sums_ + w, grad * Compute(kSlopeScale<kSimilarity>));
   }
 
-  // Writes the gradients of a row of inputs. In a row or phase that no output reads, the gradients are already zero.
+  // Writes the gradients of a row of inputs. Skips rows and phases that no output reads, because their gradients are
+  // already zero.
   void write_inputs(int64_t y) {
     for (int64_t part = 0; part < static_cast<int64_t>(columns_.parts.size()); ++part) {
       Compute* const sums = keeps_sums_ ? sums_of(y, part) : sums_;
@@ -202,8 +205,9 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     }
   }
 
-  // Sets sums [1+m,width] to the gradients of the key and of the values of a row of inputs, summed over the first
-  // `count` reads. If `accumulate`, they are added to sums.
+  // Computes the gradients of one row of inputs, summed over the first `count` entries of reads_. Row 0 of sums
+  // [1+m,width] is the gradient of the key, and rows 1 to m are the gradients of the m value channels. If `accumulate`,
+  // adds the gradients to sums instead of overwriting them.
   void sum_reads(int64_t count, int64_t y, int64_t part, Compute* sums, bool accumulate) {
     const int64_t columns = columns_.parts[part].columns;
     const Compute* const key =
@@ -216,7 +220,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
       grad_of_values(count, j, sums + columns_.width + j, accumulate);
   }
 
-  // Finds the outputs that read a row of inputs with rows [begin, end) of the taps, and returns their number.
+  // Fills reads_ with the taps in rows [begin, end) with which outputs read input row y, and returns their number.
   int64_t find_reads(int64_t y, int64_t part, int64_t begin, int64_t end) {
     const int64_t line = columns_.output_line;
     int64_t count = 0;
@@ -264,7 +268,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
     });
   }
 
-  // Sets the gradients of a group without channels to zero, because such a group has no influence.
+  // Sets the gradients of a group without channels to zero, because such a group does not affect the output.
   void clear(const Item& item) {
     const auto rows = [&](const Map<T>& grad, int64_t begin, int64_t end, int64_t columns) {
       if (grad.data == nullptr) return;
@@ -278,7 +282,7 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   const LocalRelationItems& items_;
   double* const prior_partials_;  // [N,strips,G,k,k]
   bool needs_key_, needs_value_, needs_logits_, needs_inputs_;
-  bool keeps_sums_;                   // whether sums of input gradients are kept instead of output weights
+  bool keeps_sums_;                   // whether sums of input gradients are kept instead of rings of weights
   int64_t output_ring_;               // row ho of outputs is in slot ho % output_ring
   Compute *query_ring_, *grad_ring_;  // [ring,line], [ring,m,line]
   Compute *weight_ring_ = nullptr, *logit_ring_ = nullptr;  // [ring,k*k,line]

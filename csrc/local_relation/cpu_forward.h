@@ -1,5 +1,5 @@
-// local_relation on the CPU: the forward pass. For each vector of a row of outputs, it computes the weights and then
-// the weighted sums of values, up to eight channels at a time.
+// local_relation on the CPU: the forward pass. For each vector of outputs, it computes the weights and then the
+// weighted sums of values, up to eight channels at a time.
 #ifndef RELOPS_LOCAL_RELATION_FORWARD
 #define RELOPS_LOCAL_RELATION_FORWARD
 

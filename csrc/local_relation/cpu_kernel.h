@@ -2,19 +2,19 @@
 // set.
 //
 // The lanes of a vector are neighboring outputs of a row. Rows of the map are unpacked into lines, which have the
-// compute type and zeros on both sides (WindowColumns). A ring of lines holds what the windows of a row of outputs
-// read, so each row is unpacked once per group and then stays in the L1 or L2 cache.
+// compute type and zeros on both sides (WindowColumns). A ring buffer of lines holds the rows that the windows of the
+// current output row read, so each row of the map is unpacked once per group and then stays in the L1 or L2 cache.
 //
-// In the forward pass, the logits of all taps of a vector of outputs are written to a small buffer and converted to
-// weights there. The weights multiply the values of up to eight channels, whose sums stay in registers. For each tap
-// and vector of 8 channels there are about 13 operations for the exponential, 6 for the logit and 8 multiply-adds, each
-// with a load.
+// For each vector of outputs, the forward pass writes the logits of all taps to a small buffer and converts them to
+// weights there. Then it multiplies the values of up to eight channels by the weights and keeps the sums in registers.
+// For each tap and vector of outputs with 8 channels, there are about 13 operations for the exponential, 6 for the
+// logit and 8 multiply-adds, each with a load.
 //
 // The backward pass does the same for each row of outputs and stores the weights and the gradients of the logits in
-// rings of their own. As soon as the last output row that reads a row of inputs has been processed, the gradients of
-// the keys and values of that row are computed as sums over taps from these rings. For large windows the rings would
-// need too much memory. In that case, only the weights of one row of outputs are kept, and their contributions are
-// added immediately to the sums of all rows of inputs that this row reads.
+// further ring buffers. As soon as the last output row that reads a row of inputs has been processed, the gradients of
+// the keys and values of that row are computed as sums over taps from these buffers. For large windows, the buffers
+// would need too much memory. In that case, only the weights of one output row are kept, and what this row contributes
+// is added immediately to the sums of all input rows that it reads.
 
 #include "common/cpu/simd.h"
 #include "local_relation/cpu_args.h"

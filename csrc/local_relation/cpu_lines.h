@@ -1,5 +1,5 @@
-// local_relation on the CPU: lines of memory. Rows of the map are unpacked into lines and packed from lines; sums are
-// computed over vectors of lines.
+// local_relation on the CPU: lines of memory. These functions unpack rows of the map into lines, pack lines into rows
+// of the map, and compute sums over vectors of lines.
 #ifndef RELOPS_LOCAL_RELATION_LINES
 #define RELOPS_LOCAL_RELATION_LINES
 
@@ -8,7 +8,7 @@
 
 namespace relops::RELOPS_ISA {
 
-// Calls f(first, count) for ranges that make up [0, n). `count` is a constant: 8, and then 4, 2 and 1 for the rest.
+// Calls f(first, count) for ranges that cover [0, n). `count` is a constant: 8, and then 4, 2 and 1 for the rest.
 template <class F>
 RELOPS_HOST_DEVICE_INLINE void for_each_eight(int64_t n, F f) {
   int64_t i = 0;
@@ -18,8 +18,8 @@ RELOPS_HOST_DEVICE_INLINE void for_each_eight(int64_t n, F f) {
   if (n - i >= 1) f(i, std::integral_constant<int, 1>{});
 }
 
-// Returns R sums. Sum r is the sum over i < count of weight(i) times the vector at row(i) + r * line. If R is small,
-// each sum is split into several parts, because every addition in a chain waits for the previous one.
+// Returns R sums. Sum r is the total, over i < count, of weight(i) times the vector at row(i) + r * line. If R is
+// small, each sum is split into several parts, because every addition in a chain waits for the previous one.
 template <class Compute, int R, class Weight, class Row>
 RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t line, Weight weight, Row row) {
   constexpr int U = 8 / R;
@@ -40,7 +40,7 @@ RELOPS_HOST_DEVICE_INLINE Batch<Compute, R> weighted_sums(int64_t count, int64_t
   return parts[0];
 }
 
-// Returns the sum of f(i) over i < count, which is also split into several parts.
+// Returns the sum of f(i) over i < count. This sum is also split into several parts.
 template <class Compute, class F>
 RELOPS_HOST_DEVICE_INLINE Vec<Compute> sum_over(int64_t count, F f) {
   constexpr int U = 4;

@@ -15,7 +15,7 @@ class LocalRelationWorker {
  public:
   using Compute = ComputeType<T>;
   static constexpr int64_t V = kLanes<Compute>;
-  static constexpr int kBatch = 4;  // number of taps whose exponentials are computed side by side
+  static constexpr int kBatch = 4;  // number of taps whose exponentials are computed at the same time
   using Item = LocalRelationItems::Item;
 
   LocalRelationWorker(const LocalRelationArgs<T>& a, const WindowRows& rows, const WindowColumns& columns)
@@ -41,7 +41,7 @@ class LocalRelationWorker {
     return p;
   }
 
-  // Begins a new group or strip.
+  // Starts a new group or strip.
   void start(int64_t n, int64_t g) {
     n_ = n;
     g_ = g;
@@ -93,7 +93,7 @@ class LocalRelationWorker {
     count_ = count;
   }
 
-  // Computes weights_ for the outputs [w, w + V) with queries q. The weights are not yet divided by their sum, which
+  // Computes weights_ for outputs [w, w + V), whose queries are q. The weights are not yet divided by their sum, which
   // this function returns.
   Vec<Compute> weigh(int64_t w, Vec<Compute> q) {
     // These members are copied to local variables, because the compiler cannot tell that the stores below do not change
@@ -129,7 +129,7 @@ class LocalRelationWorker {
     return (total.v[0] + total.v[1]) + (total.v[2] + total.v[3]);
   }
 
-  // Unpacks a row of the map, split by phases, to to[c * line + part * part_size + left ...].
+  // Unpacks a row of the map, split by phase, and writes it to to[c * line + part * part_size + left ...].
   void unpack_row(const Map<const T>& map, int64_t c, int64_t y, int64_t channels, Compute* to) const {
     for (const WindowColumns::Part& part : columns_.parts) {
       unpack_line(map.at(n_, c, y, part.phase), map.c_stride, map.w_stride * a_.stride, channels, part.columns,
@@ -149,7 +149,7 @@ class LocalRelationWorker {
 
   int64_t n_, g_, first_channel_, channels_, loaded_;
 
-  int64_t count_, map_taps_;  // numbers of taps of the row: all, and those on the map for some output
+  int64_t count_, map_taps_;  // number of taps of the row, and how many are on the map for some output
   int32_t* tap_;
   const Compute **key_at_, **value_at_, **inside_at_;  // positions for output 0
   Compute *prior_at_, *weights_;                       // weights_: [count,V]

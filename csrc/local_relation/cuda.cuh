@@ -1,10 +1,10 @@
 // local_relation on CUDA: how the forward and backward passes divide their work, and the code that both use.
 //
-// A thread computes several neighboring outputs (in the backward pass also inputs) of a column for one group. A block
-// computes a tile of them. If stride and dilation are 1, the windows of a tile are read from shared memory, values in
-// steps of eight channels. A pixel that a thread reads from shared memory serves several of its outputs: in a column of
-// taps, tap i of output r is in row r + i. Otherwise, in direct mode, a thread has one output and reads taps from
-// global memory, mostly from L1.
+// A thread computes several neighboring outputs of a column for one group, or inputs in one kernel of the backward
+// pass. A block computes a tile of outputs or inputs. If stride and dilation are 1, the windows of a tile are read from
+// shared memory, which holds eight channels of the values at a time. A pixel that a thread reads from shared memory
+// serves several outputs of the thread: in a column of taps, tap i of output r is in row r + i. Otherwise, in direct
+// mode, a thread has one output and reads taps from global memory, mostly from L1.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ constexpr int kRows = !kTiled          ? 1
 template <class T>
 struct LocalRelationParams {
   LocalRelationArgs<T> a;
-  int width, groups;                 // columns of a block, and its groups of kRows rows
+  int width, groups;                 // numbers of columns and of groups of kRows rows in a block
   int columns;                       // columns of the map, from which the number of blocks follows
   int tiles_x, tiles_y;              // number of blocks of a map in each direction
   int chunks;                        // forward only: number of chunks of kChannels channels, each with its own blocks
@@ -44,11 +44,11 @@ struct LocalRelationParams {
 // The tile, the map and the group of a block.
 struct LocalBlock {
   int64_t n, g;
-  int chunk, tile, y, x;  // y, x: its first output or input
+  int chunk, tile, y, x;  // y, x: first output or input of the tile
 
   template <class T>
   __device__ LocalBlock(const LocalRelationParams<T>& p, int rows) {
-    // Groups vary fastest, because their channels may be adjacent.
+    // Chunks vary fastest, then groups, because their channels may be adjacent.
     int64_t b = blockIdx.x;
     chunk = static_cast<int>(b % p.chunks), b /= p.chunks;
     g = b % p.a.G, b /= p.a.G;
@@ -58,8 +58,8 @@ struct LocalBlock {
   }
 };
 
-// The column and the rows of a tile that a thread computes. A thread after the last group is idle and has the position
-// of the first thread.
+// The column and the rows of a tile that a thread computes. A thread beyond the last group of rows is idle and has the
+// position of the first thread.
 struct LocalThread {
   int column, row;
   bool active;
@@ -76,7 +76,8 @@ struct LocalThread {
 template <class Compute>
 constexpr Compute kLog2E = 1.44269504088896340736;
 
-// The rows and columns around a tile, beginning at (y, x), in a map of height x width. Pixels outside the map are zero.
+// The rows and columns that a tile reads, beginning at (y, x), in a map of height x width. Pixels outside the map are
+// zero.
 struct TileArea {
   int y, x, rows, columns, height, width;
 };
@@ -90,7 +91,7 @@ __device__ void stage(Compute* to, const Map<T>& map, int64_t n, int64_t c, cons
   }
 }
 
-// Stages the channels [c, c + channels), but at most kChannels, and pads them with zeros to kChannels channels.
+// Stages channels [c, c + channels), but at most kChannels of them, and pads them with zeros to kChannels channels.
 template <class T>
 __device__ void stage_packs(Pack<T, kPack<T>>* to, const Map<const T>& map, int64_t n, int64_t c, int channels,
                             bool packs, const TileArea& area) {
@@ -123,7 +124,8 @@ __device__ __forceinline__ void read_packs(ComputeType<T> (&to)[kChannels], cons
   }
 }
 
-// Reads kChannels channels of one pixel from global memory. Channels from index `channels` on are zero.
+// Reads kChannels channels of one pixel from global memory. Only the first `channels` are read, and the rest are set to
+// zero.
 template <class T>
 __device__ __forceinline__ void read_channels(ComputeType<T> (&to)[kChannels], const Map<const T>& map, int64_t n,
                                               int64_t c, int64_t y, int64_t x, int channels) {
@@ -142,7 +144,7 @@ __device__ __forceinline__ void write_channels(const ComputeType<T> (&from)[kCha
     if (j < channels) to[j * map.c_stride] = static_cast<T>(from[j]);
 }
 
-// Stages the prior of a group, converted to base 2.
+// Stages the prior of a group, multiplied by log2(e) because logits are to base 2.
 template <class T, class Compute>
 __device__ void stage_prior(Compute* to, const LocalRelationArgs<T>& a, int64_t g) {
   const int taps = static_cast<int>(a.k * a.k);
@@ -150,9 +152,9 @@ __device__ void stage_prior(Compute* to, const LocalRelationArgs<T>& a, int64_t 
     to[i] = a.prior == nullptr ? Compute(0) : a.prior[g * taps + i] * kLog2E<Compute>;
 }
 
-// Visits the taps of outputs (ho, wo) to (ho + R - 1, wo). For each row of each column of taps, calls load(pixel, y, x,
-// inside) with the position of the pixel in the tile and on the map, and then f(r, key, tap) for each output r that has
-// this tap. `at` is the position in the tile of the pixel that tap (0, 0) of output 0 reads.
+// Visits the taps of outputs (ho, wo) to (ho + R - 1, wo), column by column. For each pixel of a column, calls
+// load(pixel, y, x, inside) with the position of the pixel in the tile and on the map, and then f(r, key, tap) for each
+// output r that reads the pixel. `at` is the position in the tile of the pixel that tap (0, 0) of output 0 reads.
 template <bool kTiled, int R, class T, class Compute, class Load, class F>
 __device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const LocalBlock& block, const Compute* keys,
                                            int columns, int at, int ho, int wo, Load load, F f) {
@@ -182,7 +184,7 @@ __device__ __forceinline__ void add_to_tap(Compute* sums, int tap, Compute x) {
   if (threadIdx.x % 32 == 0) sums[tap] += x;
 }
 
-// Sums the values of the warps of a block and writes them to the partial gradients of the block.
+// Adds the sums of all warps of a block and writes the totals to the partial gradients of the block.
 template <class T, class Compute>
 __device__ void write_partial(const LocalRelationParams<T>& p, const LocalBlock& block, const Compute* sums) {
   const int taps = static_cast<int>(p.a.k * p.a.k), warps = blockDim.x / 32;
@@ -195,8 +197,9 @@ __device__ void write_partial(const LocalRelationParams<T>& p, const LocalBlock&
   }
 }
 
-// The contents of shared memory: values of the compute type, then the packs of the pixels. The values are [k,k] of the
-// prior, `per_pixel` for each pixel of a tile and, if gradients of the prior are summed, [warps,k,k].
+// The contents of shared memory: numbers of the compute type, then the packs of the pixels. The numbers are the prior
+// [k,k], `per_pixel` numbers for each pixel of a tile and, if `sums` is set, the sums [warps,k,k] of the gradients of
+// the prior.
 template <class Compute>
 struct LocalMemory {
   int taps, warps;
@@ -210,7 +213,7 @@ struct LocalMemory {
   }
 };
 
-// The division of a map of rows x columns among blocks. In direct mode, direct_columns replaces columns.
+// How a map of rows x columns is divided among blocks. In direct mode, direct_columns replaces columns.
 template <class T>
 struct LocalLaunch {
   LocalRelationParams<T> p;

@@ -1,16 +1,16 @@
 // local_relation on CUDA: the backward pass. cuda.cuh explains how the work is divided.
 //
-// The backward pass has two kernels, in which no two threads add to the same value. The kernel of the outputs computes
-// the softmax again. With weights e before the division by their sum S, and gradients d of the weights,
+// The backward pass has two kernels, one over outputs and one over inputs. In both, no two threads add to the same
+// value. The outputs kernel computes the softmax again. Let e be the weights before the division by their sum S, d the
+// gradients of the weights, and s the derivative of the logit with respect to the query. Then
 //   delta = sum of e d / S,  grad_query = sum of e d s / S - delta * sum of e s / S
-// where s is the derivative of the logit with respect to the query. All these sums are computed in a single pass, which
-// follows the pass that finds the largest logit. The kernel of the outputs writes delta and the logarithm of the sum
-// for the kernel of the inputs, which visits, for each pixel, the outputs whose windows contain the pixel. The kernel
-// of the inputs also sums the gradients of the prior: for each tap over the pixels of a thread, over a warp, over a
-// block, and finally, in a separate kernel, over all blocks.
+// A first pass over the window finds the largest logit, and a second pass computes all these sums. The outputs kernel
+// writes delta and the logarithm of S for the inputs kernel. For each pixel, the inputs kernel visits the outputs whose
+// windows contain the pixel. It also sums the gradients of the prior for each tap: over the pixels of a thread, then
+// over a warp and over a block. A separate kernel sums over all blocks.
 //
-// Taps outside the map have no pixel. If they take part in the softmax (border "zero"), the kernel of the outputs adds
-// their contribution.
+// The inputs kernel cannot visit taps outside the map, because they have no pixel. If these taps are part of the
+// softmax (border "zero"), the outputs kernel computes their gradients of the prior.
 
 #include "common/cuda/partial_sums.cuh"
 #include "local_relation/cuda.cuh"
@@ -200,7 +200,7 @@ __global__ __launch_bounds__(kLocalThreads,
       for (int i = 0; i < kChannels; ++i) grad_value[r][i] = 0;
     }
     for (int j = 0; j < k; ++j) {
-      // tap_sums[r] is the sum of tap i - r over the pixels 0 to r.
+      // tap_sums[r] is the gradient of the prior of tap i - r, summed over pixels 0 to r.
       Compute tap_sums[R] = {};
       const int64_t from_x = kTiled ? x + j - after : x + a.dilation * (j - after);
       const int wo = static_cast<int>(kTiled ? from_x : from_x / a.stride);
@@ -224,7 +224,7 @@ __global__ __launch_bounds__(kLocalThreads,
             delta = *delta_map.at(block.n, block.g, ho, wo);
             read_channels<T>(grad, a.grad_output, block.n, first + c, ho, wo, channels);
           }
-          if (c > 0) delta = 0;  // delta is subtracted only once
+          if (c > 0) delta = 0;  // delta is subtracted only with the first channels
 #pragma unroll
           for (int r = 0; r < R; ++r) {
             if (static_cast<unsigned>(i - r) >= static_cast<unsigned>(k) || y + r >= a.H) continue;

@@ -1,9 +1,9 @@
 // local_relation on CUDA: the forward pass. cuda.cuh explains how the work is divided.
 //
-// A thread passes over the window twice. The first pass finds the largest logit of each output; the second computes
-// exponentials, their sum, and eight sums of values. With 7 x 7 taps, the work of both passes per tap and output limits
-// the speed: an exponential, about 16 operations, and, with four outputs per thread, 36 bytes of shared memory for
-// every 2.8 taps. With 3 x 3 taps, memory limits the speed.
+// A thread iterates over its windows twice, first to find the largest logit of each output, then to compute the
+// exponentials, their sum, and weighted sums of eight channels of the values. With 7 x 7 taps, this work limits the
+// speed. Each tap of an output needs an exponential and about 16 operations. With four outputs per thread, 36 bytes are
+// read from shared memory for every 2.8 taps. With 3 x 3 taps, memory limits the speed.
 
 #include "local_relation/cuda.cuh"
 

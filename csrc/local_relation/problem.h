@@ -3,14 +3,15 @@
 //   output[c, o] = sum over taps t of p_t value[c, x_t],
 //   p = softmax over taps of similarity(query[g,o], key[g,x_t]) + prior[g,t]
 //
-// for the channels c of group g. Output o = (ho, wo) has k x k taps. Tap i of an axis is the pixel stride * o +
-// dilation * (i - k / 2). Taps outside the map are excluded from the softmax (border "mask"), or have key 0 and value 0
-// (border "zero").
+// for the channels c of group g. Output o = (ho, wo) has k x k taps. Along each axis, tap i of output o is pixel
+// stride * o + dilation * (i - k / 2). Taps outside the map are excluded from the softmax (border "mask"), or have key
+// 0 and value 0 (border "zero").
 //
 // Let p~ be the gradient of p: p~_t is the sum over c of grad_output[c] value[c, x_t]. The gradient of the logit is
 //   l_t = p_t (p~_t - delta),  delta = sum over t of p_t p~_t
-// and all other gradients are linear in p and l. For each tap, at most one output reads a given pixel. Therefore the
-// gradients of keys and values are sums over taps, like those of queries, and no two threads add to the same value.
+// and all other gradients are linear in p and l. For each tap, at most one output reads a given pixel. The gradients of
+// keys and values are therefore sums over taps, like the gradients of queries, and no two threads need to add to the
+// same gradient.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -29,7 +30,7 @@
 
 namespace relops {
 
-constexpr int kMaxKernelSize = 63;  // limits the work per pixel; MAX_KERNEL_SIZE in relops/ops/local_relation.py
+constexpr int kMaxKernelSize = 63;  // limits the work per pixel; see MAX_KERNEL_SIZE in relops/ops/local_relation.py
 
 enum class Similarity { kSquaredDifference, kAbsoluteDifference, kProduct };
 
@@ -49,7 +50,7 @@ RELOPS_HOST_DEVICE_INLINE F similarity(F q, F k) {
 
 // Returns the derivative of the similarity with respect to k, given d = q - k. The derivative with respect to q has the
 // opposite sign. For squared differences the result lacks the factor 2 (kSlopeScale), by which sums are multiplied at
-// the end. A product does not use this function, because its derivative is the other factor.
+// the end. The product similarity does not use this function, because its derivative is the other factor.
 template <Similarity kSimilarity, class F>
 RELOPS_HOST_DEVICE_INLINE F slope(F d) {
   if constexpr (kSimilarity == Similarity::kSquaredDifference)
@@ -77,7 +78,7 @@ Map<T> map_of(const Tensor& x) {
 
 inline Tensor as_map(const Tensor& x) { return x.stride(3) == 1 || x.stride(1) == 1 ? x : dense(x); }
 
-// The checked arguments of the forward pass. The letters of the sizes are those of relops/ops/local_relation.py.
+// The checked arguments of the forward pass. The sizes have the same letters as in relops/ops/local_relation.py.
 struct LocalRelation {
   LocalRelation(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& prior_,
                 int64_t k, int64_t stride, int64_t dilation, const std::string& similarity_, const std::string& border)
@@ -143,7 +144,7 @@ struct LocalRelation {
   std::optional<Tensor> prior;
 };
 
-// The arguments of the kernels. A gradient that is not requested has no data.
+// The arguments of the kernels. A gradient that is not requested is a null pointer.
 template <class T>
 struct LocalRelationArgs {
   using Compute = ComputeType<T>;
@@ -196,8 +197,8 @@ void dispatch_similarity(Similarity similarity, F f) {
 
 using LocalRelationGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The ops with the signatures of library.cpp, built from the static functions of a device's Kernels. These are not
-// called if there are no channels or no pixels:
+// The ops with the signatures of library.cpp, built from two static functions of a device's Kernels. Neither function
+// is called if there are no channels or no pixels:
 //   template <class T> void forward(const LocalRelation&, const LocalRelationArgs<T>&)
 //   template <class T> void backward(const LocalRelation&, const LocalRelationArgs<T>&, const LocalRelationGrads&)
 template <class Kernels>

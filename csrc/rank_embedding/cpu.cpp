@@ -11,7 +11,7 @@ namespace relops {
 namespace {
 
 struct Kernels {
-  // Returns the frequencies, padded with copies of the last one to a multiple of the lanes of any vector.
+  // Returns the frequencies, padded with copies of the last one to whole vectors of any instruction set.
   template <class T, class O>
   static std::vector<double> frequencies(const RankEmbeddingArgs<T, O>& args) {
     std::vector<double> padded(round_up<int64_t>(args.half, 8));

@@ -1,5 +1,5 @@
-// rank_embedding on the CPU: the loops, in which the lanes of a vector are frequencies of a rank. Their speed is
-// limited by arithmetic, which is all in double precision.
+// rank_embedding on the CPU: the loops. The lanes of a vector are frequencies of one rank. Arithmetic limits the speed,
+// and all of it is in double precision.
 
 #include "common/cpu/simd.h"
 #include "rank_embedding/problem.h"
@@ -21,7 +21,7 @@ inline Vec<double> load_as_double(const float* p) {
   return __builtin_convertvector(narrow, Vec<double>);
 }
 
-// Computes the sines and cosines [padded] of the angles of a rank.
+// Computes the sines [padded] and cosines [padded] of all angles of one rank.
 template <class Compute>
 inline void store_sines(double rank, const double* frequencies, int64_t half, Compute* sines, Compute* cosines) {
   constexpr int64_t V = kLanes<double>;
@@ -62,8 +62,7 @@ void rank_embedding_forward(const RankEmbeddingArgs<T, O>& p, const double* freq
   }
 }
 
-// Computes grad_ranks[i], the sum over j of frequency j times (cosine times the gradient of the sine - sine times the
-// gradient of the cosine).
+// Computes grad_ranks[i] as the sum over j of frequency[j] * (cosine[j] * grad_sine[j] - sine[j] * grad_cosine[j]).
 template <class T>
 void rank_embedding_backward(const RankEmbeddingArgs<T, T>& p, const double* frequencies, int64_t begin, int64_t end) {
   using Compute = ComputeType<T>;

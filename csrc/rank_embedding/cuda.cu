@@ -1,8 +1,9 @@
 // rank_embedding on CUDA.
 //
-// In the forward pass, a thread has one frequency, whose power it computes once, and processes several ranks, so that a
-// warp writes neighboring outputs. If there are few frequencies, a warp covers several ranks. The speed is limited by
-// writing or, on devices with slow double precision, by about 30 operations in double precision per angle.
+// In the forward pass, a thread computes one frequency once and uses it for several ranks. Neighboring threads have
+// neighboring frequencies, so a warp writes neighboring outputs. If there are few frequencies, a warp covers several
+// ranks. Writing the output limits the speed or, on devices with slow double precision, the arithmetic, which is about
+// 30 double-precision operations per angle.
 //
 // In the backward pass, a warp processes a rank and sums over its frequencies.
 
@@ -28,7 +29,7 @@ __device__ __forceinline__ void sin_cos_of_any(double angle, double& s, double& 
   }
 }
 
-// A block processes `ranks` ranks with `width` frequencies, and `height` ranks at a time. width * height is the number
+// A block processes `ranks` ranks with `width` frequencies each, `height` ranks at a time. width * height is the number
 // of threads.
 template <class T, class O>
 __global__ __launch_bounds__(256, 2) void rank_embedding_kernel(const __grid_constant__ RankEmbeddingArgs<T, O> p,
@@ -73,7 +74,7 @@ void launch_forward(const char* op, const RankEmbeddingArgs<T, O>& args, cudaStr
   int width = 1;
   while (width < kRankThreads && width < args.half) width *= 2;
   const int64_t tiles = ceil_div(args.half, width);
-  // Computing a frequency costs as much as several angles, so a thread processes several ranks if enough blocks remain.
+  // Computing a frequency costs as much as several sines, so a thread processes several ranks if enough blocks remain.
   const int64_t ranks_per_thread =
       std::clamp<int64_t>(args.count * tiles * width / (kRankThreads * kRequestedBlocks), 1, 16);
   const int64_t ranks = ranks_per_thread * (kRankThreads / width);

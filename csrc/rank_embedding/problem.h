@@ -1,5 +1,5 @@
-// rank_embedding: the code that CPU and CUDA have in common: sine and cosine, and the signatures of library.cpp with
-// their checks.
+// rank_embedding: the sine and cosine, the op signatures of library.cpp, and the checks of the inputs, for both CPU and
+// CUDA.
 //
 // These checks keep the kernels from accessing memory outside of their tensors if torch.ops is called directly.
 // relops/ops/rank_embedding.py raises the errors that are meant for users.
@@ -15,8 +15,8 @@
 
 namespace relops {
 
-// Angles up to this limit are reduced below with an error of about one ulp of the angle. Larger angles are left to the
-// C library.
+// sin_cos reduces angles up to this limit with an error of about one ulp of the angle. The C library handles larger
+// angles.
 constexpr double kLargeAngle = 1 << 30;
 
 // A shorter Series<double> for results that are rounded to float. Its errors are 2e-11 (sine) and 3e-10 (cosine).
@@ -33,8 +33,8 @@ struct SeriesForFloat {
   }
 };
 
-// Computes sine and cosine for |x| < kLargeAngle, to within a few units of 2^-53 or the accuracy of the series S. F is
-// double or a vector of doubles (common/cpu/simd.h).
+// Computes sine and cosine for |x| < kLargeAngle. The error is a few units of 2^-53 or that of the series S, if larger.
+// F is double or a vector of doubles (common/cpu/simd.h).
 template <class S = Series<double>, class F>
 RELOPS_HOST_DEVICE_INLINE void sin_cos(F x, F& sine, F& cosine) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52; adding it rounds to integers
@@ -47,7 +47,7 @@ RELOPS_HOST_DEVICE_INLINE void sin_cos(F x, F& sine, F& cosine) {
   cosine = sign * S::cosine(u);
 }
 
-// Returns the frequency of coordinate j of `half` coordinates.
+// Returns frequency j of `half` frequencies.
 RELOPS_HOST_DEVICE inline double frequency(double wavelength, int64_t j, int64_t half) {
   return 1 / pow(wavelength, static_cast<double>(j) / static_cast<double>(half));
 }
@@ -65,8 +65,8 @@ struct RankEmbeddingArgs {
   T* grad_ranks;
 };
 
-// The ops with the signatures of library.cpp, built from the static functions of a device's Kernels. These are not
-// called if there are no ranks:
+// The ops with the signatures of library.cpp, built from two static functions of a device's Kernels. Neither function
+// is called if there are no ranks:
 //   void forward(const char* op, const Tensor& ranks, const RankEmbeddingArgs<T, O>&)
 //   void backward(const char* op, const Tensor& ranks, const RankEmbeddingArgs<T, T>&)
 template <class Kernels>

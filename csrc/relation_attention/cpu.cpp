@@ -3,10 +3,10 @@
 //
 // In the forward pass, threads first pack the keys of some images tile by tile and then process blocks of up to 36
 // queries with all heads (PackedKeys and ForwardWorker in cpu_forward.h). In the backward pass, each thread processes
-// some heads of an image (BackwardWorker in cpu_backward.h) and writes partial sums for weights and boxes. This file
-// adds the partial sums in a fixed order, so the results do not depend on the number of threads. The multiply-adds of
-// cpu_products.h limit the speed of both passes; cpu_kernel.h counts them. The sines and cosines of cpu_geometry.h are
-// the second largest cost.
+// some heads of an image (BackwardWorker in cpu_backward.h) and writes partial gradients of weights and boxes. This
+// file adds the partial gradients in a fixed order, so the results do not depend on thread scheduling. The
+// multiply-adds of cpu_products.h limit the speed of both passes; cpu_kernel.h counts them. The sines and cosines of
+// cpu_geometry.h are the second largest cost.
 
 #include <algorithm>
 #include <cstdint>
@@ -60,7 +60,7 @@ struct Kernels {
   }
 
  private:
-  // Sets sum[i] to the sum of partials [count,size] over count, added in order.
+  // Sets sum [size] to the sum of the rows of partials [count,size], added in order.
   template <class S, class Compute>
   static void sum_partials(const S* partials, int64_t count, int64_t size, Compute* sum) {
     for (int64_t i = 0; i < size; ++i) {
@@ -70,14 +70,14 @@ struct Kernels {
     }
   }
 
-  // Writes the gradients of boxes, given the partial gradients [parts,boxes,4] of their centers and of the logarithms
-  // of their sizes.
+  // Writes the gradients of boxes, given the partial gradients [parts,boxes,4] of box centers and of the logarithms of
+  // box sizes.
   template <class Compute>
   static void grad_of_boxes(Compute* partials, int64_t parts, int64_t count, const Compute* boxes, Compute* grad) {
     sum_partials(partials, parts, count * 4, grad);
     for (int64_t i = 0; i < count; ++i, boxes += 4, grad += 4) {
       const Compute x = grad[0] / 2, y = grad[1] / 2;
-      // The zero gradient of a masked key stays zero for any box.
+      // A masked key has zero gradient even if its box is invalid.
       const Compute w = grad[2] == 0 ? 0 : grad[2] / (boxes[2] - boxes[0] + 1);
       const Compute h = grad[3] == 0 ? 0 : grad[3] / (boxes[3] - boxes[1] + 1);
       grad[0] = x - w;

@@ -15,8 +15,8 @@ namespace relops {
 // The largest number of queries in a block, a multiple of the six rows of a panel.
 constexpr int64_t kForwardBlock = 36, kBackwardBlock = 24;
 
-// The limit of the memory for packed keys per thread. Without a limit, the keys of all images of a large batch would
-// need new memory, whose page faults cost more than the packing.
+// The limit on the memory per thread for packed keys. Without a limit, the packed keys of a large batch would need so
+// much new memory that page faults would cost more than the packing.
 constexpr int64_t kPackedBytes = 2 << 20;
 
 // Returns the number of parts into which each of N images is divided: the smallest number from min_parts to max_parts
@@ -27,7 +27,7 @@ inline int64_t parts_for(int64_t N, int64_t min_parts, int64_t max_parts, int64_
   return count;
 }
 
-// Returns the time of `times` forward passes on one thread, in nanoseconds.
+// Estimates the time of `times` forward passes on one thread, in nanoseconds.
 template <class T>
 double relation_nanoseconds(const RelationAttentionArgs<T>& a, double times) {
   const double pairs = static_cast<double>(a.N) * a.Q * a.K;

@@ -11,8 +11,8 @@
 
 namespace relops::RELOPS_ISA {
 
-// The work and the memory of a thread for some heads of an image. In the shapes of arrays, `heads` is the number of
-// heads of the item.
+// Processes items and owns the memory that a thread needs for them. An item is some heads of one image. In the shapes
+// of arrays, `heads` is the number of heads of the item.
 template <class T>
 struct BackwardWorker {
   using Compute = ComputeType<T>;
@@ -42,7 +42,7 @@ struct BackwardWorker {
   Compute* b;       // [block,heads,kTile]; later replaced by its gradient
   Compute *p, *dp;  // [block,kTile]; p: logits, later probabilities; dp: their gradients
   // Arrays that only gradients of boxes need:
-  Compute *slopes, *rotated_slopes;   // [heads,32]: derivatives of b by the logarithms, as weights of the terms
+  Compute *slopes, *rotated_slopes;   // [heads,32]: weights of the terms in d b / d logarithm
   Compute* grad_terms;                // [64,kTile]
   Compute *grad_queries, *grad_keys;  // [Q,4,lanes], [4,kTile]
 
@@ -143,7 +143,7 @@ struct BackwardWorker {
     std::fill_n(grad_bias, heads * V, Compute(0));
   }
 
-  // Adds the gradients of a tile of keys with the block of queries that begins at q0.
+  // Adds the gradients of all pairs of the tile of keys and the block of queries that begins at q0.
   void visit(int64_t n, int64_t m0, int64_t heads, int64_t q0, int64_t block, int64_t count) {
     const int64_t vectors = ceil_div(count, V);
     for (int64_t q = 0; q < block; ++q)
@@ -178,8 +178,8 @@ struct BackwardWorker {
       for (int64_t q = 0; q < block; ++q) differentiate_boxes(m0, heads, q0 + q, q, vectors);
   }
 
-  // For one query, head and tile, converts the logits p to probabilities, their gradients dp to gradients of the
-  // logits, and b to its gradient.
+  // For one query, head and tile, converts p from logits to probabilities, dp from gradients of the probabilities to
+  // gradients of the logits, and b to its gradient.
   void differentiate(int64_t n, int64_t m, int64_t h, int64_t query, int64_t q, int64_t count, int64_t vectors) {
     Compute *const b = this->b + q * b_stride + h * kKeys, *const p = this->p + q * kKeys,
                    *const dp = this->dp + q * kKeys;
@@ -208,7 +208,7 @@ struct BackwardWorker {
     store(grad_bias + h * V, bias_sums);
   }
 
-  // Adds the gradients of the boxes of one query and of the keys of the tile, given the gradient of b for all heads.
+  // Adds the gradients of one query's box and of the boxes of the tile's keys, given the gradient of b for all heads.
   void differentiate_boxes(int64_t m0, int64_t heads, int64_t query, int64_t q, int64_t vectors) {
     const Compute* const grad_b = b + q * b_stride;
     for (int64_t h = 0; h < heads; ++h)
@@ -225,7 +225,7 @@ struct BackwardWorker {
     const Compute* const terms = this->terms + q * kHalf * kKeys;
     Compute* const grad_query_box = grad_queries + query * 4 * V;
     for (int64_t k = 0; k < vectors * V; k += V) {
-      // Gradients of the logarithms of |dx|/w and |dy|/h and of the ratios of widths and of heights.
+      // Gradients of log(|dx|/w), log(|dy|/h), log(wq/wk) and log(hq/hk).
       Vec<Compute> grad_log[4] = {};
       for (int c = 0; c < 4; ++c)
         for (int i = c * kTerms; i < (c + 1) * kTerms; ++i)
@@ -279,7 +279,7 @@ struct BackwardWorker {
         partials.key_boxes[((part * a.N + n) * a.K + index[k]) * 4 + c] = grad_keys[c * kKeys + k];
   }
 
-  // Sets the gradients of entry i of I to zero for some heads.
+  // Sets the gradients of row i of I rows to zero for heads [m0, m0 + heads).
   void clear(int64_t n, int64_t i, int64_t I, int64_t m0, int64_t heads, T* of_width, T* of_value_width) {
     const int64_t row = (n * I + i) * a.M + m0;
     if (of_width != nullptr) std::fill_n(of_width + row * a.D, heads * a.D, T(0));

@@ -61,7 +61,7 @@ struct PackedKeys {
   }
 };
 
-// The work and the memory of a thread for a block of queries with all heads.
+// Processes items and owns the memory that a thread needs for them. An item is a block of queries with all heads.
 template <class T>
 struct ForwardWorker {
   using Compute = ComputeType<T>;
@@ -73,7 +73,7 @@ struct ForwardWorker {
   int64_t max_queries;         // largest number of queries in a block
   int64_t width, value_width;  // padded D and Dv
   // The distance between queries in b. It is one vector more than the size of the M rows of a query, because rows of
-  // different queries would otherwise compete for the same sets of the cache.
+  // different queries would otherwise compete for the same cache sets.
   int64_t b_stride;
   Scratch scratch;
   BoxTable<Compute> queries;
@@ -106,7 +106,7 @@ struct ForwardWorker {
 
   void operator()(int64_t item) {
     const int64_t image = item / blocks, n = keys.first + image;
-    // Blocks consist of whole panels of rows, because a smaller panel takes nearly as long as a whole one.
+    // Blocks consist of full panels of rows, because a smaller panel takes nearly as long as a full one.
     const auto from = [&](int64_t block) { return block * ceil_div(a.Q, kPanelRows) / blocks * kPanelRows; };
     const int64_t first = from(item % blocks), count = std::min(from(item % blocks + 1), a.Q) - first;
     load_queries(n, first, count);
@@ -128,7 +128,7 @@ struct ForwardWorker {
     std::fill_n(total, a.M * max_queries * V, Compute(0));
   }
 
-  // Adds the contribution of a tile of `count` keys to a block of queries.
+  // Adds the contribution of a tile of `count` keys to the sums of a block of queries.
   void visit(int64_t block, const KeyTile<Compute>& tile, int64_t count) {
     const int64_t vectors = ceil_div(count, V);
     for (int64_t q = 0; q < block; ++q)
@@ -138,7 +138,8 @@ struct ForwardWorker {
       const int64_t row = m * max_queries;
       multiply<Compute>({{query + row * width, width, 1}, tile.columns + m * a.D * keys.width, keys.width, a.D}, block,
                         vectors, p, kKeys);
-      // The keys do not fit into the L2 cache, so some lines of the next head's keys are prefetched with each query.
+      // The keys do not fit into the L2 cache, so part of the next head's keys is prefetched while each query is
+      // processed.
       const int64_t columns = a.D * keys.width, values = keys.width * value_width;
       const int64_t lines =
           m + 1 < a.M ? ceil_div(std::max(columns, values) * int64_t{sizeof(Compute)}, 64 * block) : 0;
@@ -152,8 +153,9 @@ struct ForwardWorker {
     }
   }
 
-  // Converts p, the logits s of one query and head (`row`) with a tile, to weights relative to exp(running_max). The
-  // running maximum is updated only if s is much larger, so a weight may be as large as exp(kSlack) times b.
+  // Converts p from the logits s of one query and head (`row`) and a tile of keys to weights relative to
+  // exp(running_max). The running maximum is updated only if some s exceeds it by more than kSlack, so a weight may be
+  // as large as exp(kSlack) times b.
   void normalize(int64_t row, Compute bias, int64_t count, const Compute* b, Compute* p) {
     constexpr Compute kSlack = 16;
     mask_last(p, count);

@@ -1,6 +1,6 @@
-// relation_attention on the CPU: the geometry of pairs. BoxTable holds what depends on one box. geometry_of computes
-// the sines and cosines of pairs and, from these and the box tables, b for all heads. problem.h explains the
-// mathematics.
+// relation_attention on the CPU: the geometry of pairs. BoxTable holds the values that depend on a single box.
+// geometry_of computes the sines and cosines of pairs and, from these and the box tables, b for all heads. problem.h
+// explains the mathematics.
 #ifndef RELOPS_RELATION_ATTENTION_GEOMETRY
 #define RELOPS_RELATION_ATTENTION_GEOMETRY
 
@@ -12,7 +12,7 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// The number of vectors that go through a chain of dependent operations side by side, which hides the latency of each
+// The number of vectors that a chain of dependent operations processes at the same time, to hide the latency of each
 // operation.
 constexpr int kAtOnce = 4;
 
@@ -22,7 +22,7 @@ template <>
 struct Bits<float> {
   static constexpr int kMantissa = 23;
   static constexpr int32_t kSign = INT32_MIN, kRootHalf = 0x3f3504f3;
-  static constexpr float kRounder = 12582912.0f;  // adding it leaves an integer in the low bits
+  static constexpr float kRounder = 12582912.0f;  // adding it leaves the rounded integer in the low bits
 };
 template <>
 struct Bits<double> {
@@ -67,7 +67,7 @@ inline void store_terms(const Waves<Compute>& waves, Log2<Vec<Compute>> log2, Co
   }
 }
 
-// Values that depend on one box, stored coordinate by coordinate and padded to whole vectors of boxes.
+// The values that depend on a single box, stored coordinate by coordinate and padded to whole vectors of boxes.
 template <class Compute>
 struct BoxTable {
   int64_t padded;
@@ -170,8 +170,8 @@ inline void pair_terms(const Waves<Compute>& waves, bool by_query, const BoxTabl
   }
 }
 
-// Calls f(i, W_s, W_c, sine, cosine) for each wave of the separable half, where weight [64] belongs to a head, terms
-// [32] belong to a query, and i is the index of the sine in terms.
+// Calls f(i, W_s, W_c, sine, cosine) for each wave of the separable half. weight [64] belongs to a head, terms [32]
+// belong to a query, and i is the index of the sine in terms.
 template <class Compute, class F>
 inline void for_separable(const Compute* weight, const Compute* terms, F f) {
   for (int c = 0; c < 2; ++c)
@@ -182,7 +182,7 @@ inline void for_separable(const Compute* weight, const Compute* terms, F f) {
     }
 }
 
-// Sets out [32] to the weights, for a query and head, of the terms of a key's width and height.
+// Sets out [32] to the weights that a query and head give to the terms of a key's width and height.
 template <class Compute>
 inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   for_separable(weight, terms, [out](int at, Compute of_sine, Compute of_cosine, Compute sine, Compute cosine) {
@@ -191,8 +191,8 @@ inline void rotate(const Compute* weight, const Compute* terms, Compute* out) {
   });
 }
 
-// Sets b [heads,kTile] to b without biases for query q and a tile of keys, and terms [32,kTile] to the sines and
-// cosines of dx and dy. `weight` and `rotated` begin at the first head.
+// For query q and a tile of keys, computes b [heads,kTile] without the biases, and terms [32,kTile], which are the
+// sines and cosines of dx and dy. `weight` and `rotated` begin at the first head.
 template <class Compute>
 inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTable<Compute>& queries, int64_t q,
                         const BoxTable<Compute>& keys, int64_t vectors, int64_t heads, const Compute* weight,
@@ -203,7 +203,7 @@ inline void geometry_of(const Waves<Compute>& waves, bool by_query, const BoxTab
                     &separable);
 }
 
-// Returns max(b, 1e-6), and NaN if b is NaN.
+// Returns max(b, 1e-6), or NaN if b is NaN.
 template <class Compute>
 inline Vec<Compute> above_floor(Vec<Compute> b) {
   return maximum(broadcast(static_cast<Compute>(kWeightFloor)), b);

@@ -8,10 +8,10 @@
 // head. A single register-tiled kernel, `multiply`, computes the products and limits the speed of both passes.
 //
 // Keys are processed in tiles of kTile<Compute> keys. A tile is packed head by head without the masked keys, and
-// transposed for products that have keys in their lanes. Then the tile is combined with blocks of queries. In the
-// forward pass, an item consists of some queries of an image with all heads, so the heads share the sines. In the
-// backward pass, an item consists of some heads of an image. It owns the gradients of their queries, keys and weights,
-// so no sum depends on the order of threads.
+// transposed for products whose vector lanes are keys. Then the tile is combined with blocks of queries. In the forward
+// pass, an item consists of some queries of an image with all heads, so the heads share the sines. In the backward
+// pass, an item consists of some heads of an image. Only this item adds to the gradients of the queries, keys and
+// weights of these heads, so no sum depends on the order in which threads run.
 
 #include "common/cpu/simd.h"
 #include "relation_attention/cpu_args.h"
@@ -34,7 +34,7 @@ void relation_attention_forward(const RelationAttentionArgs<T>& a, const KeyInde
   }
 }
 
-// Writes delta for the queries [begin,end), which are numbered over all images.
+// Writes delta for the queries [begin,end), numbered across all images.
 template <class T>
 void relation_attention_delta(const RelationAttentionArgs<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin * a.M; row < end * a.M; ++row) {

@@ -1,6 +1,6 @@
-// relation_attention on the CPU: rows of features. They are converted to the compute type and packed into arrays from
-// which products read whole vectors. `multiply` and `multiply_lanes` are the register-tiled products of the forward and
-// backward passes.
+// relation_attention on the CPU: packing and products of feature rows. Rows are converted to the compute type and
+// packed into arrays from which products read whole vectors. `multiply` and `multiply_lanes` are the register-tiled
+// products of the forward and backward passes.
 #ifndef RELOPS_RELATION_ATTENTION_PRODUCTS
 #define RELOPS_RELATION_ATTENTION_PRODUCTS
 
@@ -15,7 +15,8 @@ namespace {
 template <class Compute>
 constexpr int64_t kTile = 256 / sizeof(Compute);
 
-// The panel of a product that is kept in registers. It takes 24 of the 32 registers of AVX-512, and 12 of 16 elsewhere.
+// The size of a panel, the part of a product that is kept in registers. A panel takes 24 of the 32 registers of
+// AVX-512, and 12 of 16 with other instruction sets.
 constexpr int kPanelRows = 6, kPanelVectors = RELOPS_VECTOR_BYTES == 64 ? 4 : 2;
 
 // Element (i, j) of a matrix is at data[i * row + j * step].
@@ -65,7 +66,7 @@ void multiply_panel(const Factors<Compute>& f, const Factors<Compute>* more, boo
     for (int v = 0; v < kVectors; ++v) store(out + r * out_row + v * kLanes<Compute>, sums[r][v]);
 }
 
-// multiply_panel for panels of every size: table[vectors - 1][rows - 1].
+// The instances of multiply_panel for all panel sizes: table[vectors - 1][rows - 1].
 template <class Compute, class Rows = std::make_integer_sequence<int, kPanelRows>,
           class Vectors = std::make_integer_sequence<int, kPanelVectors>>
 struct Panels;
@@ -91,7 +92,7 @@ inline void for_panels(int64_t rows, F f) {
 }
 
 // Sets out [rows, vectors of lanes] to the product of the factors, plus the product of `more` unless it is null. If
-// `add`, the products are added to out.
+// `add`, adds the products to out instead.
 template <class Compute>
 inline void multiply(const Factors<Compute>& f, int64_t rows, int64_t vectors, Compute* out, int64_t out_row,
                      bool add = false, const Factors<Compute>* more = nullptr) {
@@ -156,7 +157,7 @@ inline void multiply_lanes(int64_t rows, int64_t columns, int64_t count, int64_t
   });
 }
 
-// Sets out[i][0..padded) to scale times the row of entry index[i], followed by zeros after its D elements.
+// Sets out[i] to scale times the D elements of row index[i], padded with zeros to `padded` elements.
 template <class Compute, class T>
 inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count, int64_t D,
                       Compute scale, Compute* out, int64_t padded) {
@@ -168,8 +169,8 @@ inline void pack_rows(FeatureRows<const T> rows, int64_t n, int64_t m, const int
   }
 }
 
-// Sets out[d][i] to element d of entry index[i], and to zero for i from count to the end of its vector. The rows of out
-// are `row` elements apart.
+// Sets out[d][i] to element d of row index[i] for i < count, and pads out[d] with zeros to whole vectors. The rows of
+// out are `row` elements apart.
 template <class Compute, class T>
 inline void pack_columns(FeatureRows<const T> rows, int64_t n, int64_t m, const int32_t* index, int64_t count,
                          int64_t D, Compute* out, int64_t row) {
@@ -199,7 +200,7 @@ inline void prefetch_lines(const Compute* p, int64_t size, int64_t first, int64_
     __builtin_prefetch(p + i, 0, 2);
 }
 
-// Sets the lanes without a key in the last vector of the logits p[0..count) to minus infinity.
+// Sets the unused lanes in the last vector of the logits p[0..count) to minus infinity.
 template <class Compute>
 inline void mask_last(Compute* p, int64_t count) {
   constexpr int64_t V = kLanes<Compute>;

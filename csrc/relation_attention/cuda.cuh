@@ -2,11 +2,11 @@
 // geometry of pairs, cuda_products.cuh the products of rows of features.
 //
 // In the forward and backward passes, a block owns 16 rows, or a multiple of 16, of up to 8 heads. These own rows are
-// queries, or keys in the kernel that computes the gradients of keys, values and key boxes. The block iterates over the
-// rows of the other side, called the other rows, in tiles. The following stages form a pipeline: in each step, every
-// stage processes a different tile, so one barrier per step suffices.
+// queries, or keys in the kernel that computes the gradients of keys, values and key boxes. If the own rows are
+// queries, the other rows are keys, and vice versa. The block iterates over the other rows in tiles. The following
+// stages form a pipeline: in each step, every stage processes a different tile, so one barrier per step suffices.
 //   1. The boxes of the tile: compute the logarithms of sizes, and their sines and cosines.
-//   2. b of all pairs and heads: a warp combines one other row with all own rows and writes to shared memory. The 32
+//   2. b of all pairs and heads: a warp combines one other row with all own rows and writes b to shared memory. The 32
 //      features of dx and dy of a pair are computed in the registers from which a tensor core reads them.
 //   3. The products of features: a warp processes one head.
 //   4. The gradients that flow through b, in the backward pass: a warp again processes one other row at a time.
@@ -67,7 +67,7 @@ struct RelationBlock {
   int heads;
 };
 
-// Calls f(exact) with a std::bool_constant that says whether products of float32 must be as exact as float32.
+// Calls f(exact) with a std::bool_constant that is true unless float32 products may use TF32.
 template <class T, class F>
 void dispatch_exact(bool allow_tf32, F f) {
   if constexpr (std::is_same_v<T, float>)
@@ -79,8 +79,8 @@ void dispatch_exact(bool allow_tf32, F f) {
 template <class T>
 void relation_attention_backward(const RelationAttention& r, const RelationAttentionArgs<T>& a);
 
-// Uses the forward pass to write the partial sums [chunks of kColumns<T> channels,N,Q,M] of delta for 16-bit features.
-// This function is defined in cuda_forward.cu.
+// Runs the forward kernel to write delta for 16-bit features, as partial sums [chunks,N,Q,M] over chunks of kColumns<T>
+// channels. This function is defined in cuda_forward.cu.
 template <class T>
 void launch_delta(RelationAttentionArgs<T> a, float* partials, cudaStream_t stream);
 

@@ -5,16 +5,15 @@
 // and with keys as own rows for the gradients of keys, values and key boxes. With e = exp(s - logsumexp),
 // p = e max(b, 1e-6), and delta the sum over channels of output times its gradient,
 //   ds = p (grad_output . value - delta),  db = b > 1e-6 ? e (grad_output . value - delta) : 0.
-// The gradients of own rows are products of ds (of p for values) with the other rows. db replaces b in shared memory.
-// The warps, each of which processes one other box at a time, compute from db the gradients that flow through the
-// features:
+// The gradients of own rows are products of ds (or p, for values) with the other rows. db replaces b in shared memory.
+// From db, the warps compute the gradients that flow through the features. Each warp processes one other box at a time:
 //
-// - Weights: features times db, summed over pairs. For the features of sizes, the sum is computed with the sines of the
-//   own box and afterwards rotated by the angle of the other box.
+// - Weights: features times db, summed over pairs. For the features of sizes, the sum uses the sines and cosines of the
+//   own box and is then rotated by the angle of the other box.
 // - Boxes: db times weights, summed over heads, is the gradient of a feature.
 //
 // Each lane handles one wave in this computation, so the gradients of a logarithm are summed over lanes and over warps
-// once at the end. A second launch adds the partial sums of blocks in order.
+// once at the end. A second kernel adds the partial sums of the blocks in a fixed order.
 
 #include <algorithm>
 
@@ -76,7 +75,7 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
 #pragma unroll 1
   for (int o = warp; o < kOthers; o += kHeads) {
     const BoxTerms<Compute>& other = others[o];
-    // The lanes divide the logarithms among them: lane i computes own row i % 16 and coordinate i / 16.
+    // The lanes divide the logarithms among themselves: lane i computes own row i % 16 and coordinate i / 16.
     const BoxTerms<Compute>& own_box = own[lane % kOwnRows];
     const int coordinate = lane / kOwnRows;
     const Compute distance = difference(own_box.center[coordinate], other.center[coordinate]);
@@ -99,7 +98,7 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        __syncwarp();  // prevents the compiler from loading everything first, for which there are too few registers
+        __syncwarp();  // keeps the compiler from moving all loads to the front, which would need too many registers
         Compute sine[2], cosine[2];
         OperandA<Compute, true> features;  // rows: sine and cosine of wave g; depth: own rows
 #pragma unroll
@@ -394,8 +393,8 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
                                     a.grad_bias, stream);
 }
 
-// The gradients of boxes have their own kernel: they are rarely needed, and their registers would halve the number of
-// blocks per multiprocessor.
+// The gradients of boxes have a separate kernel, because they are rarely needed and their registers would halve the
+// number of blocks per multiprocessor.
 template <class T, bool kOwnKeys>
 void launch_side(const RelationAttention& r, RelationParams<T> p, ComputeType<T>* grad_boxes, cudaStream_t stream) {
   if (grad_boxes != nullptr) {

@@ -2,10 +2,11 @@
 //
 // A block has 16 or 32 queries and 8 heads. A warp has one head and 16 queries and keeps their running maxima and sums,
 // as in flash attention. cuda.cuh explains the stages. Instruction issue limits the speed: a warp needs about 330
-// instructions for b of 16 pairs and 8 heads, 24 of which are products on tensor cores.
+// instructions to compute b for 16 pairs and 8 heads, 24 of which are products on tensor cores.
 //
-// The running maximum is the maximum of s plus the exponent of b. The weights that multiply the values are therefore at
-// most 2, and the largest is at least 1, as their conversion to 16 bits requires. No logarithm of b is needed for this.
+// The running maximum is the maximum of s plus the exponent of b. The weights of the values are therefore at most 2,
+// and the largest weight is at least 1, as the conversion of the weights to 16 bits requires. The exponent of b is
+// available without computing a logarithm.
 
 #include <algorithm>
 
@@ -17,7 +18,7 @@ namespace relops {
 
 namespace {
 
-// The number of keys in a tile. Shared memory holds b of two tiles.
+// The number of keys in a tile. Shared memory holds b for two tiles.
 template <class Compute>
 constexpr int kForwardKeys = sizeof(Compute) == 8 ? 16 : 32;
 constexpr int kForwardRing = 3;
@@ -28,7 +29,7 @@ struct ForwardShared {
   HeadWeights<Compute> weights;
   BoxTerms<Compute> keys[kForwardRing][kKeys];
   unsigned active[kForwardRing];
-  // The values of 16 queries. A block with 32 queries has two elements in `rows`, which is therefore the last member.
+  // The data of 16 queries. A block with 32 queries has two elements in `rows`, which is therefore the last member.
   struct Rows {
     BoxTerms<Compute> queries[kOwnRows];
     Compute tile[kForwardRing - 1][TileLayout<kKeys>::kSize];
@@ -36,7 +37,7 @@ struct ForwardShared {
   alignas(16) Rows rows[1];
 };
 
-// Returns floor(log2(x)) of a positive number.
+// Returns floor(log2(x)) for x > 0.
 __device__ __forceinline__ float exponent(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(x) >> 23 | 0x4b000000u) - (8388608.0f + 127.0f);
 }

@@ -1,5 +1,6 @@
-// relation_attention on CUDA: the geometry of pairs. load_boxes computes what depends on one box. compute_logits then
-// computes b of all pairs of a tile, with products on tensor cores. problem.h explains the mathematics.
+// relation_attention on CUDA: the geometry of pairs. load_boxes computes the values that depend on a single box.
+// compute_logits then computes b for all pairs of a tile, with products on tensor cores. problem.h explains the
+// mathematics.
 #pragma once
 
 #include <bit>
@@ -14,7 +15,7 @@ template <class Compute>
 struct BoxTerms {
   TwoPart<Compute> center[2];
   Log2<Compute> size[2];
-  Compute sine[2][kWaves], cosine[2][kWaves];  // of the angles of the size
+  Compute sine[2][kWaves], cosine[2][kWaves];  // of the angles for width and height
 };
 
 template <class Compute>
@@ -30,7 +31,7 @@ __device__ __forceinline__ Log2<Compute> log2_parts(Compute x) {
   }
 }
 
-// Computes the sine and cosine of the angle of a wave, given a logarithm in two parts.
+// Computes the sine and cosine of one wave, given a logarithm in two parts.
 __device__ __forceinline__ void sine_cosine(Log2<float> x, const Wave<float>& wave, float& sine, float& cosine) {
   constexpr float kEven = 3 << 23;  // floats near this value are even integers, so adding it rounds to whole turns
   const float part = fmaf(x.n, wave.low, x.l * wave.per_octave);
@@ -48,8 +49,8 @@ __device__ __forceinline__ void sine_cosine(Log2<double> x, const Wave<double>& 
 }
 
 // Sets the sine and cosine of wave j for one coordinate of a box and, if j = 0, the center and the logarithm of the
-// size. `box` is null if the box must not have any influence. The size of a box that is not finite or not positive is
-// set to NaN, so all its pairs become NaN.
+// size. `box` is null if the box must not have any influence. A size that is not finite or not positive is set to NaN,
+// so all pairs of the box become NaN.
 template <class Compute>
 __device__ __forceinline__ void set_box_terms(BoxTerms<Compute>& terms, const Compute* box, int coordinate, int j,
                                               const Wave<Compute>& wave) {
@@ -99,8 +100,8 @@ __device__ void load_head_weights(HeadWeights<ComputeType<T>>& w, const Relation
   if (threadIdx.x < kWaves) w.waves[threadIdx.x] = a.waves.wave[threadIdx.x];
 }
 
-// Computes the terms of `count` boxes, beginning at `first` of boxes [total,4], with `threads` threads. `masked` is the
-// mask of the boxes or null.
+// Computes the terms of `count` boxes, beginning with box `first` of boxes [total,4], with `threads` threads. `masked`
+// is the mask of the boxes or null.
 template <class Compute>
 __device__ __forceinline__ void load_boxes(BoxTerms<Compute>* terms, int count, const Compute* boxes, int64_t first,
                                            int64_t total, const bool* masked, const Wave<Compute>* waves, int thread,
@@ -113,8 +114,8 @@ __device__ __forceinline__ void load_boxes(BoxTerms<Compute>* terms, int count, 
   }
 }
 
-// Returns log2 of the ratio of a distance between centers and the size by which it is divided, and sets at_floor if the
-// ratio is at most its lower limit.
+// Returns log2 of a center distance divided by a size, but at least the lower limit. Sets at_floor if the limit
+// applies.
 template <class Compute>
 __device__ __forceinline__ Log2<Compute> log2_ratio(Compute distance, Log2<Compute> size, bool& at_floor) {
   constexpr Compute kExponent = kRatioFloorExponent, kMantissa = kRatioFloorMantissa;
@@ -128,9 +129,9 @@ __device__ __forceinline__ Log2<Compute> shuffle(Log2<Compute> x, int lane) {
   return {__shfl_sync(kAll, x.n, lane), __shfl_sync(kAll, x.l, lane)};
 }
 
-// Computes b of all pairs and heads of a tile with eight warps. If by_own, distances are divided by the size of the own
-// box. Widths are processed first, then heights, then distances, so that registers hold the operands of only one of
-// them at a time.
+// Computes b for all pairs of a tile and all heads of the block, with eight warps. If by_own, distances are divided by
+// the size of the own box. Widths are processed first, then heights, then distances, so that registers hold the
+// operands of only one of them at a time.
 template <int kOthers, class Compute>
 __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, const BoxTerms<Compute>* own,
                                                const BoxTerms<Compute>* others, bool by_own, Compute* tile) {
@@ -182,7 +183,7 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, co
       of_cosine[c].set_stored(e, w.weight[g][w.feature(c, true, t + 4 * e)]);
     }
   }
-  // The four lanes of two rows divide the four logarithms among them: lane t computes row t % 2 and coordinate t / 2.
+  // The four lanes of two rows share the four logarithms: lane t computes row t % 2 and coordinate t / 2.
   const int coordinate = t / 2;
   const BoxTerms<Compute>& own_box = own[g + t % 2 * 8];
 #pragma unroll 1
@@ -216,7 +217,7 @@ __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, co
   }
 }
 
-// Returns max(b, 1e-6), and NaN if b is NaN.
+// Returns max(b, 1e-6), or NaN if b is NaN.
 template <class Compute>
 __device__ __forceinline__ Compute floored(Compute b) {
   return b <= static_cast<Compute>(kWeightFloor) ? static_cast<Compute>(kWeightFloor) : b;

@@ -1,4 +1,4 @@
-// relation_attention on CUDA: products of rows of features on tensor cores, and reading and writing of these rows.
+// relation_attention on CUDA: products of feature rows on tensor cores, and loads and stores of these rows.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct TileRows {
 
   const T* data;
   int64_t stride;
-  unsigned active;  // the rows that are read; all others count as zeros
+  unsigned active;  // bit mask of the rows that are read; all other rows count as zeros
   int width;
   bool vector;
 
@@ -86,8 +86,8 @@ __device__ __forceinline__ void dot_rows(ComputeType<T> (&sums)[kOthers / 8][4],
   }
 }
 
-// Adds p times other rows to sums, for the channels beginning with `first`. p has the layout of the sums of dot_rows.
-// Column 8 (i V + v) + g of the sums is channel first + (8 i + g) V + v.
+// Adds p times the other rows to sums, for the channels beginning with `first`. p has the layout of the sums of
+// dot_rows. Column 8 (i V + v) + g of the sums is channel first + (8 i + g) V + v.
 template <int kOthers, bool kExact, class T>
 __device__ __forceinline__ void add_rows(ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                          const ComputeType<T> (&p)[kOthers / 8][4], const TileRows<T>& others,
@@ -117,8 +117,8 @@ __device__ __forceinline__ void add_rows(ComputeType<T> (&sums)[kColumns<T> / 8]
   }
 }
 
-// Multiplies the sums of add_rows by factor[g or g + 8] and writes them to dense rows [.., width] that begin at `out`.
-// Rows that are not active are set to zero.
+// Multiplies own row g + 8 i of the sums of add_rows by factor[i] and writes the rows to dense memory [.., width] that
+// begins at `out`. Rows that are not active are set to zero.
 template <class T>
 __device__ __forceinline__ void store_rows(const ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                            const ComputeType<T> (&factor)[2], T* out, int64_t stride, int rows,
@@ -150,8 +150,8 @@ __device__ __forceinline__ void store_rows(const ComputeType<T> (&sums)[kColumns
   }
 }
 
-// Computes dots[i], the dot product of own row g + 8 i of the sums, multiplied by factor[i], with row g + 8 i of
-// `others`, over the channels of these sums. All lanes of a group get the result.
+// Computes dots[i], which is factor[i] times the dot product of own row g + 8 i of the sums and row g + 8 i of
+// `others`, over the channels of the sums. All lanes of a group get the result.
 template <class T>
 __device__ __forceinline__ void dot_sums(const ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                          const ComputeType<T> (&factor)[2], const T* others, int64_t stride, int rows,
@@ -174,7 +174,7 @@ __device__ __forceinline__ void dot_sums(const ComputeType<T> (&sums)[kColumns<T
   }
 }
 
-// Returns whether all rows consist of whole packs and are aligned to them.
+// Returns whether all rows consist of whole and aligned packs.
 template <class T>
 bool are_packs(const FeatureRows<const T>& rows, int64_t width) {
   constexpr int V = kPack<T>;

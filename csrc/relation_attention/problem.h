@@ -4,18 +4,19 @@
 //   s = scale * query . key,  b = W[m] . e + bias[m]
 //   e = sines and cosines of f_j times each of (log max(|dx|/w, 1e-3), log max(|dy|/h, 1e-3), log wq/wk, log hq/hk)
 //
-// Since exp(log b + s) = b exp(s), no kernel computes this logarithm: p is max(b, 1e-6) exp(s), normalized.
+// Since exp(log b + s) = b exp(s), no kernel computes log b: p is max(b, 1e-6) exp(s), normalized.
 //
 // Angles reach 1000 radians, so they are kept in two parts until whole turns have been removed. A base-2 logarithm is
-// stored as n + l, where n is the integer exponent and l is the logarithm of the mantissa. An angle in half turns is
-// (n + l) times the number of half turns per octave of the wave, and the product of n with the leading bits of this
-// number is exact. Centers are sums of two numbers, so the difference of close centers is as exact as the boxes are.
-// The remaining error of e is about 1e-5 for float32 boxes. Most of it is the rounding error of dx, multiplied by 100.
+// stored as n + l, where n is the integer exponent and l is the logarithm of the mantissa. In half turns, an angle is
+// (n + l) times the number of half turns per octave of the wave. The product of n and the leading bits of this number
+// is exact. Each center is stored as a sum of two numbers, so the difference between close centers is as exact as the
+// boxes are. The remaining error of e is about 1e-5 for float32 boxes. Most of it is the rounding error of dx,
+// multiplied by 100.
 //
 // The half of e that depends on widths and heights is separable. With u and v the angles of the query and the key,
 //   W_s sin(u - v) + W_c cos(u - v) = sin v (W_c sin u - W_s cos u) + cos v (W_s sin u + W_c cos u).
-// Therefore pairs need sines only for dx and dy. The separable half is a dot product of 32 terms of the query and head
-// (the `rotated` weights) with 32 terms of the key.
+// Therefore pairs need sines only for dx and dy. The separable half contributes to b a dot product of 32 terms of the
+// query and head (the `rotated` weights) with 32 terms of the key.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -46,7 +47,7 @@ constexpr double kWeightFloor = 1e-6;
 // log2(1e-3), the lower limit of log2(|dx|/w), in two parts.
 constexpr double kRatioFloorExponent = -10, kRatioFloorMantissa = 0.034215715337912984;
 
-// One wavelength. Angles are in half turns, logarithms to base 2 unless stated otherwise.
+// One wavelength. Angles are in half turns and logarithms to base 2 unless stated otherwise.
 template <class Compute>
 struct Wave {
   Compute per_octave;  // half turns per octave
@@ -86,7 +87,7 @@ RELOPS_HOST_DEVICE_INLINE Log2<F> operator-(Log2<F> a, Log2<F> b) {
   return {a.n - b.n, a.l - b.l};
 }
 
-// A number that is the sum of two parts.
+// A number that is stored as the sum of two parts.
 template <class F>
 struct TwoPart {
   F high, low;
@@ -106,7 +107,7 @@ RELOPS_HOST_DEVICE_INLINE F difference(TwoPart<F> a, TwoPart<F> b) {
   return (a.high - b.high) + (a.low - b.low);
 }
 
-// Rows [N,I,M] of features, each of which is dense. Strides are in elements.
+// Feature rows with indices [N,I,M]. Each row is dense. Strides are in elements.
 template <class T>
 struct FeatureRows {
   T* data;
@@ -122,12 +123,12 @@ FeatureRows<T> rows_of(const Tensor& tensor) {
           tensor.stride(2)};
 }
 
-// Returns the tensor [N,I,M,D] with dense rows.
+// Returns `tensor` [N,I,M,D], or a copy of it if its rows are not dense.
 inline Tensor with_dense_rows(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : dense(tensor);
 }
 
-// The checked arguments of the forward pass. The letters of the sizes are those of relops/ops/relation_attention.py.
+// The checked arguments of the forward pass. The sizes have the same letters as in relops/ops/relation_attention.py.
 struct RelationAttention {
   RelationAttention(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& query_boxes_,
                     const Tensor& key_boxes_, const Tensor& geometry_weight_,
@@ -205,9 +206,8 @@ struct RelationAttentionArgs {
   Compute* logsumexp;  // [N,Q,M]; infinite for a query without keys
 
   FeatureRows<const T> grad_output;  // this and the following are only for the backward pass
-  // [N,Q,M]: grad_output . output. The gradients of the geometry are sums with much cancellation, in which the rounding
-  // of a 16-bit output would be noticeable. For 16-bit types delta is therefore computed from a second, unrounded
-  // output.
+  // [N,Q,M]: grad_output . output. Large terms cancel in the gradients of the geometry, so the rounding of a 16-bit
+  // output would be noticeable. For 16-bit types, delta is therefore computed from a second, unrounded output.
   Compute* delta;
   T *grad_query, *grad_key, *grad_value;
   Compute *grad_query_boxes, *grad_key_boxes, *grad_weight, *grad_bias;
@@ -245,8 +245,8 @@ struct RelationAttentionArgs {
 
 using RelationAttentionGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The ops with the signatures of library.cpp, built from the static functions of a device's Kernels. These are not
-// called if there is no pair of a query and a key, or if the output is empty:
+// The ops with the signatures of library.cpp, built from two static functions of a device's Kernels. Neither function
+// is called if there is no pair of a query and a key, or if the output is empty:
 //   template <class T> void forward(const RelationAttention&, const RelationAttentionArgs<T>&)
 //   template <class T> void backward(const RelationAttention&, const RelationAttentionArgs<T>&)
 template <class Kernels>

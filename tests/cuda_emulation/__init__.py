@@ -1,4 +1,4 @@
-"""A build of the CUDA sources for the CPU with the emulation of cuda_runtime.h, as ops of namespace relops_emulated."""
+"""Build the CUDA sources for the CPU, with the emulation in cuda_runtime.h, as ops of namespace relops_emulated."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def translate(source: str) -> str:
         r"emulation::launch(\2, [&] { \1(\3); });",
         source,
     )
-    assert "<<<" not in source, "translate() does not support the form of a launch"
+    assert "<<<" not in source, "translate() does not support the form of a kernel launch"
     source = source.replace(
         "extern __shared__ __align__(16) char memory[];", "char* memory = emulation::dynamic_shared();"
     )
@@ -91,7 +91,7 @@ def build() -> Path:
 
 @contextlib.contextmanager
 def instead_of_cpu_kernels() -> Iterator[None]:
-    """Run the CUDA kernels for CPU tensors, with the same argument checks and autograd."""
+    """Run the emulated CUDA kernels instead of the CPU kernels, with the same argument checks and autograd."""
     global in_use
     torch.ops.load_library(str(build()))
     emulated = getattr(torch.ops, NAMESPACE)

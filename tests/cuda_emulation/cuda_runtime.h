@@ -1,11 +1,11 @@
-// The parts of CUDA that are needed to run the CUDA sources on a CPU in tests, on machines without a GPU. The emulation
+// The parts of CUDA that the CUDA sources need to run on a CPU, for tests on machines without a GPU. The emulation
 // checks what kernels compute, not how fast they are.
 //
-// Blocks run one after another. The threads of a block are fibers, which are switched only where they wait for one
-// another (__syncthreads, __syncwarp, shuffles). A missing barrier therefore shows as a wrong result: a thread
-// continues to its next wait before the others run at all. Blocks run in random order. Each block runs its threads in
-// another random order, and half of the blocks run them warp by warp, so that a result that depends on an order differs
-// from run to run.
+// Blocks run one after another, in random order. The threads of a block are fibers, and a running thread is interrupted
+// only where it waits for other threads (__syncthreads, __syncwarp, shuffles). A missing barrier therefore shows as a
+// wrong result, because a thread runs up to its next wait before any other thread continues. The order of threads is
+// random and differs between blocks, and half of the blocks run their threads warp by warp. A result that depends on
+// the order of blocks or threads therefore differs from run to run.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -143,8 +143,8 @@ struct Barrier {
   }
 };
 
-// The frame, address and stack with which a fiber continues. The emulation spends most of its time on switching; GCC's
-// built-in setjmp needs neither a system call nor the C library.
+// The frame, address and stack with which a fiber resumes. The emulation spends most of its time on switching fibers,
+// so it uses GCC's built-in setjmp, which needs neither a system call nor the C library.
 using ResumePoint = void* [5];
 
 struct Fiber {
@@ -160,7 +160,7 @@ inline ResumePoint scheduler;
 inline Fiber fibers[1024];
 inline std::vector<Barrier> warps;
 inline Barrier block;
-inline unsigned current, step;  // the running thread, and the difference to the number of the next thread
+inline unsigned current, step;  // the running thread, and the offset from it to the next thread
 inline bool warps_run_ahead;    // whether the rest of the warp runs before the other warps
 inline std::mt19937 order;
 inline const std::function<void()>* body;
@@ -211,7 +211,7 @@ inline unsigned next_ready() {
   return thread;
 }
 
-// Switches to the next thread. Returns when the current thread continues.
+// Switches to the next thread. Returns when the current thread is resumed.
 [[gnu::noinline]] inline void next_thread() {
   const unsigned next = next_ready();
   if (__builtin_setjmp(fibers[current].resume_point) == 0) {
@@ -275,7 +275,7 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
   }
 }
 
-// Returns the values that the lanes of the warp passed. They are valid until the caller waits again.
+// Returns the values that all lanes of the warp passed to this function. They are valid until the caller waits again.
 template <class T>
 const uint64_t* exchange(T x) {
   const unsigned warp = current / kWarp;

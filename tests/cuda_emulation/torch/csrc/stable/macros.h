@@ -1,5 +1,5 @@
-// torch's own header, without the checks of CUDA calls, which need a torch with CUDA. The header of some versions of
-// torch has no include guard.
+// torch's own header, but without checks of CUDA calls, because these checks need a torch with CUDA. In some versions
+// of torch, the header has no include guard.
 #pragma once
 
 #include_next <torch/csrc/stable/macros.h>
