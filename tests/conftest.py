@@ -59,7 +59,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--emulate-cuda", action="store_true", help="run the CPU tests with the CUDA kernels on the CUDA emulation"
+        "--emulate-cuda",
+        action="store_true",
+        help="replace the CPU kernels with the CUDA kernels, which the CUDA emulation runs on the CPU",
     )
 
 
@@ -111,7 +113,7 @@ def forward_mode_calls(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield a description and a call for every way to differentiate `function` in forward mode.
 
-    The calls differentiate with respect to argument `name`; `function` must return one tensor.
+    The calls differentiate with respect to the argument `name`. `function` must return one tensor.
     """
     x = inputs[name].detach()
 
@@ -141,7 +143,7 @@ def forward_mode_calls(
 
 
 class AsModule(torch.nn.Module):
-    """A module that calls a function with a dict of inputs, because torch.export accepts only modules."""
+    """A module that calls a function with a dict of inputs. torch.export accepts only modules."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -152,7 +154,7 @@ class AsModule(torch.nn.Module):
 
 
 def check_recompiles(op: Op | Selection, device: str, assert_same: Callable[[Any, Any], None]) -> None:
-    """Check that an op is compiled only once for growing sizes, and that compiled and eager results are equal."""
+    """Check that larger sizes do not cause a recompilation, and that compiled and eager results are equal."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
     frames = []
@@ -180,7 +182,10 @@ def run_python(program: str, **more: str) -> subprocess.CompletedProcess:
 
 
 def resident_growth(begin: str, small: str, large: str) -> int:
-    """Return by how many KB the statements `large`, after `begin` and `small`, raise the peak resident set size."""
+    """Return by how many KB the statements `large` raise the peak resident set size.
+
+    `begin` and `small` run before them.
+    """
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KB only on Linux")
     process = run_python(
@@ -214,7 +219,7 @@ def traced(run: Callable[[Inputs], Any], inputs: Inputs, tracing_mode: str) -> C
 def check_two_streams(op: Op | Selection, sample: Sample, assert_same: Callable[[Any, Any], None]) -> None:
     """Check that kernels run on the current stream while two streams are in use at the same time.
 
-    The inputs get their values after a long wait, so a kernel on any other stream would read them too early.
+    The inputs get their values after a long wait, so a kernel on a wrong stream would read the inputs too early.
     """
     inputs = [op.draw(sample, "cuda", seed=seed) for seed in (0, 1)]
     expected = [op.run(given) for given in inputs]
@@ -233,7 +238,7 @@ def check_two_streams(op: Op | Selection, sample: Sample, assert_same: Callable[
 
 
 def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Capture `step` in a CUDA graph, and return the graph and the tensors to which its replays write their results."""
+    """Capture `step` in a CUDA graph. Return the graph, and the tensors to which each replay writes its results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -254,9 +259,9 @@ def reversed_strides(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Return `x` as every second element of a buffer.
+    """Return a copy of `x` that occupies every second element of a buffer.
 
-    The elements in between are NaN (1 for integers), to reveal wrong reads.
+    The other elements are NaN (1 for integers), which reveals wrong reads.
     """
     filler = torch.full_like(x, float("nan")) if x.is_floating_point() else torch.ones_like(x)
     return torch.stack([filler, x], -1)[..., 1]
@@ -276,7 +281,7 @@ LAYOUTS = [reversed_strides, sliced, shifted]
 def tolerances(dtype: torch.dtype) -> tuple[float, float]:
     """Return the tolerances for comparing a result of this dtype with the float64 twin.
 
-    The first tolerance is relative to each value, the second is a fraction of the largest value. 16-bit results are
+    The first tolerance is relative to each value, and the second is a fraction of the largest value. 16-bit results are
     float32 sums that are rounded once, so their relative tolerance is twice the rounding error of the dtype, and their
     second tolerance is that of float32.
     """
@@ -291,10 +296,10 @@ def tolerances(dtype: torch.dtype) -> tuple[float, float]:
 def assert_matches(
     actual: Tensor, expected: Tensor, what: str = "output", dtype: torch.dtype | None = None, noise: float = 1.0
 ) -> None:
-    """Assert that a result is as close to the float64 tensor `expected` as its dtype allows.
+    """Assert that `actual` is as close to the float64 tensor `expected` as the tested dtype allows.
 
-    `expected` must be computed from inputs that were rounded to the tested dtype. `dtype` is the tested dtype if
-    `actual` was cast afterwards, and `noise` is that of cases.Op.
+    `expected` must be computed from inputs that were rounded to the tested dtype. The tested dtype is `dtype`, or that
+    of `actual` if `dtype` is None. `noise` multiplies the absolute tolerance, as in cases.Op.
     """
     relative, fraction = tolerances(dtype or actual.dtype)
     largest = noise * expected.abs().max().item() if expected.numel() else 0.0
@@ -322,7 +327,7 @@ def assert_same_selection(actual: Sequence[Tensor], expected: Sequence[Tensor]) 
 
 
 def assert_matches_selection(op: Selection, inputs: Inputs) -> None:
-    """Assert that an op returns exactly the twin's indices, and (soft_nms) the twin's scores up to rounding."""
+    """Assert that an op returns the indices of its twin. The scores of soft_nms may differ by rounding errors."""
     actual, expected = op.run(inputs), op.run_twin(inputs)
     for x, y in zip(op.comparable(actual), op.comparable(expected), strict=True):
         assert x.dtype == y.dtype

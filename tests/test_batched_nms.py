@@ -1,4 +1,4 @@
-"""Tests that batched_nms equals nms of each class alone, for any class ids and any coordinates."""
+"""Tests that batched_nms equals nms on each class separately, for any class ids and any coordinates."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_infinite_box_does_not_affect_other_boxes(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
-def test_class_ids_of_any_integer_dtype(dtype: torch.dtype, device: str) -> None:
+def test_class_ids_may_have_any_integer_dtype(dtype: torch.dtype, device: str) -> None:
     boxes, scores, idxs = (x.to(device) for x in clustered([30, 40, 20, 25]))
     info = torch.iinfo(dtype)
     class_ids = torch.tensor([info.min, info.max, info.max - 1, 0 if info.min else 1], dtype=dtype, device=device)
@@ -73,15 +73,15 @@ def test_class_ids_of_any_integer_dtype(dtype: torch.dtype, device: str) -> None
     assert torch.equal(expected, class_by_class(boxes, scores, idxs, 0.4))
 
 
-def test_class_ids_that_differ_in_high_bits_only(device: str) -> None:
+def test_class_ids_that_differ_only_in_high_bits_are_separate(device: str) -> None:
     class_ids = torch.tensor([0, 2**32, 2**40, 2**62, SMALLEST, LARGEST, LARGEST - 2**32, -(2**32)], device=device)
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 16, device=device)
     kept = relops.batched_nms(boxes, torch.linspace(1, 0, 16, device=device), class_ids.repeat(2), 0.5)
     assert kept.tolist() == list(range(8))
 
 
-def test_20_000_classes(device: str) -> None:
-    """Use classes of two overlapping boxes each, with the same coordinates in all classes."""
+def test_20_000_classes_are_separate(device: str) -> None:
+    """Each class has two overlapping boxes, whose coordinates are the same in all classes."""
     C = 20_000
     boxes = torch.tensor([(0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 9.0)], device=device).repeat_interleave(C, 0)
     class_ids = (torch.arange(C, device=device) * 7919 - 10**6).repeat(2)
@@ -93,7 +93,7 @@ def test_20_000_classes(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_classes_of_very_different_sizes(dtype: torch.dtype, device: str) -> None:
+def test_classes_may_have_very_different_sizes(dtype: torch.dtype, device: str) -> None:
     sizes = [1, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 5000]
     boxes, scores, idxs = (x.to(device) for x in clustered(sizes, boxes_per_object=15))
     boxes, scores = boxes.to(dtype), (500 * scores).floor().float()  # with ties

@@ -118,8 +118,8 @@ def test_vmap_of_batches(op: Op, device: str) -> None:
 
 @both
 @wide_dtypes
-def test_all_lanes_compute_the_same_bits(op: Op, dtype: torch.dtype, device: str) -> None:
-    """Check that full vectors, partial vectors and single values give the same bits as plain arithmetic."""
+def test_all_lanes_give_identical_bits(op: Op, dtype: torch.dtype, device: str) -> None:
+    """Check that results of full vectors, partial vectors and single values are bit-identical to plain arithmetic."""
     for B in [*range(1, 36), 63, 64, 65, 1024, 1025, 2100]:
         a, b = random_boxes(5, dtype=dtype, device=device), random_boxes(B, dtype=dtype, device=device)
         output = op.function(a, b)
@@ -188,7 +188,7 @@ def test_gradient_of_iou_by_hand(a: tuple, b: tuple, expected: tuple, device: st
 
 
 def test_generalized_iou_pulls_disjoint_boxes_together(device: str) -> None:
-    """Check that gradient descent moves a box onto a disjoint target, for which the gradient of the IoU is zero."""
+    """Check that gradient descent moves a box onto a disjoint target. The gradient of the plain IoU would be zero."""
     target = rows((5, 6, 9, 11), device=device)
     box = rows((-3, -4, 0, 0), device=device).requires_grad_()
     optimizer = torch.optim.Adam([box], lr=0.1)
@@ -203,7 +203,10 @@ def test_generalized_iou_pulls_disjoint_boxes_together(device: str) -> None:
 @pytest.mark.parametrize(("A", "B"), [(1100, 1050), (3, 5000), (5000, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["dense", "transposed", "expanded", "column expanded"])
 def test_sums_over_many_boxes(op: Op, A: int, B: int, layout: str, device: str, threads: None) -> None:
-    """Check sums with more terms than a thread adds at a time. They must not depend on the number of threads."""
+    """Check gradients that sum more terms than a thread adds at a time.
+
+    They must not depend on the number of threads.
+    """
     inputs = {"a": random_boxes(A, device=device), "b": random_boxes(B, device=device)}
     grad = grad_like(torch.empty(A, B, device=device))
     grad = {
@@ -265,7 +268,7 @@ def test_dtypes_may_differ(op: Op, a_dtype: torch.dtype, b_dtype: torch.dtype, a
 @both
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_integers(op: Op, dtype: torch.dtype, device: str, fresh_compiler: None) -> None:
-    """Check that results are computed and returned in float64 for 64-bit integers, and in float32 for smaller ones."""
+    """Check that arithmetic and results are float64 for 64-bit integers, and float32 for narrower integers."""
     a, b = (random_boxes(2, K, device=device).round().to(dtype) for K in (9, 5))
     floating = torch.float64 if dtype.itemsize == 8 else torch.float32
     expected = op.function(a.to(floating), b.to(floating))
@@ -295,7 +298,7 @@ def test_integers_with_floats(op: Op, integer: torch.dtype, floating: torch.dtyp
     assert boxes.grad.dtype == floating and boxes.grad.any()
 
 
-def test_integers_beyond_float32(device: str) -> None:
+def test_integers_beyond_float32_keep_their_precision(device: str) -> None:
     corner = torch.tensor([2**40, 2**40, 2**40, 2**40], device=device)
     a, b = (corner + torch.tensor([box], device=device) for box in ((0, 0, 2, 2), (1, 0, 3, 2)))
     for op in (relops.box_iou, relops.generalized_box_iou):

@@ -1,4 +1,4 @@
-"""Tests of the build and of its error messages, which do not compile anything."""
+"""Tests of the build and of its error messages. They do not compile anything."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def join_lines(text: str) -> str:
 
 # ---- Register spills ----
 
-# Maps a part of a kernel's mangled name to the reason why the kernel may spill registers.
+# Kernels that may spill registers: a part of the kernel's mangled name, and the reason.
 ALLOWED_SPILLS: dict[str, str] = {}
 
 

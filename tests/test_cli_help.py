@@ -1,4 +1,4 @@
-"""Tests that the help texts of the command line agree with the models, their options and the settings of a run."""
+"""Tests that the command-line help agrees with the detectors, their options and the settings of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from relops.training.config import TrainConfig
 
 @pytest.fixture
 def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that runs a command and returns its output. Lines are wide, so that no text is wrapped."""
+    """Return a function that runs a command and returns its output. The terminal is so wide that no text is wrapped."""
     monkeypatch.setenv("COLUMNS", "1000")
 
     def output(*arguments: str) -> str:

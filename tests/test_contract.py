@@ -1,4 +1,4 @@
-"""Tests of the properties that all differentiable ops share. They run for every op that has an entry in cases.OPS.
+"""Tests that every differentiable op must pass. They run for every op in cases.OPS.
 
 The tests of ops that return indices are in test_contract_selection.py.
 """
@@ -48,14 +48,14 @@ def is_first(op: Op, sample: Sample) -> bool:
     return sample is next(iter(op.samples.values()))
 
 
-# `make quick` runs the tests of SAMPLES on the first sample of every op.
+# `make quick` runs the tests that use SAMPLES, but only on the first sample of every op.
 SAMPLES = [
     pytest.param(op, sample, id=f"{op.name}-{name}", marks=pytest.mark.quick if is_first(op, sample) else ())
     for op in OPS
     for name, sample in op.samples.items()
 ]
 EMPTY = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for name, sample in op.empty.items()]
-# One sample per op, for tests that gain nothing from further samples.
+# One sample per op, for tests that would not find more errors with more samples.
 FIRST = [pytest.param(op, next(iter(op.samples.values())), id=op.name) for op in OPS]
 BAD = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad]
 HARMFUL = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS for bad in op.bad if not bad.harmless]
@@ -69,8 +69,8 @@ DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in D
 def in_turn(name: str, choices: Sequence[Any], samples: list[Any]) -> pytest.MarkDecorator:
     """Parametrize a test over samples and choices without running all of their combinations.
 
-    The first sample of an op is combined with every choice, and each other sample with one choice, in turn. Use it for
-    tests whose outcome does not depend on the combination of a sample and a choice.
+    The first sample of an op is combined with every choice, and every other sample with a single choice; the choices
+    take turns. Use this for tests whose outcome does not depend on the combination of a sample and a choice.
     """
     chosen = [
         pytest.param(*sample.values, choice, id=f"{sample.id}-{choice}", marks=sample.marks)
@@ -127,7 +127,7 @@ def test_deterministic(op: Op, sample: Sample, device: str, dtype: torch.dtype, 
 
 @on_ops
 def test_deterministic_for_large_inputs(op: Op, device: str, deterministic: None) -> None:
-    """Use sizes at which the order of threads and blocks differs from run to run."""
+    """Use inputs so large that the order of threads and blocks differs from run to run."""
     inputs = op.draw(op.growing(9), device)
     runs = [op.run(inputs) for _ in range(20 if device == "cuda" else 3)]
     for name, x in runs[0].items():
@@ -192,7 +192,7 @@ def test_forward_mode_raises(op: Op, sample: Sample, device: str) -> None:
 
 @on_first_sample
 @pytest.mark.parametrize("compiled_outside", [False, True], ids=["jvp of compiled", "compiled jvp"])
-def test_forward_mode_raises_compiled(
+def test_forward_mode_raises_in_compiled_code(
     op: Op, sample: Sample, device: str, compiled_outside: bool, fresh_compiler: None
 ) -> None:
     inputs = op.draw(sample, device)
@@ -226,7 +226,7 @@ class Recorded(TorchDispatchMode):
 
 @on_samples
 def test_forward_mode_of_backward_raises(op: Op, sample: Sample, device: str) -> None:
-    """Check that the op that computes gradients raises an error, given the arguments that autograd passes to it."""
+    """Check that forward-mode AD of the backward op raises an error. The op gets the arguments that autograd passes."""
     with Recorded(f"_{op.name}_backward") as recorded:
         op.run(op.draw(sample, device))
     (args,) = recorded.calls
@@ -295,7 +295,7 @@ def test_empty(op: Op, sample: Sample, device: str, dtype: torch.dtype) -> None:
 
 @on_samples
 def test_meta_tensors(op: Op, sample: Sample) -> None:
-    """Check the shapes, strides and dtypes of meta tensors, which allow shape inference without a compiler."""
+    """Check the shape, strides and dtype of the output for meta tensors, which infer shapes without a compiler."""
     inputs = op.draw(sample)
     meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in inputs.items()}
     actual, expected = op.function(**meta), op.function(**inputs)
@@ -316,7 +316,7 @@ def test_fake_tensors(op: Op, sample: Sample, device: str) -> None:
 
 @in_turn("tracing_mode", TRACING_MODES, [*SAMPLES, *EMPTY])
 def test_make_fx(op: Op, sample: Sample, device: str, tracing_mode: str) -> None:
-    """Trace forward and backward into one graph."""
+    """Trace the forward and backward pass into one graph."""
     inputs, others = (op.draw(sample, device, seed=seed) for seed in (0, 1))
     graph = traced(op.run, inputs, tracing_mode)
     for each in (inputs, others):
@@ -325,17 +325,17 @@ def test_make_fx(op: Op, sample: Sample, device: str, tracing_mode: str) -> None
 
 @on_samples
 def test_opcheck(op: Op, sample: Sample, device: str) -> None:
-    """Run opcheck with inputs that require gradients, and for the first sample also with inputs that do not.
+    """Run opcheck with inputs that require gradients, and for the first sample also with inputs that require none.
 
-    Without gradients opcheck checks less, so one sample is enough.
+    opcheck checks less without gradients, so one sample is enough.
     """
     inputs = op.draw(sample, device)
     if is_first(op, sample):
         torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()))
     for name in op.needs_grad(inputs):
         inputs[name].requires_grad_()
-    # By default opcheck compares two runs of the backward with a very small tolerance, but the order of fast sums on
-    # CUDA varies.
+    # By default opcheck compares two backward passes with a very small tolerance, but the fast sums on CUDA have no
+    # fixed order.
     torch.library.opcheck(op.overload, tuple(op.raw(inputs).values()), rtol=1e-4, atol=1e-5)
 
 
@@ -352,7 +352,7 @@ def test_compile_inductor(op: Op, sample: Sample, device: str, dtype: torch.dtyp
         pytest.skip("inductor needs a C++ compiler")
     inputs = op.draw(sample, device, dtype)
 
-    # Inductor fuses the operations around the op, so its assumptions about layouts are tested as well.
+    # Inductor fuses the operations before and after the op, so this also tests what it assumes about layouts.
     def around(**inputs: Tensor) -> Tensor:
         scaled = {name: x * 1.0 if name in op.differentiable else x for name, x in inputs.items()}
         return op.function(**scaled).flip(-1) * 2
@@ -460,14 +460,15 @@ def test_bad_input(op: Op, bad: Bad, device: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "bad"), HARMFUL)
-def test_bad_input_past_the_checks(op: Op, bad: Bad, device: str) -> None:
-    """Check that torch.ops.relops.<name> raises an error of any type before it accesses memory."""
+def test_bad_input_without_the_python_checks(op: Op, bad: Bad, device: str) -> None:
+    """Check that torch.ops.relops.<name>, without the Python checks, raises an error of any type."""
     inputs = bad.change(op.draw(next(iter(op.samples.values())), device))
     if any(isinstance(x, Tensor) and x.is_meta for x in inputs.values()):
         pytest.skip("torch dispatches a call with a meta tensor to the fake kernel")
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         output = op.run_raw(inputs)
-        # For sizes on the device, which the host cannot check, the output is NaN. The op's own tests check that.
+        # If sizes are on the device, the host cannot check them. The output is then NaN, which the tests of the op
+        # check.
         assert not output.is_cuda
 
 
@@ -488,7 +489,7 @@ def test_no_synchronization(op: Op, sample: Sample) -> None:
 @on_samples
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 def test_cuda_graph(op: Op, sample: Sample, deterministic: bool) -> None:
-    """Capture forward and backward once, and replay them with other inputs."""
+    """Capture the forward and backward pass once, and replay them with other inputs."""
     inputs = op.draw(sample, "cuda")
     names = op.needs_grad(inputs)
     leaves = [inputs[name].requires_grad_() for name in names]
@@ -529,7 +530,7 @@ def test_kernels_registered(op: Op) -> None:
 
 @pytest.mark.quick
 def test_every_public_op_has_cases() -> None:
-    """Check that every public op has cases, so that all contract tests run for it, including the quick ones."""
+    """Check that every public op has test cases, so that all contract tests and `make quick` include it."""
     public = {name for name in _library.op_kernels() if not name.startswith("_")}
     assert public == {op.name for op in (*OPS, *SELECTIONS)}
     assert public == {name for name in relops.__all__ if not isinstance(getattr(relops, name), ModuleType)}

@@ -1,7 +1,4 @@
-"""Tests of the properties that are common to all ops that return indices and perhaps scores.
-
-They run for every op that has an entry in cases.SELECTIONS.
-"""
+"""Tests of the ops that return indices, and in some cases scores. They run for every op in cases.SELECTIONS."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ def first_sample(op: Selection) -> Sample:
 def samples_of(op: Selection) -> list[Any]:
     """Return the samples of an op as test parameters.
 
-    `make quick` runs all tests on the first sample of an op, which has no batch, and on the sample named "batch".
+    `make quick` uses only the first sample of an op, which has no batch dimension, and the sample named "batch".
     """
     return [
         pytest.param(op, sample, id=f"{op.name}-{name}", marks=pytest.mark.quick if is_main else ())
@@ -57,7 +54,7 @@ def samples_of(op: Selection) -> list[Any]:
 
 SAMPLES = [sample for op in SELECTIONS for sample in samples_of(op)]
 on_samples = pytest.mark.parametrize(("op", "sample"), SAMPLES)
-# For tests that gain nothing from further samples.
+# For tests that would not find more errors with more samples.
 on_few_samples = pytest.mark.parametrize(("op", "sample"), [sample for sample in SAMPLES if sample.marks])
 on_empty = pytest.mark.parametrize(
     ("op", "sample"),
@@ -85,7 +82,7 @@ def test_equals_twin(op: Selection, sample: Sample, device: str) -> None:
 
 @on_ops
 def test_deterministic_for_large_inputs(op: Selection, device: str) -> None:
-    """Use sizes at which the order of threads and blocks differs from run to run."""
+    """Use inputs so large that the order of threads and blocks differs from run to run."""
     inputs = op.draw(op.growing(9), device)
     first = op.run(inputs)
     for _ in range(20 if device == "cuda" else 3):
@@ -194,7 +191,7 @@ def test_make_fx(op: Selection, sample: Sample, device: str, tracing_mode: str) 
 
 @on_samples
 def test_forward_mode(op: Selection, sample: Sample, device: str) -> None:
-    """Check that forward-mode AD raises an error for ops that return scores, and works for indices alone."""
+    """Check that forward-mode AD raises an error if an op returns scores, and is ignored if it returns only indices."""
     inputs = op.draw(sample, device)
     expected = op.run(inputs)
     for name, function in itertools.product(op.floats, (op.function, lambda **x: op.overload(*op.raw(x).values()))):
@@ -231,7 +228,7 @@ def test_compile_inductor(op: Selection, device: str, fresh_compiler: None) -> N
     if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("inductor needs a C++ compiler")
 
-    # Inductor fuses the operations around the op, so its assumptions about layouts are tested as well.
+    # Inductor fuses the operations before and after the op, so this also tests what it assumes about layouts.
     def around(**inputs: Tensor) -> tuple[Tensor, ...]:
         doubled = {name: x * 2 if name in op.floats else x for name, x in inputs.items()}
         return tuple(x * 2 for x in op.run(doubled))
@@ -304,8 +301,8 @@ def test_bad_input(op: Selection, bad: Bad, device: str) -> None:
 
 
 @bad_inputs(harmful=True)
-def test_bad_input_past_the_checks(op: Selection, bad: Bad, device: str) -> None:
-    """Check that torch.ops.relops.<name> raises an error of any type before it accesses memory."""
+def test_bad_input_without_the_python_checks(op: Selection, bad: Bad, device: str) -> None:
+    """Check that torch.ops.relops.<name>, without the Python checks, raises an error of any type."""
     inputs = bad.change(op.draw(first_sample(op), device))
     if any(x.is_meta for x in tensors_of(inputs).values()):
         pytest.skip("torch dispatches a call with a meta tensor to the fake kernel")

@@ -1,4 +1,4 @@
-"""Tests of the CUDA kernels on the CUDA emulation (cuda_emulation/), which need no GPU."""
+"""Tests that run the CUDA kernels on the CPU, with the emulation in cuda_emulation/."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ SAMPLES = [pytest.param(op, sample, id=f"{op.name}-{name}") for op in OPS for na
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, sample", SAMPLES)
 def test_outputs_and_gradients_match_the_reference(op: Op, sample, dtype: torch.dtype) -> None:
-    """Every launch runs blocks and threads in a different order, which must not change deterministic results."""
+    """The emulation runs blocks and threads in a different order in every launch.
+
+    Deterministic results must not change.
+    """
     inputs = op.draw(sample, dtype=dtype)
     expected = op.run_twin(inputs)
     # Only deformable attention has separate deterministic kernels.
@@ -86,28 +89,31 @@ def test_single_gradients_of_deformable_attention(needs_grad: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize("D", [40, 200, 260], ids=lambda D: f"D{D}")
-def test_heads_wider_than_a_group_of_lanes(D: int) -> None:
+def test_heads_may_be_wider_than_a_group_of_lanes(D: int) -> None:
     case = DeformAttn(N=1, M=1, D=D, mask=True)
     for op, sample in ((PLAIN, case.plain), (FUSED, case.fused)):
         assert_matches_twin(op, op.draw(sample))
 
 
-def test_encoder_whose_patches_end_inside_a_level() -> None:
-    """If the queries are the pixels of the pyramid, patches of 8 rows must process each query exactly once."""
+def test_patches_may_end_inside_a_level() -> None:
+    """In an encoder, the queries are the pixels of the pyramid.
+
+    A block processes a patch of 8 rows of a level, and all blocks together must process each query exactly once.
+    """
     levels = ((17, 9), (8, 3), (3, 11), (1, 2))
     case = DeformAttn(levels=levels, N=2, Q=sum(h * w for h, w in levels), M=2, D=16, P=2)
     assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
 
 
 @pytest.mark.parametrize("starts", [None, "in order"])
-def test_levels_that_the_kernel_reads(starts: str | None) -> None:
+def test_kernel_reads_the_levels_from_device_memory(starts: str | None) -> None:
     """If there are more levels than fit into the kernel parameters, the kernel reads their sizes from device memory."""
     case = DeformAttn(levels=((2, 3),) * 17, P=1, starts=starts)
     assert_matches_twin(PLAIN, PLAIN.draw(case.plain))
 
 
 def test_levels_that_do_not_fit_give_nan() -> None:
-    """The kernel checks the sizes itself, because the host does not read device memory."""
+    """The kernel checks the sizes of levels itself, because the host does not read device memory."""
     case = DeformAttn(levels=((2, 3),) * 17, P=1)
     inputs = PLAIN.draw(case.plain)
     for wrong in ([(2, 3)] * 16 + [(2, 4)], [(2, 3)] * 16 + [(-2, -3)], [(2**40, 2**40)] + [(0, 0)] * 16):
@@ -137,7 +143,7 @@ def test_nonfinite_samples_contribute_nothing(deterministic: bool) -> None:
 
 # Each case exceeds a limit that the samples do not reach. "wide" exceeds the number of column sums in shared memory,
 # "bins" and "boxes" exceed the numbers of bins and boxes that a tile processes at once, and "channels" exceeds the
-# number of channels of a block, for the gradients of both maps and boxes.
+# number of channels that a block processes in the backward pass, for maps and for boxes.
 LARGE_REGIONS = {
     "wide": Regions(N=1, C=2, H=3, W=800, K=4, spatial_scale=1.0),
     "bins": Regions(N=1, C=2, H=5, W=40, K=2, output_size=(2, 35), spatial_scale=0.5, sampling_ratio=1),
@@ -149,7 +155,7 @@ LARGE_REGIONS = {
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("case", LARGE_REGIONS.values(), ids=LARGE_REGIONS)
 @pytest.mark.parametrize("op", REGION_OPS, ids=lambda op: op.name)
-def test_regions_that_exceed_a_block(op: Op, case: Regions, channels_last: bool) -> None:
+def test_regions_that_exceed_a_block_match_the_reference(op: Op, case: Regions, channels_last: bool) -> None:
     case = replace(case, channels_last=channels_last)
     assert_matches_twin(op, op.draw(lambda generator: getattr(case, op.name)(generator)))
 
@@ -169,7 +175,10 @@ def test_maps_whose_taps_may_exceed_shared_memory(op: Op, channels_last: bool) -
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("op", REGION_OPS, ids=lambda op: op.name)
 def test_invalid_regions_give_nan(op: Op, channels_last: bool) -> None:
-    """CUDA sets the row of an invalid region to NaN and adds no gradient. The CPU raises an error instead."""
+    """If the batch index of a box is invalid, CUDA sets the output of the box to NaN and its gradients to zero.
+
+    The CPU raises an error instead.
+    """
     case = Regions(channels_last=channels_last)
     inputs = op.draw(lambda generator: getattr(case, op.name)(generator))
     boxes, outside = inputs["boxes"], torch.tensor([2.0, -1.0, float("nan"), -1.5])
@@ -186,8 +195,8 @@ def test_invalid_regions_give_nan(op: Op, channels_last: bool) -> None:
         assert_matches(results[name], expected[name].double(), name)
 
 
-def test_boxes_far_larger_than_the_map() -> None:
-    """The time is bounded, regardless of the number of samples that the definition requires."""
+def test_boxes_far_larger_than_the_map_give_finite_results() -> None:
+    """The kernels take a bounded time, although the definition requires a huge number of samples."""
     for op in REGION_OPS:
         inputs = op.draw(op.samples["typical"])
         inputs["boxes"][:, 1:] = torch.tensor([-1e9, -1e30, 1e9, 1e30])
@@ -221,7 +230,7 @@ ASSIGNMENTS = [
 
 @pytest.fixture(scope="module")
 def assigned() -> dict[tuple[tuple, bool], tuple[torch.Tensor, ...]]:
-    """Return the results of the CPU kernel, computed before the CUDA kernels replace it."""
+    """Compute the results of the CPU kernel before the CUDA kernels replace it."""
     return {
         (case, maximize): relops.linear_sum_assignment(*assignment_problems(*case), maximize)
         for case in ASSIGNMENTS
@@ -232,7 +241,7 @@ def assigned() -> dict[tuple[tuple, bool], tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
 @pytest.mark.parametrize("case", ASSIGNMENTS, ids=str)
 def test_assignments_equal_those_of_the_cpu_kernel(case: tuple, maximize: bool, assigned: dict) -> None:
-    """Both devices take the same steps, so not only the total costs but also the pairs are equal."""
+    """The kernels of both devices take the same steps, so they find the same pairs, not only the same total cost."""
     actual = relops.linear_sum_assignment(*assignment_problems(*case), maximize)
     assert all(torch.equal(*pair) for pair in zip(actual, assigned[case, maximize]))
 
@@ -248,7 +257,7 @@ def test_assignments_of_fractions_and_large_numbers() -> None:
             assert torch.equal(row_to_col, expected)  # random real costs have only one optimal assignment
 
 
-def test_assignments_with_sizes_out_of_range() -> None:
+def test_assignments_with_sizes_out_of_range_give_no_pairs() -> None:
     cost, *_ = assignment_problems(9, 4, None, torch.float32)
     for value in (-1, 10, 2**40, -(2**63)):
         for which in ("num_rows", "num_cols"):
@@ -261,8 +270,8 @@ def test_assignments_with_sizes_out_of_range() -> None:
 
 # ---- IoU ----
 
-# These cases exceed the sizes of the samples: sums over either side are split into slices, and there are more tiles
-# than blocks.
+# These cases are larger than the samples: sums over either side are split into slices, and there are more tiles than
+# blocks.
 MANY_PAIRS = {
     "columns": BoxPairs(A=3, B=700),
     "rows": BoxPairs(A=700, B=3),
@@ -273,7 +282,7 @@ MANY_PAIRS = {
 
 @pytest.mark.parametrize("case", MANY_PAIRS.values(), ids=MANY_PAIRS)
 @pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
-def test_many_pairs(op: Op, case: BoxPairs) -> None:
+def test_many_pairs_match_the_reference(op: Op, case: BoxPairs) -> None:
     assert_matches_twin(op, op.draw(case.arguments))
 
 
@@ -305,8 +314,8 @@ def test_layouts_of_the_output_gradient_of_pairs(op: Op, layout: str) -> None:
 
 # ---- Relations ----
 
-# These cases exceed the sizes of the samples: several groups of 8 heads, several chunks of channels, and sizes that are
-# exact multiples of a tile.
+# These cases are larger than the samples. They have several groups of 8 heads, several chunks of channels, or sizes
+# that are exact multiples of a tile.
 LARGE_RELATIONS = {
     "heads": Relations(N=1, M=17, K=18, mask="some"),
     "wide": Relations(N=1, Q=3, K=5, M=1, D=100, Dv=100),
@@ -319,11 +328,11 @@ LARGE_RELATIONS = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE_RELATIONS.values(), ids=LARGE_RELATIONS)
-def test_relations_of_larger_sizes(case: Relations, dtype: torch.dtype) -> None:
+def test_relations_of_larger_sizes_match_the_reference(case: Relations, dtype: torch.dtype) -> None:
     assert_matches_twin(RELATION, RELATION.draw(case.relation_attention, dtype=dtype))
 
 
-def test_relations_with_many_blocks() -> None:
+def test_relations_with_many_blocks_match_the_reference() -> None:
     """A block processes 32 queries instead of 16 if there are at least 256 blocks."""
     inputs = RELATION.draw(Relations(N=86, Q=33, K=2, M=1, D=4, Dv=4).relation_attention)
     expected = RELATION.run(RELATION.cast(inputs, torch.float64, torch.float64), RELATION.reference, needs_grad=())
@@ -370,7 +379,7 @@ def test_masked_keys_have_no_influence() -> None:
 
 @pytest.mark.parametrize("box", [(0, 0, float("nan"), 9), (0, 0, float("inf"), 9), (5, 0, 4, 9), (0, 9, 9, 2)], ids=str)
 def test_invalid_boxes_give_nan(box: tuple[float, ...]) -> None:
-    """An invalid query box sets its row to NaN, and an invalid key box sets its image to NaN."""
+    """An invalid query box makes its row of the output NaN, and an invalid key box makes all rows of its image NaN."""
     inputs = RELATION.draw(Relations(N=2, Q=20, K=40).relation_attention)
     clean = RELATION.run(inputs)
     inputs["query_boxes"][0, 3] = torch.tensor(box)
@@ -386,9 +395,9 @@ def test_invalid_boxes_give_nan(box: tuple[float, ...]) -> None:
 
 # ---- Local relation ----
 
-# These cases exceed the sizes of the samples: "tiles" has several tiles in both directions, and a narrow last tile;
-# "chunks" has several chunks of channels, and tiles too large for shared memory at full height; "direct" has taps that
-# are not in shared memory.
+# These cases are larger than the samples. "tiles" has several tiles in both directions and a narrow last tile. "chunks"
+# has several chunks of channels, and tiles that at full height do not fit in shared memory. The taps of "direct" are
+# not kept in shared memory.
 LARGE_WINDOWS = {
     "tiles": Windows(N=1, C=9, G=2, H=69, W=67, k=3),
     "chunks": Windows(N=1, C=19, G=1, H=40, W=33, k=13, similarity="product", border="zero"),
@@ -400,7 +409,7 @@ LARGE_WINDOWS = {
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", LARGE_WINDOWS.values(), ids=LARGE_WINDOWS)
-def test_windows_that_exceed_a_tile(case: Windows, dtype: torch.dtype) -> None:
+def test_windows_that_exceed_a_tile_match_the_reference(case: Windows, dtype: torch.dtype) -> None:
     assert_matches_twin(LOCAL, LOCAL.draw(case.local_relation, dtype=dtype))
 
 
@@ -437,7 +446,7 @@ def test_small_suppression_problems() -> None:
 
 @pytest.mark.parametrize("K", [1, 63, 64, 65, 129, 1024, 1025])
 def test_suppression_of_any_number_of_boxes(K: int) -> None:
-    """The numbers of boxes are close to the sizes of tiles and blocks."""
+    """Check numbers of boxes that are close to the sizes of tiles and blocks."""
     boxes, scores, _ = (x.float() for x in clustered([K], boxes_per_object=8, seed=K))
     scores = (100 * scores).floor() / 100
     assert torch.equal(relops.nms(boxes, scores, 0.4), reference.nms(boxes, scores, 0.4))

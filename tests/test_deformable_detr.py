@@ -36,8 +36,10 @@ def test_strides_of_levels(levels: int, strides: list[int]) -> None:
 
 
 def test_encoder_layer_with_one_level_equals_the_single_scale_formula() -> None:
-    """In equation 2, every pixel samples K points of its own map bilinearly. Linear layers compute the weights A_mqk
-    and the offsets Delta p_mqk from the query."""
+    """Compare with equation 2: every pixel samples K points of its own map bilinearly.
+
+    Linear layers compute the weights A_mqk and the offsets Delta p_mqk from the query.
+    """
     model = small(levels=1).eval()
     layer = model.transformer.encoder.layers[0]
     attention = layer.self_attn
@@ -96,7 +98,7 @@ def test_without_refinement_all_layers_share_heads_and_references() -> None:
         layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2]))
     model.predict(images(), SIZES)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2]) and seen[0].shape == (2, 10, 4, 2)
-    # Reference points are fractions of the padded maps. The second image covers 13 of 16 columns and 10 of 12 rows.
+    # Reference points are relative to the padded maps. The second image covers 13 of 16 columns and 10 of 12 rows.
     assert (seen[0][1] / seen[0][0])[:, 0].tolist() == [pytest.approx([13 / 16, 10 / 12])] * 10
 
 
@@ -112,7 +114,8 @@ def test_two_stage_queries_are_the_pixels_with_the_best_scores() -> None:
     chosen = first.boxes[0].gather(1, best[..., None].expand(-1, -1, 4))
     ratios = torch.tensor([[1, 1, 1, 1], [13 / 16, 10 / 12, 13 / 16, 10 / 12]])
     torch.testing.assert_close(seen[0][:, :, 0], chosen * ratios[:, None])
-    # If all deltas are zero, a pixel proposes a square around itself, whose side doubles from level to level.
+    # If all deltas are zero, each pixel proposes a square around its center. The side of the square doubles with each
+    # level.
     torch.nn.init.zeros_(model.bbox_embed[-1].layers[-1].weight)
     boxes = model.predict(images(), SIZES).first.boxes[0, 0]
     torch.testing.assert_close(boxes[12 * 16 - 18], torch.tensor([14.5 / 16, 10.5 / 12, 0.05, 0.05]))

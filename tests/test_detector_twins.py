@@ -1,4 +1,4 @@
-"""Tests of benchmarks/detector_twins.py: the twin of a detector gives the same results and calls no op of relops."""
+"""Tests of benchmarks/detector_twins.py: the twin of a detector gives equal results and calls no op of relops."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_twins_agree(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["sparse_rcnn", "faster_rcnn"])
 def test_gradients_in_float64(name: str, device: str) -> None:
-    """Compare in float64, because the error bounds of these detectors in float32 are very loose."""
+    """Compare in float64, because the float32 error bounds of these detectors are very loose."""
     torch.manual_seed(0)
     model = relops.models.build(name, 3, **detector_twins.CASES[name].training)
     model = detector_twins.diversify_outputs(model).train().to(device, torch.float64)

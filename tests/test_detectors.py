@@ -1,4 +1,4 @@
-"""Tests of the detectors: their parts on values computed by hand, gradients, and batches against single images."""
+"""Tests of the detectors. Parts are compared with values computed by hand, and batches with single images."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor, Targets]:
 
 
 def test_paper_anchors() -> None:
-    """The nine anchors equal those of the released code, whose second corner is inclusive."""
+    """The nine anchors equal those of the released code, in which the second corner is the last pixel of the box."""
     inclusive = torch.tensor(paper_anchors()) - torch.tensor([0.0, 0, 1, 1])
     assert inclusive.tolist() == [
         [-84, -40, 99, 55],
@@ -200,7 +200,7 @@ def test_balance_and_normalization_of_the_rpn_loss() -> None:
         return module(maps, sizes, targets)[1]["rpn_boxes"].item()
 
     plain = loss(num_samples=32)
-    # With `balance`, the loss is divided by the 48 positions of the map instead of the number of samples. The only
+    # `balance` divides the loss by the number of positions on the map, 48, instead of the number of samples. The only
     # positive anchor is always sampled.
     assert loss(num_samples=32, balance=10.0) == pytest.approx(10 * plain * 32 / 48)
     assert loss(num_samples=16, balance=10.0) == pytest.approx(10 * plain * 32 / 48)
@@ -208,7 +208,10 @@ def test_balance_and_normalization_of_the_rpn_loss() -> None:
 
 @pytest.mark.parametrize("filter_first", [False, True])
 def test_proposals_by_hand(filter_first: bool) -> None:
-    """The smallest box has the highest score. If it is removed after the best 3 are selected, one box fewer remains."""
+    """The smallest box has the highest score.
+
+    Without `filter_first`, it is first selected as one of the best 3 and removed afterwards.
+    """
     anchors = torch.tensor([[0.0, 0, 4, 4], [10, 10, 50, 50], [11, 10, 51, 50], [60, 60, 90, 90], [100, 60, 140, 96]])
     scores = torch.tensor([[5.0, 4, 3, 2, 1]])
     module = rpn(pre_nms=(3, 3), post_nms=(10, 10), min_size=5, filter_first=filter_first).eval()
@@ -262,7 +265,7 @@ def heads(logits: Tensor, deltas: Tensor, **options: object) -> RoIHeads:
 
 
 def test_detections_by_hand() -> None:
-    """Use two overlapping regions and a third to check suppression within classes, thresholds, order and padding."""
+    """Check suppression within classes, thresholds, order and padding with two overlapping regions and a third one."""
     boxes = torch.tensor([[[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 90, 50], [0, 0, 0, 0]]])
     probabilities = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.7, 0.1], [0.5, 0.03, 0.47]])
     deltas = torch.zeros(3, 12)
@@ -291,7 +294,7 @@ def test_region_losses_by_hand() -> None:
     )
     losses = module.losses_of([], samples, targets)
     assert losses["classes"].item() == pytest.approx(math.log(3))
-    # dx is 10 * 2 / 20 = 1, and half of its square is divided by 2, the number of samples.
+    # dx is 10 * 2 / 20 = 1, so the loss is half of its square, divided by the number of samples, 2.
     assert losses["boxes"].item() == pytest.approx(0.5 / 2)
 
 
@@ -428,7 +431,7 @@ def test_batch_gives_the_detections_of_its_images(name: str, device: str) -> Non
 
 @pytest.mark.parametrize("name", SMALL)
 def test_padding_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare leaving out padding rows, as on the CPU, with giving them no weight, as on other devices."""
+    """Compare two ways to ignore padding rows: the CPU leaves them out, and other devices give them no weight."""
     images, sizes, targets = batch()
     model = small(name).train()
     for module in model.modules():
@@ -512,8 +515,11 @@ def test_faster_rcnn_on_backbones(backbone: str) -> None:
 
 
 def test_joint_gradient_equals_finite_differences() -> None:
-    """In non-approximate joint training, gradients flow from the losses of the second stage to the RPN's deltas through
-    decoding, clipping, RoI warping and regression targets. Compare them with central differences in float64."""
+    """Compare the gradients of the RPN's deltas with central differences in float64.
+
+    In non-approximate joint training, the losses of the second stage depend on these deltas through decoding, clipping,
+    RoI warping and regression targets.
+    """
     torch.manual_seed(0)
     model = relops.models.faster_rcnn(
         2, backbone="zf", channels=4, hidden=8, training="joint", roi="align", dropout=0.0, scales=(2, 4), min_size=4
@@ -548,7 +554,7 @@ def test_joint_gradient_equals_finite_differences() -> None:
 
 
 def test_only_joint_training_passes_gradients_to_the_rpn() -> None:
-    """The boxes carry gradients of the second stage to the RPN. Approximate joint training ignores these gradients."""
+    """Approximate joint training ignores the gradients that flow from the second stage through the boxes to the RPN."""
     for training in ("approximate", "joint"):
         torch.manual_seed(0)
         model = relops.models.faster_rcnn(
@@ -575,7 +581,7 @@ def test_alternating_phases_train_their_parts() -> None:
         model.zero_grad()
         sum(model.train()(*batch()).values()).backward()
         assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == expected
-    # The first backbone affects the proposals in the first two phases only.
+    # In the first two phases the proposals depend on the first backbone, and later they do not.
     images, sizes, _ = batch()
     model.eval()
     for phase, uses_first_backbone in ((1, True), (3, False)):
@@ -622,7 +628,7 @@ def test_r_fcn_learns_from_the_hardest_regions() -> None:
     model(*batch())["classes"].backward()
     entropy, distance = seen
     selected = entropy.grad != 0
-    assert len(entropy) > 16 and selected.sum() == 8  # four in each of the two images
+    assert len(entropy) > 16 and selected.sum() == 8  # four regions in each of the two images
     torch.testing.assert_close(entropy.grad[selected], torch.full((8,), 1 / 8))
     hardness = (entropy + distance).detach()
     assert selected[hardness.argmax()] and not selected[hardness.argmin()]
@@ -642,7 +648,7 @@ def test_dilated_body_keeps_its_stride(name: str) -> None:
     maps = body.stage_maps(torch.randn(1, 3, 64, 96))
     assert body.strides == [4, 8, 16, 16] and maps[2].shape[2:] == maps[3].shape[2:] == (4, 6)
     plain = make_body(name)
-    plain.load_state_dict(body.state_dict())  # succeeds because both have the same parameters
+    plain.load_state_dict(body.state_dict())  # succeeds because both bodies have the same parameters
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "fast_rcnn", "r_fcn"])
@@ -659,7 +665,7 @@ def test_stride(name: str, stride: int) -> None:
 
 
 def test_pretrained_weights_of_a_classifier() -> None:
-    """The weights fill all stages of the detector's backbone, and those of VGG-16 also fill fc6 and fc7."""
+    """The weights are loaded into all stages of the detector's backbone, and those of VGG-16 also into fc6 and fc7."""
     classifier = relops.models.resnet18()
     model = relops.models.faster_rcnn(3, backbone="resnet18-frozen", channels=8, hidden=8)
     relops.models.load_backbone(model, classifier.state_dict())
@@ -675,7 +681,7 @@ def test_pretrained_weights_of_a_classifier() -> None:
     relops.models.load_backbone(model, state)
     assert (model.roi_heads.box_head.fc6.weight == 1).all() and (model.roi_heads.box_head.fc7.bias == 1).all()
     assert (model.backbone.body.features[0].weight == 0.5).all()
-    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # the shapes of its head differ from those of VGG-16
+    model = relops.models.hypernet(3, backbone="vgg16", hidden=8)  # the head has other shapes than that of VGG-16
     relops.models.load_backbone(model, state)
     assert (model.backbone.body.features[0].weight == 0.5).all()
     model = relops.models.relation_networks(3, backbone="vgg16", channels=8, hidden=32)
@@ -703,14 +709,14 @@ def test_objects_without_a_mask_still_train_the_box_head() -> None:
     assert all(torch.equal(none[name], whole[name]) for name in whole if name != "masks")
     sum(none.values()).backward()
     assert all((p.grad == 0).all() for p in model.roi_heads.mask_predictor.parameters())
-    # The mean over all objects lies between the means over two complementary subsets.
+    # The mean over all objects lies between the means over two subsets that together contain all objects.
     first, others = losses((0, 1), (0, 2), (1, 0))["masks"], losses((0, 0))["masks"]
     assert min(first, others) < whole["masks"] < max(first, others)
 
 
 def test_paste_masks_fills_the_boxes() -> None:
     masks = torch.zeros(2, 28, 28)
-    masks[0], masks[1, :, :14] = 1, 1  # the first mask is full, the second covers the left half
+    masks[0], masks[1, :, :14] = 1, 1  # the first mask is full, and the second covers the left half
     boxes = torch.tensor([[4.0, 6, 32, 34], [10, 10, 38, 24]])
     pasted = paste_masks(masks, boxes, (40, 50))
     expected = torch.zeros(2, 40, 50, dtype=torch.bool)
@@ -724,7 +730,7 @@ def test_paste_masks_fills_the_boxes() -> None:
 
 
 def test_detect_returns_boxes_in_pixels_of_the_original_image() -> None:
-    """Compare an image with a copy of twice its size, in which the same objects have boxes of twice the size."""
+    """Compare an image with an enlarged copy of twice its width and height. The boxes must be twice as large, too."""
     model = small("faster_rcnn_fpn").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Tests that detectors of relops with weights of torchvision give the same detections and losses as torchvision."""
+"""Tests that the detectors of relops give the same detections and losses as torchvision if they have its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def randomize_heads(model: torch.nn.Module) -> torch.nn.Module:
             elif "bbox_pred" in name:
                 parameter.normal_(0, 0.02)
             elif name.endswith("bn3.weight"):
-                parameter.fill_(0.3)  # keeps the sums over residual blocks small
+                parameter.fill_(0.3)  # keeps the sums of the residual blocks small
     return model.eval()
 
 
@@ -55,7 +55,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.nn.Modu
 
 def test_same_detections(pair: tuple[torch.nn.Module, torch.nn.Module], images: list[Tensor]) -> None:
     theirs, ours = pair
-    their_masks = []  # recorded before torchvision rounds boxes to whole pixels and pastes the masks
+    their_masks = []  # recorded before torchvision rounds the boxes to whole pixels and pastes the masks into the image
     hook = theirs.roi_heads.register_forward_hook(
         lambda _module, _inputs, output: their_masks.extend(x.get("masks") for x in output[0])
     )
@@ -98,7 +98,7 @@ def test_old_parameter_names_load(pair: tuple[torch.nn.Module, torch.nn.Module])
 
 
 def test_same_losses(pair: tuple[torch.nn.Module, torch.nn.Module], images: list[Tensor]) -> None:
-    """All candidates are sampled, so that the losses do not depend on random sampling."""
+    """Sample all candidates, so that the losses do not depend on random numbers."""
     theirs, ours = pair
     boxes = torch.tensor([[[20.0, 30, 90, 120], [100, 40, 180, 170]], [[10, 10, 100, 150], [60, 100, 140, 230]]])
     labels = torch.tensor([[1, 4], [0, 6]])
@@ -139,7 +139,7 @@ def test_same_losses(pair: tuple[torch.nn.Module, torch.nn.Module], images: list
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "vgg16"])
 def test_backbone(name: str) -> None:
-    """A state_dict of torchvision loads without changes, and the classifier gives the same output."""
+    """torchvision's state_dict loads without changes, and the classifier gives the same output as torchvision's."""
     theirs = getattr(torchvision.models, name)(weights=None).eval()
     ours = getattr(relops.models, name)().eval()
     ours.load_state_dict(theirs.state_dict())

@@ -58,8 +58,10 @@ def randomize(model: nn.Module) -> nn.Module:
 
 
 def theirs(transformers: ModuleType, variant: str, **options: object) -> nn.Module:
-    """Build the model of transformers with the same sizes. Its backbone is transformers' ResNet unless `options` name
-    another. Nothing is downloaded."""
+    """Build the corresponding model of transformers.
+
+    Its backbone is transformers' ResNet unless `options` specify another. Nothing is downloaded.
+    """
     torch.manual_seed(0)
     stages = ["stage4"] if variant in ("detr", "single_scale") else ["stage2", "stage3", "stage4"]
     if not options:
@@ -118,8 +120,10 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def objects(sizes: Tensor) -> tuple[Targets, list[dict[str, Tensor]]]:
-    """Return the same objects as targets of relops and as labels of transformers. There are so many objects that
-    every cost affects the assignment."""
+    """Return the same objects as targets of relops and as labels of transformers.
+
+    The number of objects is so large that every cost affects the assignment.
+    """
     counts = 14, 9
     center, size = 0.2 + 0.6 * torch.rand(2, 14, 2), 0.1 + 0.3 * torch.rand(2, 14, 2)
     relative = torch.cat([center, size], -1)
@@ -133,8 +137,9 @@ def objects(sizes: Tensor) -> tuple[Targets, list[dict[str, Tensor]]]:
 def their_losses(model: nn.Module, variant: str, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the losses of all layers under the names that transformers gives them.
 
-    If DETR of transformers computes auxiliary losses, it passes the normalized output of each layer to the next layer,
-    unlike the released code. For DETR, this function therefore computes the losses from the recorded layer outputs.
+    If transformers' DETR computes auxiliary losses, it passes the normalized output of each layer to the next layer,
+    unlike the released code. This function therefore records the outputs of DETR's layers and computes the losses from
+    them.
     """
     images, _, mask = batch()
     if variant != "detr":
@@ -168,8 +173,10 @@ def test_same_predictions(pair: tuple[str, nn.Module, nn.Module]) -> None:
 
 
 def test_same_losses_and_gradients(pair: tuple[str, nn.Module, nn.Module]) -> None:
-    """Compare the losses of all layers and the gradients of all parameters. The loss of the first of two stages is left
-    out, because transformers does not compute it."""
+    """Compare the losses of all layers and the gradients of all parameters.
+
+    For models with two stages, the loss of the first stage is left out, because transformers does not compute it.
+    """
     variant, model, loaded = pair
     images, sizes, _ = batch()
     targets, labels = objects(sizes)
@@ -260,7 +267,7 @@ def deformable_attention(name: str, levels: int) -> dict[str, tuple[int, ...]]:
 
 
 def released_body() -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a ResNet-18 with a quarter of its width, under torchvision's parameter names."""
+    """Return the parameter shapes of a ResNet-18 with a quarter of the usual width, under torchvision's names."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def convolution(conv: str, bn: str, out_channels: int, in_channels: int, kernel: int) -> None:
@@ -338,7 +345,7 @@ def released(variant: str) -> dict[str, tuple[int, ...]]:
 
 
 def released_state(variant: str) -> dict[str, Tensor]:
-    """Return a random state_dict of the released code, in which names of the same parameter have equal values."""
+    """Return a random state_dict of the released code. If a parameter has several names, their values are equal."""
     state = {name: torch.randn(shape) for name, shape in released(variant).items()}
     for name in state:
         shared = name.removeprefix("transformer.decoder.") if "_embed" in name else name
@@ -350,7 +357,7 @@ def released_state(variant: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_released_weights_load(variant: str) -> None:
-    """Every entry is loaded into its parameter, and no entry or parameter is left over."""
+    """Every entry is loaded into its parameter, and every parameter gets an entry."""
     state = released_state(variant)
     model = ours(variant)
     load_detr(model, state)
@@ -379,7 +386,7 @@ def test_errors_name_weights_that_do_not_fit(variant: str) -> None:
 
 
 def test_errors_name_heads_of_another_variant() -> None:
-    """Names and shapes alone do not show whether all layers share one head or each layer has its own."""
+    """Names and shapes alone do not show whether all layers share one head or each layer has its own head."""
     refined, plain = released_state("refine"), released_state("deformable")
     with pytest.raises(ValueError, match=r"class_embed\.1\.weight .* equal that of the first layer if refine is False"):
         load_detr(ours("deformable"), refined)
@@ -407,8 +414,10 @@ def test_number_of_parameters(build: object, options: dict, count: int) -> None:
 
 
 def test_compiles(fresh_compiler: None) -> None:
-    """Inference with two stages, which includes box refinement, compiles to one graph. test_detectors.py tests the
-    other variants."""
+    """Inference of the two-stage model compiles to one graph.
+
+    This model also refines boxes. test_detectors.py tests the other variants.
+    """
     model = randomize(ours("two_stage", encoder_layers=1, decoder_layers=2)).eval()
     images, sizes, _ = batch()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tests of nn.DuplicateRemoval: comparison with the released code's computation, class by class, and learning."""
+"""Tests of nn.DuplicateRemoval: comparison with the released code, and a test that the module learns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = removal_shapes(CHANNELS, rank_dim=8, hidden=12, heads=HEADS, head_dim=5
 
 
 def small(device: str, p: dict[str, Tensor] | None = None, **options: object) -> relops.nn.DuplicateRemoval:
-    """Build a small module whose parameters are so far from zero that each of them affects the result."""
+    """Build a small module with random parameters, all of which affect the result visibly."""
     options = {"first_n": 6, "score_threshold": 0.2} | options
     module = relops.nn.DuplicateRemoval(
         CHANNELS, thresholds=THRESHOLDS, rank_dim=8, hidden_dim=12, heads=HEADS, head_dim=5, **options
@@ -46,7 +46,7 @@ def draw(B: int = 2, K: int = 11, C: int = 4, dtype: torch.dtype = torch.float64
 
 
 def draw_objects(boxes: Tensor, G: int = 5, C: int = 4) -> tuple[Tensor, Tensor]:
-    """Return objects of random classes near some of the boxes. One object per image is padding."""
+    """Return objects of random classes, each close to one of the boxes. One object per image is padding."""
     gt_boxes = boxes[:, :G] + 4 * torch.randn_like(boxes[:, :G])
     labels = torch.randint(C, gt_boxes.shape[:2], device=boxes.device)
     labels[:, 1] = -1
@@ -111,7 +111,7 @@ def test_released_parameters_give_the_released_result(
     assert_same(s.grad, scores.grad, "scores")
     assert scores.grad.any()
     for name, grad in removal_state({name: x.grad for name, x in p.items()}).items():
-        if name == "relation.key.bias":  # zero up to rounding: it adds the same value to all logits of a query
+        if name == "relation.key.bias":  # zero up to rounding: this bias adds the same value to all logits of a query
             assert grad.abs().max() < 1e-12 > removal.relation.key.bias.grad.abs().max()
         else:
             assert_same(removal.get_parameter(name).grad, grad, name)
@@ -216,7 +216,7 @@ def test_classes_without_detections(device: str) -> None:
 
 
 def test_skipped_detections_cost_nothing_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The relation module processes classes with similar numbers of detections together and skips empty classes."""
+    """The relation module batches classes that have similar numbers of detections, and skips empty classes."""
     removal = small("cpu", first_n=9)
     features, scores, boxes = draw(1, 9, 5)
     scores = torch.zeros_like(scores)
@@ -263,15 +263,16 @@ def detections_of_one_class(
 @pytest.mark.parametrize(
     ("boxes", "scores", "objects", "right"),
     [
-        # The highest score wins among the boxes that overlap enough. A higher threshold leaves out the first box.
+        # Among the boxes that overlap the object enough, the one with the highest score is correct. The first box does
+        # not reach the higher threshold.
         ([[0, 0, 10, 6], [0, 0, 10, 8], [0, 0, 10, 10]], [0.9, 0.8, 0.7], [[0, 0, 10, 10]], [[0], [1]]),
         # An IoU equal to the threshold is not enough.
         ([[0, 0, 10, 5]], [0.9], [[0, 0, 10, 10]], [[], []]),
-        # The first box overlaps both objects and is matched only to the second, which it overlaps more.
+        # The first box overlaps both objects but is matched only to the second object, with which its IoU is higher.
         ([[0, 0, 10, 10], [0, 0, 10, 7.5]], [0.9, 0.8], [[0, 0, 10, 6], [0, 0, 10, 9]], [[0], [0]]),
         # All boxes are matched to the first of two equal objects.
         ([[0, 0, 10, 10], [0, 0, 10, 9]], [0.9, 0.8], [[0, 0, 10, 10]] * 2, [[0], [0]]),
-        # The lower index wins among equal scores.
+        # Among boxes with equal scores, the one with the lower index is correct.
         ([[0, 0, 10, 8], [0, 0, 10, 10]], [0.5, 0.5], [[0, 0, 10, 10]], [[0], [0]]),
         ([[0, 0, 10, 10]], [0.9], [[50, 50, 60, 60]], [[], []]),
     ],
@@ -333,9 +334,12 @@ def test_loss_is_finite_for_extreme_scores(right: bool, device: str) -> None:
 
 
 def test_loss_is_accurate_for_extreme_scores(device: str) -> None:
-    """Compare the float32 loss with its definition in float64, for s0 and s1 as close to 0 and 1 as float32 scores and
-    logits can represent. A naive 1 - s0 * s1 would be zero or have no correct digit. The bounds of s0 are left out,
-    because the derivative of torch.clamp at its bounds is 1 up to torch 2.13 and 0 from 2.14 on."""
+    """Compare the float32 loss with its definition in float64.
+
+    Let s0 and s1 come as close to 0 and 1 as float32 scores and logits allow: 1 - s0 * s1, if computed directly, would
+    be zero or have no correct digit. The bounds of s0 are left out, because the derivative of torch.clamp at its bounds
+    is 1 up to torch 2.13 and 0 from 2.14 on.
+    """
     removal = small(device)
     gt_boxes, gt_labels = torch.zeros(1, 0, 4, device=device), torch.zeros(1, 0, dtype=torch.int64, device=device)
     for s0, z in itertools.product((2.0**-22, 0.01, 0.5, 0.999, 1 - 2.0**-20), (-20.0, -3.0, 0.0, 9.0, 16.0, 30.0)):
@@ -353,7 +357,10 @@ def test_loss_is_accurate_for_extreme_scores(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype: torch.dtype, device: str) -> None:
-    """Some scores are rounded to 0 and 1 in 16 bits. Outputs are float32, and the loss is close to that in float32."""
+    """Outputs are float32.
+
+    The loss is close to that of float32 scores, although 16 bits round some scores to 0 or 1.
+    """
     removal = small(device, score_threshold=0.0).float()
     features, _, boxes = draw(dtype=torch.float32, device=device)
     confident = (80 * torch.randn(2, 11, 5, device=device)).softmax(-1)[..., 1:].to(dtype)
@@ -437,13 +444,13 @@ def scenes(count: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def kept_once(kept: Tensor, owner: Tensor) -> float:
-    """Return the fraction of objects of which exactly one box is kept."""
+    """Return the fraction of objects for which exactly one box is kept."""
     return ((kept.float() @ torch.nn.functional.one_hot(owner, G).float()) == 1).float().mean().item()
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Use one thread. With tensors this small, several threads only wait for each other on a busy machine."""
+    """Use one thread. For such small tensors, several threads would mostly wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -478,7 +485,7 @@ def test_learns_to_remove_duplicates(one_thread: None) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-    # With a threshold on s0 alone, fewer than half of the objects keep exactly one box.
+    # If boxes are selected by a threshold on s0 alone, fewer than half of the objects keep exactly one box.
     assert max(kept_once(best_scores > t, test["owner"]) for t in torch.linspace(0.3, 0.95, 40)) < 0.5
     assert quality() > 0.9
 

@@ -1,4 +1,4 @@
-"""Tests of average precision against values computed by hand and against COCO's tools, and tests of the plots."""
+"""Tests that compare average precision with values computed by hand and with COCO's tools, and tests of the plots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Box = Sequence[float]
 
 
 class FixedData(DetectionData):
-    """A data set of images of 300 x 240 with the ids 10, 11, ... and fixed objects (box, label[, ignore])."""
+    """A data set of 300 x 240 images with the ids 10, 11, ... and the given objects (box, label[, ignore])."""
 
     def __init__(self, *images: list[tuple], classes: Sequence[str] = ("cat", "dog"), masks: bool = False) -> None:
         self.classes, self.has_masks, self.category_ids = list(classes), masks, [7 * i + 3 for i in range(len(classes))]
@@ -56,7 +56,7 @@ def batch_of(image_ids: Sequence[int], scales: Sequence[tuple[float, float]] | N
 
 
 def detections_of(*images: list[tuple[Box, float, int]], masks: Tensor | None = None) -> Detections:
-    """Return the detections (box, score, label) of each image as a batch, with an additional row of padding."""
+    """Return a batch of the detections (box, score, label) of each image, with at least one row of padding."""
     D = 1 + max(map(len, images))
     boxes, scores = torch.zeros(len(images), D, 4), torch.zeros(len(images), D)
     labels = torch.full((len(images), D), -1)
@@ -77,7 +77,7 @@ def box(x: float, y: float = 20, side: float = 40) -> list[float]:
 
 
 def random_scene(rng: np.random.Generator, images: int) -> tuple[list[list[tuple]], list[list[tuple]]]:
-    """Return random objects of two classes, and detections near them. One object per image is ignored."""
+    """Return random objects of two classes, and detections close to them. One object per image is ignored."""
     truth, found = [], []
     for _ in range(images):
         corners = rng.uniform(0, 180, (6, 2))
@@ -179,7 +179,7 @@ class TestEvaluator:
         parts = [Evaluator(FixedData(*truth)) for _ in range(2)]
         for i, detections in enumerate(found):
             parts[i % 2].add(batch_of([10 + i]), detections_of(detections))
-        # Samplers may repeat images, so that every rank has the same number of images.
+        # Samplers may repeat images to give every rank the same number of images.
         parts[1].add(batch_of([10]), detections_of(found[0]))
         parts[0].merge([pickle.loads(pickle.dumps(part.state())) for part in parts])
         assert parts[0].voc() == together.voc() and 0 < together.voc()["mAP"] < 1
@@ -267,7 +267,7 @@ class TestCOCO:
 
     @pytest.mark.parametrize("seed", range(6))
     def test_metrics_equal_those_of_pycocotools(self, tmp_path: Path, seed: int) -> None:
-        """The data have crowds, areas that differ from the boxes, empty boxes, boxes outside the image, and ties."""
+        """Include crowds, areas that do not match the boxes, empty boxes, boxes outside the image, and equal scores."""
         pil, api, evaluation = (
             pytest.importorskip(name) for name in ("PIL.Image", "pycocotools.coco", "pycocotools.cocoeval")
         )
@@ -281,7 +281,7 @@ class TestCOCO:
             for _ in range(rng.integers(9)):
                 x, y, w, h = rng.uniform([-40, -40, 4, 4], [290, 230, 160, 160])
                 w, h = w * (rng.random() > 0.2), h * (rng.random() > 0.1)
-                if rng.random() < 0.4:  # whole numbers, for which an IoU may equal a threshold
+                if rng.random() < 0.4:  # with whole numbers, an IoU may equal a threshold
                     x, y, w, h = np.rint([x, y, w, h])
                 label = int(rng.integers(3))
                 item = {"id": len(content["annotations"]) + 1, "image_id": f"image {n}", "category_id": ids[label]}
@@ -323,7 +323,7 @@ class TestCOCO:
             content["annotations"].append(item)
         (tmp_path / "val.json").write_text(json.dumps(content))
         evaluator = Evaluator(open_data(f"coco:{tmp_path}", "test"))
-        found = detections_of([(box(110), 0.9, 0)], [(box(10), 0.9, 0)])  # each one fits the object of the other image
+        found = detections_of([(box(110), 0.9, 0)], [(box(10), 0.9, 0)])  # fits the object of the other image
         evaluator.add(batch_of([2**53, 2**53 + 1]), found)
         assert evaluator.summarize()["AP"] == 0
         assert [result["image_id"] for result in evaluator.coco_results()] == [2**53, 2**53 + 1]

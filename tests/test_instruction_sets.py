@@ -1,6 +1,7 @@
-"""Tests that the CPU kernels pass tests of all vector lanes with every instruction set below the machine's.
+"""Tests of the CPU kernels with every instruction set that is lower than the best one of the machine.
 
-A process chooses its instruction set once, at import, so each instruction set gets one process for all of these tests.
+A process chooses its instruction set at import. The tests of an instruction set therefore run together in a separate
+process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from conftest import run_python
 from relops import _library
 
 ISAS = ("baseline", "avx2", "avx512")
-# The tests of each file that compare values, as an expression for `pytest -k`.
+# For each file, an expression for `pytest -k` that selects the tests that compare values.
 SELECTED = {
     "test_contract.py": "matches_twin or (local_relation and (deterministic or grad or layouts or expanded or empty))",
     "test_contract_selection.py": "equals_twin",

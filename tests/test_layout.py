@@ -1,4 +1,4 @@
-"""Tests of the package's layout: no module is hidden, no layer imports from one above it, and no import is circular."""
+"""Tests of the package's layout: no function hides a module, layers import downwards, and no import is circular."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import relops
 
 ROOT = Path(relops.__file__).parent
 
-# Layers from the bottom to the top. A module imports only from its own layer and from layers below it.
+# Layers from the bottom to the top. A module may import only from its own layer and from lower layers.
 LAYERS = (
     (
         "relops._annotations",
@@ -53,7 +53,7 @@ def source(name: str) -> ast.Module:
 
 
 def imported(tree: ast.AST, lazily: bool) -> set[str]:
-    """Return the modules of relops that a file imports. If `lazily` is True, include imports inside of functions."""
+    """Return the modules of relops that a file imports. If `lazily` is True, include imports inside functions."""
     nodes = ast.walk(tree) if lazily else ast.iter_child_nodes(tree)
     found = set()
     for node in nodes:
@@ -65,7 +65,7 @@ def imported(tree: ast.AST, lazily: bool) -> set[str]:
 
 
 def layer(name: str) -> int:
-    """Return the index in LAYERS of the longest prefix of the name."""
+    """Return the index of the layer that contains the longest prefix of the name."""
     indices = {prefix: i for i, prefixes in enumerate(LAYERS) for prefix in prefixes}
     parts = name.split(".")
     return next(indices[prefix] for n in range(len(parts), 0, -1) if (prefix := ".".join(parts[:n])) in indices)

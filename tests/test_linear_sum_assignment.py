@@ -1,4 +1,4 @@
-"""Tests of linear_sum_assignment against brute force, SciPy and its twin, and of the forms in which sizes are given."""
+"""Tests of linear_sum_assignment: comparisons with brute force, SciPy and its twin, and the ways to pass sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_consistent(cost: Tensor, row_to_col: Tensor, col_to_row: Tensor) -> No
 
 
 def summary(cost: Tensor, row_to_col: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each problem the number of pairs and the sum of their costs in float64."""
+    """Return, for each problem, the number of pairs and the sum of their costs in float64."""
     used = row_to_col >= 0
     if cost.size(-1) == 0:
         return used.sum(-1), used.sum(-1).double()
@@ -60,7 +60,10 @@ def largest_finite(cost: Tensor) -> float:
 
 
 def brute_force(cost: list[list[float]], maximize: bool = False) -> tuple[int, float]:
-    """Try every assignment of the smaller side. Return the number of pairs and the sum of costs of the best one."""
+    """Try every assignment of the smaller side.
+
+    Return the number of pairs and the total cost of the best assignment.
+    """
     R, C = len(cost), len(cost[0]) if cost else 0
     if R > C:
         cost, R, C = [list(column) for column in zip(*cost)], C, R
@@ -96,8 +99,8 @@ def forbid_some(cost: Tensor, fraction: float, value: float = INF) -> Tensor:
         ([[3], [1], [2]], False, [-1, 0, -1]),
         ([[1, 2], [1, 10], [0, 10]], False, [1, -1, 0]),  # 2 + 0
         ([[-1, -2], [-1, -4]], False, [0, 1]),
-        ([[1, INF], [1, INF]], False, None),  # either row may be assigned
-        ([[1, INF], [0, 9]], False, [0, 1]),  # two pairs, although the pair of cost 0 alone is cheaper
+        ([[1, INF], [1, INF]], False, None),  # row 0 or row 1 is assigned
+        ([[1, INF], [0, 9]], False, [0, 1]),  # two pairs, although the single pair of cost 0 would be cheaper
         ([[NAN, INF], [-INF, NAN]], False, [-1, -1]),
         ([[NAN, 7], [-INF, INF]], True, [1, -1]),
         ([[0, 0], [0, 0]], False, None),
@@ -253,8 +256,8 @@ def test_any_magnitude(fraction: float, dtype: torch.dtype, largest: float, maxi
     torch.testing.assert_close(total / scale, expected_total / scale, rtol=1e-11, atol=1e-11)
 
 
-def test_small_costs_next_to_huge_costs(device: str) -> None:
-    """Check that small costs keep their precision unless they are added to huge costs."""
+def test_small_costs_next_to_huge_costs_keep_their_precision(device: str) -> None:
+    """Check that huge costs of other pairs do not reduce the precision of small costs."""
     small = random_costs(1, 20, 20).abs()[0] * 1e-30
     huge = torch.where(torch.rand(20, 20, generator=torch.Generator().manual_seed(2)) < 0.3, 1e300, small)
     cost = huge.to(device)
@@ -279,9 +282,9 @@ def test_integer_costs(dtype: torch.dtype, device: str) -> None:
 
 
 def test_many_problems(device: str) -> None:
-    """Check that problems have the same results in every run and when they are solved one by one.
+    """Check that the results are the same in every run and if the problems are solved one by one.
 
-    There are more problems than threads, and their sizes differ.
+    There are more problems than threads, and the sizes of the problems differ.
     """
     B, R, C = 200, 25, 18
     cost = random_costs(B, R, C).to(device, torch.float32)
@@ -322,7 +325,7 @@ def test_same_assignment_on_both_devices(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [-1, 8, 2**40, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("which", ["num_rows", "num_cols"])
-def test_sizes_out_of_range(which: str, value: int, device: str) -> None:
+def test_sizes_out_of_range_give_an_error_or_no_pairs(which: str, value: int, device: str) -> None:
     cost = random_costs(3, 7, 7).to(device)
     sizes = {which: torch.tensor([7, value, 2], device=device)}
     if device == "cpu":
@@ -377,7 +380,7 @@ def test_kernels_reject_unconverted_dtypes(device: str) -> None:
 
 
 def test_sizes_in_a_list_are_symbols_of_a_symbolic_graph() -> None:
-    """Check that a graph takes the sizes from the shape of the tensor with which it is called."""
+    """Check that a graph computes the sizes from the shape of its input and does not store them as constants."""
 
     def assign(cost: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
         return relops.linear_sum_assignment(cost, num_cols=[objects.shape[0]] * 2)

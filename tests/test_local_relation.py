@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of local_relation, which weights windows by similarity and geometry."""
+"""Tests of the values and gradients of local_relation, which weights the pixels of a window."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def test_definition(case: Windows, device: str) -> None:
 
 
 def test_by_hand(device: str) -> None:
-    """Check a map of two pixels, which both windows contain. Query 0 differs by 1 from key 0 and by 2 from key 1."""
+    """Check a map of two pixels.
+
+    The window of each output contains both pixels. Query 0 differs by 1 from key 0 and by 2 from key 1.
+    """
     query, key, value = (
         torch.tensor([x], device=device).view(1, 1, 1, 2) for x in ([1.0, 0.0], [2.0, 3.0], [5.0, 9.0])
     )
@@ -141,7 +144,7 @@ def test_attention_with_a_bias() -> None:
 
 @pytest.mark.parametrize(("C", "G"), [(100, 13), (7, 3), (6, 5), (3, 8), (64, 64)])
 def test_channels_of_groups(C: int, G: int, device: str) -> None:
-    """Check that each group has the same results when computed alone, and that empty groups get zero gradients."""
+    """Check that a call with a single group gives the same results, and that empty groups get zero gradients."""
     inputs = draw(Windows(N=1, C=C, G=G), device)
     whole = OP.run(inputs)
     m = math.ceil(C / G)
@@ -176,7 +179,7 @@ def test_adding_a_constant_to_the_prior_changes_nothing(similarity: str, device:
 @similarities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_logits_far_from_zero(similarity: str, dtype: torch.dtype, device: str) -> None:
-    """Check logits so negative that all their exponentials underflow to 0."""
+    """Check logits that are so negative that all their exponentials underflow to 0."""
     inputs = draw(Windows(similarity=similarity), device, dtype)
     inputs["query"] = inputs["query"] + (300 if similarity == "absolute_difference" else 30)
     inputs["key"] = inputs["key"] * 0.1 - (30 if similarity == "product" else 0)
@@ -197,7 +200,7 @@ def test_logits_far_from_zero(similarity: str, dtype: torch.dtype, device: str) 
 def test_non_finite_numbers_affect_only_their_windows(
     border: str, similarity: str, bad: float, stride: int, device: str
 ) -> None:
-    """Check that a non-finite number does not spread within the vectors and tiles that the kernels process."""
+    """Check that a non-finite number does not affect other outputs of the same vector or tile."""
     case = Windows(N=2, C=10, G=2, H=13, W=21, k=3, stride=stride, similarity=similarity, border=border)
     inputs = draw(case, device, torch.float32)
     clean = OP.run(inputs)
@@ -237,7 +240,7 @@ def test_gradient_of_absolute_differences_that_are_zero(device: str) -> None:
 @borders
 @pytest.mark.parametrize("step", [7, 100, 2**24])
 def test_steps_larger_than_the_map(border: str, step: int, device: str) -> None:
-    """Check that a dilation beyond the map leaves only the center tap, and a stride beyond it only the first output."""
+    """Check that a dilation larger than the map leaves only the center tap, and such a stride only the first output."""
     inputs = draw(Windows(N=1, H=5, W=6, prior=False, border=border), device)
     center = OP.run(inputs | {"dilation": step})
     if border == "mask":
@@ -281,13 +284,13 @@ def test_windows_of_a_crop(device: str) -> None:
         Windows(C=16, G=2, H=40, W=23, k=5),
         Windows(C=16, G=2, H=41, W=23, k=4, stride=2, channels_last=True),
         Windows(N=1, C=4, G=1, H=70, W=9, k=3, dilation=3, border="zero"),
-        # These windows are too large for kernels to keep the weights of all outputs that read a pixel.
+        # These windows are so large that kernels cannot keep the weights of all outputs that read a pixel.
         Windows(N=1, C=5, G=2, H=45, W=150, k=21),
         Windows(N=1, C=5, G=2, H=31, W=300, k=20, stride=2, dilation=2, border="zero", similarity="product"),
     ],
 )
 def test_results_do_not_depend_on_the_number_of_threads(case: Windows, threads: None) -> None:
-    """Check that results are bit-identical, even sums over images and over the strips of a large map."""
+    """Check that results are bit-identical, including gradients that are sums over images or strips of a large map."""
     inputs = draw(case, dtype=torch.float32)
     expected = OP.run_twin(inputs)
     runs = []
@@ -308,12 +311,13 @@ def step(rows):
     cut = [t[:, :, :rows] for t in leaves[:3]]
     relops.local_relation(*cut, leaves[3], kernel_size=7).sum().backward()
 """
-    # The limit covers the output and the gradients of the slices, which autograd adds to gradients of whole tensors.
+    # The limit allows for the output, for the gradients of the slices, and for the full-size gradients to which
+    # autograd adds the gradients of the slices.
     assert resident_growth(begin, "step(4)", "step(56)") < 32 * 1024
 
 
 def test_memory_of_large_windows() -> None:
-    """Check that only the weights of one row of outputs are stored. All weights of a window would take 70 MB."""
+    """Check that only the weights of one row of outputs are stored. The weights of all outputs would take 70 MB."""
     begin = """
 torch.set_num_threads(1)
 query, value = torch.randn(1, 1, 64, 64), torch.randn(1, 4, 64, 64)
@@ -341,7 +345,7 @@ def test_raw_op_names_an_unknown_choice(name: str, device: str) -> None:
 
 
 def test_extreme_sizes_are_rejected() -> None:
-    """Check a size that is too large for the 32-bit arithmetic of the kernels."""
+    """Check a map that is too large for the 32-bit arithmetic of the kernels."""
     x = torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 2**24 + 1)
     with pytest.raises(RuntimeError, match="at most 16777216 rows and columns"):
         relops.local_relation(x, x, x, kernel_size=1)
@@ -398,7 +402,7 @@ def test_cuda_backward_is_reproducible(case: Windows) -> None:
 
 @needs_cuda
 def test_cuda_memory() -> None:
-    """Check that the memory is bounded by outputs, gradients and two numbers per query."""
+    """Check that a call allocates only outputs, gradients and two numbers per query."""
     inputs = draw(Windows(C=256, G=32, H=56, W=56, k=7), "cuda", torch.float32)
     OP.run(inputs)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Tests of nn.LocalRelation and of LR-Net, the network built from it."""
+"""Tests of nn.LocalRelation and of LR-Net, a network that consists of such layers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_weights_depend_on_the_content(device: str) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_layer_in_training(autocast: bool, device: str, fresh_compiler: None) -> None:
-    """The compiled layer keeps the channels_last format and has gradients for all parameters, also under autocast."""
+    """The compiled layer keeps the channels_last format, and all its parameters get gradients, also under autocast."""
     module = layer(device, torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 20, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
@@ -147,8 +147,10 @@ def test_bad_input() -> None:
     ids=["26", "50"],
 )
 def test_sizes_match_the_paper(make, parameters: float, multiply_adds: float) -> None:
-    """The sizes for 224 x 224 images differ by at most 1.5 % from the paper's. Multiply-adds include those of
-    convolutions, the aggregation of values and the classifier."""
+    """The sizes for 224 x 224 images differ by at most 1.5 % from the paper's.
+
+    The count of multiply-adds includes convolutions, the aggregation of values, and the classifier.
+    """
 
     def aggregation(query, key, value, prior, kernel_size, *settings, out_shape, **_):
         return 2 * kernel_size**2 * out_shape.numel()
@@ -178,7 +180,7 @@ def small() -> relops.models.LRNet:
 def test_gradients_reach_every_parameter(device: str) -> None:
     network = small().to(device)
     for name, parameter in network.named_parameters():
-        if name.endswith("bn3.weight"):  # with the initial value of zero, the block would get no gradients
+        if name.endswith("bn3.weight"):  # with its initial value, zero, the layers of the block would get no gradients
             nn.init.ones_(parameter)
     network(torch.randn(8, 1, 32, 32, device=device)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
@@ -196,7 +198,7 @@ def draw_bars(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def test_lr_net_learns_the_direction_of_a_bar(device: str) -> None:
-    """A single pixel does not show the direction of a bar."""
+    """The network must compare pixels, because a single pixel does not show the direction of a bar."""
     generator = torch.Generator().manual_seed(0)
     network = small().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)

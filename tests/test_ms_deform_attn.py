@@ -41,20 +41,20 @@ def draw(op: Op, case: DeformAttn, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def sample_one(image: Tensor, x: float, y: float, weight: float = 1.0) -> Tensor:
-    """Sample image [H,W] with one head at the normalized location (x, y). Check that both ops return the same value."""
+    """Sample an image [H,W] at the normalized location (x, y). Check that both ops return the same value."""
     H, W = image.shape
     value = image.reshape(1, H * W, 1, 1)
     location = torch.tensor([x, y], dtype=value.dtype, device=value.device).view(1, 1, 1, 1, 1, 2)
     weights = torch.full((1, 1, 1, 1, 1), weight, dtype=value.dtype, device=value.device)
     plain = relops.ms_deform_attn(value, [(H, W)], None, location, weights)
-    # A softmax over one sample is 1 for any logit.
+    # The softmax of a single sample is 1 for any logit.
     points, offsets = torch.full_like(location, 0.5).view(1, 1, 1, 2), (location - 0.5) * torch.tensor([W, H]).to(value)
     fused = relops.ms_deform_attn_fused(value, [(H, W)], None, points, offsets, weights) * weight
     torch.testing.assert_close(fused, plain)
     return plain.view(())
 
 
-# Pixel centers of a 2 x 2 level lie at 1/4 and 3/4.
+# The pixel centers of a 2 x 2 level have the coordinates 1/4 and 3/4.
 IMAGE = [[1.0, 2.0], [4.0, 8.0]]
 HAND_COMPUTED = {
     "pixel (0,0)": (0.25, 0.25, 1.0),
@@ -92,7 +92,7 @@ def test_linear_ramp_is_reproduced(device: str) -> None:
 
 @both
 def test_constant_value_is_returned(op: Op, device: str) -> None:
-    """Check that a constant value is returned if all samples are inside the maps and their weights add up to 1."""
+    """Check that a constant map gives the constant if all samples are inside and their weights add up to 1."""
     inputs = draw(op, DeformAttn(levels=((4, 6), (3, 3)), P=3), device, torch.float64)
     inputs["value"] = torch.full_like(inputs["value"], 2.5)
     if op is FUSED:
@@ -124,7 +124,7 @@ def test_an_offset_of_p_reaches_the_edge_of_the_box(device: str) -> None:
 
 
 def test_gradient_of_location_is_the_slope(device: str) -> None:
-    """Check that the gradient is the slope of a ramp per pixel times W or H, because locations are normalized."""
+    """Check that the gradient for a ramp is its slope per pixel times W or H, because locations are normalized."""
     H, W = 4, 8
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     value = (3.0 * columns - 2.0 * rows).view(1, H * W, 1, 1).to(device)
@@ -136,7 +136,7 @@ def test_gradient_of_location_is_the_slope(device: str) -> None:
 
 # ---- Against the twin ----
 
-DEFORMABLE_DETR = ((6, 4), (3, 2))  # the levels that Deformable DETR's own test uses, with N1 M2 L2 P2 Q2
+DEFORMABLE_DETR = ((6, 4), (3, 2))  # levels of Deformable DETR's own test, which has N = 1 and M = L = P = Q = 2
 SHAPES = {
     **{f"Deformable-DETR D{D}": DeformAttn(DEFORMABLE_DETR, 1, 2, 2, D, 2) for D in (30, 32, 64, 71, 1025, 2048, 3096)},
     "batch 3": DeformAttn(((5, 4), (2, 3)), N=3, D=16),
@@ -216,7 +216,7 @@ def test_logit_of_minus_infinity_removes_its_sample(device: str) -> None:
 
 # ---- Values that are not finite ----
 
-# On the CPU, "few queries" reads value without a copy, and the other two read packed rows.
+# On the CPU, the kernels read value without a copy for "few queries", and read packed rows in the other two cases.
 MODES = {
     "few queries": DeformAttn(((12, 10), (6, 5)), N=2, Q=2, M=2, D=32, P=2, mask=True),
     "many queries": DeformAttn(((6, 5), (3, 2)), N=2, Q=50, M=2, D=32, P=2, mask=True),
@@ -234,7 +234,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 def test_non_finite_location(
     op: Op, case: DeformAttn, bad: float, coordinate: int | slice, dtype: torch.dtype, device: str
 ) -> None:
-    """Check that a non-finite location contributes zero, gets a zero gradient and does not affect other samples."""
+    """Check that a non-finite location contributes zero, gets a zero gradient and affects no other sample."""
     inputs = draw(op, case, device, dtype)
     name = "sampling_offsets" if op is FUSED else "sampling_locations"
     replaced = torch.zeros(inputs[name].shape[:-1], dtype=torch.bool, device=device)
@@ -245,7 +245,8 @@ def test_non_finite_location(
     )
     actual = op.run(inputs | {name: not_finite})
 
-    # The twin gets a sample far outside instead, which contributes zero but keeps its weight in the softmax.
+    # In the twin's inputs, this sample is far outside of the maps, so it contributes zero but keeps its weight in the
+    # softmax.
     far = inputs[name].masked_fill(replaced[..., None], 1e4)
     expected = op.run_twin(inputs | {name: far})
     for result, x in actual.items():
@@ -273,7 +274,10 @@ def test_non_finite_reference_point(case: DeformAttn, bad: float, boxes: bool, d
 @pytest.mark.parametrize("poison", [math.inf, math.nan])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unsampled_rows_do_not_leak(op: Op, case: DeformAttn, poison: float, dtype: torch.dtype, device: str) -> None:
-    """Check that results ignore neighbors of sampled rows, rows stored next to a level, and other heads and images."""
+    """Poison the neighbors of sampled rows, the rows stored next to a level, and other heads and images.
+
+    Check that results do not change.
+    """
     inputs = draw(op, replace(case, mask=False), device, dtype)
     # All samples are among the four top left pixels of each level, or half a pixel outside of the level.
     sizes = case.sizes_xy.to(device)
@@ -288,7 +292,7 @@ def test_unsampled_rows_do_not_leak(op: Op, case: DeformAttn, poison: float, dty
     for h, w in case.levels:
         sampled[[start, start + 1, start + w, start + w + 1]] = True
         start += h * w
-    # Only head 0 of image 0 and head 1 of image 1 are compared. The other head of each image is poisoned too.
+    # Only head 0 of image 0 and head 1 of image 1 are compared. In each image, the other head is poisoned too.
     compared = torch.eye(2, dtype=torch.bool, device=device)
     poisoned = ~(sampled[:, None] & compared[:, None])[..., None]  # [N,S,M,1]
     grad = torch.ones(2, case.Q, 2, case.D, dtype=dtype, device=device) * compared[:, None, :, None]
@@ -326,9 +330,9 @@ def test_everything_masked(device: str) -> None:
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_splitting_the_queries_changes_nothing(op: Op, dtype: torch.dtype, device: str) -> None:
-    """Compare 72 queries at once with 6 queries at a time.
+    """Compare the results of one call for 72 queries with those of calls for 6 queries each.
 
-    For 72 queries the CPU packs rows of value, and for 6 it reads value without a copy.
+    For 72 queries the CPU kernel packs rows of value, and for 6 queries it reads value without a copy.
     """
     case = DeformAttn(((20, 20), (10, 10)), N=2, Q=72, M=2, D=32, mask=True)
     inputs = draw(op, case, device, dtype)
@@ -345,7 +349,7 @@ def test_splitting_the_queries_changes_nothing(op: Op, dtype: torch.dtype, devic
         value_grad += few.pop("value").double()
         for name, x in few.items():
             assert_matches(x, actual[name][:, queries].double(), name)
-    if dtype.itemsize >= 4:  # in 16-bit dtypes the sum of the rounded parts is not the rounded sum
+    if dtype.itemsize >= 4:  # in 16-bit dtypes the sum of rounded gradients is not the rounded sum
         assert_matches(actual["value"], value_grad, "value")
 
 
@@ -379,7 +383,7 @@ def test_backward_op_returns_only_needed_gradients(needs_grad: tuple[bool, ...],
 
 @both
 def test_compile_with_lists_of_sizes(op: Op) -> None:
-    """Check that new sizes in a list cause at most one recompilation with `dynamic=True`, which makes them symbols."""
+    """Check that new sizes in a list cause at most one recompilation, because `dynamic=True` makes sizes symbols."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(op.function, fullgraph=True, backend=counter, dynamic=True)
@@ -392,8 +396,9 @@ def test_compile_with_lists_of_sizes(op: Op) -> None:
 # ---- Random search ----
 
 SIZES = st.integers(0, 9)
-FAR = 1e4  # a location with a coordinate of at least this size is outside of every level
-# Normalized coordinates on borders, on pixel centers, half a pixel, one pixel and far outside, and non-finite ones.
+FAR = 1e4  # a location with such a large coordinate is outside of every level
+# Normalized coordinates: on borders, on pixel centers, outside by half a pixel, by one pixel and by far, and
+# non-finite.
 COORDINATES = st.one_of(
     st.floats(-0.6, 1.6),
     st.sampled_from([0.0, 1.0, 0.5, 0.25, 0.75, 0.125, -0.125, -0.25, -0.5, 1.25, 1.5, 1e-30, *NOT_FINITE]),
@@ -425,7 +430,7 @@ def oracle(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Run the twin without samples and levels that contribute zero.
+    """Run the twin after removing the samples and levels that contribute zero.
 
     The twin supports only finite locations and non-empty levels.
     """
@@ -477,8 +482,8 @@ def check_against_oracles(case: DeformAttn, coordinates: list[float], seed: int,
     pool = torch.tensor(coordinates, dtype=torch.float64, device=device)
     locations = pool[torch.randint(len(pool), fused["sampling_offsets"].shape, device=device)]
     sizes = case.sizes_xy.to(device)
-    # The gradient of a location jumps at the center of a pixel. There it is not compared, because the slopes on both
-    # sides are correct.
+    # The gradient of a location jumps at a pixel center. Gradients at pixel centers are not compared, because the
+    # slopes on both sides are correct.
     pixels = locations * sizes - 0.5
     smooth = ~((pixels - pixels.round()).abs() < 1e-6)
 
@@ -512,7 +517,10 @@ def compare(op: Op, inputs: Inputs, twin: Callable[..., Tensor], smooth: dict[st
 @both
 @pytest.mark.parametrize("shapes", ["list", "tensor", "on the device"])
 def test_cuda_graph(op: Op, shapes: str) -> None:
-    """Capture once, and replay with other inputs. spatial_shapes on the host become a part of the graph."""
+    """Capture a call once, and replay it with other inputs.
+
+    If spatial_shapes are on the host, the graph stores them.
+    """
     case = DeformAttn(mask=True, shapes="list" if shapes == "list" else "tensor")
     inputs = draw(op, case, "cuda")
     if shapes == "on the device":
@@ -548,7 +556,7 @@ def test_cuda_graph(op: Op, shapes: str) -> None:
 def test_cuda_invalid_levels_on_the_device_give_nan(op: Op, name: str, sizes: list) -> None:
     """Check that invalid sizes on the device give NaN, and that kernels read nothing outside of their tensors.
 
-    The host could check such sizes only with a synchronization.
+    The host does not check such sizes, because it would have to synchronize.
     """
     inputs = draw(op, DeformAttn(), "cuda") | {name: torch.tensor(sizes, device="cuda")}
     results = op.run(inputs)
@@ -571,7 +579,7 @@ def test_cuda_device_that_is_not_current(op: Op) -> None:
 @needs_cuda
 @both
 def test_cuda_memory(op: Op) -> None:
-    """Check that the memory is bounded by outputs and inputs.
+    """Check that the memory of a call is bounded by the sizes of its outputs and inputs.
 
     Sampled values are not stored, and the fused op does not store locations and weights either.
     """
@@ -596,7 +604,7 @@ def test_cuda_memory(op: Op) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_sizes_in_a_list_are_symbols_of_a_symbolic_graph(fused: bool) -> None:
-    """Check that a graph takes the levels (H,W) from the shapes of the maps with which it is called."""
+    """Check that a graph computes the levels (H,W) from its inputs and does not store them as constants."""
 
     def attend(*inputs: Tensor) -> Tensor:
         maps, (points, weights) = inputs[:2], inputs[2:]

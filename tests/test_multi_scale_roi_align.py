@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of multi_scale_roi_align without its twin. See also test_regions.py."""
+"""Tests of the values and gradients of multi_scale_roi_align without its twin. See test_regions.py for other tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
 def pyramid(device: str, C: int = 2, N: int = 1, size: int = 1024, levels: int = 4) -> list[Tensor]:
-    """Return the pyramid of an image of size x size, in which level l is the constant l."""
+    """Return the pyramid of an image of size x size. The map of level l is filled with the number l."""
     return [
         torch.full((N, C, size >> level + 2, size >> level + 2), float(level), device=device) for level in range(levels)
     ]
@@ -32,14 +32,15 @@ def levels_of(sizes: list[tuple[float, float]], device: str, **options: float) -
 def test_boundaries_of_levels(device: str) -> None:
     """Check equation 1 of Feature Pyramid Networks.
 
-    Boxes of 224 pixels are on level 4, the third level of this pyramid. Halving the size lowers the level by one.
+    Boxes of 224 x 224 pixels are on level 4, the third level of this pyramid. Boxes of half the side are one level
+    lower.
     """
     sizes = [1, 56, 111.99, 112, 223.9, 224, 447.9, 448, 900]
     assert levels_of([(size, size) for size in sizes], device) == [0, 0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_size_just_below_a_boundary_counts_as_above(dtype: torch.dtype, device: str) -> None:
+def test_size_just_below_a_boundary_is_on_the_upper_level(dtype: torch.dtype, device: str) -> None:
     """Check that 1e-6 is added to the level before it is rounded down."""
     boxes = as_rows((0, 0, 223.99994, 223.99994), (0, 0, 223.9997, 223.9997), dtype=dtype, device=device)
     features = [x.to(dtype) for x in pyramid(device)]
@@ -75,8 +76,11 @@ def test_box_inverted_on_both_axes_has_an_area(device: str) -> None:
     assert relops.multi_scale_roi_align(pyramid(device), boxes, 1, SCALES)[0, 0, 0, 0].item() == 2
 
 
-def test_levels_beyond_the_pyramid(device: str) -> None:
-    """Check a pyramid whose finest level is level 4, of scale 1/16. All smaller boxes are on that level."""
+def test_boxes_beyond_the_pyramid_are_on_its_outer_levels(device: str) -> None:
+    """Check a pyramid whose finest level is level 4, with the scale 1/16.
+
+    Boxes that are too small for this level are also on it.
+    """
     sizes = [(20, 20), (230, 230), (500, 500), (1000, 1000)]
     boxes = as_rows(*[(0, 0, *size) for size in sizes], dtype=torch.float32, device=device)
     features = pyramid(device, levels=2)
@@ -126,7 +130,7 @@ def test_gradient_of_some_levels(device: str) -> None:
 
 
 def test_levels_are_computed_in_float32_for_16_bit_features(device: str) -> None:
-    """Check a box of 223.9 pixels, which bfloat16 would round to 224 and put on the next level."""
+    """Check boxes with a side of 223.9, which bfloat16 would round to 224, so they would be on the next level."""
     boxes = as_rows((0, 0, 223.9, 223.9), dtype=torch.float32, device=device)
     features = [x.bfloat16() for x in pyramid(device)]
     assert relops.multi_scale_roi_align(features, boxes, 1, SCALES)[0, 0, 0, 0].item() == 1

@@ -1,4 +1,4 @@
-"""Tests of nms without its twin: results by hand, plain loops, and the property that defines the result."""
+"""Tests of nms without its twin: values by hand, plain loops, and the property that defines the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from relops import reference
 inf, nan = math.inf, math.nan
 UNIT = (0, 0, 1, 1)
 
-# Boxes, scores, iou_threshold and the indices of the kept boxes.
+# Each entry has boxes, scores, iou_threshold and the indices of the kept boxes.
 BY_HAND = {
     "none": ([], [], 0.5, []),
     "one": ([UNIT], [0.0], 0.5, [0]),
@@ -49,7 +49,7 @@ BY_HAND = {
     "without area inside another": ([(0, 0, 4, 4), (1, 1, 1, 1)], [0.1, 0.2], 0.0, [1, 0]),
     "inverted": ([(1, 1, 0, 0)] * 2, [0.1, 0.2], 0.0, [1, 0]),
     "inverted in x: a negative area": ([(1, 0, 0, 1)] * 2, [0.1, 0.2], 0.0, [1, 0]),
-    # The inverted box has area -1, so that the union is 2 - 1, and the intersection is empty.
+    # The inverted box has the area -1, so the union is 2 - 1. The intersection is empty.
     "inverted inside another": ([(0, 0, 2, 1), (1, 0, 0, 1)], [0.1, 0.2], 0.0, [1, 0]),
     "NaN scores are absent": ([UNIT, UNIT, UNIT], [nan, 0.1, nan], 0.5, [1]),
     "NaN scores only": ([UNIT, UNIT], [nan, nan], 0.5, []),
@@ -142,7 +142,7 @@ def test_many_boxes(iou_threshold: float, dtype: torch.dtype, device: str) -> No
 
 @pytest.mark.parametrize("K", [1, 2, 7, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 2049])
 def test_any_number_of_boxes(K: int, device: str) -> None:
-    """Check numbers of boxes that are close to the sizes of tiles and blocks."""
+    """Check numbers of boxes close to the sizes of tiles and blocks of the kernels."""
     boxes, scores, _ = (x.to(device) for x in clustered([K], boxes_per_object=6, seed=K))
     boxes, scores = boxes.float(), (16 * scores).floor()
     assert torch.equal(relops.nms(boxes, scores, 0.4), reference.nms(boxes, scores, 0.4))
@@ -165,7 +165,7 @@ def test_400_000_boxes_in_linear_memory(device: str) -> None:
         before = peak_resident(status)
         keep = relops.nms(boxes, scores, 0.3)
         growth = peak_resident(status) - before
-    assert growth < 300 * K  # in bytes; a bit for every pair would take 20,000 MB
+    assert growth < 300 * K  # in bytes; one bit per pair would take 20,000 MB
     assert_greedy(keep, boxes, scores, np.float32(0.3).item())
 
 
@@ -201,8 +201,8 @@ def assert_postprocessed(actual: tuple[torch.Tensor, ...], kept: int, given: tup
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("inductor", True)])
-def test_compiled_with_any_number_kept(backend: str, dynamic: bool | None, device: str, fresh_compiler: None) -> None:
-    """Check that one graph can keep any number of boxes. With torchvision's nms, a graph must keep at least two."""
+def test_compiled_graph_keeps_any_number(backend: str, dynamic: bool | None, device: str, fresh_compiler: None) -> None:
+    """Check that one graph works for any number of kept boxes. With torchvision's nms, it would need at least two."""
     compiled = torch.compile(postprocess, fullgraph=True, backend=backend, dynamic=dynamic)
     for kept, K in ((3, 5), (0, 5), (1, 5), (5, 5), (1, 9), (0, 12), (1, 1), (0, 0)):
         given = detections(kept, K, device)
@@ -210,7 +210,7 @@ def test_compiled_with_any_number_kept(backend: str, dynamic: bool | None, devic
 
 
 @pytest.mark.parametrize("first", [0, 1, 5])
-def test_exported_with_any_number_kept(first: int, device: str, fresh_compiler: None) -> None:
+def test_exported_graph_keeps_any_number(first: int, device: str, fresh_compiler: None) -> None:
     automatic = {0: torch.export.Dim.AUTO}
     exported = torch.export.export(
         Postprocess(), detections(first, 7, device), dynamic_shapes=(automatic, automatic)

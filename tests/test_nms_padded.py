@@ -87,7 +87,7 @@ def test_many_boxes(K: int, score_threshold: float | None, device: str) -> None:
 
 
 def test_max_output_may_be_a_symbolic_size(device: str, fresh_compiler: None) -> None:
-    """Check a max_output that depends on the shape of a tensor, and is therefore a symbol in a graph."""
+    """Check a max_output that depends on the shape of a tensor. Such a number is a symbol in a graph."""
 
     def keep_half(boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return relops.nms_padded(boxes, scores, 0.4, boxes.shape[1] // 2)

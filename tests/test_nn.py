@@ -63,8 +63,7 @@ MODULES: dict[str, Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]] = {
 } | {name: lambda name=name: (REGION_MODULES[name], region_arguments(name)[1:]) for name in REGION_OPS}
 
 
-# The modules take turns with the tracing modes. One mode per module is enough, because test_contract.py traces the ops
-# in every mode.
+# One tracing mode per module is enough, because test_contract.py traces the ops in every mode. The modes take turns.
 TRACED = [(name, mode) for i, name in enumerate(MODULES) for mode in ("plain", TRACING_MODES[i % len(TRACING_MODES)])]
 
 
@@ -122,7 +121,8 @@ def test_state_dict_has_the_layout_of_deformable_detr() -> None:
 
 def test_initial_parameters_equal_deformable_detr() -> None:
     layer = relops.nn.MSDeformAttn(d_model=64, n_levels=3, n_heads=8, n_points=4)
-    # Each of the eight heads samples points in a different compass direction, 1 to 4 pixels away in the maximum norm.
+    # Each of the eight heads samples points in another compass direction, at distances of 1 to 4 pixels in the maximum
+    # norm.
     compass = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor([[[[p * x, p * y] for p in range(1, 5)]] * 3 for x, y in compass]).float()
     torch.testing.assert_close(layer.sampling_offsets.bias.view(8, 3, 4, 2), expected, rtol=0, atol=1e-5)
@@ -210,7 +210,7 @@ def test_repr_shows_the_sizes() -> None:
 
 
 def test_transformers_layer_has_neither_init_nor_parameters() -> None:
-    """transformers requires this of every layer that replaces one of its own."""
+    """transformers requires this of a layer that replaces one of its own layers."""
     layer = relops.nn.MultiScaleDeformableAttention
     assert "__init__" not in vars(layer)
     assert not layer().state_dict()
@@ -290,7 +290,10 @@ def test_memory_format_is_kept(op: Op, device: str) -> None:
 
 @on_region_modules
 def test_batch_index_is_checked_under_vmap(name: str) -> None:
-    """vmap merges its entries into one batch. A batch index past the end of one entry must not read the next entry."""
+    """vmap joins its entries into one batch.
+
+    A batch index that is too large for its entry must not select an image of the next entry.
+    """
     module, x, rows = region_arguments(name)
     rows[0, 0] = len(x)
     with pytest.raises(IndexError, match=f"relops.{name}: boxes must have a batch index"):
@@ -316,7 +319,7 @@ def test_multi_scale_module_equals_its_op() -> None:
 
 
 def test_multi_scale_module_computes_scales_in_every_call() -> None:
-    """The module keeps no state: a second call, with images of twice the size, uses half the scales."""
+    """The module keeps no state. In a second call, whose images are twice as large, it halves the scales."""
     module, x = multi_scale_module(), maps()
     module(x, LARGE_BOXES, IMAGES)
     boxes = [2 * image_boxes for image_boxes in LARGE_BOXES]

@@ -1,4 +1,4 @@
-"""Tests of nn.ObjectRelation against the released code's computation and against known properties."""
+"""Tests of nn.ObjectRelation: comparison with the released code, and known properties."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw_boxes(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def small(geometry: str = "paper", dtype: torch.dtype = torch.float64, device: str = "cpu") -> relops.nn.ObjectRelation:
-    """Build a small module whose parameters are so far from zero that each of them affects the result."""
+    """Build a small module with random parameters, all of which affect the result visibly."""
     module = relops.nn.ObjectRelation(12, heads=3, head_dim=5, geometry=geometry).double()
     module.load_state_dict(relation_state(random_parameters(relation_shapes(12, 3, 5))))
     return module.to(device, dtype)
@@ -34,7 +34,7 @@ def small(geometry: str = "paper", dtype: torch.dtype = torch.float64, device: s
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("num_keys", [9, 6])
 def test_released_parameters_give_the_released_result(geometry: str, num_keys: int, device: str) -> None:
-    """Compare the output and the gradients. Objects after the first num_keys are queries, but not keys."""
+    """Compare the output and the gradients. Only the first num_keys objects are keys, and all objects are queries."""
     p = {name: x.requires_grad_() for name, x in random_parameters(relation_shapes(12, 3, 5)).items()}
     features, boxes = torch.randn(9, 12, dtype=torch.float64, requires_grad=True), draw_boxes(9)
     expected = features + relation(features, pair_embedding(boxes, num_keys, geometry), p, heads=3)
@@ -51,14 +51,17 @@ def test_released_parameters_give_the_released_result(geometry: str, num_keys: i
     assert_same(output, expected)
     assert_same(x.grad, features.grad, "features")
     for name, grad in relation_state({name: x.grad for name, x in p.items()}).items():
-        if name == "key.bias":  # zero up to rounding: it adds the same value to all logits of a query
+        if name == "key.bias":  # zero up to rounding: this bias adds the same value to all logits of a query
             assert grad.abs().max() < 1e-12 > module.key.bias.grad.abs().max()
         else:
             assert_same(module.get_parameter(name).grad, grad, name)
 
 
 def test_head_of_the_paper(device: str) -> None:
-    """Check two modules on the same boxes. In the released code, both use the same embedding of all pairs."""
+    """Check two modules that process the same boxes.
+
+    In the released code, they share the embedding of the pairs of boxes.
+    """
     torch.manual_seed(1)
     fc = [torch.nn.Linear(width, 12).double() for width in (20, 12)]
     p = random_parameters(relation_shapes(12, 3, 5, index=1) | relation_shapes(12, 3, 5, index=2))
@@ -90,7 +93,7 @@ def test_initial_parameters_equal_the_paper() -> None:
 
 
 def test_equal_weights_give_the_mean(device: str) -> None:
-    """Without appearance and geometry, relation features are the mean of the projected features."""
+    """If appearance and geometry have no effect, relation features are the mean of the projected features."""
     module = small(device=device)
     with torch.no_grad():
         module.query.weight.zero_()
@@ -109,7 +112,7 @@ def test_permuted_objects_have_permuted_outputs(device: str) -> None:
 
 
 def test_padding_is_ignored(device: str) -> None:
-    """Each image of a padded batch gives the same output as alone, also in a call without a batch dimension."""
+    """Compare a padded batch with calls for one image each. One of these calls has padding but no batch dimension."""
     module = small(device=device)
     features, boxes = torch.randn(2, 9, 12, device=device).double(), draw_boxes(2, 9).to(device)
     mask = torch.arange(9, device=device) >= torch.tensor([[9], [4]], device=device)

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/performance.py and benchmarks/report.py: the page and the summary of the recorded results."""
+"""Tests of benchmarks/performance.py and benchmarks/report.py, which write the page and summary of recorded results."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_summary_has_ten_rows() -> None:
 
 
 def test_page_of_an_unknown_machine(tmp_path: Path) -> None:
-    """Results of a new machine get a section, and GPU results remove the note that none exist."""
+    """Results of a new machine get their own section, and GPU results remove the note that GPU results are missing."""
     for folder in ("cells", "shapes"):
         (tmp_path / folder).symlink_to(harness.RESULTS / folder)
     record = json.loads((harness.RESULTS / "amd-epyc-avx2-2-cores" / "rank_embedding.json").read_text())

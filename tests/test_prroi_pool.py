@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of prroi_pool without its twin. test_regions.py tests what region ops share."""
+"""Tests of the values and gradients of prroi_pool without its twin. test_regions.py tests all region ops."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.quick
 
 
 def surface(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Interpolate image [...,H,W] linearly at rows y and columns x, to [...,Y,X].
+    """Interpolate an image [...,H,W] linearly at the rows y [Y] and columns x [X], and return [...,Y,X].
 
-    Outside of the image the surface falls to zero over one pixel.
+    The interpolated surface falls to zero within one pixel outside of the image.
     """
 
     def hats(t: Tensor, n: int) -> Tensor:
@@ -26,7 +26,8 @@ def surface(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return hats(y, image.shape[-2]) @ image @ hats(x, image.shape[-1]).T
 
 
-# A box on a map with a single pixel of value 1, and the mean of the surface hat(y) hat(x) over the box.
+# A box on a map that has a single pixel, whose value is 1, and the mean over the box of the surface hat(y) hat(x),
+# where hat(t) = max(0, 1 - |t|).
 ONE_PIXEL = {
     "the whole hat": ((-1, -1, 1, 1), 1 / 4),
     "wider than the hat": ((-2, -3, 2, 3), 1 / 4 / 6),
@@ -58,7 +59,7 @@ def test_linear_ramp_is_exact(device: str) -> None:
     rows, columns = torch.meshgrid(torch.arange(20), torch.arange(24), indexing="ij")
     image = (3.0 * columns - 2.0 * rows + 1).double().to(device)[None, None]
     scale, PH, PW = 0.5, 3, 2
-    # The bins of the second box end on pixel centers, where the surface has kinks but its integral is smooth.
+    # The bins of the second box end on pixel centers. The surface has kinks there, but its integral is smooth.
     for x1, y1, x2, y2 in ((5.2, 7.7, 31.4, 22.9), (4, 2, 28, 26), (5.2, 7.7, 5.9, 7.8)):
         boxes = as_rows((x1, y1, x2, y2), device=device).requires_grad_()
         output = relops.prroi_pool(image, boxes, (PH, PW), scale)
@@ -75,8 +76,8 @@ def test_linear_ramp_is_exact(device: str) -> None:
 def test_gradient_of_an_edge_is_the_mean_along_it(device: str) -> None:
     """Check the Leibniz rule.
 
-    The derivative with respect to x2 of the integral over the box is the integral along the edge at x2. The derivative
-    of the mean is therefore the mean along the edge minus the mean over the box, divided by x2 - x1.
+    With respect to x2, the derivative of the integral over the box is the integral along the edge at x2. The derivative
+    of the mean is therefore the mean along this edge minus the mean over the box, divided by x2 - x1.
     """
     image = torch.randn(1, 1, 6, 7, dtype=torch.float64, device=device)
     n = 20000
@@ -116,8 +117,8 @@ def test_mean_of_the_bins_is_the_mean_of_the_box(device: str) -> None:
         assert_matches(bins.mean((2, 3), keepdim=True), whole)
 
 
-def test_thin_boxes_far_from_the_origin(device: str) -> None:
-    """Check that no precision is lost by cancellation in float32 boxes of 1/256 pixel near x = 1000."""
+def test_thin_boxes_far_from_the_origin_keep_their_precision(device: str) -> None:
+    """Check that cancellation loses no precision for float32 boxes that are 1/256 pixel wide and close to x = 1000."""
     image = torch.randn(1, 3, 2, 1100, dtype=torch.float64, device=device)
     x = 1000.25 + torch.arange(20, dtype=torch.float64) / 64
     boxes = torch.stack([x * 0, x, x * 0 + 0.25, x + 1 / 256, x * 0 + 0.5], 1).to(device)
@@ -130,7 +131,7 @@ def test_thin_boxes_far_from_the_origin(device: str) -> None:
 
 
 def test_gradcheck_where_bins_end_on_pixels(device: str, deterministic: None) -> None:
-    """Check that the integral is smooth if bins end on pixel centers, where the surface has kinks."""
+    """Check that the integral is smooth even if bins end on pixel centers, where the surface has kinks."""
     image = torch.randn(1, 2, 6, 7, dtype=torch.float64, device=device, requires_grad=True)
     corners = torch.tensor(
         [[1.0, 1, 4, 5], [0, 0, 6, 5], [-1, 2, 7, 6], [2.5, 2, 3, 2.5]],

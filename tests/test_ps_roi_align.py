@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of ps_roi_align without its twin. test_regions.py tests what region ops share."""
+"""Tests of the values and gradients of ps_roi_align without its twin. test_regions.py tests all region ops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PH, PW, CHANNELS = 2, 3, 4
 
 
 def own_channels(pooled: Tensor) -> Tensor:
-    """Select from [K,C,PH,PW] bin (ph,pw) of channel (c * PH + ph) * PW + pw for every c, ph and pw."""
+    """Select bin (ph,pw) of channel (c * PH + ph) * PW + pw of a tensor [K,C,PH,PW], for every c, ph and pw."""
     by_channel = pooled.unflatten(1, (-1, PH, PW))
     rows = [torch.stack([by_channel[:, :, ph, pw, ph, pw] for pw in range(PW)], -1) for ph in range(PH)]
     return torch.stack(rows, -2)
@@ -25,7 +25,7 @@ def own_channels(pooled: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_bin_has_its_own_channel(dtype: torch.dtype, device: str) -> None:
-    """Use a map whose channel i is the constant i."""
+    """Use a map whose channel i is filled with the number i."""
     image = torch.arange(CHANNELS * PH * PW).to(device, dtype).view(1, -1, 1, 1).expand(1, -1, 8, 9)
     boxes = as_rows((1, 1, 7, 6), dtype=box_dtype(dtype), device=device)
     output = relops.ps_roi_align(image, boxes, (PH, PW))
@@ -36,7 +36,7 @@ def test_every_bin_has_its_own_channel(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("ratio", [1, 2, -1])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_equals_roi_align_of_each_channel(ratio: int, memory_format: torch.memory_format, device: str) -> None:
-    """Compare outputs and gradients with aligned roi_align, using one of the PH * PW bins of each channel."""
+    """Compare outputs and gradients with one of the PH * PW bins per channel of aligned roi_align."""
     case = Regions(H=9, W=13, K=18)
     image = torch.randn(case.N, CHANNELS * PH * PW, case.H, case.W, dtype=torch.float64, device=device)
     image = image.to(memory_format=memory_format).requires_grad_()
@@ -58,7 +58,7 @@ def test_equals_roi_align_of_each_channel(ratio: int, memory_format: torch.memor
     ids=["a point", "a line", "inverted", "inverted in x", "inverted in y"],
 )
 def test_bins_without_samples_are_zero(box: tuple[float, ...], device: str) -> None:
-    """Check boxes that have no samples with adaptive sampling. torchvision computes 0 / 0 for them."""
+    """Check boxes in which adaptive sampling places no samples. torchvision computes 0 / 0 for them."""
     image = torch.randn(1, PH * PW, 8, 9, device=device, requires_grad=True)
     boxes = as_rows(box, dtype=torch.float32, device=device).requires_grad_()
     output = relops.ps_roi_align(image, boxes, (PH, PW))

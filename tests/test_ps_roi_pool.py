@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of ps_roi_pool without its twin. test_regions.py tests what region ops share."""
+"""Tests of the values and gradients of ps_roi_pool without its twin. test_regions.py tests all region ops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PH, PW, CHANNELS = 2, 3, 4
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_every_bin_has_its_own_channel(dtype: torch.dtype, memory_format: torch.memory_format, device: str) -> None:
-    """Use a map whose channel i is the constant i, and check that the gradient of a bin stays in its channel."""
+    """Use a map whose channel i is filled with the number i. Check that the gradient of a bin stays in its channel."""
     image = torch.arange(CHANNELS * PH * PW).to(device, dtype).view(1, -1, 1, 1).expand(1, -1, 8, 9)
     image = image.contiguous(memory_format=memory_format).requires_grad_()
     boxes = as_rows((1, 1, 7, 5), dtype=box_dtype(dtype), device=device)
@@ -30,7 +30,8 @@ def test_every_bin_has_its_own_channel(dtype: torch.dtype, memory_format: torch.
     assert torch.equal(image.grad.amax((0, 2, 3)).cpu(), expected.flatten().to(dtype) / 4)
 
 
-# Box, output size, and the rows and columns [first, end) of each bin on a map of 8 x 9, or None for an empty bin.
+# A box, an output size, and (first row, end row, first column, end column) of each bin on a map of 8 x 9, or None for
+# an empty bin.
 BINS = {
     "the end is not included": ((2, 1, 4, 5), (1, 1), [(1, 5, 2, 4)]),
     "x is the first coordinate": ((1, 0, 2, 7), (1, 1), [(0, 7, 1, 2)]),
@@ -57,5 +58,5 @@ def test_mean_of_the_pixels_of_bins(
             top, bottom, left, right = pixels
             weights[0, channel, top:bottom, left:right] = 1 / ((bottom - top) * (right - left))
     torch.testing.assert_close(output.flatten(), (weights * image).sum((0, 2, 3)))
-    output.sum().backward()  # unlike in torchvision, the backward clips bins as the forward does
+    output.sum().backward()  # unlike torchvision, relops clips bins in the backward pass, too
     torch.testing.assert_close(image.grad, weights)

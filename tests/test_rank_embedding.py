@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of the sinusoidal embedding of ranks."""
+"""Tests of the values and gradients of rank_embedding, the sinusoidal embedding of ranks."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_defaults(device: str) -> None:
 
 
 def test_identities(device: str) -> None:
-    """Check rank 0, negative ranks, that sine and cosine lie on the unit circle, and that each step is a rotation.
+    """Check rank 0, negative ranks, that sine and cosine lie on the unit circle, and that adding 1 is a rotation.
 
-    Adding 1 to a rank rotates each pair of a sine and a cosine by an angle that does not depend on the rank.
+    If 1 is added to a rank, each pair of sine and cosine rotates by an angle that does not depend on the rank.
     """
     ranks = torch.arange(-50, 400, device=device).double()
     sine, cosine = relops.rank_embedding(ranks, 32).chunk(2, -1)
@@ -73,7 +73,7 @@ def test_integers(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float32], ids=str)
 def test_large_ranks(dtype: torch.dtype, device: str) -> None:
-    """Check ranks for which a float32 angle would be wrong by radians."""
+    """Check ranks so large that a float32 angle would have an error of several radians."""
     ranks = torch.tensor([10**6 + 1, 10**7, 2**30 - 1, 2**30, 2**30 + 64, 2**31], dtype=dtype, device=device)
     expected = by_loops(ranks.tolist(), 16, 1000.0)
     torch.testing.assert_close(relops.rank_embedding(ranks, 16).double().cpu(), expected, rtol=0, atol=2e-6)
@@ -109,7 +109,7 @@ def test_shapes(shape: tuple[int, ...], device: str) -> None:
 
 
 def test_many_ranks(device: str) -> None:
-    """Check more numbers than one thread or block computes."""
+    """Check outputs with more numbers than one thread or block computes."""
     for case in (Ranks((30000,), dim=4), Ranks((3000,), dim=130), Ranks((3,), dim=20000)):
         assert_matches_twin(OP, OP.draw(case.rank_embedding, device))
 

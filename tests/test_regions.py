@@ -1,4 +1,4 @@
-"""Tests of what all region ops have in common. test_<op>.py tests the values of each op."""
+"""Tests that every region op must pass. test_<op>.py contains further tests of the values of an op."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def draw(
 @on_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: str) -> None:
-    """Check that a box gets the constant of the image that its batch index selects."""
+    """Set each image to a constant.
+
+    Check that the output of a box is the constant of the image that its batch index selects.
+    """
     case = Regions(N=3, K=20, output_size=(2, 3))
     features, boxes = draw(region, case, device, dtype, inside=True)
     features = [torch.ones_like(x) * torch.tensor([0.5, 2.0, -3.0]).to(x).view(3, 1, 1, 1) for x in features]
@@ -54,7 +57,7 @@ def test_constant_map_is_returned(region: Region, dtype: torch.dtype, device: st
 
 @on_ops
 def test_moving_map_and_boxes_together_keeps_the_output(region: Region, device: str) -> None:
-    """Move a map by whole pixels, within a larger map of zeros, and move its boxes with it."""
+    """Move a map by whole pixels within a larger map of zeros, and move the boxes by the same distance."""
     case = Regions(H=40, W=44, C=2)
     features, boxes = draw(region, case, device, inside=True)
     coarsest = 2 ** (region.levels - 1)
@@ -148,7 +151,10 @@ def test_shapes(region: Region, case: Regions, dtype: torch.dtype, device: str) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["typical", "wide", "14 x 14", "40 channels"])
 def test_16_bit(region: Region, name: str, dtype: torch.dtype, device: str) -> None:
-    """Check that float32 sums are rounded once and boxes are not. 16-bit boxes would be off by a pixel in "wide"."""
+    """Check that float32 sums are rounded only once, and that boxes stay float32.
+
+    In "wide", 16-bit boxes would be off by a pixel.
+    """
     for variant in variants(region, SHAPES[name])[:1]:
         region.assert_matches_twin(*draw(region, variant, device, dtype), variant)
 
@@ -218,13 +224,13 @@ for region in REGION_OPS.values():
 
 
 def test_memory_does_not_grow_with_the_output() -> None:
-    """Check that a thread needs a few MB in addition to inputs, results and float32 sums of gradients.
+    """Check that a thread needs only a few MB, not counting inputs, results and float32 sums of gradients.
 
-    This amount must not grow with the number of bins or with the number of pixels in a bin.
+    The memory must not grow with the number of bins or with the number of pixels in a bin.
     """
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KB only on Linux")
-    # With this threshold, memory is returned to the system when it is freed, so that later allocations are visible.
+    # With this threshold, freed memory is returned to the system at once, so later allocations raise the resident size.
     process = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536")
     assert process.returncode == 0, process.stderr
     lines = [line.split(",") for line in process.stdout.splitlines()]
@@ -263,7 +269,10 @@ def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
 
 @on_ops
 def test_gradcheck(region: Region, device: str, deterministic: None) -> None:
-    """Check the gradients of whole rows of boxes. A small change of a batch index changes nothing."""
+    """Check the gradients of all columns of boxes.
+
+    That of the batch index is zero, because small changes of it have no effect.
+    """
     for options in region.options:
         case = Regions(N=3, H=5, W=6, C=2, K=5, output_size=(2, 3), **options)
         features, boxes = draw(region, case, device)
@@ -284,7 +293,7 @@ NEAR = 2.0**-10
 def test_batch_index_is_rounded_near_an_integer(region: Region, dtype: torch.dtype, device: str) -> None:
     """Check that a batch index is rounded if it is near an integer, and truncated otherwise, also under vmap.
 
-    vmap is a separate case, because it joins its entries into one batch.
+    vmap is a special case, because it joins its entries into one batch and thus changes the batch indices.
     """
     images = {
         0: (-1e-6, -0.0, 0.7, -0.7, 1 - 2 * NEAR, NEAR, -NEAR, 2 * NEAR, -1 + 2 * NEAR),
@@ -355,8 +364,11 @@ def test_non_finite_coordinate(
 
 @on_ops
 @pytest.mark.parametrize("index", [-1.0, 2.0, 1e9, -1.5, NEAR - 1, 2 - NEAR, math.nan, math.inf, -math.inf])
-def test_batch_index_out_of_range(region: Region, index: float, device: str) -> None:
-    """Check for an error on the CPU, and for NaN on CUDA, where the host cannot check indices without waiting."""
+def test_batch_index_out_of_range_is_an_error_or_gives_nan(region: Region, index: float, device: str) -> None:
+    """Check for an error on the CPU and for NaN on CUDA.
+
+    The host could check CUDA tensors only by waiting for the device.
+    """
     case = Regions()
     features, boxes = draw(region, case, device, torch.float32)
     valid = boxes.clone()
@@ -407,7 +419,8 @@ def test_no_boxes(region: Region, device: str) -> None:
 
 # ---- Random search ----
 
-# For maps up to 9 x 9: on borders, on pixel centers, half a pixel, one pixel and far outside, and non-finite ones.
+# Coordinates for maps up to 9 x 9: on borders, on pixel centers, outside by half a pixel, by one pixel and by far, and
+# non-finite.
 COORDINATES = st.one_of(
     st.integers(-8, 44).map(lambda i: i / 4),
     st.floats(-3, 12, width=32),
@@ -444,9 +457,10 @@ def test_random_search(region: Region, search: tuple[Regions, list[list[float]],
 
 
 def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, case: Regions) -> None:
-    """Compare with the twin, except for boxes whose result jumps if they move by a tiny distance.
+    """Compare with the twin, except for boxes whose result jumps if the box moves by a tiny distance.
 
-    A rounding error may decide whether a sample on the border counts, or on which side of a pixel center a sample lies.
+    For such a box, a rounding error may decide whether a sample on the border counts, or on which side of a pixel
+    center a sample lies.
     """
     expected = region.run(features, boxes, case, reference)
     stable = torch.ones(case.K, dtype=torch.bool, device=boxes.device)
@@ -460,8 +474,8 @@ def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, 
             nearby = region.run(features, moved, case, reference)
             stable = stable & (nearby["output"] - expected["output"]).abs().flatten(1).amax(1).lt(1e-6)
             stable_gradient = stable_gradient & (nearby["boxes"] - expected["boxes"]).abs().amax(1).lt(1e-6)
-    # The samples of a box of 1e9 pixels are accurate only to 1e-7 pixels, so its tolerance cannot be 1e-9. No sample of
-    # a much larger box lies on the map.
+    # The sample positions of a box that is 1e9 pixels wide are accurate only to 1e-7 pixels, so its tolerance cannot be
+    # 1e-9. Much larger boxes need no such tolerance, because none of their samples lies on the map.
     far = ((size > 1e6) & (size < 1e15)).any(1)
     for compared, tolerance in ((~far, 1e-9), (torch.ones_like(far), 1e-5)):
         grad = grad_like(expected["output"]) * (stable & compared)[:, None, None, None]

@@ -52,7 +52,7 @@ def embedding(query: list[float], key: list[float], geometry: str, wavelength: f
 
 
 def geometry_bias(inputs: Inputs) -> Tensor:
-    """Return log max(b, 1e-6) as an attention bias [N,M,Q,K] in float64."""
+    """Return the attention bias log max(b, 1e-6), [N,M,Q,K], in float64."""
     weight, bias = inputs["geometry_weight"].tolist(), inputs["geometry_bias"]
     biases = [0.0] * len(weight) if bias is None else bias.tolist()
 
@@ -90,7 +90,7 @@ def test_definition(case: Relations, geometry: str, wavelength: float, scale: fl
 
 
 def test_one_coordinate_by_hand(device: str) -> None:
-    """Use only the slowest sine of log(|dx| / w), so that b = 1 + sin(100 / 1000^(7/8) log(30 / 10))."""
+    """Give a weight only to the slowest sine of log(|dx| / w), so that b = 1 + sin(100 / 1000^(7/8) log(30 / 10))."""
     boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [30.0, 0.0, 39.0, 9.0], [30.0, 50.0, 39.0, 59.0]], device=device)
     weight = torch.zeros(1, 64, device=device)
     weight[0, 7] = 1
@@ -105,7 +105,7 @@ def test_one_coordinate_by_hand(device: str) -> None:
 
 
 def test_geometries_differ_for_unequal_boxes(device: str) -> None:
-    """Check that "paper" and "official" agree for boxes of equal sizes, and only for those."""
+    """Check that "paper" and "official" give the same result if all boxes have the same size, and only then."""
     inputs = draw(Relations(), device)
     for name in ("query_boxes", "key_boxes"):
         inputs[name][..., 2:] = inputs[name][..., :2] + 40
@@ -151,7 +151,10 @@ def test_large_logits(device: str) -> None:
 
 @both_geometries
 def test_geometry_is_relative(geometry: str, device: str) -> None:
-    """Check that moving, scaling or mirroring all boxes changes nothing. The width of a box is x2 - x1 + 1."""
+    """Check that the output stays the same if all boxes are moved, scaled or mirrored.
+
+    The width of a box is x2 - x1 + 1.
+    """
     inputs = draw(Relations(), device, geometry=geometry)
     expected = OP.function(**inputs)
     shift = torch.tensor([[100.0, -37.0, 100.0, -37.0]], dtype=torch.float64, device=device)
@@ -174,7 +177,7 @@ KEYS = ("key", "value", "key_boxes", "key_mask")
 QUERIES = ("query", "query_boxes")
 
 
-def test_order_of_keys_and_queries(device: str) -> None:
+def test_permuted_queries_permute_the_output_and_permuted_keys_do_not_change_it(device: str) -> None:
     inputs = draw(Relations(Q=37, K=50, mask="some"), device)
     expected = OP.function(**inputs)
     keys, queries = torch.randperm(50, device=device), torch.randperm(37, device=device)
@@ -182,7 +185,7 @@ def test_order_of_keys_and_queries(device: str) -> None:
     assert_matches(OP.function(**permuted(inputs, queries, *QUERIES)), expected[:, queries], noise=OP.noise)
 
 
-def test_order_of_objects(device: str) -> None:
+def test_permuted_objects_have_permuted_outputs(device: str) -> None:
     """Check that permuting objects, which are both queries and keys, permutes the output."""
     inputs = draw(Relations(Q=40, K=40, same_boxes=True), device)
     inputs["key"] = inputs["query"].clone()
@@ -242,7 +245,7 @@ POISON = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["some", "all"])
 def test_masked_keys_do_not_leak(mask: str, dtype: torch.dtype, poison: float, device: str) -> None:
-    """Check that masked keys, and queries without keys, do not affect other results."""
+    """Check that the values of masked keys, and of queries whose keys are all masked, do not affect the results."""
     inputs = draw(Relations(Q=20, K=70, D=17, mask=mask), device, dtype)
     masked = inputs["key_mask"]
     expected = OP.run(inputs)
@@ -272,7 +275,7 @@ INVALID_BOXES = {
 @both_geometries
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_invalid_box(geometry: str, box: tuple[float, ...], dtype: torch.dtype, device: str) -> None:
-    """Check that a query box gives NaN only in its row, and a key box in all rows of its image."""
+    """Check that an invalid query box gives NaN only in its row, and an invalid key box in all rows of its image."""
     inputs = draw(Relations(N=3, Q=37, K=50, mask="some"), device, dtype, geometry=geometry)
     expected = OP.function(**inputs)
     query_boxes = inputs["query_boxes"].clone()
@@ -297,7 +300,7 @@ def test_invalid_box(geometry: str, box: tuple[float, ...], dtype: torch.dtype, 
 @pytest.mark.parametrize("size", [1e4, 1e9, 1e15, 1e30, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_huge_coordinates(dtype: torch.dtype, size: float, device: str) -> None:
-    """Check that results are finite if the definition is finite, and that computing them takes bounded time."""
+    """Check that results are finite if the definition is finite, and that the op does not take a long time."""
     inputs = draw(Relations(), device, dtype)
     for change in (lambda x: x * size, lambda x: x + size, lambda x: x - size):
         changed = {name: change(inputs[name].double()).to(dtype) for name in ("query_boxes", "key_boxes")}
@@ -310,7 +313,7 @@ def test_huge_coordinates(dtype: torch.dtype, size: float, device: str) -> None:
         assert all(x.isfinite().all() for x in results.values())
 
 
-def test_far_from_the_origin(device: str) -> None:
+def test_boxes_far_from_the_origin_keep_their_precision(device: str) -> None:
     """Check that distances between float32 boxes near 1e6 are as accurate as the coordinates of the boxes."""
     inputs = draw(Relations(), device, torch.float32)
     for name in ("query_boxes", "key_boxes"):
@@ -346,7 +349,7 @@ def test_clamped_weights_have_no_gradient(device: str) -> None:
 
 
 def test_clamped_distances_have_no_gradient(device: str) -> None:
-    """Check that boxes with the same center get no gradient from their distances, which are clamped."""
+    """Check that boxes with the same center get no gradient, because their distances are clamped."""
     inputs = draw(Relations(), device)
     inputs["geometry_weight"][:, 32:] = 0
     half = torch.rand(2, 9, 2, dtype=torch.float64, device=device) * 100 + 1
@@ -359,8 +362,8 @@ def test_clamped_distances_have_no_gradient(device: str) -> None:
     assert results["query_boxes"][..., 0].all() and not results["query_boxes"][..., 1].any()
 
 
-def test_one_key(device: str) -> None:
-    """Check that the output is the value of the only key, and that no other input has a gradient."""
+def test_output_is_the_value_of_the_only_key(device: str) -> None:
+    """Check that the output is the value of the only key, and that only `value` has a gradient."""
     inputs = draw(Relations(K=1), device)
     results = OP.run(inputs)
     torch.testing.assert_close(results["output"], inputs["value"].expand(results["output"].shape))
@@ -392,7 +395,7 @@ def test_raw_op_names_an_unknown_geometry(device: str) -> None:
 
 
 def test_logsumexp(device: str) -> None:
-    """Check the logsumexp of the logits, which forward saves for backward. It is infinite for a query without keys."""
+    """Check the logsumexp of the logits, which the forward pass saves. For a query without keys, it is infinite."""
     inputs = draw(Relations(N=3, Q=5, K=40, mask="all"), device)
     output, logsumexp = OP.overload(*OP.raw(inputs).values())
     logits = geometry_bias(inputs) + inputs["query"].shape[3] ** -0.5 * torch.einsum(
@@ -413,11 +416,14 @@ def test_logsumexp(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_accuracy_in_16_bit(dtype: torch.dtype, device: str) -> None:
-    """Compare with float64 inputs that were never rounded. Results are accurate only if boxes stay float32."""
+    """Compare with the twin on float64 inputs that were never rounded.
+
+    Results are accurate only if boxes stay float32.
+    """
     exact = draw(Relations(Q=60, K=80, D=32, Dv=32, bias=2.0), device)
     for name in ("query_boxes", "key_boxes"):
         exact[name] = exact[name] + torch.rand_like(exact[name])
-    exact["scale"] = 0.0  # excludes q . k, whose error comes from its rounded inputs
+    exact["scale"] = 0.0  # removes q . k, whose error comes from the rounded inputs
     expected = OP.reference(**exact)
 
     def error(coordinates: torch.dtype) -> float:
@@ -504,7 +510,7 @@ def test_sizes(case: Relations, dtype: torch.dtype, device: str) -> None:
 
 @both_geometries
 def test_many_boxes(geometry: str, device: str) -> None:
-    """Compare a few rows of 1500 x 1500 pairs with the twin, which computes only these rows and their gradients."""
+    """Compare a few of the 1500 rows with the twin, which computes only these rows and their gradients."""
     inputs = draw(Relations(N=1, Q=1500, K=1500, M=2, D=16, Dv=16, same_boxes=True), device, geometry=geometry)
     rows = torch.tensor([0, 1, 700, 1498, 1499], device=device)
     grad = torch.zeros(1, 1500, 2, 16, dtype=torch.float64, device=device)
@@ -601,7 +607,7 @@ def test_random_search(search: tuple[Relations, list[tuple[float, ...]], bool, i
 
 @needs_cuda
 def test_cuda_tf32(matmul_precision: None) -> None:
-    """Check that errors are at most those of TF32 if TF32 is allowed. Geometry is never rounded to TF32."""
+    """Check that errors are not larger than those of TF32 if TF32 is allowed. The geometry is never rounded to TF32."""
     inputs = draw(Relations(Q=70, K=150, D=64, Dv=64, bias=3.0), "cuda", torch.float32)
     expected = OP.run_twin(inputs)
     torch.set_float32_matmul_precision("high")
@@ -611,7 +617,7 @@ def test_cuda_tf32(matmul_precision: None) -> None:
 
 @needs_cuda
 def test_cuda_memory() -> None:
-    """Check that the memory is bounded by inputs, outputs, gradients and logsumexp."""
+    """Check that the memory of a call is bounded by the sizes of inputs, outputs, gradients and logsumexp."""
     inputs = draw(Relations(N=1, Q=4000, K=4000, M=2, D=16, Dv=16), "cuda", torch.float32)
     OP.run(inputs)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Tests of the Relation Networks detectors: the head step by step, the key mask, and the number of suppressions."""
+"""Tests of the Relation Networks detectors: the head step by step, the key mask, and the number of calls of NMS."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small(name: str = "relation_networks_fpn", **options: object) -> nn.Module:
     pyramid = {"sizes": (16, 32, 64, 128, 256)} if name.endswith("_fpn") else {}
     options = {"backbone": "resnet18-gn-16", "channels": 16, "hidden": HIDDEN, **pyramid, "proposals": 40} | options
     model = getattr(relops.models, name)(3, **options)
-    with torch.no_grad():  # weights far from their initial values, so that each of them affects the result
+    with torch.no_grad():  # large random weights, all of which affect the result
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("weight") and "roi_heads" in parameter_name:
                 parameter.normal_(0, 0.03 if "bbox_pred" in parameter_name else 0.2)
@@ -50,7 +50,7 @@ def batch() -> tuple[Tensor, Tensor, Targets]:
 
 
 def some_proposals(P: int = 6) -> Proposals:
-    """Return proposals of two images. The second image has fewer proposals."""
+    """Return proposals for two images. The second image has two fewer than the first."""
     torch.manual_seed(2)
     boxes = torch.rand(2, P, 2).repeat(1, 1, 2) * 50
     boxes[..., 2:] += 15 + 20 * torch.rand(2, P, 2)
@@ -59,7 +59,7 @@ def some_proposals(P: int = 6) -> Proposals:
 
 
 class CoordinateFeatures(nn.Module):
-    """A replacement for pooling whose region features depend only on the coordinates of the box."""
+    """A replacement for pooling. The features of a region depend only on the coordinates of its box."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,8 +79,11 @@ def heads_on_coordinates(**options: object) -> nn.Module:
 
 
 def test_head_step_by_step() -> None:
-    """Compare with an implementation that embeds all pairs of regions, one image at a time. Two relation modules follow
-    fc6 and one follows fc7. The last region is only a query, like ground truth. Padding is neither query nor key."""
+    """Compare with an implementation that embeds all pairs of regions, one image at a time.
+
+    Two relation modules follow fc6 and one follows fc7. The last region is only a query, like a ground-truth box.
+    Padding is neither a query nor a key.
+    """
     heads = heads_on_coordinates(relations=(2, 1)).double()
     head = heads.box_head
     p = random_parameters({k: x for i in (1, 2, 3) for k, x in relation_shapes(HIDDEN, HEADS, 2, index=i).items()})
@@ -122,7 +125,7 @@ def test_sizes_equal_those_of_the_published_head() -> None:
 
 
 def test_ground_truth_does_not_affect_proposals() -> None:
-    """Proposals have the same features in training as at inference, although training adds the objects as regions."""
+    """Proposals get the same features in training and at inference, although training adds objects as regions."""
     heads, proposals = heads_on_coordinates(), some_proposals()
     targets = batch()[2]
     seen: list[Tensor] = []
@@ -131,21 +134,21 @@ def test_ground_truth_does_not_affect_proposals() -> None:
     heads.detect([], proposals, SIZES)
     in_training, at_inference = seen
     assert in_training.shape[1] == 9 and at_inference.shape[1] == 6
-    # The tolerance allows for different rounding in matrix products of 9 and of 6 rows. Without the mask, the objects
-    # would change the features by more than 1e-3, as the last assertion shows.
+    # The tolerance allows for different rounding in matrix products of 9 and of 6 rows. Without the key mask, the
+    # objects would change the features by more than 1e-3, as the last assertion shows.
     torch.testing.assert_close(in_training[:, :6][proposals.valid], at_inference[proposals.valid], rtol=1e-4, atol=1e-5)
     # Conversely, the region of an object does depend on the proposals.
     moved = proposals._replace(boxes=proposals.boxes + 5 * proposals.valid[..., None])
     heads.losses([], moved, SIZES, targets)
     assert (seen[2][:, 6] - in_training[:, 6]).abs().max() > 1e-3
-    # Without the mask, the proposals would depend on the objects.
+    # Without the key mask, the features of proposals would depend on the objects.
     boxes, valid = torch.cat([proposals.boxes, targets.boxes], 1), torch.cat([proposals.valid, targets.labels >= 0], 1)
     unmasked = heads.predict_all([], boxes, valid, 9)[0]
     assert (unmasked[:, :6] - at_inference)[proposals.valid].abs().max() > 1e-3
 
 
 def test_padding_is_ignored() -> None:
-    """Neither the amount of padding nor its values affect losses and detections."""
+    """Losses and detections do not depend on the amount of padding or on the values in it."""
     heads, few = heads_on_coordinates(), some_proposals()
     targets = batch()[2]
     padded = Proposals(*(torch.cat([x, x.new_zeros(2, 3, *x.shape[2:])], 1) for x in few))
@@ -155,7 +158,7 @@ def test_padding_is_ignored() -> None:
         assert loss > 0
         torch.testing.assert_close(padded_losses[name], loss, rtol=1e-4, atol=1e-5, msg=name)
     found, padded_found = (heads.detect([], x, SIZES) for x in (few, padded))
-    num = found.labels.shape[1]  # at most one detection for each of 6 proposals and 3 classes
+    num = found.labels.shape[1]  # at most one detection per proposal and class: 6 x 3
     assert num == 18 and (found.labels >= 0).sum() > 5
     for x, y in zip(found[:3], padded_found[:3]):
         torch.testing.assert_close(x, y[:, :num], rtol=1e-4, atol=1e-4)
@@ -167,14 +170,16 @@ def test_padding_is_ignored() -> None:
 
 @pytest.mark.parametrize("num_samples", [1000, 3])
 def test_detector_without_relations_equals_faster_rcnn(num_samples: int) -> None:
-    """With the same weights, the detections equal those of Faster R-CNN. The losses equal those that Faster R-CNN
-    computes for the hardest regions."""
+    """With the same weights, the detections equal those of Faster R-CNN.
+
+    The losses equal those of Faster R-CNN if it computes them for the hardest regions only.
+    """
     model = small(relations=(0, 0), duplicate_removal=False, num_samples=num_samples)
     twin = relops.models.faster_rcnn_fpn(
         3, backbone="resnet18-gn-16", channels=16, hidden=HIDDEN, sizes=(16, 32, 64, 128, 256)
     )
     state = model.state_dict()
-    for kind in ("weight", "bias"):  # Faster R-CNN has deltas for every class, which are all equal here
+    for kind in ("weight", "bias"):  # Faster R-CNN has separate deltas per class; make them equal
         name = f"roi_heads.box_predictor.bbox_pred.{kind}"
         state[name] = torch.cat([state[name]] * 4)
     twin.load_state_dict(state)
@@ -250,7 +255,10 @@ def test_number_of_suppressions(name: str, options: dict, count: int) -> None:
 
 
 def test_proposals_without_suppression() -> None:
-    """The proposals are the boxes with the best scores of all levels. NaN boxes and scores are left out."""
+    """The proposals are the boxes with the best scores among all levels.
+
+    Boxes with a NaN coordinate or score are left out.
+    """
     rpn = small(proposal_nms=None, proposals=3).rpn.eval()
     anchors = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 10, 90, 50], [5, 60, 40, 90], [9, 9, 49, 49]])
     scores, deltas = torch.tensor([[1.0, 4, math.nan, 9, 3]]), torch.zeros(1, 5, 4)
@@ -263,7 +271,7 @@ def test_proposals_without_suppression() -> None:
 
 
 def test_detections_by_hand() -> None:
-    """Each pair of a proposal and a class with s0 above 0.01 is a detection, scored by s0 times the mean of s1."""
+    """Each pair of a proposal and a class with s0 > 0.01 gives a detection. Its score is s0 times the mean of s1."""
     heads = small(relations=(0, 0)).roi_heads
     heads.box_roi_pool = CoordinateFeatures(heads.box_head.fc6.in_features)
     boxes = torch.tensor([[[10.0, 10, 50, 50], [10, 10, 50, 50], [60, 10, 90, 50], [0, 0, 0, 0]]])
@@ -301,7 +309,7 @@ def test_duplicate_removal_loss_trains_other_parts() -> None:
 
 
 def test_duplicate_removal_learns_only_from_refined_proposals() -> None:
-    """The class scores of ground-truth regions receive no gradient from the loss of duplicate removal."""
+    """The loss of duplicate removal has no gradient for the class scores of ground-truth regions."""
     heads, proposals = heads_on_coordinates(), some_proposals()
     targets = batch()[2]
     seen: list[tuple] = []

@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of roi_align without its twin. test_regions.py tests what region ops share."""
+"""Tests of the values and gradients of roi_align without its twin. test_regions.py tests all region ops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one_pixel(y: int, x: int, device: str, H: int = 5, W: int = 6) -> Tensor:
     return image
 
 
-# Pixel (y,x) of a 5 x 6 map, box, sampling_ratio, aligned, and the weight of the pixel in the only bin.
+# A pixel (y,x) of a 5 x 6 map, a box, sampling_ratio, aligned, and the weight of the pixel in the only bin.
 WEIGHTS = {
     "a sample at the pixel": ((2, 3), (2, 1, 4, 3), 1, False, 1.0),
     "aligned: half a pixel up and left": ((2, 3), (2.5, 1.5, 4.5, 3.5), 1, True, 1.0),
@@ -89,9 +89,9 @@ def test_linear_ramp_is_reproduced(ratio: int, aligned: bool, device: str) -> No
 
 
 def test_gradient_of_widened_box(device: str) -> None:
-    """Check that only the start of a box moves its samples if the box is narrower than a pixel.
+    """Check a box that is narrower than a pixel.
 
-    Such a box is widened to one pixel, wherever it ends.
+    It is widened to one pixel, so its samples depend only on where it starts.
     """
     boxes = as_rows((5.2, 7.7, 5.3, 9.8), device=device).requires_grad_()
     relops.roi_align(ramp(20, 24, device), boxes, 1, 1.0, 2)[0, 0].sum().backward()
@@ -103,12 +103,13 @@ def test_box_gradient_is_zero_across_the_border(device: str) -> None:
     boxes = as_rows((-0.9, 4, -0.1, 6), (23.1, 4, 23.9, 6), device=device).requires_grad_()
     relops.roi_align(ramp(20, 24, device), boxes, 1, 1.0, 2)[:, 0].sum().backward()
     assert boxes.grad[1].tolist() == pytest.approx([0, 0, -1, 0, -1], abs=1e-12)
-    # The first box is not aligned and is widened to x = -0.9 .. 0.1, so its samples at -0.65 and -0.15 are outside.
+    # The first box is narrower than a pixel and is widened to x = -0.9 .. 0.1, so its samples at -0.65 and -0.15 are
+    # left of the first pixel center.
     assert boxes.grad[0].tolist() == pytest.approx([0, 0, -1, 0, -1], abs=1e-12)
 
 
 def fraction_of_samples(start: Fraction, size: Fraction, P: int, p: int, n: int) -> Fraction:
-    """Return the exact fraction of the adaptive samples of bin p that lie on a map of n pixels, on one axis."""
+    """Return, for one axis, the exact fraction of the adaptive samples of bin p that lie on a map of n pixels."""
     grid = ceil(size / P)
     if grid <= 0:
         return Fraction(0)
@@ -137,7 +138,7 @@ HUGE = {
 def test_huge_box_follows_the_definition(
     box: tuple[float, ...], aligned: bool, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
-    """Check that a map of ones gives the fraction of samples on the map, even if a bin has billions of samples."""
+    """Check that the output for a map of ones is the fraction of samples on the map, even for billions of samples."""
     H, W, PH, PW = 10, 12, 2, 2
     image = torch.ones(1, 4, H, W, dtype=dtype, device=device).to(memory_format=memory_format)
     boxes = as_rows(box, dtype=dtype, device=device)

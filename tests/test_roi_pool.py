@@ -1,4 +1,4 @@
-"""Tests of the values and gradients of roi_pool without its twin. test_regions.py tests what region ops share."""
+"""Tests of the values and gradients of roi_pool without its twin. test_regions.py tests all region ops."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ in_both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_for
 def numbered(H: int, W: int, device: str) -> Tensor:
     """Return a map of two channels, whose pixels (y,x) are 10 y + x and -(10 y + x).
 
-    The maxima of the two channels show the last and the first pixel of a bin.
+    The maximum of the first channel identifies the last pixel of a bin, and that of the second channel the first pixel.
     """
     image = 10.0 * torch.arange(H)[:, None] + torch.arange(W)
     return torch.stack([image, -image])[None].to(device)
 
 
-# Box, output size, and (y, x) of the first and (y, x) of the last pixel of each bin on a map of 8 x 9.
+# A box, an output size, and for each bin (y, x) of its first pixel and (y, x) of its last pixel on a map of 8 x 9.
 BINS = {
     "both ends are included": ((2, 1, 4, 5), (1, 1), [(1, 2, 5, 4)]),
     "x is the first coordinate": ((1, 0, 2, 7), (1, 1), [(0, 1, 7, 2)]),
@@ -128,7 +128,7 @@ def test_infinite_features(memory_format: torch.memory_format, device: str) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_is_a_feature(dtype: torch.dtype, device: str) -> None:
-    """Check that the maximum over the whole map is exactly a feature, and not rounded again."""
+    """Check that the maximum over the whole map equals a feature exactly and is not rounded again."""
     image = torch.randn(2, 5, 9, 70, dtype=torch.float64).to(device, dtype)
     boxes = as_rows((0, 0, 69, 8), image=1, dtype=box_dtype(dtype), device=device)
     assert torch.equal(relops.roi_pool(image, boxes, 1)[0, :, 0, 0], image[1].amax((1, 2)))

@@ -1,4 +1,4 @@
-"""Tests of set prediction: matching and losses computed pair by pair, detections by hand, and sine positions."""
+"""Tests of set prediction: matching and losses by loops over pairs, detections by hand, and sine positions."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def box_costs(box: Tensor, target: Tensor, corners: bool) -> tuple[float, float]
 
 
 def focal_terms(p: float) -> tuple[float, float]:
-    """Return the focal loss of a probability if its class is present, and if it is absent."""
+    """Return the focal loss of a probability p for a class that is present, and for a class that is absent."""
     return -0.25 * (1 - p) ** 2 * math.log(p), -0.75 * p**2 * math.log(1 - p)
 
 
 def match_by_brute_force(loss: SetLoss, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> list[int]:
-    """Assign a prediction to each object of an image, so that the total cost is lowest. The logits are [Q,C]."""
+    """Assign predictions to the objects of an image so that the total cost is lowest. The logits are [Q,C]."""
     valid = [t for t, label in enumerate(labels.tolist()) if label >= 0]
 
     def cost(q: int, t: int) -> float:
@@ -95,7 +95,7 @@ def test_matching_has_the_lowest_cost(loss: SetLoss) -> None:
 
 
 def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Compute the focal loss as detectors usually do."""
+    """Compute the focal loss by the formula that detectors commonly use."""
     entropy = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
     p = logits.sigmoid()
     return torch.where(positive, 0.25 * (1 - p) ** 2.0, 0.75 * p**2.0) * entropy
@@ -104,7 +104,7 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("focal", [True, False], ids=["focal", "softmax"])
 def test_class_cost_equals_the_cost_gathered_from_all_classes(focal: bool, dtype: torch.dtype) -> None:
-    """The results are bitwise equal. With the focal loss, relops computes only the costs of the objects' classes."""
+    """Results are bitwise equal, although for the focal loss relops computes only the costs of the objects' classes."""
     logits = 20 * torch.randn(3, 2, 17, 91, dtype=dtype)
     labels = torch.randint(-1, 90, (2, 13))
     positive = torch.ones_like(logits, dtype=torch.bool)
@@ -179,7 +179,10 @@ def test_all_predictions_are_background_without_objects(loss: SetLoss) -> None:
 
 
 def test_more_objects_than_predictions() -> None:
-    """Some objects remain unmatched. A NaN prediction is never matched and does not affect the other predictions."""
+    """Some objects remain unmatched.
+
+    A prediction with a NaN is never matched and does not affect the other predictions.
+    """
     loss = SetLoss()
     logits, boxes, labels, objects = problem(True, False)
     pairs = loss.match(logits[:, :, :2], boxes[:, :, :2], labels, objects)
@@ -207,8 +210,11 @@ class FixedDetector(SetDetector):
 
 
 def test_detections_by_hand() -> None:
-    """With a sigmoid, all classes of all predictions compete. With a softmax, a prediction gives only its best class.
-    Boxes are relative to the image without its padding."""
+    """With a sigmoid, every pair of a prediction and a class may be a detection.
+
+    With a softmax, a prediction gives one detection, of its best class. Boxes are relative to the image without its
+    padding.
+    """
     logits = torch.tensor([[[[3.0, 1.0, -9.0], [2.0, -1.0, 0.0]]]])
     boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.5], [0.9, 0.2, 0.4, 0.4]]]])
     images, sizes = torch.zeros(1, 3, 64, 64), torch.tensor([[40.0, 50.0]])
@@ -232,8 +238,10 @@ def test_centers_and_corners() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, -0.5])
 def test_positions_equal_those_of_a_mask(offset: float) -> None:
-    """Compare with DETR's formula on a padding mask that is resized to the map. Positions in the padding may differ,
-    because attention ignores padding."""
+    """Compare with DETR's formula, which uses a padding mask that is resized to the map.
+
+    Positions in the padding may differ, because attention ignores padding.
+    """
     sizes = torch.tensor([[96.0, 128.0], [70.0, 100.0]])
     mask = torch.zeros(2, 96, 128, dtype=torch.bool)
     mask[1, 70:] = mask[1, :, 100:] = True

@@ -1,6 +1,6 @@
 """Tests that small calls stay on the calling thread.
 
-If all cores are busy, waking another thread can cost a time slice of the scheduler.
+On a busy machine, a call that waits for another thread may be delayed by a time slice of the scheduler.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import pytest
 from cases import OPS, SELECTIONS
 from conftest import run_python
 
-# A process starts its threads at the first parallel work and keeps them, so each op runs in a separate process. Samples
-# are drawn with one thread, so that only the op can start other threads.
+# A process starts its threads when it first runs parallel code and then keeps them, so each op runs in a separate
+# process. Samples are drawn with one thread, so that only the op can start other threads.
 PROGRAM = """
 import os
 import torch
@@ -74,7 +74,7 @@ on_ops = pytest.mark.parametrize("name", [op.name for op in OPS + SELECTIONS])
 
 @on_ops
 def test_small_call_starts_no_thread(started_threads: dict[tuple[str, str], int], name: str) -> None:
-    """Check forward and backward, also for more items than threads."""
+    """Check the forward and backward pass, including samples with more items than threads."""
     assert started_threads[name, "small"] == 0
 
 

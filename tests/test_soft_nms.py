@@ -51,7 +51,7 @@ def test_linear_by_hand(op, device: str) -> None:
 
 @both
 def test_all_previously_kept_boxes_lower_a_score(op, device: str) -> None:
-    """Check that boxes with lowered scores lower other scores, and that boxes below the threshold do not."""
+    """Check that boxes with lowered scores still lower the scores of others, unless they are below the threshold."""
     boxes, scores = tensors(
         [[0.0, 0.0, 10.0, 1.0], [4.0, 0.0, 14.0, 1.0], [8.0, 0.0, 18.0, 1.0]], [0.9, 0.8, 0.1], device
     )

@@ -1,4 +1,4 @@
-"""Tests of the C++ and CUDA sources: where they name ops, and whether they compile alone and with the oldest torch."""
+"""Tests of the C++ and CUDA sources: which files name an op, and whether they compile with the oldest torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ KERNEL_HEADERS = [path for path in SOURCES if path.name.startswith("cpu_") and p
 
 @pytest.mark.parametrize("path", KERNEL_HEADERS, ids=lambda path: str(path.relative_to(CSRC)))
 def test_kernel_header_parses_alone(path: Path) -> None:
-    """An editor parses a header alone, without the file that includes it."""
+    """Editors parse a header without the file that includes it."""
     check_parses(path, [CSRC], cpp_extension.include_paths())
 
 
@@ -81,8 +81,10 @@ def oldest_include_paths() -> list[str]:
 
 @pytest.mark.parametrize("suffix", [".cpp", ".cu"])
 def test_sources_compile_with_the_oldest_torch(suffix: str, oldest_include_paths: list[str], tmp_path: Path) -> None:
-    """Without this test, code that the headers of the oldest torch reject would go unnoticed. CUDA sources are parsed
-    after their translation for the emulation."""
+    """The normal build does not show whether the headers of the oldest torch accept the sources.
+
+    CUDA sources are parsed after their translation for the emulation.
+    """
     folders, sources = [CSRC], [path for path in SOURCES if path.suffix == suffix]
     if suffix == ".cu":
         sources = [path for path in cuda_emulation.write_translated(tmp_path) if path.suffix == suffix]
@@ -92,7 +94,7 @@ def test_sources_compile_with_the_oldest_torch(suffix: str, oldest_include_paths
 
 
 def test_build_runs_on_the_oldest_torch(tmp_path: Path) -> None:
-    """A build also runs on older versions of torch, because it uses only the stable ABI of the oldest version."""
+    """A build also runs on older versions of torch, because it uses only the stable ABI of the oldest one."""
     if OLDEST is None:
         pytest.skip("RELOPS_OLDEST_TORCH is not set to a Python interpreter with the oldest torch")
     program = """

@@ -1,4 +1,4 @@
-"""Tests of Sparse R-CNN and nn.DynamicConv against step-by-step implementations, and of loading released weights."""
+"""Tests of Sparse R-CNN and nn.DynamicConv: comparison with step-by-step implementations, and released weights."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_first_regions_exclude_padding() -> None:
 
 
 def test_decode_by_hand() -> None:
-    """The deltas of the center are halved. The deltas of the size are not halved, but bounded."""
+    """The deltas of the center are halved. Those of the size are not halved, but they are bounded."""
     boxes = torch.tensor([[[10.0, 20, 30, 60]] * 2])
     deltas = torch.tensor([[[1.0, -0.5, math.log(2), math.log(0.5)], [0, 0, 100, 0]]])
     stage = model().head.head_series[0]
@@ -189,7 +189,7 @@ def test_decode_by_hand() -> None:
 
 
 def predict_step_by_step(module: SparseRCNN, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the logits and the boxes in pixels of all stages with plain layers, one image at a time."""
+    """Compute the logits of all stages, and their boxes in pixels, with plain layers, one image at a time."""
     maps = [x.double() for x in module.backbone(images)][:4]
     params = {name: p.double() for name, p in module.named_parameters()}
     logits, found = [], []
@@ -293,7 +293,7 @@ def test_proposals_without_area_or_overlap_attend_only_to_themselves(dtype: torc
 
 
 def test_initial_boxes_receive_the_gradient_of_the_first_stage() -> None:
-    """If all deltas are zero, the first stage returns the initial boxes, and their gradient is that of the identity."""
+    """If all deltas are zero, the first stage returns the initial boxes and passes their gradients on unchanged."""
     module = model(stages=1)
     for parameter in module.head.head_series[0].bboxes_delta.parameters():
         nn.init.zeros_(parameter)
@@ -302,7 +302,8 @@ def test_initial_boxes_receive_the_gradient_of_the_first_stage() -> None:
     x, y, w, h = module.init_proposal_boxes.weight.unbind(1)
     torch.testing.assert_close(boxes, torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1).expand(2, -1, -1))
     (gradient,) = torch.autograd.grad(boxes.sum(), module.init_proposal_boxes.weight)
-    # A box center moves two corners in each of two images. The gradients of a box size from the two corners cancel.
+    # A coordinate of a center moves both corners in each of the two images, so its gradient is 4. A width or height
+    # moves the two corners in opposite directions, so its gradient is 0.
     torch.testing.assert_close(gradient, torch.tensor([[4.0, 4, 0, 0]]).expand(10, 4))
 
 
@@ -406,7 +407,7 @@ def test_released_parameters_load() -> None:
 
 
 def test_errors_name_missing_and_unexpected_parameters() -> None:
-    """Errors give the names that relops uses, also for parameters of the backbone."""
+    """Error messages use the names of relops, including the names of the backbone's parameters."""
     module = relops.models.sparse_rcnn(80, stages=1)
     state = {name: torch.rand(shape) for name, shape, _ in released(module, stages=1)}
     for name, ours in (

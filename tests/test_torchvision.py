@@ -1,4 +1,4 @@
-"""Comparisons of outputs and gradients with torchvision, for all ops that torchvision has too."""
+"""Comparisons of outputs and gradients with torchvision, for all ops that torchvision also provides."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REGION_OPTIONS = [
 def with_gradient(f: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
     leaf = image.clone().requires_grad_()
     output = f(leaf)
-    # relops returns 0 if torchvision computes 0 / 0.
+    # Where torchvision computes 0 / 0, relops returns 0.
     output = torch.where(output.isnan(), 0, output)
     return output.detach(), torch.autograd.grad(output, leaf, grad_like(output))[0]
 
@@ -57,10 +57,10 @@ def test_region(region: Region, options: dict, case: Regions, dtype: torch.dtype
         return lambda x: getattr(module, region.name)(x, boxes, **options)
 
     actual, expected = with_gradient(by(relops), image), with_gradient(by(torchvision.ops), image)
-    # torchvision computes sample positions of up to 150 pixels with rounding errors of the dtype of the features.
+    # torchvision computes sample positions, which reach 150 pixels, in the dtype of the features.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=tolerance * image.abs().max().item())
-    if region.name != "ps_roi_pool":  # torchvision's backward of ps_roi_pool does not match its forward
+    if region.name != "ps_roi_pool":  # torchvision's gradient of ps_roi_pool does not match its output
         largest = expected[1].abs().max().item()
         torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=tolerance * largest)
 
@@ -114,7 +114,7 @@ def test_box_iou(name: str, dtype: torch.dtype, device: str) -> None:
 def test_box_iou_of_integers(name: str, dtype: torch.dtype, device: str) -> None:
     """Compare boxes of `dtype` with each other and with int64 boxes.
 
-    Results may differ in dtype: for 64-bit integers torchvision returns float32 and relops float64.
+    The dtypes of the results may differ: for 64-bit integers torchvision returns float32 and relops float64.
     """
     corner, size = torch.randint(1, 60, (2, 150, 2), device=device)
     a, b = torch.cat([corner, corner + size], 1).split([50, 100])
@@ -125,7 +125,10 @@ def test_box_iou_of_integers(name: str, dtype: torch.dtype, device: str) -> None
 @float64_and_float32
 @pytest.mark.parametrize("name", ["box_iou", "generalized_box_iou"])
 def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> None:
-    """Compare boxes on a grid, some of which are inverted. relops returns a number if torchvision computes 0 / 0."""
+    """Compare boxes on a grid, some of which are inverted.
+
+    Where torchvision computes 0 / 0, relops returns a number.
+    """
     boxes = torch.randint(-2, 4, (150, 4)).to(device, dtype)
     actual, expected = (getattr(module, name)(boxes[:50], boxes[50:]) for module in (relops, torchvision.ops))
     assert expected.isfinite().any() and not expected.isfinite().all() and actual.isfinite().all()
@@ -135,7 +138,7 @@ def test_box_iou_without_area(name: str, dtype: torch.dtype, device: str) -> Non
 @float64_and_float32
 @pytest.mark.parametrize("iou_threshold", [0.2, 0.5, 0.8])
 def test_nms(iou_threshold: float, dtype: torch.dtype, device: str) -> None:
-    """Use positive coordinates, and boxes whose IoUs differ from the threshold by more than rounding errors."""
+    """Use positive coordinates, and IoUs that differ from the threshold by more than rounding errors."""
     boxes, scores, idxs = (x.to(device) for x in clustered([700, 500, 300, 100], boxes_per_object=12))
     boxes, scores = (boxes - boxes.min()).to(dtype), scores.to(dtype)
     expected = torchvision.ops.nms(boxes, scores, iou_threshold)

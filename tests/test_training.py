@@ -1,4 +1,4 @@
-"""Tests of the training loop with a detector whose steps take milliseconds, and of the commands with a real one."""
+"""Tests of the training loop with a detector that trains in milliseconds, and of the commands with a real detector."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ HERE = Path(__file__).parent
 
 
 class Tiny(nn.Module):
-    """A detector that predicts which classes an image contains, and the mean of their boxes, from pooled features.
+    """A small detector that predicts which classes an image contains, and the mean of its boxes, from pooled features.
 
     Args:
         num_classes: the number of classes.
         dropout: the dropout probability.
-        poisoned: the step whose loss is NaN, counted from 1, or 0 for none.
+        poisoned: the number of the training step whose loss is NaN, counted from 1; 0 means no step.
     """
 
     phases: tuple[tuple[str, float], ...] = (("", 1.0),)
@@ -261,7 +261,7 @@ def test_dropout_differs_between_iterations(tmp_path: Path, monkeypatch: pytest.
     assert len(set(drawn[:6])) == 6
 
 
-# The run crashes in the first phase, right after the checkpoint at the end of the first phase, or in the second phase.
+# The run crashes in the first phase, directly after the last checkpoint of the first phase, or in the second phase.
 @pytest.mark.parametrize("crash", [3, 4, 6])
 def test_resumed_run_with_two_phases_is_bitwise_identical(
     crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -285,7 +285,7 @@ def test_resumed_run_with_two_phases_is_bitwise_identical(
     assert all(x["step"] == 3 for x in after["optimizer"]["state"].values())
     changed = {name for name, value in after["model"].items() if not torch.equal(value, before["model"][name])}
     assert {"head.weight", "head.bias"} <= changed
-    assert ("body.weight" in changed) == (crash == 3)  # only then did a step of the first phase remain
+    assert ("body.weight" in changed) == (crash == 3)  # only then is a step of the first phase left to run
     rates = [line["lr"] for line in log(tmp_path / "whole") if "loss" in line]
     assert rates[:3] == rates[3:] and rates[0] < rates[1]
 
@@ -345,7 +345,7 @@ def test_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
 
 
 def start(program: str, *arguments: str) -> subprocess.Popen:
-    """Run the statement `program` and then the command `relops` with the detectors of this file, in a new process."""
+    """Start a process that runs the statement `program` and then `relops` with the detectors of this file."""
     program = f"import sys; from test_training import *; register(); {program}; sys.exit(main(sys.argv[1:]))"
     pipe, command = subprocess.PIPE, [sys.executable, "-c", program, *arguments]
     return subprocess.Popen(
@@ -371,7 +371,7 @@ def command_of(folder: Path, *others: str) -> list[str]:
 
 
 def test_interrupted_run_resumes(tmp_path: Path) -> None:
-    """The signal goes to the whole process group, as from a terminal, and must not stop the worker."""
+    """The signal goes to all processes of the group, as Ctrl+C in a terminal does, and must not stop the worker."""
     last = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("os.setpgid(0, 0)", *command_of(tmp_path, "--workers", "1"))
@@ -551,7 +551,7 @@ def test_all_commands_work_on_one_detector(tmp_path: Path, capsys: pytest.Captur
         data = with_proposals(open_data("shapes:10", split), file)
         boxes = np.concatenate([data[i].proposals for i in range(len(data))])
         assert len(boxes) > 0 and all(len(data[i].proposals) <= 20 for i in range(len(data)))
-        assert boxes.min() >= 0 and 80 < boxes[:, 2].max() <= 160.1  # in pixels of the original images of width 160
+        assert boxes.min() >= 0 and 80 < boxes[:, 2].max() <= 160.1  # the original images are 160 pixels wide
     fast = ["train", *training, "--model", "fast_rcnn", "--output", str(tmp_path / "fast")]
     assert main(fast) == 2
     assert "proposals" in capsys.readouterr().err
@@ -574,7 +574,7 @@ def test_model_and_data_determine_the_default_folder(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", [name for name in models.DETECTORS if name != "fast_rcnn"])
 def test_every_loss_of_every_detector_is_positive_on_shapes(name: str, tmp_path: Path) -> None:
-    """With the defaults for shapes, some anchors lie inside the images and match objects."""
+    """With the default settings for shapes, some anchors lie inside the images and match objects."""
     common = ["--model", name, "--data", "shapes:10", "--device", "cpu", "--workers", "0", "--output", str(tmp_path)]
     assert main(["train", *common, "--iterations", "1", "--batch", "4", "--log-every", "1"]) == 0
     losses = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["losses"]
@@ -594,7 +594,7 @@ def test_predict_writes_masks(tmp_path: Path) -> None:
 
 
 def write_coco(folder: Path, name: str, images: int, masks: int = 0) -> None:
-    """Write 12-bit images in 16-bit files, with one object each. The first `masks` objects have a mask."""
+    """Write 16-bit files of 12-bit images with one object each. The first `masks` objects have a mask."""
     pil = pytest.importorskip("PIL.Image")
     content: dict[str, Any] = {"images": [], "categories": [{"id": 1, "name": "cell"}], "annotations": []}
     (folder / "annotations").mkdir(exist_ok=True)
@@ -689,7 +689,7 @@ def test_errors_are_printed_in_one_line(
 def test_error_names_a_broken_image(
     workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The message is the same if a worker reads the image."""
+    """The message is the same whether the main process or a worker reads the image."""
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
     monkeypatch.setattr(shapes, "_draw", lambda _: read_image(str(tmp_path / "broken.jpg")))
     assert main([*command_of(tmp_path / "run"), "--workers", workers]) == 2
@@ -700,7 +700,7 @@ def test_error_names_a_broken_image(
 def test_images_without_objects_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without objects there is nothing to learn, and AP is undefined."""
+    """Training runs, although AP is undefined without objects."""
     height, width = shapes.HEIGHT, shapes.WIDTH
     empty = np.zeros((height, width, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, height, width), bool)
     monkeypatch.setattr(shapes, "_draw", lambda _: empty)
@@ -736,7 +736,7 @@ def test_given_options_override_the_defaults_for_shapes() -> None:
     assert config.min_size == SHAPES_DEFAULTS["min_size"] and config.epochs == SHAPES_DEFAULTS["epochs"]
     assert config.output == os.path.join("runs", "faster_rcnn_fpn-shapes")
     assert parse("--iterations", "5").epochs is None
-    assert parse("--max-size", "500").max_size == 500  # less than the default of --min-size for other data sets
+    assert parse("--max-size", "500").max_size == 500  # below the default of --min-size for other data sets
     assert parse("--model", "tiny").options == {"dropout": defaults["dropout"]}
     assert parse("--data", "coco:/x/y", "--lr", "1") == TrainConfig(
         data="coco:/x/y", lr=1.0, output=os.path.join("runs", "faster_rcnn_fpn-coco-x-y")

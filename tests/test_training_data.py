@@ -1,4 +1,4 @@
-"""Tests of data sets in every format, and of the batches that are made of their images."""
+"""Tests of data sets in every format, and of batches of their images."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from relops.training.data.masks import mask_area, run_lengths
 
 Image = pytest.importorskip("PIL.Image")
 
-VOC_BOX = (11, 6, 30, 25)  # in VOC's format: columns 10 to 29 and rows 5 to 24, counted from 0
-READ_BOX = [10, 5, 30, 25]  # the same box as it is read
+VOC_BOX = (11, 6, 30, 25)  # in VOC's convention; counted from 0: columns 10 to 29, rows 5 to 24
+READ_BOX = [10, 5, 30, 25]  # VOC_BOX after reading
 
 
 def write_image(file: Path, width: int = 60, height: int = 40) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Noise is not compressible, so the first half of a file lacks a large part of the image.
+    # Noise cannot be compressed, so a file that is cut in half lacks a large part of the image.
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(noise).save(file)
 
@@ -59,7 +59,7 @@ def xml(*objects: tuple, size: tuple[int, int] | None = (60, 40)) -> str:
 
 
 def write_voc(root: Path, split: str, files: dict[str, str], images: str = "Images", ending: str = "png") -> str:
-    """Write the folder of a split, with an annotation and an image of 60 x 40 pixels for each name."""
+    """Write the folder of a split. Each name gets an annotation file and an image of 60 x 40 pixels."""
     for name, text in files.items():
         write_image(root / split / images / f"{name}.{ending}")
         (root / split / "Annotations").mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ def write_voc(root: Path, split: str, files: dict[str, str], images: str = "Imag
 
 
 def write_voc_lists(root: Path, lists: dict[str, list[str]]) -> str:
-    """Write a data set in the original layout of VOC, in which image n has one object of "class n"."""
+    """Write a data set in the original layout of VOC. Image n has one object, of the class "class n"."""
     for name in {name for names in lists.values() for name in names}:
         write_image(root / "JPEGImages" / f"{name}.jpg")
         (root / "Annotations").mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ class TestVOC:
 
         assert data[0].boxes.shape == (0, 4) and data[0].labels.shape == (0,)
         assert open_data(spec, "test", data.classes)[0].labels.tolist() == [1]
-        assert open_data(spec, "test").classes == data.classes  # the classes of train, although test has only dogs
+        assert open_data(spec, "test").classes == data.classes  # classes of train; test has only dogs
 
     def test_layout_of_voc(self, tmp_path: Path) -> None:
         lists = {"train": ["1"], "val": ["2"], "trainval": ["1", "2"], "test": ["1", "3"]}
@@ -370,7 +370,7 @@ class TestImages:
     def test_pixels_that_are_not_bytes_are_scaled(
         self, tmp_path: Path, dtype: type, values: tuple, tags: dict[int, float], high: float
     ) -> None:
-        """All images of the data set, one of which is black, are scaled by the same range."""
+        """All images of the data set are scaled by the same range, even a black one."""
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(), "c": xml()}, ending="tif")
         write_voc(tmp_path, "test", {"d": xml()}, ending="tif")
         for image, value in zip("abc", values):
@@ -542,7 +542,7 @@ class TestCOCO:
         with pytest.warns(UserWarning, match=rf"1 of 2 objects have no mask.* has {problem}"):
             masks = open_data(spec, "train")[1].masks
         assert not masks[0].any() and masks[1].any()
-        if isinstance(segmentation, list):  # an unusable polygon next to a usable one does not change the mask
+        if isinstance(segmentation, list):  # an unusable polygon in addition to a usable one does not change the mask
             write_coco(tmp_path, [coco_object(1, 7, 3, [1, 1, 9, 9], segmentation=[*segmentation, triangle])])
             with pytest.warns(UserWarning, match=f"0 of 1 objects have no mask.* has {problem}"):
                 assert np.array_equal(open_data(spec, "train")[1].masks[0], masks[1])
@@ -759,7 +759,7 @@ for segmentation in {segmentations!r}:
 
 
 class TestAnnotationFilesOfCOCO:
-    """Tests of the choice of the annotation file for a split. No file may belong to both splits."""
+    """Tests of how the annotation file for a split is chosen. No file may be chosen for both splits."""
 
     def open_and_name(self, folder: Path, files: list[str], split: str, **options: str) -> str:
         for name in files:
@@ -864,14 +864,14 @@ class TestShapes:
             counts.append(len(sample.boxes))
             labels += sample.labels.tolist()
             assert sample.image.shape == (128, 160, 3) and sample.masks.shape == (len(sample.boxes), 128, 160)
-            assert (sample.masks.sum(0) <= 1).all()  # at most one object is visible in a pixel
+            assert (sample.masks.sum(0) <= 1).all()  # a pixel shows at most one object
             for box, mask in zip(sample.boxes.astype(int), sample.masks):
                 x1, y1, x2, y2 = box
                 within = mask[y1:y2, x1:x2]
                 assert within.sum() == mask.sum()
                 assert within[0].any() and within[-1].any() and within[:, 0].any() and within[:, -1].any()
                 assert 5 <= min(x2 - x1, y2 - y1) and max(x2 - x1, y2 - y1) <= 61
-                assert sample.image[mask].std(0).max() < 12  # one color except for the noise
+                assert sample.image[mask].std(0).max() < 12  # one color, plus noise
         assert min(counts) == 0 and max(counts) >= 5 and set(labels) == {0, 1, 2, 3}
 
     def test_annotations_equal_the_samples(self) -> None:
@@ -887,7 +887,7 @@ class TestShapes:
 
 
 def painted(height: int, width: int, *boxes: tuple[int, int, int, int], **more) -> Sample:
-    """Return a sample of a black image with white rectangles, which are both its objects and its proposals."""
+    """Return a sample with a black image and white rectangles. The rectangles are its objects and its proposals."""
     masks = np.zeros((len(boxes), height, width), bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes):
         mask[y1:y2, x1:x2] = True
@@ -953,7 +953,7 @@ class TestTransformed:
     data = open_data("shapes:50", "train")
 
     def flips(self, transformed: Transformed, epoch: int) -> list[tuple[bool, bool]]:
-        """Return for every image whether it was flipped horizontally and vertically."""
+        """Return, for each image, whether it was flipped horizontally and whether it was flipped vertically."""
         result = []
         for index in range(len(self.data)):
             plain, sample = self.data[index], transformed[epoch, index]
@@ -1102,7 +1102,7 @@ class TestProposals:
         assert collate([data[1], data[4]]).targets.proposals.shape == (2, 4, 4)
 
     def test_proposals_are_matched_by_ids_that_are_strings(self, tmp_path: Path) -> None:
-        """The proposals stay with their images if the ids of other images change."""
+        """Proposals are still assigned to the right image if the ids of other images change."""
         spec = write_coco(tmp_path, [])
         change(spec, '"id": 7, "file', '"id": "b", "file')
         data = open_data(spec, "train")

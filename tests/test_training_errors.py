@@ -1,4 +1,4 @@
-"""Tests of the messages and files that the commands write if a path, a file, a package or a number is invalid."""
+"""Tests of the messages and files that commands write if a path, a file, a package or a number is invalid."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def arguments_of(name: str, run: Path, output: Path) -> list[str]:
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that asserts that a command fails, and returns its message.
+    """Return a function that asserts that a command fails, and returns the command's error message.
 
     The command must exit with status 2 and print one line before it computes anything.
     """
@@ -182,7 +182,7 @@ def test_full_disk_is_an_error(name: str, run: Path, capsys: pytest.CaptureFixtu
 
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    """The error must name the file although torch.save raises a RuntimeError when the file size limit is reached."""
+    """The error must name the file, although torch.save raises only a RuntimeError at the file size limit."""
     done = run_python(
         f"""
 import resource, torch
@@ -202,7 +202,7 @@ except OSError as error:
 
 
 def test_last_of_two_writers_replaces_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file has the complete content of the writer that finishes last."""
+    """The file contains everything that the last writer to finish wrote, and nothing else."""
     file = tmp_path / "file"
     with written(file) as first:
         first.write(b"first")
@@ -285,9 +285,9 @@ def test_inconsistent_detector_file_is_an_error(
 
 
 def damaged(content: bytes) -> list[bytes]:
-    """Return copies of `content` with one flipped bit each, and truncated copies.
+    """Return truncated copies of `content`, and copies with one flipped bit each.
 
-    The flipped bits are those that the checksums of a zip file do not cover, and a random sample of others.
+    All bits that the checksums of a zip file do not cover are flipped, and a random sample of the others.
     """
     attributes = [match.start() + 38 for match in re.finditer(b"PK\x01\x02", content)]
     offsets = {*attributes, *range(len(content) - checkpoint.LENGTH - 100, len(content))}
@@ -325,7 +325,10 @@ def test_error_names_the_damaged_file_of_a_run(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_checksum_of_a_checkpoint_is_optional(tmp_path: Path) -> None:
-    """Files of earlier versions have no checksum. `torch.load` reads files with a checksum, also memory-mapped ones."""
+    """Files of earlier versions have no checksum.
+
+    `torch.load` reads files with a checksum, also if it maps them into memory.
+    """
     content = {"x": torch.arange(1000.0)}
     torch.save(content, tmp_path / "before.pt")
     assert torch.equal(checkpoint.load(tmp_path / "before.pt")["x"], content["x"])
@@ -340,7 +343,7 @@ def test_flipped_bits_of_proposals_are_detected_or_harmless(tmp_path: Path) -> N
     save_proposals(file, given)
     errors = 0
     annotations = data.annotations()
-    data.annotations = lambda: annotations  # avoids drawing the images again in each iteration
+    data.annotations = lambda: annotations  # so that the images are not drawn again in each iteration
     for wrong in damaged(file.read_bytes()):
         file.write_bytes(wrong)
         try:
@@ -383,7 +386,7 @@ def test_damaged_lines_of_the_log_are_skipped(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_metrics_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
-    """Check a log that two runs wrote, in which other lines follow the last evaluation."""
+    """Check a log to which two runs wrote. The line of the last evaluation is not the last line."""
     metrics = train(make_config(tmp_path, log_every=1))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, lines[0], lines[-2]]) + "\n")
@@ -410,7 +413,7 @@ def test_training_data_without_classes_is_an_error(tmp_path: Path, fails: Callab
 
 
 def test_images_of_16_bits_share_one_pixel_range(run: Path, tmp_path: Path) -> None:
-    """Check a detector that was trained on 8-bit images."""
+    """Use a detector that was trained on 8-bit images."""
     images = tmp_path / "images"
     images.mkdir()
     for name, brightest in (("a", 255), ("b", 4000)):
@@ -424,7 +427,7 @@ def test_images_of_16_bits_share_one_pixel_range(run: Path, tmp_path: Path) -> N
 
 
 def test_detector_that_does_not_generate_proposals_is_an_error() -> None:
-    """Deformable DETR's method `propose` has a different meaning, and Fast R-CNN reads its proposals from a file."""
+    """Deformable DETR uses its method `propose` only internally, and Fast R-CNN reads its proposals from a file."""
     options = {"backbone": "resnet18-gn-16", "hidden": 32, "channels": 32, "queries": 5, "encoder_layers": 1}
     for name, others in (("deformable_detr", options), ("fast_rcnn", {"hidden": 8, "backbone": "resnet18-gn-16"})):
         detector = Detector(build_model(name, 2, others), name, others, ["a", "b"], 64, 64, "shapes:10")
@@ -471,7 +474,7 @@ def test_killed_run_releases_the_folder(tmp_path: Path) -> None:
 
 
 def test_child_processes_do_not_inherit_the_lock(tmp_path: Path) -> None:
-    """Processes that load data continue to run for some seconds after their parent was killed."""
+    """If a run is killed, its worker processes that load data continue to run for some seconds."""
     program = (
         "import os, sys, time\nfrom pathlib import Path\nfrom relops.training._files import locked\n"
         "with locked(Path(sys.argv[1])):\n    child = os.fork()\n    if child:\n        print(child, flush=True)\n"
@@ -551,7 +554,7 @@ def test_drawings_among_the_input_images_are_an_error(run: Path, tmp_path: Path,
 def test_drawing_that_cannot_be_written_is_an_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The message names the drawing, and the incomplete file is removed."""
+    """The message names the file of the drawing, and the incomplete file is removed."""
 
     def failing_save(_: Any, file: Any, *__: Any) -> None:
         file.write(b"half")
@@ -567,7 +570,10 @@ def test_drawing_that_cannot_be_written_is_an_error(
 
 
 def test_drawings_may_be_next_to_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawings in a subfolder of the image folder are not read, and the drawing of a file may be next to the file."""
+    """Drawings in a subfolder of the image folder are not read as images.
+
+    The drawing of a single file may be next to it.
+    """
     picture = (run / "predictions" / "0.png").read_bytes()
     (tmp_path / os.fsdecode(b"a\xff.png")).write_bytes(picture)  # the name is not valid UTF-8
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # stricter than pytest's stdout
@@ -709,7 +715,7 @@ def test_invalid_epochs_are_errors(epochs: str, message: str, tmp_path: Path, fa
     ],
 )
 def test_errors_of_relops_are_builtin_errors(kind: type[RelopsError], builtin: type[Exception]) -> None:
-    """The errors can also be pickled, so that one process can send them to another."""
+    """Errors can also be pickled, which is needed to send them from one process to another."""
     assert issubclass(kind, RelopsError) and issubclass(kind, builtin)
     error = pickle.loads(pickle.dumps(kind("a: b")))
     assert type(error) is kind and str(error) == user_message(error) == "a: b"
@@ -731,7 +737,7 @@ def test_only_errors_that_a_user_can_fix_have_a_message(error: Exception, messag
 
 
 def test_message_of_an_error_of_a_worker() -> None:
-    """The DataLoader puts the traceback of the worker before the message."""
+    """The DataLoader prepends the traceback of the worker to the message."""
 
     class Broken(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -752,7 +758,7 @@ def test_message_of_an_error_of_a_worker() -> None:
 def test_errors_of_ops_are_printed_in_one_line(
     workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Other errors of a model keep their traceback."""
+    """Any other error of a model keeps its traceback."""
 
     def forward(*_: Any) -> None:
         relops.nms(torch.zeros(1, 4), torch.zeros(1), math.nan)

@@ -1,4 +1,4 @@
-"""A test of a whole detector of Hugging Face transformers whose sampling is replaced with relops."""
+"""A test that replaces the deformable attention in a detector of Hugging Face transformers with relops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ H, W = 480, 640
 
 @pytest.fixture(scope="module")
 def detector() -> torch.nn.Module:
-    """Return a Deformable DETR with four levels and random weights, so that nothing is downloaded."""
+    """Return a Deformable DETR with four levels. Its weights are random, so nothing is downloaded."""
     torch.manual_seed(0)
     backbone = transformers.ResNetConfig(
         embedding_size=16,
@@ -42,8 +42,8 @@ def detector() -> torch.nn.Module:
     model = transformers.DeformableDetrForObjectDetection(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # These weights are initialized to zero, so that every location is exactly on a pixel center, where its
-            # gradient jumps.
+            # These weights are initialized to zero. Every location would be exactly on a pixel center, where the
+            # gradient of a location jumps.
             if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
                 parameter.normal_(std=0.05)
     return model

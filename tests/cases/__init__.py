@@ -1,7 +1,7 @@
-"""The sample inputs of every op, in one file per family, on which all contract tests run.
+"""Sample inputs of every op, for the contract tests.
 
-An op in a family's OPS gets all tests of test_contract.py, and an op in its SELECTIONS all tests of
-test_contract_selection.py.
+There is one file per family of ops. test_contract.py tests the ops that a file lists in OPS, and
+test_contract_selection.py those that it lists in SELECTIONS.
 """
 
 from __future__ import annotations

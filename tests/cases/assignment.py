@@ -1,4 +1,4 @@
-"""Cases of linear_sum_assignment: costs of pairs."""
+"""Test cases for linear_sum_assignment: cost matrices."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .base import Bad, Inputs, Selection, bad_options, change, put, to_other_dev
 
 @dataclass(frozen=True)
 class Assignment:
-    """The sizes and options of a sample. The letters are those of relops.linear_sum_assignment."""
+    """The sizes and options of a sample. The letters have the same meaning as in relops.linear_sum_assignment."""
 
     R: int = 7
     C: int = 5
     B: int | None = None
     padded: bool = False
-    forbidden: float | None = None  # the cost of forbidden pairs: about half of all, and all of one row and one column
+    forbidden: float | None = None  # cost of the forbidden pairs: a random half, one full row, one full column
     maximize: bool = False
 
     def problem(self, r: int, c: int, generator: torch.Generator) -> Tensor:
-        """Return integer costs that are exact in every dtype and have only one best assignment.
+        """Return integer costs that every dtype represents exactly and that have only one optimal assignment.
 
-        The cost of a pair is an excess minus a bonus of its row and a bonus of its column. Only the pairs of the
-        best assignment have no excess, and only their rows and columns have a bonus.
+        The cost of a pair is its excess minus the bonus of its row and the bonus of its column. The excess is zero only
+        for the pairs of the optimal assignment, and only the rows and columns of these pairs have a bonus.
         """
         rows, cols = (torch.randperm(size, generator=generator)[: min(r, c)] for size in (r, c))
         bonus = torch.zeros(r, 1, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
@@ -44,7 +44,7 @@ class Assignment:
     def linear_sum_assignment(self, generator: torch.Generator) -> Inputs:
         limits, B = (self.R, self.C), 1 if self.B is None else self.B
         sizes = [torch.randint(x + 1, (B,), generator=generator) if self.padded else None for x in limits]
-        # The padding is lower than every valid cost, so that reading it changes the result.
+        # The padding is lower than every valid cost, so a kernel that reads the padding gives a different result.
         cost = torch.full((B, *limits), -200.0, dtype=torch.float64)
         for b in range(B):
             r, c = (limit if x is None else int(x[b]) for x, limit in zip(sizes, limits))
@@ -84,7 +84,8 @@ def bad_sizes(what: str, name: str, sizes: Any, error: type[Exception], message:
     return Bad(f"{name} {what}", changed, error, f"{name} must be {message}")
 
 
-# Changes to the sample "typical": R = 7, C = 5, float32, no batch.
+# Changes that make the sample "typical" invalid. This sample has R = 7 and C = 5, is float32 and has no batch
+# dimension.
 BAD_ASSIGNMENT = (
     Bad("cost not a tensor", put("cost", [[1.0]]), TypeError, "cost must be a Tensor, got list"),
     Bad("cost complex", change("cost", Tensor.cfloat), TypeError, "cost must be float64.*or integer.*torch.complex64"),

@@ -1,4 +1,4 @@
-"""The classes of test cases. A case has an op, sample inputs, and changes that make these inputs invalid."""
+"""The classes that describe the test cases of an op: sample inputs, and changes that make these inputs invalid."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 )
-# Arguments by name, in the order of the signature. A list of tensors is stored as separate entries, which Case.assemble
-# joins.
+# A dict of arguments by name, in the order of the signature. Each tensor of a list argument has its own entry, and
+# Case.assemble joins these entries into a list.
 Inputs = dict[str, Any]
 # Draws inputs in float64 on the CPU, so that every device and dtype gets the same numbers.
 Sample = Callable[[torch.Generator], Inputs]
@@ -33,7 +33,7 @@ class Bad:
     change: Callable[[Inputs], Inputs]
     error: type[Exception] | tuple[type[Exception], ...]
     message: str
-    harmless: bool = False  # the kernels, called without the Python checks, need not reject the input
+    harmless: bool = False  # only the Python checks must reject the input; kernels may accept it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Case:
     name: str
     samples: Mapping[str, Sample]
     empty: Mapping[str, Sample]
-    # Returns sample k of a series in which all sizes change with k. Arguments that hold sizes are tensors, not lists.
+    # Returns sample k of a series in which all sizes change with k. Sizes are passed as tensors, not as lists.
     growing: Callable[[int], Sample]
     vmapped: tuple[str, ...]  # arguments over which torch.vmap can map
     bad: tuple[Bad, ...]
@@ -87,10 +87,10 @@ def draw_sample(sample: Sample, device: str, seed: int = 0) -> Inputs:
 class Op(Case):
     """A differentiable op with one output."""
 
-    features: tuple[str, ...]  # arguments of the tested dtype
+    features: tuple[str, ...]  # arguments that get the tested dtype
     coordinates: tuple[str, ...]  # arguments that stay float32 if the features have 16 bits
     differentiable: tuple[str, ...]
-    # Factor on the absolute tolerance, for an op that amplifies the rounding errors of its intermediate values.
+    # Multiplies the absolute tolerance, for an op that amplifies the rounding errors of its intermediate values.
     noise: float = 1.0
 
     def draw(self, sample: Sample, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
@@ -101,7 +101,7 @@ class Op(Case):
         return {name: x.to(dtypes[name]) if name in dtypes and x is not None else x for name, x in inputs.items()}
 
     def needs_grad(self, inputs: Inputs) -> tuple[str, ...]:
-        """Return the names of the arguments that get a gradient: those that are differentiable and not None."""
+        """Return the names of the differentiable arguments that are not None."""
         return tuple(name for name in self.differentiable if inputs[name] is not None)
 
     def run(
@@ -111,7 +111,7 @@ class Op(Case):
         grad_output: Tensor | None = None,
         needs_grad: tuple[str, ...] | None = None,
     ) -> dict[str, Tensor]:
-        """Run forward and backward. Return a dict of the "output" and of the gradients by argument name."""
+        """Run the forward and backward pass. Return a dict with the "output" and the gradient of each argument."""
         needs_grad = self.needs_grad(inputs) if needs_grad is None else needs_grad
         inputs = {name: x.detach().requires_grad_() if name in needs_grad else x for name, x in inputs.items()}
         output = (function or self.function)(**inputs)
@@ -120,7 +120,7 @@ class Op(Case):
         return {"output": output.detach()} | {name: inputs[name].grad for name in needs_grad}
 
     def run_raw(self, inputs: Inputs) -> Tensor:
-        """Return the output of torch.ops.relops.<name> without the further outputs that its backward uses."""
+        """Return the first output of torch.ops.relops.<name>. Any other outputs are only for the backward pass."""
         outputs = self.overload(*self.raw(inputs).values())
         return outputs if isinstance(outputs, Tensor) else outputs[0]
 
@@ -131,13 +131,13 @@ class Op(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Case):
-    """An op that returns indices and perhaps scores. The indices equal the twin's, and no output has a gradient."""
+    """An op without gradients that returns indices, and possibly scores. Its indices must equal those of its twin."""
 
     floats: tuple[str, ...]  # floating-point arguments, whose dtypes may differ
-    widened: bool = True  # 16-bit arguments are converted to float32 before the kernels get them
-    # Converts outputs to a form that equals the twin's except for the rounding of scores.
+    widened: bool = True  # 16-bit arguments are converted to float32 before a kernel is called
+    # Converts outputs to a form in which those of the op and of its twin differ only by rounding errors of the scores.
     comparable: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
-    # Whether the op waits for the device, because the sizes of its outputs depend on values.
+    # Returns whether the op must wait for the device, because the sizes of its outputs depend on values.
     synchronizes: Callable[[Inputs], bool] = lambda inputs: False
 
     def draw(
@@ -147,7 +147,7 @@ class Selection(Case):
         dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float32,
         seed: int = 0,
     ) -> Inputs:
-        """Draw inputs. `dtype` is the dtype of all float arguments, or a tuple with a dtype for each."""
+        """Draw inputs. `dtype` is the dtype of all float arguments, or a tuple with one dtype per argument."""
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(self.floats)
         inputs = draw_sample(sample, device, seed)
         return inputs | {name: inputs[name].to(dtype) for name, dtype in zip(self.floats, dtypes)}
@@ -161,7 +161,7 @@ class Selection(Case):
 
 
 def grad_like(output: Tensor) -> Tensor:
-    """Return a gradient for `output` whose numbers are the same in every dtype."""
+    """Return a gradient of the shape of `output`, with values that every dtype represents exactly."""
     steps = torch.arange(output.numel(), device=output.device) * 37 % 17 - 8
     return (steps / 8).to(output.dtype).view(output.shape)
 
@@ -188,7 +188,7 @@ def bad_options(name: str, error: type[Exception], *values: Any, harmless: bool 
 
 
 def bad_numbers(name: str, rule: str, *values: Any) -> Iterator[Bad]:
-    """Yield changes of a number to invalid values. They are harmless, because the kernels compute with any number."""
+    """Yield changes that set a number to an invalid value. They are harmless, because kernels accept any number."""
     for value in values:
         error = ValueError if type(value) in (float, int) else TypeError
         message = rf"{name} must be {rule}, got {re.escape(repr(value))}"

@@ -1,4 +1,4 @@
-"""Cases of ms_deform_attn and ms_deform_attn_fused: a pyramid of feature maps, and sampling points in it."""
+"""Test cases for ms_deform_attn and ms_deform_attn_fused: pyramids of feature maps, and sampling points."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Bad, Inputs, Op, change, put, to_other_device
 
 @dataclass(frozen=True)
 class DeformAttn:
-    """The sizes and options of a sample. The letters are those of relops.ms_deform_attn."""
+    """The sizes and options of a sample. The letters have the same meaning as in relops.ms_deform_attn."""
 
     levels: tuple[tuple[int, int], ...] = ((6, 4), (3, 2))
     N: int = 2
@@ -47,7 +47,7 @@ class DeformAttn:
         return torch.tensor(self.levels, dtype=torch.float64).flip(-1)[:, None].clamp(min=1)
 
     def locations(self, generator: torch.Generator) -> Tensor:
-        """Return points inside the maps and up to two pixels outside.
+        """Return random points that lie inside the maps or up to two pixels outside.
 
         No point is near a pixel center, where the gradient jumps.
         """
@@ -93,8 +93,8 @@ DEFORM_ATTN = {
     "levels reversed": DeformAttn(levels=((4, 6), (2, 3), (1, 1)), starts="reversed", shapes="tensor", mask=True),
     "D30": DeformAttn(D=30, boxes=True, P=2),
     "D71": DeformAttn(N=1, M=2, D=71, mask=True),
-    # The CPU kernels read value without a copy: there are few queries and a large pyramid, and D is a multiple of the
-    # vector size.
+    # For these sizes, the CPU kernels read value without a copy: there are few queries, the pyramid is large, and D is
+    # a multiple of the vector size.
     "few queries": DeformAttn(levels=((12, 10), (6, 5)), Q=2, D=32, P=1, mask=True),
     "many queries": DeformAttn(levels=((3, 5),), Q=150, M=1, D=16, P=3, boxes=True),
 }
@@ -108,7 +108,10 @@ DEFORM_ATTN_EMPTY = {
 
 
 def deform_attn_growing(k: int) -> DeformAttn:
-    """Return case `k`. At k = 0 no two sizes are equal, because the compiler assumes that equal sizes stay equal."""
+    """Return sample `k` of the series.
+
+    For k = 0 all sizes differ, because the compiler assumes that equal sizes stay equal.
+    """
     return DeformAttn(
         levels=((4 + k, 7 + 2 * k), (2 + k, 3 + 3 * k)),
         N=3 + k,
@@ -126,9 +129,9 @@ def shapes_as_tensor(inputs: Inputs) -> Inputs:
 
 
 def bad_deform_attn(locations: str, weights: str) -> tuple[Bad, ...]:
-    """Return invalid changes to the sample "typical".
+    """Return changes that make the sample "typical" invalid.
 
-    That sample is float32 and has levels (6,4) and (3,2), S = 30, N = 2, Q = 5, M = 3, D = 8 and P = 4.
+    This sample is float32 and has levels (6,4) and (3,2), S = 30, N = 2, Q = 5, M = 3, D = 8 and P = 4.
     """
     shapes, starts = "spatial_shapes", "level_start_index"
     coordinates = [

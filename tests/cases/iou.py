@@ -1,4 +1,4 @@
-"""Cases of box_iou and generalized_box_iou: pairs of boxes."""
+"""Test cases for box_iou and generalized_box_iou."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from .base import Bad, Inputs, Op, change, put, to_other_device
 
 @dataclass(frozen=True)
 class BoxPairs:
-    """The sizes and options of a sample. The letters are those of relops.box_iou.
+    """The sizes and options of a sample. The letters have the same meaning as in relops.box_iou.
 
-    No coordinate of `a` equals a coordinate of `b` in any dtype, because the gradient jumps where the two are equal.
+    No coordinate of `a` equals a coordinate of `b` in any dtype, because the gradient jumps where two coordinates are
+    equal.
     """
 
     A: int = 7
     B: int = 5
     N: int | None = None
-    inverted: bool = False  # some boxes are inverted, in one direction or both
-    spread: float = 8.0  # range of the corners, in steps of 1/2; boxes are up to 10 steps wide
+    inverted: bool = False  # some boxes are inverted in x, in y or in both
+    spread: float = 8.0  # upper bound of the first corner, in units of 1/2; boxes are up to 10 units wide
 
     def arguments(self, generator: torch.Generator) -> Inputs:
-        """Return boxes at multiples of 1/2 plus 1/8 (`a`) or 3/8 (`b`), which are exact in 16-bit dtypes."""
+        """Return boxes that 16-bit dtypes represent exactly.
+
+        Coordinates are multiples of 1/2, plus 1/8 for `a` or 3/8 for `b`.
+        """
         batch = () if self.N is None else (self.N,)
         a, b = (self.boxes(generator, (*batch, K, 1), offset) for K, offset in ((self.A, 0.125), (self.B, 0.375)))
         return {"a": a, "b": b}
@@ -56,7 +60,7 @@ BOX_PAIRS_EMPTY = {
     "N": BoxPairs(N=0),
     "B of a batch": BoxPairs(N=2, B=0),
 }
-# Changes to the sample "typical": A = 7, B = 5, float32.
+# Changes that make the sample "typical" invalid. This sample has A = 7, B = 5 and the dtype float32.
 BAD_BOX_PAIRS = (
     Bad("a not a tensor", put("a", [[0.0, 0.0, 1.0, 1.0]]), TypeError, "a must be a Tensor, got list"),
     Bad("b not a tensor", put("b", None), TypeError, "b must be a Tensor, got NoneType"),
@@ -96,7 +100,10 @@ BAD_BOX_PAIRS = (
 
 
 def box_pairs_growing(k: int) -> BoxPairs:
-    """Return case `k`. At k = 0 no two sizes are equal, and no size equals the number of coordinates, 4."""
+    """Return sample `k` of the series.
+
+    For k = 0 all sizes differ, and none is 4, the number of coordinates of a box.
+    """
     return BoxPairs(N=3 + k, A=7 + 2 * k, B=10 + 3 * k)
 
 

@@ -1,4 +1,4 @@
-"""Cases of local_relation: windows of a map."""
+"""Test cases for local_relation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Bad, Inputs, Op, bad_options, change, put, to_other_device
 
 @dataclass(frozen=True)
 class Windows:
-    """The sizes and options of a sample. The letters are those of relops.local_relation."""
+    """The sizes and options of a sample. The letters have the same meaning as in relops.local_relation."""
 
     N: int = 2
     C: int = 7
@@ -35,7 +35,7 @@ class Windows:
 
         query = draw(self.N, self.G, -(-self.H // self.stride), -(-self.W // self.stride))
         key = draw(self.N, self.G, self.H, self.W)
-        # Queries and keys differ in every dtype, because the gradient jumps where they are equal.
+        # No query equals a key in any dtype, because the gradient jumps where a query and a key are equal.
         if self.similarity == "absolute_difference":
             query, key = (2 * query).round() / 2, (2 * key).round() / 2 + 0.25
         return {
@@ -74,12 +74,15 @@ WINDOWS_EMPTY = {
 
 
 def windows_growing(k: int) -> Windows:
-    """Return case `k`. At k = 0 no two sizes are equal."""
+    """Return sample `k` of the series. For k = 0 all sizes differ."""
     return Windows(N=2 + k, C=23 + 3 * k, G=5 + k, H=7 + 2 * k, W=11 + 3 * k, k=3, stride=2)
 
 
 def bad_windows() -> Iterator[Bad]:
-    """Yield invalid changes to the sample "typical": N = 2, C = 7, G = 3, H = 6, W = 9, k = 3, float32."""
+    """Yield changes that make the sample "typical" invalid.
+
+    This sample has N = 2, C = 7, G = 3, H = 6, W = 9, k = 3 and the dtype float32.
+    """
     for name, letters in (("query", r"\[N,G,Ho,Wo\]"), ("key", r"\[N,G,H,W\]"), ("value", r"\[N,C,H,W\]")):
         rule = "float64" if name == "value" else "torch.float32, the dtype of value"
         yield Bad(f"{name} not a tensor", put(name, [1.0]), TypeError, f"{name} must be a Tensor, got list")

@@ -1,4 +1,4 @@
-"""Cases of the six region ops, from roi_align to multi_scale_roi_align: feature maps and boxes on them."""
+"""Test cases for the six region ops, from roi_align to multi_scale_roi_align: feature maps and boxes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import Bad, Inputs, Op, bad_options, change, put, to_other_device
 
-LEVELS = 3  # the number of maps of multi_scale_roi_align, each half the size of the previous one
+LEVELS = 3  # the number of maps for multi_scale_roi_align; each map has half the size of the previous one
 OPTIONS = {  # the arguments of each op in addition to its features, boxes and output_size
     "roi_align": ("spatial_scale", "sampling_ratio", "aligned"),
     "roi_pool": ("spatial_scale",),
@@ -31,11 +31,12 @@ OPTIONS = {  # the arguments of each op in addition to its features, boxes and o
 
 @dataclass(frozen=True)
 class Regions:
-    """The sizes and options of a call. The letters are those of relops.roi_align, but C counts output channels.
+    """The sizes and options of a call.
 
-    Contract tests use only boxes whose result does not depend on rounding errors, neither of the boxes (in any dtype)
-    nor of the arithmetic. Rounding must not decide the number of samples, the pixels around a sample, whether a sample
-    is on the map, the pixels of a bin, or the level.
+    The letters have the same meaning as in relops.roi_align, but C is the number of output channels. Contract tests use
+    only boxes that are insensitive to rounding, both of the boxes (to any dtype) and in the arithmetic. Rounding must
+    not change the number of samples, the pixels around a sample, whether a sample is on the map, the pixels of a bin,
+    or the level of a box.
     """
 
     H: int = 12
@@ -48,7 +49,7 @@ class Regions:
     sampling_ratio: int = -1
     aligned: bool = False
     channels_last: bool = False
-    canonical: float | None = None  # side of a box on the boundary of the first two levels; None: 1/6 of the map's side
+    canonical: float | None = None  # canonical_box_size; None: 1/6 of the side of the map
 
     @property
     def spatial_scales(self) -> list[float]:
@@ -80,9 +81,9 @@ class Regions:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def boxes(self, generator: torch.Generator, is_sensitive: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return K boxes of many sizes that lie inside the map, across its border and outside.
+        """Return K random boxes of many sizes: inside the map, across its border, and outside.
 
-        Boxes are left out if `is_sensitive` returns True for them, which means that rounding may decide their result.
+        A box is left out if `is_sensitive` returns True for it, because then rounding errors may change its result.
         """
         M = 100 * self.K + 1
         width_height = torch.tensor([self.W, self.H], dtype=torch.float64).clamp(min=1)
@@ -97,7 +98,7 @@ class Regions:
         return kept
 
     def sampling_sensitivity(self, aligned: bool, levels: int = 1) -> Callable[[Tensor], Tensor]:
-        """Return a function that finds boxes whose samples or level a rounding error may change."""
+        """Return a function that finds the boxes for which a rounding error may change the samples or the level."""
 
         def is_sensitive(boxes: Tensor) -> Tensor:
             scale, sensitive = torch.full((len(boxes), 1), self.spatial_scale, dtype=torch.float64), False
@@ -117,7 +118,7 @@ class Regions:
                     grid = torch.full_like(bin, self.sampling_ratio)
                 else:
                     grid = bin.ceil()
-                    # The length of a box that was widened to 1 is exact in every dtype.
+                    # If a box was widened to a length of 1, its length is exact in every dtype.
                     sensitive = sensitive | (near_whole(bin) & (length != 1))
                 step = torch.arange(bins * int(grid.max()))
                 position = begin - (0.5 if aligned else 0) + (step + 0.5) * bin / grid
@@ -127,7 +128,7 @@ class Regions:
         return is_sensitive
 
     def bin_sensitivity(self, last_included: bool) -> Callable[[Tensor], Tensor]:
-        """Return a function that finds boxes for which a rounding error may change the pixels of a bin."""
+        """Return a function that finds the boxes for which a rounding error may change the set of pixels in a bin."""
 
         def is_sensitive(boxes: Tensor) -> Tensor:
             sensitive = near_whole(boxes[:, 1:] * self.spatial_scale + 0.5).any(1)
@@ -169,7 +170,7 @@ class Regions:
 
     @property
     def bin_channels(self) -> int:
-        """The number of map channels of a position-sensitive op, in which every bin reads its own channels."""
+        """The number of channels of the maps for a position-sensitive op, in which every bin reads its own channels."""
         return self.C * math.prod(self.output_size)
 
 
@@ -182,7 +183,7 @@ def join_levels(inputs: Inputs) -> Inputs:
     return {"inputs": levels} | {name: x for name, x in inputs.items() if not name.startswith("level")}
 
 
-# No two sizes are equal.
+# All sizes of this sample differ.
 TYPICAL = Regions(H=9, W=12, C=5, K=7, spatial_scale=0.5)
 REGIONS = {
     "typical": TYPICAL,
@@ -203,7 +204,7 @@ REGIONS_EMPTY = {
 
 
 def regions_growing(k: int) -> Regions:
-    """Return case `k`. At k = 0 no two sizes are equal, and no size equals the number of columns of the boxes, 5.
+    """Return sample `k` of the series. For k = 0 all sizes differ, and none is 5, the number of columns of the boxes.
 
     Float arguments are the same for all `k`, because compilers treat them as constants.
     """
@@ -211,7 +212,10 @@ def regions_growing(k: int) -> Regions:
 
 
 def bad_regions(features: str, *more: Bad) -> tuple[Bad, ...]:
-    """Return invalid changes to the sample "typical": N = 2, K = 7, output_size = (3, 2), float32."""
+    """Return changes that make the sample "typical" invalid.
+
+    This sample has N = 2, K = 7, output_size = (3, 2) and dtype float32.
+    """
     first = r"inputs\[0\]" if features == "level0" else features
 
     def split(f: Callable[[Tensor], Any]) -> Callable[[Inputs], Inputs]:
@@ -232,7 +236,7 @@ def bad_regions(features: str, *more: Bad) -> tuple[Bad, ...]:
             "boxes must be on the device of input.*got",
         ),
         Bad("boxes of 4", change("boxes", lambda x: x[:, 1:]), ValueError, r"boxes must be \[K,5\].*got .*\[7, 4\]"),
-        # torchvision raises an AssertionError for such boxes, and its users catch it.
+        # torchvision raises an AssertionError for boxes of this shape, and existing code may catch it.
         Bad("boxes of 4, asserted", change("boxes", lambda x: x[:, 1:]), AssertionError, r"boxes must be \[K,5\]"),
         Bad("boxes 1-D", change("boxes", lambda x: x[0]), ValueError, r"boxes must be \[K,5\].*got shape \[5\]"),
         Bad(

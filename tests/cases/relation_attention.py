@@ -1,4 +1,4 @@
-"""Cases of relation_attention and rank_embedding."""
+"""Test cases for relation_attention and rank_embedding."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .base import Bad, Inputs, Op, bad_numbers, bad_options, change, put, to_oth
 
 @dataclass(frozen=True)
 class Relations:
-    """The sizes and options of a sample. The letters are those of relops.relation_attention.
+    """The sizes and options of a sample. The letters have the same meaning as in relops.relation_attention.
 
-    Coordinates are whole numbers, and the width and height of a box are odd numbers of pixels. Distances are therefore
-    exact in float32 and far from 1e-3 of a side, where the gradient jumps. The gradient also jumps where the geometric
-    weight b is 1e-6, but hardly any b is near that value.
+    Coordinates are whole numbers, and the width and height of a box are odd numbers of pixels. The distances between
+    box centers are therefore exact in float32. None is close to 1e-3 times the side of a box, where the gradient jumps.
+    The gradient also jumps where the geometric weight b is 1e-6, but hardly any b is close to that value.
     """
 
     N: int = 2
@@ -31,7 +31,7 @@ class Relations:
     bias: float | None = 1.0  # the mean of geometry_bias
     clamped: bool = False  # b is negative for all pairs of the last head
     same_boxes: bool = False  # queries and keys have the same boxes
-    mask: str | None = None  # masked keys: None, "some", or "all" (all keys of image 0 and some of the others)
+    mask: str | None = None  # masked keys: None, "some", or "all" (all keys of image 0 and some of the other images)
     options: tuple[tuple[str, Any], ...] = ()
 
     def relation_attention(self, generator: torch.Generator) -> Inputs:
@@ -45,7 +45,7 @@ class Relations:
 
         weight, bias, mask = 0.1 * normal(self.M, 64), None, None
         if self.bias is None:
-            weight[:, 47] += 4  # makes b positive: this cosine of log(wq / wk), the slowest one, exceeds 0.7
+            weight[:, 47] += 4  # makes b positive: this is the slowest cosine of log(wq / wk), and it exceeds 0.7
         else:
             bias = self.bias + 0.3 * normal(self.M)
             bias[self.M - self.clamped :] = -10
@@ -91,7 +91,7 @@ RELATIONS_EMPTY = {
 
 
 def relations_growing(k: int) -> Relations:
-    """Return case `k`. At k = 0 no two sizes are equal."""
+    """Return sample `k` of the series. For k = 0 all sizes differ."""
     return Relations(N=3 + k, Q=11 + 3 * k, K=17 + 5 * k, M=5 + k, D=8 + k, Dv=23 + 2 * k, mask="some")
 
 
@@ -100,7 +100,10 @@ def raw_relations(inputs: Inputs) -> Inputs:
 
 
 def bad_relations() -> Iterator[Bad]:
-    """Yield invalid changes to the sample "typical": N = 2, Q = 6, K = 9, M = 3, D = 8, Dv = 8, float32."""
+    """Yield changes that make the sample "typical" invalid.
+
+    This sample has N = 2, Q = 6, K = 9, M = 3, D = 8, Dv = 8 and the dtype float32.
+    """
     for name, letters in (("query", r"\[N,Q,M,D\]"), ("key", r"\[N,K,M,D\]"), ("value", r"\[N,K,M,Dv\]")):
         rule = "float64" if name == "query" else "torch.float32, the dtype of query"
         yield Bad(f"{name} not a tensor", put(name, [1.0]), TypeError, f"{name} must be a Tensor, got list")
@@ -164,7 +167,7 @@ def bad_relations() -> Iterator[Bad]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Random ranks up to 100. Most of them are not whole numbers, even after rounding to a 16-bit dtype."""
+    """Random ranks up to 100. Most ranks are not whole numbers, even after they are rounded to a 16-bit dtype."""
 
     shape: tuple[int, ...] = (3, 7)
     dim: int = 16
@@ -183,7 +186,7 @@ RANKS = {
     "many": Ranks((700,), dim=6, wavelength=0.5),
 }
 RANKS_EMPTY = {"all": Ranks((0,)), "some": Ranks((3, 0, 2))}
-# Changes to the sample "typical": 3 x 7 ranks, float32.
+# Changes that make the sample "typical" invalid. This sample has 3 x 7 ranks of the dtype float32.
 BAD_RANKS = (
     Bad("ranks not a tensor", put("ranks", [1, 2]), TypeError, "ranks must be a Tensor, got list"),
     Bad("ranks bool", change("ranks", Tensor.bool), TypeError, "ranks must be of an integer dtype.*got torch.bool"),
@@ -205,8 +208,8 @@ RELATION_ATTENTION = Op(
     vmapped=("query", "key", "value", "query_boxes", "key_boxes", "key_mask"),
     bad=tuple(bad_relations()),
     raw=raw_relations,
-    # Angles of the geometric embedding reach 100 log(1e-3) = -691 radians, which float32 rounds by up to 3e-5. Even the
-    # twin has relative errors of up to 3.1e-5 in float32.
+    # The angles in the geometric embedding go down to 100 log(1e-3) = -691 radians, which float32 rounds by up to 3e-5.
+    # Even the twin has relative errors of up to 3.1e-5 in float32.
     noise=2.0,
 )
 RANK_EMBEDDING = Op(

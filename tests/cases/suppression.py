@@ -1,4 +1,4 @@
-"""Cases of nms, batched_nms, nms_padded and soft_nms: boxes with scores."""
+"""Test cases for nms, batched_nms, nms_padded and soft_nms: boxes with scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Bad, Inputs, Selection, bad_numbers, bad_options, change, put,
 
 @dataclass(frozen=True)
 class Suppression:
-    """The sizes and options of a sample. The letters are those of relops.nms_padded."""
+    """The sizes and options of a sample. The letters have the same meaning as in relops.nms_padded."""
 
     K: int = 40
     B: int | None = None
@@ -29,7 +29,7 @@ class Suppression:
         return (self.K,) if self.B is None else (self.B, self.K)
 
     def boxes(self, generator: torch.Generator) -> Tensor:
-        """Return boxes. On a grid some boxes are duplicates, and some IoUs equal the threshold."""
+        """Return random boxes. For the kind "grid", some boxes are duplicates and some IoUs equal the threshold."""
         corner, extent = torch.rand(2, *self.shape, 2, generator=generator, dtype=torch.float64)
         if self.kind == "anywhere":
             return torch.cat([100 * corner, 100 * corner + 60 * extent], -1)
@@ -53,7 +53,7 @@ class Suppression:
         return boxes
 
     def scores(self, generator: torch.Generator) -> Tensor:
-        """Return scores, some of which are equal unless `kind` is "anywhere"."""
+        """Return random scores. Some scores are equal unless `kind` is "anywhere"."""
         scores = torch.rand(self.shape, generator=generator, dtype=torch.float64)
         if self.kind != "anywhere":
             scores = (16 * scores).floor() / 16
@@ -128,7 +128,10 @@ def suppression_growing(k: int, B: int | None) -> Suppression:
 
 
 def bad_suppression(letters: str, *more: Bad) -> tuple[Bad, ...]:
-    """Return invalid changes to the sample "typical": K = 40, float32, no batch."""
+    """Return changes that make the sample "typical" invalid.
+
+    This sample has K = 40, the dtype float32 and no batch dimension.
+    """
     return (
         Bad("boxes not a tensor", put("boxes", [1.0]), TypeError, "boxes must be a Tensor, got list"),
         Bad("boxes bool", change("boxes", Tensor.bool), TypeError, "boxes must be float64.*or integer, got torch.bool"),
@@ -215,7 +218,7 @@ BAD_SOFT = (
 def by_index(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Sort the outputs of soft_nms by index.
 
-    Rounding decides the order of boxes whose scores decay to nearly the same value.
+    The op sorts boxes by score, and rounding may change the order of boxes whose scores decay to nearly the same value.
     """
     order = outputs[0].argsort(dim=-1, stable=True)
     return tuple(x.gather(-1, order) for x in outputs)

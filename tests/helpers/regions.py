@@ -1,4 +1,4 @@
-"""A common interface to the six region ops, and boxes for them, for the tests of their values."""
+"""A common interface to the six region ops, and random boxes, for the tests that compare values."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Parameters = dict[str, Tensor]
 
 
 def random_parameters(shapes: dict[str, tuple[int, ...]], spread: float = 0.5) -> Parameters:
-    """Return random parameters that are large enough for each to affect the result visibly."""
+    """Return random parameters, all of which are large enough to affect the result visibly."""
     return {name: spread * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
@@ -34,7 +34,7 @@ def relation_shapes(channels: int, heads: int, head_dim: int, prefix: str = "", 
 
 
 def relation_state(p: Parameters, prefix: str = "", index: int = 1) -> Parameters:
-    """Rename parameters to the names of relops.nn.ObjectRelation."""
+    """Return the parameters under the names that relops.nn.ObjectRelation uses."""
     state = {}
     for ours, theirs in (("query", "query"), ("key", "key"), ("value", "linear_out"), ("geometry", "pair_pos_fc1")):
         state[f"{ours}.weight"] = p[f"{prefix}{theirs}_{index}_weight"].flatten(1)
@@ -118,7 +118,7 @@ def removal_shapes(channels: int, rank_dim: int, hidden: int, heads: int, head_d
 
 
 def removal_state(p: Parameters) -> Parameters:
-    """Rename parameters to the names of relops.nn.DuplicateRemoval."""
+    """Return the parameters under the names that relops.nn.DuplicateRemoval uses."""
     state = {f"relation.{name}": x for name, x in relation_state(p, "nms_").items()}
     for ours, theirs in (("rank", "nms_rank"), ("feature", "roi_feat_embedding"), ("logit", "nms_logit")):
         state |= {f"{ours}.{kind}": p[f"{theirs}_{kind}"] for kind in ("weight", "bias")}
@@ -145,7 +145,8 @@ def remove_duplicates(
 ) -> list[tuple[list[int], Tensor, Tensor]]:
     """Remove the duplicates of one image, with features [K,channels], scores [K,C] and boxes [K,C,4].
 
-    Return for each class the indices of its n best boxes, their scores s0 [n] and their scores s1 [n,E].
+    Return, for each class, the indices of its n best boxes, their class scores s0 [n], and the scores s1 [n,E] by which
+    duplicate removal multiplies them.
     """
     result = []
     for c in range(scores.shape[1]):
@@ -171,7 +172,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def correct_ranks(boxes: list, objects: list, threshold: float) -> set[int]:
-    """Return the ranks of the correct boxes of one class; `boxes` are sorted by descending score."""
+    """Return the ranks of the correct boxes of one class. `boxes` must be sorted by descending score."""
     best: dict[int, int] = {}
     for rank, box in enumerate(boxes):
         overlaps = [iou(box, x) for x in objects]
@@ -183,7 +184,7 @@ def correct_ranks(boxes: list, objects: list, threshold: float) -> set[int]:
 def removal_loss(s0: Tensor, s1: Tensor, correct: list[set[int]], positive_weight: float) -> Tensor:
     """Return the summed loss of one class with scores s0 [n] and s1 [n,E].
 
-    `correct` holds the ranks of the correct boxes for each threshold.
+    `correct` contains, for each threshold, the ranks of the correct boxes.
     """
     total = s0.new_zeros(())
     for e, ranks in enumerate(correct):

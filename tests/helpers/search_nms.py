@@ -2,9 +2,9 @@
 
     python tests/helpers/search_nms.py --problems 100000
 
-Problems are small and degenerate. They have boxes on a grid with IoUs that equal the threshold, ties, duplicates,
-several classes, and boxes that are inverted, huge, not finite or without area. The loops process one pair of boxes
-after the other, for many problems at a time, and share no code with the twins.
+The problems are small and contain many edge cases: boxes on a grid whose IoUs equal the threshold, equal scores,
+duplicates, several classes, and boxes that are inverted, huge, not finite or without area. The loops process one pair
+of boxes at a time, in many problems at once, and share no code with the twins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 import relops
 
-# IoU thresholds that boxes on a grid reach exactly, after rounding to each dtype.
+# IoU thresholds. In each dtype, the IoU of some boxes on a grid equals the rounded threshold.
 THRESHOLDS = (0.0, 1.0, 1 / 2, 1 / 3, 1 / 4, 2 / 3, 0.3, 0.7, 0.45)
 CLASSES = np.array([0, 1, -1, 2**63 - 1, -(2**63), 2**32])
 ODD_BOXES = (
@@ -128,7 +128,7 @@ def plain_soft_nms(
 
 
 class Problems:
-    """P problems of K boxes with common options."""
+    """P problems of K boxes each, with the same options."""
 
     def __init__(self, random: np.random.Generator, P: int) -> None:
         self.P, self.K = P, int(random.integers(0, 11))
@@ -215,7 +215,7 @@ def search(problems: int, seed: int = 0, device: str = "cpu") -> int:
     """Compare the ops with the loops, and return the number of soft_nms results that could not be compared.
 
     Raises:
-        AssertionError: If an op and a loop disagree. The message shows the first such problem.
+        AssertionError: If an op and a loop disagree. The message shows the problem.
     """
     random, unsure = np.random.default_rng(seed), 0
     for _ in range(0, problems, 100):

@@ -1,4 +1,4 @@
-"""Clustered boxes, and a check of which boxes must be kept, for the tests of the suppression ops."""
+"""For the tests of the suppression ops: clustered boxes, and a check of which boxes must be kept."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def clustered(sizes: list[int], boxes_per_object: float = 30.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return boxes [K,4], scores [K] and idxs [K], with sizes[c] boxes of class c around objects of many sizes.
+def clustered(counts: list[int], boxes_per_object: float = 30.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return boxes [K,4] and scores [K] in float64, and idxs [K].
 
-    Boxes and scores are float64.
+    Class c has counts[c] boxes. Boxes are clustered around small and large objects.
     """
     generator = torch.Generator().manual_seed(seed)
-    idxs = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
+    idxs = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)])
     K = len(idxs)
     objects = max(1, int(K / boxes_per_object))
     centers = 1000 * torch.rand(objects, 2, generator=generator, dtype=torch.float64)
@@ -29,7 +29,7 @@ def clustered(sizes: list[int], boxes_per_object: float = 30.0, seed: int = 0) -
 def assert_greedy(keep: Tensor, boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
     """Assert that `keep` is the only set of boxes that greedy suppression can keep.
 
-    No kept box overlaps another kept box, and every other box overlaps a kept box with a better rank.
+    No kept box overlaps another kept box, and every removed box overlaps a kept box of better rank.
     """
     K = len(boxes)
     rank = torch.empty(K, dtype=torch.int64, device=keep.device)
