@@ -14,7 +14,7 @@ import torch
 
 
 def info(_: argparse.Namespace) -> int:
-    """Print how relops was built, which kernels are loaded, and the devices of this machine."""
+    """Print how relops was built, which kernels are loaded, and which devices this machine has."""
     import relops
     from relops import _library
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     The status is 0 after success, 1 if a loss is not finite or if `predict` skipped an image, 2 after any other error
     that the user can fix, and 128 plus the number of the signal if a signal stopped the command. An error that the user
-    can fix is printed in one line.
+    can fix is printed as a single line.
     """
     from relops.training.errors import LossError, user_message
 
@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         status: int = arguments.run(arguments)
         print(end="", flush=True)
         return status
-    except BrokenPipeError:  # the reader closed the pipe, so stdout is redirected before Python flushes it at exit
+    except BrokenPipeError:
+        # The reader closed the pipe. Redirect stdout, so that the flush at exit does not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

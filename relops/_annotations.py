@@ -1,7 +1,7 @@
 """Type annotations of the region ops and of their modules.
 
 torch.jit.script compiles the functions that use these annotations and evaluates the annotations at run time. Therefore
-neither this file nor the files of those functions may import annotations from __future__.
+neither this file nor the files that define those functions may import annotations from __future__.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from torch import Tensor
 
-Boxes = Tensor | list[Tensor]  # [K,5] with rows (batch index, x1, y1, x2, y2), or one [Ki,4] for each image
+Boxes = Tensor | list[Tensor]  # [K,5] with rows (batch index, x1, y1, x2, y2), or one tensor [Ki,4] for each image
 
 if TYPE_CHECKING:
     T = TypeVar("T")
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 else:
 
     class BroadcastingList2:
-        """An annotation for a pair of values: `BroadcastingList2[int]` is one int for both, or a sequence of two.
+        """An annotation for a pair of values: `BroadcastingList2[int]` is one int for both, or two ints.
 
-        torch.jit.script recognizes this annotation by its name. The class of the same name in torch.jit.annotations is
-        not used, because it evaluates to None, so signatures would show None.
+        torch.jit.script recognizes this annotation by its name. torch.jit.annotations has a class of the same name, but
+        its annotations evaluate to None, and signatures would then show None.
         """
 
         def __class_getitem__(cls, item: type) -> UnionType:

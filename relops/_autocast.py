@@ -26,7 +26,7 @@ def coordinates_under_autocast(features: Tensor, *coordinates: Tensor | None) ->
 
 
 def coordinates_under_autocast(features: Tensor, *coordinates: Tensor | None) -> list[Any]:
-    """Under autocast, convert coordinates to a dtype that the op accepts with these features, without rounding them."""
+    """Under autocast, convert coordinates whose dtype the op would reject to the compute dtype of the features."""
     if not (isinstance(features, Tensor) and is_autocasting(features)):
         return list(coordinates)
     wide = compute_dtype(features.dtype)
@@ -37,7 +37,7 @@ def coordinates_under_autocast(features: Tensor, *coordinates: Tensor | None) ->
 
 
 def promote_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, convert all features to their promoted dtype."""
+    """Under autocast, convert all features to one dtype, the result of torch.promote_types."""
     if not all(isinstance(x, Tensor) and x.dtype in FEATURE_DTYPES for x in features):
         return features
     if not is_autocasting(features[0]):

@@ -25,7 +25,7 @@ def is_real(x: object) -> TypeGuard[float]:
 
 
 def check_number(op: str, name: str, number: object, rule: str, low: float, high: float) -> None:
-    """Check that a number is in [low,high]. NaN is rejected. `rule` describes valid numbers in the message."""
+    """Check that a number is in [low,high]. NaN is rejected. The message contains `rule`."""
     if not is_real(number) or not low <= number <= high:
         raise (ValueError if is_real(number) else TypeError)(f"relops.{op}: {name} must be {rule}, got {number!r}")
 
@@ -77,7 +77,7 @@ def check_features_like(op: str, name: str, tensor: Tensor, letters: str, featur
 
 
 def check_coordinates(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:
-    """Check that coordinates are on the device of the features, in the dtype of the features or its compute dtype."""
+    """Check that coordinates have the device of the features, and the dtype or compute dtype of the features."""
     check_tensor(op, name, tensor)
     allowed = {features.dtype, compute_dtype(features.dtype)}
     if tensor.dtype not in allowed:
@@ -96,7 +96,7 @@ def check_device(op: str, name: str, tensor: Tensor, features_name: str, feature
 
 
 def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int | tuple[int, ...]) -> None:
-    """Check a shape. `expected` has one size, or a tuple of the allowed sizes, for each dimension of `letters`."""
+    """Check a shape. For each dimension in `letters`, `expected` has the size, or a tuple of the allowed sizes."""
     ok = tensor.dim() == len(expected) and all(
         size in sizes if isinstance(sizes, tuple) else size == sizes for size, sizes in zip(tensor.shape, expected)
     )
@@ -106,7 +106,7 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, *expected: int
 
 
 def check_mask(op: str, name: str, mask: Tensor, letters: str, *shape: int, meaning: str = "") -> None:
-    """Check the dtype and the shape of a mask. `meaning` is added to the message and explains True."""
+    """Check the dtype and the shape of a mask. The message contains `meaning`, which explains the value True."""
     check_tensor(op, name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"relops.{op}: {name} must be bool{meaning}, got {mask.dtype}")

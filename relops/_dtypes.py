@@ -11,7 +11,7 @@ FEATURE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which ops compute the sums, scores and coordinates of tensors of `dtype`.
+    """Return the dtype in which ops compute sums, scores and coordinates if their tensors have `dtype`.
 
     This is float64 for float64 and 64-bit integers, and float32 for all other dtypes. No op computes in 16 bits.
     """
@@ -20,11 +20,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def common_compute_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """Return the compute dtype of both tensors together: float64 if it is the compute dtype of one of them."""
+    """Return float64 if it is the compute dtype of at least one of the tensors, and float32 otherwise."""
     dtype = compute_dtype(a.dtype)
     return dtype if dtype == torch.float64 or a.dtype == b.dtype else compute_dtype(b.dtype)
 
 
 def to_compute_dtype(tensor: Tensor) -> Tensor:
-    """Convert the tensor to the dtype in which ops compute with it."""
+    """Convert the tensor to its compute dtype."""
     return tensor.to(compute_dtype(tensor.dtype))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-# The oldest torch whose stable ABI has all functions that the sources call. A build runs on this torch and on every
-# later one. setup.py reads this number.
+# The oldest version of torch whose stable ABI has all functions that the sources call. A build runs on this version and
+# on every later one. setup.py reads this number.
 MINIMUM_TORCH = (2, 10)
 
 # The reason why relops._cuda is not loaded, or None if it is loaded.
@@ -16,14 +16,14 @@ cuda_missing: str | None = "not loaded yet"
 
 
 def load() -> None:
-    """Register the schemas and CPU kernels, and the CUDA kernels if this torch has CUDA.
+    """Load the schemas and CPU kernels of the ops, and their CUDA kernels if this torch has CUDA.
 
-    A build without relops._cuda is not an error. Its ops work on the CPU, and raise an error that names the missing
-    library if they get a CUDA tensor.
+    It is not an error if relops was built without relops._cuda. The ops then work on the CPU. If they get a CUDA
+    tensor, they raise an error that names the missing library.
 
     Raises:
         ImportError: If torch is too old, if relops._C is missing or does not load, or if torch has CUDA and
-            relops._cuda exists but does not load. The message says what to do.
+            relops._cuda exists but does not load. The message says how to fix this.
     """
     global cuda_missing
     found = tuple(int("".join(filter(str.isdigit, part))) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -36,12 +36,12 @@ def load() -> None:
         if any(Path(__file__).parent.glob("_C.*so")):
             raise ImportError(
                 f"relops._C does not load on torch {torch.__version__}: {error}\n"
-                "It was built for another Python or is incomplete. Build it again: "
+                "It was built for another version of Python or is incomplete. Build it again: "
                 "pip install --force-reinstall --no-deps --no-build-isolation <the relops source>"
             ) from error
         raise ImportError(
             "relops._C is not built. In the source tree, run `make build`, or `pip install --no-build-isolation .`. "
-            "If relops is installed, do not run Python in its source folder."
+            "If relops is already installed, run Python outside of the source folder."
         ) from error
 
     library = cuda_library()
@@ -62,7 +62,7 @@ def load() -> None:
 
 
 def cuda_library() -> Path | None:
-    """Return the file of relops._cuda, or None if it was not built."""
+    """Return the path of the relops._cuda library, or None if the library was not built."""
     return next(iter(sorted(Path(__file__).parent.glob("_cuda.*so"))), None)
 
 
@@ -74,7 +74,7 @@ def build_info() -> dict[str, str]:
 
 
 def op_kernels() -> dict[str, list[str]]:
-    """Map the name of every op, public or backward, to the devices for which the dispatcher has a kernel."""
+    """Map the name of every op, including the backward ops, to the devices for which the dispatcher has a kernel."""
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("relops::"))
     return {
         name.removeprefix("relops::"): [
@@ -85,6 +85,6 @@ def op_kernels() -> dict[str, list[str]]:
 
 
 def check_device_has_kernels(op: str, device: torch.device) -> None:
-    """Raise a clearer error than the dispatcher would if the device is CUDA and the CUDA kernels are not loaded."""
+    """If the device is CUDA and the CUDA kernels are not loaded, raise a clearer error than the dispatcher would."""
     if device.type == "cuda" and cuda_missing is not None:
         raise RuntimeError(f"relops.{op}: got CUDA tensors, but relops._cuda is {cuda_missing}")

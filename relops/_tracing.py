@@ -1,4 +1,4 @@
-"""Helpers for code that also runs while torch.compile, torch.export or fake tensors trace a graph."""
+"""Helpers for code that also runs with fake tensors, or while torch.compile or torch.export traces a graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def has_values(*tensors: Tensor | None) -> bool:
-    """Return whether code may read the values of tensors.
+    """Return whether the caller may read the values of the tensors.
 
     Fake tensors have no values, and a traced graph must not depend on values.
     """
@@ -23,7 +23,7 @@ def has_values(*tensors: Tensor | None) -> bool:
 
 
 def int_tensor(ints: Sequence[int]) -> Tensor:
-    """Return an int64 tensor on the CPU. While a graph is traced, symbolic ints stay symbolic."""
+    """Return the ints as an int64 tensor on the CPU. Symbolic ints of a traced graph stay symbolic."""
     if torch.SymInt in map(type, ints):
         return torch.stack([torch.scalar_tensor(x, dtype=torch.int64, device="cpu") for x in ints])
     return torch.tensor(ints, dtype=torch.int64, device="cpu")

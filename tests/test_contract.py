@@ -170,7 +170,7 @@ def test_double_backward_raises(op: Op, sample: Sample, device: str) -> None:
     for name in op.differentiable:
         x = inputs[name].clone().requires_grad_()
         (grad,) = torch.autograd.grad(op.function(**inputs | {name: x}).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=rf"relops\.{op.name}: its backward is not differentiable"):
+        with pytest.raises(RuntimeError, match=rf"relops\.{op.name}: its backward pass is not differentiable"):
             grad.sum().backward()
 
 

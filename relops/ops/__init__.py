@@ -1,6 +1,7 @@
-"""The public ops. The file of an op holds its checks, fake kernels, autograd, autocast and vmap.
+"""The public ops. The file of an op contains its checks, fake kernels, autograd, autocast and vmap.
 
-The attribute `relops.ops.<op>` is the function. The module of the same name can only be reached by an import statement.
+The attribute `relops.ops.<op>` is the function, not the module of the same name. Import other names of the module with
+`from relops.ops.<op> import <name>`.
 """
 
 from relops.ops.batched_nms import batched_nms

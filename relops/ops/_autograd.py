@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 class _Library(torch.library.Library):
-    """A library whose autograd kernels reject tangents, which torch itself would drop without an error."""
+    """A library whose autograd kernels raise an error for tangents. Plain torch would silently drop them."""
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         op = op_name.removeprefix("_").removesuffix("_backward")
@@ -28,7 +28,7 @@ _library = _Library("relops", "IMPL")
 
 
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-    """Register a backward formula like torch.library.register_autograd, and make forward-mode AD raise an error."""
+    """Register a backward formula as torch.library.register_autograd does, and make forward-mode AD raise an error."""
     torch.library.register_autograd(f"relops::{op}", backward, setup_context=setup_context, lib=_library)
 
 
@@ -39,7 +39,7 @@ def register_differentiable(
     setup_context: Callable[..., Any],
     backward: Callable[..., Any],
 ) -> None:
-    """Register the backward formula of `op`, which calls `_<op>_backward`, and the fake kernels of both ops."""
+    """Register the fake kernels of `op` and `_<op>_backward`, and a backward formula of `op` that calls the latter."""
     torch.library.register_fake(f"relops::{op}", fake)
     torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
     register_autograd(op, backward, setup_context=setup_context)
@@ -47,21 +47,21 @@ def register_differentiable(
 
 
 def fresh_gradients(tensors: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor, ...]:
-    """Allocate a gradient for each tensor, which is empty if it is not needed."""
+    """Allocate a gradient for each tensor. Gradients that are not needed are empty."""
     return tuple(tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs_grad))
 
 
 def only_needed(grads: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor | None, ...]:
-    """Replace the gradients that are not needed, which a backward op returns as empty tensors, with None."""
+    """Replace gradients that are not needed with None. A backward op returns them as empty tensors."""
     return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad))
 
 
 def register_no_double_backward(op: str) -> None:
-    """Make second derivatives of the op raise an error. Without an error, they would be silently wrong."""
+    """Make second derivatives of the op raise an error. Otherwise, they would be silently wrong."""
 
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
-            f"relops.{op}: its backward is not differentiable, so it has no second derivatives. Call backward "
+            f"relops.{op}: its backward pass is not differentiable, so it has no second derivatives. Call backward "
             "without create_graph=True."
         )
 
@@ -87,7 +87,7 @@ def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
-    """Yield all tensors in the arguments, and the tensors inside of the wrappers of torch.func transforms."""
+    """Yield all tensors in the arguments, and also the tensors that torch.func transforms have wrapped."""
     for x in args:
         if isinstance(x, (list, tuple)):
             yield from _tensors(x)

@@ -35,7 +35,7 @@ def check_box_pair(op: str, a: Tensor, b: Tensor) -> None:
 
 
 def to_common_compute_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert both tensors to the dtype in which the kernels compute."""
+    """Convert both tensors to the dtype in which the kernels compare them."""
     dtype = common_compute_dtype(a, b)
     return a.to(dtype), b.to(dtype)
 

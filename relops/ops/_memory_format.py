@@ -11,8 +11,8 @@ from torch import Tensor
 def is_channels_last(input: Tensor) -> bool:
     """Return whether the kernels read the map as channels_last.
 
-    The kernels then read the map without a copy, and the output and the gradient are channels_last, too. The kernels
-    apply the same rule as this function.
+    A channels_last map is read without a copy, and its output and gradient are also channels_last. The kernels apply
+    the same rule as this function.
     """
     return input.dim() == 4 and not input.is_contiguous() and input.size(1) > 1 and input.stride(1) == 1
 

@@ -1,4 +1,4 @@
-"""Code that the region ops have in common: checks, conversion of boxes, fake kernels, autograd and vmap.
+"""Code shared by the region ops: checks, conversion of boxes, fake kernels, autograd and vmap.
 
 torch.jit.script compiles the public functions and `as_rows` and evaluates their annotations at run time. Therefore
 neither this file nor the files of the ops may import annotations from __future__.
@@ -20,11 +20,11 @@ from relops.ops._autograd import only_needed, register_differentiable
 from relops.ops._memory_format import empty, is_channels_last
 from relops.ops._vmap import mapped_first
 
-MAX_SAMPLING_RATIO = 65536  # kMaxSamplingRatio in the kernels, where it bounds loops
+MAX_SAMPLING_RATIO = 65536  # equal to kMaxSamplingRatio, which bounds loops in the kernels
 
 
 class BoxesShapeError(ValueError, AssertionError):
-    """An error for boxes of a wrong shape, which is also an AssertionError, as in torchvision."""
+    """The error for boxes of a wrong shape. It is also an AssertionError, which torchvision raises."""
 
 
 # ---- Checks ----
@@ -38,7 +38,7 @@ def check_map(op: str, name: str, tensor: Tensor) -> None:
 
 
 def checked_boxes(op: str, boxes: object, features_name: str, features: Tensor) -> Boxes:
-    """Check boxes and return them for `as_rows`, under autocast in a dtype that the op accepts."""
+    """Check boxes and return them. Under autocast, convert them to a dtype that the op accepts."""
     if isinstance(boxes, Tensor):
         (boxes,) = coordinates_under_autocast(features, boxes)
         _check_columns(op, "boxes", boxes, "[K,5] with rows (batch index, x1, y1, x2, y2)", 5, features_name, features)
@@ -95,7 +95,7 @@ def check_sampling_ratio(op: str, sampling_ratio: object) -> None:
 
 
 def _is_int(x: object) -> TypeGuard[int]:
-    """Return whether x is an int. A bool is rejected, because it is probably `aligned` at the wrong position."""
+    """Return whether x is an int. A bool does not count, because it was probably meant for the argument `aligned`."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
@@ -115,7 +115,7 @@ def check_divisible(op: str, input: Tensor, output_size: Sequence[int]) -> None:
 def checked_region(
     op: str, input: Tensor, boxes: object, output_size: object, spatial_scale: object
 ) -> tuple[Boxes, list[int]]:
-    """Check the arguments of an op with one input, and return boxes and output_size as the op expects them."""
+    """Check the arguments that all ops with a single feature map have, and return boxes and output_size."""
     check_map(op, "input", input)
     boxes = checked_boxes(op, boxes, "input", input)
     check_positive(op, "spatial_scale", spatial_scale)
@@ -210,7 +210,7 @@ def _image_index(index: Tensor) -> Tensor:
 
 
 def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | None) -> Tensor:
-    """Return the boxes of all vmap entries as [B,K,5], with batch indices into the folded batch.
+    """Return the boxes of all vmap entries as [B,K,5], with batch indices that refer to the folded batch.
 
     N is the number of images of each entry, or None if all entries have the same images.
     """
@@ -219,6 +219,6 @@ def boxes_per_entry(boxes: Tensor, dim: int | None, batch_size: int, N: int | No
         return boxes
     index = _image_index(boxes[..., :1])
     offset = N * torch.arange(batch_size, dtype=boxes.dtype, device=boxes.device)[:, None, None]
-    # A batch index outside of [0,N) must stay invalid, and must not select an image of another entry.
+    # A batch index outside of [0,N) must stay invalid. It must not select an image of another entry.
     index = torch.where((index >= 0) & (index < N), index + offset, -1)
     return torch.cat([index, boxes[..., 1:]], -1)

@@ -48,7 +48,7 @@ def check_iou_threshold(op: str, iou_threshold: object) -> None:
 
 
 def unknown_count(boxes: Tensor) -> int | torch.SymInt:
-    """Return the number of kept boxes for fake kernels: a new symbolic size, or 0 if there are no boxes."""
+    """Return the output size for fake kernels: a new symbolic size, or 0 if there are no boxes."""
     K = boxes.size(0)
-    # Inductor cannot index a tensor without boxes by an unknown number of indices.
+    # Inductor cannot index an empty tensor with an unknown number of indices.
     return 0 if isinstance(K, int) and K == 0 else torch.library.get_ctx().new_dynamic_size()

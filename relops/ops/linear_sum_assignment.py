@@ -1,4 +1,4 @@
-"""Linear assignment problems by shortest augmenting paths (https://doi.org/10.1109/TAES.2016.140952)."""
+"""Linear assignment problems, solved with shortest augmenting paths (https://doi.org/10.1109/TAES.2016.140952)."""
 
 from __future__ import annotations
 
@@ -23,49 +23,51 @@ def linear_sum_assignment(
     num_cols: Tensor | Sequence[int] | int | None = None,
     maximize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Solve linear assignment problems, which match rows to columns with the minimum sum of costs.
+    """Solve linear assignment problems: match rows with columns so that the total cost is the minimum.
 
     Each row is matched with at most one column, and each column with at most one row. The number of matched pairs is
-    the maximum possible, and among all such matchings the sum of their costs is the minimum. The result is optimal,
-    like that of `scipy.optimize.linear_sum_assignment`. If a problem has several optimal matchings, the result may
-    differ from SciPy's, but it is the same on CPU and CUDA.
+    the maximum possible. Among all matchings with this number of pairs, the result has the minimum sum of costs. The
+    result is optimal, like that of `scipy.optimize.linear_sum_assignment`. If a problem has several optimal matchings,
+    the result may differ from SciPy's, but it is the same on CPU and CUDA.
 
     The algorithm finds shortest augmenting paths (Jonker and Volgenant 1987, https://doi.org/10.1007/BF02278710; Crouse
-    2016, https://doi.org/10.1109/TAES.2016.140952). It computes in float64 for every dtype of `cost`. On CUDA, it runs
-    on the device without a synchronization, with one block for each problem. On the CPU, problems run in parallel on
-    several threads.
+    2016, https://doi.org/10.1109/TAES.2016.140952). All computations use float64, whatever the dtype of `cost`. On
+    CUDA, each problem is solved by one block, and the call does not wait for the device. On the CPU, several threads
+    solve the problems of a batch in parallel.
 
     Args:
-        cost: A tensor [R,C] with the cost of each pair, or [B,R,C] for a batch of problems, of dtype float64, float32,
-            float16, bfloat16, or an integer dtype, which is converted to float64. Pairs whose cost is NaN, inf or -inf
-            are forbidden and never matched.
-        num_rows: The number of rows of each problem that are used, in [0,R]. The remaining rows are ignored, whatever
-            values they contain. For a batch, this is an int64 or int32 tensor [B] on the device of `cost`, or a list of
-            B ints. For a single problem, it is an int, or a tensor [] or [1]. If None, all rows are used.
-        num_cols: The number of columns of each problem that are used, in [0,C]. The remaining columns are ignored,
-            whatever values they contain. For a batch, this is an int64 or int32 tensor [B] on the device of `cost`, or
-            a list of B ints. For a single problem, it is an int, or a tensor [] or [1]. If None, all columns are used.
+        cost: A tensor [R,C] with the cost of each pair, or [B,R,C] for a batch of problems. The dtype is float64,
+            float32, float16, bfloat16 or an integer dtype. Integers are converted to float64. Pairs whose cost is NaN,
+            inf or -inf are forbidden and never matched.
+        num_rows: The number of rows that each problem uses, from 0 to R. All later rows are ignored, whatever values
+            they contain. For a batch, pass an int64 or int32 tensor [B] on the device of `cost`, or a list of B ints.
+            For a single problem, pass an int, or a tensor [] or [1]. If None, all rows are used.
+        num_cols: The number of columns that each problem uses, from 0 to C. All later columns are ignored, whatever
+            values they contain. For a batch, pass an int64 or int32 tensor [B] on the device of `cost`, or a list of B
+            ints. For a single problem, pass an int, or a tensor [] or [1]. If None, all columns are used.
         maximize: If True, the sum of the costs is maximized instead of minimized.
 
     Returns:
         A tuple ``(row_to_col, col_to_row)``.
 
-        - ``row_to_col``, an int64 tensor [R] or [B,R], has the column of each row, or -1 if the row is not matched.
-        - ``col_to_row``, an int64 tensor [C] or [B,C], has the row of each column, or -1 if the column is not matched.
+        - ``row_to_col``, an int64 tensor [R] or [B,R], has the column that is matched with each row, or -1 for an
+          unmatched row.
+        - ``col_to_row``, an int64 tensor [C] or [B,C], has the row that is matched with each column, or -1 for an
+          unmatched column.
 
     Gradients:
         The result consists of indices and has no gradient. `cost` may require gradients.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or a value of `num_rows` is outside of [0,R] or a
-            value of `num_cols` outside of [0,C]. On CUDA, checking the values of a tensor would require a
-            synchronization, so the result for such a problem is -1 everywhere instead.
+        ValueError: If an argument has the wrong shape or device, a value of `num_rows` is outside of [0,R], or a value
+            of `num_cols` is outside of [0,C]. The values of a CUDA tensor are not checked, because this would require a
+            synchronization. Instead, the result of a problem with an invalid value is -1 everywhere.
 
     Example:
         >>> import torch, relops
         >>> cost = torch.tensor([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0]])
-        >>> row_to_col, col_to_row = relops.linear_sum_assignment(cost)  # costs 1 + 2
+        >>> row_to_col, col_to_row = relops.linear_sum_assignment(cost)  # the total cost is 1 + 2
         >>> row_to_col.tolist(), col_to_row.tolist()
         ([1, 0], [1, 0, -1])
     """
@@ -84,13 +86,13 @@ def linear_sum_assignment(
 
 
 def _checked_sizes(name: str, sizes: object, cost: Tensor, letter: str, limit: int) -> Tensor | None:
-    """Check num_rows or num_cols and return them as int64 [B], where B is 1 for a single problem."""
+    """Check num_rows or num_cols, and return it as an int64 tensor [B]. B is 1 for a single problem."""
     if sizes is None:
         return None
     batched = cost.dim() == 3
     B = cost.size(0) if batched else 1
 
-    def shape_rule() -> str:  # only called for errors, because formatting a symbolic size specializes the graph to it
+    def shape_rule() -> str:  # only called for errors: formatting a symbolic size specializes the graph to that size
         return f"[B] = [{B}]" if batched else "[] or [1]"
 
     if isinstance(sizes, Tensor):
@@ -134,7 +136,7 @@ def _vmap(
     """Fold the vmapped dimension into B."""
     V = info.batch_size
     cost = mapped_first(cost, in_dims[0], V)
-    # torch omits trailing arguments that have their default values, and their dimensions.
+    # torch passes neither trailing arguments that have their default values nor their entries of in_dims.
     dims = (*in_dims[1:], None, None)
     sizes = [None if x is None else mapped_first(x, dim, V).flatten() for x, dim in zip((num_rows, num_cols), dims)]
     outputs = torch.ops.relops.linear_sum_assignment(cost.flatten(0, -3), *sizes, maximize)

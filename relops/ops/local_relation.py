@@ -1,4 +1,4 @@
-"""Local relation: aggregation over windows by similarity and position (https://arxiv.org/abs/1904.11491)."""
+"""Local relation: aggregation over windows, weighted by similarity and position (https://arxiv.org/abs/1904.11491)."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def local_relation(
 ) -> Tensor:
     """Aggregate values over k x k windows with weights that depend on similarity and relative position.
 
-    The output is a weighted mean over the taps t of a window::
+    Each output is a weighted mean over the positions of a window, which are called taps::
 
         weight[t] = softmax over t of (phi(query[n,g,ho,wo], key[n,g,y,x]) + prior[g,t])
         output[n,c,ho,wo] = sum over t of weight[t] * value[n,c,y,x]
 
-    Here (y, x) is the pixel of tap t, and g is the group of channel c. A query and a key are a single number per pixel
-    and group. Tap (i, j) of output (ho, wo) is the pixel
-    ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``. The window is centered, and an
-    even k has one more tap before the center than after it. With ``m = ceil(C / G)``, group g owns the channels from
-    ``g * m`` to ``min((g + 1) * m, C) - 1``, so C need not be a multiple of G. The definition is that of Local Relation
-    Networks (https://arxiv.org/abs/1904.11491). Neither the forward nor the backward pass stores windows or weights in
-    memory.
+    Tap t reads pixel (y, x), and g is the group of channel c. The query and the key have a single number for each pixel
+    and group. Tap (i, j) of output (ho, wo) reads the pixel
+    ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``. The window is centered. If k is
+    even, it has one more tap before the center than after it. C need not be a multiple of G: with ``m = ceil(C / G)``,
+    group g consists of the channels from ``g * m`` to ``min((g + 1) * m, C) - 1``. The definition follows Local
+    Relation Networks (https://arxiv.org/abs/1904.11491). Neither the forward nor the backward pass stores windows or
+    weights in memory.
 
     Args:
         query: A tensor [N,G,Ho,Wo] in the dtype of `value`, where ``Ho = ceil(H / stride)`` and
@@ -54,23 +54,24 @@ def local_relation(
         key: A tensor [N,G,H,W] in the dtype of `value`.
         value: A tensor [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last values are read without
             a copy.
-        prior: A tensor [G,k,k] in the dtype of `value`, or float32 if `value` has 16 bits. If None, the prior is zero.
+        prior: A tensor [G,k,k] in the dtype of `value`. If `value` has 16 bits, float32 is also allowed. If None, the
+            prior is zero.
         kernel_size: The window size k, from 1 to 63.
         stride: The distance in pixels between neighboring outputs, from 1 to 2^24.
         dilation: The distance in pixels between neighboring taps, from 1 to 2^24.
         similarity: The function phi(q, k). "squared_difference" is ``-(q - k)^2``, "absolute_difference" is
             ``-|q - k|``, and "product" is ``q * k``.
         border: The treatment of taps outside of the map. "mask" excludes them from the softmax, and "zero" gives them
-            key 0 and value 0.
+            the key 0 and the value 0.
 
     Returns:
-        A tensor [N,C,Ho,Wo] in the dtype of `value`, channels_last if `value` is. For 16-bit values, sums are computed
-        in float32.
+        A tensor [N,C,Ho,Wo] in the dtype of `value`, channels_last if `value` is. If `value` has 16 bits, sums are
+        computed in float32.
 
     Gradients:
         Gradients flow to `query`, `key`, `value` and `prior`. Only the gradients that are needed are computed. The
-        derivative of ``|q - k|`` at 0 is 0. Second derivatives and forward-mode AD raise a RuntimeError. The backward
-        pass is bit-identical from run to run.
+        derivative of ``|q - k|`` at 0 is 0. Second derivatives and forward-mode AD raise a RuntimeError. The gradients
+        are bit-identical from run to run.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.

@@ -33,26 +33,27 @@ def ms_deform_attn(
         location = sampling_locations[n,q,m,l,p]
         output[n,q,m] = sum over l, p of attention_weights[n,q,m,l,p] * sample(level l of value[n,:,m], location)
 
-    Samples are those of ``torch.nn.functional.grid_sample`` with ``align_corners=False`` and ``padding_mode="zeros"``:
-    the pixel coordinate is ``location * size - 0.5``, and pixels outside of the level are zero. The definition is that
-    of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
+    Samples are computed as in ``torch.nn.functional.grid_sample`` with ``align_corners=False`` and
+    ``padding_mode="zeros"``: the pixel coordinate is ``location * size - 0.5``, and pixels outside of the level are
+    zero. The definition follows Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
 
     Args:
         value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
-            The levels are concatenated along S, each in row-major order.
+            The levels are concatenated along this dimension, each in row-major order.
         spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
-            tensor is faster than a CUDA tensor, because the kernel does not have to read it from memory, and the host
-            can check it.
-        level_start_index: An int64 tensor [L] with the index in S at which each level begins. If None, each level
-            begins where the previous one ends.
+            tensor is faster than a CUDA tensor, because the kernel does not have to read the sizes from memory. The
+            host can then also check them.
+        level_start_index: An int64 tensor [L] with the index along dimension S at which each level begins. If None,
+            each level begins where the previous one ends.
         sampling_locations: A tensor [N,Q,M,L,P,2] with coordinates (x,y) normalized to [0,1] over the level, in the
-            dtype of `value`, or float32 if `value` has 16 bits. float32 is recommended, because bfloat16 locations near
-            pixel 200 have a resolution of only one pixel. Locations are processed in at least float32 precision. A
-            non-finite location contributes zero to the output and gets a gradient of zero.
-        attention_weights: A tensor [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has 16 bits.
+            dtype of `value`. If `value` has 16 bits, float32 is also allowed and is recommended, because bfloat16
+            locations near pixel 200 have a resolution of only one pixel. Locations are processed in at least float32
+            precision. A non-finite location contributes zero to the output and gets a gradient of zero.
+        attention_weights: A tensor [N,Q,M,L,P] in the dtype of `value`. If `value` has 16 bits, float32 is also
+            allowed.
 
     Returns:
-        A tensor [N,Q,M*D] in the dtype of `value`. For 16-bit values, sums are computed in float32.
+        A tensor [N,Q,M*D] in the dtype of `value`. If `value` has 16 bits, sums are computed in float32.
 
     Gradients:
         Gradients flow to `value`, `sampling_locations` and `attention_weights`. Only the gradients that are needed are
@@ -61,8 +62,9 @@ def ms_deform_attn(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or the levels do not add up to S. If `spatial_shapes`
-            is a CUDA tensor, checking the levels would require a synchronization, so the output is NaN instead.
+        ValueError: If an argument has the wrong shape or device, or the sizes of the levels do not add up to S. If
+            `spatial_shapes` is a CUDA tensor, this check would require a synchronization, so invalid sizes make the
+            output NaN instead.
 
     Example:
         >>> import torch, relops
@@ -98,10 +100,10 @@ def ms_deform_attn_fused(
     attention_logits: Tensor,
     value_mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute multi-scale deformable attention with the softmax, sampling locations and padding mask in the kernel.
+    """Compute multi-scale deformable attention, including its softmax, sampling locations and padding mask.
 
-    The result is that of the following steps, but neither the forward nor the backward pass stores their intermediate
-    results in memory::
+    The result is the same as that of the following steps, but neither the forward nor the backward pass stores
+    intermediate results in memory::
 
         value = value with the rows of value_mask set to zero
         locations = reference + offset / (W,H)                              # for reference points
@@ -109,29 +111,31 @@ def ms_deform_attn_fused(
         weights = softmax of attention_logits over L * P
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
 
-    For each query and head, `relops.ms_deform_attn` sums the bilinear samples of all levels at these locations,
-    multiplied by the weights. Samples are those of ``torch.nn.functional.grid_sample`` with ``align_corners=False`` and
+    For each query and head, the last step sums the bilinear samples of all levels at these locations, multiplied by the
+    weights. Samples are computed as in ``torch.nn.functional.grid_sample`` with ``align_corners=False`` and
     ``padding_mode="zeros"``: the pixel coordinate is ``location * size - 0.5``, and pixels outside of the level are
-    zero. The definition is that of Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
+    zero. The definition follows Deformable DETR (https://arxiv.org/abs/2010.04159, eq. 3).
 
     Args:
         value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
-            The levels are concatenated along S, each in row-major order.
+            The levels are concatenated along this dimension, each in row-major order.
         spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
-            tensor is faster than a CUDA tensor, because the kernel does not have to read it from memory, and the host
-            can check it.
-        level_start_index: An int64 tensor [L] with the index in S at which each level begins. If None, each level
-            begins where the previous one ends.
+            tensor is faster than a CUDA tensor, because the kernel does not have to read the sizes from memory. The
+            host can then also check them.
+        level_start_index: An int64 tensor [L] with the index along dimension S at which each level begins. If None,
+            each level begins where the previous one ends.
         reference_points: A tensor [N,Q,L,2] with points (x,y), or [N,Q,L,4] with boxes (center x, center y, width,
-            height), normalized to [0,1] over the level. The dtype is that of `value`, or float32 if `value` has 16
-            bits.
-        sampling_offsets: A tensor [N,Q,M,L,P,2] in the dtype of `value`, or float32 if `value` has 16 bits. The unit is
-            pixels of the level for points, and half of the box size divided by P for boxes.
-        attention_logits: A tensor [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has 16 bits.
-        value_mask: A bool tensor [N,S] that is True for padding, which counts as zero. If None, there is no padding.
+            height), normalized to [0,1] over the level. The dtype is that of `value`. If `value` has 16 bits, float32
+            is also allowed.
+        sampling_offsets: A tensor [N,Q,M,L,P,2] in the dtype of `value`. If `value` has 16 bits, float32 is also
+            allowed. If the references are points, the unit is one pixel of the level. If they are boxes, the unit is
+            half of the box size divided by P.
+        attention_logits: A tensor [N,Q,M,L,P] in the dtype of `value`. If `value` has 16 bits, float32 is also allowed.
+        value_mask: A bool tensor [N,S] that is True for padding. Padding is treated as zero. If None, there is no
+            padding.
 
     Returns:
-        A tensor [N,Q,M*D] in the dtype of `value`. For 16-bit values, sums are computed in float32.
+        A tensor [N,Q,M*D] in the dtype of `value`. If `value` has 16 bits, sums are computed in float32.
 
     Gradients:
         Gradients flow to `value`, `reference_points`, `sampling_offsets` and `attention_logits`. Only the gradients
@@ -141,8 +145,9 @@ def ms_deform_attn_fused(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or the levels do not add up to S. If `spatial_shapes`
-            is a CUDA tensor, checking the levels would require a synchronization, so the output is NaN instead.
+        ValueError: If an argument has the wrong shape or device, or the sizes of the levels do not add up to S. If
+            `spatial_shapes` is a CUDA tensor, this check would require a synchronization, so invalid sizes make the
+            output NaN instead.
 
     Example:
         >>> import torch, relops
@@ -233,7 +238,7 @@ def _check_sampling(
         check_shape(op, name, tensor, letters, *shape)
         if tensor.device.type != "cpu":
             check_device(op, name, tensor, "value", value)
-    # The kernel repeats this check for calls of torch.ops.
+    # The kernel repeats this check, because torch.ops can be called directly.
     if spatial_shapes.device.type == "cpu" and has_values(spatial_shapes, level_start_index):
         _check_levels(op, S, spatial_shapes, level_start_index)
     check_device_has_kernels(op, value.device)
@@ -294,7 +299,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_context_fused(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    # The dispatcher omits value_mask if it has its default value, None.
+    # The dispatcher omits value_mask if it is None, its default value.
     ctx.save_for_backward(*inputs, *[None] * (7 - len(inputs)))
 
 
@@ -303,7 +308,7 @@ def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gradients(ctx: Any, backward_op: Callable[..., Any], grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Return a gradient for each input, which is None for the shapes and starts of levels and for the mask."""
+    """Return the gradients of all inputs. Those of the level shapes, the level starts and the mask are None."""
     needs_value, _, _, *needs_others = ctx.needs_input_grad[:6]
     needs_grad = [needs_value, *needs_others]
     grads = backward_op(grad_output, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled(), needs_grad)

@@ -37,54 +37,55 @@ def multi_scale_roi_align(
     canonical_box_size: float = 224.0,
     canonical_level: int = 4,
 ) -> Tensor:
-    """Compute RoIAlign of each box on the level of a feature pyramid that fits its size, in a single launch.
+    """Compute RoIAlign for each box on the pyramid level that fits the size of the box, in a single launch.
 
     Level l of the pyramid has a spatial scale of 2^-l. A box is assigned to level
     ``floor(canonical_level + log2(sqrt(area) / canonical_box_size) + 1e-6)``, or to the nearest level in `inputs` if
-    that level is missing. The box is then multiplied by the scale of its level and divided into PH x PW equal bins. The
-    value of a bin is the mean of the bilinear samples at the centers of the n x n cells of a grid. A sample more than
-    one pixel outside of the level is zero, and a sample at most one pixel outside takes the value at the border. The
-    definition is that of Feature Pyramid Networks (https://arxiv.org/abs/1612.03144, eq. 1), and the values agree with
+    that level is missing. The coordinates of the box are then multiplied by the scale of its level, and the box is
+    divided into PH x PW equal bins. Each bin is divided into a grid of n x n cells, where `sampling_ratio` determines
+    n. The value of a bin is the mean of the bilinear samples at the centers of its cells. A sample more than one pixel
+    outside of the level is zero. A sample at most one pixel outside has the value at the border. The definition follows
+    Feature Pyramid Networks (https://arxiv.org/abs/1612.03144, eq. 1), and the values agree with
     `torchvision.ops.MultiScaleRoIAlign`.
 
     Args:
-        inputs: A list of L feature maps [N,C,Hl,Wl], finest level first, with the same N, C and dtype, which is
-            float64, float32, float16 or bfloat16. If at least one level is channels_last, all levels are read as
-            channels_last, and levels that already have this format are not copied. CUDA supports at most 16 levels.
+        inputs: A list of L feature maps [N,C,Hl,Wl], finest level first. All levels have the same N, C and dtype. The
+            dtype is float64, float32, float16 or bfloat16. If at least one level is channels_last, all levels are read
+            as channels_last, and only levels in another format are copied. CUDA supports at most 16 levels.
         boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
-            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `inputs`, or float32 if `inputs`
-            have 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
-            pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an integer is
-            rounded to that integer, and any other batch index is truncated toward zero.
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `inputs`. If `inputs` have 16
+            bits, float32 is also allowed and is recommended, because bfloat16 coordinates near 200 have a resolution of
+            only one pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an
+            integer is rounded to that integer, and any other batch index is truncated toward zero.
         output_size: The number of bins (PH,PW), or one int for both.
-        spatial_scales: A list of L numbers, the number of level pixels per image pixel for each level. They must be
-            powers of 1/2, each half of the previous one.
+        spatial_scales: A list with the number of level pixels per image pixel, for each of the L levels. The scales
+            must be powers of 1/2, and each must be half of the previous one.
         sampling_ratio: The number n of samples along each axis of a bin, at most 65536. If it is not positive, the
             number of samples along an axis is the size of the bin in pixels of the level, rounded up.
         aligned: If True, boxes are shifted by half a pixel, so that the center of pixel 0 has the coordinate 0.5, and
             boxes smaller than one pixel keep their size. If False, the center of pixel 0 has the coordinate 0, and
-            boxes are widened to at least one pixel of the level.
-        canonical_box_size: The side, in image pixels, of a square box that is assigned to `canonical_level`.
-        canonical_level: The level to which a square box with the side `canonical_box_size` is assigned. Level 4 has the
-            spatial scale 1/16.
+            boxes are enlarged to a width and height of at least one pixel of the level.
+        canonical_box_size: The side length, in image pixels, of a square box that is assigned to `canonical_level`.
+        canonical_level: The level to which a square box with the side length `canonical_box_size` is assigned. Level 4
+            has the spatial scale 1/16.
 
     Returns:
-        A tensor [K,C,PH,PW] in the dtype of `inputs`, channels_last if at least one level is. For 16-bit inputs, sums
-        are computed in float32. The output of a box with a non-finite coordinate is zero.
+        A tensor [K,C,PH,PW] in the dtype of `inputs`, channels_last if at least one level is. If `inputs` have 16 bits,
+        sums are computed in float32. The output of a box with a non-finite coordinate is zero.
 
     Gradients:
-        Gradients flow to `inputs`, and to `boxes` if they require them. Only the gradients that are needed are
-        computed. The gradient of a batch index is zero, and so is the gradient of a box with a non-finite coordinate.
-        The choice of the level is not differentiated. Second derivatives and forward-mode AD raise a RuntimeError. The
-        backward pass is bit-identical from run to run.
+        Gradients flow to `inputs` and `boxes`. Only the gradients that are needed are computed. The gradients of batch
+        indices and of boxes with a non-finite coordinate are zero. The assignment of boxes to levels is not
+        differentiated. Second derivatives and forward-mode AD raise a RuntimeError. The gradients are bit-identical
+        from run to run.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype, or the levels differ in dtype.
         ValueError: If an argument has the wrong shape or device, `inputs` is empty, the levels differ in N, C or
             device, a number is out of its range, or `spatial_scales` are not powers of 1/2, each half of the previous
-            one. The error for boxes of a wrong shape is also an AssertionError, as in torchvision.
+            one. If `boxes` has the wrong shape, the error is also an AssertionError, as in torchvision.
         IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
-            require a synchronization, so the output of the box is NaN instead.
+            require a synchronization, so the output of a box with such an index is NaN instead.
 
     Example:
         >>> import torch, relops
@@ -120,7 +121,7 @@ def _checked_levels(inputs: object) -> list[Tensor]:
     if not isinstance(inputs, (list, tuple)):
         raise TypeError(f"relops.{OP}: inputs must be a list of Tensors [N,C,Hl,Wl], got {type(inputs).__name__}")
     if not inputs:
-        raise ValueError(f"relops.{OP}: inputs must hold at least one level, got none")
+        raise ValueError(f"relops.{OP}: inputs must contain at least one level, got none")
     first = inputs[0]
     for i, level in enumerate(inputs):
         name = f"inputs[{i}]"
@@ -132,7 +133,7 @@ def _checked_levels(inputs: object) -> list[Tensor]:
                 f"inputs[0], got shape {list(level.shape)}"
             )
     if is_autocasting(first):
-        # Under autocast, the layers that computed the levels may return different dtypes.
+        # Under autocast, the layers that compute the levels may return different dtypes.
         dtype = first.dtype
         for level in inputs:
             dtype = torch.promote_types(dtype, level.dtype)
@@ -152,7 +153,7 @@ def _check_scales(spatial_scales: object, levels: int) -> None:
         check_positive(OP, f"spatial_scales[{i}]", scale)
     if len(spatial_scales) != levels:
         raise ValueError(
-            f"relops.{OP}: spatial_scales must hold a number for each of the {levels} levels of inputs, got "
+            f"relops.{OP}: spatial_scales must contain one number for each of the {levels} levels of inputs, got "
             f"{len(spatial_scales)}"
         )
     halving = all(scale == spatial_scales[0] / 2**i for i, scale in enumerate(spatial_scales))
@@ -172,7 +173,7 @@ def _fake_forward(inputs: list[Tensor], boxes: Tensor, output_size: Sequence[int
 
 
 def _level_shapes(input_shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the shapes of the levels from [N,C,H0,W0,H1,W1,..]."""
+    """Return the shape of each level, given [N,C,H0,W0,H1,W1,..]."""
     N, C, *sizes = input_shape
     return [(N, C, H, W) for H, W in zip(sizes[::2], sizes[1::2])]
 
@@ -192,7 +193,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     levels, boxes, _, *ctx.options = inputs
-    # Unlike in backward, needs_input_grad is flat here and has an element for each level.
+    # In setup_context, needs_input_grad is flat and has an element for each level. In backward, it is nested.
     needs_boxes = ctx.needs_input_grad[len(levels)]
     ctx.save_for_backward(boxes, *(levels if needs_boxes else []))
     ctx.input_shape = [*levels[0].shape[:2], *(size for level in levels for size in level.shape[2:])]
@@ -213,7 +214,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], inputs: list[Tensor], boxes: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    """Fold the vmapped dimension into K, and into N of all levels if at least one level is vmapped."""
+    """Fold the vmapped dimension into K, and also into N of all levels if at least one level is vmapped."""
     N = None
     if any(dim is not None for dim in in_dims[0]):
         inputs = [mapped_first(level, dim, info.batch_size) for level, dim in zip(inputs, in_dims[0])]

@@ -8,33 +8,34 @@ from relops.ops._suppression import check_boxes, check_iou_threshold, check_scor
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Keep each box unless it overlaps a kept box with a higher score by more than `iou_threshold`.
+    """Keep each box unless its IoU with a kept box of higher score exceeds `iou_threshold`.
 
-    Boxes are visited in the order of descending scores, and boxes with equal scores in the order of their indices. The
-    intersection over union (IoU) of two boxes is computed with the same float32 operations on both devices (float64 for
-    float64 boxes), and is 0 for two boxes without area. The definition is the greedy non-maximum suppression of R-CNN
-    (Girshick et al. 2014, https://arxiv.org/abs/1311.2524, section 2.2). The arguments and their order are those of
-    `torchvision.ops.nms`, with which the result agrees except in two cases:
+    Boxes are visited in descending order of score. Boxes with equal scores are visited in the order of their indices.
+    The intersection over union (IoU) of two boxes is 0 if neither box has an area. CPU and CUDA compute the IoU with
+    the same operations, in float64 if the boxes are float64 or 64-bit integers, and in float32 otherwise. The algorithm
+    is the greedy non-maximum suppression of R-CNN (Girshick et al. 2014, https://arxiv.org/abs/1311.2524, section 2.2).
+    The arguments are the same as those of `torchvision.ops.nms`, in the same order. The result agrees with
+    torchvision's except in two cases:
 
-    - The comparison with `iou_threshold` uses the dtype of the IoU, so a float32 IoU of 3/10 does not exceed a
-      threshold of 0.3. The CPU kernel of torchvision compares in float64, where the float32 number nearest to 3/10 is
-      larger than 0.3, and therefore suppresses such a box. The CUDA kernel of torchvision does not.
-    - torchvision does not specify the order of two boxes with equal scores.
+    - `iou_threshold` is rounded to the dtype of the IoU, so a float32 IoU of 3/10 does not exceed a threshold of 0.3.
+      torchvision's CPU kernel suppresses a box with this IoU, because it compares in float64, and the float32 number
+      nearest to 3/10 is larger than 0.3. torchvision's CUDA kernel keeps the box.
+    - If boxes have equal scores, torchvision does not specify their order.
 
     Args:
         boxes: A tensor [K,4] with rows (x1, y1, x2, y2) in any unit. The dtype is float64, float32, float16, bfloat16
-            or an integer dtype. 64-bit integers are converted to float64, and 16-bit floats and all other integers to
-            float32.
+            or an integer dtype. 64-bit integers are converted to float64. 16-bit floats and all other integers are
+            converted to float32.
         scores: A tensor [K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of `boxes`.
-            An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and it
-            suppresses no other box.
-        iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. A box is kept if its IoU
-            equals the threshold.
+            A box with a NaN score or a non-finite coordinate is ignored: it is not kept, and it suppresses no other
+            box.
+        iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. An IoU equal to the
+            threshold does not suppress a box.
 
     Returns:
-        An int64 tensor [kept] with the indices of the kept boxes in the order of descending scores. On CUDA, the call
-        waits for the device once, because the host must know the number of kept boxes. `relops.nms_padded` does not
-        wait.
+        An int64 tensor [kept] with the indices of the kept boxes, in descending order of score. On CUDA, the call waits
+        for the device once, because the size of the result depends on the number of kept boxes. `relops.nms_padded`
+        does not wait.
 
     Gradients:
         The result consists of indices and has no gradient.

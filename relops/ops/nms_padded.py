@@ -1,4 +1,4 @@
-"""Non-maximum suppression with an output of known size (https://arxiv.org/abs/1311.2524)."""
+"""Non-maximum suppression with an output of fixed size (https://arxiv.org/abs/1311.2524)."""
 
 import math
 from typing import Any
@@ -20,42 +20,42 @@ def nms_padded(
     idxs: Tensor | None = None,
     score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Apply non-maximum suppression to one image or a batch, and return exactly `max_output` indices per image.
+    """Apply non-maximum suppression to an image or a batch, and return exactly `max_output` indices per image.
 
-    In each image, each box is kept unless it overlaps a kept box of the same class with a higher score by more than
-    `iou_threshold`. The indices of the kept boxes are truncated or padded to `max_output`. For each image, the result
-    is that of `relops.nms`, or of `relops.batched_nms` if `idxs` are given, for the entries with a score above
-    `score_threshold`. The shapes of the output do not depend on values, so the op never waits for a CUDA device, and it
-    works in CUDA graphs and with `torch.vmap`.
+    Within an image, each box is kept unless its intersection over union (IoU) with a kept box of the same class and of
+    higher score exceeds `iou_threshold`. The list of kept indices is truncated or padded to `max_output` entries. For
+    each image, the result is the same as that of `relops.nms` (or `relops.batched_nms` if `idxs` is given) for the
+    boxes whose score is above `score_threshold`. The shapes of the outputs do not depend on the values of the inputs.
+    Therefore, the op never waits for a CUDA device, and it works in CUDA graphs and with `torch.vmap`.
 
-    The definition is the greedy non-maximum suppression of R-CNN (Girshick et al. 2014,
-    https://arxiv.org/abs/1311.2524, section 2.2). The comparison with `iou_threshold` uses the dtype of the IoU, so a
-    float32 IoU of 3/10 does not exceed a threshold of 0.3. The CPU kernel of torchvision compares in float64, where the
-    float32 number nearest to 3/10 is larger than 0.3, and therefore suppresses such a box. The CUDA kernel of
-    torchvision does not.
+    The algorithm is the greedy non-maximum suppression of R-CNN (Girshick et al. 2014, https://arxiv.org/abs/1311.2524,
+    section 2.2). `iou_threshold` is rounded to the dtype of the IoU, so a float32 IoU of 3/10 does not exceed a
+    threshold of 0.3. torchvision's CPU kernel suppresses a box with this IoU, because it compares in float64, and the
+    float32 number nearest to 3/10 is larger than 0.3. torchvision's CUDA kernel keeps the box.
 
     Args:
         boxes: A tensor [K,4], or [B,K,4] for a batch, with rows (x1, y1, x2, y2) in any unit. The dtype is float64,
-            float32, float16, bfloat16 or an integer dtype. 64-bit integers are converted to float64, and 16-bit floats
-            and all other integers to float32. Images with fewer than K boxes can be padded with boxes whose score is
-            NaN.
+            float32, float16, bfloat16 or an integer dtype. 64-bit integers are converted to float64. 16-bit floats and
+            all other integers are converted to float32. Images with fewer than K boxes can be padded with boxes whose
+            score is NaN.
         scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of
-            `boxes`. An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and
-            it suppresses no other box.
-        iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. A box is kept if its IoU
-            equals the threshold.
-        max_output: The number of indices that are returned for each image, at least 0. It may be larger than K.
-        idxs: A tensor [K] or [B,K] with the class of each box: any values of an integer dtype. If None, all boxes of an
-            image have the same class.
-        score_threshold: Entries whose score is not larger than this number are ignored. If None, there is no threshold.
-            The number is rounded to the dtype in which scores are compared, which is float64 for float64 scores and
-            float32 for all others.
+            `boxes`. A box with a NaN score or a non-finite coordinate is ignored: it is not kept, and it suppresses no
+            other box.
+        iou_threshold: A number in [0,1], rounded to the dtype in which the IoU is computed. An IoU equal to the
+            threshold does not suppress a box.
+        max_output: The number of indices to return for each image, at least 0. It may be larger than K.
+        idxs: A tensor [K] or [B,K] of any integer dtype with the class of each box. All values are allowed, including
+            negative ones. If None, all boxes of an image have the same class.
+        score_threshold: Boxes whose score is not larger than this number are ignored. If None, there is no threshold.
+            The number is rounded to the dtype in which it is compared with the scores: float64 for float64 scores, and
+            float32 for all other scores.
 
     Returns:
         A tuple ``(keep, count)``.
 
         - ``keep``, an int64 tensor [max_output] or [B,max_output], has the indices of the kept boxes within their
-          image, in the order of descending scores, followed by -1. Equal scores are in the order of their indices.
+          image, in descending order of score, followed by -1 as padding. Boxes with equal scores are in the order of
+          their indices.
         - ``count``, an int64 tensor [] or [B], is the number of indices in ``keep`` that are not padding.
 
     Gradients:

@@ -13,41 +13,41 @@ from relops.ops._regions import as_rows, check_divisible, checked_region, fake_f
 
 
 def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
-    """Compute the mean over the pixels of each bin of each box, with separate input channels for each bin.
+    """Compute the mean of the pixels in each bin of each box, with separate input channels for each bin.
 
     ``output[k,c,ph,pw]`` is the mean of input channel ``(c * PH + ph) * PW + pw`` over the pixels of bin (ph,pw) of box
     k. The corners of each box are multiplied by `spatial_scale` and rounded to whole pixels. The pixel at the corner
     (x1, y1) belongs to the box, and the pixel at the corner (x2, y2) does not. The box is divided into PH x PW bins,
-    whose edges are rounded outward to whole pixels. A bin without pixels is zero. The definition is that of R-FCN
-    (https://arxiv.org/abs/1605.06409). The values agree with `torchvision.ops.ps_roi_pool`, whose bins exclude the last
-    row and the last column of the map.
+    whose edges are rounded outward to whole pixels. The value of a bin without pixels is zero. The definition follows
+    R-FCN (https://arxiv.org/abs/1605.06409). The values agree with `torchvision.ops.ps_roi_pool`. As in torchvision,
+    bins exclude the last row and the last column of the map.
 
     Args:
         input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. C must be divisible by PH * PW.
             channels_last inputs are read without a copy.
         boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
-            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
-            has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
-            pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an integer is
-            rounded to that integer, and any other batch index is truncated toward zero.
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`. If `input` has 16 bits,
+            float32 is also allowed and is recommended, because bfloat16 coordinates near 200 have a resolution of only
+            one pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an integer
+            is rounded to that integer, and any other batch index is truncated toward zero.
         output_size: The number of bins (PH,PW), or one int for both.
         spatial_scale: The number of feature map pixels per image pixel.
 
     Returns:
-        A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. For 16-bit inputs, sums are
-        computed in float32. The output of a box with a non-finite coordinate is zero.
+        A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. If `input` has 16 bits, sums
+        are computed in float32. The output of a box with a non-finite coordinate is zero.
 
     Gradients:
-        Gradients flow to `input`. Rounding has no useful gradient, so none flows to `boxes`, and ``boxes.grad`` stays
-        None. Second derivatives and forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run
-        to run.
+        Gradients flow to `input`. No gradient flows to `boxes`, because their corners are rounded, and ``boxes.grad``
+        stays None. Second derivatives and forward-mode AD raise a RuntimeError. The gradients are bit-identical from
+        run to run.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or device, a number is out of its range, or C is not divisible by
-            PH * PW. The error for boxes of a wrong shape is also an AssertionError, as in torchvision.
+            PH * PW. If `boxes` has the wrong shape, the error is also an AssertionError, as in torchvision.
         IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
-            require a synchronization, so the output of the box is NaN instead.
+            require a synchronization, so the output of a box with such an index is NaN instead.
 
     Example:
         >>> import torch, relops

@@ -1,4 +1,4 @@
-"""Sinusoidal embedding of ranks (https://arxiv.org/abs/1711.11575, section 4.3)."""
+"""Sinusoidal embeddings of ranks (https://arxiv.org/abs/1711.11575, section 4.3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from relops.ops._autograd import register_differentiable
 
 
 def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) -> Tensor:
-    """Compute sines and cosines of ranks, which encode the position of an entry in a ranking.
+    """Embed ranks, which are positions in a ranking, as sines and cosines of several wavelengths.
 
     For j from 0 to ``dim / 2 - 1``, the embedding of a rank is::
 
@@ -22,22 +22,22 @@ def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) ->
         output[.., j] = sin(angle[j])
         output[.., dim / 2 + j] = cos(angle[j])
 
-    The definition is that of Relation Networks for Object Detection (https://arxiv.org/abs/1711.11575, section 4.3) and
-    of Attention Is All You Need (https://arxiv.org/abs/1706.03762), except that all sines come first here.
+    The definition follows Relation Networks for Object Detection (https://arxiv.org/abs/1711.11575, section 4.3) and
+    Attention Is All You Need (https://arxiv.org/abs/1706.03762), except that all sines precede all cosines.
 
     Args:
-        ranks: A tensor of any shape and any integer dtype, or float64, float32, float16 or bfloat16. The first rank is
-            0. bfloat16 cannot represent odd numbers larger than 256.
+        ranks: A tensor of any shape. The dtype is an integer dtype, float64, float32, float16 or bfloat16. Ranks start
+            at 0. bfloat16 cannot represent odd numbers larger than 256.
         dim: The size of an embedding, an even number of at least 2.
         wavelength: A finite positive number. The slowest sine has a period of nearly ``2 * pi * wavelength`` ranks.
 
     Returns:
         A tensor [..,dim], in the dtype of `ranks` if it is a floating-point dtype, and in float32 otherwise. Angles are
-        computed in float64 for every dtype, so that the embeddings of large ranks are accurate. The embedding of a
-        non-finite rank is NaN.
+        always computed in float64, so that the embeddings of large ranks are accurate. The embedding of a non-finite
+        rank is NaN.
 
     Gradients:
-        Gradients flow to `ranks` if they are floating-point numbers. Second derivatives and forward-mode AD raise a
+        Gradients flow to `ranks` if it has a floating-point dtype. Second derivatives and forward-mode AD raise a
         RuntimeError.
 
     Raises:

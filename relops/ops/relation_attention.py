@@ -1,4 +1,4 @@
-"""Attention among boxes with weights from features and geometry (https://arxiv.org/abs/1711.11575)."""
+"""Attention among boxes, weighted by features and geometry (https://arxiv.org/abs/1711.11575)."""
 
 from __future__ import annotations
 
@@ -51,28 +51,29 @@ def relation_attention(
         logit[n,q,m,k] = log(max(b[n,q,m,k], 1e-6)) + scale * query[n,q,m] . key[n,k,m]
         output[n,q,m] = sum over k of (softmax over k of logit[n,q,m,k]) * value[n,k,m]
 
-    The embedding e(q, k) has 64 numbers. It consists of the 8 sines and then the 8 cosines of
-    ``coordinate * 100 / wavelength^(j / 8)``, j from 0 to 7, of each of these four coordinates in turn::
+    The embedding e(q, k) has 64 numbers, 16 for each of these four coordinates in turn: the sines and then the cosines
+    of ``coordinate * 100 / wavelength^(j / 8)`` for j from 0 to 7::
 
         log(max(|dx| / w, 1e-3)), log(max(|dy| / h, 1e-3)), log(wq / wk), log(hq / hk)
 
-    Here dx and dy are the differences between the centers of the two boxes. The width of a box is x2 - x1 + 1, and its
+    The differences between the centers of the two boxes are dx and dy. The width of a box is x2 - x1 + 1, and its
     height is y2 - y1 + 1. The query's box has width wq and height hq, and the key's box has width wk and height hk. The
-    argument `geometry` selects whether w and h are the size of the key's box or of the query's box. The definition is
-    that of Relation Networks for Object Detection (https://arxiv.org/abs/1711.11575, eq. 2 to 5). Neither the forward
-    nor the backward pass stores the embeddings of all pairs in memory.
+    divisors w and h are the width and height of either the key's box or the query's box, as selected by `geometry`. The
+    definition follows Relation Networks for Object Detection (https://arxiv.org/abs/1711.11575, eq. 2 to 5). Neither
+    the forward nor the backward pass stores the embeddings of all pairs in memory.
 
     Args:
         query: A tensor [N,Q,M,D] of dtype float64, float32, float16 or bfloat16.
         key: A tensor [N,K,M,D] in the dtype of `query`.
         value: A tensor [N,K,M,Dv] in the dtype of `query`.
-        query_boxes: A tensor [N,Q,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`, or float32 if
-            `query` has 16 bits. float32 is recommended, because bfloat16 coordinates can be wrong by several pixels.
-            Boxes are processed in at least float32 precision.
-        key_boxes: A tensor [N,K,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`, or float32 if `query`
-            has 16 bits.
-        geometry_weight: A tensor [M,64] in the dtype of `query`, or float32 if `query` has 16 bits.
-        geometry_bias: A tensor [M] in the dtype of `query`, or float32 if `query` has 16 bits. If None, the bias is 0.
+        query_boxes: A tensor [N,Q,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`. If `query` has 16
+            bits, float32 is also allowed and is recommended, because bfloat16 coordinates can be wrong by several
+            pixels. Boxes are processed in at least float32 precision.
+        key_boxes: A tensor [N,K,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`. If `query` has 16
+            bits, float32 is also allowed.
+        geometry_weight: A tensor [M,64] in the dtype of `query`. If `query` has 16 bits, float32 is also allowed.
+        geometry_bias: A tensor [M] in the dtype of `query`. If `query` has 16 bits, float32 is also allowed. If None,
+            the bias is 0.
         key_mask: A bool tensor [N,K] that is True for keys to ignore. Such a key has no influence on the output,
             whatever values its features and box have. If None, no key is ignored.
         geometry: "paper" divides dx and dy by the size of the key's box, as in eq. 5. "official" divides them by the
@@ -81,18 +82,18 @@ def relation_attention(
         scale: A finite number, or None for ``1 / sqrt(D)``.
 
     Returns:
-        A tensor [N,Q,M,Dv] in the dtype of `query`. For 16-bit features, sums are computed in float32. If K is 0 or all
-        keys of an image are masked, the outputs of the image are zero. The logarithms are undefined for a box with a
-        non-finite coordinate, or with a width or height that is not positive. Such a box in `query_boxes` makes the
+        A tensor [N,Q,M,Dv] in the dtype of `query`. If `query` has 16 bits, sums are computed in float32. If K is 0 or
+        all keys of an image are masked, all outputs of this image are zero. The logarithms are undefined for a box with
+        a non-finite coordinate, or with a width or height that is not positive. Such a box in `query_boxes` makes the
         output of its query NaN. Such a box in `key_boxes` makes all outputs of its image NaN, unless its key is masked.
 
     Gradients:
         Gradients flow to `query`, `key`, `value`, `query_boxes`, `key_boxes`, `geometry_weight` and `geometry_bias`.
-        Only the gradients that are needed are computed. No gradient flows through a maximum that has the value of its
-        constant: if ``b <= 1e-6``, none flows to `geometry_weight`, `geometry_bias` and the boxes, and if
-        ``|dx| / w <= 1e-3`` or ``|dy| / h <= 1e-3``, none flows through that coordinate. The gradients of masked keys,
-        and of queries whose keys are all masked, are zero. Second derivatives and forward-mode AD raise a RuntimeError.
-        The backward pass is bit-identical from run to run.
+        Only the gradients that are needed are computed. No gradient flows through a maximum that is equal to its
+        constant. If ``b <= 1e-6``, the logit has no gradient with respect to `geometry_weight`, `geometry_bias` and the
+        boxes. If ``|dx| / w <= 1e-3`` or ``|dy| / h <= 1e-3``, no gradient flows through that coordinate. The gradients
+        of masked keys, and of queries whose keys are all masked, are zero. Second derivatives and forward-mode AD raise
+        a RuntimeError. The gradients are bit-identical from run to run.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.

@@ -12,21 +12,21 @@ from relops.ops._regions import as_rows, checked_region, fake_forward, register_
 
 
 def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], spatial_scale: float = 1.0) -> Tensor:
-    """Compute the maximum over the pixels of each bin of each box.
+    """Compute the maximum of the pixels in each bin of each box.
 
     The corners of each box are multiplied by `spatial_scale` and rounded to whole pixels. Both corner pixels belong to
     the box. The box is divided into PH x PW bins. The edges of a bin are rounded outward to whole pixels, so
-    neighboring bins may overlap. A bin without pixels is zero. The definition is RoI pooling of Fast R-CNN
+    neighboring bins may overlap. The value of a bin without pixels is zero. The definition follows Fast R-CNN
     (https://arxiv.org/abs/1504.08083), and the values agree with `torchvision.ops.roi_pool`.
 
     Args:
         input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
             without a copy.
         boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
-            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`, or float32 if `input`
-            has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a resolution of only one
-            pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an integer is
-            rounded to that integer, and any other batch index is truncated toward zero.
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`. If `input` has 16 bits,
+            float32 is also allowed and is recommended, because bfloat16 coordinates near 200 have a resolution of only
+            one pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an integer
+            is rounded to that integer, and any other batch index is truncated toward zero.
         output_size: The number of bins (PH,PW), or one int for both.
         spatial_scale: The number of feature map pixels per image pixel.
 
@@ -36,15 +36,15 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], s
 
     Gradients:
         Gradients flow to `input`. If several pixels of a bin have the maximum, the gradient goes to the first of them.
-        Rounding has no useful gradient, so none flows to `boxes`, and ``boxes.grad`` stays None. Second derivatives and
-        forward-mode AD raise a RuntimeError. The backward pass is bit-identical from run to run.
+        No gradient flows to `boxes`, because their corners are rounded, and ``boxes.grad`` stays None. Second
+        derivatives and forward-mode AD raise a RuntimeError. The gradients are bit-identical from run to run.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or a number is out of its range. The error for boxes
-            of a wrong shape is also an AssertionError, as in torchvision.
+        ValueError: If an argument has the wrong shape or device, or a number is out of its range. If `boxes` has the
+            wrong shape, the error is also an AssertionError, as in torchvision.
         IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
-            require a synchronization, so the output of the box is NaN instead.
+            require a synchronization, so the output of a box with such an index is NaN instead.
 
     Example:
         >>> import torch, relops

@@ -22,35 +22,36 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor]:
     """Apply Soft-NMS, which lowers the scores of overlapping boxes instead of removing the boxes.
 
-    The box with the highest score is kept. Among equal scores, this is the box with the lowest index. The scores of all
-    other boxes of its class are then multiplied by ``1 - IoU`` if the IoU exceeds `iou_threshold` (method "linear"), or
-    by ``exp(-IoU^2 / sigma)`` (method "gaussian"). These two steps are repeated with the remaining boxes until no score
-    is larger than `score_threshold`. The IoU of two boxes is their intersection over union, and is 0 for two boxes
-    without area. The definition is that of Soft-NMS (Bodla et al. 2017, https://arxiv.org/abs/1704.04503).
+    The box with the highest score is kept. If several boxes have this score, the one with the lowest index is kept. The
+    scores of the remaining boxes of the same class are then multiplied by ``1 - IoU`` if the IoU exceeds
+    `iou_threshold` (method "linear"), or by ``exp(-IoU^2 / sigma)`` (method "gaussian"). These two steps are repeated
+    with the remaining boxes until no score is larger than `score_threshold`. The IoU is the intersection over union of
+    the kept box and the remaining box. It is 0 if neither of them has an area. The definition follows Soft-NMS (Bodla
+    et al. 2017, https://arxiv.org/abs/1704.04503).
 
     Args:
         boxes: A tensor [K,4], or [B,K,4] for a batch, with rows (x1, y1, x2, y2) in any unit. The dtype is float64,
-            float32, float16, bfloat16 or an integer dtype. For a batch, the output has a known size, so the call does
+            float32, float16, bfloat16 or an integer dtype. For a batch, the output has a fixed size, so the call does
             not wait for a CUDA device and can be captured in a CUDA graph. To process a single image without waiting
             for the device, pass a batch of one, ``boxes[None]`` and ``scores[None]``.
         scores: A tensor [K] or [B,K] of dtype float64, float32, float16 or bfloat16. The dtype may differ from that of
-            `boxes`. An entry is ignored if its score is NaN or its box has a non-finite coordinate: it is not kept, and
-            it suppresses no other box. Boxes and scores are converted to float64 if the boxes are float64 or 64-bit
-            integers, or the scores are float64. Otherwise, they are converted to float32.
+            `boxes`. A box with a NaN score or a non-finite coordinate is ignored: it is not kept, and it suppresses no
+            other box. Boxes and scores are converted to float64 if the boxes are float64 or 64-bit integers, or the
+            scores are float64. Otherwise, they are converted to float32.
         method: "gaussian" or "linear".
-        iou_threshold: The threshold of "linear", a number in [0,1]. "gaussian" does not use it.
-        sigma: The parameter of "gaussian", a finite positive number. "linear" does not use it.
-        score_threshold: A finite number of at least 0. A box is ignored if its score is not larger than this number,
-            initially or after it was lowered.
-        idxs: A tensor [K] or [B,K] with the class of each box: any values of an integer dtype. If None, all boxes of an
-            image have the same class.
+        iou_threshold: A number in [0,1]. It is used only if `method` is "linear".
+        sigma: A finite positive number. It is used only if `method` is "gaussian".
+        score_threshold: A finite number of at least 0. A box is ignored if its original or lowered score is not larger
+            than this number.
+        idxs: A tensor [K] or [B,K] of any integer dtype with the class of each box. All values are allowed, including
+            negative ones. If None, all boxes of an image have the same class.
 
     Returns:
         A tuple ``(keep, decayed)``. ``keep`` is int64, and ``decayed`` has the dtype of `scores`.
 
-        - For boxes [K,4], ``keep`` [kept] has the indices of the kept boxes in the order of descending decayed scores,
-          and ``decayed`` [kept] has these scores. On CUDA, the call waits for the device once, because the host must
-          know the number of kept boxes.
+        - For boxes [K,4], ``keep`` [kept] has the indices of the kept boxes, in descending order of lowered score, and
+          ``decayed`` [kept] has the lowered scores. On CUDA, the call waits for the device once, because the size of
+          the result depends on the number of kept boxes.
         - For boxes [B,K,4], ``keep`` is [B,K], padded with -1, and ``decayed`` is [B,K], padded with 0.
 
     Gradients:

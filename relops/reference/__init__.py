@@ -1,10 +1,10 @@
-"""Pure-PyTorch twins of the ops, written to be easy to read.
+"""Pure-PyTorch implementations of the ops, called twins, which are written to be easy to read.
 
-The tests compare the ops with their twins, and the benchmarks use the twins as a baseline. Twins use no code of the
-ops, so that an error in that code cannot be in both.
+The tests compare the ops with their twins, and the benchmarks use the twins as a baseline. The twins share no code with
+the ops, so an error in the code of an op cannot affect its twin.
 
-The attribute `relops.reference.<op>` is the function. The module of the same name can only be reached by an import
-statement.
+The attribute `relops.reference.<op>` is the function, not the module of the same name. Import other names of the module
+with `from relops.reference.<op> import <name>`.
 """
 
 from relops.reference.batched_nms import batched_nms

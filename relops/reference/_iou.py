@@ -1,4 +1,4 @@
-"""Areas of intersections and unions of all pairs of boxes, for the twins of the IoU and suppression ops."""
+"""Intersection and union areas of all pairs of boxes, for the twins of the IoU and suppression ops."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def broadcast_pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the areas of intersections and unions, both [..,A,B], for boxes [..,A,1,4] and [..,1,B,4].
+    """Return the intersection and union areas [..,A,B] of all pairs of boxes [..,A,1,4] and [..,1,B,4].
 
-    Every operation is rounded to the dtype of the boxes. The kernels use the same order of operations.
+    The result of every operation is rounded to the dtype of the boxes. The kernels use the same order of operations.
     """
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)

@@ -1,8 +1,8 @@
-"""Code that the twins of the region ops have in common.
+"""Code shared by the twins of the region ops.
 
-Every op except roi_pool is a weighted mean whose weights are the product of a row weight and a column weight. The code
-therefore describes each axis by its taps: the pixels that bin p of box k reads, and their weights, padded to a common
-length T.
+Every region op except roi_pool computes weighted means. The weight of a pixel is the product of a row weight and a
+column weight, so the code handles the two axes separately. The taps of an axis are the pixels that bin p of box k reads
+along the axis, and their weights. They are padded to a common number T.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from relops.reference._dtypes import compute_dtype
 
 Taps = tuple[Tensor, Tensor]  # pixels [K,P,T] int64, weights [K,P,T]
 
-CHUNK = 2**24  # maximum number of two-dimensional taps in memory at once
+CHUNK = 2**24  # the maximum number of (row tap, column tap) pairs in memory at once
 
 
 def size_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
@@ -25,20 +25,21 @@ def size_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def box_rows(boxes: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return boxes as rows [K,5]. A list has the boxes [Ki,4] of each image."""
+    """Return boxes as rows [K,5]. If `boxes` is a list, it has a tensor [Ki,4] for each image."""
     if isinstance(boxes, Tensor):
         return boxes
     return torch.cat([F.pad(image_boxes, (1, 0), value=n) for n, image_boxes in enumerate(boxes)])
 
 
 def split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the batch index [K] and the corners [K,4] of each box, and whether all its corners are finite [K].
+    """Return the batch indices [K], the corners [K,4], and a mask [K] of the boxes whose corners are all finite.
 
-    The corners of a non-finite box are replaced by 0 before any arithmetic, because NaN would reach the gradients.
+    The corners of a non-finite box are replaced by 0 before any arithmetic, because a NaN would propagate to the
+    gradients.
     """
     boxes = box_rows(boxes)
     index = boxes[:, 0].detach().to(compute_dtype(input))
-    # A batch index within 2^-10 of an integer is rounded, and any other is truncated.
+    # A batch index within 2^-10 of an integer is rounded. Any other batch index is truncated.
     batch = torch.where((index - index.round()).abs() <= 2**-10, index.round(), index.trunc())
     outside = ~((batch >= 0) & (batch < len(input)))
     if outside.any():
@@ -48,7 +49,7 @@ def split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor
 
 
 def zero_boxes(taps: Taps, finite: Tensor) -> Taps:  # finite: bool [K]
-    """Set the weights of the boxes that are not finite to 0."""
+    """Set the weights of all non-finite boxes to 0."""
     return taps[0], taps[1] * finite[:, None, None]
 
 
@@ -60,7 +61,7 @@ def max_length(lengths: Tensor) -> int:
     return int(lengths.max()) if lengths.numel() else 0
 
 
-# ---- Taps of one axis, for boxes of size [K] that begin at start [K], with P bins, on a map of n pixels ----
+# ---- Taps of one axis. Box k begins at start[k] and has size[k] and P bins. The map has n pixels. ----
 
 
 def sampled_taps(start: Tensor, size: Tensor, P: int, sampling_ratio: int, n: int) -> Taps:
@@ -72,8 +73,8 @@ def sampled_taps(start: Tensor, size: Tensor, P: int, sampling_ratio: int, n: in
         sample = arange_like(sampling_ratio, start)  # [S]
     else:
         grid = bins.detach().ceil()
-        # Samples outside of the map are not needed. Samples inside the map are more than half a pixel apart, so their
-        # number is bounded even for a huge box.
+        # Samples outside of the map are not needed. Samples inside the map are more than half a pixel apart, so a bin
+        # has a bounded number of them, even if the box is huge.
         spacing = torch.where(grid > 0, bins.detach() / grid, 1)
         first = ((-1 - edges.detach()) / spacing - 0.5).floor().clamp(min=0)
         sample = first[..., None] + arange_like(max_length(grid.clamp(0, 2 * n + 6)), start)  # [K,P,S]
@@ -81,7 +82,7 @@ def sampled_taps(start: Tensor, size: Tensor, P: int, sampling_ratio: int, n: in
     positions = edges[..., None] + (sample + 0.5) * bins / torch.where(grid > 0, grid, 1)  # [K,P,S]
     valid = (sample < grid) & (positions >= -1) & (positions <= n)
 
-    # The surface is constant beyond the centers of the outer pixels.
+    # Beyond the centers of the outermost pixels, the interpolated surface is constant.
     positions = clamp_where((positions > 0) & (positions < n - 1), positions, 0, max(n - 1, 0))
     low = positions.detach().floor()
     fraction = positions - low
@@ -91,7 +92,7 @@ def sampled_taps(start: Tensor, size: Tensor, P: int, sampling_ratio: int, n: in
 
 
 def clamp_where(differentiable: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """Clamp x, with a gradient only if `differentiable`.
+    """Clamp x. A gradient flows only to the elements for which `differentiable` is True.
 
     The gradient of torch.clamp at the limits is not used, because it depends on the version of torch.
     """
@@ -99,7 +100,7 @@ def clamp_where(differentiable: Tensor, x: Tensor, low: float, high: float) -> T
 
 
 def merge_taps(pixels: Tensor, weights: Tensor, n: int) -> Taps:
-    """Merge taps of neighboring samples that read the same pixel, so that each pixel is read once."""
+    """Merge the taps of neighboring samples that read the same pixel, so that each pixel is read only once."""
     first = pixels.amin(-1, keepdim=True) if pixels.shape[-1] else pixels.new_zeros(*pixels.shape[:2], 1)
     T = max_length(pixels - first) + 1
     weights = weights.new_zeros(*pixels.shape[:2], T).scatter_add(-1, pixels - first, weights)
@@ -107,15 +108,15 @@ def merge_taps(pixels: Tensor, weights: Tensor, n: int) -> Taps:
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """Round to the nearest integer, and halves away from zero like C. torch.round rounds halves to even."""
+    """Round to the nearest integer, and halves away from zero, as in C. (torch.round rounds halves to even.)"""
     truncated = x.trunc()
     return truncated + torch.where((x - truncated).abs() >= 0.5, x.sign(), 0)
 
 
 def integer_bins(start: Tensor, size: Tensor, P: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Return first and end [K,P] of the pixels [first, end) of each bin, clamped to [0,limit].
+    """Return the pixel range [first, end) of each bin as tensors first [K,P] and end [K,P], clamped to [0,limit].
 
-    Bins overlap if their size is not an integer.
+    Neighboring bins overlap if the size of a bin is not an integer.
     """
     bins = size[:, None] / P
     first = (arange_like(P, bins) * bins).floor() + start[:, None]
@@ -127,11 +128,11 @@ def integer_bins(start: Tensor, size: Tensor, P: int, limit: int) -> tuple[Tenso
 
 
 def pool(input: Tensor, batch: Tensor, y: Taps, x: Taps, position_sensitive: bool = False) -> Tensor:
-    """Compute the weighted sum of the pixels of each bin, as an embedding bag over a table of pixels.
+    """Compute the weighted sum of the pixels in each bin, using an embedding bag over a table of pixels.
 
-    The result is [K,C,PH,PW], or [K,C/(PH*PW),PH,PW] if position-sensitive. A row of the table has the C channels of a
-    pixel. If position-sensitive, output channel c of bin b reads input channel c * bins + b, and the table has a row
-    for each pixel and bin.
+    The result is [K,C,PH,PW], or [K,C/(PH*PW),PH,PW] if `position_sensitive` is True. Each row of the table has the C
+    channels of a pixel. If `position_sensitive` is True, output channel c of bin b reads input channel c * bins + b,
+    and the table has a row for each pixel and bin.
     """
     N, C, H, W = input.shape
     (rows, row_weights), (columns, column_weights) = y, x
@@ -151,7 +152,7 @@ def pool(input: Tensor, batch: Tensor, y: Taps, x: Taps, position_sensitive: boo
 
 
 def weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Return weighted sums [...,C] of rows of the table [R,C]; `rows` and `weights` are [...,T]."""
+    """Return weighted sums [...,C] of the rows of a table [R,C]. `rows` and `weights` are [...,T]."""
     if not table.numel() or not rows.numel():  # embedding_bag rejects empty tensors
         return weights.sum(-1, keepdim=True) * table.sum(0)
     bags = rows.flatten(0, -2), weights.flatten(0, -2)

@@ -1,4 +1,4 @@
-"""Code that the twins of the suppression ops have in common: valid entries, and suppression of sorted boxes."""
+"""Code shared by the twins of the suppression ops: selection of valid boxes, and suppression of sorted boxes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from relops.reference._iou import broadcast_pairs, intersection_and_union
 
 # Boxes are processed in blocks, and a block is compared with one tile of later boxes at a time. With these sizes, a
-# block and a tile fit into the caches of a CPU, and a GPU needs few launches.
+# block and a tile fit into the CPU caches, and few kernel launches are needed on a GPU.
 BLOCK, TILE_CPU, TILE_CUDA = 256, 256, 65536
 
 
 def overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
-    """Return [A,B], whether the IoU of boxes a [A,4] and b [B,4] exceeds iou_threshold.
+    """Return a mask [A,B] of the pairs of boxes a [A,4] and b [B,4] whose IoU exceeds iou_threshold.
 
     The IoU of two boxes without area is NaN, which does not exceed the threshold.
     """
@@ -22,17 +22,17 @@ def overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
 
 
 def present(boxes: Tensor, scores: Tensor, score_threshold: float | None = None) -> Tensor:
-    """Return which entries take part: their boxes are finite, and their scores are not NaN and exceed the threshold."""
+    """Return a mask of the valid boxes: corners are finite, and scores are not NaN and exceed the threshold."""
     valid = boxes.isfinite().all(-1) & ~scores.isnan()
     return valid if score_threshold is None else valid & (scores > score_threshold)
 
 
 def suppress_sorted(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """Return [K], whether each box is kept, for boxes [K,4] sorted by group [K] and then by descending score.
+    """Return a mask [K] of the kept boxes, for boxes [K,4] sorted by group [K] and then by descending score.
 
-    First, the boxes of a block suppress one another. Then the kept boxes of the block suppress all later boxes in the
-    group of its last box. The remaining boxes of that group form the next blocks. A block may contain many small
-    groups.
+    A block may contain many small groups, but only its last group can have boxes after the block. First, the boxes of
+    the block suppress one another within each group. Then the kept boxes of the last group suppress the later boxes of
+    this group. The boxes that remain in the group form the next blocks.
     """
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     indices = torch.arange(len(boxes), device=boxes.device)
@@ -59,9 +59,9 @@ def same_group(groups: Tensor) -> Tensor:
 
 
 def survivors(suppresses: Tensor) -> Tensor:
-    """Return [K], whether each box is kept. A kept box i suppresses all later boxes j with suppresses[i,j].
+    """Return a mask [K] of the kept boxes. A kept box i suppresses each box j > i for which suppresses[i,j] is True.
 
-    The loop starts with all boxes kept, and repeats the suppression until nothing changes.
+    Initially, all boxes are kept. The suppression is repeated until the mask no longer changes.
     """
     earlier = suppresses.triu(1)
     keep = torch.ones(len(earlier), dtype=torch.bool, device=earlier.device)

@@ -1,4 +1,4 @@
-"""Non-maximum suppression within classes (https://arxiv.org/abs/1311.2524), in blocks of boxes."""
+"""Non-maximum suppression within classes (https://arxiv.org/abs/1311.2524), computed in blocks of boxes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def batched_nms(
 ) -> Tensor:  # [kept]
     """Apply greedy non-maximum suppression to the boxes of each class separately.
 
-    In the order of descending scores [K], each box [K,4] is kept unless its IoU with a kept box of the same class in
-    `idxs` [K] exceeds `iou_threshold`. The result [kept] has the indices of the kept boxes of all classes in the order
-    of descending scores. Equal scores are in the order of their indices. Entries with a NaN score or a non-finite box
-    are ignored. 16-bit boxes are converted to float32, 64-bit integers to float64, and all other integers to float32.
+    `idxs` [K] has the class of each box. Boxes [K,4] are visited in descending order of their scores [K]. A box is kept
+    unless its IoU with a kept box of the same class exceeds `iou_threshold`. The result [kept] has the indices of the
+    kept boxes of all classes, in descending order of score. Boxes with equal scores are in the order of their indices.
+    Boxes with a NaN score or a non-finite coordinate are ignored. 64-bit integer boxes are converted to float64. 16-bit
+    float boxes and all other integer boxes are converted to float32.
     """
     boxes = boxes.detach().to(compute_dtype(boxes))
     order = scores.detach().argsort(descending=True, stable=True)

@@ -14,6 +14,6 @@ def box_iou(
     """Compute the intersection over union of every box of a [..,A,4] with every box of b [..,B,4].
 
     The result [..,A,B] is the area of the intersection divided by the area of the union, or 0 if the union has no area.
-    It is float64 if `a` or `b` is float64 or has 64-bit integers, and float32 otherwise.
+    It is float64 if `a` or `b` is float64 or has a 64-bit integer dtype, and float32 otherwise.
     """
     return safe_ratio(*intersection_and_union(*broadcast_pairs(a, b)))

@@ -15,8 +15,8 @@ def generalized_box_iou(
     """Compute the generalized intersection over union of every box of a [..,A,4] with every box of b [..,B,4].
 
     The result [..,A,B] is ``IoU - (C - U) / C``, where U is the area of the union of two boxes and C is the area of the
-    smallest box around both. A term is 0 if its denominator is 0. The result is float64 if `a` or `b` is float64 or has
-    64-bit integers, and float32 otherwise.
+    smallest box that contains both. A term is 0 if its denominator is 0. The result is float64 if `a` or `b` is float64
+    or has a 64-bit integer dtype, and float32 otherwise.
     """
     a, b = broadcast_pairs(a, b)
     intersection, union = intersection_and_union(a, b)

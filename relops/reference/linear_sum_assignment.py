@@ -1,4 +1,4 @@
-"""Linear assignment problems by shortest augmenting paths (Crouse 2016, https://doi.org/10.1109/TAES.2016.140952)."""
+"""Linear assignment by shortest augmenting paths (Crouse 2016, https://doi.org/10.1109/TAES.2016.140952)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 def linear_sum_assignment(
     cost: Tensor,  # [B,R,C] or [R,C]
-    num_rows: Tensor | Sequence[int] | int | None = None,  # [B]; one for [R,C]
-    num_cols: Tensor | Sequence[int] | int | None = None,  # [B]; one for [R,C]
+    num_rows: Tensor | Sequence[int] | int | None = None,  # [B], or one number for [R,C]
+    num_cols: Tensor | Sequence[int] | int | None = None,  # [B], or one number for [R,C]
     maximize: bool = False,
 ) -> tuple[Tensor, Tensor]:  # row_to_col [B,R] or [R], col_to_row [B,C] or [C]; -1 = unmatched
-    """Match rows with columns so that the number of pairs is the maximum and the sum of their costs is the minimum.
+    """Match rows with columns in the maximum number of pairs, with the minimum sum of costs.
 
     `cost` is [R,C] or [B,R,C]. Pairs with a non-finite cost are never matched. Problem b uses only its first
     ``num_rows[b]`` rows and ``num_cols[b]`` columns. If `maximize` is True, the sum of the costs is maximized instead.
-    The results are the column of each row, [R] or [B,R], and the row of each column, [C] or [B,C]. They are -1 for rows
-    and columns without a partner.
+    The first result, [R] or [B,R], has the column that is matched with each row. The second result, [C] or [B,C], has
+    the row that is matched with each column. Unmatched rows and columns have -1.
 
-    All problems are solved in float64 on the CPU. The update of all columns by one row is vectorized, and the search is
-    a Python loop.
+    All problems are solved in float64 on the CPU. The search is a Python loop, in which each step updates all columns
+    with vectorized operations.
     """
     problems = cost.detach().double().cpu()
     problems = problems if cost.dim() == 3 else problems[None]
@@ -44,22 +44,22 @@ def linear_sum_assignment(
 
 
 def solve(cost: Tensor) -> Tensor:
-    """Return the matched pairs [2,K] of rows and columns of a problem [n,m] with n <= m."""
+    """Return the matched rows and columns as pairs [2,K], for a problem [n,m] with n <= m."""
     n, m = cost.shape
     allowed = cost.isfinite()
     if not allowed.any():
         return torch.empty((2, 0), dtype=torch.int64)
-    # Division by a power of two is exact, and prevents overflow of sums of the largest possible costs.
+    # Divide by a power of two, so that sums of very large costs do not overflow. This division is exact.
     exponent = torch.frexp(cost[allowed].abs().max()).exponent
     cost = torch.ldexp(cost, -exponent.clamp(min=-1000))
-    # A forbidden pair costs more than the largest possible difference between sums of allowed costs, so the solution
-    # has as few forbidden pairs as possible.
+    # The cost of a forbidden pair is larger than any difference between two sums of allowed costs, so the solution has
+    # the minimum number of forbidden pairs.
     cost = torch.where(allowed, cost, 2.0 * n + 3)
 
     u, v = torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)  # dual variables
     row_of, col_of = torch.full((m,), -1), torch.full((n,), -1)
     for start in range(n):
-        distance = torch.full((m,), torch.inf, dtype=torch.float64)  # from row `start`, in reduced costs
+        distance = torch.full((m,), torch.inf, dtype=torch.float64)  # distance from row `start` in reduced costs
         predecessor = torch.full((m,), start)
         visited = torch.zeros(m, dtype=torch.bool)
         row, path_cost = start, 0.0

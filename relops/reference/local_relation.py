@@ -1,4 +1,4 @@
-"""Local relation of LR-Net (https://arxiv.org/abs/1904.11491), by unfolding windows."""
+"""Local relation of LR-Net (https://arxiv.org/abs/1904.11491), computed by unfolding windows."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ def local_relation(
 ) -> Tensor:  # [N,C,Ho,Wo]
     """Aggregate values over k x k windows with weights that depend on similarity and relative position.
 
-    For output pixel (ho, wo) and channel c of group g, the result is a weighted mean over the taps t of the window::
+    For output pixel (ho, wo) and channel c of group g, the result is a weighted mean over the window positions, or
+    taps, t::
 
         weight[t] = softmax over t of (phi(query[n,g,ho,wo], key[n,g,y,x]) + prior[g,t])
         output[n,c,ho,wo] = sum over t of weight[t] * value[n,c,y,x]
 
-    Here (y, x) is the pixel of tap t. Tap (i, j) is the pixel
-    ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``. The function phi(q, k) is
-    ``-(q - k)^2``, ``-|q - k|`` or ``q * k``, as `similarity` selects. Taps outside of the map are excluded from the
-    softmax if `border` is "mask", and have key 0 and value 0 if it is "zero".
+    Tap t reads pixel (y, x). Tap (i, j) of the window reads the pixel
+    ``(stride * ho + dilation * (i - k // 2), stride * wo + dilation * (j - k // 2))``. The argument `similarity`
+    selects ``-(q - k)^2``, ``-|q - k|`` or ``q * k`` as the function phi(q, k). If `border` is "mask", taps outside of
+    the map are excluded from the softmax. If `border` is "zero", they have the key 0 and the value 0.
 
     `query` is [N,G,Ho,Wo], `key` [N,G,H,W], `value` [N,C,H,W], `prior` [G,k,k], and the result [N,C,Ho,Wo]. For 16-bit
-    inputs, the computation is in float32.
+    inputs, all computations use float32.
     """
     N, G, Ho, Wo = query.shape
     C, H, W = value.shape[1:]
@@ -63,7 +64,7 @@ def local_relation(
     weights = logits.softmax(2)
 
     m = -(-C // G)
-    if C % G:  # the last groups have fewer channels, so pad them
+    if C % G:  # the last groups have fewer than m channels, so pad them
         value = F.pad(value, (0, 0, 0, 0, 0, G * m - C))
     values = windows(value.to(dtype)).unflatten(1, (G, m))  # [N,G,m,k*k,Ho*Wo]
     output = (weights.unsqueeze(2) * values).sum(3)

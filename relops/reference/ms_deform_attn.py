@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention by grid_sample, like the PyTorch version by the authors of Deformable DETR."""
+"""Multi-scale deformable attention by grid_sample, as in the PyTorch code of the Deformable DETR authors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ms_deform_attn(
         output[n,q,m] = sum over l, p of attention_weights[n,q,m,l,p] * sample(level l of value[n,:,m], location)
 
     `value` is [N,S,M,D], `sampling_locations` [N,Q,M,L,P,2], `attention_weights` [N,Q,M,L,P], and the result [N,Q,M*D].
-    For 16-bit inputs, the computation is in float32. Locations must be finite.
+    For 16-bit inputs, all computations use float32. Locations must be finite.
     """
     N, _, M, D = value.shape
     _, Q, _, L, P, _ = sampling_locations.shape
@@ -59,7 +59,7 @@ def ms_deform_attn_fused(
     attention_logits: Tensor,  # [N,Q,M,L,P]
     value_mask: Tensor | None = None,  # [N,S]
 ) -> Tensor:  # [N,Q,M*D]
-    """Compute the steps of a Deformable DETR layer between its linear layers, one after another.
+    """Compute, one by one, the steps of a Deformable DETR attention layer between its linear layers.
 
     The steps are::
 
@@ -70,8 +70,8 @@ def ms_deform_attn_fused(
         output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
 
     `value` is [N,S,M,D], `reference_points` [N,Q,L,2] or [N,Q,L,4], `sampling_offsets` [N,Q,M,L,P,2],
-    `attention_logits` [N,Q,M,L,P], `value_mask` [N,S], and the result [N,Q,M*D]. For 16-bit inputs, the computation is
-    in float32.
+    `attention_logits` [N,Q,M,L,P], `value_mask` [N,S], and the result [N,Q,M*D]. For 16-bit inputs, all computations
+    use float32.
     """
     dtype = compute_dtype(value)
     offsets, reference = sampling_offsets.to(dtype), reference_points.to(dtype)[:, :, None, :, None, :]

@@ -1,4 +1,4 @@
-"""Non-maximum suppression with padding (https://arxiv.org/abs/1311.2524), with the classes of all images as groups."""
+"""Non-maximum suppression of a batch (https://arxiv.org/abs/1311.2524): each class of each image is a group."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def nms_padded(
 ) -> tuple[Tensor, Tensor]:  # [...,max_output], [...]
     """Apply greedy non-maximum suppression to each image, and return `max_output` indices per image.
 
-    In the order of descending scores [..,K], each box [..,K,4] of an image is kept unless its IoU with a kept box of
-    the same class in `idxs` [..,K] exceeds `iou_threshold`. The first result [..,max_output] has the indices of the
-    kept boxes in the order of descending scores, followed by -1. The second result [..] is the number of these indices.
-    Entries with a NaN score, a non-finite box or a score that is not larger than `score_threshold` are ignored. 16-bit
-    boxes are converted to float32, 64-bit integers to float64, and all other integers to float32.
+    `idxs` [..,K] has the class of each box. The boxes [..,K,4] of an image are visited in descending order of their
+    scores [..,K]. A box is kept unless its IoU with a kept box of the same class exceeds `iou_threshold`. The first
+    result [..,max_output] has the indices of the kept boxes, in descending order of score, padded with -1. The second
+    result [..] is the number of indices that are not padding. Boxes with a NaN score, a non-finite coordinate or a
+    score that is not larger than `score_threshold` are ignored. 64-bit integer boxes are converted to float64. 16-bit
+    float boxes and all other integer boxes are converted to float32.
     """
     if boxes.dim() == 2:
         keep, count = nms_padded(

@@ -21,20 +21,20 @@ from relops.reference._regions import (
 
 def prroi_pool(
     input: Tensor,  # [N,C,H,W]
-    boxes: Tensor | Sequence[Tensor],  # [K,5], or N times [Ki,4]
+    boxes: Tensor | Sequence[Tensor],  # [K,5], or N tensors [Ki,4]
     output_size: int | Sequence[int],  # PH, PW
     spatial_scale: float = 1.0,
 ) -> Tensor:  # [K,C,PH,PW]
-    """Compute the mean of the bilinearly interpolated map over each bin of each box, as an exact integral.
+    """Compute the exact mean of the bilinearly interpolated map over each bin of each box.
 
-    Each box is multiplied by `spatial_scale` and divided into PH x PW equal bins. The value of a bin is the mean over
-    the bin of this surface::
+    The coordinates of each box are multiplied by `spatial_scale`, and the box is divided into PH x PW equal bins. The
+    value of a bin is the mean of the following surface f over the bin::
 
         f(y, x) = sum over pixels m, n of input[m,n] * hat(y - m) * hat(x - n)
         hat(t) = max(1 - |t|, 0)
 
     `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
-    the result is [K,C,PH,PW]. For 16-bit inputs, the computation is in float32. Features must be finite. Only first
+    the result is [K,C,PH,PW]. For 16-bit inputs, all computations use float32. Features must be finite. Only first
     derivatives are available.
     """
     PH, PW = size_pair(output_size)
@@ -54,8 +54,9 @@ def integral_taps(start: Tensor, size: Tensor, P: int, n: int) -> Taps:
     last = b.detach().ceil().clamp(0, max(n - 1, 0))
     pixels = first + arange_like(max_length(last - first) + 1, start)  # [K,P,T]
 
-    # The rising and the falling half of the hat are integrated separately, as length times the value in the middle, so
-    # that nothing cancels. If an end of the bin lies on a pixel, its gradient flows through one half only.
+    # The rising and the falling half of the hat are integrated separately, as the length of an interval times the value
+    # at its midpoint, which avoids cancellation. If an end of the bin lies on a pixel, the gradient of that end flows
+    # through only one half.
     (rise_a, fall_a), (rise_b, fall_b) = (
         (clamp_where((d > -1) & (d <= 0), d, -1, 0), clamp_where((d > 0) & (d < 1), d, 0, 1))
         for d in (a - pixels, b - pixels)

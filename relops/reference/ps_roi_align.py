@@ -11,21 +11,21 @@ from relops.reference._regions import pool, sampled_taps, size_pair, split_boxes
 
 def ps_roi_align(
     input: Tensor,  # [N,C,H,W]
-    boxes: Tensor | Sequence[Tensor],  # [K,5], or N times [Ki,4]
+    boxes: Tensor | Sequence[Tensor],  # [K,5], or N tensors [Ki,4]
     output_size: int | Sequence[int],  # PH, PW
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
 ) -> Tensor:  # [K,C/(PH*PW),PH,PW]
     """Compute RoIAlign with separate input channels for each bin.
 
-    ``output[k,c,ph,pw]`` is the mean of bilinear samples of input channel ``(c * PH + ph) * PW + pw`` at the centers of
-    the n x n cells of a grid in bin (ph,pw) of box k. Boxes are multiplied by `spatial_scale` and shifted by half a
-    pixel. The number n is `sampling_ratio`, or the size of the bin in pixels, rounded up, if `sampling_ratio` is not
-    positive. A sample more than one pixel outside of the map is zero, and a sample at most one pixel outside takes the
-    value at the border.
+    ``output[k,c,ph,pw]`` is the mean of the bilinear samples of input channel ``(c * PH + ph) * PW + pw`` at the
+    centers of the n x n cells of a grid in bin (ph,pw) of box k. The coordinates of boxes are multiplied by
+    `spatial_scale` and shifted by half a pixel. If `sampling_ratio` is positive, n is `sampling_ratio`. Otherwise, n is
+    the size of the bin in pixels, rounded up. A sample more than one pixel outside of the map is zero. A sample at most
+    one pixel outside has the value at the border.
 
     `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
-    the result is [K,C/(PH*PW),PH,PW]. For 16-bit inputs, the computation is in float32. Features must be finite. Only
+    the result is [K,C/(PH*PW),PH,PW]. For 16-bit inputs, all computations use float32. Features must be finite. Only
     first derivatives are available.
     """
     PH, PW = size_pair(output_size)

@@ -22,19 +22,19 @@ from relops.reference._regions import (
 
 def ps_roi_pool(
     input: Tensor,  # [N,C,H,W]
-    boxes: Tensor | Sequence[Tensor],  # [K,5], or N times [Ki,4]
+    boxes: Tensor | Sequence[Tensor],  # [K,5], or N tensors [Ki,4]
     output_size: int | Sequence[int],  # PH, PW
     spatial_scale: float = 1.0,
 ) -> Tensor:  # [K,C/(PH*PW),PH,PW]
-    """Compute the mean over the pixels of each bin of each box, with separate input channels for each bin.
+    """Compute the mean of the pixels in each bin of each box, with separate input channels for each bin.
 
     ``output[k,c,ph,pw]`` is the mean of input channel ``(c * PH + ph) * PW + pw`` over the pixels of bin (ph,pw) of box
-    k. The corners of a box are multiplied by `spatial_scale` and rounded to whole pixels, and the pixel at the corner
-    (x2, y2) does not belong to the box. The edges of bins are rounded outward to whole pixels. Bins exclude the last
-    row and the last column of the map.
+    k. The corners of a box are multiplied by `spatial_scale` and rounded to whole pixels. The pixel at the corner (x2,
+    y2) does not belong to the box. The edges of bins are rounded outward to whole pixels. Bins exclude the last row and
+    the last column of the map.
 
     `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
-    the result is [K,C/(PH*PW),PH,PW]. For 16-bit inputs, the computation is in float32. Features must be finite. Only
+    the result is [K,C/(PH*PW),PH,PW]. For 16-bit inputs, all computations use float32. Features must be finite. Only
     first derivatives are available.
     """
     PH, PW = size_pair(output_size)
@@ -46,8 +46,9 @@ def ps_roi_pool(
 
 
 def mean_taps(start: Tensor, end: Tensor, P: int, n: int) -> Taps:
-    """Return the taps of the means over whole pixels."""
-    # The last row and column are excluded, because torchvision's forward clips to n - 1 and released models rely on it.
+    """Return taps for the mean of the pixels in each bin."""
+    # torchvision's forward pass clips bins to n - 1, and released models rely on this. The last row and column are
+    # therefore excluded.
     limit = max(n - 1, 0)
     first, end = integer_bins(start, (end - start).clamp(min=1), P, limit)
     lengths = (end - first)[..., None]

@@ -1,4 +1,4 @@
-"""Sinusoidal embedding of ranks (https://arxiv.org/abs/1711.11575, section 4.3)."""
+"""Sinusoidal embeddings of ranks (https://arxiv.org/abs/1711.11575, section 4.3)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rank_embedding(
         output[.., j] = sin(angle[j])
         output[.., dim / 2 + j] = cos(angle[j])
 
-    For 16-bit and integer ranks, the computation is in float32.
+    For 16-bit and integer ranks, all computations use float32.
     """
     dtype = ranks.dtype if ranks.is_floating_point() else torch.float32
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Object relation module (https://arxiv.org/abs/1711.11575): attention with geometric weights, by torch's attention."""
+"""Attention among boxes with geometric weights (https://arxiv.org/abs/1711.11575), using torch's attention."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def relation_attention(
         logit[n,q,m,k] = log(max(b[n,q,m,k], 1e-6)) + scale * query[n,q,m] . key[n,k,m]
         output[n,q,m] = sum over k of (softmax over k of logit[n,q,m,k]) * value[n,k,m]
 
-    The embedding e(q, k) consists of the 8 sines and then the 8 cosines of ``coordinate * 100 / wavelength^(j / 8)``, j
-    from 0 to 7, of each of these four coordinates in turn::
+    The embedding e(q, k) has 64 numbers, 16 for each of these four coordinates in turn: the sines and then the cosines
+    of ``coordinate * 100 / wavelength^(j / 8)`` for j from 0 to 7::
 
         log(max(|dx| / w, 1e-3)), log(max(|dy| / h, 1e-3)), log(wq / wk), log(hq / hk)
 
-    Here dx and dy are the differences between the centers of the two boxes. The width of a box is x2 - x1 + 1, and its
+    The differences between the centers of the two boxes are dx and dy. The width of a box is x2 - x1 + 1, and its
     height is y2 - y1 + 1. The query's box has width wq and height hq, and the key's box has width wk and height hk. The
-    divisors w and h are the size of the key's box if `geometry` is "paper", and the size of the query's box if it is
-    "official". Keys for which `key_mask` is True are ignored, and the output of a query whose keys are all ignored is
-    zero.
+    divisors w and h are the width and height of the key's box if `geometry` is "paper", and of the query's box if
+    `geometry` is "official". Keys for which `key_mask` is True are ignored, and the output of a query whose keys are
+    all ignored is zero.
 
     `query` is [N,Q,M,D], `key` [N,K,M,D], `value` [N,K,M,Dv], `query_boxes` [N,Q,4], `key_boxes` [N,K,4],
-    `geometry_weight` [M,64], `geometry_bias` [M], `key_mask` [N,K], and the result [N,Q,M,Dv]. For 16-bit inputs, the
-    computation is in float32.
+    `geometry_weight` [M,64], `geometry_bias` [M], `key_mask` [N,K], and the result [N,Q,M,Dv]. For 16-bit inputs, all
+    computations use float32.
     """
     D = query.shape[3]
     dtype = compute_dtype(query)
@@ -56,12 +56,12 @@ def relation_attention(
             x.masked_fill(mask[:, :, None], 0) for x, mask in ((query_boxes, no_keys), (key_boxes, key_mask))
         )
     angles = geometry_angles(query_boxes.to(dtype), key_boxes.to(dtype), geometry == "official", wavelength)
-    # The embedding is 8 sines and then 8 cosines for each of the 4 coordinates. Both weights are [M,32].
+    # For each of the 4 coordinates, the embedding has 8 sines and then 8 cosines. Both weight matrices are [M,32].
     sine_weight, cosine_weight = (w.flatten(1) for w in geometry_weight.to(dtype).view(-1, 4, 2, 8).unbind(2))
     bias = None if geometry_bias is None else geometry_bias.to(dtype)
     relation = F.linear(angles.sin(), sine_weight, bias) + F.linear(angles.cos(), cosine_weight)  # [N,Q,K,M]
     logits = relation.clamp(min=1e-6).log().permute(0, 3, 1, 2)  # [N,M,Q,K]
-    if key_mask is not None:  # if all keys are masked, none is excluded here, because the softmax would be NaN
+    if key_mask is not None:  # if all keys are masked, exclude none, because a softmax over no keys is NaN
         logits = logits.masked_fill((key_mask & ~no_keys)[:, None, None], float("-inf"))
 
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
@@ -73,7 +73,7 @@ def relation_attention(
 
 
 def geometry_angles(query_boxes: Tensor, key_boxes: Tensor, by_query: bool, wavelength: float) -> Tensor:
-    """Return the angles [N,Q,K,32] whose sines and cosines are the embedding, 8 for each of 4 coordinates."""
+    """Return the angles [N,Q,K,32], 8 for each of 4 coordinates. Their sines and cosines form the embedding."""
     qx, qy, qw, qh = (x.unsqueeze(2) for x in center_and_size(query_boxes))
     kx, ky, kw, kh = (x.unsqueeze(1) for x in center_and_size(key_boxes))
     w, h = (qw, qh) if by_query else (kw, kh)

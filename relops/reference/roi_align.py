@@ -12,7 +12,7 @@ from relops.reference._regions import pool, sampled_taps, size_pair, split_boxes
 
 def roi_align(
     input: Tensor,  # [N,C,H,W]
-    boxes: Tensor | Sequence[Tensor],  # [K,5], or N times [Ki,4]
+    boxes: Tensor | Sequence[Tensor],  # [K,5], or N tensors [Ki,4]
     output_size: int | Sequence[int],  # PH, PW
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
@@ -20,14 +20,15 @@ def roi_align(
 ) -> Tensor:  # [K,C,PH,PW]
     """Compute the mean of bilinear samples on a grid in each bin of each box.
 
-    Each box is multiplied by `spatial_scale` and divided into PH x PW equal bins. The value of a bin is the mean of the
-    bilinear samples at the centers of the n x n cells of a grid, where n is `sampling_ratio`, or the size of the bin in
-    pixels, rounded up, if `sampling_ratio` is not positive. A sample more than one pixel outside of the map is zero,
-    and a sample at most one pixel outside takes the value at the border. If `aligned` is True, boxes are shifted by
-    half a pixel. Otherwise, they are widened to at least one pixel.
+    The coordinates of each box are multiplied by `spatial_scale`, and the box is divided into PH x PW equal bins. Each
+    bin is divided into a grid of n x n cells, and its value is the mean of the bilinear samples at the centers of the
+    cells. If `sampling_ratio` is positive, n is `sampling_ratio`. Otherwise, n is the size of the bin in pixels,
+    rounded up. A sample more than one pixel outside of the map is zero. A sample at most one pixel outside has the
+    value at the border. If `aligned` is True, boxes are shifted by half a pixel. Otherwise, they are enlarged to a
+    width and height of at least one pixel.
 
     `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
-    the result is [K,C,PH,PW]. For 16-bit inputs, the computation is in float32. Features must be finite. Only first
+    the result is [K,C,PH,PW]. For 16-bit inputs, all computations use float32. Features must be finite. Only first
     derivatives are available.
     """
     PH, PW = size_pair(output_size)

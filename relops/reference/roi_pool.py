@@ -23,15 +23,15 @@ from relops.reference._regions import (
 
 def roi_pool(
     input: Tensor,  # [N,C,H,W]
-    boxes: Tensor | Sequence[Tensor],  # [K,5], or N times [Ki,4]
+    boxes: Tensor | Sequence[Tensor],  # [K,5], or N tensors [Ki,4]
     output_size: int | Sequence[int],  # PH, PW
     spatial_scale: float = 1.0,
 ) -> Tensor:  # [K,C,PH,PW]
-    """Compute the maximum over the pixels of each bin of each box.
+    """Compute the maximum of the pixels in each bin of each box.
 
     The corners of a box are multiplied by `spatial_scale` and rounded to whole pixels, and both corner pixels belong to
-    the box. The box is divided into PH x PW bins, whose edges are rounded outward to whole pixels. A bin without pixels
-    is zero. NaN features are ignored. The gradient goes to the first maximum in row-major order.
+    the box. The box is divided into PH x PW bins, whose edges are rounded outward to whole pixels. The value of a bin
+    without pixels is zero. NaN features are ignored. The gradient goes to the first maximum in row-major order.
 
     `input` is [N,C,H,W], `boxes` are [K,5] with rows (batch index, x1, y1, x2, y2) or a list of N tensors [Ki,4], and
     the result is [K,C,PH,PW].
@@ -59,7 +59,7 @@ def roi_pool(
 
 
 def maximum_taps(start: Tensor, end: Tensor, P: int, n: int) -> tuple[Tensor, Tensor]:
-    """Return the pixels of each bin in order [K,P,T], padded with the last pixel, and their number [K,P]."""
+    """Return the pixels [K,P,T] of each bin in order, padded with the last pixel, and the number of pixels [K,P]."""
     first, end = integer_bins(start, (end - start + 1).clamp(min=1), P, n)
     pixels = first[..., None] + arange_like(max(1, max_length(end - first)), first)
     return pixels.minimum(end[..., None] - 1).clamp(0, max(n - 1, 0)), end - first

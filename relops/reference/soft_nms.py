@@ -1,4 +1,4 @@
-"""Soft-NMS (https://arxiv.org/abs/1704.04503), with the decay factors of all pairs computed first."""
+"""Soft-NMS (https://arxiv.org/abs/1704.04503), using precomputed decay factors of all pairs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def soft_nms(
     score_threshold: float = 1e-3,
     idxs: Tensor | None = None,  # [K] or [B,K]
 ) -> tuple[Tensor, Tensor]:  # [kept] each, or [B,K] each
-    """Apply Soft-NMS to boxes [K,4] with scores [K], or to a batch of images [B,K,4] and [B,K].
+    """Apply Soft-NMS to boxes [K,4] with scores [K], or to a batch of boxes [B,K,4] with scores [B,K].
 
-    Each step keeps the remaining box with the highest score, and multiplies the scores of the remaining boxes of its
-    class by ``1 - IoU`` if the IoU exceeds `iou_threshold` (method "linear"), or by ``exp(-IoU^2 / sigma)`` (method
+    Each step keeps the remaining box with the highest score, and multiplies the scores of the other remaining boxes of
+    its class by ``1 - IoU`` if the IoU exceeds `iou_threshold` (method "linear"), or by ``exp(-IoU^2 / sigma)`` (method
     "gaussian"). The loop stops when no score is larger than `score_threshold`.
 
-    The results are the indices of the kept boxes and their decayed scores, both [kept], or both [B,K], padded with -1
-    and 0. Boxes and scores are converted to float64 if one of them is float64 or the boxes are 64-bit integers, and to
-    float32 otherwise.
+    The results are the indices of the kept boxes and their decayed scores. Both are [kept] for boxes [K,4]. Both are
+    [B,K] for a batch, with indices padded with -1 and scores padded with 0. Boxes and scores are converted to float64
+    if one of them is float64 or the boxes are 64-bit integers, and to float32 otherwise.
     """
     if boxes.dim() == 2:
         keep, decayed = soft_nms(

@@ -271,7 +271,7 @@ BAD_LEVELS = (
         "no levels",
         lambda x: {name: x[name] for name in x if "level" not in name[:5]},
         ValueError,
-        "inputs must hold at least one level, got none",
+        "inputs must contain at least one level, got none",
     ),
     Bad(
         "level on another device",
