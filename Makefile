@@ -1,13 +1,13 @@
-# make run       set up, build, and run the microbenchmarks against pure PyTorch in a quick setting. Without a GPU the CUDA
-#                kernels are not built, unless RELOPS_CUDA=1 requests them
+# make run       set up, build, and run the main microbenchmarks against pure PyTorch for a few rounds. Without a GPU,
+#                the CUDA kernels are not built unless RELOPS_CUDA=1 requests them
 # make test      set up, build, and run the tests
-# make quick     set up, build, and run the tests that show most mistakes, in one minute; run it after every edit
+# make quick     set up, build, and run tests that show most mistakes in one minute; use it after every edit
 # make lint      set up, build, and run ruff, mypy and clang-format
 # make docs      set up, build, and write the documentation to build/docs
 # make bench     set up, build, run all benchmarks, and write results, plots and docs/performance.md
 # make sanitize  set up, build, and run tests of every CUDA kernel under compute-sanitizer; needs a GPU
 #
-# PYTHON   the Python from which the virtual environment is made (python3)
+# PYTHON   the Python that creates the virtual environment (python3)
 # VENV     the folder of the virtual environment (.venv)
 # TORCH    what to install if that Python has no torch (torch==2.14.1 torchvision==0.29.1); an installed torch is kept
 
@@ -17,20 +17,20 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
-# pip constrains torch to the installed version, because some packages (timm) would replace it.
+# This file makes pip keep the installed version of torch, because some packages (timm) would replace it.
 PIN := $(VENV)/torch-pin.txt
 
 .PHONY: run test quick docs bench sanitize memcheck racecheck synccheck build info lint oldest clean
 
 run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
-# Some rows of the quick setting are compared with SciPy; the full benchmarks need more packages.
+# Some of the quick benchmarks compare with SciPy. The full benchmarks (make bench) need more packages.
 run: build
 	$(PIP) -c $(PIN) scipy
 	@test "$(RELOPS_CUDA)" != 0 || echo "The CUDA kernels were not built, because no GPU was found. make run RELOPS_CUDA=1 builds them."
 	$(PY) -m benchmarks.run --quick
 
-# The examples in docstrings and in Markdown files are tests as well. Several processes share the cores, so idle threads
-# must not spin.
+# The examples in docstrings and in Markdown files are tests as well. Several test processes share the cores, so idle
+# threads must not spin.
 test: build $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest tests relops docs README.md CONTRIBUTING.md --doctest-modules --markdown-docs \
 	  -n auto --maxprocesses 8 --dist worksteal
@@ -48,8 +48,9 @@ bench: build
 	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.report
 
-# These tests run every sample of every op, forward and backward: in float32, and in bfloat16 with the deterministic
-# kernels. torch's memory cache is off, so every tensor has its own allocation and an access beyond its end is detected.
+# These tests run the forward and backward passes of every op on all sample inputs, in float32 and, with the
+# deterministic kernels, in bfloat16. torch's memory cache is off, so every tensor has its own allocation and an access
+# beyond its end is detected.
 SANITIZERS := memcheck racecheck synccheck
 sanitize: $(SANITIZERS)
 $(SANITIZERS): build $(VENV)/installed
@@ -71,8 +72,8 @@ lint: $(VENV)/installed
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/cuda_emulation/*.h' 'tests/cuda_emulation/*.cuh')
 
-# An environment with the oldest torch that relops supports. tests/test_sources.py uses it if RELOPS_OLDEST_TORCH is the
-# path of its Python.
+# This environment has the oldest torch that relops supports. tests/test_sources.py uses it if RELOPS_OLDEST_TORCH is
+# the path of the environment's Python.
 OLDEST := .venv-oldest
 oldest: $(OLDEST)/installed
 $(OLDEST)/installed:
@@ -80,7 +81,7 @@ $(OLDEST)/installed:
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check torch==2.10.0 numpy
 	touch $@
 
-# If torch is installed for $(PYTHON), the environment uses it.
+# If $(PYTHON) has torch, the virtual environment uses that torch.
 $(PY):
 	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 
@@ -94,7 +95,7 @@ $(VENV)/can-build: $(PIN)
 	$(PIP) -c $(PIN) 'setuptools>=77' wheel ninja pybind11 numpy
 	touch $@
 
-# The build runs before pip, because pip hides the plan and the progress of a build. pip then finds everything compiled.
+# The build runs before pip, because pip hides the build plan and the progress. pip then finds everything compiled.
 $(VENV)/installed: pyproject.toml $(VENV)/can-build
 	$(PY) setup.py -q build_ext --inplace
 	$(PIP) -c $(PIN) -e '.[test]' --no-build-isolation

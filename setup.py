@@ -1,10 +1,10 @@
 """The build of relops._C (CPU kernels and schemas) and, if nvcc is found, of relops._cuda (CUDA kernels).
 
-A single ninja file builds both libraries, so C++ and CUDA sources compile in parallel. It tracks the header
-dependencies of all sources, unlike torch.utils.cpp_extension, which does not track those of .cu files with a CPU-only
-torch. The ptxas report of each .cu file is stored next to its object, where tests/test_build.py reads it.
+A single ninja file builds both libraries, so C++ and CUDA sources compile in parallel. A source is compiled again if a
+header that it includes changes. torch.utils.cpp_extension does not do this for .cu files if torch is CPU-only. The
+ptxas report of each .cu file is stored next to its object file, and tests/test_build.py reads it there.
 
-Environment variables: RELOPS_CUDA is 1 (nvcc is required) or 0 (skip the CUDA kernels). TORCH_CUDA_ARCH_LIST,
+Environment variables: RELOPS_CUDA=1 requires nvcc, and RELOPS_CUDA=0 skips the CUDA kernels. TORCH_CUDA_ARCH_LIST,
 MAX_JOBS, CUDA_HOME and CXX have their usual meanings. CFLAGS and NVCC_APPEND_FLAGS are passed to the compilers.
 """
 
@@ -37,18 +37,18 @@ except ImportError as error:
         f"relops: building needs PyTorch >= {'.'.join(map(str, MINIMUM_TORCH))}; importing it failed: {error}\n"
         "  Either install it first (https://pytorch.org/get-started) and then run\n"
         "    pip install --no-build-isolation .     # build with the installed torch\n"
-        "  or let pip install a torch of its own for the build:\n"
+        "  or let pip install a separate torch for the build:\n"
         "    pip install ."
     ) from error
 
 
 def find_cuda_home() -> Path | None:
-    """Return CUDA_HOME or CUDA_PATH, otherwise the home that the nvcc on PATH reports, otherwise /usr/local/cuda."""
+    """Return CUDA_HOME or CUDA_PATH, else the CUDA home that the nvcc on PATH reports, else /usr/local/cuda."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             return Path(os.environ[name])
     if nvcc := shutil.which("nvcc"):
-        # The nvcc on PATH may be a wrapper script, so ask nvcc for its home instead of deriving it from the path.
+        # The nvcc on PATH may be a wrapper script outside the CUDA home, so ask nvcc where the CUDA home is.
         dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         if top := re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE):
             return Path(top[1].strip()).resolve()
@@ -58,7 +58,7 @@ def find_cuda_home() -> Path | None:
 
 
 def cuda_plan() -> tuple[Path | None, str]:
-    """Return the CUDA home for the build, or None to skip the CUDA kernels, and the reason in words."""
+    """Return the CUDA home for the build (None skips the CUDA kernels), and a phrase that explains the decision."""
     requested = os.environ.get("RELOPS_CUDA", "")
     if requested not in ("", "0", "1"):
         raise SystemExit(f"relops: RELOPS_CUDA must be 0, 1 or unset, got {requested!r}")
@@ -70,7 +70,7 @@ def cuda_plan() -> tuple[Path | None, str]:
     if requested == "1":
         raise SystemExit(
             "relops: RELOPS_CUDA=1, but no nvcc was found"
-            + (f" under CUDA_HOME={home}" if home else " (CUDA_HOME and CUDA_PATH unset, none on PATH)")
+            + (f" under CUDA_HOME={home}" if home else " (CUDA_HOME and CUDA_PATH are not set, and PATH has no nvcc)")
             + ".\n  Install the CUDA toolkit and set CUDA_HOME to it, or build only the CPU kernels with RELOPS_CUDA=0."
         )
     return None, "skipped: no nvcc found (set CUDA_HOME, or RELOPS_CUDA=1 to make this an error)"
@@ -88,13 +88,13 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # Each version of Python and torch has a fixed folder, even if pip (editable or not) would use a temporary one.
-        # Therefore a second build is incremental.
+        # pip would build in a temporary folder. A fixed folder per version of Python and torch makes the next build
+        # incremental.
         self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
         self.into_source = bool(self.inplace)  # setuptools resets inplace during the build
 
     def build_extensions(self) -> None:
-        # Look next to this Python first, because ninja may not be on PATH if a virtual environment is not activated.
+        # Look next to this Python first, because a virtual environment that is not activated is not on PATH.
         ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
         if ninja is None:
             raise SystemExit("relops: building needs ninja; install it with: pip install ninja")
@@ -105,7 +105,7 @@ class NinjaBuild(build_ext):
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         cuda_home, cuda_words = cuda_plan()
         if cuda_home is None:
-            # A library from an earlier in-place build would be loaded as if it belonged to this build.
+            # Remove a library from an earlier in-place build, because relops would load it.
             for stale in (ROOT / "relops").glob("_cuda.*") if self.into_source else ():
                 stale.unlink()
             self.extensions = [e for e in self.extensions if e.name != "relops._cuda"]
@@ -150,7 +150,7 @@ class NinjaBuild(build_ext):
                 objects.append(escape(obj))
                 rule = "cxx" if source.endswith(".cpp") else "nvcc"
                 edges.append(f"build {objects[-1]}: {rule} {escape(ROOT / source)}\n  name = {source}")
-                if source == "csrc/module.cpp":  # a change of these defines must not recompile the kernels
+                if source == "csrc/module.cpp":  # only here: new values must not recompile the kernels
                     edges.append(f"  defines = {defines.replace('$', '$$')}")
             library = Path(self.get_ext_fullpath(extension.name)).resolve()
             library.parent.mkdir(parents=True, exist_ok=True)
@@ -162,14 +162,14 @@ class NinjaBuild(build_ext):
 def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
     import pybind11
 
-    # pybind11 comes first, because the copy of it in some versions of torch does not compile for the stable ABI.
+    # pybind11 comes first, because the copy in some versions of torch does not compile for the stable ABI.
     system = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
     includes = " ".join([f"-I{shlex.quote(str(CSRC))}", *(f"-isystem {shlex.quote(path)}" for path in system)])
     target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))
     common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
     cflags = f"{common} -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
     paths = " ".join(f"-L{shlex.quote(p)} -Wl,-rpath-link,{shlex.quote(p)}" for p in cpp_extension.library_paths())
-    # Without --no-as-needed the linker drops libtorch, which loads libtorch_cuda if torch has CUDA.
+    # Without --no-as-needed, the linker would drop libtorch, which loads libtorch_cuda if torch has CUDA.
     link = f"{cxx} -shared $in -o $out -Wl,--no-as-needed {paths} -ltorch -ltorch_cpu -lc10"
     rules = [
         "ninja_required_version = 1.3",

@@ -1,1 +1,1 @@
-"""Benchmarks of relops, which `python -m benchmarks.run --quick` runs."""
+"""Benchmarks of relops. `python -m benchmarks.run --quick` runs the main ones."""

@@ -1,8 +1,9 @@
-"""Benchmarks of batched_nms on the proposals of proposals.py, with the 80 classes of COCO and the 1203 of LVIS.
+"""Benchmarks of batched_nms on the proposals of proposals.py, with 80 classes as in COCO and 1203 as in LVIS.
 
-torchvision has two strategies: suppression class by class, and an offset per class so that boxes of different classes
-do not overlap. torchvision chooses by the number of boxes (on CUDA, class by class above 25,000 boxes), so on CUDA both
-strategies are timed. Adding the offset rounds coordinates, which changes the selection of a few boxes.
+torchvision has two strategies. It either suppresses class by class, or adds an offset per class to the boxes, so that
+boxes of different classes do not overlap. The number of boxes decides which one it uses (on CUDA, class by class above
+25,000 boxes). On CUDA, both are timed. Adding the offset rounds the coordinates, which changes the selection of a few
+boxes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Benchmarks of box_iou and generalized_box_iou: anchors, proposals, all pairs of a large set, the loss of a batch."""
+"""Benchmarks of box_iou and generalized_box_iou: anchors, proposals, two large sets, and a batch of loss size."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
 from benchmarks.regions import torchvision_ops
 from relops import reference
 
-# Operations per pair in the definition. Each side of the intersection and of the enclosing box takes a
-# minimum, a maximum, a difference and a clamp.
+# Operations per pair of boxes, according to the definition. The width and the height of the intersection and of the
+# enclosing box each take a minimum, a maximum, a difference and a clamp.
 FLOPS = {"box_iou": 12, "generalized_box_iou": 23}
 
 
@@ -53,7 +53,7 @@ def make(
     *N, A, B = sizes
     pairs, boxes = math.prod(sizes), math.prod(N) * (A + B) * 4
     forward = Model((boxes + pairs) * dtype.itemsize, pairs * FLOPS[op])
-    # The backward reads the boxes and the gradient of the output, and writes the gradient of the boxes.
+    # The backward pass reads the boxes and the gradient of the output, and writes the gradient of the boxes.
     forward_backward = Model(forward.bytes + (2 * boxes + pairs) * dtype.itemsize, 3 * forward.flops)
     return Bench(
         op=op,

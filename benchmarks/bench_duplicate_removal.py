@@ -1,11 +1,12 @@
 """Benchmarks of nn.DuplicateRemoval on one image with 300 objects, 80 classes and the 100 best objects of each class.
 
-One row removes duplicates among all objects, and one among those with a score above 0.01. relops and PyTorch run the
-same module, which calls `relops.relation_attention` or its twin. Boxes are the proposals of proposals.py. Each object
-has its score in its own class. The background gets 9/10 of the remaining probability, and the other classes share 1/10
-in proportion to exp(2 x) with normal variables x, so that a few hundred pairs of an object and a class exceed 0.01.
+One row processes all objects, and another only those with a score above 0.01. relops and PyTorch run the same module,
+which calls `relops.relation_attention` or its twin. The boxes are the proposals of proposals.py, and the score of a
+proposal is the probability of its own class. Of the remaining probability, 9/10 go to the background and 1/10 to the
+other classes, in proportion to exp(2 x) with a normal variable x per class. As a result, a few hundred pairs of an
+object and a class have a score above 0.01.
 
-Greedy suppression, with one call of `relops.nms` per class, is also timed for information. It computes different scores
+For comparison, greedy suppression with one call of `relops.nms` per class is also timed. It computes different scores
 and needs much less arithmetic.
 """
 
@@ -33,7 +34,7 @@ def removal(score_threshold: float, device: str) -> relops.nn.DuplicateRemoval:
 
 
 def make_inputs(module: Callable[[], torch.nn.Module], generator: torch.Generator) -> tuple:
-    """Return random inputs. They include the weights, so that the module computes in float64 if the inputs are cast."""
+    """Return random inputs and the weights, so that the module computes in float64 if all of them are cast."""
     boxes, own, classes = images(1, K, generator, CLASSES)
     features = torch.randn(1, K, CHANNELS, generator=generator, device=boxes.device).relu()
     others = (2 * torch.randn(1, K, CLASSES, generator=generator, device=boxes.device)).softmax(-1)
@@ -81,7 +82,7 @@ def benches(device: str) -> list[Bench]:
         shape = f"{name} 1x{K} C={CLASSES} first 100"
         rows += [
             row(shape=shape, quick=threshold > 0),
-            # This row compares no outputs: suppression gives other scores, and the row above verifies the module.
+            # No outputs are compared, because suppression returns other scores. The row above verifies the module.
             row(
                 shape=f"{shape}, against nms",
                 peers={"relops.nms of each class": functools.partial(greedy, threshold)},

@@ -1,8 +1,8 @@
-"""Benchmarks of linear_sum_assignment: the matching of DETR's loss, and large problems of several kinds.
+"""Benchmarks of linear_sum_assignment: the matching in the loss of DETR, and large problems of several kinds.
 
-The DETR rows are plain, padded, or have many queries. Every contender returns the total cost of its matching, and
-verification compares these costs, because several matchings can be optimal. SciPy is called on the CPU in a loop over
-the problems, as DETR does. On CUDA, its time includes the copies from and to the device.
+Some DETR rows are padded or have many queries. Every contender returns the total cost of its matching, and verification
+compares these costs, because several matchings can be optimal. As in DETR, SciPy solves one problem at a time on the
+CPU. On CUDA, the time of SciPy includes the copies from and to the device.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def bench(shape: str, device: str, draw: Callable, dtype: torch.dtype, B: int, R
         model=Model(B * (R * C * dtype.itemsize + (R + C) * 8), B * R * C),
         peers=peers,
         min_rounds=3,
-        tolerance=1e-9,  # the total cost is summed in float64 for every dtype of the costs
+        tolerance=1e-9,  # the total cost is summed in float64, whatever the dtype of the costs
         **options,
     )
 

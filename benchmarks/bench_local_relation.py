@@ -44,14 +44,14 @@ class Case:
     def model(self, dtype: torch.dtype, direction: str) -> Model:
         inputs, outputs = self.N * self.size**2, self.N * self.output_size**2
         size = (inputs * (self.C + self.G) + outputs * (self.C + self.G)) * dtype.itemsize
-        # Per tap, a channel needs one multiply-add, and a group 6 operations: 3 for the logit, and one each for the
-        # maximum, the exponential and the sum.
+        # Per tap, a channel needs one multiply-add, and a group needs 6 operations: 3 for the logit, and one each for
+        # the maximum, the exponential and the sum.
         taps = outputs * self.k**2
         forward = Model(size, taps * (2 * self.C + 6 * self.G))
         if direction == FORWARD:
             return forward
-        # Per tap, a channel needs a multiply-add for each of the gradients of weight and value, and a group needs 7
-        # operations for those of logit (2), query (2), key (2) and prior (1).
+        # Per tap, a channel needs two multiply-adds, for the gradients of the weight and of the value. A group needs 7
+        # operations for the gradients of the logit (2), query (2), key (2) and prior (1).
         return Model(2 * size + inputs * self.C * dtype.itemsize, forward.flops + taps * (4 * self.C + 7 * self.G))
 
 
@@ -82,7 +82,7 @@ def shifted(
     similarity: str = "squared_difference",
     border: str = "mask",
 ) -> Tensor:
-    """Compute local_relation in PyTorch as a sum over taps of shifted maps, without unfolding the values.
+    """Compute local_relation in PyTorch as a sum of shifted maps, one per tap, without unfolding the values.
 
     Only squared differences with masked borders are implemented.
 
@@ -99,11 +99,11 @@ def shifted(
     k, dtype_of_value = kernel_size, value.dtype
     dtype = torch.promote_types(dtype_of_value, torch.float32)
     before, reach = dilation * (k // 2), dilation * (k - 1) + 1
-    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # from the first pixel that a tap reads to the last
+    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # pixels from the first to the last one that a tap reads
     below, right = (span - 1 + reach - before - size for span, size in zip(spans, (H, W)))
     around = (before, right, before, below)
     inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=value.device), around)
-    missing = -C % G  # channels of padding that fill up the last groups
+    missing = -C % G  # channels of padding in the last groups
     query, key, value = query.to(dtype), F.pad(key.to(dtype), around), F.pad(value.to(dtype), (*around, 0, missing))
     prior = prior.to(dtype)
 
@@ -139,8 +139,9 @@ def window_mask(size: int, k: int, device: str):
 def flex(query: Tensor, key: Tensor, value: Tensor, prior: Tensor, *, kernel_size: int, **_: object) -> Tensor:
     """Compute local_relation with flex_attention.
 
-    Squared differences become products of [2q, 1] and [k, -k^2], a score_mod adds the prior, and a block mask defines
-    the window. Zeros pad the heads to a width of 16, the minimum of flex_attention.
+    The product of the vectors [2q, 1] and [k, -k^2] replaces the negated squared difference of q and k, and leads to
+    the same weights. A score_mod adds the prior, and a block mask defines the window. The heads are padded with zeros
+    to a width of 16, the minimum of flex_attention.
     """
     N, G, H, W = query.shape
     m = value.shape[1] // G
@@ -162,7 +163,7 @@ def make(
 ) -> Bench:
     squared = case.similarity == "squared_difference"
     peers = {"shifted maps": bind_options(shifted, case)} if squared else {}
-    # flex_attention computes no gradient for the prior that the score_mod captures.
+    # flex_attention computes no gradient for the prior, which the score_mod captures, so it has forward rows only.
     regular = case.stride == 1 and case.C % case.G == 0
     if squared and regular and device == "cuda" and direction == FORWARD and not case.channels_last:
         peers["flex_attention"] = bind_options(flex, case)

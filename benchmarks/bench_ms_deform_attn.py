@@ -1,4 +1,4 @@
-"""Benchmarks of ms_deform_attn and ms_deform_attn_fused: encoder, decoder, and an encoder of transformers."""
+"""Benchmarks of ms_deform_attn and ms_deform_attn_fused: encoders, decoders, and the encoder in transformers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ENCODER: Levels = ((100, 152), (50, 76), (25, 38), (13, 19))  # an image of 800 
 PAPER: Levels = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800 x 1333
 PHOTOGRAPH: Levels = ((100, 134), (50, 67), (25, 34), (13, 17))  # 800 x 1066
 BEVFORMER: Levels = ((116, 200), (58, 100), (29, 50), (15, 25))
-LOCAL_SPREAD = 2.0  # pixels: standard deviation of the offsets of a "local" row
+LOCAL_SPREAD = 2.0  # standard deviation of the offsets in "local" rows, in pixels
 
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one row. If Q is None, there is a query per pixel, as in an encoder."""
+    """The sizes of one row. If Q is None, there is one query per pixel, as in an encoder."""
 
     name: str
     levels: Levels
@@ -36,8 +36,8 @@ class Case:
     M: int = 8
     D: int = 32
     P: int = 4
-    local: bool = False  # locations around the pixel of the query, as in a real encoder, instead of uniform locations
-    boxes: bool = False  # reference boxes instead of reference points, for the fused op only
+    local: bool = False  # whether locations lie around the pixel of the query, as in a real encoder; otherwise uniform
+    boxes: bool = False  # whether the fused op gets reference boxes instead of reference points
 
     @property
     def S(self) -> int:
@@ -57,8 +57,9 @@ class Case:
     def model(self, dtype: torch.dtype, coordinate_bytes: int, reference_bytes: int, direction: str) -> Model:
         """Return the compulsory work.
 
-        A sample reads four corners of D values, so it needs 4 * D multiply-adds in the forward. The backward needs the
-        same number for the gradient of value, and again for the gradients of the location and the weight.
+        A sample reads D values at each of four pixels, so the forward pass needs 4 * D multiply-adds per sample. The
+        backward pass needs this number for the gradient of value, and once more for the gradients of the location and
+        the weight.
         """
         size = dtype.itemsize
         rows = self.N * self.queries * self.M
@@ -91,8 +92,9 @@ def sizes_xy(levels: Levels, device: str) -> Tensor:
 def draw_points(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return normalized reference points [N,Q,2] and sampling locations [N,Q,M,L,P,2] in float32.
 
-    Locations keep a distance of 1/20 pixel from the lines where their four corners change. The gradient of the location
-    is discontinuous there, and a comparison with float64 would measure the direction of rounding instead of the op.
+    The gradient with respect to a location is discontinuous where the four pixels around it change, and a comparison
+    with float64 would measure the direction of rounding there instead of the op. The locations are therefore at least
+    1/20 pixel away from such positions.
     """
     device = generator.device.type
     N, Q, M, L, P = case.N, case.queries, case.M, len(case.levels), case.P
@@ -165,7 +167,7 @@ def locations_of(levels: Levels, points: Tensor, offsets: Tensor) -> Tensor:
 
 
 def relops_unfused(value: Tensor, levels: Levels, starts: None, points: Tensor, offsets: Tensor, logits: Tensor):
-    """Compute the fused op with `relops.ms_deform_attn` and PyTorch, which the fused op should outperform."""
+    """Compute the fused op with `relops.ms_deform_attn` and PyTorch functions, which should be slower."""
     wide_dtype = compute_dtype(value.dtype)
     weights = logits.to(wide_dtype).flatten(-2).softmax(-1).view(logits.shape)
     return relops.ms_deform_attn(value, levels, starts, locations_of(levels, points, offsets.to(wide_dtype)), weights)
@@ -234,7 +236,7 @@ def make(case: Case, device: str, dtype: torch.dtype, direction: str, fused: boo
     )
 
 
-# ---- The encoder of Deformable DETR in Hugging Face transformers, with random weights ----
+# ---- The encoder of Deformable DETR in Hugging Face transformers ----
 
 
 @functools.cache
@@ -249,8 +251,8 @@ def transformers_encoders(layers: int, device: str) -> tuple[torch.nn.Module, to
     plain = modeling.DeformableDetrEncoder(config).to(device).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            # These weights are initialized with zeros, which puts all locations exactly on pixels, where the gradient
-            # is discontinuous.
+            # The initial weights are zero, so all locations would lie exactly at pixel centers, where the gradient is
+            # discontinuous.
             if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
                 parameter.normal_(std=0.05)
     swapped = modeling.DeformableDetrEncoder(config).to(device).eval()
@@ -272,7 +274,7 @@ def transformers_bench(device: str, layers: int, direction: str, min_rounds: int
     S = sum(h * w for h, w in levels)
     names: Sequence[str] = ()
 
-    # Weights are inputs, so that their gradients are compared, and the encoder computes in float64 if inputs are cast.
+    # The weights are inputs, so their gradients are compared, and float64 inputs make the encoder compute in float64.
     def make_inputs(generator: torch.Generator) -> tuple:
         nonlocal names
         plain, _ = transformers_encoders(layers, device)
@@ -303,8 +305,8 @@ def transformers_bench(device: str, layers: int, direction: str, min_rounds: int
         make_inputs=make_inputs,
         relops=functools.partial(call, 1),
         pytorch=functools.partial(call, 0),
-        # Among millions of locations and ReLUs, rounding to float32 moves a few across a discontinuity. This alone
-        # changes some gradients by 2e-3, also in PyTorch, as its recorded error shows.
+        # Rounding to float32 moves a few of the millions of locations and ReLU inputs across a discontinuity. This
+        # alone changes some gradients by 2e-3. The recorded error of PyTorch in float32 shows the same effect.
         tolerance=1e-2,
         min_rounds=min_rounds,
     )
@@ -348,7 +350,7 @@ def benches(device: str) -> list[Bench | Skipped]:
             make(bevformer, device, f32, FORWARD),
             make(bevformer, device, f32, FORWARD_BACKWARD),
         ]
-    # To verify the backward, the float64 twin needs 2 GB per layer, so the CPU runs fewer layers.
+    # To verify the backward pass, the float64 twin needs 2 GB per layer, so the CPU runs fewer layers.
     rows += [
         transformers_bench(device, 6, FORWARD, min_rounds=5),
         transformers_bench(device, 6 if device == "cuda" else 2, FORWARD_BACKWARD, min_rounds=5),

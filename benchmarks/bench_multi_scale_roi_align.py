@@ -17,7 +17,7 @@ from benchmarks.regions import IMAGE, Case, draw_boxes, draw_maps, peer_targets,
 from relops import reference
 from relops._dtypes import compute_dtype
 
-# The four levels receive 58%, 27%, 13% and 2% of the boxes.
+# From the finest to the coarsest level, the levels receive 58%, 27%, 13% and 2% of the boxes.
 PYRAMID = Case("box head", strides=(4, 8, 16, 32), sides=(16.0, 600.0), logarithmic=True)
 
 
@@ -34,7 +34,7 @@ def call(op: Callable[..., Tensor], case: Case, *inputs: Tensor) -> Tensor:
 
 
 def torchvision_peer(case: Case, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """Return torchvision's module as a peer. Maps of 16 bits, which it rejects, are cast to float32 as in autocast."""
+    """Return torchvision's module as a peer. It rejects 16-bit maps, so they are cast to float32, as autocast does."""
     ops = torchvision_ops()
     if ops is None or case.box_gradients:
         return {}

@@ -11,7 +11,7 @@ from benchmarks.proposals import proposals, uniform
 from benchmarks.regions import torchvision_ops
 from relops import reference
 
-# From this number of boxes on, the byte count of torchvision's mask of all pairs overflows the int of its CUDA kernel.
+# With this number of boxes or more, the size in bytes of torchvision's mask of all pairs overflows an int on CUDA.
 TOO_MANY_FOR_TORCHVISION = 370_000
 
 

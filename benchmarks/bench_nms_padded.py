@@ -1,6 +1,6 @@
-"""Benchmarks of nms_padded: the proposals of two images, and detections of eight images in 80 classes (proposals.py).
+"""Benchmarks of nms_padded: boxes of proposals.py for two images, and for eight images with 80 classes.
 
-torchvision has no such op, so the peer is a loop over images that pads the result of torchvision's batched_nms.
+torchvision has no such op, so the peer calls torchvision's batched_nms for each image and pads the results.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench
 from benchmarks.regions import RFCN, make
 
-# torchvision's forward skips the last row and column, but its backward gives them a gradient. With a box that reaches
-# them, torchvision would fail the verification, so boxes keep a distance from the border.
+# The forward pass of torchvision skips the last row and column of the map, but its backward pass gives them a gradient.
+# torchvision would fail the verification for a box that reaches them, so boxes keep a distance from the border.
 POOLED = replace(RFCN, margin=32)
 
 

@@ -11,12 +11,12 @@ import relops
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Model
 from relops import reference
 
-# Operations per angle in the definition: one product, and about 10 each for a sine and a cosine.
+# Operations per angle, according to the definition: one product, and about 10 each for the sine and the cosine.
 FLOPS = 21
 
 
 def draw(shape: tuple[int, ...], dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Return random ranks below the number of boxes of a class. They have fractions if `dtype` is floating point."""
+    """Return random ranks below the number of boxes per class (fractional if `dtype` is floating point), and `dim`."""
     ranks = shape[-1] * torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
     return (ranks if dtype.is_floating_point else ranks.floor()).to(dtype), dim
 

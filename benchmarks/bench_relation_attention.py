@@ -1,4 +1,4 @@
-"""Benchmarks of relation_attention: detector heads, learned duplicate removal, batches, gradients for boxes."""
+"""Benchmarks of relation_attention: detector heads, learned duplicate removal, batches, box gradients."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Case:
         features = objects * self.M * (2 * self.D + 2 * self.Dv) * dtype.itemsize
         boxes = 2 * objects * 4 * compute_dtype(dtype).itemsize
         pairs = objects * self.K * self.M
-        # Per pair and head, the forward computes b, the logit and the output, and the backward computes the gradients
-        # of W_G, of p and value, and of query and key.
+        # Per pair and head, the forward pass computes the geometric weight b, the logit and the output. The backward
+        # pass computes the gradients of the geometry weight, of the attention weight and value, and of query and key.
         forward = Model(features + boxes, 2 * pairs * (EMBEDDING + self.D + self.Dv))
         if direction == FORWARD:
             return forward
@@ -59,11 +59,11 @@ def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
     """Return random arguments of relation_attention.
 
     Boxes have sides of 16 to 256 pixels in an image of 1024 pixels. Their coordinates are multiples of 1/16 pixel, so
-    that float32 subtracts their centers exactly. With other coordinates, the twin's gradients for boxes have an error
-    of 5%.
+    differences between their centers are exact in float32. With other coordinates, the gradients of the twin with
+    respect to the boxes have an error of 5%.
 
-    The geometric weights b stay within (0.3, 1.7). The gradient is discontinuous at their lower bound of 1e-6, where a
-    comparison with float64 would measure the direction of rounding.
+    The geometric weights b are between 0.3 and 1.7. The op clamps them to at least 1e-6. The gradient is discontinuous
+    at this bound, and a comparison with float64 would measure the direction of rounding there.
     """
     device, wide_dtype = generator.device, compute_dtype(dtype)
     features = [
@@ -97,7 +97,7 @@ def flex(
     bias: Tensor,
     mask: None,
 ) -> Tensor:
-    """Compute relation_attention with flex_attention, whose score_mod divides distances by the size of the key."""
+    """Compute relation_attention with flex_attention. Distances are divided by the size of the key's box."""
 
     def sizes(boxes: Tensor) -> tuple[Tensor, ...]:
         x1, y1, x2, y2 = boxes.unbind(-1)
@@ -127,7 +127,7 @@ def make(
     case: Case, device: str, dtype: torch.dtype, direction: str, target: dict[str, float] | None = None, **options
 ) -> Bench:
     differentiated = [QUERY, KEY, VALUE, WEIGHT, BIAS] + [QUERY_BOXES, KEY_BOXES] * case.box_gradients
-    # flex_attention has no gradient for tensors that a score_mod captures, and no gradient at all on the CPU.
+    # flex_attention computes no gradients for tensors that a score_mod captures, and no gradients at all on the CPU.
     expressible = direction == FORWARD and case.geometry == "paper" and case.kept is None
     return Bench(
         op="relation_attention",

@@ -1,4 +1,4 @@
-"""Benchmarks of roi_align: several heads, memory formats and dtypes, adaptive sampling, gradients for boxes."""
+"""Benchmarks of roi_align: several heads, memory formats and dtypes, adaptive sampling, box gradients."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import torch
 from benchmarks.harness import BACKWARD, FORWARD, FORWARD_BACKWARD, Bench
 from benchmarks.regions import C4, HEADLINE, make
 
-# Boxes of these widths or heights in map pixels are avoided, because in float32 and float64 an edge of their 7 bins
-# would be rounded to different pixels.
+# Boxes with these widths or heights in map pixels are avoided, because float32 and float64 would round an edge of one
+# of their 7 bins to different pixels.
 POOLED = replace(HEADLINE, avoided=(29, 57, 58))
 
 

@@ -1,6 +1,6 @@
 """Benchmarks of soft_nms with both methods on the proposals of one image, as proposals.py defines them.
 
-The twin is a vectorized loop over the kept boxes. torchvision has no such op.
+The twin is a vectorized loop over the kept boxes. torchvision has no soft_nms.
 """
 
 from __future__ import annotations

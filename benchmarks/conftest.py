@@ -1,4 +1,4 @@
-"""The plugin that runs every bench_*.py under pytest-benchmark: `pytest benchmarks/ --benchmark-enable [-k quick]`."""
+"""A plugin that runs each bench_*.py with pytest-benchmark: `pytest benchmarks/ --benchmark-enable [-k quick]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 
 class BenchFile(pytest.Module):
-    """A benchmark file, which defines rows instead of tests and therefore gets `test_bench` as its only test."""
+    """A benchmark file. It defines rows instead of tests, so the plugin adds `test_bench` as its only test."""
 
     def _getobj(self):
         module = super()._getobj()

@@ -1,17 +1,23 @@
 """Benchmarks of detectors against the same detectors in pure PyTorch: `python -m benchmarks.detector_twins [--quick]`.
 
-The twin of a detector is the same module with the same weights, but every relops op that it calls is replaced by the
-usual PyTorch implementation (`TWINS`): grid_sample for deformable attention, bilinear samples gathered level by level
-for RoI Align, blockwise suppression on IoU matrices, scaled_dot_product_attention with its bias in memory for relation
-attention, a sum of shifted maps (which is faster than unfolding) for local relation, and SciPy on the CPU, one problem
-at a time, for the assignment. The detector and its twin share all other code, so a ratio compares whole detectors.
+The twin of a detector is the same module with the same weights, but the usual PyTorch implementation replaces every
+relops op that the module calls (`TWINS`):
 
-Each detector has two rows: detection in one image, and the losses of a batch of four images with 13 objects each,
-together with their gradients. DETR has only the second row, because its detection uses none of these ops. Before a row
-is timed, both sides must return the same detections, or the same losses and gradients for the same samples, and the
-twin must not have run an op of relops. Next, `harness.peak_bytes` measures the peak memory of one pass of each side,
-beyond the memory that was in use before. Rounds alternate between the two sides, and a ratio is the median of the
-ratios within the rounds.
+- deformable attention: grid_sample
+- RoI Align: bilinear samples that are gathered level by level
+- suppression: IoU matrices of blocks of boxes
+- relation attention: scaled_dot_product_attention, with the geometric bias stored in memory
+- local relation: a sum of shifted maps, which is faster than unfolding
+- linear assignment: SciPy on the CPU, one problem at a time
+
+The detector and its twin share all other code, so a ratio compares whole detectors.
+
+Each detector has two rows. The first is detection in one image. The second computes the losses of a batch of four
+images with 13 objects each, and their gradients. DETR has only the second row, because its detection uses no op of
+relops. Before a row is timed, both sides must return the same detections, or the same losses and gradients for the same
+samples, and the twin must not run any op of relops. `harness.peak_bytes` then measures the peak memory of one pass of
+each side, not counting the memory that was in use before. Each round runs both sides, in alternating order. A ratio is
+the median of the ratios within the rounds.
 """
 
 from __future__ import annotations
@@ -46,10 +52,10 @@ CLASSES = 80  # in the detection rows
 DETECTION_SIZES = {"cpu": (480, 640), "cuda": (800, 1066)}  # height and width, smaller on the CPU to save time
 TRAINING_SIZE, IMAGES, OBJECTS = (240, 320), 4, 13
 QUICK_SIZE = (96, 128)
-LOGIT_STD = 1.5  # standard deviation of the class logits of two-stage detectors in the detection rows
+LOGIT_STD = 1.5  # standard deviation of the class logits in the detection rows of two-stage detectors
 
 # The largest allowed differences between the two sides, several times the rounding error.
-LOSS_BOUND, BOX_BOUND = 1e-3, 0.1  # relative, and in pixels
+LOSS_BOUND, BOX_BOUND = 1e-3, 0.1  # relative to the loss; in pixels
 # The fraction of detections that may have no counterpart, because rounding decides which of the lowest scores are kept.
 UNMATCHED = 0.02
 
@@ -58,11 +64,11 @@ class Case(NamedTuple):
     """The options of one detector.
 
     Attributes:
-        detection: The options of the model in the detection row. The model has the published size, with a ResNet-50 or
-            LR-Net-26 as backbone. None if the detector has no such row.
-        training: The options of the model in the training row. The model is about as small as the detectors that
+        detection: The options of the model in the detection row, or None if the detector has no such row. The model has
+            the published size, with a ResNet-50 or LR-Net-26 as its backbone.
+        training: The options of the model in the training row. The model is about as large as the detectors that
             train_cells.sh trains on a CPU.
-        gradient_bound: The largest allowed relative RMS difference of the gradients.
+        gradient_bound: The largest allowed relative RMS difference between the gradients of the two sides.
     """
 
     detection: dict[str, Any] | None
@@ -131,7 +137,7 @@ def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]
 
     Raises:
         harness.VerificationError: If the difference is too large, if the detector ran no op of relops, or if its twin
-            ran one.
+            ran any.
     """
     with Calls() as ours:
         found = run()
@@ -152,10 +158,10 @@ def verify(name: str, run: Callable[[], Any], check: Callable[[Any, Any], float]
 
 
 def diversify_outputs(model: nn.Module) -> nn.Module:
-    """Randomize weights so that the outputs of the model differ from one another, and set it to evaluation mode.
+    """Randomize weights so that the outputs of the model differ from one another, and set the model to evaluation mode.
 
-    In a newly initialized model, nearly all scores are the same, and deformable attention samples the centers of
-    pixels, where gradients are discontinuous.
+    In a newly initialized model, nearly all scores are equal, and deformable attention samples at the centers of
+    pixels, where its gradients are discontinuous.
     """
     detectors.diversify_detections(model)
     with torch.no_grad():
@@ -166,7 +172,7 @@ def diversify_outputs(model: nn.Module) -> nn.Module:
                 x.normal_(0, 0.05)
             elif name.endswith("weight") and ("bboxes_delta" in name or ("bbox_embed" in name and "layers.2" in name)):
                 x.normal_(0, 0.02)  # the boxes move, but stay in the image
-            elif name.endswith("bn3.weight"):  # a buffer of frozen normalization, which diversify_detections skips
+            elif name.endswith("bn3.weight"):  # a buffer if it is frozen; diversify_detections skips buffers
                 x.fill_(0.3)
     return model
 
@@ -181,18 +187,18 @@ def smooth_images(count: int, size: tuple[int, int], device: str) -> list[Tensor
 def detection(
     name: str, options: dict[str, Any], size: tuple[int, int], device: str
 ) -> tuple[Callable[[], Detections], tuple[int, ...]]:
-    """Return a function that runs detection, and the shape of the images."""
+    """Return a function that runs detection, and the shape of the batch of images."""
     torch.manual_seed(0)
     model = diversify_outputs(relops.models.build(name, CLASSES, **options)).to(device)
     images, sizes, _ = relops.models.batch_images(smooth_images(1, size, device), min(size), max(size))
-    # Replace the initial running statistics, which match no image and would make the maps nearly zero.
+    # Compute the running statistics from the images, because with the initial ones the maps would be nearly zero.
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         model.backbone.train()(images)
     model.eval()
-    # Scale the scores to about the size that training gives them, so that each class has boxes to suppress.
+    # Scale the class logits to about their spread after training, so that each class has boxes to suppress.
     if isinstance(model, TwoStageDetector):
         classifier, logits = model.roi_heads.box_predictor.cls_score, []
         with torch.no_grad(), classifier.register_forward_hook(lambda module, inputs, output: logits.append(output)):
@@ -209,7 +215,7 @@ def detection(
 def training(
     name: str, options: dict[str, Any], size: tuple[int, int], device: str
 ) -> tuple[Callable[[], tuple[dict[str, Tensor], Sequence[Tensor]]], tuple[int, ...]]:
-    """Return a function that computes losses and gradients, for the same samples in every call, and the image shape."""
+    """Return a function that computes losses and gradients of the same samples in every call, and the batch shape."""
     torch.manual_seed(0)
     model = diversify_outputs(relops.models.build(name, detectors.CLASSES, **options)).to(device).train()
     images, sizes, _ = relops.models.batch_images(smooth_images(IMAGES, size, device), min(size), max(size))
@@ -226,10 +232,10 @@ def training(
 
 
 def distance_of_detections(found: Detections, expected: Detections) -> float:
-    """Return the largest difference in pixels between detections and their counterparts of the same label."""
+    """Return the largest difference in pixels between a detection and its counterpart with the same label."""
     ours, theirs = (x.labels[0] >= 0 for x in (found, expected))
     if not 20 <= ours.sum() == theirs.sum():
-        raise harness.VerificationError(f"relops has {ours.sum()} detections, its twin has {theirs.sum()}")
+        raise harness.VerificationError(f"relops returns {ours.sum()} detections, but the twin returns {theirs.sum()}")
     distance = (found.boxes[0, ours] - expected.boxes[0, theirs, None]).abs().amax(-1)
     distance += 1000 * (found.labels[0, ours] != expected.labels[0, theirs, None])
     nearest = distance.amin(1)
@@ -242,14 +248,14 @@ def distance_of_detections(found: Detections, expected: Detections) -> float:
 def distance_of_gradients(
     bound: float, found: tuple[dict, Sequence[Tensor]], expected: tuple[dict, Sequence[Tensor]]
 ) -> float:
-    """Return the relative RMS difference of all gradients together.
+    """Return the relative RMS difference over all gradients.
 
     Raises:
-        harness.VerificationError: If the losses differ, or if the difference of the gradients exceeds `bound`.
+        harness.VerificationError: If the losses differ, or if the difference exceeds `bound`.
     """
     for loss, value in expected[0].items():
         if not (found[0][loss] - value).abs() <= LOSS_BOUND * value.abs():
-            raise harness.VerificationError(f"loss {loss} is {found[0][loss]:.6g}, but that of the twin is {value:.6g}")
+            raise harness.VerificationError(f"loss {loss} is {found[0][loss]:.6g}, but {value:.6g} in the twin")
     gradients = ([torch.cat([x.flatten() for x in side[1]])] for side in (found, expected))
     error = harness.relative_rms_error(*gradients)
     if not error <= bound:
@@ -332,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="run small models for one round, and record nothing")
     options = parser.parse_args(argv)
     if importlib.util.find_spec("scipy") is None:
-        parser.error("scipy is missing, which the twins need to solve assignments: pip install scipy")
+        parser.error("the twins need scipy to solve assignment problems: pip install scipy")
     record = None
     if not options.quick:
         record = harness.Record(
@@ -346,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             try:
                 row = measure(name, direction, options.device, 1 if options.quick else options.rounds, options.quick)
-            except harness.VerificationError as error:  # a failed row must not stop the others
+            except harness.VerificationError as error:  # a failed row must not stop the run
                 failed = True
                 print(f"FAILED: {error}", file=sys.stderr)
                 continue

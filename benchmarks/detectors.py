@@ -1,10 +1,10 @@
 """Benchmarks of whole detectors against torchvision's with the same weights: `python -m benchmarks.detectors`.
 
-There are three pairs. The first is a training iteration of a small Faster R-CNN on a feature pyramid (four images of
-320x240, with preprocessing and AdamW). The others are detection in one image of 800x1066 with fasterrcnn_resnet50_fpn
-and with maskrcnn_resnet50_fpn. Before a pair is timed, both detectors must return the same losses for the same samples,
-or the same detections. Rounds alternate between the two detectors, and a ratio is the median of the ratios within the
-rounds.
+There are three pairs of detectors. The first runs a training iteration of a small Faster R-CNN on a feature pyramid
+(four images of 320x240, with preprocessing and AdamW). The other two run detection in one image of 800x1066, with
+fasterrcnn_resnet50_fpn and with maskrcnn_resnet50_fpn. Before a pair is timed, both detectors must return the same
+losses for the same samples, or the same detections. Each round runs both detectors, in alternating order. A ratio is
+the median of the ratios within the rounds.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def vision() -> object:
     try:
         from torchvision.models import detection
     except ImportError as error:
-        raise SystemExit("torchvision is missing, which benchmarks.detectors needs: pip install torchvision") from error
+        raise SystemExit("benchmarks.detectors needs torchvision: pip install torchvision") from error
     return detection
 
 
 class Body(nn.Module):
-    """An adapter that makes the feature pyramid of relops a backbone of torchvision's detectors.
+    """An adapter that turns the feature pyramid of relops into a backbone for torchvision's detectors.
 
     Both detectors therefore run the same convolutions.
     """
@@ -68,9 +68,9 @@ def small_pair() -> tuple[nn.Module, nn.Module]:
 
 
 def diversify_detections(model: nn.Module) -> nn.Module:
-    """Randomize weights so that the model makes a hundred detections of many classes, and set it to evaluation mode.
+    """Randomize weights so that the model returns a hundred detections of many classes, and set it to evaluation mode.
 
-    All detections of a newly initialized model have the same score.
+    In a newly initialized model, all detections have the same score.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -108,7 +108,7 @@ def training_steps(device: str) -> tuple[Callable[[], None], Callable[[], None]]
         sum(losses().values()).backward()
         optimizer.step()
 
-    # If the samplers select all candidates, the losses are not random.
+    # Let the samplers select all candidates, so that the losses are not random.
     samplers = theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler
     before = [s.batch_size_per_image for s in samplers]
     for module, sampler in zip((ours.rpn, ours.roi_heads), samplers):

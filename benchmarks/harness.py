@@ -1,17 +1,20 @@
 """Code that all benchmarks share: the description of a row, verification, timing, memory, machine limits, records.
 
-A `bench_<op>.py` defines a function ``benches(device) -> list[Bench | Skipped]`` and runs nothing by itself. `run.py`
-discovers these functions, and `conftest.py` turns their rows into pytest-benchmark tests.
+A row is one measurement of an op, with one input shape, dtype, device and direction. Its contenders are relops, the
+pure-PyTorch twin of the op (in `relops.reference`), and peers, which are other implementations.
+
+Each `bench_<op>.py` defines a function ``benches(device) -> list[Bench | Skipped]`` that describes its rows and runs
+nothing. `run.py` finds these functions, and `conftest.py` turns their rows into pytest-benchmark tests.
 
 A row is measured in three steps:
 
-1. Verification: relops runs in the dtype of the row, and its outputs are compared with those of the pure-PyTorch twin
-   in float64 on the same inputs. Indices are compared exactly, with a twin that runs in the dtype of the row. If the
-   error exceeds the bound, the row is not timed.
-2. Peak memory: one call of each contender.
-3. Rounds: each round draws new random inputs and runs every contender once on them, in rotating order, so that other
-   load on the machine affects all contenders alike. Times are medians over the rounds, and a ratio is the median of the
-   ratios within the rounds.
+1. Verification: relops runs in the dtype of the row, and its outputs are compared with those of the twin in float64 on
+   the same inputs. Indices must be equal to those of the twin in the dtype of the row. If the error exceeds the bound,
+   the row is not timed.
+2. Peak memory: one call of each contender is measured.
+3. Rounds: each round draws new random inputs and runs every contender once on them, in rotating order. Times are
+   medians over the rounds. A ratio is the median of the ratios within the rounds, so other load on the machine affects
+   all contenders alike.
 """
 
 from __future__ import annotations
@@ -45,14 +48,14 @@ FORWARD, BACKWARD, FORWARD_BACKWARD = "forward", "backward", "forward+backward"
 
 # The largest allowed relative RMS error of relops against the float64 twin: several times the rounding error.
 ERROR_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-# The largest allowed fraction of indices that a peer selects differently, because some peers round the coordinates.
+# The fraction of indices in which a peer may differ from the twin, because some peers round the coordinates.
 PEER_SELECTION_BOUND = 0.01
 MIN_ROUNDS, QUICK_MIN_ROUNDS, MAX_ROUNDS = 5, 3, 100
 
 
 @dataclass(frozen=True)
 class Model:
-    """The work that no implementation can avoid.
+    """The compulsory work of a row, which no implementation can avoid.
 
     Attributes:
         bytes: The bytes that must be moved if each input is read once and each output (and gradient) is written once.
@@ -67,7 +70,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Contender:
-    """A callable to time, and the context manager in which its forward and backward run."""
+    """A callable to time, and a context manager that is active during its forward and backward passes."""
 
     call: Callable[..., Any]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -78,36 +81,35 @@ class Bench:
     """The description of one row.
 
     Attributes:
-        op: The name of the op. It forms the key of the row, together with the next four attributes and the number of
-            threads.
-        shape: A label that describes the input to people.
+        op: The name of the op. The op, shape, dtype, device, direction and number of threads identify the row.
+        shape: A readable label of the input.
         dtype: The dtype of the row.
         device: "cpu" or "cuda".
-        direction: "forward", "backward" or "forward+backward". A "backward" row runs the forward before the clock
-            starts.
+        direction: "forward", "backward" or "forward+backward". In a "backward" row, the forward pass runs before the
+            clock starts.
         make_inputs: A function that takes a generator on the device and returns new random arguments (tensors and other
-            values) for the callables below.
+            values) for all contenders.
         relops: The op. It returns a tensor or a tuple of tensors.
         pytorch: The pure-PyTorch twin of the op, which returns the same values.
-        model: The compulsory work, or None if that figure is meaningless, as for a whole network.
+        model: The compulsory work, or None if it has no meaning, as for a whole network.
         peers: Other implementations to time, by name. A peer that fails or returns wrong results is left out with a
             note.
         compiled: Whether to time the twin under torch.compile too (not in the quick setting).
         target: The ratio to PyTorch that the project wants to reach.
         peer_targets: The ratios to peers that the project wants to reach, by name.
         quick: Whether the row is part of the quick setting.
-        cold: Whether to flush the last-level cache before each call. None flushes it on CUDA only: on the CPU, the
-            preceding layer has usually just written the input.
-        graph: Whether to time CUDA graph replays (forward only), for calls that are shorter than their launch.
-        tolerance: The bound on the error, if that of the dtype does not fit.
-        min_rounds: The minimum number of rounds, which is lower if the baseline takes minutes.
-        selection: Whether the outputs are indices (-1 is padding), possibly followed by numbers. Rounding may decide
-            which indices are selected, so the outputs are compared with the twin in the dtype of the row. relops must
-            select the same indices, and its numbers may differ by `tolerance`. For peers, a fraction
-            PEER_SELECTION_BOUND of the indices may differ.
-        comparable: A function that maps the outputs to the tensors that are compared.
-        differentiated: The positions of the inputs that gradients are computed for. None stands for all floating
-            point inputs.
+        cold: Whether to flush the last-level cache before each call. If it is None, the cache is flushed on CUDA only,
+            because on the CPU the preceding layer of a network has usually just written the input.
+        graph: Whether to time replays of a CUDA graph (forward only), for calls that take less time than their launch.
+        tolerance: The bound on the error. If it is None, the bound is that of the dtype, or 0 if `selection` is true.
+        min_rounds: The minimum number of rounds. It is lower for rows in which the twin takes minutes.
+        selection: Whether the outputs are indices (-1 is padding), possibly followed by numbers such as scores.
+            Rounding may decide which indices are selected, so the twin runs in the dtype of the row instead of float64.
+            relops must select the same indices as the twin, and its numbers may differ by `tolerance`. The indices of
+            peers may differ by a fraction of PEER_SELECTION_BOUND.
+        comparable: A function that maps the outputs to the tensors that verification compares.
+        differentiated: The positions of the inputs for which gradients are computed. None means all floating point
+            inputs.
     """
 
     op: str
@@ -153,7 +155,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that cannot run here, and the reason."""
+    """A row that cannot run in this environment, and the reason."""
 
     op: str
     shape: str
@@ -162,7 +164,7 @@ class Skipped:
 
 
 class VerificationError(Exception):
-    """Raised if a contender's results differ from those of the twin, which would make its time meaningless."""
+    """Raised if the results of a contender differ from those of the twin. Its time would then be meaningless."""
 
 
 # ---- Running one contender ----
@@ -186,7 +188,7 @@ def synchronize(device: str) -> None:
 
 
 def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor, ...]) -> Callable[[], tuple]:
-    """Return a function that runs one call of the contender on these inputs and does only the work that is timed.
+    """Return a function that calls the contender once on these inputs and does only the work to be timed.
 
     The function returns the outputs, followed by the gradients of the inputs unless the direction is "forward". If the
     direction is "backward", the function can be called only once.
@@ -216,7 +218,7 @@ def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor,
 
     with contender.context():
         outputs = as_tuple(contender.call(*inputs))
-    # In a network, the following layers return gradients in the memory layout of the outputs that they received.
+    # In a network, the gradient of an output usually has the memory layout of the output.
     grads = tuple(torch.empty_like(output).copy_(grad) for output, grad in zip(outputs, grads))
 
     def backward() -> tuple:
@@ -227,12 +229,12 @@ def bind(bench: Bench, contender: Contender, inputs: tuple, grads: tuple[Tensor,
 
 
 class Inputs:
-    """A source of random inputs for a bench, and of gradients of its outputs once their shapes are known."""
+    """A source of random inputs for a bench and, if it has a backward pass, of random gradients of its outputs."""
 
     def __init__(self, bench: Bench, seed: int = 0) -> None:
         self.bench = bench
         self.generator = torch.Generator(bench.device).manual_seed(seed)
-        self.outputs: list[Tensor] = []  # meta tensors, which hold the shapes and dtypes of the outputs
+        self.outputs: list[Tensor] = []  # meta tensors with the shapes and dtypes of the outputs
 
     def draw(self) -> tuple[tuple, tuple[Tensor, ...]]:
         inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in self.bench.make_inputs(self.generator))
@@ -249,7 +251,7 @@ class Inputs:
 
 
 class Graph:
-    """A CUDA graph of a contender's forward, which is replayed after new inputs are copied into its static inputs."""
+    """A CUDA graph of a contender's forward pass. New inputs are copied into its static inputs before each replay."""
 
     def __init__(self, contender: Contender, inputs: tuple) -> None:
         self.inputs = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
@@ -300,8 +302,8 @@ def relative_rms_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
 def selection_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the fraction of indices that only one of the two contenders selects, counted image by image.
 
-    If the two select the same indices in a different order, the result is the fraction of a single index. If all
-    indices are equal, the result is the relative RMS error of the numbers that accompany the indices.
+    If both select the same indices in a different order, the result is the same as for one differing index. If all
+    indices are equal and in the same order, the result is the relative RMS error of the numbers that follow them.
     """
     if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if not b.is_floating_point()):
         return relative_rms_error(*([x for x in outputs if is_float(x)] for outputs in (found, expected)))
@@ -312,7 +314,7 @@ def selection_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 
 
 def expected_of_twin(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the outputs of the twin that are compared, computed in float64 unless the row is a selection."""
+    """Return the expected results, computed by the twin in float64, or in the dtype of the row if it is a selection."""
     if bench.selection:
         return bench.comparable(bind(bench, Contender(bench.pytorch), inputs, grads)())
     run = bind(
@@ -327,7 +329,7 @@ def expected_of_twin(bench: Bench, inputs: tuple, grads: tuple[Tensor, ...]) -> 
 def verify(
     bench: Bench, name: str, contender: Contender, inputs: tuple, grads: tuple, expected: Sequence[Tensor]
 ) -> float:
-    """Return the error of one contender, called `name`, against the twin.
+    """Return the error of the contender `name` with respect to the twin.
 
     Raises:
         VerificationError: If the error exceeds the bound of the row.
@@ -338,7 +340,7 @@ def verify(
         if name not in ("relops", "pytorch"):
             bound = PEER_SELECTION_BOUND
     else:
-        error, metric = relative_rms_error(outputs, expected), "the relative RMS error against the float64 twin"
+        error, metric = relative_rms_error(outputs, expected), "the relative RMS error with respect to the float64 twin"
     if not error <= bound:
         raise VerificationError(
             f"{name}: {metric} is {error:.3g}, which exceeds the bound {bound:.3g}; not timed: {bench.label}"
@@ -359,7 +361,7 @@ def _flush_buffer(device: str) -> Tensor:
 
 
 def flush_cache(device: str) -> None:
-    """Overwrite more memory than the last-level cache holds."""
+    """Flush the last-level cache by writing to a buffer that is larger than the cache."""
     _flush_buffer(device).zero_()
 
 
@@ -372,7 +374,7 @@ def last_level_cache_bytes() -> int | None:
 
 
 def time_once(run: Callable[[], Any], device: str, cold: bool) -> float:
-    """Return the duration of one call in seconds, measured with CUDA events or, on the CPU, with the clock."""
+    """Return the duration of one call in seconds, measured with CUDA events or, on the CPU, with the wall clock."""
     if cold:
         flush_cache(device)
     if device == "cuda":
@@ -391,12 +393,12 @@ def time_once(run: Callable[[], Any], device: str, cold: bool) -> float:
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Return the peak memory of one call, outputs included, beyond the memory that was in use before the call.
+    """Return the peak memory of one call, including its outputs but not the memory that was in use before the call.
 
     On CUDA, the figure comes from torch's caching allocator. On the CPU under Linux, it is the growth of the peak
-    resident set, which includes the scratch memory of kernels. Free heap pages are returned to the system first, so
-    that memory kept from an earlier call counts again. On other systems, the figure comes from torch's profiler, which
-    records torch's allocations but not the scratch memory of kernels.
+    resident set, which includes the scratch memory of kernels. Free heap pages are first returned to the system, so
+    that the call increases the resident set when it uses them again. On other systems, the figure comes from torch's
+    profiler, which records torch's allocations but not the scratch memory of kernels.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -443,12 +445,13 @@ def _best_seconds(run: Callable[[], Any], device: str, repeats: int = 7) -> floa
 
 @functools.cache
 def machine_limits(device: str, threads: int) -> dict[str, float]:
-    """Return the speed limits of this machine, each the best of a few tries.
+    """Return the speed limits of this machine.
 
     The limits are the bandwidth of a large copy (bytes read plus bytes written), and the rates of large matrix products
-    in float32 and float64 (with TF32 off), which are upper bounds for arithmetic.
+    in float32 and float64 (with TF32 off). These rates serve as upper bounds for arithmetic. Each limit is the best of
+    several measurements.
     """
-    del threads  # serves only as a key of the cache
+    del threads  # only part of the cache key
     count, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 1536)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -484,7 +487,7 @@ def contenders_of(bench: Bench, quick: bool) -> dict[str, Contender]:
 
 
 def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
-    """Verify and time one bench, and return its row in a form that JSON can store.
+    """Verify and time one bench, and return its row as a dictionary that can be stored as JSON.
 
     Raises:
         VerificationError: If the results of relops differ from those of its twin.
@@ -505,7 +508,7 @@ def measure(bench: Bench, quick: bool = False) -> dict[str, Any]:
             del contenders[name]
     del expected
 
-    # Verification has already run every contender once, so that only the memory of the call itself is measured here.
+    # Verification has already run every contender once, so memory that only a first call allocates is not measured.
     peaks = {name: peak_bytes(bind(bench, c, inputs, grads), bench.device) for name, c in contenders.items()}
 
     graphs = {name: Graph(c, inputs) for name, c in contenders.items()} if bench.graph else {}
@@ -565,7 +568,7 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def release_memory(device: str) -> None:
-    """Free the memory that a row left in torch's cache, so that the next row can use it."""
+    """Free the memory in torch's cache, so that the next row can use it."""
     if device == "cuda":
         torch.cuda.empty_cache()
 
@@ -605,7 +608,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def describe_run(device: str) -> dict[str, Any]:
-    """Return a description of the run, which all of its rows refer to."""
+    """Return a description of this benchmark run. Its rows refer to it by its date."""
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     run: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -639,7 +642,7 @@ def row_key(row: Mapping[str, Any]) -> tuple:
 
 
 class Record:
-    """The file `results/<machine>/<op>.json`, which holds rows and the runs that they came from.
+    """The file `results/<machine>/<op>.json`, which contains rows and the runs that measured them.
 
     A new row replaces the row with the same key.
     """
@@ -703,7 +706,7 @@ def table_header(targets: bool) -> str:
 
 
 def format_target(ratio: float, target: float | None, targets: bool) -> str:
-    """Return the text of the column of targets, or an empty string if `targets` is false."""
+    """Return the text of a target with its verdict, or an empty string if `targets` is false."""
     if not targets:
         return ""
     verdict = "" if target is None else f"  {target:g}x {'reached' if ratio >= target else 'MISSED'}"
@@ -722,7 +725,7 @@ def table_line(row: Mapping[str, Any], targets: bool) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], targets: bool) -> str:
-    """Return the rows as text, with a section per op and device, and each peer below the row that it belongs to.
+    """Return the rows as text, with a section per op and device. The peers of a row are listed below it.
 
     If `targets` is true, a column shows the ratios that the project wants to reach.
     """
@@ -762,9 +765,9 @@ def _verified_inputs(bench: Bench) -> Inputs:
 
 
 def run_in_pytest(benchmark: Any, bench: Bench, contender: Contender) -> None:
-    """Run one contender of one bench as a pytest-benchmark test. All contenders of a bench are in one group.
+    """Run one contender of one bench as a pytest-benchmark test. All contenders of a bench form one group.
 
-    The times are wall-clock times that include launches, so `python -m benchmarks.run` is more precise.
+    The times are wall-clock times that include kernel launches, so `python -m benchmarks.run` is more precise.
     """
     source = _verified_inputs(bench)
     inputs, _ = source.draw()

@@ -1,8 +1,8 @@
 """Train a small LR-Net and its convolutional twin from scratch on the digits of scikit-learn.
 
-The twin is the same network with a 3x3 convolution in place of every local relation, and with fewer channels, so that
-it has nearly the same number of parameters and multiply-adds. Both networks see the same images in the same order with
-the same optimizer. The 1797 images of 8x8 pixels are enlarged four times and split into 1347 training and 450 test
+In the twin, a 3x3 convolution replaces every local relation. The twin has fewer channels than the LR-Net, so both have
+nearly the same number of parameters and multiply-adds. They see the same images in the same order and use the same
+optimizer. The 1797 images of 8x8 pixels are enlarged by a factor of four and split into 1347 training and 450 test
 images.
 """
 
@@ -52,7 +52,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def multiply_adds(network: nn.Module) -> int:
-    """Return the multiply-adds for one image in convolutions, aggregation and classifier."""
+    """Return the number of multiply-adds per image in the convolutions, the aggregation and the classifier."""
 
     def aggregation(query, key, value, prior, kernel_size, *settings, out_shape, **_):
         return 2 * kernel_size**2 * out_shape.numel()

@@ -1,6 +1,6 @@
 """The page docs/performance.md and the summary for the README, generated from the records in benchmarks/results.
 
-`python -m benchmarks.report` writes the page. The text between the tables is part of this module.
+`python -m benchmarks.report` writes the page. This module contains the text between the tables.
 """
 
 from __future__ import annotations
@@ -25,51 +25,58 @@ Record = dict[str, Any]
 INTRODUCTION = """\
 # Performance
 
-This page compares every op of relops with the same computation in pure PyTorch and, if they exist, with other
-implementations such as those of torchvision and SciPy. The last section compares whole detectors.
+This page compares every op of relops with the same computation in pure PyTorch. It also shows other implementations of
+the same op, such as those of torchvision and SciPy. The last section compares whole detectors.
 """
 
 NO_GPU = """\
-**No GPU figures exist yet.** All figures on this page were measured on CPUs. The CUDA kernels have been tested on an
-emulation of CUDA only, and have not run on a GPU.
+**No GPU figures exist yet.** All figures on this page were measured on CPUs. The CUDA kernels have only been tested on
+an emulation of CUDA, and have not been run on a GPU.
 """
 
 OVERVIEW = """\
 ![Bar chart of the speed-up of ten ops over PyTorch and other implementations](images/op_speedups.png)
 
-The chart shows one or two rows of each family of ops. The complete tables are below.
+The chart shows one or two rows of the tables below for each family of ops.
 """
 
 METHOD = """\
 ## How the figures are measured
 
-The command `python -m benchmarks.run` measures all ops and records the results in `benchmarks/results/`. This page is
-generated from the records by `python -m benchmarks.report`.
+The command `python -m benchmarks.run` measures all ops and records the results in `benchmarks/results/`. The command
+`python -m benchmarks.report` generates this page from the records.
 
-- **Baseline.** "PyTorch" is the op in pure PyTorch, which is the function of the same name in `relops.reference`. The
-  text above each table describes the PyTorch formulation.
-- **Verification.** Before a row is timed, every implementation runs in the dtype of the row and is compared with the
-  pure-PyTorch version in float64 on the same inputs. The comparison includes all outputs and, for rows with a backward,
-  all gradients. Indices, such as those that `nms` returns, are compared with the pure-PyTorch version in the same
-  dtype. An implementation that does not support the dtype or fails this check is missing from the row.
-- **Rounds.** Every round draws new random inputs and runs all implementations on them, in rotating order. A row has at
-  least five rounds, or fewer if PyTorch takes many seconds, and more rounds follow until ten seconds have passed. Times
-  are medians over the rounds. A ratio says how many times faster relops is. It is the median of the ratios within the
-  rounds, so that other load on the machine affects both sides alike.
-- **Clock.** On the CPU, the clock is the wall clock, and the inputs may still be in the cache, as they are in a network
-  where the preceding layer has just written them. On CUDA, times come from events, and the L2 cache is overwritten
-  before each call. The allocation of outputs is included, but freeing them is not. A "backward" row does not include
-  the forward.
-- **Peak memory** is the memory that one call needs beyond its inputs, including its outputs and gradients. On the CPU,
-  it is the growth of the peak resident set, which includes the scratch memory of kernels. On CUDA, it comes from
-  torch's allocator.
+- **Rows.** A row of a table is one measurement of an op, with one input, one dtype and one pass (forward, backward or
+  both).
+- **Baseline.** "PyTorch" is the pure-PyTorch version of the op, which is the function of the same name in
+  `relops.reference`. The text above each table says how this version computes the op.
+- **Verification.** Before a row is timed, every implementation runs in the dtype of the row, and its results are
+  compared with those of the pure-PyTorch version in float64 on the same inputs. All outputs are compared and, for rows
+  with a backward pass, all gradients. For ops that return indices, such as `nms`, the pure-PyTorch version
+  runs in the dtype of the row instead of float64. If another implementation does not support the dtype or fails this
+  check, it is missing from the row.
+- **Rounds.** Every round draws new random inputs and runs all implementations on them, in rotating order. Rounds
+  continue for ten seconds. A row has at least five rounds, or fewer if PyTorch takes many seconds. Times are medians
+  over the rounds.
+- **Ratios.** A ratio says how many times faster relops is. It is the median of the ratios within the rounds, so other
+  load on the machine affects both sides alike.
+- **Clock.** On the CPU, times are wall-clock times. The inputs may still be in the cache, as in a network, where the
+  preceding layer has just written them. On CUDA, times come from CUDA events, and the L2 cache is overwritten before
+  each call. Times include the allocation of the outputs, but not their deallocation. The time of a "backward" row does
+  not include the forward pass.
+- **Peak memory** is the peak memory of one call, including its outputs and gradients but not its inputs. On the CPU, it
+  is the growth of the peak resident set, which includes the scratch memory of kernels. On CUDA, it is the peak that
+  torch's allocator reports.
 
-Figures can be compared only if the machine, the number of threads and the versions are the same.
+Figures are comparable only between runs on the same machine with the same number of threads and the same versions.
 """
 
 
 class Machine(NamedTuple):
-    """The description of the machine of a results folder. Records do not contain the generation of the processor."""
+    """A machine on which results were recorded.
+
+    It names the generation of the processor, which the records do not contain.
+    """
 
     short: str
     description: str
@@ -88,8 +95,8 @@ class Family:
     Attributes:
         name: The heading.
         ops: The ops, as the records name them.
-        text: The explanation of the inputs.
-        notes: Further text for single machines, by the name of the results folder.
+        text: The explanation of the inputs and of the PyTorch version.
+        notes: Additional text for some machines. The keys are the names of their results folders.
     """
 
     name: str
@@ -103,14 +110,14 @@ FAMILIES = (
         "Deformable attention",
         ("ms_deform_attn", "ms_deform_attn_fused"),
         """\
-Encoder rows have levels of 100x152, 50x76, 25x38 and 13x19 pixels, a batch of N = 1, Q = S = 20,197 queries, M = 8
-heads of width D = 32, and P = 4 points. Decoder rows have Q = 300 queries, and "decoder boxes" rows have reference
-boxes instead of reference points. Sampling locations are uniform over the image, except in "local" rows, where they
-lie around the pixel of the query. "transformers encoder" is the whole encoder of Deformable DETR in Hugging Face
-transformers, including its linear layers, with only the attention replaced.
+Encoder rows have a pyramid with levels of 100x152, 50x76, 25x38 and 13x19 pixels, batch size N = 1, Q = S = 20,197
+queries, M = 8 heads of width D = 32, and P = 4 points. Decoder rows have Q = 300 queries, and "decoder boxes" rows have
+reference boxes instead of reference points. The sampling locations are uniform over the image, except in "local" rows,
+in which they lie around the pixel of the query. "transformers encoder" rows run the whole encoder of Deformable DETR in
+Hugging Face transformers, including its linear layers. relops replaces only the sampling.
 
-"PyTorch" is the `grid_sample` formulation in eager mode, which is faster here than the same function under
-`torch.compile`. "relops unfused" computes the fused op from `relops.ms_deform_attn` and PyTorch functions.
+"PyTorch" uses `grid_sample` in eager mode, which was faster in these measurements than `torch.compile`. "relops
+unfused" computes the fused op with `relops.ms_deform_attn` and PyTorch functions.
 """,
         {},
     ),
@@ -118,21 +125,23 @@ transformers, including its linear layers, with only the attention replaced.
         "Region ops",
         ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "prroi_pool", "multi_scale_roi_align"),
         """\
-An input such as "headline 2x256x200x304 K=1000 7x7" names the maps [N,C,H,W], the number of boxes K and the number of
-bins per box. The boxes of the headline rows have sides of 30 to 300 image pixels on a map of stride 4, with 2x2
-samples per bin. The other inputs are a mask head (100 boxes, 14x14 bins), the C4 map of a ResNet (stride 16, 512
+The input "headline 2x256x200x304 K=1000 7x7" means maps [N,C,H,W] of shape [2,256,200,304], K = 1000 boxes and 7x7 bins
+per box. In headline rows, the map has stride 4, the sides of the boxes are 30 to 300 image pixels long, and each bin
+has 2x2 samples. The other inputs are a mask head (100 boxes, 14x14 bins), the C4 map of a ResNet (stride 16, 512
 boxes), the score maps of R-FCN (1029 channels at stride 16, 300 boxes), a map of stride 16 with 300 boxes, and the box
 head of a feature pyramid (four levels of 256 channels, two images of 800x1216, 1000 boxes). "channels_last" rows have
-maps in that memory format. "adaptive" rows choose the number of samples by the size of the box, "aligned" rows use
+maps in that memory format. In "adaptive" rows, the number of samples depends on the size of the box. "aligned" rows use
 `aligned=True`, and "box gradients" rows also compute gradients with respect to the boxes.
 
-"PyTorch" is an embedding bag of pixel rows, the fastest of the formulations that were tried. "torchvision in float32"
-casts 16-bit features to float32, because torchvision does not support bfloat16 and fails the verification in float16.
+"PyTorch" combines the pixels of each bin with `embedding_bag`, which was the fastest of the formulations that were
+tried. "torchvision in float32" casts 16-bit features to float32, because torchvision does not support bfloat16 and
+fails the verification in float16.
 """,
         {
             "amd-epyc-avx512-2-cores": """\
-The version of torchvision is 0.29.1. The backward of the headline rows spends most of its time on the first access to
-the memory of a 124 MB gradient. This cost varied by a factor of two to three between runs on this machine.
+The version of torchvision is 0.29.1. In headline rows, the gradient of the map takes 124 MB, and the backward pass
+spends most of its time on the first access to this memory. The cost of this access varied by a factor of two to three
+between runs on this machine.
 """
         },
     ),
@@ -141,12 +150,13 @@ the memory of a 124 MB gradient. This cost varied by a factor of two to three be
         ("nms", "batched_nms", "nms_padded", "soft_nms"),
         """\
 K is the number of boxes, C is the number of classes, and the number after IoU is the threshold. "uniform" boxes are
-spread over the image, so that half of them or more are kept. "proposals" lie in clusters, like the output of a region
-proposal network (`benchmarks/proposals.py`). `nms_padded` processes 2 images with 2000 boxes each and keeps at most
-1000 boxes per image, or 8 images with 5000 boxes each and keeps at most 300.
+spread over the image, so at least half of them are kept. "proposals" lie in clusters, like the output of a region
+proposal network (see `benchmarks/proposals.py`). `nms_padded` processes 2 images with 2000 boxes each and keeps at most
+1000 boxes per image, or 8 images with 5000 boxes each and keeps at most 300 per image.
 
-"PyTorch" suppresses blocks of boxes with IoU matrices; its `soft_nms` takes one step per kept box. torchvision has no
-op for a batch of images, so it runs in a loop over the images, and it has no `soft_nms`.
+"PyTorch" suppresses the boxes block by block with IoU matrices, except in `soft_nms`, which takes one step per kept
+box. torchvision has no `soft_nms`. It has no suppression for a batch of images either, so "torchvision in a loop"
+processes one image at a time.
 """,
         {"amd-epyc-avx512-2-cores": "The version of torchvision is 0.29.1.\n"},
     ),
@@ -154,8 +164,9 @@ op for a batch of images, so it runs in a loop over the images, and it has no `s
         "IoU of all pairs",
         ("box_iou", "generalized_box_iou"),
         """\
-An input such as 20000x100 gives the numbers of boxes in the two sets, and 2x300x300 is a batch of two pairs of sets.
-"PyTorch" computes all pairs with broadcasting. torchvision takes no batch, so it runs in a loop over the batch.
+The input 20000x100 means a set of 20,000 boxes and a set of 100 boxes. The input 2x300x300 means a batch of two pairs
+of sets, with 300 boxes in each set. "PyTorch" computes all pairs with broadcasting. torchvision does not accept a
+batch, so "torchvision in a loop" processes one pair of sets at a time.
 """,
         {"amd-epyc-avx512-2-cores": "The version of torchvision is 0.29.1.\n"},
     ),
@@ -163,13 +174,13 @@ An input such as 20000x100 gives the numbers of boxes in the two sets, and 2x300
         "Linear assignment",
         ("linear_sum_assignment",),
         """\
-An input such as 32x300x60 gives the numbers of problems, rows and columns. The DETR rows match 300 queries to 60
-objects in 32 images, with class, L1 and generalized IoU costs. In padded rows, each problem uses a random number of
-its columns, from 1 to 60 (or to 100). The costs of the square problems are uniform numbers, integers from 0 to 99
-("ties"), distances between points, a matrix of low rank with noise, and the products i * j, which are the worst case
-of the method.
+The input 32x300x60 means 32 problems with 300 rows and 60 columns. The DETR inputs match 300 queries to 60 objects in
+each of 32 images, with class, L1 and generalized IoU costs. In each problem of a padded input, only a random number of
+columns is used, from 1 to 60 (or to 100). The costs of the square problems are uniform numbers, integers from 0 to 99
+("ties"), distances between points, a matrix of low rank with noise, or the products i * j, which are the worst case for
+shortest augmenting paths.
 
-"PyTorch" searches for shortest augmenting paths, one row at a time. SciPy runs in a loop over the problems.
+"PyTorch" assigns one row at a time, with a search for the shortest augmenting path. SciPy solves one problem at a time.
 """,
         {"amd-epyc-avx512-2-cores": "The version of SciPy is 1.17.1.\n"},
     ),
@@ -177,27 +188,30 @@ of the method.
         "Relations between objects",
         ("relation_attention", "rank_embedding", "duplicate_removal"),
         """\
-For `relation_attention`, the input is N sets of K boxes. Every box attends to all boxes of its set, with M = 16 heads
-whose queries and keys have width D = 64 and whose values have width Dv. The padded batch masks about 3 of 10 keys, and
-"official" computes the geometry as the released code does. `rank_embedding` embeds ranks in vectors that are 128 or
-1024 wide. `nn.DuplicateRemoval` is the whole module for 300 objects and 80 classes, which compares the 100 best
-objects of each class. It uses `relops.relation_attention` or its PyTorch version, and processes all objects or only
-those with a score above 0.01. "relops.nms of each class" is greedy suppression with one call of `relops.nms` per
-class, which needs much less arithmetic.
+For `relation_attention`, the input is N sets of K boxes. Every box attends to all boxes of its set. There are M = 16
+heads, whose queries and keys have width D = 64 and whose values have width Dv. In the padded batch, about 3 out of 10
+keys are masked. The "official" row computes the relative geometry of the boxes as the released code of Relation
+Networks does. `rank_embedding` maps each rank to a vector of width 128 or 1024. The `nn.DuplicateRemoval` rows run the
+whole module on 300 objects and 80 classes, and the module compares the 100 best objects of each class. "PyTorch" runs
+the same module with the PyTorch version of `relation_attention`. "all" rows process all objects, and "over 0.01" rows
+only those with a score above 0.01. "relops.nms of each class" is greedy suppression with one call of `relops.nms`
+per class. It needs much less arithmetic.
 
-"PyTorch" computes `relation_attention` from the sines and cosines of the embedding, matrix products with W_G, and
-`scaled_dot_product_attention` with the result as its mask. This is the fastest of eight formulations.
+"PyTorch" computes `relation_attention` in three steps: the sines and cosines of the geometry, matrix products with the
+geometry weight, and `scaled_dot_product_attention` with the result as its mask. This was the fastest of eight
+formulations.
 """,
         {
             "amd-epyc-avx512-2-cores": """\
-Four fifths of the time of `relation_attention` are spent on products that run at the rate of torch's large matrix
+`relation_attention` spends four fifths of its time on matrix products that run as fast as torch's large matrix
 products, so these ratios are close to what the arithmetic allows. The ratios grow with the number of boxes. In a
-separate measurement on the same machine and date with 4000 boxes, forward and backward took 2.4 s and 130 MB beyond the
-inputs, while PyTorch took 27 s and 11 GB. After these measurements, `nn.DuplicateRemoval` and the AVX2 kernels became
-faster. The table for Zen 1 includes these changes.
+separate measurement with 4000 boxes on the same machine and date, one forward and backward pass took 2.4 s and 130 MB
+of memory, not counting the inputs. PyTorch took 27 s and 11 GB. `nn.DuplicateRemoval` and the AVX2 kernels became
+faster after these measurements. The table for Zen 1 includes these changes.
 """,
             "amd-epyc-avx2-2-cores": """\
-The two cores multiply matrices at 86 GFLOP/s. At this rate, the products of the forward with 1000 boxes take 72 ms.
+The two cores multiply large matrices at 86 GFLOP/s. At this rate, the matrix products of the forward pass take 72 ms
+for 1000 boxes.
 """,
         },
     ),
@@ -205,14 +219,14 @@ The two cores multiply matrices at 86 GFLOP/s. At this rate, the products of the
         "Local relation",
         ("local_relation",),
         """\
-An input such as "2x256x56x56 G32 k7" names the value [N,C,H,W], the number of channel groups and the size of the
-window, and "s2" stands for a stride of 2. The similarity is the squared difference unless the input names another one.
-The float32 rows from 2x64x224x224 (the stem) to 2x800x7x7 are layers of LR-Net-50.
+The input "2x256x56x56 G32 k7" means values [N,C,H,W] of shape [2,256,56,56], 32 channel groups and a window of 7x7
+pixels, and "s2" means a stride of 2. The similarity is the squared difference unless the input names another one. The
+float32 rows from 2x64x224x224 (the stem) to 2x800x7x7 are layers of LR-Net-50.
 
-"PyTorch" unfolds the windows. "shifted maps" is a sum over k x k shifted copies of the maps, which is the fastest
-formulation in pure PyTorch here.
+"PyTorch" copies all windows with `unfold`. "shifted maps" is a sum over k x k shifted copies of the maps, which was the
+fastest pure-PyTorch formulation in these measurements.
 """,
-        {"amd-epyc-avx2-2-cores": "During these runs, the two cores multiplied matrices at 69 to 72 GFLOP/s.\n"},
+        {"amd-epyc-avx2-2-cores": "During these runs, the two cores multiplied large matrices at 69 to 72 GFLOP/s.\n"},
     ),
 )
 
@@ -226,8 +240,8 @@ PEER_NAMES = {
 DETECTORS = """\
 ## Detectors
 
-The ops are only a part of a detector. The rest consists of convolutions, matrix products and attention of torch, which
-both sides of the comparisons share.
+A detector spends only a part of its time in these ops. The rest is spent in torch's convolutions, matrix products and
+attention, which are the same on both sides of each comparison below.
 """
 
 CELLS = {
@@ -243,7 +257,7 @@ CELLS = {
     "sparse_rcnn": "Sparse R-CNN",
     "sparse_rcnn_iou": "Sparse R-CNN with attention weighted by the overlap of proposals (`iou_attention`)",
     "deformable_detr": "Deformable DETR, two-stage",
-    "lr_net": "Faster R-CNN on an LR-Net-26 of half the width",
+    "lr_net": "Faster R-CNN on a half-width LR-Net-26",
     "relation_networks": "Relation Networks on a feature pyramid, with relation modules and learned duplicate removal",
     "unsuppressed": "Relation Networks as above, without suppression of proposals",
 }
@@ -251,24 +265,26 @@ CELLS = {
 CELLS_TEXT = """\
 ### Training on photographs of blood cells
 
-`benchmarks/train_cells.sh DATA NAME` trains each detector from scratch at 320x240 on a
-[public data set](https://github.com/MahmudulAlam/Complete-Blood-Cell-Count-Dataset) of 300 training images and 60 test
-images with three classes. The runs used two cores of an AMD EPYC processor (Zen 1, AVX2) and torch 2.13.0+cpu on
-2026-11-26. AP is COCO's average precision on the test images. Logs and metrics are in `benchmarks/results/cells/`.
+The detectors in the table were trained from scratch at 320x240 on a
+[public data set](https://github.com/MahmudulAlam/Complete-Blood-Cell-Count-Dataset) with three classes, 300 training
+images and 60 test images. The command `benchmarks/train_cells.sh DATA NAME` repeats the run `NAME`. The runs used two
+cores of an AMD EPYC processor (Zen 1, AVX2) and torch 2.13.0+cpu on 2026-11-26. AP is COCO's average precision on the
+test images. Logs and metrics are in `benchmarks/results/cells/`.
 """
 
 CELLS_NOTES = """\
-- `faster_rcnn_fpn` had both cores to itself. Its AP50 is 0.945 after 4.8 minutes, and its AP is 0.602 after 7.2 minutes
-  and 0.615 at its best.
-- `relation_networks` exceeds this AP after 12 minutes with 0.624, and reaches 0.641 after 16 minutes. Its RPN
-  suppresses proposals above an IoU of 0.7, as published, and nothing suppresses detections. If proposals are not
-  suppressed either (`unsuppressed`), AP is 0.621 after 17 minutes.
-- Sparse R-CNN with the published attention has AP 0.587 and AP50 0.853 after 23.7 minutes. Until the end of training,
-  it often finds the same platelet (the smallest class) twice. With `iou_attention`, its AP50 is 0.893 after 24 minutes.
-- `hypernet`, `lr_net`, `relation_networks`, `unsuppressed` and `sparse_rcnn` also had both cores. The other runs shared
-  the cores, so they took longer than they would have alone.
-- These evaluations left out one of the 908 test objects, a red cell whose box has neither width nor height. The command
-  `python -m relops eval` now counts this object as missed.
+- `faster_rcnn_fpn` had both cores to itself. Its AP50 is 0.945 after 4.8 minutes. Its AP is 0.602 after 7.2 minutes,
+  and its best AP is 0.615.
+- `relation_networks` exceeds an AP of 0.615 after 12 minutes with 0.624, and reaches 0.641 after 16 minutes. As
+  published, its RPN suppresses proposals above an IoU of 0.7. Its detections are not suppressed. If the proposals are
+  not suppressed either (`unsuppressed`), AP is 0.621 after 17 minutes.
+- Sparse R-CNN with the published attention (`sparse_rcnn`) has AP 0.587 and AP50 0.853 after 23.7 minutes. Even at the
+  end of training, it often detects a platelet twice (platelets are the smallest cells). With `iou_attention`
+  (`sparse_rcnn_iou`), its AP50 is 0.893 after 24 minutes.
+- `hypernet`, `lr_net`, `relation_networks`, `unsuppressed` and `sparse_rcnn` also had both cores to themselves. The
+  other runs shared the cores, so they took longer than they would have alone.
+- The evaluations of these runs ignored one of the 908 objects in the test images, a red cell whose box has zero width
+  and zero height. The command `python -m relops eval` now counts this object as missed.
 
 ![Photograph of blood cells with the boxes that Faster R-CNN found](images/blood_cells_faster_rcnn_fpn.jpg)
 
@@ -292,16 +308,16 @@ SHAPES = {"faster_rcnn_fpn": "Faster R-CNN on a feature pyramid", "mask_rcnn": "
 SHAPES_TEXT = """\
 ### Training on drawn shapes
 
-The command `python -m relops train --data shapes` draws 1000 images of 160x128 pixels with four classes and trains on
-them. On the machine of the previous section, it takes 4.5 minutes, including start-up and evaluation. With the option
-`--model mask_rcnn`, it takes 9 minutes.
+The command `python -m relops train --data shapes` draws 1000 images of 160x128 pixels, which show objects of four
+classes, and trains a detector on them. On the machine of the previous section, this takes 4.5 minutes, including
+start-up and evaluation. With the option `--model mask_rcnn`, it takes 9 minutes.
 """
 
 TORCHVISION_TEXT = """\
 ### Comparison with torchvision
 
-The command `python -m benchmarks.detectors` times detectors of relops and torchvision with the same weights. Before the
-timing, both detectors must return the same losses or detections. Rounds alternate between the two.
+The command `python -m benchmarks.detectors` times detectors of relops and torchvision with the same weights. Both
+detectors must return the same losses or detections before they are timed. Each round runs both, in alternating order.
 """
 
 TWINS = {
@@ -316,11 +332,11 @@ TWINS = {
 TWINS_TEXT = """\
 ### Comparison with pure PyTorch
 
-The command `python -m benchmarks.detector_twins` times each detector against itself with every op replaced by pure
-PyTorch, or by SciPy for the assignment. Before the timing, both sides must return the same detections, or the same
-losses and gradients. Detection processes one image of 640x480 with ResNet-50 or LR-Net-26. Training is a forward and a
-backward of a small model on four images of 320x240. Peak memory is what a pass needs beyond the memory that was in use
-before.
+The command `python -m benchmarks.detector_twins` compares each detector with a copy of itself. In the copy, pure
+PyTorch replaces every relops op, except that SciPy solves the assignment problems. Both must return the same
+detections, or the same losses and gradients, before they are timed. Detection processes one image of 640x480 with
+ResNet-50 or LR-Net-26 as the backbone. Training is one forward and backward pass of a small model on four images of
+320x240. Peak memory is the peak during one pass, not counting the memory that was in use before.
 """
 
 
@@ -370,14 +386,14 @@ def load(path: Path) -> Any:
 
 
 def ops_records(results: Path) -> dict[str, dict[str, Record]]:
-    """Return the records of ops by machine and op. The machines that this module describes come first."""
+    """Return the records of the ops, grouped by results folder and op. The folders in MACHINES come first."""
     folders = {path.parent.name for path in results.glob("*/*.json")}
     order = [name for name in MACHINES if name in folders] + sorted(folders - MACHINES.keys())
     return {name: {path.stem: load(path) for path in sorted((results / name).glob("*.json"))} for name in order}
 
 
 def machine_of(folder: str, run: Mapping[str, Any]) -> Machine:
-    """Return the description of a machine, from MACHINES or else from a run on it."""
+    """Return the description of a machine, from MACHINES or, if it is not listed, from the data of a run on it."""
     machine = run["machine"]
     if "gpu" in machine:
         return Machine(machine["gpu"], f"an {machine['gpu']} with CUDA {run['versions']['cuda']}")
@@ -391,7 +407,7 @@ def commit_of(run: Mapping[str, Any]) -> str:
 
 
 def measured(records: Mapping[str, Record]) -> str:
-    """Return a sentence with the date, the versions, the threads and the commits of the records of a table."""
+    """Return a sentence that says when and with which versions, threads and commits a table was measured."""
     runs = {op: list(record["runs"].values()) for op, record in records.items()}
     every = [run for op in runs for run in runs[op]]
     dates = sorted({run["date"][:10] for run in every})
@@ -442,8 +458,8 @@ def ops_table(records: Mapping[str, Record]) -> str:
 def machine_sections(folder: str, records: Mapping[str, Record], explained: dict[str, str]) -> list[str]:
     """Return the section of one machine, with a subsection per family of ops.
 
-    The first section of each family explains its inputs. `explained` collects the headings of these sections by family,
-    and later sections refer to them.
+    Only the first subsection of a family describes the inputs, and later ones refer to it. `explained` maps each family
+    to the heading of its first subsection.
     """
     runs = [run for record in records.values() for run in record["runs"].values()]
     machine = machine_of(folder, runs[0])
@@ -489,7 +505,7 @@ def training_table(folder: Path, names: Mapping[str, str], masks: bool = False) 
 
 def run_text(folder: str, run: Mapping[str, Any], rounds: Iterable[int], torchvision: str | None = None) -> str:
     """Return a sentence that says how a table of whole detectors was measured."""
-    versions = f"torch {run['versions']['torch']}" + (f" and torchvision {torchvision}" if torchvision else "")
+    versions = f"torch {run['versions']['torch']}" + (f", torchvision {torchvision}" if torchvision else "")
     counts = " or ".join(map(str, sorted(set(rounds))))
     return (
         f"Measured on {run['date'][:10]} on {machine_of(folder, run).description} with {versions} and"
@@ -560,7 +576,7 @@ def page(results: Path = harness.RESULTS) -> str:
 
 
 class Selected(NamedTuple):
-    """A row of the summary: the key of its record, and the description of its input."""
+    """A row of the summary: the fields that identify its record, and a description of its input."""
 
     machine: str
     op: str
@@ -639,7 +655,7 @@ SUMMARY = tuple(
     )
 )
 SUMMARY_DTYPE = "float32"
-# The peers that the summary shows. It leaves out variants of relops and the PyTorch formulation under torch.compile.
+# The peers in the summary, which leaves out variants of relops and the PyTorch version under torch.compile.
 SUMMARY_PEERS = ("torchvision", "scipy", "shifted maps")
 
 

@@ -1,20 +1,22 @@
-"""Code that the benchmarks of suppression share: boxes, scores and classes.
+"""Random boxes, scores and classes for the benchmarks of suppression.
 
-Boxes lie in an image of 800 x 1216 pixels. Every round draws new boxes, in one of two ways.
+The boxes are drawn for an image of 800 x 1216 pixels. Every round draws new boxes of one of two kinds.
 
-"uniform" boxes are those of most published timings: upper left corners are uniform over the image, sides are uniform
-between 1 and 200 pixels, and scores are uniform. At an IoU of 0.5, about 840 of 1000 boxes are kept, a far larger
-fraction than of the boxes of a detector.
+"uniform" boxes are drawn as for most published timings. The upper left corner is uniform over the image, the sides are
+uniform between 1 and 200 pixels, and the score is uniform. At an IoU threshold of 0.5, about 840 of 1000 boxes are
+kept. This fraction is far larger than for the boxes of a detector.
 
-"proposals" resemble the boxes that a region proposal network or a dense detector passes to suppression. The number of
-objects is one per 100 boxes, and at least 8. The center of an object is uniform over the image, the square root of its
-area is log-uniform between 16 and 512 pixels, the logarithm of its aspect ratio is uniform in +- log 2, and its class c
-(out of C) has a probability proportional to 1 / (c + 1). A quarter of the boxes are background: each is drawn like an
-object, and its score is 0.3 times the square of a uniform number. Each of the other boxes belongs to an object that is
-chosen uniformly. Its center deviates from that of the object by a normal variable with a standard deviation of 0.1
-sides, and the logarithms of its sides deviate by a normal variable with a standard deviation of 0.1. Its score is
-exp(-d^2) times a uniform number between 0.7 and 1, where d^2 is the sum of the squares of these four deviations divided
-by 0.04.
+"proposals" resemble the boxes that a region proposal network or a dense detector passes to suppression:
+
+- There is one object per 100 boxes, and there are at least 8 objects. The center of an object is uniform over the
+  image, the square root of its area is log-uniform between 16 and 512 pixels, the logarithm of its aspect ratio is
+  uniform between -log 2 and log 2, and its class c (out of C) has a probability proportional to 1 / (c + 1).
+- A quarter of the boxes are background. Each of them is drawn like an object, and its score is 0.3 times the square of
+  a uniform number.
+- Each of the remaining boxes belongs to a randomly chosen object. The offset of the box center from the object center,
+  divided by the sides of the object, is normal with a standard deviation of 0.1. The ratios between the sides of the
+  box and those of the object have logarithms with the same distribution. The score is exp(-d^2) times a uniform number
+  between 0.7 and 1, where d^2 is the sum of the squares of these four deviations, divided by 0.04.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def proposals(K: int, generator: torch.Generator, classes: int = 1) -> tuple[Ten
     device, objects, background = generator.device, max(8, K // 100), K // 4
 
     def draw_objects(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return centers, sides and classes."""
+        """Return the centers, sides and classes of random objects."""
         centers, shapes = torch.rand(2, count, 2, generator=generator, device=device)
         side = 16 * 32 ** shapes[:, :1]
         stretch = 2 ** (shapes[:, 1:] - 0.5)

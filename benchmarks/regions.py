@@ -23,7 +23,7 @@ POSITION_SENSITIVE = ("ps_roi_align", "ps_roi_pool")
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one row: N x C maps of the whole image, K boxes, output x output bins."""
+    """The sizes of one row: maps [N,C,H,W] of whole images, K boxes, and output x output bins per box."""
 
     name: str
     N: int = 2
@@ -31,13 +31,13 @@ class Case:
     strides: tuple[int, ...] = (4,)  # one per map
     K: int = 1000
     sides: tuple[float, float] = (30.0, 300.0)  # range of the sides of boxes, in image pixels
-    logarithmic: bool = False  # whether the logarithms of the sides are uniform, instead of the sides
+    logarithmic: bool = False  # whether log(side) is uniform instead of the side
     output: int = 7
     sampling_ratio: int = 2
     aligned: bool = False
     channels_last: bool = False
-    margin: int = 0  # width in image pixels of the strips at the right and the bottom that boxes do not enter
-    avoided: tuple[int, ...] = ()  # sizes in map pixels that no rounded box may have, in ascending order
+    margin: int = 0  # minimum distance of boxes from the right and bottom borders, in image pixels
+    avoided: tuple[int, ...] = ()  # sides in map pixels that no rounded box may have, in ascending order
     box_gradients: bool = False
 
     @property
@@ -51,7 +51,7 @@ class Case:
 
 
 HEADLINE = Case("headline")
-C4 = Case("C4", N=1, C=1024, strides=(16,), K=512)  # the output of the fourth stage of a ResNet
+C4 = Case("C4", N=1, C=1024, strides=(16,), K=512)  # the map after the fourth stage of a ResNet
 RFCN = Case("R-FCN", N=1, C=21 * 49, strides=(16,), K=300)  # 20 classes and background, 7 x 7 bins
 
 
@@ -61,10 +61,11 @@ RFCN = Case("R-FCN", N=1, C=21 * 49, strides=(16,), K=300)  # 20 classes and bac
 def draw_boxes(case: Case, generator: torch.Generator) -> Tensor:
     """Return [K,5] float32 boxes at random positions in the image, sorted by image as detectors return them.
 
-    If gradients with respect to the boxes are computed, every sample keeps a distance of 1/128 pixel of the last map
-    from the lines where its four corners change. The box gradients are discontinuous there, and a comparison with
-    float64 would measure the direction of rounding. Box corners on odd multiples of 1/128, and sides that put the
-    samples on odd multiples too, have this property, also on maps that are up to 32 times finer.
+    The gradient with respect to a box is discontinuous where the four pixels around one of its samples change, and a
+    comparison with float64 would only measure the direction of rounding there. If `case.box_gradients` is true, every
+    sample is therefore at least 1/128 pixel of the last map away from such positions. The corners of the boxes lie at
+    odd multiples of 1/128 pixel, and their sides are chosen so that the samples do as well. This also works for maps
+    that are up to 32 times finer.
     """
     device, (low, high) = generator.device, case.sides
     index = torch.arange(case.K, device=device) * case.N // case.K
@@ -92,7 +93,7 @@ def draw_maps(case: Case, dtype: torch.dtype, generator: torch.Generator) -> lis
 
 
 def draw_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the map and the boxes. For 16-bit features the boxes are float32, as the ops recommend."""
+    """Return the map and the boxes. If the map is 16-bit, the boxes are float32, as the ops recommend."""
     (features,) = draw_maps(case, dtype, generator)
     return features, draw_boxes(case, generator).to(compute_dtype(dtype))
 
@@ -101,11 +102,11 @@ def draw_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> t
 
 
 def taps_along_axis(op: str, case: Case) -> float:
-    """Return the number of values that a box reads along one axis of one channel, averaged over the sides of boxes.
+    """Return how many values an op reads per box along one axis of a channel, averaged over the sizes of the boxes.
 
-    The definitions of the ops give these counts, summed over the bins of the box: two values for each bilinear sample,
-    every pixel of the box for a maximum or a mean, and every pixel whose bilinear basis function overlaps a bin for the
-    integral of the bilinear surface.
+    The counts follow from the definitions of the ops and are summed over the bins of the box. A bilinear sample reads
+    two values, a maximum or a mean reads every pixel of the box, and the integral of the bilinear surface reads every
+    pixel whose bilinear basis function overlaps a bin.
     """
     low, high = (side / case.strides[0] for side in case.sides)
     if op == "prroi_pool":
@@ -121,13 +122,12 @@ def taps_along_axis(op: str, case: Case) -> float:
 def work(op: str, case: Case, dtype: torch.dtype, direction: str) -> Model:
     """Return the compulsory work of a row.
 
-    Bytes: The forward reads the input once, or only the values that the boxes read if these are fewer, and writes the
-    outputs once. The backward reads the gradient of the outputs and writes that of the whole input. Gradients with
-    respect to the boxes read the input again.
+    Bytes: The forward pass reads the input once and writes the outputs once. If the bins need fewer values than the
+    input has, only these are counted. The backward pass reads the gradient of the outputs and writes the gradient of
+    the whole input. If it computes gradients with respect to the boxes, it also reads the input.
 
-    Flops: Each value that a bin reads according to the definition costs one multiply-add for the output and one for
-    each of the gradients. In roi_pool, a value costs one comparison, and the backward takes one addition per output. In
-    ps_roi_pool, a value costs one addition.
+    Flops: Each value that a bin reads costs one multiply-add for the output and one for each gradient. In roi_pool, it
+    costs one comparison, and the backward pass needs one addition per output. In ps_roi_pool, it costs one addition.
     """
     bins, size = case.output**2, dtype.itemsize
     channels = case.C // bins if op in POSITION_SENSITIVE else case.C  # the channels that a bin reads
@@ -160,7 +160,7 @@ def torchvision_ops() -> Any | None:
 
 
 def torchvision_peers(call: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """Return torchvision's op as a peer and, for 16-bit dtypes, a second one that computes in float32 like autocast."""
+    """Return torchvision's op as a peer and, for 16-bit dtypes, also one that computes in float32 as in autocast."""
 
     def same_dtype(features: Tensor, boxes: Tensor) -> Tensor:
         return call(features, boxes.to(features.dtype))
@@ -187,9 +187,9 @@ def make(
 ) -> Bench:
     """Return a row of an op that reads one map.
 
-    `torchvision_targets` are the ratios to torchvision that the project wants to reach, by device. Gradients are
-    computed for the map and, if the case says so, for the boxes. No peer computes gradients for boxes, so a row with
-    these gradients has no peers.
+    `torchvision_targets` maps devices to the ratios to torchvision that the project wants to reach. Gradients are
+    computed for the map and, if `case.box_gradients` is true, for the boxes. No peer computes gradients with respect to
+    boxes, so rows with these gradients have no peers.
     """
     arguments: dict[str, Any] = {"output_size": case.output, "spatial_scale": 1 / case.strides[0]}
     if op in ("roi_align", "ps_roi_align"):

@@ -1,4 +1,4 @@
-"""The command that presents recorded results: as a table and plots, as docs/performance.md, or as a summary.
+"""The command that turns recorded results into tables and plots, into docs/performance.md, or into a summary.
 
 Usage: python -m benchmarks.report [--out DIR] [--no-plots] [--page PATH | --summary]
 """
@@ -67,9 +67,7 @@ def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit(
-            "matplotlib is missing, which plots need: pip install 'relops[bench]' (or use --no-plots)"
-        ) from None
+        raise SystemExit("matplotlib is needed for plots: pip install 'relops[bench]' (or use --no-plots)") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -85,7 +83,7 @@ def label_ratio_axis(axes: Any, smallest: float, largest: float) -> None:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw bars that show how many times faster than PyTorch relops and its peers are, on a logarithmic axis."""
+    """Draw a bar for relops and for each peer. The length shows, on a log scale, how much faster than PyTorch it is."""
     pyplot = load_pyplot()
     rows = record["rows"]
     # A variant of relops (deterministic, unfused) is not a competitor, so only the table shows its ratio.
@@ -129,7 +127,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def plot_summary(results: Path, path: Path) -> None:
-    """Draw how many times faster relops is than PyTorch and than a peer in the rows of the summary."""
+    """Draw, for each row of the summary, how many times faster relops is than PyTorch and than a peer."""
     pyplot = load_pyplot()
     rows = performance.summary_rows(results)
     figure, axes = pyplot.subplots(figsize=(9, 5.6), layout="constrained")
@@ -164,13 +162,17 @@ def write_page(results: Path, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
-        description="Print a table of the recorded results, draw a plot next to each record, and write"
+        description="Print the recorded results as tables, save a plot of each record next to its file, and write"
         " docs/performance.md with its chart.",
     )
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="the folder of results")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="the folder that contains the results")
     parser.add_argument("--no-plots", action="store_true", help="do not draw plots")
-    parser.add_argument("--page", type=Path, metavar="PATH", help="only write the performance page, to this file")
-    parser.add_argument("--summary", action="store_true", help="only print a table of ten rows for the README")
+    parser.add_argument(
+        "--page", type=Path, metavar="PATH", help="write the performance page to this file, and do nothing else"
+    )
+    parser.add_argument(
+        "--summary", action="store_true", help="print the table of ten rows for the README, and do nothing else"
+    )
     options = parser.parse_args(argv)
     if options.summary:
         print(performance.summary(options.out), end="")
@@ -181,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
 
     paths = sorted(options.out.glob("*/*.json"))
     if not paths:
-        print(f"{options.out} has no records. To make them: python -m benchmarks.run", file=sys.stderr)
+        print(f"{options.out} has no records. To create them, run: python -m benchmarks.run", file=sys.stderr)
         return 1
     machine = None
     for path in paths:

@@ -20,13 +20,13 @@ from relops import _library
 
 
 def devices() -> list[str]:
-    """Return the devices of this machine that this build of relops has kernels for."""
+    """Return the devices of this machine for which this build of relops has kernels."""
     cuda = torch.cuda.is_available() and _library.cuda_missing is None
     return ["cpu", "cuda"] if cuda else ["cpu"]
 
 
 def discover(device: str, quick: bool, op: str | None) -> Iterator[harness.Bench | harness.Skipped]:
-    """Yield the rows of every `bench_<stem>.py`. If `op` is given, yield only the rows of this op or this stem."""
+    """Yield the rows of every `bench_<stem>.py`. If `op` is given, yield only the rows of that op or that stem."""
     for path in sorted(Path(__file__).parent.glob("bench_*.py")):
         module = importlib.import_module(f"benchmarks.{path.stem}")
         for bench in module.benches(device):
@@ -37,7 +37,7 @@ def discover(device: str, quick: bool, op: str | None) -> Iterator[harness.Bench
 
 
 def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, Any]], failures: list[str]) -> None:
-    """Measure all rows of a device. Each finished row is appended to `rows`, so that an interrupted run keeps it."""
+    """Measure all rows of a device. Append each finished row to `rows`, so that an interrupted run keeps it."""
     harness.progress(f"{device}: measuring the limits of the machine")
     run = harness.describe_run(device)
     copy, flops = run["limits"]["copy_bytes_per_s"], run["limits"]["float32_flops_per_s"]
@@ -53,7 +53,7 @@ def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, An
         harness.progress(f"{counter} {bench.label}: ", end="")
         try:
             row = harness.measure(bench, options.quick)
-        except Exception as error:  # a failed row must not stop the others, and the exit status reports it
+        except Exception as error:  # a failed row must not stop the run, but changes the exit status
             failures.append(f"{bench.label}: {type(error).__name__}: {error}")
             harness.progress(f"FAILED: {type(error).__name__}: {error}")
             continue
@@ -70,18 +70,18 @@ def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, An
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
-        description="Verify relops against float64, time it against PyTorch, print a table and record the results.",
+        description="Verify relops against a float64 twin, time it against PyTorch, and print and record the results.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="run only the main rows for a few rounds, and record nothing"
     )
     parser.add_argument(
-        "--op", help="run only this op (for example ms_deform_attn_fused) or this file (for example ms_deform_attn)"
+        "--op", help="run only this op (for example ms_deform_attn_fused) or bench_OP.py (for example ms_deform_attn)"
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="the device to run on (default: all devices that relops can use here)"
     )
-    parser.add_argument("--threads", type=int, help="the number of CPU threads (default: that of torch)")
+    parser.add_argument("--threads", type=int, help="the number of CPU threads (default: torch's default)")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="the folder to record results in")
     options = parser.parse_args(argv)
     if options.device == "cuda" and "cuda" not in devices():
@@ -100,19 +100,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
 
-    # The targets are goals of the project, so the quick setting does not show them.
+    # The targets are goals for the developers of relops, so the quick setting does not show them.
     print(harness.table(rows, targets=not options.quick) if rows else "No rows were measured.")
     print(
-        "\nTimes are medians over rounds, and a ratio says how many times faster relops is. The peak is the memory of"
-        "\none call beyond its inputs. The error is the relative RMS error against float64 or, for ops that return"
-        '\nindices, the fraction of indices that differ from the twin. The column "of limit" is the time that memory'
-        "\nbandwidth or arithmetic would allow, divided by the time taken."
+        "\nTimes are medians over rounds, and a ratio says how many times faster relops is. The peak is the peak memory"
+        "\nof one call, not counting its inputs. The error is the relative RMS error with respect to the float64 twin"
+        "\nor, for ops that return indices, the fraction of indices that differ from those of the twin. The column"
+        '\n"of limit" is the shortest time that memory bandwidth and arithmetic allow, divided by the measured time.'
         f"\n{len(rows)} rows took {time.perf_counter() - begin:.0f} s."
     )
     if options.quick:
-        print("This was the quick setting, which records nothing. The full run is: python -m benchmarks.run")
+        print("This was the quick setting, which records nothing. For the full run: python -m benchmarks.run")
     elif rows:
-        print(f"The rows were recorded in {options.out}. To make a table and plots: python -m benchmarks.report")
+        print(f"The rows were recorded in {options.out}. For a table and plots, run: python -m benchmarks.report")
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 130 if interrupted else 1 if failures else 0

@@ -6,7 +6,7 @@
 #
 # Usage: benchmarks/train_cells.sh DATA [NAME...]
 #
-# Without a NAME, all runs are done.
+# Without a NAME, the script does all runs.
 set -euo pipefail
 data=$1
 shift
@@ -45,7 +45,7 @@ run() {
         train "$1" --model "$1" --hidden 256 --option dropout=0.0 --option "sizes=(20,45,100)" \
             --option num_samples=64 --iterations 800 --eval-every 200
         ;;
-    fast_rcnn) # uses the proposals of the run "approximate", which must be done before
+    fast_rcnn) # uses the proposals of the run "approximate", which must be finished
         for split in train test; do
             "$python" -m relops propose "$runs/approximate" --split $split --count 300 --output "$runs/$split.npz"
         done

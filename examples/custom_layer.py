@@ -1,4 +1,4 @@
-"""Build a transformer layer for boxes on relops.relation_attention, and train it on a question about geometry."""
+"""Build a transformer layer for boxes with relops.relation_attention, and train it on a question about geometry."""
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ class BoxTransformerLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.geometry_weight = nn.Parameter(0.1 * torch.randn(heads, 64))  # 64 sines and cosines of the geometry
+        self.geometry_weight = nn.Parameter(0.1 * torch.randn(heads, 64))  # for 64 sines and cosines of the geometry
         self.geometry_bias = nn.Parameter(torch.full((heads,), 0.1))  # positive, so that every pair has a gradient
         self.output = nn.Linear(channels, channels)
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
 
     def forward(self, x: Tensor, boxes: Tensor) -> Tensor:
-        """x: [N,K,C], boxes: [N,K,4] in pixels. Returns [N,K,C]."""
+        """Return new features [N,K,C] from features x [N,K,C] and boxes [N,K,4] in pixels."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [N,K,M,D]
         gathered = relops.relation_attention(q, k, v, boxes, boxes, self.geometry_weight, self.geometry_bias)
         x = x + self.output(gathered.flatten(2))
@@ -30,7 +30,7 @@ class BoxTransformerLayer(nn.Module):
 
 
 def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return boxes [N,K,4], marks [N,K,1], and whether the center of a marked box is near each box [N,K]."""
+    """Return boxes [N,K,4], marks [N,K,1], and for each box whether a marked box is near it [N,K]."""
     center, size = 200 * torch.rand(count, 20, 2), 20 + 20 * torch.rand(count, 20, 2)
     boxes = torch.cat([center - size / 2, center + size / 2], -1)
     marks = (torch.rand(count, 20, 1) < 0.2).float()

@@ -1,4 +1,4 @@
-"""Learn to remove duplicate detections, and compare with non-maximum suppression on crowded scenes."""
+"""Learn to remove duplicate detections in crowded scenes, and compare the result with non-maximum suppression."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ OBJECTS, COPIES, CHANNELS = 8, 6, 32  # objects per scene, detections per object
 def scenes(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return features, scores and boxes of the detections in `count` scenes, and the boxes of the objects.
 
-    Two pairs of objects overlap by an IoU of about 0.8, and their detections are precise. Four other objects stand
-    apart, and their detections scatter. Therefore no IoU threshold separates duplicates from neighbors, but features
-    do, because they are similar for detections of the same object.
+    Two pairs of objects overlap with an IoU of about 0.8, and their detections are precise. The other four objects are
+    far apart, and their detections are imprecise. Therefore no IoU threshold separates duplicates from neighbors. The
+    features do, because all detections of an object have similar features.
     """
     x = torch.tensor([0.0, 8, 100, 108, 200, 300, 400, 500]) + 4 * torch.rand(count, OBJECTS)
     objects = torch.stack([x, torch.zeros_like(x), x + 60, torch.full_like(x, 100.0)], -1)
@@ -25,7 +25,7 @@ def scenes(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def found(scores: Tensor) -> float:
-    """Return the fraction of objects that have a detection among the best `OBJECTS` of their scene."""
+    """Return the fraction of objects that have a detection among the `OBJECTS` best detections of their scene."""
     owners = scores.topk(OBJECTS, 1).indices // COPIES
     return torch.zeros(len(scores), OBJECTS).scatter_(1, owners, 1.0).mean().item()
 

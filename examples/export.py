@@ -5,13 +5,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-import relops  # a process that loads the file must also import relops, which registers the ops
+import relops  # registers the ops, so a process that loads the file must import it too
 
 torch.manual_seed(0)
 model = relops.models.deformable_detr(num_classes=3, backbone="resnet18", encoder_layers=1, decoder_layers=2).eval()
 images, sizes = torch.randn(2, 3, 128, 160), torch.tensor([[128.0, 160.0], [96.0, 160.0]])
 
-# The batch size is dynamic; height and width are those of the example.
+# The batch size is dynamic. The height and width are fixed to those of the example input.
 batch = torch.export.Dim("batch", min=1, max=64)
 program = torch.export.export(model, (images, sizes), dynamic_shapes=({0: batch}, {0: batch}))
 

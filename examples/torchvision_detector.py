@@ -8,7 +8,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, roi_heads, rpn
 import relops
 
 torch.manual_seed(0)
-# weights="DEFAULT" loads the trained model. Random weights, as here, take the same time and need no download.
+# weights="DEFAULT" loads a trained model. Random weights need no download, and detection takes the same time.
 model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, box_score_thresh=0.0).eval()
 images = [torch.rand(3, 480, 640)]
 
@@ -25,7 +25,7 @@ before, seconds_before = run()
 
 pool = model.roi_heads.box_roi_pool  # relops.nn.MultiScaleRoIAlign takes the arguments of torchvision's module
 model.roi_heads.box_roi_pool = relops.nn.MultiScaleRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
-rpn.box_ops.batched_nms = roi_heads.box_ops.batched_nms = relops.batched_nms  # both stages call it by this name
+rpn.box_ops.batched_nms = roi_heads.box_ops.batched_nms = relops.batched_nms  # both stages look it up here
 
 run()
 after, seconds_after = run()

@@ -18,13 +18,13 @@ from relops.training.detector import load_detector
 
 if len(sys.argv) == 3:
     data, images = sys.argv[1:]
-    run = "runs/own_data"  # a folder can hold only one run, so each data set needs its own
-    # This backbone learns from scratch. With ["--backbone-weights", FILE] it would begin as a trained classifier.
+    run = "runs/own_data"  # choose another folder for another data set
+    # This backbone is trained from scratch. ["--backbone-weights", FILE] would start from the weights of a classifier.
     options = ["--backbone", "resnet18-gn", "--min-size", "480", "--max-size", "800"]
     status = main(["train", "--data", data, "--output", run, *options])
     sys.exit(status or main(["predict", run, images, "--output", "drawn"]))
 
-# This is the command `python -m relops train`, called from Python. After about a minute, it finds some of the shapes.
+# This calls the command `python -m relops train` from Python. After a minute, the detector finds some of the shapes.
 RUN = Path("runs/example")
 if status := main(["train", "--data", "shapes:200", "--iterations", "200", "--output", str(RUN), "--workers", "0"]):
     sys.exit(status)

@@ -8,7 +8,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 import relops
 
 torch.manual_seed(0)
-# DeformableDetrForObjectDetection.from_pretrained(...) loads a trained model, which is changed in the same way.
+# DeformableDetrForObjectDetection.from_pretrained(...) loads a trained model, which can be changed in the same way.
 backbone = ResNetConfig(
     depths=[1, 1, 1, 1], hidden_sizes=[64, 128, 256, 512], out_features=["stage2", "stage3", "stage4"]
 )
