@@ -26,8 +26,7 @@ from relops.models.detectors.sparse_rcnn import sparse_rcnn
 from relops.models.inference import batch_images, detect
 from relops.models.structures import Detections, Targets
 
-# The functions that build detectors, by name.
-#: The factory of each detector, by the name that `build` and `python -m relops train --model` accept.
+#: The functions that build detectors, by the names that `build` and `python -m relops train --model` accept.
 DETECTORS: dict[str, Callable[..., BaseDetector]] = {
     "fast_rcnn": fast_rcnn,
     "faster_rcnn": faster_rcnn,

@@ -1,4 +1,4 @@
-"""Detection in images of any size: resizing, batching, and conversion of the results to pixels of the images."""
+"""Detection in images of any size: resizing, batching, and conversion of the results to the original image size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # statistics of ImageN
 
 
 def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 1333) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize, resize and pad images to one batch, as torchvision's detectors do.
+    """Normalize and resize images and pad them to one batch, as torchvision's detectors do.
 
     Args:
         images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1.
@@ -24,8 +24,9 @@ def batch_images(images: Sequence[Tensor], min_size: int = 800, max_size: int = 
 
     Returns:
         A tuple of three tensors. The first holds the images [N,3,H,W], padded with zeros on the right and at the bottom
-        so that H and W are multiples of 32. The second holds the sizes [N,2], the height and width of each image
-        without padding. The third holds the scales [N,2], by which the height and width of each image were multiplied.
+        so that H and W are multiples of 32. The second holds the sizes [N,2], the height and width of each resized
+        image without padding. The third holds the factors [N,2] by which the height and width of each image were
+        multiplied.
 
     Raises:
         ValueError: If there is no image, or an image is not a floating-point tensor [3,H,W].
@@ -72,8 +73,8 @@ def detect(
 
     Args:
         model: Detector in evaluation mode.
-        images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1. They are normalized, resized and
-            padded to one batch.
+        images: RGB images [3,H,W] of a floating-point dtype, with values from 0 to 1. They are normalized and resized,
+            and then padded to one batch.
         min_size: Length in pixels to which the shorter side of each image is resized.
         max_size: Maximum length in pixels of the longer side. If the longer side would exceed this length, it is
             resized to `max_size`, and the shorter side becomes smaller than `min_size`.

@@ -1,4 +1,4 @@
-"""Inputs and outputs of detectors for a whole batch, padded so that no shape depends on the number of objects."""
+"""Targets and detections of a batch, padded so that every image has the same number of rows."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The objects that a detector finds in a batch, by descending score.
+    """The objects that a detector finds in a batch, sorted by descending score in each image.
 
-    D is the maximum number of detections per image.
+    D is the maximum number of detections per image. In images with fewer detections, the remaining rows are padding.
 
     Attributes:
         boxes: Boxes [N,D,4] as x1, y1, x2, y2 in pixels of the images.
@@ -61,6 +61,6 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
-# torch.export.save needs this registration for models that return Detections. torch has a public function for it only
-# for dataclasses.
+# torch.export.save needs this registration for models that return Detections. The public function of torch supports
+# only dataclasses.
 _pytree._register_namedtuple(Detections, serialized_type_name="relops.models.Detections")

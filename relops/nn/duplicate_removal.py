@@ -18,19 +18,20 @@ from relops.nn.object_relation import ObjectRelation
 from relops.ops.box_iou import box_iou
 from relops.ops.rank_embedding import rank_embedding
 
-# The loss clamps class scores to this distance from 0 and 1: the machine epsilon of float32.
+# The loss clamps class scores to [SCORE_MARGIN, 1 - SCORE_MARGIN]. The margin is the machine epsilon of float32.
 SCORE_MARGIN = 2.0**-23
 
 
 class RankedDetections(NamedTuple):
     """The output of `DuplicateRemoval` for B images with K objects and C classes.
 
-    For each class, the output has n = min(first_n, K) objects, best first. If fewer objects remain in a class, the
-    other slots have index -1 and zeros elsewhere. Floating-point tensors are float32, or float64 for float64 inputs.
+    The output has n = min(first_n, K) slots per class, sorted by descending class score s0. If fewer objects remain in
+    a class, the unused slots have the index -1 and zeros in the other fields. Floating-point tensors are float32, or
+    float64 for float64 inputs.
 
     Attributes:
-        final_scores: Scores [B,K,C] to rank detections by: s0 times the mean of s1 over the thresholds, and 0 for
-            objects that were excluded.
+        final_scores: Scores [B,K,C] for ranking the detections: s0 times the mean of s1 over the thresholds, and 0 for
+            excluded objects.
         indices: Indices [B,C,n] of the objects, int64 in [0,K).
         boxes: Boxes [B,C,n,4], without gradient.
         scores: Class scores s0 [B,C,n].
@@ -47,17 +48,17 @@ class RankedDetections(NamedTuple):
 class DuplicateRemoval(nn.Module):
     """Learned duplicate removal (Relation Networks, https://arxiv.org/abs/1711.11575, section 4.3).
 
-    For each class, the `first_n` best objects are ranked by their class score s0. The embedding of an object's rank and
-    the object's feature are projected to `hidden_dim` and added. An `ObjectRelation` then exchanges information between
-    the objects of the class. A ReLU, a linear layer and a sigmoid turn its output into s1: for each of several IoU
-    thresholds, the probability that the box is the correct box of its object. The final score is s0 * s1. All classes
-    of all images are computed as one batch.
+    For each class, the `first_n` objects with the highest class scores s0 are ranked by s0. The embedding of an
+    object's rank and the object's feature are projected to `hidden_dim` and added. An `ObjectRelation` then exchanges
+    information between the objects of the class. A ReLU, a linear layer and a sigmoid turn the output into s1. For each
+    of several IoU thresholds, s1 is the probability that the box is the correct box of its object. The final score is
+    s0 times the mean of s1 over the thresholds. All classes of all images are processed as one batch.
 
-    An object is excluded from a class if its s0 is not larger than `score_threshold`. It is also excluded if its s0 is
-    NaN, or if its box is inverted or not finite, because these values would spread to all other objects of the class.
-    Objects with equal scores are ranked by ascending index. On the CPU, classes without remaining objects cost nothing,
-    and the other classes are computed in groups of similar length. On CUDA and under torch.compile, no shape depends on
-    values, so the host never waits for the device.
+    An object is excluded from a class if its s0 does not exceed `score_threshold`. It is also excluded if its s0 is
+    NaN, or if its box is inverted or not finite, because such invalid values would spread to all other objects of the
+    class. Objects with equal scores are ranked by ascending index. On the CPU, classes without remaining objects are
+    skipped, and the other classes are processed in groups with similar numbers of objects. On CUDA and under
+    torch.compile, no shape depends on values, so the host never waits for the device.
 
     The parameters of the released code can be used with `geometry="official"`. Their names in relops are::
 
@@ -73,16 +74,16 @@ class DuplicateRemoval(nn.Module):
         channels: Width of the features.
         first_n: Maximum number of objects per class. The released code uses 100, and 150 with a feature pyramid.
         thresholds: E IoU thresholds. The network predicts one s1 for each threshold.
-        score_threshold: An object is excluded from a class if its s0 is not larger than this number. This also applies
-            in training. The released code excludes only whole classes, and only at test time. Set the threshold to 0 to
-            reproduce the training of the released code.
+        score_threshold: An object is excluded from a class if its s0 does not exceed this number, in training as well
+            as in evaluation. The released code excludes only entire classes, and only at test time. Set the threshold
+            to 0 to reproduce the training of the released code.
         positive_weight: Weight of the correct box of each object in the loss. All other boxes have weight 1.
-        rank_dim: Width of the rank embedding. It is 1024 in the released code and 128 in the paper.
+        rank_dim: Width of the rank embedding. The released code uses 1024, and the paper uses 128.
         hidden_dim: Width of the features inside the `ObjectRelation`; must be divisible by `heads`.
         heads: Number of relations.
         head_dim: Width of the queries and keys of each relation.
-        geometry: The distance between two boxes is divided by the size of the key's box ("paper") or, as in the
-            released code, of the query's box ("official").
+        geometry: Normalization of the distance between two boxes. "paper" divides the distance by the size of the key's
+            box, and "official" by the size of the query's box, as in the released code.
 
     Raises:
         ValueError: If `heads` does not divide `hidden_dim`, or `geometry` is unknown.
@@ -102,7 +103,7 @@ class DuplicateRemoval(nn.Module):
         >>> score, index = detections.final_scores.flatten(1).topk(4)
         >>> objects, classes = index // 3, index % 3
 
-        The loss takes the ground truth, padded with label -1:
+        The loss is computed from the ground truth, which is padded with the label -1:
 
         >>> loss = removal.loss(detections, gt_boxes=boxes[:, :2], gt_labels=torch.tensor([[0, 1], [2, -1]]))
         >>> loss.shape
@@ -152,8 +153,8 @@ class DuplicateRemoval(nn.Module):
             scores: Class scores s0 [B,K,C] in [0,1], without the background.
             boxes: Boxes [B,K,4], or [B,K,C,4] if each class has its own, as x1, y1, x2, y2 in pixels of the image. With
                 16-bit features, use float32 boxes. Boxes get no gradient.
-            padding_mask: Bool mask [B,K], True for slots without an object, or None. The values of such slots are not
-                used, but their features must be finite.
+            padding_mask: Bool mask [B,K], True for slots without an object, or None if there is no padding. The values
+                in padding slots are not used, but the features must be finite.
 
         Returns:
             The ranked detections with their scores.
@@ -197,8 +198,8 @@ class DuplicateRemoval(nn.Module):
             groups = _group_lengths(lengths.tolist())
             objects, boxes, padding = (x[length_order] for x in (objects, boxes, padding))
 
-        # An object occurs in many classes and a rank in all of them. Because projections are linear, features and ranks
-        # are projected once, and their projections are added.
+        # The same object occurs in many classes, and the same ranks occur in all classes. The projections are linear,
+        # so each feature and each rank is projected only once, and their projections are added.
         ranks = torch.arange(groups[-1][2], device=order.device)
         ranks = rank_embedding(ranks.to(compute_dtype(features.dtype)), self.rank_dim).to(self.rank.weight.dtype)
         ranks = self._project(self.rank(ranks), with_bias=False)
@@ -219,18 +220,18 @@ class DuplicateRemoval(nn.Module):
         return logits.unflatten(0, (B, C))
 
     def _project(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """Concatenate x [..,hidden_dim] and its projections to query, key and value of the relation."""
+        """Concatenate x [..,hidden_dim] and its projections to the query, key and value of the relation."""
         projections = (self.relation.query, self.relation.key, self.relation.value)
         return torch.cat([x, *(F.linear(x, p.weight, p.bias if with_bias else None) for p in projections)], -1)
 
     def targets(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
         """Determine which detections are correct.
 
-        Each box is assigned to the object of its class with which it has the largest IoU. Ties go to the first object,
-        and a box is assigned to at most one object. For each threshold, the boxes of an object with an IoU larger than
-        the threshold compete: the box with the highest s0 is correct, and all other boxes are wrong. The released code
-        does the same, except that its IoU adds one pixel to widths and heights. The result is on the device of the
-        detections, and computing it does not wait for the device.
+        Each box is assigned to the object of the same class with which it has the largest IoU. Ties go to the first
+        object, and a box is assigned to at most one object. For each object and threshold, the box with the highest s0
+        is correct among the assigned boxes whose IoU exceeds the threshold. All other boxes are wrong. The released
+        code does the same, except that its IoU adds one pixel to widths and heights. The targets are computed on the
+        device of the detections, and the host does not wait for the device.
 
         Args:
             detections: Output of the forward pass.
@@ -262,16 +263,17 @@ class DuplicateRemoval(nn.Module):
         return overlapping & (best.gather(2, matched) == rank)
 
     def loss(self, detections: RankedDetections, gt_boxes: Tensor, gt_labels: Tensor) -> Tensor:
-        """Compute the binary cross entropy of s0 * s1 and the `targets`.
+        """Compute the binary cross entropy between s0 * s1 and the `targets`.
 
         The loss is summed over detections, classes and thresholds, divided by first_n * E as in the released code, and
         averaged over the images.
 
         The loss is computed from the logits of s1, with 1 - s0 * s1 = (1 - s0) + s0 * (1 - s1), which avoids
         cancellation. Instead of adding 1e-8 in the logarithms, as the released code does, the loss clamps s0 to [2^-23,
-        1 - 2^-23]. The loss is therefore finite for any s0 in [0,1] and any finite logits. The derivative of one term
-        with respect to its logit is at most `positive_weight`. The derivative with respect to s0 is 0 if s0 is clamped.
-        Otherwise it is at most positive_weight / max(s0, 2^-23) for a correct box and at most 2^23 for a wrong box.
+        1 - 2^-23]. The loss is therefore finite for any s0 in [0,1] and any finite logits. The derivative of a term of
+        the sum with respect to its logit is at most `positive_weight`. The derivative with respect to s0 is 0 if s0 is
+        clamped. Otherwise, the derivative with respect to s0 is at most positive_weight / max(s0, 2^-23) for a correct
+        box and at most 2^23 for a wrong box.
 
         Args:
             detections: Output of the forward pass.
@@ -333,9 +335,9 @@ def _group_lengths(lengths: list[int]) -> list[tuple[int, int, int]]:
     """Group ascending lengths by their highest bit.
 
     Returns:
-        For each group, the index of its first element, the index after its last element, and its longest length.
-        Lengths of 0 belong to no group. If all lengths are 0, the result is a group without elements, so that
-        parameters still have a gradient.
+        For each group, the index of the first element, the index after the last element, and the longest length in the
+        group. Lengths of 0 belong to no group. If all lengths are 0, the result is a single group without elements, so
+        that the parameters still get a gradient.
     """
     first = bisect.bisect_right(lengths, 0)
     groups = []

@@ -13,18 +13,18 @@ from relops._checks import check_device, check_features, check_shape, check_size
 class DynamicConv(nn.Module):
     """The dynamic instance interaction of Sparse R-CNN (https://arxiv.org/abs/2011.12450, section 3 and figure 4).
 
-    Each region is filtered by two 1x1 convolutions, which are computed from the feature of its proposal, and is then
-    reduced to a vector. For the feature f [C] of a proposal and its region x [P,C] with P = size^2 positions, the
-    module computes::
+    The module computes the weights of two 1x1 convolutions from the feature of each proposal. The convolutions filter
+    the region of the proposal, and the result is reduced to a vector. For the feature f [C] of a proposal and its
+    region x [P,C] with P = size^2 positions, the computation is::
 
         first [C,D], second [D,C] = dynamic_layer(f)
         x = relu(norm1(x @ first))       [P,D]
         x = relu(norm2(x @ second))      [P,C]
         y = relu(norm3(out_layer(x)))    [C]
 
-    The norms are layer normalizations. R regions take R * (4 C^2 D + 4 P C D + 2 P C^2) operations. The three terms are
-    the costs of dynamic_layer, which computes the filters, of the filtering itself, and of out_layer. With the default
-    sizes, the filtering costs the least.
+    norm1, norm2 and norm3 are layer normalizations. Processing R regions takes R * (4 C^2 D + 4 P C D + 2 P C^2)
+    operations. The three terms are the costs of computing the filters in dynamic_layer, of the filtering itself, and of
+    out_layer. With the default sizes, the filtering costs the least.
 
     The parameters of the released code can be loaded unchanged.
 
@@ -61,7 +61,7 @@ class DynamicConv(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize the parameters as the released code does.
 
-        Weights are drawn from Xavier's uniform distribution. Biases and norms keep the defaults of torch.
+        Weights are drawn from Xavier's uniform distribution. Biases and normalizations keep the defaults of torch.
         """
         for layer in (self.dynamic_layer, self.out_layer):
             layer.reset_parameters()
@@ -70,12 +70,13 @@ class DynamicConv(nn.Module):
             norm.reset_parameters()
 
     def forward(self, features: Tensor, regions: Tensor) -> Tensor:
-        """Filter each region by the convolutions of its proposal.
+        """Filter each region with the convolutions of its proposal.
 
         Args:
             features: Features [R,C] of the proposals, of dtype float64, float32, float16 or bfloat16.
             regions: Regions [R,C,size,size], pooled from the boxes of the proposals, in the dtype of `features`. Under
-                autocast they may have any of these dtypes. channels_last inputs are read without a copy.
+                autocast, they may have any of the dtypes that `features` can have. channels_last inputs are read
+                without a copy.
 
         Returns:
             A tensor [R,C].
@@ -89,7 +90,7 @@ class DynamicConv(nn.Module):
         """
         self._check(features, regions)
         first, second = self.dynamic_layer(features).chunk(2, 1)
-        x = regions.flatten(2).transpose(1, 2)  # a view: bmm reads both memory orders
+        x = regions.flatten(2).transpose(1, 2)  # a view, because bmm can read both memory orders
         x = F.relu(self.norm1(torch.bmm(x, first.unflatten(1, (self.channels, self.dim_dynamic)))), inplace=True)
         x = F.relu(self.norm2(torch.bmm(x, second.unflatten(1, (self.dim_dynamic, self.channels)))), inplace=True)
         return F.relu(self.norm3(self.out_layer(x.flatten(1))), inplace=True)

@@ -16,20 +16,20 @@ PRIORS = ("network", "table", "none")
 class LocalRelation(nn.Module):
     """The local relation layer (Local Relation Networks for Image Recognition, https://arxiv.org/abs/1904.11491).
 
-    The layer resembles a convolution whose weights are computed for each pixel from the contents of its window. Two 1x1
-    convolutions compute a query and a key, each of which is a single number per pixel and group of channels. A prior,
-    which depends on the position in the window, is added to the similarity of query and key. A softmax over the window
-    turns the sums into weights, and the channels of the group are averaged with these weights (see
-    `relops.local_relation`). The values are the input itself. A 1x1 convolution over all channels follows the
-    aggregation.
+    The layer resembles a convolution whose weights are computed for each pixel from the contents of the window around
+    the pixel. Two 1x1 convolutions compute a query and a key, each of which is a single number per pixel and group of
+    channels. A prior, which depends on the position in the window, is added to the similarity of query and key. A
+    softmax over the window turns the sums into weights, and each channel of the group is averaged over the window with
+    these weights (see `relops.local_relation`). The averaged values are those of the input itself, without a
+    projection. Finally, a 1x1 convolution combines all channels.
 
-    The paper does not define the position of a tap. Here, the position is the offset (x, y) of the tap from the center,
-    counted in taps and divided by max(k // 2, 1), regardless of the dilation. Positions range from -1 to 1 if k is odd,
-    and stay below 1 if k is even.
+    The paper does not define the position of a tap. In relops, the position is the offset (x, y) of the tap from the
+    center, counted in taps and divided by max(k // 2, 1), regardless of the dilation. Positions range from -1 to 1 if k
+    is odd, and stay below 1 if k is even.
 
     Args:
         channels: Number C of input and output channels.
-        kernel_size: Side k of the k x k windows, at most 63.
+        kernel_size: Side length k of the k x k windows, at most 63.
         stride: Distance between neighboring windows in pixels, at most 2^24.
         dilation: Distance between neighboring taps of a window in pixels, at most 2^24.
         channels_per_group: Number m of channels per group. There are G = ceil(C / m) groups of ceil(C / G) channels,
@@ -37,11 +37,12 @@ class LocalRelation(nn.Module):
         prior: "network" computes the prior from the positions of the taps with two 1x1 convolutions (2 -> hidden -> G
             channels) and a ReLU between them. "table" learns a parameter [G,k,k], which starts at zero. "none" uses no
             prior.
-        hidden: Number of channels between the two convolutions of the prior "network".
+        hidden: Number of channels between the two convolutions of the "network" prior.
         similarity: "squared_difference" is ``-(query - key)^2``, "absolute_difference" is ``-|query - key|``, and
             "product" is ``query * key``.
         border: "mask" excludes taps outside of the map from the softmax. "zero" gives them key 0 and value 0.
-        bias: If True, the output convolution has a bias. A normalization after the layer makes the bias useless.
+        bias: If True, the output convolution has a bias. A batch normalization after the layer makes the bias
+            redundant.
 
     Raises:
         TypeError: If a size is not an int.
@@ -96,7 +97,7 @@ class LocalRelation(nn.Module):
         self.output = nn.Conv2d(channels, channels, 1, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Aggregate each window of the input.
+        """Apply the layer to a feature map.
 
         Args:
             input: Feature map [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
@@ -128,7 +129,7 @@ class LocalRelation(nn.Module):
         return self.output(output)
 
     def prior_of_taps(self) -> Tensor | None:
-        """Return the prior [G,k,k], which is added to the similarities of each group, or None."""
+        """Return the prior [G,k,k] that is added to the similarities, or None if the layer has no prior."""
         return self.prior(self.positions)[0] if isinstance(self.prior, nn.Module) else self.prior
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Modules of multi-scale deformable attention."""
+"""Modules for multi-scale deformable attention."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class MSDeformAttn(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize the parameters as the released code does.
 
-        The points of head m start at distances of 1, 2, ..., P pixels from the reference, in direction 2 pi m / M, with
-        equal weights.
+        Initially, the points of head m have equal weights and lie at distances of 1, 2, ..., P pixels from the
+        reference, in the direction 2 pi m / M.
         """
         angles = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angles.cos(), angles.sin()], -1)
@@ -76,17 +76,17 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor | None = None,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Gather values from the pyramid for each query.
+        """Compute the attention of each query to the pyramid.
 
         Args:
             query: Queries [N,Q,C].
             reference_points: Points [N,Q,L,2] as (x, y), or boxes [N,Q,L,4] as (center x, center y, width, height),
                 normalized to [0,1] over the level.
-            input_flatten: Pyramid [N,S,C]: all levels one after another, each in row-major order.
-            input_spatial_shapes: Height and width of each level: a list of pairs, or an int64 tensor [L,2].
-            input_level_start_index: Index in S at which each level starts, an int64 tensor [L]. None means that the
-                levels follow each other without gaps.
-            input_padding_mask: Bool mask [N,S], True for padding, which counts as zero; or None.
+            input_flatten: Pyramid [N,S,C]. The levels are concatenated along S, each in row-major order.
+            input_spatial_shapes: Height and width of each level, as a list of pairs or an int64 tensor [L,2].
+            input_level_start_index: An int64 tensor [L] with the index in S at which each level begins. If None, each
+                level begins where the previous one ends.
+            input_padding_mask: Bool mask [N,S], True for padding, which counts as zero. If None, there is no padding.
 
         Returns:
             A tensor [N,Q,C].
@@ -117,13 +117,15 @@ class MSDeformAttn(nn.Module):
 class MultiScaleDeformableAttention(nn.Module):
     """Multi-scale deformable attention (https://arxiv.org/abs/2010.04159), with the signature that transformers uses.
 
-    The layer replaces the layer of the same name in Hugging Face transformers and calls `relops.ms_deform_attn`. It has
-    neither parameters nor an ``__init__`` method, so transformers itself can also substitute it, through
-    LocalLayerRepository of the kernels package. The following lines replace the layers of a model::
+    The layer calls `relops.ms_deform_attn` and can replace the layer of the same name in Hugging Face transformers. The
+    following lines replace all such layers of a model::
 
         for module in model.modules():
             if type(module).__name__ == "MultiScaleDeformableAttention":
                 module.__class__ = relops.nn.MultiScaleDeformableAttention
+
+    transformers can also replace the layers itself, with LocalLayerRepository of the kernels package, because this
+    layer has neither parameters nor an ``__init__`` method.
 
     Example:
         >>> import torch, relops
@@ -148,18 +150,17 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        """Compute the weighted sum of bilinear samples of a feature pyramid, for each query and head.
+        """Compute a weighted sum of bilinear samples of a feature pyramid for each query and head.
 
         Args:
-            value: Pyramid [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of all H * W: the
-                levels follow each other, each in row-major order.
+            value: Pyramid [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all
+                levels. The levels are concatenated along S, each in row-major order.
             value_spatial_shapes: Not used.
             value_spatial_shapes_list: Height and width of each of the L levels.
             level_start_index: Not used.
             sampling_locations: Locations [N,Q,M,L,P,2] as (x, y), normalized to [0,1] over the level, in the dtype of
-                `value`. With a 16-bit `value` they may also be float32.
-            attention_weights: Weights [N,Q,M,L,P] in the dtype of `value`. With a 16-bit `value` they may also be
-                float32.
+                `value`, or float32 if `value` has 16 bits.
+            attention_weights: Weights [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has 16 bits.
             im2col_step: Not used.
 
         Returns:

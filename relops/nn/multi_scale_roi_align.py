@@ -14,15 +14,15 @@ class MultiScaleRoIAlign(nn.Module):
 
     Each box is pooled from the level that fits its size. The module can replace torchvision's module of the same name.
     It calls `relops.multi_scale_roi_align`, which needs one kernel launch for all levels and does not wait for the
-    device. Every call infers the scales of the levels from their sizes, whereas torchvision's module keeps the scales
-    of its first call.
+    device. Every call infers the scales of the levels from the sizes of the maps, whereas torchvision's module keeps
+    the scales of its first call.
 
     Args:
-        featmap_names: Keys of the feature maps to pool from. The maps are used in the order of the input dict, which
-            must be from fine to coarse.
+        featmap_names: Keys of the feature maps to pool from. The maps are used in the order of the input dict, whose
+            maps must be ordered from fine to coarse.
         output_size: Height and width (PH,PW) of the output, or one int for both.
-        sampling_ratio: Number of samples per bin along each axis, at most 65536. If it is not positive, the size of the
-            bin in pixels, rounded up, is used.
+        sampling_ratio: Number of samples along each axis of a bin, at most 65536. If it is not positive, the number of
+            samples along an axis is the size of the bin in pixels of the level, rounded up.
         canonical_scale: Side length, in pixels of the image, of a square box that is assigned to `canonical_level`.
         canonical_level: Level of a square box of side length `canonical_scale`. Level 4 has a scale of 1/16.
 
@@ -55,12 +55,12 @@ class MultiScaleRoIAlign(nn.Module):
         self.canonical_level = canonical_level
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Compute RoIAlign of each box on the level that fits its size.
+        """Apply RoIAlign to each box, on the level that fits the size of the box.
 
         Args:
             x: Feature maps [N,C,Hl,Wl] by name, all of dtype float64, float32, float16 or bfloat16.
-            boxes: Boxes in pixels of the images: N tensors [Ki,4] of rows (x1, y1, x2, y2). They have the dtype of the
-                maps. With 16-bit maps they may also be float32, which is recommended.
+            boxes: Boxes in pixels of the images: N tensors [Ki,4] of rows (x1, y1, x2, y2). Their dtype is that of the
+                maps, or float32 if the maps have 16 bits. float32 is recommended.
             image_shapes: Height and width of each image before it was padded to the size of the batch.
 
         Returns:
@@ -73,8 +73,8 @@ class MultiScaleRoIAlign(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If `image_shapes` is empty, if an argument has the wrong shape or device, or if the scale of a
-                level is not half the scale of the previous level. For boxes of the wrong shape, the error is also an
-                AssertionError.
+                level is not half the scale of the previous level. The error for boxes of a wrong shape is also an
+                AssertionError, as in torchvision.
         """
         return _pool(
             x,

@@ -14,8 +14,8 @@ class ObjectRelation(nn.Module):
     The module computes M relation features of each object, concatenates them and adds them to the feature of the
     object. Each relation feature is a weighted mean of the features of all objects, projected to C / M channels. The
     weights depend on appearance and relative geometry (see `relops.relation_attention`). The kernel computes the
-    geometric terms of a pair of boxes when it needs them and stores nothing per pair, so modules for the same boxes
-    need not share an embedding.
+    geometric terms of each pair of boxes on the fly and stores nothing per pair. Several modules that process the same
+    boxes therefore need no shared embedding of the pairs, unlike in the released code.
 
     The parameters of the released code can be used with `geometry="official"`. The parameters of module i of the
     released code have these names in relops::
@@ -25,27 +25,29 @@ class ObjectRelation(nn.Module):
         linear_out_i_weight.flatten(1), linear_out_i_bias   value.weight [C,C], value.bias [C]
         pair_pos_fc1_i_weight, pair_pos_fc1_i_bias          geometry.weight [M,64], geometry.bias [M]
 
-    In the released code, linear_out is a grouped 1x1 convolution [C,C,1,1], applied to M * C channels: the weighted
-    means of the unprojected features. Here, `value` projects the features before they are averaged. The result is the
-    same, because the mean of projected features is the projected mean, but computing it takes M times less work. The
-    rows of head m in the weight of linear_out are the rows of head m in the weight of `value`.
+    In the released code, the features are averaged first, and linear_out, a grouped 1x1 convolution with a weight
+    [C,C,1,1], projects the M * C channels of the means. In relops, `value` projects the features before they are
+    averaged. The results are equal, because the mean of projected features is the projected mean, but averaging takes M
+    times less work. Head m uses the same rows of the weight in both layouts, so the weight of linear_out needs only to
+    be flattened to become the weight of `value`.
 
-    With Adam, `query` and `key` should learn at a tenth of the learning rate. The attention weights are exponentials of
-    products of queries and keys, and the first steps of Adam are as large as the initial parameters of these layers.
-    With the full learning rate, a few objects could permanently get the largest weights regardless of geometry.
+    With Adam, `query` and `key` should be trained with a tenth of the learning rate. The attention weights are
+    exponentials of query-key products, and the first steps of Adam are as large as the initial parameters of these two
+    layers. With the full learning rate, a few objects could permanently get the largest weights regardless of geometry.
 
     Args:
         channels: Width C of the features; must be divisible by `heads`.
         heads: Number M of relations.
         head_dim: Width D of the queries and keys of each relation.
-        geometry: The distance between two boxes is divided by the size of the key's box ("paper") or, as in the
-            released code, of the query's box ("official").
+        geometry: Normalization of the distance between two boxes. "paper" divides the distance by the size of the key's
+            box, and "official" by the size of the query's box, as in the released code.
 
     Raises:
         ValueError: If `heads` does not divide `channels`, or `geometry` is unknown.
 
     Example:
-        The head of the paper has one module after each of its two layers, both on the same boxes:
+        The detection head of the paper has one relation module after each of its two fully connected layers. Both
+        modules process the same boxes:
 
         >>> import torch, relops
         >>> fc1, fc2 = torch.nn.Linear(16 * 7 * 7, 32), torch.nn.Linear(32, 32)
@@ -68,15 +70,15 @@ class ObjectRelation(nn.Module):
         self.query = nn.Linear(channels, heads * head_dim)
         self.key = nn.Linear(channels, heads * head_dim)
         self.value = nn.Linear(channels, channels)
-        self.geometry = nn.Linear(64, heads)  # its parameters go to the kernel; the layer is never called
+        self.geometry = nn.Linear(64, heads)  # the kernel uses its parameters; the layer is never called
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialize the parameters as the released code does, except that the bias of `geometry` is 0.1.
 
-        With this bias, every pair of objects starts with a positive geometric weight. In the released code, a ReLU sets
-        the weights of half of the pairs to 0 at the start, and a head that gives the duplicates of an object no weight
-        can hardly learn to attend to them.
+        With this bias, the geometric weight of every pair of objects is initially positive. In the released code, a
+        ReLU initially sets the weights of half of the pairs to 0, and a head in which the duplicates of an object have
+        no weight can hardly learn to attend to them.
         """
         for linear in (self.query, self.key, self.value, self.geometry):
             nn.init.normal_(linear.weight, std=0.01)
@@ -84,18 +86,20 @@ class ObjectRelation(nn.Module):
         nn.init.constant_(self.geometry.bias, 0.1)
 
     def forward(self, features: Tensor, boxes: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Add to the feature of each object what it gathers from all objects.
+        """Add the relation features of each object to the feature of the object.
 
         Args:
             features: Features [N,K,C] of K objects of N images, or [K,C] for one image, of dtype float64, float32,
                 float16 or bfloat16.
             boxes: Boxes [N,K,4] or [K,4] of the objects as x1, y1, x2, y2 in pixels of the image. With 16-bit features,
-                use float32 boxes. Boxes are not rounded, not even under autocast.
+                use float32 boxes. Autocast does not round boxes to 16 bits.
             key_mask: Bool mask [N,K] or [K], True for objects to which no object attends. Use it for padding, and for
-                the ground truth that the released code appends to its proposals in training. None masks no object.
+                ground-truth boxes that are appended to the proposals in training, as in the released code. If None, no
+                object is masked.
 
         Returns:
-            A tensor [N,K,C] or [K,C]. If all keys of an image are masked, its features are returned unchanged.
+            A tensor [N,K,C] or [K,C]. If all objects of an image are masked, the features of the image are returned
+            unchanged.
 
         Gradients:
             Gradients flow to `features` and all parameters, and to `boxes` if they require them.

@@ -10,15 +10,15 @@ torch.fx.wrap("prroi_pool")
 
 
 class PrRoIPool(nn.Module):
-    """Precise RoI Pooling (IoU-Net, https://arxiv.org/abs/1807.11590) with fixed options.
+    """A module for Precise RoI Pooling (IoU-Net, https://arxiv.org/abs/1807.11590).
 
     Each box is divided into PH x PW equal bins, and the value of a bin is the exact mean of the bilinearly interpolated
-    feature map over the bin. Nothing is sampled, and the gradients with respect to the boxes are continuous. The module
-    calls `relops.prroi_pool`.
+    feature map over the bin. The mean is an integral instead of an average of samples, and the gradients with respect
+    to the boxes are continuous. The module calls `relops.prroi_pool`.
 
     Args:
         output_size: Height and width (PH,PW) of the output, or one int for both.
-        spatial_scale: Number of pixels of the feature map per pixel of the image.
+        spatial_scale: Number of feature map pixels per image pixel.
 
     Example:
         >>> import torch, relops
@@ -35,15 +35,15 @@ class PrRoIPool(nn.Module):
         self.spatial_scale = spatial_scale
 
     def forward(self, input: Tensor, rois: Boxes) -> Tensor:
-        """Compute the mean of the bilinear surface over each bin of each box.
+        """Compute the mean of the bilinearly interpolated feature map in each bin of each box.
 
         Args:
             input: Feature map [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last inputs are read
                 without a copy.
-            rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
-                tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
-                16-bit `input` they may also be float32, which is recommended, because bfloat16 coordinates near 200
-                have a resolution of only one pixel.
+            rois: Boxes in pixels of the image, given as a tensor [K,5] of rows (batch index, x1, y1, x2, y2) or as a
+                list of N tensors [Ki,4] of rows (x1, y1, x2, y2), one per image. Their dtype is that of `input`, or
+                float32 if `input` has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a
+                resolution of only one pixel.
 
         Returns:
             A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. The output of a box with a
@@ -54,8 +54,8 @@ class PrRoIPool(nn.Module):
 
         Raises:
             TypeError: If an argument has the wrong type or dtype.
-            ValueError: If an argument has the wrong shape or device, or if a number is out of its range. For boxes of
-                the wrong shape, the error is also an AssertionError.
+            ValueError: If an argument has the wrong shape or device, or if a number is out of its range. The error for
+                boxes of a wrong shape is also an AssertionError, as in torchvision.
             IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
                 require a synchronization, so the output of the box is NaN instead.
         """

@@ -10,17 +10,17 @@ torch.fx.wrap("ps_roi_align")
 
 
 class PSRoIAlign(nn.Module):
-    """Position-sensitive RoIAlign (Light-Head R-CNN, https://arxiv.org/abs/1711.07264) with fixed options.
+    """A module for position-sensitive RoIAlign (Light-Head R-CNN, https://arxiv.org/abs/1711.07264).
 
-    Each box is divided into PH x PW equal bins, and the value of a bin is the mean of bilinear samples from channels
-    that only this bin uses. The module calls `relops.ps_roi_align` and can replace torchvision's module of the same
-    name.
+    Each box is divided into PH x PW equal bins. Each bin has its own input channels, and its values are the means of
+    bilinear samples of these channels. The module calls `relops.ps_roi_align` and can replace torchvision's module of
+    the same name.
 
     Args:
         output_size: Height and width (PH,PW) of the output, or one int for both.
-        spatial_scale: Number of pixels of the feature map per pixel of the image.
-        sampling_ratio: Number of samples per bin along each axis, at most 65536. If it is not positive, the size of the
-            bin in pixels, rounded up, is used.
+        spatial_scale: Number of feature map pixels per image pixel.
+        sampling_ratio: Number of samples along each axis of a bin, at most 65536. If it is not positive, the number of
+            samples along an axis is the size of the bin in feature map pixels, rounded up.
 
     Example:
         >>> import torch, relops
@@ -38,15 +38,15 @@ class PSRoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
 
     def forward(self, input: Tensor, rois: Boxes) -> Tensor:
-        """Compute position-sensitive RoIAlign of each box.
+        """Apply position-sensitive RoIAlign to each box.
 
         Args:
             input: Feature map [N,C,H,W] with C divisible by PH * PW, of dtype float64, float32, float16 or bfloat16.
                 channels_last inputs are read without a copy.
-            rois: Boxes in pixels of the image: a tensor [K,5] of rows (batch index, x1, y1, x2, y2), or a list of N
-                tensors [Ki,4] of rows (x1, y1, x2, y2), one tensor per image. They have the dtype of `input`. With a
-                16-bit `input` they may also be float32, which is recommended, because bfloat16 coordinates near 200
-                have a resolution of only one pixel.
+            rois: Boxes in pixels of the image, given as a tensor [K,5] of rows (batch index, x1, y1, x2, y2) or as a
+                list of N tensors [Ki,4] of rows (x1, y1, x2, y2), one per image. Their dtype is that of `input`, or
+                float32 if `input` has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a
+                resolution of only one pixel.
 
         Returns:
             A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. The output of a box with
@@ -58,7 +58,7 @@ class PSRoIAlign(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If an argument has the wrong shape or device, if a number is out of its range, or if PH * PW
-                does not divide C. For boxes of the wrong shape, the error is also an AssertionError.
+                does not divide C. The error for boxes of a wrong shape is also an AssertionError, as in torchvision.
             IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
                 require a synchronization, so the output of the box is NaN instead.
         """

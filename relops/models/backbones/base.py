@@ -1,6 +1,7 @@
 """Base classes of feature extractors.
 
-A body computes a feature map per stage, and a backbone turns the maps of a body into the maps that a detector uses.
+A body consists of stages and computes one feature map per stage. A backbone turns these maps into the maps that a
+detector uses.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ class Body(nn.Module):
     strides: list[int]
 
     def parts(self) -> list[list[nn.Module]]:
-        """Return, for each stage, the modules that compute its map from the map of the previous stage.
+        """Return the modules of each stage, in the order in which they are applied.
 
-        To freeze a stage, freeze these modules.
+        To freeze a stage, freeze its modules.
         """
         raise NotImplementedError
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the map of each stage.
+        """Return the feature map of each stage.
 
         Args:
             images: Images [N,3,H,W].
@@ -39,10 +40,10 @@ class Body(nn.Module):
 
 
 class Chain(Body):
-    """A body that applies its `parts` to the images one after another."""
+    """A body that applies the modules in its `parts` one after another."""
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the map of each stage.
+        """Return the feature map of each stage.
 
         Args:
             images: Images [N,3,H,W].
@@ -59,7 +60,7 @@ class Chain(Body):
 
 
 class Backbone(nn.Module):
-    """A body, and the layers that turn the maps of its stages into the maps that a detector uses.
+    """A body with additional layers that turn its maps into the maps that a detector uses.
 
     Attributes:
         body: Network whose weights can be loaded from a classifier.

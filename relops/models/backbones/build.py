@@ -1,4 +1,4 @@
-"""Construction of bodies by name."""
+"""Functions that build bodies by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BODIES: dict[str, Callable[..., Body]] = {
     "resnet101": lambda **options: resnet101(None, **options),
 }
 
-# Options that a suffix of the name or a detector sets, and that a network does not have.
+# Options that a network does not support. They are set by a suffix of the name or by a detector.
 UNSUPPORTED: dict[str, set[str]] = {
     "lr_net26": {"norm"},
     "lr_net50": {"norm"},
@@ -37,11 +37,11 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
     """Build a body by name, without a classifier.
 
     Args:
-        name: "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "zf", "lr_net26" or "lr_net50". The name of a
-            ResNet, VGG-16 or ZF may be followed by a normalization: "-bn", "-frozen" or "-gn". The name of a ResNet or
-            LR-Net may then be followed by a width; the default is 64. Examples are "resnet18-gn-32" and "lr_net26-32".
+        name: "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "zf", "lr_net26" or "lr_net50". A ResNet, VGG-16
+            or ZF accepts a suffix for the normalization: "-bn", "-frozen" or "-gn". A ResNet or LR-Net also accepts its
+            width as the last suffix. The default width is 64. Examples are "resnet18-gn-32" and "lr_net26-32".
         frozen_stages: Number of stages that are not trained, counted from the first.
-        options: Keyword arguments of the network, such as `stages` and `dilated` of ResNets and LR-Nets.
+        options: Keyword arguments of the network, such as `stages` and `dilated` for ResNets and LR-Nets.
 
     Returns:
         The network with randomly initialized parameters.

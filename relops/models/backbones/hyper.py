@@ -1,4 +1,4 @@
-"""The fused map of HyperNet (Kong et al., https://arxiv.org/abs/1604.00600)."""
+"""The backbone of HyperNet (Kong et al., https://arxiv.org/abs/1604.00600)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from relops.models.initialization import zero_bias
 
 
 class HyperBackbone(Backbone):
-    """The fusion of HyperNet (https://arxiv.org/abs/1604.00600): stages of a body are combined into one map.
+    """The backbone of HyperNet (https://arxiv.org/abs/1604.00600), which combines the maps of several stages into one.
 
-    A map with a smaller stride is reduced by max pooling, and a map with a larger stride is enlarged by a transposed
+    A map with a stride below 4 is reduced by max pooling, and a map with a stride above 4 is enlarged by a transposed
     convolution. Each map then goes through a 5x5 convolution to 42 channels, a ReLU and local response normalization.
-    Finally all maps are concatenated.
+    Finally, all maps are concatenated.
 
     Args:
         body: Network that computes the maps.
@@ -60,7 +60,7 @@ class HyperBackbone(Backbone):
         self.channels, self.strides = [len(self.stages) * self.WIDTH], [self.STRIDE]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the fused map of images.
+        """Compute the fused map of a batch of images.
 
         Args:
             images: Images [N,3,H,W].
@@ -70,6 +70,6 @@ class HyperBackbone(Backbone):
         """
         maps = self.body.stage_maps(images)
         fused = [self.norm(F.relu(conv(scale(maps[i])))) for i, scale, conv in zip(self.stages, self.scale, self.conv)]
-        # Sizes of stages are rounded up, so an enlarged map can be larger than the others.
+        # The sizes of maps are rounded up, so an enlarged map can be larger than the other maps.
         height, width = (min(x.shape[d] for x in fused) for d in (2, 3))
         return [torch.cat([x[..., :height, :width] for x in fused], 1)]

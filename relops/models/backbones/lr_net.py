@@ -7,9 +7,10 @@ images of 224 x 224 pixels are::
     LR-Net-50   23.3 M parameters, 4.3 G multiply-adds, 77.3 %
 
 In this implementation, LR-Net-26 has 14.62 M parameters and 2.59 G multiply-adds, and LR-Net-50 has 23.38 M and 4.24 G.
-The multiply-adds include the convolutions, the aggregation of values and the classifier, but neither similarities nor
-softmax. Groups of the stem have one channel each, whereas groups of the other layers have eight. The single channel is
-an assumption; with eight channels per group of the stem, both networks would have 0.2 G fewer multiply-adds.
+These multiply-adds include the convolutions, the aggregation of values and the classifier, but neither the similarities
+nor the softmax. The local relation layer of the stem has one channel per group, whereas all other layers have eight.
+One channel per group is an assumption: with eight channels per group in the stem, both networks would have 0.2 G fewer
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from relops.nn.local_relation import LocalRelation
 
 
 class LRBottleneck(nn.Module):
-    """A residual block of a 1x1 convolution, local relation, a 1x1 convolution and a shortcut."""
+    """A residual block with a 1x1 convolution, a local relation layer, a 1x1 convolution and a shortcut."""
 
     def __init__(
         self, in_channels: int, width: int, out_channels: int, stride: int, kernel_size: int, dilation: int = 1
@@ -54,22 +55,21 @@ class LRBottleneck(nn.Module):
 class LRNet(Body):
     """Local Relation Network for image classification (https://arxiv.org/abs/1904.11491).
 
-    The stem reduces images to a quarter of their height and width, and each stage except the first halves the map
-    again.
+    The stem reduces the height and width of the images to a quarter, and each stage except the first halves them again.
 
     Args:
-        blocks: Number of bottlenecks of each stage.
+        blocks: Number of bottlenecks in each stage.
         widths: Number of channels inside the bottlenecks of each stage.
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
-        kernel_size: Side k of the windows of all local relation layers.
+        kernel_size: Side length k of the windows in all local relation layers.
         in_channels: Number of channels of the images.
         stem_channels: Number of channels of the stem.
-        expansion: Ratio of the number of output channels of a stage to stem_channels * 2^stage.
-        dilated: If True, the last stage has a stride of 1, and its windows are dilated by two instead.
+        expansion: Stage i, counted from 0, has expansion * stem_channels * 2^i output channels.
+        dilated: If True, the last stage has a stride of 1 instead of 2, and its windows are dilated by two.
 
     Attributes:
-        channels: Number of channels of the map of each stage.
-        strides: Stride of the map of each stage: 4, 8, ...
+        channels: Number of channels of each stage's map.
+        strides: Stride of each stage's map: 4, 8, ...
 
     Raises:
         ValueError: If `blocks` and `widths` do not have the same length, or are empty.
@@ -131,8 +131,8 @@ class LRNet(Body):
     def reset_parameters(self) -> None:
         """Initialize the blocks as in ResNets.
 
-        Weights of convolutions are drawn from He's normal distribution. The last normalization of each block has weight
-        0, so that the block initially computes only its shortcut.
+        Weights of convolutions are drawn from He's normal distribution. The weight of the last normalization in each
+        block is 0, so the block initially computes only its shortcut.
         """
         for module in self.modules():
             if isinstance(module, LRBottleneck):
@@ -141,7 +141,7 @@ class LRNet(Body):
                 nn.init.zeros_(module.bn3.weight)
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the map of each stage.
+        """Return the feature map of each stage.
 
         Args:
             images: Images [N,in_channels,H,W].
@@ -157,7 +157,7 @@ class LRNet(Body):
         return outputs
 
     def parts(self) -> list[list[nn.Module]]:
-        """Return, for each stage, the modules that compute its map from the map of the previous stage."""
+        """Return the modules of each stage, in the order in which they are applied."""
         stages = [[stage] for stage in self.stages]
         stages[0].insert(0, self.stem)
         return stages
@@ -180,7 +180,7 @@ class LRNet(Body):
 
 
 def _lr_net(blocks: tuple[int, ...], num_classes: int | None, stages: int, width: int, **options: Any) -> LRNet:
-    """Build an LR-Net whose stages have widths in proportion to the width of the stem."""
+    """Build an LR-Net whose stage widths are proportional to the width of the stem."""
     widths = [width * n // 64 for n in (100, 200, 400, 800)]
     return LRNet(blocks[:stages], widths[:stages], num_classes, stem_channels=width, **options)
 
@@ -193,9 +193,9 @@ def lr_net26(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64
         stages: Number of stages, at most 4. Detectors omit the stages whose maps they do not need.
         width: Number of channels of the stem, 64 in the paper. The widths of the stages are proportional to this
             number.
-        options: Further keyword arguments of `LRNet`: `kernel_size` (side of the windows, 7 by default), `in_channels`
-            (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated` (False by
-            default).
+        options: Further keyword arguments of `LRNet`: `kernel_size` (side length of the windows, 7 by default),
+            `in_channels` (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated`
+            (False by default).
 
     Returns:
         An `LRNet` with randomly initialized parameters.
@@ -218,9 +218,9 @@ def lr_net50(num_classes: int | None = 1000, *, stages: int = 4, width: int = 64
         stages: Number of stages, at most 4. Detectors omit the stages whose maps they do not need.
         width: Number of channels of the stem, 64 in the paper. The widths of the stages are proportional to this
             number.
-        options: Further keyword arguments of `LRNet`: `kernel_size` (side of the windows, 7 by default), `in_channels`
-            (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated` (False by
-            default).
+        options: Further keyword arguments of `LRNet`: `kernel_size` (side length of the windows, 7 by default),
+            `in_channels` (number of channels of the images, 3 by default), `expansion` (4 by default) and `dilated`
+            (False by default).
 
     Returns:
         An `LRNet` with randomly initialized parameters.

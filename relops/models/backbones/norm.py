@@ -13,7 +13,7 @@ from relops._checks import check_choice
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalization whose statistics, scale and shift are constant.
 
-    Mean, variance, scale and shift are buffers with the names that torchvision uses.
+    The mean, variance, scale and shift are buffers with the same names as in torchvision.
 
     Args:
         channels: Number of channels.
@@ -34,7 +34,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # The state_dict of an nn.BatchNorm2d also has this entry.
+        # The state_dict of an nn.BatchNorm2d has this entry, but a FrozenBatchNorm2d does not need it.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -61,6 +61,6 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def make_norm(name: str) -> Callable[[int], nn.Module]:
-    """Return the function that builds the normalization layer "batch", "frozen" or "group" for a number of channels."""
+    """Return the function that builds a "batch", "frozen" or "group" normalization for a given number of channels."""
     check_choice("models", "norm", name, tuple(NORMS))
     return NORMS[name]

@@ -16,7 +16,7 @@ class FeaturePyramid(nn.Module):
 
     Args:
         in_channels: Number of channels Ci of each input map.
-        channels: Number of channels of all output maps.
+        channels: Number of channels of each output map.
 
     Example:
         >>> import torch
@@ -37,13 +37,13 @@ class FeaturePyramid(nn.Module):
                 zero_bias(module)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Compute the pyramid of feature maps.
+        """Compute a feature pyramid from the maps of a body.
 
         Args:
             maps: Maps [N,Ci,Hi,Wi] from fine to coarse.
 
         Returns:
-            Maps [N,channels,Hi,Wi], followed by a map of half the size of the last one.
+            Maps [N,channels,Hi,Wi], followed by a map with half the height and width of the last one.
         """
         outputs: list[Tensor] = []
         coarser = None
@@ -57,11 +57,11 @@ class FeaturePyramid(nn.Module):
 
 
 class PyramidBackbone(Backbone):
-    """The four stages of a ResNet or LR-Net and a feature pyramid (https://arxiv.org/abs/1612.03144).
+    """A ResNet or LR-Net with four stages, followed by a feature pyramid (https://arxiv.org/abs/1612.03144).
 
     Args:
         body: ResNet or LR-Net with four stages.
-        channels: Number of channels of all maps.
+        channels: Number of channels of each output map.
 
     Raises:
         ValueError: If the body does not have four stages.
@@ -85,7 +85,7 @@ class PyramidBackbone(Backbone):
         self.strides = [*body.strides, 2 * body.strides[-1]]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the pyramid of images.
+        """Compute the feature pyramid of a batch of images.
 
         Args:
             images: Images [N,3,H,W].

@@ -1,6 +1,6 @@
 """ResNet (Deep Residual Learning, https://arxiv.org/abs/1512.03385), with the parameter names of torchvision.
 
-A bottleneck has its stride in the 3x3 convolution, as in torchvision.
+As in torchvision, the stride of a bottleneck is applied in its 3x3 convolution.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from relops.models.backbones.norm import make_norm
 
 
 class BasicBlock(nn.Module):
-    """A residual block of two 3x3 convolutions and a shortcut."""
+    """A residual block with two 3x3 convolutions and a shortcut."""
 
     expansion = 1
 
@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A residual block of a 1x1, a 3x3 and a 1x1 convolution and a shortcut."""
+    """A residual block with three convolutions (1x1, 3x3 and 1x1) and a shortcut."""
 
     expansion = 4
 
@@ -60,7 +60,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Module | None:
-    """Build the projection of a shortcut. Return None if the block changes neither the size nor the channels."""
+    """Build the projection of a shortcut, or return None if input and output have the same shape."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
@@ -69,24 +69,24 @@ def shortcut(in_channels: int, out_channels: int, stride: int, norm: Callable[[i
 class ResNet(Body):
     """ResNet for image classification (https://arxiv.org/abs/1512.03385).
 
-    The stem reduces images to a quarter of their height and width, and each stage except the first halves the map
-    again. Parameters have the names of torchvision, so a state_dict of a ResNet of torchvision can be loaded unchanged.
-    With `norm="frozen"`, entries named num_batches_tracked are ignored.
+    The stem reduces the height and width of the images to a quarter, and each stage except the first halves them again.
+    Parameters have the names of torchvision, so a state_dict of torchvision's ResNets can be loaded unchanged. With
+    `norm="frozen"`, its num_batches_tracked entries are ignored.
 
     Args:
-        block: BasicBlock or Bottleneck, the classes in relops.models.backbones.resnet.
-        layers: Number of blocks of each stage.
+        block: BasicBlock or Bottleneck from relops.models.backbones.resnet.
+        layers: Number of blocks in each stage.
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
         norm: Normalization: "batch", "frozen" (batch normalization with constant statistics and weights) or "group" (32
             groups, or fewer if a group would have fewer than two channels).
-        dilated: If True, the last stage has a stride of 1, and its 3x3 convolutions are dilated by two instead. R-FCN
-            uses this for a stride of 16.
+        dilated: If True, the last stage has a stride of 1 instead of 2, and its 3x3 convolutions are dilated by two.
+            R-FCN uses this option to keep a stride of 16.
         stages: Number of stages, at most 4. Detectors omit the stages whose maps they do not need.
-        width: Number of channels of the stem. The numbers of channels of all other layers are multiples of it.
+        width: Number of channels of the stem. The widths of all other layers are multiples of this number.
 
     Attributes:
-        channels: Number of channels of the map of each stage.
-        strides: Stride of the map of each stage: 4, 8, ...
+        channels: Number of channels of each stage's map.
+        strides: Stride of each stage's map: 4, 8, ...
 
     Raises:
         ValueError: If `norm` is unknown.
@@ -141,8 +141,8 @@ class ResNet(Body):
     def reset_parameters(self) -> None:
         """Initialize the parameters.
 
-        Weights of convolutions are drawn from He's normal distribution. The last normalization of each block has weight
-        0, so that the block initially computes only its shortcut, unless the normalization is frozen.
+        Weights of convolutions are drawn from He's normal distribution. Unless the normalization is frozen, the weight
+        of the last normalization in each block is 0, so the block initially computes only its shortcut.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -153,13 +153,13 @@ class ResNet(Body):
                     nn.init.zeros_(last.weight)
 
     def parts(self) -> list[list[nn.Module]]:
-        """Return, for each stage, the modules that compute its map from the map of the previous stage."""
+        """Return the modules of each stage, in the order in which they are applied."""
         stages = [[self.get_submodule(f"layer{i + 1}")] for i in range(len(self.channels))]
         stages[0] = [self.conv1, self.bn1, *stages[0]]
         return stages
 
     def stage_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the map of each stage.
+        """Return the feature map of each stage.
 
         Args:
             images: Images [N,3,H,W].
@@ -200,8 +200,8 @@ def resnet18(num_classes: int | None = 1000, **options: Any) -> ResNet:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
         options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
-            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
-            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
+            number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
 
     Returns:
         A `ResNet` with randomly initialized parameters.
@@ -231,8 +231,8 @@ def resnet34(num_classes: int | None = 1000, **options: Any) -> ResNet:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
         options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
-            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
-            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
+            number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
 
     Returns:
         A `ResNet` with randomly initialized parameters.
@@ -262,8 +262,8 @@ def resnet50(num_classes: int | None = 1000, **options: Any) -> ResNet:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
         options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
-            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
-            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
+            number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
 
     Returns:
         A `ResNet` with randomly initialized parameters.
@@ -293,8 +293,8 @@ def resnet101(num_classes: int | None = 1000, **options: Any) -> ResNet:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
         options: Keyword arguments of `ResNet`. `norm` is "batch", "frozen" (batch normalization with constant
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
-            default is "batch". `dilated=True` replaces the stride of the last stage by dilation. `stages` is the number
-            of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
+            number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
 
     Returns:
         A `ResNet` with randomly initialized parameters.

@@ -17,10 +17,10 @@ CONVS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 class VGG16(Chain):
     """VGG-16 for image classification (https://arxiv.org/abs/1409.1556).
 
-    The network has five stages of 3x3 convolutions with 2x2 max pooling between them. `stage_maps` returns conv1_2,
-    conv2_2, conv3_3, conv4_3 and conv5_3, at strides of 1 to 16. Only the classifier uses the last max pooling (pool5).
-    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, as can one
-    of vgg16_bn if `norm` is "batch".
+    The network has five stages of 3x3 convolutions, with 2x2 max pooling between the stages. `stage_maps` returns the
+    maps of conv1_2, conv2_2, conv3_3, conv4_3 and conv5_3, with strides of 1, 2, 4, 8 and 16. Only the classifier uses
+    the last max pooling (pool5). Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can
+    be loaded unchanged. With `norm="batch"`, the same holds for vgg16_bn.
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.
@@ -30,8 +30,8 @@ class VGG16(Chain):
         stages: Number of stages, at most 5. Detectors omit the stages whose maps they do not need.
 
     Attributes:
-        channels: Number of channels of the map of each stage.
-        strides: Stride of the map of each stage: 1, 2, ...
+        channels: Number of channels of each stage's map.
+        strides: Stride of each stage's map: 1, 2, ...
 
     Raises:
         ValueError: If `norm` is unknown.
@@ -79,7 +79,7 @@ class VGG16(Chain):
                 zero_bias(module)
 
     def parts(self) -> list[list[nn.Module]]:
-        """Return, for each stage, the modules that compute its map from the map of the previous stage."""
+        """Return the modules of each stage, in the order in which they are applied."""
         parts: list[list[nn.Module]] = [[]]
         for layer in self.features[:-1]:
             if isinstance(layer, nn.MaxPool2d):
@@ -108,8 +108,8 @@ class VGG16(Chain):
 def vgg16(num_classes: int | None = 1000, **options: Any) -> VGG16:
     """Build VGG-16 (https://arxiv.org/abs/1409.1556).
 
-    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged, as can one
-    of vgg16_bn if `norm` is "batch".
+    Parameters have the names of torchvision, so a state_dict of torchvision's vgg16 can be loaded unchanged. With
+    `norm="batch"`, the same holds for vgg16_bn.
 
     Args:
         num_classes: Number of outputs of the classifier. None omits the classifier, which detectors do not need.

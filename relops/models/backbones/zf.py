@@ -1,6 +1,6 @@
 """The network of Zeiler and Fergus (https://arxiv.org/abs/1311.2901), the small backbone of the Faster R-CNN paper.
 
-Its five convolutions are those of the released detector, with local response normalization over three channels.
+As in the released detector, the network has five convolutions and local response normalization over three channels.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from relops.models.initialization import zero_bias
 
 
 class ZF(Chain):
-    """The convolutions of the network of Zeiler and Fergus (https://arxiv.org/abs/1311.2901).
+    """The network of Zeiler and Fergus (https://arxiv.org/abs/1311.2901), without its classifier.
 
-    Five convolutions lead to a stride of 16. The network has no classifier. `stage_maps` returns the maps of conv1,
-    conv2 and conv5, at strides of 2, 8 and 16.
+    The network has five convolutions. `stage_maps` returns the maps of conv1, conv2 and conv5, with strides of 2, 8 and
+    16.
 
     Args:
-        norm: Normalization: None (local response normalization after the first two convolutions, as published), or,
-            after each convolution, "batch", "frozen" (batch normalization with constant statistics and weights) or
-            "group" (32 groups, or fewer if a group would have fewer than two channels).
+        norm: Normalization. None uses local response normalization after the first two convolutions, as published.
+            "batch", "frozen" (batch normalization with constant statistics and weights) and "group" (32 groups, or
+            fewer if a group would have fewer than two channels) are used after every convolution.
 
     Attributes:
-        channels: Number of channels of the map of each stage.
-        strides: Stride of the map of each stage.
+        channels: Number of channels of each stage's map.
+        strides: Stride of each stage's map.
 
     Raises:
         ValueError: If `norm` is unknown.
@@ -61,7 +61,7 @@ class ZF(Chain):
                 zero_bias(module)
 
     def parts(self) -> list[list[nn.Module]]:
-        """Return, for each stage, the modules that compute its map from the map of the previous stage."""
+        """Return the modules of each stage, in the order in which they are applied."""
         return [[self.conv1], [self.conv2], [self.conv3, self.conv4, self.conv5]]
 
 

@@ -1,1 +1,1 @@
-"""Loading of weights that other implementations trained and named."""
+"""Functions that load weights of other implementations and translate their parameter names."""

@@ -26,7 +26,7 @@ TRANSFORMERS: Rules = [
     (r"(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
     (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
     (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    # These rules are for the ResNet of transformers, which can be used instead of that of timm.
+    # These rules are for the ResNet of transformers, which a model can use instead of timm's ResNet.
     (r"^backbone\.body\.embedder\.embedder\.convolution\.", "backbone.body.conv1."),
     (r"^backbone\.body\.embedder\.embedder\.normalization\.", "backbone.body.bn1."),
     (r"^backbone\.body\.encoder\.stages\.(\d+)\.layers\.", lambda x: f"backbone.body.layer{int(x[1]) + 1}."),
@@ -35,7 +35,7 @@ TRANSFORMERS: Rules = [
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
 ]
-# The decoders of the released implementations differ. Both begin with self-attention, but the normalization after it is
+# The decoder layers of the released implementations have different names. The normalization after the self-attention is
 # norm1 in DETR and norm2 in Deformable DETR.
 DETR_DECODER: Rules = [
     (r"\.self_attn_layer_norm\.", ".norm1."),
@@ -59,12 +59,11 @@ def load_detr(model: DETR | DeformableDETR, state_dict: Mapping[str, Tensor]) ->
         relops.models.load_detr(model, torch.load("detr-r50-e632da11.pth")["model"])
 
     Args:
-        model: Detector built by `relops.models.detr` or `relops.models.deformable_detr` with the same sizes and
-            options, on a ResNet with frozen normalization.
-        state_dict: Parameters of the released code, whose checkpoints store them under "model", or of
-            DetrForObjectDetection or DeformableDetrForObjectDetection from any version of transformers. If parameters
-            are shared, a single copy of them is enough, as in the files of transformers. A state_dict of relops is
-            accepted, too.
+        model: Detector built by `relops.models.detr` or `relops.models.deformable_detr` with the same sizes and options
+            as the saved model. Its backbone must be a ResNet with frozen normalization.
+        state_dict: Parameters of the released code (the entry "model" of its checkpoints), or of DetrForObjectDetection
+            or DeformableDetrForObjectDetection from any version of transformers. Shared parameters may be stored only
+            once, as in the files of transformers. A state_dict of relops is also accepted.
 
     Raises:
         RuntimeError: If a parameter is missing, unexpected or of the wrong shape. The message uses the parameter names
@@ -101,9 +100,9 @@ def _merge_projections(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _expand_heads(state_dict: Mapping[str, Tensor], model: DeformableDETR) -> dict[str, Tensor]:
-    """Return the state_dict with one name for each head, and with a head for each layer.
+    """Return the state_dict with a single name for each head and a head for each layer.
 
-    Heads that are stored inside the decoder are renamed to the heads of the model. If the state_dict has a head for the
+    Heads that are stored inside the decoder get the names of the model's heads. If the state_dict has a head for the
     first layer only, all layers get a copy of it.
     """
     heads: dict[str, Tensor] = {}
@@ -132,5 +131,5 @@ def _expand_heads(state_dict: Mapping[str, Tensor], model: DeformableDETR) -> di
 
 
 def _name_in_layer(name: str, i: int) -> str:
-    """Return the name of the same parameter in the head of the i-th layer."""
+    """Return the name that a head's parameter has in the i-th layer."""
     return re.sub(r"\d+", str(i), name, count=1)

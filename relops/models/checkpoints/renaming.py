@@ -1,4 +1,4 @@
-"""Renaming of parameters of other implementations."""
+"""Translation of the parameter names of other implementations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
 def rename_parameters(state_dict: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Return the state_dict with every rule applied, in order, to every name."""
+    """Apply every rule, in order, to every name in the state_dict."""
     renamed = {}
     for name, value in state_dict.items():
         for pattern, replacement in rules:

@@ -9,7 +9,7 @@ from torch import Tensor
 from relops.models.checkpoints.renaming import Rules, rename_parameters
 from relops.models.detectors.sparse_rcnn import SparseRCNN
 
-# These rules translate the names of a feature pyramid of detectron2.
+# These rules translate the parameter names of detectron2's feature pyramid.
 BACKBONE_RULES: Rules = (
     (r"^backbone\.bottom_up\.stem\.", lambda m: "backbone.body."),
     (r"^backbone\.bottom_up\.res(\d)\.", lambda m: f"backbone.body.layer{int(m[1]) - 1}."),
@@ -22,19 +22,19 @@ BACKBONE_RULES: Rules = (
 
 
 def load_sparse_rcnn(model: SparseRCNN, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a state_dict of the released code of Sparse R-CNN (https://arxiv.org/abs/2011.12450).
+    """Load a state_dict of Sparse R-CNN (https://arxiv.org/abs/2011.12450) from the released code.
 
-    In the released code, the parameters of the backbone have the names of detectron2, which are translated. All other
-    names are identical. Images must be normalized as by `relops.models.batch_images`: RGB, with the mean and standard
-    deviation of the released code. The released weights are loaded as follows::
+    The backbone parameters of the released code have the names of detectron2, which are translated. All other parameter
+    names are the same in relops. The images must be RGB and normalized as in `relops.models.batch_images`, which uses
+    the mean and standard deviation of the released code. The released weights are loaded as follows::
 
         model = relops.models.sparse_rcnn(80)
         relops.models.load_sparse_rcnn(model, torch.load("r50_100pro_3x_model.pth"))
 
     Args:
-        model: Detector built by `relops.models.sparse_rcnn` with the same number of classes, proposals and stages, on
-            "resnet50-frozen" or "resnet101-frozen".
-        state_dict: Parameters of the released code. A state_dict of relops is accepted, too.
+        model: Detector built by `relops.models.sparse_rcnn` with the same number of classes, proposals and stages. The
+            backbone must be "resnet50-frozen" or "resnet101-frozen".
+        state_dict: Parameters of the released code. A state_dict of relops is also accepted.
 
     Raises:
         RuntimeError: If a parameter is missing, unexpected or of the wrong shape.

@@ -1,4 +1,4 @@
-"""Loading of weights of classifiers, and of the detectors of torchvision."""
+"""Loading of weights from classifiers and from torchvision's detectors."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
 def load_torchvision(model: nn.Module, state_dict: Mapping[str, Tensor], norm_eps: float | None = None) -> None:
     """Load a state_dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn.
 
-    State_dicts of all versions of torchvision can be loaded. Names that older versions used are translated, and all
-    other names are identical. The weights that torchvision publishes are loaded as follows::
+    State_dicts of all versions of torchvision can be loaded. Parameter names of older versions are translated, and all
+    other names are the same in relops. The weights that torchvision publishes are loaded as follows::
 
         model = relops.models.faster_rcnn_fpn(90)
         state_dict = torch.load("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
@@ -63,10 +63,11 @@ def load_torchvision(model: nn.Module, state_dict: Mapping[str, Tensor], norm_ep
 
     Args:
         model: Detector built by `relops.models.faster_rcnn_fpn` or `relops.models.mask_rcnn` with the same number of
-            classes. The background does not count as a class here, so models for COCO have 90 classes.
-        state_dict: Parameters of torchvision's detector. A state_dict of relops is accepted, too.
-        norm_eps: Epsilon of the frozen normalization layers of the backbone. torchvision sets it to 0 when it loads its
-            own COCO_V1 weights. None leaves it at 1e-5, which is correct for all other weights.
+            classes. relops does not count the background as a class, so a model for torchvision's COCO weights has 90
+            classes.
+        state_dict: Parameters of torchvision's detector. A state_dict of relops is also accepted.
+        norm_eps: Epsilon of the frozen normalization layers in the backbone. Use 0 for torchvision's COCO_V1 weights,
+            as torchvision itself does. None keeps 1e-5, which is correct for all other weights.
 
     Raises:
         RuntimeError: If a parameter is missing, unexpected or of the wrong shape.

@@ -10,11 +10,11 @@ from relops.models.structures import Targets
 
 
 class BaseDetector(nn.Module):
-    """The interface of all detectors, which the training and inference code relies on.
+    """The interface that all detectors share and that the training and inference code uses.
 
-    In training mode, `detector(images, sizes, targets)` returns a dict of scalar losses, which are added up for
-    training. In evaluation mode, `detector(images, sizes)` returns `Detections`. Neither mode waits for a CUDA device,
-    unless the documentation of a detector says otherwise. The arguments are:
+    In training mode, `detector(images, sizes, targets)` returns a dict of scalar losses, whose sum is the training
+    loss. In evaluation mode, `detector(images, sizes)` returns `Detections`. Neither mode waits for a CUDA device,
+    unless the documentation of the detector says otherwise. The arguments are:
 
     - `images`: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
     - `sizes`: [N,2], the height and width of each image in pixels, without its padding. None if there is no padding.
@@ -30,14 +30,14 @@ class BaseDetector(nn.Module):
     backbone: Backbone
 
     def start_phase(self, phase: int) -> None:
-        """Prepare the training of a phase. A detector with a single training phase has nothing to prepare.
+        """Prepare the detector for a training phase. A detector with a single training phase has nothing to prepare.
 
         Args:
             phase: The index of the phase in `phases`.
         """
 
     def checked_sizes(self, images: Tensor, sizes: Tensor | None) -> Tensor:
-        """Return `sizes`, or the height and width of the batch for each image if `sizes` is None.
+        """Return `sizes`, or the height and width of the whole batch for every image if `sizes` is None.
 
         Raises:
             ValueError: If `images` or `sizes` has an invalid shape.
@@ -54,7 +54,7 @@ class BaseDetector(nn.Module):
         return sizes
 
     def checked_targets(self, images: Tensor, targets: Targets | None) -> Targets:
-        """Return the targets with a label of -1 for every box that is not finite or has no positive width and height.
+        """Return the targets, with the label -1 for boxes that are not finite or lack a positive width and height.
 
         Raises:
             ValueError: If `targets` is None or has an invalid shape.

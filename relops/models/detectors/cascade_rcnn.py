@@ -1,4 +1,4 @@
-"""Cascade R-CNN (Cai & Vasconcelos, https://arxiv.org/abs/1712.00726), whose three heads refine boxes in turn."""
+"""Cascade R-CNN (Cai & Vasconcelos, https://arxiv.org/abs/1712.00726), which has three successive box heads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from relops.models.structures import Detections, Targets
 
 
 class CascadeRoIHeads(RoIHeads):
-    """Region heads of three stages, each of which refines the boxes that the next stage receives.
+    """Region heads with three stages, each of which refines the boxes of the previous stage.
 
     The three stages treat a region as positive if its IoU with an object is at least 0.5, 0.6 and 0.7, respectively.
     Each stage samples its own regions, and no gradients flow through boxes from one stage to another. In evaluation
-    mode, detections have the boxes of the last stage and the mean of the scores of all stages. Deltas are
-    class-agnostic, and their weights in the second and third stage are two and three times the weights in the first
+    mode, the boxes of the detections are those of the last stage, and the scores are averaged over all stages. Deltas
+    are class-agnostic. Their weights in the second and third stage are two and three times as large as in the first
     stage.
     """
 
@@ -40,7 +40,7 @@ class CascadeRoIHeads(RoIHeads):
         self.stage_weights = [(i * self.WEIGHTS[0], i * self.WEIGHTS[1]) for i in (1, 2, 3)]
 
     def refine(self, maps: list[Tensor], rois: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        """Return the scores [R,classes+1] and the deltas [R,4] that one stage predicts for rows [R,5]."""
+        """Return the scores [R,classes+1] and the deltas [R,4] that one stage predicts for regions [R,5]."""
         logits, deltas = self.box_predictor[stage](self.box_head[stage](self.box_roi_pool(maps, rois)))
         return to_compute_dtype(logits), to_compute_dtype(deltas)
 
@@ -84,27 +84,28 @@ def cascade_rcnn(
     """Build Cascade R-CNN on a feature pyramid: Faster R-CNN with three successive box heads.
 
     Each head of the detector (Cai & Vasconcelos, https://arxiv.org/abs/1712.00726) refines the boxes of the previous
-    one. The heads are trained with IoU thresholds of 0.5, 0.6 and 0.7.
+    head. The heads are trained with IoU thresholds of 0.5, 0.6 and 0.7.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of each box head.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
         num_samples: Number of regions per image that are sampled for the losses of each box head.
-        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
-            size s has an area of s^2.
+        sizes: Anchor sizes in pixels, one for each of the five pyramid levels, from the finest to the coarsest. An
+            anchor of size s has an area of s^2.
 
     Returns:
         A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness" and "rpn_boxes" and, for each head i from 0 to 2, "classes_i" and "boxes_i". In evaluation
         mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per image. `images` is [N,3,H,W],
-        `sizes` is [N,2] with the height and width of each image without padding (None: no padding), and `targets` is a
-        `Targets`.
+        `sizes` is [N,2] with the height and width of each image without padding (None if there is no padding), and
+        `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does

@@ -1,8 +1,8 @@
 """Deformable DETR (Zhu et al., https://arxiv.org/abs/2010.04159).
 
-Deformable DETR is DETR with attention to a few points on each level of a feature pyramid, iterative bounding box
-refinement, and an optional first stage that proposes boxes. Parameters have the names of the released code, whose
-state_dict can be loaded with `load_detr`.
+Deformable DETR replaces the dense attention of DETR with attention to a few points on each level of a feature pyramid.
+Options add iterative bounding box refinement and a first stage that proposes boxes. Parameters have the same names as
+in the released code, and `load_detr` loads a state_dict of the released code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Shapes = list[tuple[int, int]]
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Return the logit of x, which is clamped to [1e-5, 1 - 1e-5]."""
+    """Clamp x to [1e-5, 1 - 1e-5] and return its logit."""
     return torch.logit(x, eps=1e-5)
 
 
@@ -57,7 +57,7 @@ class EncoderLayer(FeedForward):
 
 
 class DecoderLayer(FeedForward):
-    """A decoder layer (section 4.1), in which queries attend to each other and to points around their references."""
+    """A decoder layer (section 4.1), in which queries attend to each other and to points near their references."""
 
     def __init__(self, channels: int, hidden: int, levels: int, heads: int, points: int, dropout: float) -> None:
         super().__init__(channels, hidden, dropout)
@@ -77,7 +77,7 @@ class DecoderLayer(FeedForward):
 
 
 class DeformableTransformer(nn.Module):
-    """The encoder, the decoder and the parameters of the queries' references."""
+    """The encoder, the decoder and the layers that compute the reference points or boxes of the queries."""
 
     def __init__(
         self,
@@ -121,13 +121,13 @@ class DeformableDETR(SetDetector):
 
     Args:
         num_classes: The number of object classes. There is no background class.
-        backbone: A backbone with its finest map first.
+        backbone: A backbone that returns its finest map first.
         transformer: The encoder and the decoder.
         queries: The number of object queries.
         refine: Whether each decoder layer refines the boxes of the previous layer.
     """
 
-    slower = ("sampling_offsets", "reference_points")  # a tenth of the learning rate (section 5)
+    slower = ("sampling_offsets", "reference_points")  # trained with a tenth of the learning rate (section 5)
 
     def __init__(
         self, num_classes: int, backbone: Backbone, transformer: DeformableTransformer, queries: int, refine: bool
@@ -143,8 +143,8 @@ class DeformableDETR(SetDetector):
             zero_bias(conv)
             return nn.Sequential(conv, nn.GroupNorm(32, channels))
 
-        # Section 4.1: the first additional level is computed from the last map of the backbone, and each further level
-        # from the previous one.
+        # As in section 4.1, the first additional level is computed from the last map of the backbone, and every other
+        # additional level from the previous level.
         self.input_proj = nn.ModuleList(projection(c, 1, 1) for c in backbone.channels)
         for i in range(levels - len(backbone.channels)):
             self.input_proj.append(projection(backbone.channels[-1] if i == 0 else channels, 3, 2))
@@ -156,12 +156,12 @@ class DeformableDETR(SetDetector):
         set_prior(classifier)
         for parameter in regressor.layers[-1].parameters():
             nn.init.zeros_(parameter)
-        # Without refinement, all layers share one head, which has one name per layer as in the released code.
+        # Without refinement, all layers share one head. It is registered once per layer, as in the released code.
         heads: list[list[nn.Module]] = [[classifier] * count, [regressor] * count]
         if refine:
             heads = [[copy.deepcopy(x) for x in (head[0], *head)][: count + self.two_stage] for head in heads]
         self.class_embed, self.bbox_embed = (nn.ModuleList(head) for head in heads)
-        if not self.two_stage:  # boxes initially have about an eighth of the image's width and height
+        if not self.two_stage:  # initially, a box is about an eighth as wide and high as the image
             nn.init.constant_(self.bbox_embed[0].get_parameter("layers.2.bias")[2:], -2.0)
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
@@ -183,8 +183,9 @@ class DeformableDETR(SetDetector):
         for i, layer in enumerate(self.transformer.decoder.layers):
             level_references = references[:, :, None] * ratios.repeat(1, 1, references.shape[-1] // 2)[:, None]
             query = layer(query, positions, level_references, memory, shapes, padding)
-            # Iterative bounding box refinement (section 4.2, appendix A.4): the boxes of each layer are the references
-            # of the next one. A reference point, unlike a box, is added to the center only.
+            # In iterative bounding box refinement (section 4.2, appendix A.4), the boxes of each layer are the
+            # references of the next layer. The logits of a reference box are added to all four deltas, and the logits
+            # of a reference point only to the deltas of the center.
             deltas = to_compute_dtype(self.bbox_embed[i](query))
             logit = inverse_sigmoid(references)
             boxes.append((deltas + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid())
@@ -196,7 +197,7 @@ class DeformableDETR(SetDetector):
         return SetPrediction(torch.stack(logits), torch.stack(boxes), first)
 
     def levels(self, maps: list[Tensor]) -> list[Tensor]:
-        """Return the multi-scale feature maps (section 4.1), [N,C,h,w] each, given the maps of the backbone."""
+        """Compute the multi-scale feature maps [N,C,h,w] (section 4.1) from the maps of the backbone."""
         levels = [project(x) for project, x in zip(self.input_proj, maps)]
         for project in self.input_proj[len(maps) :]:
             levels.append(project(maps[-1] if len(levels) == len(maps) else levels[-1]))
@@ -205,14 +206,14 @@ class DeformableDETR(SetDetector):
     def encode(
         self, levels: list[Tensor], extents: list[Extent], shapes: Shapes, padding: Tensor, references: Tensor
     ) -> Tensor:
-        """Return the output [N,S,C] of the encoder for all S pixels of all levels.
+        """Return the encoder's output [N,S,C] for the S pixels of all levels.
 
         Args:
             levels: The multi-scale feature maps.
-            extents: The extent of the images in each map.
+            extents: For each map, the rows and columns that belong to the images.
             shapes: The height and width of each map.
             padding: [N,S] bool, True in padding.
-            references: [N,S,L,2], the positions (x, y) of the pixels as fractions of each map.
+            references: [N,S,L,2], the position (x, y) of each pixel as fractions of the width and height of each map.
         """
         x = torch.cat([level.flatten(2) for level in levels], 2).transpose(1, 2)
         pairs = zip(extents, self.transformer.level_embed)
@@ -232,12 +233,12 @@ class DeformableDETR(SetDetector):
 
         Args:
             memory: [N,S,C], the output of the encoder.
-            centers: For each level, the centers [N,h*w,2] of the pixels as fractions of the image.
+            centers: For each level, the pixel centers [N,h*w,2] as fractions of the image.
             padding: [N,S] bool, True in padding.
 
         Returns:
-            All proposals for the loss of the first stage, then the contents [N,Q,C] and the positional encodings
-            [N,Q,C] of the queries, and their references [N,Q,4].
+            A tuple of four: all proposals, which are needed for the loss of the first stage, and the contents [N,Q,C],
+            the positional encodings [N,Q,C] and the references [N,Q,4] of the queries.
         """
         transformer = self.transformer
         size = [torch.full_like(x, 0.05 * 2**level) for level, x in enumerate(centers)]
@@ -255,7 +256,7 @@ class DeformableDETR(SetDetector):
 
 
 def _centers(extent: Extent) -> Tensor:
-    """Return the centers [N,h*w,2] (x, y) of the pixels of a map, as fractions of the image without its padding."""
+    """Return the pixel centers [N,h*w,2] (x, y) of a map, as fractions of the image without its padding."""
     y, x = ((torch.arange(valid.shape[1], device=valid.device) + 0.5) / valid.sum(1, keepdim=True) for valid in extent)
     return torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1).flatten(1, 2)
 
@@ -281,31 +282,33 @@ def deformable_detr(
     samples 4 points per level. `load_detr` loads the weights of the released code and of Hugging Face transformers.
 
     Args:
-        num_classes: Number of object classes. There is no background class. The released models for COCO have 91.
+        num_classes: Number of object classes. There is no background class. The released models for COCO have 91
+            classes.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
         channels: Number of channels of the transformer, divisible by 32.
         hidden: Width of the feed-forward networks of the transformer.
         queries: Number of object queries, which is the number of predictions per image.
         encoder_layers: Number of encoder layers.
         decoder_layers: Number of decoder layers.
-        levels: Number of feature levels. With 1, deformable attention uses only the last map of the backbone. With 2 or
-            3, it uses the last 2 or 3 maps. With 4 or more, it uses the last 3 maps and additional coarser ones.
+        levels: Number of feature levels. With 1, 2 or 3 levels, deformable attention uses the last 1, 2 or 3 maps of
+            the backbone. With 4 or more, it uses the last 3 maps and additional, coarser maps.
         refine: Whether each decoder layer refines the boxes of the previous layer (iterative bounding box refinement).
         two_stage: Whether the queries are initialized from proposals of the encoder instead of being learned. It
             requires refine=True.
         dropout: Dropout probability in the transformer.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
 
     Returns:
         A `DeformableDETR`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
-        "classes", "boxes" and "giou" of the last decoder layer. If there are other layers, "auxiliary" is the sum of
-        their losses. If `two_stage` is True, "encoder" is the loss of the proposals. In evaluation mode,
-        `detector(images, sizes)` returns `Detections` with at most 100 objects per image. `images` is [N,3,H,W],
-        `sizes` is [N,2] with the height and width of each image without padding (None: no padding), and `targets` is a
-        `Targets`.
+        "classes", "boxes" and "giou" of the last decoder layer. With more than one decoder layer, there is also the
+        loss "auxiliary", the sum of the losses of all other layers. If `two_stage` is True, there is also the loss
+        "encoder" of the proposals. In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100
+        objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without
+        padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.

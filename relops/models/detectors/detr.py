@@ -1,6 +1,6 @@
 """DETR (Carion et al., End-to-End Object Detection with Transformers, https://arxiv.org/abs/2005.12872).
 
-Parameters have the names of the released code, whose state_dict can be loaded with `load_detr`.
+Parameters have the same names as in the released code, and `load_detr` loads a state_dict of the released code.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Decoder(Layers):
 
 
 class Transformer(nn.Module):
-    """The encoder and the decoder. Normalization follows each residual sum."""
+    """The encoder and the decoder. Each residual sum is followed by a normalization."""
 
     def __init__(
         self, channels: int, hidden: int, encoder_layers: int, decoder_layers: int, heads: int, dropout: float
@@ -88,8 +88,8 @@ class DETR(SetDetector):
     """
 
     def __init__(self, num_classes: int, backbone: Backbone, transformer: Transformer, queries: int) -> None:
-        # The weights and costs of classes, L1 and GIoU are from appendix A.4. The weight of the background is from
-        # section 3.1.
+        # The weights of the class, L1 and GIoU terms in the loss and in the matching cost are from appendix A.4. The
+        # weight of the background class is from section 3.1.
         super().__init__(SetLoss(focal=False, weights=(1.0, 5.0, 2.0), costs=(1.0, 5.0, 2.0), background=0.1))
         self.backbone, self.transformer = backbone, transformer
         channels = transformer.channels
@@ -99,7 +99,7 @@ class DETR(SetDetector):
         self.bbox_embed = MLP(channels, 4, 3)
 
     def predict(self, images: Tensor, sizes: Tensor) -> SetPrediction:
-        # Encoder (section 3.2): a 1x1 convolution reduces the channels, and positions have a fixed encoding.
+        # Encoder (section 3.2): a 1x1 convolution reduces the number of channels, and the positional encoding is fixed.
         x = self.input_proj(self.backbone(images)[0])
         extent = extent_of(images.shape, sizes, x.shape)
         positions = sine_positions(extent, x.shape[1], 0.0).flatten(1, 2).to(x.dtype)
@@ -108,7 +108,8 @@ class DETR(SetDetector):
         for layer in self.transformer.encoder.layers:
             x = layer(x, positions, padding)
 
-        # Decoder: all objects are decoded in parallel, from queries that differ only in a learned encoding.
+        # Decoder: all objects are decoded in parallel, from queries that differ only in their learned positional
+        # encodings.
         keys = x + positions
         object_queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
         query, outputs = torch.zeros_like(object_queries), []
@@ -116,7 +117,7 @@ class DETR(SetDetector):
             query = layer(query, object_queries, x, keys, padding)
             outputs.append(query)
 
-        # All layers share the feed-forward networks for prediction and the normalization before them.
+        # All layers share the final normalization and the prediction heads.
         states = self.transformer.decoder.norm(torch.stack(outputs if self.training else outputs[-1:]))
         return SetPrediction(self.class_embed(states), to_compute_dtype(self.bbox_embed(states)).sigmoid())
 
@@ -140,27 +141,28 @@ def detr(
     loads the weights of the released code and of Hugging Face transformers.
 
     Args:
-        num_classes: Number of object classes, without the background. The released models for COCO have 91.
+        num_classes: Number of object classes, without the background. The released models for COCO have 91 classes.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
         channels: Number of channels of the transformer, divisible by 8.
         hidden: Width of the feed-forward networks of the transformer.
         queries: Number of object queries, which is the number of predictions per image.
         encoder_layers: Number of encoder layers.
         decoder_layers: Number of decoder layers.
         dropout: Dropout probability in the transformer.
-        stride: Stride of the feature map in pixels: 32, as published, or 16 or 8 for small images, with fewer stages.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained. The released code
-            uses 1.
+        stride: Stride of the feature map in pixels: 32, as published, or 16 or 8 for small images. With 16 or 8, the
+            backbone has fewer stages.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input. The released code uses 1.
 
     Returns:
         A `DETR`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses "classes",
-        "boxes" and "giou" of the last decoder layer. If there are other layers, "auxiliary" is the sum of their losses.
-        In evaluation mode, `detector(images, sizes)` returns `Detections` with at most min(queries, 100) objects per
-        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
-        padding), and `targets` is a `Targets`.
+        "boxes" and "giou" of the last decoder layer. With more than one decoder layer, there is also the loss
+        "auxiliary", the sum of the losses of all other layers. In evaluation mode, `detector(images, sizes)` returns
+        `Detections` with at most min(queries, 100) objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the
+        height and width of each image without padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.

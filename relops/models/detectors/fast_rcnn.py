@@ -14,9 +14,9 @@ from relops.models.structures import Detections, Targets
 
 
 class FastRCNN(TwoStageDetector):
-    """A detector that has only the second stage.
+    """A detector that consists of only the second stage.
 
-    Its proposals are an input, `Targets.proposals`, in training and in evaluation mode. In evaluation mode, all other
+    The proposals are passed as `Targets.proposals`, in training and in evaluation mode. In evaluation mode, all other
     fields of the targets are ignored.
     """
 
@@ -32,12 +32,12 @@ class FastRCNN(TwoStageDetector):
 
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
-            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            sizes: [N,2], the height and width of each image in pixels, without its padding, or None if there is no
+                padding.
             targets: The ground truth with `proposals`. In evaluation mode, only `proposals` is used.
 
         Returns:
-            In training mode, a dict of scalar losses, which are added up for training. In evaluation mode,
-            `Detections`.
+            In training mode, a dict of scalar losses, whose sum is the training loss. In evaluation mode, `Detections`.
 
         Raises:
             ValueError: If `images`, `sizes` or `targets` has an invalid shape, or if `targets` or its `proposals` is
@@ -74,29 +74,31 @@ def fast_rcnn(
 ) -> FastRCNN:
     """Build Fast R-CNN: a head with RoI pooling that classifies and refines given proposals.
 
-    The detector (Girshick, https://arxiv.org/abs/1504.08083) has one feature map with a stride of 16, RoI pooling, two
-    fully connected layers, and scores and deltas for each class. At most a quarter of the regions that are sampled for
-    the losses have an IoU of at least 0.5 with an object, and the others have an IoU between 0.1 and 0.5 (section 2.3).
+    The detector (Girshick, https://arxiv.org/abs/1504.08083) pools regions from one feature map with a stride of 16.
+    Two fully connected layers follow, and then the scores and deltas of each class. At most a quarter of the regions
+    that are sampled for the losses have an IoU of at least 0.5 with an object, and all other sampled regions have an
+    IoU between 0.1 and 0.5 (section 2.3).
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
-            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
-            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
+            or "zf". All except LR-Nets accept a suffix that selects the normalization: "-bn" (batch normalization),
+            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). For
+            ResNets and LR-Nets, a number at the end of the name sets the width, that is, the number of channels of the
+            stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         hidden: Width of the two fully connected layers of the box head.
-        roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
+        roi: Method that pools the features of a region: "pool" for RoI pooling, as published, or "align" for RoIAlign.
         dropout: Dropout probability after each of the two fully connected layers.
         num_samples: Number of regions per image that are sampled for the losses.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
         stride: Stride of the feature map in pixels: 16, as published, or 8 for small images. "zf" supports only 16.
 
     Returns:
         A `FastRCNN`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses "classes"
         and "boxes". In evaluation mode, `detector(images, sizes, targets)` returns `Detections` with at most 100
-        objects per image. Both modes require `targets.proposals`, [N,P,4] with zeros in padding; evaluation mode
-        ignores the other fields of `targets`. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each
-        image without padding (None: no padding), and `targets` is a `Targets`.
+        objects per image. Both modes require `targets.proposals` [N,P,4], padded with zeros. Evaluation mode ignores
+        the other fields of `targets`. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image
+        without padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.

@@ -21,7 +21,7 @@ from relops.models.structures import Detections, Targets
 
 
 def single_map(backbone: str, frozen_stages: int, stride: int) -> tuple[StageBackbone, int]:
-    """Return a backbone with one map of the given stride, and the height and width to which its regions are pooled."""
+    """Return a backbone with one map of the given stride, and the height and width of pooled regions."""
     if stride not in (8, 16):
         raise ValueError(f"relops.models: stride must be 16 or 8, got {stride}")
     if backbone.startswith("zf"):
@@ -40,8 +40,8 @@ class AlternatingFasterRCNN(TwoStageDetector):
     3. The RPN is trained on the second backbone, which is frozen in this step and the next.
     4. The heads of the Fast R-CNN are trained on the new proposals, with the same frozen backbone.
 
-    After these steps, both stages share the second backbone. `start_phase` starts a step. Before its first call, the
-    detector is in step 4.
+    After these steps, both stages share the second backbone. `start_phase` starts a step. Before `start_phase` is
+    called for the first time, the detector is in step 4.
     """
 
     phases = (("rpn", 1 / 3), ("fast_rcnn", 1 / 6), ("rpn, shared", 1 / 3), ("fast_rcnn, shared", 1 / 6))
@@ -71,7 +71,7 @@ class AlternatingFasterRCNN(TwoStageDetector):
         """Set training or evaluation mode. In the last two steps, the backbone stays in evaluation mode."""
         super().train(mode)
         if mode and self.phase >= 2:
-            self.backbone.eval()  # both stages share the statistics of its normalization layers, which must not change
+            self.backbone.eval()  # the stages share its normalization statistics, so these must not change
         return self
 
     def forward(
@@ -81,11 +81,12 @@ class AlternatingFasterRCNN(TwoStageDetector):
 
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
-            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            sizes: [N,2], the height and width of each image in pixels, without its padding, or None if there is no
+                padding.
             targets: The ground truth, which is required in training mode and ignored in evaluation mode.
 
         Returns:
-            In training mode, a dict of the scalar losses of the current phase, which are added up for training. In
+            In training mode, a dict of the scalar losses of the current phase, whose sum is the training loss. In
             evaluation mode, `Detections`.
 
         Raises:
@@ -119,8 +120,10 @@ class AlternatingFasterRCNN(TwoStageDetector):
 
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
-            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
-            max_proposals: The maximum number of proposals per image; None: `post_nms` of the RPN in its current mode.
+            sizes: [N,2], the height and width of each image in pixels, without its padding, or None if there is no
+                padding.
+            max_proposals: The maximum number of proposals per image. If None, the RPN's `post_nms` for the current mode
+                is used.
         """
         return self._regions(images, self.checked_sizes(images, sizes), max_proposals)[1]
 
@@ -145,33 +148,34 @@ def faster_rcnn(
 ) -> TwoStageDetector:
     """Build Faster R-CNN as published: a region proposal network and Fast R-CNN on one feature map.
 
-    The detector (Ren et al., https://arxiv.org/abs/1506.01497) has one feature map with a stride of 16, and anchors of
-    three scales and three aspect ratios.
+    The detector (Ren et al., https://arxiv.org/abs/1506.01497) uses one feature map with a stride of 16 and anchors
+    with three scales and three aspect ratios.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
-            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
-            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32". The paper uses "vgg16" with
-            frozen_stages=2, and "zf" with channels=256.
+            or "zf". All except LR-Nets accept a suffix that selects the normalization: "-bn" (batch normalization),
+            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). For
+            ResNets and LR-Nets, a number at the end of the name sets the width, that is, the number of channels of the
+            stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32". The paper uses "vgg16" with frozen_stages=2,
+            and "zf" with channels=256.
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head.
-        training: Training scheme. "approximate": joint training in which proposals are constants. "joint":
-            non-approximate joint training, in which gradients of the second stage also reach the RPN through the boxes;
-            it requires roi="align". "alternating": the 4-step training of the paper.
-        rpn_loss: Loss of the scores of the RPN: "softmax" of two scores per anchor, as in the released code, or
-            "sigmoid" of one score per anchor.
-        balance: Weight lambda of the RPN's loss of deltas, which is 10 in the paper. The loss is multiplied by lambda
-            and divided by the number of positions on the feature map, as in the paper. None: the loss is divided by the
-            number of samples, as in the released code.
-        roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
-        order: Order in which the RPN selects proposals. "filter_first": all boxes are decoded and clipped, and small
-            ones are removed, before the highest scores are selected, as in the released code. "top_first": the highest
-            scores are selected first, which is faster.
+        training: Training scheme. "approximate" is joint training with constant proposals. "joint" is non-approximate
+            joint training: gradients of the second stage also flow through the proposed boxes to the RPN. It requires
+            roi="align". "alternating" is the 4-step training of the paper.
+        rpn_loss: Loss of the RPN's scores: "softmax" for two scores per anchor, as in the released code, or "sigmoid"
+            for one score per anchor.
+        balance: Weight lambda of the loss "rpn_boxes", 10 in the paper. This loss is multiplied by lambda and divided
+            by the number of positions on the feature map, as in the paper. If `balance` is None, the loss is divided by
+            the number of samples, as in the released code.
+        roi: Method that pools the features of a region: "pool" for RoI pooling, as published, or "align" for RoIAlign.
+        order: Order in which the RPN selects proposals. "filter_first" decodes and clips all boxes and removes small
+            ones before it selects the highest scores, as in the released code. "top_first" selects the highest scores
+            first, which is faster.
         dropout: Dropout probability after each of the two fully connected layers.
         num_samples: Number of regions per image that are sampled for the losses of the second stage.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
         stride: Stride of the feature map in pixels: 16, as published, or 8 for small images. "zf" supports only 16.
         scales: Scales of the anchors. An anchor of scale s has an area of (s * stride)^2 pixels.
         min_size: Minimum width and height of proposals, in pixels. Smaller proposals are removed.
@@ -180,9 +184,9 @@ def faster_rcnn(
         A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
         `Detections` with at most 100 objects per image. With training="alternating", the result is an
-        `AlternatingFasterRCNN`. Its `start_phase` selects one of the four training steps, and the losses are then those
-        of either the RPN or the second stage. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each
-        image without padding (None: no padding), and `targets` is a `Targets`.
+        `AlternatingFasterRCNN`. Its `start_phase` selects one of the four training steps, and the dict then contains
+        only the losses of the RPN or only those of the second stage. `images` is [N,3,H,W], `sizes` is [N,2] with the
+        height and width of each image without padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
@@ -245,8 +249,8 @@ def pyramid(
     Args:
         backbone: The name of the body, which must have four stages.
         channels: The number of channels of the pyramid and of the RPN.
-        frozen_stages: The number of stages of the body, counted from the input, that are not trained.
-        sizes: The sizes of the anchors of the levels, in pixels.
+        frozen_stages: The number of stages of the body that are not trained, counted from the input.
+        sizes: The anchor size of each level, in pixels.
         options: Options of RPN.
     """
     maps = PyramidBackbone(make_body(backbone, frozen_stages), channels)
@@ -275,21 +279,22 @@ def faster_rcnn_fpn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
         num_samples: Number of regions per image that are sampled for the losses of the second stage.
-        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
-            size s has an area of s^2.
+        sizes: Anchor sizes in pixels, one for each of the five pyramid levels, from the finest to the coarsest. An
+            anchor of size s has an area of s^2.
 
     Returns:
         A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
         `Detections` with at most 100 objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and
-        width of each image without padding (None: no padding), and `targets` is a `Targets`.
+        width of each image without padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does

@@ -1,4 +1,4 @@
-"""HyperNet (Kong et al., https://arxiv.org/abs/1604.00600), which needs only a few proposals from a fused map."""
+"""HyperNet (Kong et al., https://arxiv.org/abs/1604.00600), which needs only a few proposals per image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relops.models.parts.roi_heads import BoxPredictor, RegionPool, RoIHeads, Tw
 from relops.models.parts.rpn import RPN
 from relops.ops.roi_pool import roi_pool
 
-CANDIDATE_STRIDE = 16  # the distance between candidates, in pixels
+CANDIDATE_STRIDE = 16  # the distance between candidate boxes, in pixels
 SIZE = 13  # the height and width of pooled regions
 
 
@@ -45,7 +45,7 @@ class PooledProposalHead(nn.Module):
             zero_bias(layer)
 
     def forward(self, maps: list[Tensor], anchors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the log-odds [N,A] and the deltas [N,A,4] of the anchors [A,4] of one map."""
+        """Return the log-odds [N,A] and the deltas [N,A,4] for the anchors [A,4] on one map."""
         x = F.relu(self.conv(maps[0]))
         N, A = len(x), len(anchors[0])
         rois = as_rows(anchors[0].expand(N, A, 4))
@@ -81,28 +81,29 @@ def hypernet(
     with a stride of 4.
 
     The candidates for proposals are boxes of several sizes and three aspect ratios at every 16th pixel of the image.
-    Candidates that extend beyond the image are also used for training, because their pooled features are zero outside
-    of the image and differ from those of all other candidates. In evaluation mode, at most 100 proposals per image are
-    kept.
+    Candidates that extend beyond the image are also used for training. Their pooled features are zero outside of the
+    image, so they differ from the features of all other candidates. In evaluation mode, at most 100 proposals per image
+    are kept.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
-            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
-            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
-        channels: Number of channels of the convolution of the detection head.
+            or "zf". All except LR-Nets accept a suffix that selects the normalization: "-bn" (batch normalization),
+            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). For
+            ResNets and LR-Nets, a number at the end of the name sets the width, that is, the number of channels of the
+            stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
+        channels: Number of output channels of the convolution in the detection head.
         hidden: Width of the two fully connected layers of the detection head.
         dropout: Dropout probability after each of the two fully connected layers.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
         num_samples: Number of regions per image that are sampled for the losses of the second stage.
-        sizes: Sizes in pixels of the candidates for proposals. A candidate of size s has an area of s^2.
+        sizes: Sizes of the candidates in pixels. A candidate of size s has an area of s^2.
 
     Returns:
         A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
         `Detections` with at most 100 objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and
-        width of each image without padding (None: no padding), and `targets` is a `Targets`.
+        width of each image without padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
@@ -125,8 +126,8 @@ def hypernet(
         body = make_body(backbone, frozen_stages)
     else:
         body = make_body(backbone, frozen_stages, stages=3)
-    # The fused map combines the first, the middle and the last stage. With VGG-16 and ZF, the first stage is finer than
-    # the fused map. ResNets have no finer stage.
+    # The fused map combines the first, the middle and the last stage. In VGG-16 and ZF, the first stage is finer than
+    # the fused map. In ResNets and LR-Nets, no stage is finer.
     maps = HyperBackbone(body, [0, len(body.strides) // 2, len(body.strides) - 1])
     cells = [[box for size in sizes for box in centered_anchors(size)]]
     rpn = RPN(

@@ -32,7 +32,7 @@ class MaskHead(nn.Sequential):
 
 
 class MaskPredictor(nn.Module):
-    """A transposed convolution that doubles the size, and a 1x1 convolution to the log-odds of each class."""
+    """A transposed convolution that doubles the map size, and a 1x1 convolution for the log-odds of each class."""
 
     def __init__(self, in_channels: int, hidden: int, num_classes: int) -> None:
         super().__init__()
@@ -46,10 +46,11 @@ class MaskPredictor(nn.Module):
 class MaskRoIHeads(RoIHeads):
     """Region heads that also predict masks, with a sigmoid per class (section 3).
 
-    The loss depends only on the mask of the region's class. On the CPU, only positive regions pass through the mask
-    head. On CUDA, counting the positive regions would wait for the device, so all slots that can hold a positive region
-    pass through the mask head, and slots without one have no weight in the loss. Objects whose mask in the targets is
-    all False contribute only to the other losses. If the targets have no masks at all, there is no mask loss.
+    The mask loss of a region depends only on the mask that is predicted for the region's class. On the CPU, only
+    positive regions pass through the mask head. On CUDA, counting the positive regions would require a synchronization.
+    All slots that can hold a positive region therefore pass through the mask head, and slots without a positive region
+    have no weight in the loss. An object whose target mask is all False contributes only to the other losses. If
+    `targets.masks` is None, there is no mask loss.
     """
 
     def __init__(self, *parts: nn.Module, channels: int, strides: Sequence[int], num_classes: int, **options: Any):
@@ -63,7 +64,7 @@ class MaskRoIHeads(RoIHeads):
                 zero_bias(module)
 
     def mask_logits(self, maps: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
-        """Return the log-odds [R,28,28] of the masks of rows [R,5], each for its class in labels [R]."""
+        """Return the mask log-odds [R,28,28] of regions [R,5], each for the region's class in labels [R]."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(maps, rois)))
         class_index = (labels + 1).view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
         return to_compute_dtype(logits.gather(1, class_index).squeeze(1))
@@ -78,7 +79,7 @@ class MaskRoIHeads(RoIHeads):
         rois, row_index = present_rows(boxes, classes > 0)
         classes = select_rows(classes, row_index)
         logits = self.mask_logits(maps, rois, classes.clamp(min=1) - 1)
-        # RoI Align treats each mask of the batch as an image.
+        # RoIAlign treats each mask of the batch as an image.
         N, T = targets.labels.shape
         mask_index = select_rows(matched + T * torch.arange(N, device=matched.device)[:, None], row_index)
         rows = torch.cat([mask_index[:, None].to(rois.dtype), rois[:, 1:]], 1)
@@ -116,28 +117,30 @@ def mask_rcnn(
 ) -> MaskRCNN:
     """Build Mask R-CNN on a feature pyramid: Faster R-CNN with a mask head.
 
-    The detector (He et al., https://arxiv.org/abs/1703.06870) is built as in torchvision. `load_torchvision` loads a
-    state_dict of torchvision's maskrcnn_resnet50_fpn (num_classes=90 for COCO).
+    The detector (He et al., https://arxiv.org/abs/1703.06870) has the same layers as in torchvision. `load_torchvision`
+    loads a state_dict of torchvision's maskrcnn_resnet50_fpn (num_classes=90 for COCO).
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
         channels: Number of channels of the feature pyramid, of the region proposal network (RPN) and of the mask head.
         hidden: Width of the two fully connected layers of the box head.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
         num_samples: Number of regions per image that are sampled for the losses of the second stage.
-        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
-            size s has an area of s^2.
+        sizes: Anchor sizes in pixels, one for each of the five pyramid levels, from the finest to the coarsest. An
+            anchor of size s has an area of s^2.
 
     Returns:
         A `MaskRCNN`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". If `targets.masks` is given, there is also the loss
         "masks". In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per image.
-        Their masks [N,D,28,28] hold probabilities within each box. `images` is [N,3,H,W], `sizes` is [N,2] with the
-        height and width of each image without padding (None: no padding), and `targets` is a `Targets`.
+        The masks [N,D,28,28] of the detections hold probabilities within each box. `images` is [N,3,H,W], `sizes` is
+        [N,2] with the height and width of each image without padding (None if there is no padding), and `targets` is a
+        `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does

@@ -1,4 +1,4 @@
-"""R-FCN (Dai et al., https://arxiv.org/abs/1605.06409), which scores regions by voting on position-sensitive maps."""
+"""R-FCN (Dai et al., https://arxiv.org/abs/1605.06409), which scores regions by a vote of position-sensitive maps."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from relops.ops.ps_roi_pool import ps_roi_pool
 class PositionSensitiveHeads(RoIHeads):
     """Region heads that consist of convolutions only (section 2).
 
-    A region is divided into parts x parts parts. Each class and each of the four deltas has one map per part. The value
-    of a part is the mean of its own map over that part, and the value of the region is the mean over its parts.
+    A region is divided into k x k parts, where k is the argument `parts`. Each class and each of the four deltas has
+    one map per part. The value of a part is the mean of its map within the part, and the value of the region is the
+    mean over all parts.
 
-    The heads use the second of the two maps of the backbone. The losses are computed from the num_samples regions of
-    each image that have the largest loss, among all proposals and objects (online hard example mining).
+    The heads use the second of the backbone's two maps. In each image, the losses are computed from the num_samples
+    regions with the largest loss, among all proposals and ground-truth boxes (online hard example mining).
     """
 
     def __init__(self, channels: int, hidden: int, num_classes: int, stride: int, parts: int, roi: str, **options: Any):
@@ -77,25 +78,26 @@ def r_fcn(
     """Build R-FCN: a fully convolutional detector that scores regions on position-sensitive maps.
 
     The region proposal network of the detector (Dai et al., https://arxiv.org/abs/1605.06409) uses the third stage of
-    the backbone. The position-sensitive maps are computed from its fourth stage, which is dilated to keep the stride of
+    the backbone. The position-sensitive maps are computed from the fourth stage, which is dilated to keep the stride of
     16.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
-        hidden: Number of channels between the backbone and the position-sensitive maps.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
-        num_samples: Number of regions per image with the largest loss, from which the losses of classes and boxes are
-            computed.
-        roi: Pooling of the position-sensitive maps: "pool" for PS RoI pooling, as published, or "align" for PS RoI
-            Align.
-        parts: Number k of parts along each side of a region, which is divided into k x k parts.
-        stride: Stride of both feature maps in pixels: 16, as published, or 8 for small images, which uses one stage
-            fewer.
+        hidden: Number of output channels of the 1x1 convolution between the backbone and the position-sensitive maps.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
+        num_samples: Number of regions per image from which the losses "classes" and "boxes" are computed: those with
+            the largest loss.
+        roi: Pooling of the position-sensitive maps: "pool" for PS RoI pooling, as published, or "align" for PS
+            RoIAlign.
+        parts: Number k of parts along each side of a region. A region is divided into k x k parts.
+        stride: Stride of both feature maps in pixels: 16, as published, or 8 for small images. With 8, the backbone has
+            one stage fewer.
         scales: Scales of the anchors. An anchor of scale s has an area of (s * stride)^2 pixels.
         min_size: Minimum width and height of proposals, in pixels. Smaller proposals are removed.
 
@@ -103,7 +105,7 @@ def r_fcn(
         A `TwoStageDetector`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". In evaluation mode, `detector(images, sizes)` returns
         `Detections` with at most 100 objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and
-        width of each image without padding (None: no padding), and `targets` is a `Targets`.
+        width of each image without padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.

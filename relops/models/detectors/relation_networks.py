@@ -28,18 +28,19 @@ from relops.models.structures import Detections, Targets
 from relops.nn.duplicate_removal import DuplicateRemoval
 from relops.nn.object_relation import ObjectRelation
 
-HEADS = 16  # the number N_r of relations per module; their queries and keys have width hidden / 16 (64 for hidden=1024)
+HEADS = 16  # the number N_r of relations per module; queries and keys have width hidden / 16 (64 for hidden=1024)
 
 
 class RelationHead(TwoFC):
     """The head of equation 9: fc6, r1 relation modules, ReLU, fc7, r2 relation modules, ReLU.
 
-    A module adds its output to its input (figure 3), so ReLU is applied to the sum of a layer's output and its
-    relations. The released code has one module after each layer.
+    A relation module adds its output to its input (figure 3). The ReLU is therefore applied to the sum of a layer's
+    output and the outputs of the relation modules after this layer. The released code has one relation module after
+    each layer.
 
     Args:
         in_features: The number of features of a region.
-        hidden: The width of both layers, divisible by 16.
+        hidden: The width of fc6 and fc7, divisible by 16.
         relations: The numbers of relation modules (r1, r2).
     """
 
@@ -72,17 +73,17 @@ class RelationHead(TwoFC):
 class RelationRoIHeads(RoIHeads):
     """Region heads that process all proposals of an image together, as in the released code. Deltas are class-agnostic.
 
-    In training, the objects themselves are appended to the proposals as additional regions. They do not contribute to
-    the features of the proposals, because objects are not available in evaluation mode, and duplicate removal ignores
-    them. The losses of classes and boxes are computed from the num_samples regions with the largest loss (online hard
-    example mining). Duplicate removal is trained on the proposals. In both modes it ignores objects whose score does
-    not exceed its score_threshold, whereas the released code ignores them only in evaluation mode.
+    In training, the ground-truth boxes are appended to the proposals as additional regions. These regions do not
+    contribute to the features of the proposals, because they do not exist in evaluation mode. In each image, the losses
+    of classes and boxes are computed from the num_samples regions with the largest loss (online hard example mining).
+    Duplicate removal is trained only on the proposals. In both modes, it ignores proposals whose score does not exceed
+    its score_threshold, whereas the released code does so only in evaluation mode.
 
     Args:
         box_roi_pool: A module that pools the features of regions from maps, such as RegionPool.
         box_head: A RelationHead, which turns pooled features into vectors.
         box_predictor: A module that turns vectors into scores and class-agnostic deltas, such as BoxPredictor.
-        duplicate_removal: The network that removes duplicates; None: non-maximum suppression within classes.
+        duplicate_removal: The network that removes duplicates. If None, non-maximum suppression within classes is used.
         options: Options of RoIHeads.
     """
 
@@ -106,10 +107,10 @@ class RelationRoIHeads(RoIHeads):
             maps: The maps of the backbone.
             boxes: [N,K,4] x1, y1, x2, y2 in pixels.
             valid: [N,K] bool, False in padding.
-            num_keys: The number of regions per image, counted from the first, that contribute to the features of
-                others.
+            num_keys: The number of regions per image, counted from the first, that contribute to the features of other
+                regions.
         """
-        boxes = torch.where(valid[..., None], boxes, 0)  # padding is also a query, so its boxes must be finite
+        boxes = torch.where(valid[..., None], boxes, 0)  # padding slots are also queries, so their boxes must be finite
         rois, row_index = present_rows(boxes, valid)
         key_mask = ~valid | (torch.arange(valid.shape[1], device=valid.device) >= num_keys)
         features = self.box_head(self.box_roi_pool(maps, rois), row_index, boxes, key_mask)
@@ -151,9 +152,9 @@ class RelationRoIHeads(RoIHeads):
 class RelationNetworks(TwoStageDetector):
     """Faster R-CNN with RelationRoIHeads."""
 
-    # Appearance weights are exponentials of products of queries and keys. The first steps of Adam are as large as the
-    # initial parameters of these layers. With the full learning rate, a few weights therefore came to dominate all
-    # others regardless of geometry, and the network did not learn to suppress duplicates.
+    # Appearance weights are exponentials of query-key products, and the first steps of Adam are as large as the initial
+    # parameters of the query and key layers. With the full learning rate, a few weights therefore dominated all others
+    # regardless of geometry, and the network did not learn to suppress duplicates.
     slower = ("query", "key")
 
 
@@ -170,14 +171,14 @@ def relation_heads(
     """Return the second stage, with the constants of the released code.
 
     Args:
-        pool: The pooling of regions.
+        pool: The module that pools the features of regions.
         channels: The number of channels of the pooled features.
         hidden: The width of the two fully connected layers.
         num_classes: The number of object classes, without the background.
         relations: The numbers of relation modules after the first and after the second fully connected layer.
         duplicate_removal: Whether a learned network removes duplicates.
         first_n: The number of regions per class that duplicate removal considers.
-        num_samples: The number of regions per image with the largest loss, from which losses are computed.
+        num_samples: The number of regions per image from which losses are computed: those with the largest loss.
     """
     return RelationRoIHeads(
         pool,
@@ -210,28 +211,30 @@ def relation_networks(
     """Build Relation Networks: Faster R-CNN with object relation modules and learned duplicate removal.
 
     The detector (Hu et al., https://arxiv.org/abs/1711.11575) uses one feature map. The paper uses ResNet-101 (with
-    frozen_stages=2) and pools regions from its fourth stage, dilated and reduced to 256 channels. Here, regions are
-    pooled from the map that the region proposal network (RPN) uses.
+    frozen_stages=2) and pools regions from its fourth stage, which is dilated and reduced to 256 channels. In relops,
+    regions are pooled from the same map that the region proposal network (RPN) uses.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
-            or "zf". All except LR-Nets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch)
-            or "-gn" (group). For ResNets and LR-Nets, the last suffix may be the width, which is the number of channels
-            of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
+            or "zf". All except LR-Nets accept a suffix that selects the normalization: "-bn" (batch normalization),
+            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). For
+            ResNets and LR-Nets, a number at the end of the name sets the width, that is, the number of channels of the
+            stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
-        relations: Numbers of object relation modules after the first and after the second fully connected layer.
-        duplicate_removal: Whether a learned network removes duplicates. If False, a detection is suppressed if its IoU
-            with a detection of the same class and a higher score exceeds 0.5.
+        relations: Pair with the number of object relation modules after the first and after the second fully connected
+            layer.
+        duplicate_removal: Whether a learned network removes duplicates. If False, non-maximum suppression within each
+            class is used, with an IoU threshold of 0.5.
         proposals: Number of proposals per image, in training and in evaluation mode.
-        proposal_nms: IoU above which the RPN suppresses a proposal that overlaps another one with a higher score. None:
-            the RPN returns the proposals with the highest scores without suppression. Objects then have many
+        proposal_nms: The RPN suppresses a proposal if its IoU with a proposal of a higher score exceeds this number. If
+            None, the RPN returns the proposals with the highest scores, without suppression. Each object then has many
             duplicates, so the learned duplicate removal considers all proposals in each class instead of the best 100.
-        roi: Pooling of the features of a region: "pool" for RoI pooling, as published, or "align" for RoI Align.
-        num_samples: Number of regions per image with the largest loss, from which the losses of classes and boxes are
-            computed.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        roi: Method that pools the features of a region: "pool" for RoI pooling, as published, or "align" for RoIAlign.
+        num_samples: Number of regions per image from which the losses "classes" and "boxes" are computed: those with
+            the largest loss.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
         stride: Stride of the feature map in pixels: 16, as published, or 8 for small images. "zf" supports only 16.
         scales: Scales of the anchors. An anchor of scale s has an area of (s * stride)^2 pixels.
         min_size: Minimum width and height of proposals, in pixels. Smaller proposals are removed.
@@ -240,8 +243,8 @@ def relation_networks(
         A `RelationNetworks`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". If `duplicate_removal` is True, there is also the loss
         "duplicates". In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per
-        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
-        padding), and `targets` is a `Targets`.
+        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None if
+        there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, or if group normalization does not support its width.
@@ -303,36 +306,38 @@ def relation_networks_fpn(
     """Build Relation Networks on a feature pyramid, with relation modules and learned duplicate removal.
 
     The detector (Hu et al., https://arxiv.org/abs/1711.11575) extends Faster R-CNN on a feature pyramid. The released
-    code trains the region proposal network (RPN) beforehand and passes 1000 proposals to the second stage. Here, the
-    RPN is trained jointly.
+    code trains the region proposal network (RPN) beforehand and passes 1000 proposals to the second stage. In relops,
+    the RPN is trained jointly with the second stage.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
-        relations: Numbers of object relation modules after the first and after the second fully connected layer.
-        duplicate_removal: Whether a learned network removes duplicates. If False, a detection is suppressed if its IoU
-            with a detection of the same class and a higher score exceeds 0.5.
+        relations: Pair with the number of object relation modules after the first and after the second fully connected
+            layer.
+        duplicate_removal: Whether a learned network removes duplicates. If False, non-maximum suppression within each
+            class is used, with an IoU threshold of 0.5.
         proposals: Number of proposals per image, in training and in evaluation mode.
-        proposal_nms: IoU above which the RPN suppresses a proposal that overlaps another one with a higher score. None:
-            the RPN returns the proposals with the highest scores without suppression. Objects then have many
+        proposal_nms: The RPN suppresses a proposal if its IoU with a proposal of a higher score exceeds this number. If
+            None, the RPN returns the proposals with the highest scores, without suppression. Each object then has many
             duplicates, so the learned duplicate removal considers all proposals in each class instead of the best 150.
-        num_samples: Number of regions per image with the largest loss, from which the losses of classes and boxes are
-            computed.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
-        sizes: Sizes in pixels of the anchors of the five pyramid levels, from the finest to the coarsest. An anchor of
-            size s has an area of s^2.
+        num_samples: Number of regions per image from which the losses "classes" and "boxes" are computed: those with
+            the largest loss.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
+        sizes: Anchor sizes in pixels, one for each of the five pyramid levels, from the finest to the coarsest. An
+            anchor of size s has an area of s^2.
 
     Returns:
         A `RelationNetworks`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
         "rpn_objectness", "rpn_boxes", "classes" and "boxes". If `duplicate_removal` is True, there is also the loss
         "duplicates". In evaluation mode, `detector(images, sizes)` returns `Detections` with at most 100 objects per
-        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
-        padding), and `targets` is a `Targets`.
+        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None if
+        there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does

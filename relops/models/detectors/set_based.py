@@ -1,4 +1,4 @@
-"""The base class of detectors that predict a set."""
+"""The base class of detectors that predict a set of objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class SetDetector(BaseDetector):
     """A detector that predicts a set of objects. Subclasses provide `predict` and a `backbone`.
 
     Args:
-        loss: The matching and the losses. Its `focal` and `corners` also define the format of scores and boxes.
+        loss: The function that matches predictions to objects and computes the losses. Its attributes `focal` and
+            `corners` also define the format of scores and boxes.
         max_detections: The maximum number of detections per image.
     """
 
@@ -44,12 +45,12 @@ class SetDetector(BaseDetector):
 
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
-            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            sizes: [N,2], the height and width of each image in pixels, without its padding, or None if there is no
+                padding.
             targets: The ground truth, which is required in training mode and ignored in evaluation mode.
 
         Returns:
-            In training mode, a dict of scalar losses, which are added up for training. In evaluation mode,
-            `Detections`.
+            In training mode, a dict of scalar losses, whose sum is the training loss. In evaluation mode, `Detections`.
 
         Raises:
             ValueError: If `images`, `sizes` or `targets` has an invalid shape, or if `targets` is missing in training

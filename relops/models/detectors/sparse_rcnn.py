@@ -1,7 +1,7 @@
 """Sparse R-CNN (Sun et al., End-to-End Object Detection with Learnable Proposals, https://arxiv.org/abs/2011.12450).
 
-The titles of the first two sections below are from section 3 of the paper. Parameters have the names of the released
-code, except for the backbone, whose parameters have the names of torchvision.
+The first two section titles below are from section 3 of the paper. Parameters have the same names as in the released
+code, except in the backbone, where they have the same names as in torchvision.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from relops.ops.box_iou import box_iou
 HEADS = 8  # the number of heads of the self-attention
 REGION = 7  # the height and width of pooled regions
 LOG_CLAMP = math.log(100_000 / 16)  # the maximum growth of log w and log h
-MIN_IOU = 1e-6  # replaces an IoU of 0, so that its logarithm is finite
+MIN_IOU = 1e-6  # smaller IoUs are raised to this number, so that the logarithm is finite
 INITS = "image", "center", "grid", "random"
 
 
 class SparseRCNN(SetDetector):
-    """A detector with learned proposals, whose boxes are refined in stages.
+    """A detector that refines the boxes of learned proposals in stages.
 
     Args:
         num_classes: The number of object classes, without the background.
-        backbone: A feature pyramid with the finest map first. The first four maps are used.
+        backbone: A feature pyramid that returns its finest map first. The first four maps are used.
         proposals: The number Q of proposals per image.
         stages: The number of stages, each of which refines the boxes of the previous one.
         init: The initial boxes of the proposals: "image", "center", "grid" or "random".
         hidden: The width of the feed-forward network of each stage.
-        iou_attention: Whether the weights of the self-attention are multiplied by the IoU of the two proposals.
+        iou_attention: Whether each self-attention weight is multiplied by the IoU of the two proposals.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class SparseRCNN(SetDetector):
         hidden: int,
         iou_attention: bool,
     ) -> None:
-        # Every stage has a set prediction loss, which is the weighted sum of focal loss, L1 and GIoU. The costs have
-        # the same weights.
+        # The set prediction loss of every stage is the weighted sum of the focal loss, the L1 loss and the GIoU loss.
+        # The matching cost has the same weights.
         super().__init__(SetLoss(corners=True), max_detections=proposals)
         channels = backbone.channels[0]
         self.backbone = backbone
@@ -84,9 +84,9 @@ def initial_boxes(init: str, proposals: int) -> Tensor:
     """Return initial boxes [Q,4], which are center x, center y, width and height as fractions of an image.
 
     Args:
-        init: The kind of boxes, from table 8 of the paper: "image" for the whole image, "center" for a tenth of its
-            width and height in its center, "grid" for cells that cover it, and "random" for the sigmoid of normally
-            distributed numbers.
+        init: The kind of boxes, from table 8 of the paper: "image" for the whole image, "center" for a centered box
+            with a tenth of the image's width and height, "grid" for cells that cover the image, and "random" for the
+            sigmoid of normally distributed numbers.
         proposals: The number Q of proposals.
 
     Raises:
@@ -111,10 +111,10 @@ def initial_boxes(init: str, proposals: int) -> Tensor:
 
 
 class DynamicHead(nn.Module):
-    """A sequence of stages, each with its own parameters. Gradients pass through features, but not through boxes.
+    """A sequence of stages. Gradients flow from stage to stage through the features, but not through the boxes.
 
-    With iou_attention, the weights of the self-attention are multiplied by the IoU of the two proposals and then
-    divided by their sum (Zhao et al., IoU-Enhanced Attention, https://arxiv.org/abs/2209.10391). This adds no
+    With iou_attention, each self-attention weight is multiplied by the IoU of the two proposals, and the weights are
+    then normalized again (Zhao et al., IoU-Enhanced Attention, https://arxiv.org/abs/2209.10391). This adds no
     parameters.
     """
 
@@ -128,7 +128,7 @@ class DynamicHead(nn.Module):
         self.head_series = nn.ModuleList(RCNNHead(num_classes, channels, hidden) for _ in range(stages))
 
     def forward(self, maps: list[Tensor], boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits [L,N,Q,classes] and the boxes [L,N,Q,4] in pixels of all stages.
+        """Return the logits [L,N,Q,classes] and the boxes [L,N,Q,4] of all L stages, in pixels.
 
         In evaluation mode, L is 1 and only the last stage is included.
 
@@ -177,9 +177,9 @@ class RCNNHead(nn.Module):
 
         Args:
             features: [N,Q,C], the features of the proposals.
-            regions: [N*Q,C,7,7], the pooled features of their boxes.
+            regions: [N*Q,C,7,7], the features that are pooled from the boxes.
             boxes: [N,Q,4] x1, y1, x2, y2 in pixels.
-            bias: [N*8,Q,Q], which is added to the products of queries and keys; None: nothing is added.
+            bias: [N*8,Q,Q], added to the products of queries and keys, or None to add nothing.
         """
         x = self.norm1(features + self.self_attn(features, features, features, attn_mask=bias, need_weights=False)[0])
         x = self.norm2(x + self.inst_interact(x.flatten(0, 1), regions).view_as(x))
@@ -189,9 +189,9 @@ class RCNNHead(nn.Module):
 
 
 def log_iou(boxes: Tensor) -> Tensor:
-    """Return the logarithm [N*8,Q,Q] of the IoU of boxes [N,Q,4] with each other, repeated for each head."""
+    """Return the logarithm [N*8,Q,Q] of the IoU of each pair of boxes [N,Q,4], repeated for each head."""
     iou = box_iou(boxes, boxes)
-    iou.diagonal(dim1=1, dim2=2).fill_(1)  # the IoU of a box without area with itself would be 0
+    iou.diagonal(dim1=1, dim2=2).fill_(1)  # an empty box would have an IoU of 0 with itself
     return iou.clamp(min=MIN_IOU).log().repeat_interleave(HEADS, 0)
 
 
@@ -228,26 +228,27 @@ def sparse_rcnn(
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
-            ResNets accept a suffix for the normalization: "-bn" (batch), "-frozen" (frozen batch) or "-gn" (group). The
-            last suffix may be the width, which is the number of channels of the stem (64 by default), as in
-            "resnet18-gn-32" and "lr_net26-32".
-        channels: Number of channels of the feature pyramid and of the features of proposals, divisible by 8. The width
+            ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
+            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
+            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
+            and "lr_net26-32".
+        channels: Number of channels of the feature pyramid and of the proposal features, divisible by 8. The width
             between the two dynamic filters is a quarter of this number.
         hidden: Width of the feed-forward network of each stage.
         proposals: Number of proposals per image, which is also the maximum number of detections.
         stages: Number of stages, each of which refines the boxes of the previous one.
-        init: Initial boxes of the proposals: "image" (the whole image, as published), "center" (a tenth of the width
-            and of the height, in the center), "grid" (cells that cover the image) or "random".
-        iou_attention: Whether the attention weights between two proposals are multiplied by the IoU of their boxes
+        init: Initial boxes of the proposals: "image" (the whole image, as published), "center" (a centered box with a
+            tenth of the image's width and height), "grid" (cells that cover the image) or "random".
+        iou_attention: Whether the attention weight between two proposals is multiplied by the IoU of their boxes
             (https://arxiv.org/abs/2209.10391). The Sparse R-CNN paper does not do this.
-        frozen_stages: Number of stages of the backbone, counted from the input, that are not trained.
+        frozen_stages: Number of backbone stages that are not trained, counted from the input.
 
     Returns:
         A `SparseRCNN`. In training mode, `detector(images, sizes, targets)` returns a dict of the scalar losses
-        "classes", "boxes" and "giou" of the last stage. If there are other stages, "auxiliary" is the sum of their
-        losses. In evaluation mode, `detector(images, sizes)` returns `Detections` with at most `proposals` objects per
-        image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of each image without padding (None: no
-        padding), and `targets` is a `Targets`.
+        "classes", "boxes" and "giou" of the last stage. With more than one stage, there is also the loss "auxiliary",
+        the sum of the losses of all other stages. In evaluation mode, `detector(images, sizes)` returns `Detections`
+        with at most `proposals` objects per image. `images` is [N,3,H,W], `sizes` is [N,2] with the height and width of
+        each image without padding (None if there is no padding), and `targets` is a `Targets`.
 
     Raises:
         ValueError: If `backbone` is not a valid name, if it does not have four stages, or if group normalization does

@@ -18,9 +18,9 @@ class TwoStageDetector(BaseDetector):
         backbone: A module that computes a list of maps from images.
         rpn: A module that computes proposals from maps.
         roi_heads: A module that computes losses and detections from maps and proposals.
-        box_gradients: Whether gradients of the second stage also reach the RPN through the boxes, which is called
-            non-approximate joint training. The gradients pass through RoI Align (RoI warping), the regression targets
-            and clipping. If False, proposals are constants for the second stage.
+        box_gradients: Whether gradients of the second stage also flow through the proposed boxes to the RPN. This is
+            called non-approximate joint training. The gradients flow through RoIAlign (RoI warping), the regression
+            targets and the clipping of boxes. If False, proposals are constants for the second stage.
     """
 
     def __init__(self, backbone: Backbone, rpn: nn.Module, roi_heads: RoIHeads, *, box_gradients: bool = False) -> None:
@@ -37,12 +37,12 @@ class TwoStageDetector(BaseDetector):
 
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
-            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
+            sizes: [N,2], the height and width of each image in pixels, without its padding, or None if there is no
+                padding.
             targets: The ground truth, which is required in training mode and ignored in evaluation mode.
 
         Returns:
-            In training mode, a dict of scalar losses, which are added up for training. In evaluation mode,
-            `Detections`.
+            In training mode, a dict of scalar losses, whose sum is the training loss. In evaluation mode, `Detections`.
 
         Raises:
             ValueError: If `images`, `sizes` or `targets` has an invalid shape, or if `targets` is missing in training
@@ -63,8 +63,10 @@ class TwoStageDetector(BaseDetector):
 
         Args:
             images: [N,3,H,W], normalized as the backbone requires and padded on the right and at the bottom.
-            sizes: [N,2], the height and width of each image in pixels, without its padding; None: no padding.
-            max_proposals: The maximum number of proposals per image; None: `post_nms` of the RPN in its current mode.
+            sizes: [N,2], the height and width of each image in pixels, without its padding, or None if there is no
+                padding.
+            max_proposals: The maximum number of proposals per image. If None, the RPN's `post_nms` for the current mode
+                is used.
         """
         sizes = self.checked_sizes(images, sizes)
         return self.rpn(self.backbone(images), sizes, max_proposals=max_proposals)[0]

@@ -1,4 +1,4 @@
-"""Anchors: the boxes that a region proposal network scores and refines, at every pixel of its maps."""
+"""Anchors: boxes at every pixel of the feature maps, which a region proposal network scores and refines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ RATIOS = 0.5, 1.0, 2.0  # height / width
 def paper_anchors(base: int = 16, scales: Sequence[float] = (8, 16, 32)) -> list[list[float]]:
     """Return the anchors of Faster R-CNN (https://arxiv.org/abs/1506.01497), rounded as in the released code.
 
-    In the released code, x2 and y2 denote the last pixel inside the box, and the first anchor is (-84, -40, 99, 55).
-    Here, x2 and y2 denote the far edge of that pixel and are larger by one: the first anchor is (-84, -40, 100, 56).
+    In the released code, x2 and y2 denote the last pixel inside the box, and the first anchor is (-84, -40, 99, 55). In
+    relops, x2 and y2 denote the far edge of that pixel and are larger by one. The first anchor is (-84, -40, 100, 56).
 
     Returns:
         len(RATIOS) * len(scales) boxes x1, y1, x2, y2 around the first pixel of the map.
@@ -40,10 +40,11 @@ def centered_anchors(size: float) -> list[list[float]]:
 
 
 class Anchors(nn.Module):
-    """Copies of cell anchors at every pixel of maps.
+    """The anchors of all levels: copies of the same boxes at every pixel.
 
     Args:
-        cells: For each level, k boxes around the first pixel. k is the same for all levels.
+        cells: For each level, the k cell anchors, which are boxes around the first pixel. The number k is the same for
+            all levels.
         strides: The stride of each level, in pixels of the image.
         step: Anchors are placed at every step-th pixel of a map, vertically and horizontally.
     """
@@ -55,7 +56,7 @@ class Anchors(nn.Module):
         self.strides = [step * stride for stride in strides]
         self.step = step
         self.per_cell = len(cells[0])
-        # The cells are not in the state_dict, because they are settings and not parameters.
+        # The cell anchors are not in the state_dict, because they are settings and not parameters.
         self.register_buffer("cells", torch.tensor(cells), persistent=False)  # [L,k,4]
 
     def forward(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

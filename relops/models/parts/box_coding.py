@@ -1,4 +1,4 @@
-"""Encoding of boxes as deltas from anchors. Detectors regress these deltas."""
+"""Encoding of boxes as deltas from anchors. Detectors predict these deltas."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from relops._dtypes import to_compute_dtype
 from relops.models.parts.boxes import center_size
 
-# The maximum growth of log w and log h, which corresponds to growth from 16 to 1000 pixels.
+# The maximum growth of log w and log h. It corresponds to growth from 16 to 1000 pixels.
 LOG_CLAMP = math.log(1000 / 16)
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
     """Return the deltas [...,4] that turn anchors [...,4] into boxes [...,4].
 
-    The parametrization is that of R-CNN (https://arxiv.org/abs/1311.2524, appendix C): (dx / w, dy / h, log w'/w,
-    log h'/h), where the first two are multiplied by weights[0] and the last two by weights[1]. The width and height of
-    boxes and anchors must be positive.
+    For an anchor of size (w, h) and a box of size (w', h') whose centers differ by (dx, dy), the deltas are (dx / w, dy
+    / h, log w'/w, log h'/h), as in R-CNN (https://arxiv.org/abs/1311.2524, appendix C). The first two deltas are
+    multiplied by weights[0] and the last two by weights[1]. The width and height of boxes and anchors must be positive.
     """
     center, size = center_size(boxes)
     anchor_center, anchor_size = center_size(anchors)
@@ -28,7 +28,10 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, weights: tuple[float, float], log_clamp: float = LOG_CLAMP) -> Tensor:
-    """Invert `encode_boxes` in at least float32 precision. Sizes grow by a factor of at most exp(log_clamp)."""
+    """Invert `encode_boxes` in at least float32 precision.
+
+    The width and height of a box grow by a factor of at most exp(log_clamp).
+    """
     deltas = to_compute_dtype(deltas)
     anchor_center, anchor_size = center_size(anchors)
     center = anchor_center + deltas[..., :2] / weights[0] * anchor_size

@@ -24,7 +24,7 @@ def centers_of(boxes: Tensor) -> Tensor:
 
 
 def image_extent(sizes: Tensor) -> Tensor:
-    """Convert sizes [N,2] (height, width) to factors [N,1,4] (width, height, width, height) for relative boxes."""
+    """Convert image sizes [N,2] (height, width) to factors [N,1,4] for relative boxes x1, y1, x2, y2."""
     return sizes.flip(-1).repeat(1, 2)[:, None]
 
 
@@ -34,5 +34,5 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def smaller_than(boxes: Tensor, size: float) -> Tensor:
-    """Return a mask [...] of the boxes [...,4] with a side that is shorter than size or NaN."""
+    """Return a mask [...] of the boxes [...,4] whose width or height is less than size or is NaN."""
     return ~(boxes[..., 2:] - boxes[..., :2] >= size).all(-1)

@@ -1,4 +1,4 @@
-"""Pasting of the masks of detections into images."""
+"""Conversion of the masks of detections to the size of the image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         [D,H,W] bool. A pixel is True if the probability at its center, interpolated bilinearly, is at least one half.
-        Pixels outside of the box are False.
+        Pixels outside of the detection's box are False.
     """
     height, width = size
     cell = torch.arange(masks.shape[-1], device=masks.device)
@@ -31,6 +31,6 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = weights(y1, y2, height), weights(x1, x2, width)
     pasted = torch.empty(len(masks), height, width, dtype=torch.bool, device=masks.device)
     with torch.autocast(masks.device.type, enabled=False):  # autocast would compute the products in 16 bits
-        for i, mask in enumerate(masks.float()):  # one float map of the image's size at a time, to save memory
+        for i, mask in enumerate(masks.float()):  # one image-sized float map at a time, to save memory
             torch.ge(rows[i] @ mask @ columns[i].T, 0.5, out=pasted[i])
     return pasted

@@ -1,4 +1,4 @@
-"""Conversion of padded batches [N,K,...] to the rows that region ops take, and back."""
+"""Conversion of padded batches [N,K,...] to the rows that the region ops expect, and back."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def as_rows(boxes: Tensor) -> Tensor:
 
 
 def present_rows(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Convert boxes [N,K,4] to rows (image, x1, y1, x2, y2), and drop the padding if that needs no synchronization.
+    """Convert boxes [N,K,4] to rows (image, x1, y1, x2, y2), without padding if that needs no synchronization.
 
     Returns:
-        On the CPU, the rows [R,5] of the boxes that are True in valid [N,K], and their indices [R] into the flattened
-        [N*K] boxes. On other devices, where counting the valid boxes would wait for the device, and in a traced graph,
-        all rows [N*K,5] and None.
+        On the CPU, the rows [R,5] of the boxes for which `valid` [N,K] is True, and the indices [R] of these boxes
+        among all N * K boxes. In a traced graph and on other devices, where counting the valid boxes would require a
+        synchronization, all rows [N*K,5] and None.
     """
     rows = as_rows(boxes)
     if not valid.is_cpu or not has_values(valid):

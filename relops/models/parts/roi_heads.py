@@ -29,12 +29,12 @@ from relops.ops.roi_pool import roi_pool
 
 
 class Samples(NamedTuple):
-    """The regions that losses are computed from. Sampled regions are sorted with the positive ones first.
+    """The regions that losses are computed from. In a random sample, positive regions come first.
 
     Attributes:
         boxes: [N,S,4] x1, y1, x2, y2 in pixels.
         classes: [N,S] int64: 0 for background, c + 1 for an object of class c, and -1 for padding and ignored regions.
-        matched: [N,S], the index of the object with which each region overlaps most.
+        matched: [N,S], the index of the object that each region overlaps most.
     """
 
     boxes: Tensor
@@ -43,14 +43,14 @@ class Samples(NamedTuple):
 
 
 class RegionPool(nn.Module):
-    """Pooling of the features of regions from the maps of a backbone.
+    """A module that pools the features of regions from the maps of a backbone.
 
     Args:
-        kind: "align" for RoI Align or "pool" for RoI pooling, both on the first map, or "pyramid" for RoI Align on the
-            pyramid level that suits the size of the region.
+        kind: "align" for RoIAlign or "pool" for RoI pooling, both on the first map, or "pyramid" for RoIAlign on the
+            pyramid level that fits the size of the region.
         output_size: The height and width of the pooled features.
         strides: The strides of the maps in pixels of the image. "align" and "pool" use only the first one.
-        aligned: Whether RoI Align shifts boxes by half a pixel of the map (the `aligned` option of `relops.roi_align`).
+        aligned: Whether RoIAlign shifts boxes by half a pixel of the map (the `aligned` option of `relops.roi_align`).
     """
 
     SAMPLING_RATIO = 2  # for "align" and "pyramid"
@@ -64,7 +64,7 @@ class RegionPool(nn.Module):
         self.aligned = aligned
 
     def forward(self, maps: list[Tensor], rois: Tensor) -> Tensor:
-        """Return the features [R,C,output_size,output_size] of rows [R,5] (image, x1, y1, x2, y2)."""
+        """Return the features [R,C,output_size,output_size] of regions [R,5] (image, x1, y1, x2, y2)."""
         if self.kind == "pyramid":
             levels = maps[: len(self.scales)]
             return multi_scale_roi_align(levels, rois, self.output_size, self.scales, self.SAMPLING_RATIO, self.aligned)
@@ -95,7 +95,7 @@ class TwoFCHead(TwoFC):
 
 
 class BoxPredictor(nn.Module):
-    """The layers that predict the scores of background and classes, and the deltas per class or for all classes."""
+    """The layers that predict scores for the background and each class, and deltas for each class or for all."""
 
     def __init__(self, in_features: int, num_classes: int, class_agnostic: bool = False) -> None:
         super().__init__()
@@ -118,8 +118,8 @@ class RoIHeads(nn.Module):
         box_head: A module that turns pooled features into vectors.
         box_predictor: A module that turns vectors into scores and deltas, such as BoxPredictor.
         num_samples: The number of regions per image that losses are computed from.
-        negative: The range of the IoU of background regions, as (minimum, exclusive maximum).
-        beta: The distance at which smooth L1 changes from a parabola to a line.
+        negative: The IoU range of background regions, as (minimum, exclusive maximum).
+        beta: The distance at which the smooth L1 loss changes from quadratic to linear.
         score_threshold: The score that a detection must exceed.
         nms_threshold: The IoU above which a detection is suppressed by a detection of the same class with a higher
             score.
@@ -128,7 +128,7 @@ class RoIHeads(nn.Module):
 
     POSITIVE_FRACTION = 0.25  # the maximum fraction of samples that are positive
     POSITIVE = 0.5  # the minimum IoU of positive regions
-    WEIGHTS = 10.0, 5.0  # for the deltas of center and size, the inverse standard deviations of the targets
+    WEIGHTS = 10.0, 5.0  # the inverse standard deviations of the target deltas of center and size
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class RoIHeads(nn.Module):
         return int(self.num_samples * self.POSITIVE_FRACTION)
 
     def predict(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores [R,classes+1] and the deltas [R,4] or [R,4*(classes+1)] of rows [R,5].
+        """Return the scores [R,classes+1] and the deltas [R,4] or [R,4*(classes+1)] of regions [R,5].
 
         The background is the first class.
         """
@@ -168,7 +168,7 @@ class RoIHeads(nn.Module):
         return to_compute_dtype(logits), to_compute_dtype(deltas)
 
     def losses(self, maps: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the losses of a batch: cross entropy of classes and smooth L1 of the deltas of positive regions."""
+        """Return the cross entropy of the classes and the smooth L1 loss of the deltas of positive regions."""
         return self.losses_of(maps, self.sample(proposals, targets), targets)
 
     def losses_of(self, maps: list[Tensor], samples: Samples, targets: Targets) -> dict[str, Tensor]:
@@ -178,13 +178,13 @@ class RoIHeads(nn.Module):
         return self.box_losses(logits, deltas, samples, targets, row_index, self.WEIGHTS)
 
     def sample(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
-        """Sample at most num_samples regions per image at random, at most max_positive of them positive.
+        """Randomly sample at most num_samples regions per image, of which at most max_positive are positive.
 
         Args:
             proposals: The proposals of the batch.
             targets: The ground truth.
-            positive: The minimum IoU of positive regions; all others are background. None: `POSITIVE` and `negative`
-                apply.
+            positive: The minimum IoU of positive regions. All other regions are background. If None, the IoU ranges of
+                positive and background regions are given by `POSITIVE` and `negative`.
         """
         boxes, classes, matched = self.regions(proposals, targets, positive)
         index, _, valid = sample_candidates(classes > 0, classes == 0, self.num_samples, self.max_positive)
@@ -192,13 +192,13 @@ class RoIHeads(nn.Module):
         return Samples(gather_rows(boxes, index), classes, matched.gather(1, index))
 
     def regions(self, proposals: Proposals, targets: Targets, positive: float | None = None) -> Samples:
-        """Return all candidates for sampling, which are the proposals followed by the objects themselves.
+        """Return all regions that can be sampled: the proposals, followed by the ground-truth boxes.
 
         Args:
             proposals: The proposals of the batch.
             targets: The ground truth.
-            positive: The minimum IoU of positive regions; all others are background. None: `POSITIVE` and `negative`
-                apply.
+            positive: The minimum IoU of positive regions. All other regions are background. If None, the IoU ranges of
+                positive and background regions are given by `POSITIVE` and `negative`.
         """
         min_positive, (min_negative, max_negative) = self.POSITIVE, self.negative
         if positive is not None:
@@ -206,7 +206,7 @@ class RoIHeads(nn.Module):
         boxes = torch.cat([proposals.boxes, targets.boxes.to(proposals.boxes.dtype)], 1)
         valid = torch.cat([proposals.valid, targets.labels >= 0], 1)
         best, matched = target_overlaps(boxes, targets.boxes, targets.labels).max(1)
-        best = best.clamp(min=0)  # all regions of an image without objects are background
+        best = best.clamp(min=0)  # if an image has no objects, all regions are background
         negative = (best >= min_negative) & (best < max_negative)
         classes = torch.where(best >= min_positive, targets.labels.gather(1, matched) + 1, negative.long() - 1)
         return Samples(boxes, classes.masked_fill(~valid, -1), matched)
@@ -229,7 +229,7 @@ class RoIHeads(nn.Module):
             targets: The ground truth.
             row_index: The indices that `present_rows` returned.
             weights: The weights of the deltas of center and size.
-            suffix: A suffix of the names of the losses.
+            suffix: A suffix for the names of the losses.
         """
         entropy, distance = self.region_losses(logits, deltas, samples, targets, row_index, weights)
         num = (samples.classes >= 0).sum().clamp(min=1)
@@ -238,7 +238,7 @@ class RoIHeads(nn.Module):
     def hardest_losses(
         self, logits: Tensor, deltas: Tensor, samples: Samples, targets: Targets, row_index: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the losses averaged over the num_samples regions of each image that have the largest loss.
+        """Return the losses, averaged over the num_samples regions with the largest loss in each image.
 
         This is online hard example mining (Shrivastava et al., https://arxiv.org/abs/1604.03540).
 
@@ -265,12 +265,15 @@ class RoIHeads(nn.Module):
         row_index: Tensor | None,
         weights: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
-        """Return the cross entropy [R] and the smooth L1 loss [R] of every row, which are 0 if a row has no target."""
+        """Return the cross entropy [R] and the smooth L1 loss [R] of each row.
+
+        The losses of a row are 0 if the row has no target.
+        """
         classes = select_rows(samples.classes, row_index)
         boxes = select_rows(samples.boxes, row_index)
         objects = select_rows(gather_rows(targets.boxes.to(boxes.dtype), samples.matched), row_index)
         positive = (classes > 0)[:, None]
-        # Boxes may require gradients, so all targets must be finite. The targets of regions that are not positive are
+        # Boxes may require gradients, so all targets must be finite. For regions that are not positive, the targets are
         # computed from a unit box.
         unit = torch.arange(4, device=boxes.device).div(2, rounding_mode="floor").to(boxes.dtype)
         target_deltas = encode_boxes(torch.where(positive, objects, unit), torch.where(positive, boxes, unit), weights)
@@ -292,12 +295,12 @@ class RoIHeads(nn.Module):
         return self.select(boxes, scores, proposals, sizes)
 
     def select(self, boxes: Tensor, scores: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
-        """Return the detections that remain after suppression within classes.
+        """Return the detections that remain after non-maximum suppression within classes.
 
         Args:
             boxes: [N,P,classes,4], or [N,P,1,4] if all classes share a box.
             scores: [N,P,classes].
-            proposals: The proposals, of which only `valid` is used.
+            proposals: The proposals. Only their field `valid` is used.
             sizes: [N,2] height and width of each image, in pixels.
         """
         N, P, C = scores.shape

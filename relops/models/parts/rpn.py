@@ -37,16 +37,16 @@ class Proposals(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution followed by two 1x1 convolutions, for the scores and the deltas of the k anchors of each pixel.
+    """A 3x3 convolution, and two 1x1 convolutions for the scores and the deltas of the k anchors at each pixel.
 
     Args:
         in_channels: The number of channels of the maps.
         hidden: The number of channels of the 3x3 convolution.
         k: The number of anchors per pixel.
-        two_way: If True, each anchor has two scores, background and object, to which a softmax is applied, as in the
-            released code. If False, each anchor has one score, to which a sigmoid is applied. The softmax of two scores
-            is the sigmoid of their difference. The head therefore returns this difference, and binary cross entropy is
-            the right loss in both cases.
+        two_way: If True, each anchor has a background and an object score, which form a softmax, as in the released
+            code. If False, each anchor has one score with a sigmoid. The softmax of two scores is the sigmoid of their
+            difference. The head therefore returns this difference, and the loss is the binary cross entropy in both
+            cases.
     """
 
     def __init__(self, in_channels: int, hidden: int, k: int, two_way: bool = False) -> None:
@@ -77,34 +77,34 @@ class RPNHead(nn.Module):
 class RPN(nn.Module):
     """A region proposal network, which proposes boxes for a batch of images and computes its own losses.
 
-    Targets (section 3.1.2): An anchor is positive if its IoU with an object is at least 0.7, or if it overlaps an
-    object and no other anchor has a larger IoU with that object. It is negative if it is not positive and its IoU with
-    every object is below 0.3. All other anchors are ignored.
+    An anchor is positive if its IoU with an object is at least 0.7, or if it overlaps an object and no other anchor has
+    a larger IoU with that object (section 3.1.2). Among the remaining anchors, those whose IoU with every object is
+    below 0.3 are negative, and all others are ignored.
 
-    Losses: binary cross entropy of the scores of sampled anchors, and smooth L1 of the deltas of the positive samples.
+    The losses are the binary cross entropy of the scores of the sampled anchors and the smooth L1 loss of the deltas of
+    the positive samples.
 
     Args:
         head: A module that computes the scores and deltas of anchors from maps, such as RPNHead.
         anchors: The anchors of the maps.
-        levels: The number of maps that the RPN uses, counted from the first; None: all.
+        levels: The number of maps that the RPN uses, counted from the first. If None, it uses all maps.
         num_samples: The number of anchors per image that are sampled for the losses. At most half of them are positive.
         pre_nms: The maximum number of proposals per image and level before suppression, in (training, evaluation) mode.
         post_nms: The maximum number of proposals per image after suppression, in (training, evaluation) mode.
-        nms_threshold: The IoU above which a proposal is suppressed by a proposal with a higher score on the same level;
-            None: no suppression.
+        nms_threshold: The IoU above which a proposal is suppressed by a proposal with a higher score on the same level.
+            If None, no proposal is suppressed.
         min_size: The minimum width and height of proposals, in pixels.
-        filter_first: If True, all boxes are decoded and clipped, and small ones are removed, before the highest scores
-            are selected. The released code has this order. If False, the highest scores are selected first, which is
-            faster.
+        filter_first: If True, the RPN decodes and clips all boxes and removes small ones before it selects the highest
+            scores, as in the released code. If False, it selects the highest scores first, which is faster.
         ignore_outside: Whether anchors that are not completely inside the image are ignored in training.
-        balance: The weight lambda of the loss of deltas, which is 10 in the paper. The loss is multiplied by lambda and
-            divided by the number of positions on the maps, as in the paper. None: the loss is divided by the number of
-            samples, as in the released code.
+        balance: The weight lambda of the loss "rpn_boxes", 10 in the paper. This loss is multiplied by lambda and
+            divided by the number of positions on the maps, as in the paper. If `balance` is None, the loss is divided
+            by the number of samples, as in the released code.
     """
 
     POSITIVE, NEGATIVE = 0.7, 0.3
     WEIGHTS = (1.0, 1.0)
-    BETA = 1 / 9  # the distance at which smooth L1 changes from a parabola to a line (1 / sigma^2)
+    BETA = 1 / 9  # the distance at which the smooth L1 loss changes from quadratic to linear (1 / sigma^2)
 
     def __init__(
         self,
@@ -147,16 +147,16 @@ class RPN(nn.Module):
         Args:
             maps: The maps of the backbone.
             sizes: [N,2] height and width of each image, in pixels.
-            targets: The ground truth; None: no losses.
+            targets: The ground truth, or None to compute no losses.
             box_gradients: Whether the proposals are differentiable with respect to the deltas that they were decoded
                 from, for non-approximate joint training. Gradients pass through clipping, but not through the selection
                 of proposals.
-            max_proposals: The maximum number of proposals per image. It replaces `post_nms`, and `pre_nms` then has no
-                effect. None: `pre_nms` and `post_nms` apply.
+            max_proposals: The maximum number of proposals per image. If given, it replaces `post_nms`, and `pre_nms` is
+                ignored. If None, `pre_nms` and `post_nms` are used.
 
         Returns:
-            The proposals, and a dict of the scalar losses "rpn_objectness" and "rpn_boxes", which is empty without
-            targets.
+            The proposals, and a dict of the scalar losses "rpn_objectness" and "rpn_boxes". Without targets, the dict
+            is empty.
         """
         maps = maps[: self.levels]
         anchors = self.anchors([x.shape[-2:] for x in maps])
@@ -228,9 +228,9 @@ class RPN(nn.Module):
         return {"rpn_objectness": (loss * valid).sum() / num, "rpn_boxes": (distance * is_positive).sum() * scale}
 
     def targets(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which anchors are positive and which are negative, and the object that each anchor overlaps most.
+        """Return masks of the positive and the negative anchors, and the object that each anchor overlaps most.
 
-        All three are [N,A]. The first two are masks, and the third one holds indices into the targets of the image.
+        All three tensors are [N,A]. The third tensor holds indices into the targets of the image.
         """
         iou = target_overlaps(anchors[None], targets.boxes, targets.labels)
         inside = None
@@ -256,12 +256,12 @@ def make_rpn(
     loss: str = "sigmoid",
     **options: Any,
 ) -> RPN:
-    """Return an RPN with the usual head.
+    """Build an RPN with an `RPNHead`.
 
     Args:
         channels: The number of channels of the maps.
-        hidden: The number of channels of the head.
-        cells: For each level, the anchors around the first pixel of the map.
+        hidden: The number of channels of the 3x3 convolution.
+        cells: For each level, the cell anchors, which are boxes around the first pixel of the map.
         strides: The stride of each level, in pixels of the image.
         loss: "sigmoid" for one score per anchor, or "softmax" for two.
         options: Options of RPN.

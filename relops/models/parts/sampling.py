@@ -1,4 +1,4 @@
-"""Selection of the boxes that losses are computed from: their overlap with objects, and random sampling."""
+"""Selection of the boxes that losses are computed from, by overlap with objects and random sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from relops.ops.box_iou import box_iou
 def target_overlaps(boxes: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
     """Return the IoU [N,T,K] of targets [N,T,4] with boxes [N,K,4] or [1,K,4].
 
-    The IoU is -1 for targets that are padding, which have a label of -1 in labels [N,T].
+    Targets with the label -1 in labels [N,T] are padding, and their IoU is -1.
     """
     with torch.no_grad():
         iou = box_iou(targets.to(boxes.dtype), boxes.detach().expand(len(targets), -1, -1))
@@ -21,19 +21,19 @@ def target_overlaps(boxes: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
 def sample_candidates(
     positive: Tensor, negative: Tensor, count: int, max_positive: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample `count` candidates of each image at random, at most `max_positive` of them positive.
+    """Randomly sample `count` candidates of each image, of which at most `max_positive` are positive.
 
     The function does not wait for a CUDA device.
 
     Args:
-        positive, negative: [N,K] bool.
+        positive, negative: Bool masks [N,K] of the positive and of the negative candidates.
         count: The number of candidates to sample per image.
-        max_positive: The maximum number of positive candidates among them.
+        max_positive: The maximum number of positive samples per image.
 
     Returns:
         The indices [N,S] of the sampled candidates, positive ones first, with S = min(count, K), and two masks [N,S].
-        The first mask marks the positive samples. The second one marks the valid samples, because an image may have
-        fewer than S candidates.
+        The first mask marks the positive samples. The second mask marks the valid samples. It is needed because an
+        image may have fewer than S candidates.
     """
     N, K = positive.shape
     count, max_positive = min(count, K), min(max_positive, K)

@@ -1,10 +1,10 @@
-"""Detection as set prediction: the matching, the losses, and the outputs of detectors that are trained this way.
+"""Set prediction: the outputs, the matching and the losses of detectors that predict a set of objects.
 
 The method is that of DETR (Carion et al., End-to-End Object Detection with Transformers,
 https://arxiv.org/abs/2005.12872).
 
-The Q predictions for an image are paired one-to-one with its objects at minimum total cost. A paired prediction is
-trained to predict its object, and all others are trained to predict the background. No two predictions are trained to
+Each object in an image is paired with a different prediction, at minimum total cost. A paired prediction is trained to
+predict its object, and all other predictions are trained to predict the background. No two predictions are trained to
 predict the same object, so no suppression is needed.
 """
 
@@ -33,8 +33,8 @@ class SetPrediction(NamedTuple):
     Attributes:
         logits: [L,N,Q,C].
         boxes: [L,N,Q,4], as fractions of the image without its padding.
-        first: The SetPrediction of the first stage of a two-stage model, with L = 1. The first stage only distinguishes
-            objects, which are class 0, from background. None for other models.
+        first: In a two-stage model, the predictions of the first stage, with L = 1. The first stage only distinguishes
+            objects (class 0) from the background. In other models, None.
     """
 
     logits: Tensor
@@ -43,7 +43,7 @@ class SetPrediction(NamedTuple):
 
 
 def focal_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the focal loss (https://arxiv.org/abs/1708.02002) of each logit as a positive and as a negative."""
+    """Return each logit's focal loss (https://arxiv.org/abs/1708.02002) with a positive and a negative target."""
     p, log_p = logits.sigmoid(), F.logsigmoid(logits)
     return ALPHA * (1 - p) ** GAMMA * -log_p, (1 - ALPHA) * p**GAMMA * (logits - log_p)
 
@@ -58,7 +58,7 @@ def mean_over_processes(count: Tensor) -> Tensor:
 
 
 class SetLoss:
-    """Matching and the resulting losses, computed on the device for the whole batch and all layers at once.
+    """The matching and the losses of set prediction, computed on the device for all images and layers at once.
 
     The losses are the focal loss or cross entropy of the classes, the L1 distance of boxes, and 1 - GIoU. Each loss is
     divided by the number of objects, except the cross entropy, which is divided by the sum of its class weights.
@@ -66,10 +66,10 @@ class SetLoss:
     Args:
         focal: If True, each class has its own sigmoid, and the loss is the focal loss. If False, the classes share a
             softmax, the last class is the background, and the loss is the cross entropy.
-        weights: The weights of classes, L1 and GIoU in the loss.
-        costs: The weights of classes, L1 and GIoU in the cost of a pair.
+        weights: The weights of the class, L1 and GIoU terms in the loss.
+        costs: The weights of the class, L1 and GIoU terms in the cost of a pair.
         corners: If True, boxes are x1, y1, x2, y2. If False, they are center x, center y, width and height. The L1
-            distance is computed in the same format.
+            distance is computed in this format.
         background: The weight of the background class in the cross entropy.
     """
 
@@ -92,7 +92,8 @@ class SetLoss:
     def class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the class cost [L,N,Q,T] of pairing each prediction with each object.
 
-        The focal loss depends only on the logits of the objects' classes, which are therefore gathered first.
+        With the focal loss, the cost depends only on the logits of the objects' classes, so these logits are gathered
+        first.
 
         Args:
             logits: [L,N,Q,C].
@@ -106,7 +107,7 @@ class SetLoss:
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> Tensor:
-        """Return the index of the prediction that is paired with each object, [L,N,T], or -1 if there is none.
+        """Return the index [L,N,T] of the prediction that is paired with each object, or -1 for unpaired objects.
 
         Args:
             logits: [L,N,Q,C].
@@ -126,7 +127,7 @@ class SetLoss:
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> dict[str, Tensor]:
         """Return the losses "classes", "boxes" and "giou" of the last layer.
 
-        If there are several layers, "auxiliary" is the sum of the losses of all others.
+        With more than one layer, there is also the loss "auxiliary", the sum of the losses of all other layers.
 
         Args:
             logits: [L,N,Q,C].
@@ -142,7 +143,8 @@ class SetLoss:
         found = pairs >= 0
         pairs = pairs.clamp(min=0)
 
-        # The target class of each prediction. Unpaired objects write to an extra slot at the end, which is dropped.
+        # `classes` holds the target class of each prediction. Unpaired objects write to an extra slot at the end, which
+        # is dropped.
         classes = labels.new_full((L, N, Q + 1), C if self.focal else C - 1)
         classes.scatter_(2, pairs.masked_fill(~found, Q), labels.clamp(min=0).expand(L, N, -1))
         classes = classes[..., :Q]
@@ -170,5 +172,5 @@ class SetLoss:
 
 
 def set_prior(classifier: nn.Linear) -> None:
-    """Initialize the bias of a classifier so that every class has the probability PRIOR."""
+    """Initialize the bias of a classifier so that the initial probability of every class is about PRIOR."""
     nn.init.constant_(classifier.bias, -math.log((1 - PRIOR) / PRIOR))

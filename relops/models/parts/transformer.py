@@ -1,4 +1,4 @@
-"""The common parts of detectors with a transformer: positional encodings, padding, and small networks."""
+"""Parts that several transformer detectors use: positional encodings, padding, and small networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEMPERATURE = 10000.0
 
 
 class Extent(NamedTuple):
-    """The rows and columns of a map that belong to the image and not to its padding.
+    """The rows and columns of a map that belong to the image and not to the padding.
 
     Attributes:
         rows: [N,h] bool.
@@ -55,7 +55,7 @@ def extent_of(image_shape: Sequence[int], sizes: Tensor, map_shape: Sequence[int
 def sinusoid(positions: Tensor, width: int) -> Tensor:
     """Encode positions [...] in radians as alternating sines and cosines [...,width].
 
-    The longest wavelength approaches 10000 times the shortest one, which is 2 pi.
+    The wavelengths range from 2 pi to almost 10000 * 2 pi.
     """
     index = torch.arange(width, device=positions.device)
     angles = positions[..., None] / TEMPERATURE ** (2 * (index // 2) / width)
@@ -65,8 +65,8 @@ def sinusoid(positions: Tensor, width: int) -> Tensor:
 def sine_positions(extent: Extent, channels: int, offset: float) -> Tensor:
     """Return the positional encoding [N,h,w,channels] of a map.
 
-    The first half of the channels encodes the row and the second half the column. Rows and columns of the image are
-    counted from 1 + offset, divided by their total number, and multiplied by 2 pi.
+    The first half of the channels encodes the row and the second half the column. The positions of rows and columns are
+    counted from 1 + offset, divided by the number of rows or columns of the image, and multiplied by 2 pi.
     """
     rows, columns = (
         sinusoid((x.cumsum(1) + offset) / (x.sum(1, keepdim=True) + 1e-6) * (2 * math.pi), channels // 2)
