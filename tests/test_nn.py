@@ -330,7 +330,7 @@ def test_multi_scale_module_computes_scales_in_every_call() -> None:
 
 
 def test_multi_scale_module_without_images() -> None:
-    with pytest.raises(ValueError, match="image_shapes must hold at least one"):
+    with pytest.raises(ValueError, match="image_shapes must contain at least one"):
         multi_scale_module()(maps(), LARGE_BOXES, [])
 
 

@@ -81,8 +81,9 @@ def detect(
 
     Returns:
         A dict for each image, with the entries "boxes" [D,4] as x1, y1, x2, y2 in pixels of the image, "scores" [D] and
-        "labels" [D] (classes from 0). The objects are sorted by descending score. Detectors with masks add "masks"
-        [D,H,W], a bool tensor. The number D of objects is read from the device, so the call waits for the device.
+        "labels" [D] (classes from 0). The objects are sorted by descending score. If the detector predicts masks, the
+        dict also has the entry "masks", a bool tensor [D,H,W]. The number D of objects is read from the device, so the
+        call waits for the device.
 
     Raises:
         ValueError: If an image is not a floating-point tensor [3,H,W].

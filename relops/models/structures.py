@@ -61,6 +61,6 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
-# torch.export.save needs this registration for models that return Detections. The public function of torch supports
-# only dataclasses.
+# torch.export.save needs this registration for models that return Detections. torch's public function for this purpose
+# supports only dataclasses.
 _pytree._register_namedtuple(Detections, serialized_type_name="relops.models.Detections")

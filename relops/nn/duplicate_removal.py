@@ -332,7 +332,7 @@ class DuplicateRemoval(nn.Module):
 
 
 def _group_lengths(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """Group ascending lengths by their highest bit.
+    """Group lengths, which must be in ascending order, by their highest bit.
 
     Returns:
         For each group, the index of the first element, the index after the last element, and the longest length in the

@@ -55,7 +55,7 @@ class MSDeformAttn(nn.Module):
         """
         angles = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angles.cos(), angles.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)  # the largest coordinate becomes 1 or -1
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # the larger coordinate becomes 1 or -1
         steps = torch.arange(1, self.n_points + 1, dtype=torch.float32)
         bias = direction[:, None, None, :] * steps[None, None, :, None]
         with torch.no_grad():
@@ -94,8 +94,8 @@ class MSDeformAttn(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If an argument has the wrong shape or device, or if the sizes of the levels do not add up to S.
-                If `input_spatial_shapes` is a CUDA tensor, checking the levels would require a synchronization, so the
-                output is NaN instead.
+                If `input_spatial_shapes` is a CUDA tensor, checking the levels would require a synchronization. In this
+                case, wrong sizes make the output NaN instead.
         """
         N, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points

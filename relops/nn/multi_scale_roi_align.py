@@ -18,8 +18,8 @@ class MultiScaleRoIAlign(nn.Module):
     the scales of its first call.
 
     Args:
-        featmap_names: Keys of the feature maps to pool from. The maps are used in the order of the input dict, whose
-            maps must be ordered from fine to coarse.
+        featmap_names: Keys of the feature maps to pool from. The maps are used in the order of the input dict, which
+            must list them from fine to coarse.
         output_size: Height and width (PH,PW) of the output, or one int for both.
         sampling_ratio: Number of samples along each axis of a bin, at most 65536. If it is not positive, the number of
             samples along an axis is the size of the bin in pixels of the level, rounded up.
@@ -106,7 +106,7 @@ def _pool(
 ) -> Tensor:
     """Compute `MultiScaleRoIAlign.forward` in one function, which torch.fx records as one node."""
     if len(image_shapes) == 0:
-        raise ValueError("relops.nn.MultiScaleRoIAlign: image_shapes must hold at least one (height, width), got none")
+        raise ValueError("relops.nn.MultiScaleRoIAlign: image_shapes must contain at least one (height, width), got none")
     image_height = 0
     for height, _ in image_shapes:
         image_height = max(image_height, height)

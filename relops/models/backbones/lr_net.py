@@ -6,11 +6,11 @@ images of 224 x 224 pixels are::
     LR-Net-26   14.7 M parameters, 2.6 G multiply-adds, 75.7 % top-1 accuracy on ImageNet
     LR-Net-50   23.3 M parameters, 4.3 G multiply-adds, 77.3 %
 
-In this implementation, LR-Net-26 has 14.62 M parameters and 2.59 G multiply-adds, and LR-Net-50 has 23.38 M and 4.24 G.
-These multiply-adds include the convolutions, the aggregation of values and the classifier, but neither the similarities
-nor the softmax. The local relation layer of the stem has one channel per group, whereas all other layers have eight.
-One channel per group is an assumption: with eight channels per group in the stem, both networks would have 0.2 G fewer
-multiply-adds.
+In this implementation, LR-Net-26 has 14.62 M parameters and 2.59 G multiply-adds, and LR-Net-50 has 23.38 M parameters
+and 4.24 G multiply-adds. These multiply-adds include the convolutions, the aggregation of values and the classifier,
+but neither the similarities nor the softmax. The local relation layer of the stem has one channel per group, whereas
+all other layers have eight. The single channel per group in the stem is an assumption. With eight channels per group,
+both networks would have 0.2 G fewer multiply-adds.
 """
 
 from __future__ import annotations

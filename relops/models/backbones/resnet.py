@@ -71,7 +71,7 @@ class ResNet(Body):
 
     The stem reduces the height and width of the images to a quarter, and each stage except the first halves them again.
     Parameters have the names of torchvision, so a state_dict of torchvision's ResNets can be loaded unchanged. With
-    `norm="frozen"`, its num_batches_tracked entries are ignored.
+    `norm="frozen"`, the num_batches_tracked entries of the state_dict are ignored.
 
     Args:
         block: BasicBlock or Bottleneck from relops.models.backbones.resnet.

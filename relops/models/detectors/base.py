@@ -37,7 +37,7 @@ class BaseDetector(nn.Module):
         """
 
     def checked_sizes(self, images: Tensor, sizes: Tensor | None) -> Tensor:
-        """Return `sizes`, or the height and width of the whole batch for every image if `sizes` is None.
+        """Return `sizes`, or the height and width of the padded images if `sizes` is None.
 
         Raises:
             ValueError: If `images` or `sizes` has an invalid shape.

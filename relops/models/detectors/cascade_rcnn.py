@@ -26,8 +26,8 @@ class CascadeRoIHeads(RoIHeads):
     The three stages treat a region as positive if its IoU with an object is at least 0.5, 0.6 and 0.7, respectively.
     Each stage samples its own regions, and no gradients flow through boxes from one stage to another. In evaluation
     mode, the boxes of the detections are those of the last stage, and the scores are averaged over all stages. Deltas
-    are class-agnostic. Their weights in the second and third stage are two and three times as large as in the first
-    stage.
+    are class-agnostic, and the weights of the deltas in the second and third stage are two and three times as large as
+    in the first stage.
     """
 
     IOU = 0.5, 0.6, 0.7

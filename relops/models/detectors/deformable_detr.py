@@ -156,7 +156,7 @@ class DeformableDETR(SetDetector):
         set_prior(classifier)
         for parameter in regressor.layers[-1].parameters():
             nn.init.zeros_(parameter)
-        # Without refinement, all layers share one head. It is registered once per layer, as in the released code.
+        # Without refinement, all layers share one head, which is registered once per layer, as in the released code.
         heads: list[list[nn.Module]] = [[classifier] * count, [regressor] * count]
         if refine:
             heads = [[copy.deepcopy(x) for x in (head[0], *head)][: count + self.two_stage] for head in heads]

@@ -20,7 +20,7 @@ from relops.models.parts.transformer import MLP, FeedForward, Layers, extent_of,
 
 
 class EncoderLayer(FeedForward):
-    """An encoder layer (appendix A.3), in which every pixel attends to every other.
+    """An encoder layer (appendix A.3), in which every pixel attends to all pixels.
 
     Positional encodings are added to queries and keys, but not to values.
     """

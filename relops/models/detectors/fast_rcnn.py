@@ -75,9 +75,9 @@ def fast_rcnn(
     """Build Fast R-CNN: a head with RoI pooling that classifies and refines given proposals.
 
     The detector (Girshick, https://arxiv.org/abs/1504.08083) pools regions from one feature map with a stride of 16.
-    Two fully connected layers follow, and then the scores and deltas of each class. At most a quarter of the regions
-    that are sampled for the losses have an IoU of at least 0.5 with an object, and all other sampled regions have an
-    IoU between 0.1 and 0.5 (section 2.3).
+    The pooled features pass through two fully connected layers, from which the scores and deltas of each class are
+    predicted. At most a quarter of the regions that are sampled for the losses have an IoU of at least 0.5 with an
+    object, and all other sampled regions have an IoU between 0.1 and 0.5 (section 2.3).
 
     Args:
         num_classes: Number of object classes, without the background.

@@ -75,7 +75,7 @@ def r_fcn(
     scales: Sequence[float] = (8, 16, 32),
     min_size: float = 16,
 ) -> TwoStageDetector:
-    """Build R-FCN: a fully convolutional detector that scores regions on position-sensitive maps.
+    """Build R-FCN: a fully convolutional detector that scores regions with position-sensitive maps.
 
     The region proposal network of the detector (Dai et al., https://arxiv.org/abs/1605.06409) uses the third stage of
     the backbone. The position-sensitive maps are computed from the fourth stage, which is dilated to keep the stride of

@@ -223,7 +223,7 @@ def relation_networks(
             stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
-        relations: Pair with the number of object relation modules after the first and after the second fully connected
+        relations: Numbers (r1, r2) of object relation modules after the first and after the second fully connected
             layer.
         duplicate_removal: Whether a learned network removes duplicates. If False, non-maximum suppression within each
             class is used, with an IoU threshold of 0.5.
@@ -318,7 +318,7 @@ def relation_networks_fpn(
             and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
-        relations: Pair with the number of object relation modules after the first and after the second fully connected
+        relations: Numbers (r1, r2) of object relation modules after the first and after the second fully connected
             layer.
         duplicate_removal: Whether a learned network removes duplicates. If False, non-maximum suppression within each
             class is used, with an IoU threshold of 0.5.

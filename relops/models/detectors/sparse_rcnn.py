@@ -154,7 +154,7 @@ class DynamicHead(nn.Module):
 class RCNNHead(nn.Module):
     """A stage: self-attention between proposals, interaction of each proposal with its region, and prediction."""
 
-    WEIGHTS = 2.0, 1.0  # the divisors of the deltas of center and size
+    WEIGHTS = 2.0, 1.0  # the divisors of the center and size deltas
 
     def __init__(self, num_classes: int, channels: int, hidden: int) -> None:
         super().__init__()

@@ -34,5 +34,5 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def smaller_than(boxes: Tensor, size: float) -> Tensor:
-    """Return a mask [...] of the boxes [...,4] whose width or height is less than size or is NaN."""
+    """Return a mask [...] that is True for boxes [...,4] whose width or height is NaN or less than size."""
     return ~(boxes[..., 2:] - boxes[..., :2] >= size).all(-1)

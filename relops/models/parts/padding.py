@@ -25,8 +25,8 @@ def present_rows(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
 
     Returns:
         On the CPU, the rows [R,5] of the boxes for which `valid` [N,K] is True, and the indices [R] of these boxes
-        among all N * K boxes. In a traced graph and on other devices, where counting the valid boxes would require a
-        synchronization, all rows [N*K,5] and None.
+        among all N * K boxes. On other devices, counting the valid boxes would require a synchronization, so all rows
+        [N*K,5] and None are returned. The same holds in a traced graph.
     """
     rows = as_rows(boxes)
     if not valid.is_cpu or not has_values(valid):

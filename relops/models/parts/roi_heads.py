@@ -95,7 +95,7 @@ class TwoFCHead(TwoFC):
 
 
 class BoxPredictor(nn.Module):
-    """The layers that predict scores for the background and each class, and deltas for each class or for all."""
+    """The layers that predict scores for the background and each class, and deltas per class or for all classes."""
 
     def __init__(self, in_features: int, num_classes: int, class_agnostic: bool = False) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class RoIHeads(nn.Module):
 
     POSITIVE_FRACTION = 0.25  # the maximum fraction of samples that are positive
     POSITIVE = 0.5  # the minimum IoU of positive regions
-    WEIGHTS = 10.0, 5.0  # the inverse standard deviations of the target deltas of center and size
+    WEIGHTS = 10.0, 5.0  # the inverse standard deviations of the center and size deltas of the targets
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class RoIHeads(nn.Module):
             samples: The sampled regions.
             targets: The ground truth.
             row_index: The indices that `present_rows` returned.
-            weights: The weights of the deltas of center and size.
+            weights: The weights of the center and size deltas.
             suffix: A suffix for the names of the losses.
         """
         entropy, distance = self.region_losses(logits, deltas, samples, targets, row_index, weights)

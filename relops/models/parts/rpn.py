@@ -87,7 +87,7 @@ class RPN(nn.Module):
     Args:
         head: A module that computes the scores and deltas of anchors from maps, such as RPNHead.
         anchors: The anchors of the maps.
-        levels: The number of maps that the RPN uses, counted from the first. If None, it uses all maps.
+        levels: The number of maps that the RPN uses, counted from the first. If None, all maps are used.
         num_samples: The number of anchors per image that are sampled for the losses. At most half of them are positive.
         pre_nms: The maximum number of proposals per image and level before suppression, in (training, evaluation) mode.
         post_nms: The maximum number of proposals per image after suppression, in (training, evaluation) mode.
@@ -148,11 +148,11 @@ class RPN(nn.Module):
             maps: The maps of the backbone.
             sizes: [N,2] height and width of each image, in pixels.
             targets: The ground truth, or None to compute no losses.
-            box_gradients: Whether the proposals are differentiable with respect to the deltas that they were decoded
-                from, for non-approximate joint training. Gradients pass through clipping, but not through the selection
+            box_gradients: Whether the proposals are differentiable with respect to the predicted deltas, as
+                non-approximate joint training requires. Gradients pass through clipping, but not through the selection
                 of proposals.
-            max_proposals: The maximum number of proposals per image. If given, it replaces `post_nms`, and `pre_nms` is
-                ignored. If None, `pre_nms` and `post_nms` are used.
+            max_proposals: The maximum number of proposals per image. If given, this number replaces `post_nms`, and
+                `pre_nms` is ignored. If None, `pre_nms` and `post_nms` are used.
 
         Returns:
             The proposals, and a dict of the scalar losses "rpn_objectness" and "rpn_boxes". Without targets, the dict
@@ -212,7 +212,7 @@ class RPN(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor, targets: Targets
     ) -> dict[str, Tensor]:
-        """Return the losses of scores [N,A] and deltas [N,A,4] for anchors [A,4]."""
+        """Return the losses, given scores [N,A], deltas [N,A,4] and anchors [A,4]."""
         with torch.no_grad():
             positive, negative, matched = self.targets(anchors, sizes, targets)
             index, is_positive, valid = sample_candidates(positive, negative, self.num_samples, self.num_samples // 2)
@@ -240,7 +240,7 @@ class RPN(nn.Module):
             iou.masked_fill_(~inside[:, None], -1)
         best, matched = iou.max(1)
         best_of_object = iou.amax(2, keepdim=True)
-        # Without this line, an object that overlaps no anchor would make every anchor positive, and so would padding.
+        # Without this line, padding and objects that overlap no anchor would make every anchor positive.
         best_of_object.masked_fill_(best_of_object <= 0, 2)
         positive = (best >= self.POSITIVE) | (iou == best_of_object).any(1)
         negative = (best < self.NEGATIVE) & ~positive

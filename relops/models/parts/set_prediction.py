@@ -121,7 +121,7 @@ class SetLoss:
         cost += distance_weight * (boxes[..., None, :] - objects[:, None]).abs().sum(-1)
         a, b = self.as_corners(boxes).flatten(0, 1), self.as_corners(objects).repeat(L, 1, 1)
         cost -= overlap_weight * generalized_box_iou(a, b).view_as(cost)
-        cost = cost.masked_fill((labels < 0)[:, None], math.inf)  # inf forbids a pair, and so does NaN
+        cost = cost.masked_fill((labels < 0)[:, None], math.inf)  # a cost of inf or NaN forbids a pair
         return linear_sum_assignment(cost.flatten(0, 1))[1].view(L, N, -1)
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor) -> dict[str, Tensor]:
