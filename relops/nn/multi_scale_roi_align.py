@@ -106,7 +106,9 @@ def _pool(
 ) -> Tensor:
     """Compute `MultiScaleRoIAlign.forward` in one function, which torch.fx records as one node."""
     if len(image_shapes) == 0:
-        raise ValueError("relops.nn.MultiScaleRoIAlign: image_shapes must contain at least one (height, width), got none")
+        raise ValueError(
+            "relops.nn.MultiScaleRoIAlign: image_shapes must contain at least one (height, width), got none"
+        )
     image_height = 0
     for height, _ in image_shapes:
         image_height = max(image_height, height)
