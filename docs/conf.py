@@ -14,7 +14,7 @@ html_title = f"relops {release}"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-# Quotes are Python's in most docstrings, so they stay as they are typed.
+# Most quotes in docstrings are part of Python code, so Sphinx must not turn them into typographic quotes.
 smartquotes = False
 # Single backticks in docstrings mark code, as in Markdown.
 default_role = "code"

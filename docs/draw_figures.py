@@ -1,4 +1,4 @@
-"""Draw the figures of the pages on ops: python docs/draw_figures.py writes docs/images/*.svg."""
+"""Draw the figures for the pages on ops. `python docs/draw_figures.py` writes docs/images/*.svg."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def save(figure: pyplot.Figure, name: str) -> None:
 
 
 def roi_align() -> None:
-    """The same box in roi_align and in roi_pool, 2 x 2 bins."""
+    """Draw how roi_align and roi_pool divide the same box into 2 x 2 bins."""
     figure, (align, pool) = pyplot.subplots(1, 2, figsize=(8, 3))
     x1, y1, x2, y2 = 1.3, 0.8, 6.1, 4.2
     grid(align, 6, 8, "roi_align: mean of bilinear samples")
@@ -52,7 +52,7 @@ def roi_align() -> None:
 
 
 def ms_deform_attn() -> None:
-    """One query that samples four points on each of three levels."""
+    """Draw a query that samples four points on each of three levels."""
     figure, levels = pyplot.subplots(1, 3, figsize=(8, 2.6))
     generator = np.random.default_rng(1)
     for axes, (height, width), number in zip(levels, ((8, 12), (4, 6), (2, 3)), range(3)):
@@ -68,7 +68,7 @@ def ms_deform_attn() -> None:
 
 
 def local_relation() -> None:
-    """The weights of a 5 x 5 window, from the similarity of keys and a prior."""
+    """Draw the weights of a 5 x 5 window, which come from the similarity of the query and the keys and from a prior."""
     generator = np.random.default_rng(3)
     y, x = np.mgrid[-2:3, -2:3]
     similarity = -((0.5 * x + 0.2 * generator.normal(size=(5, 5))) ** 2)
