@@ -44,7 +44,7 @@ def info(_: argparse.Namespace) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+    """Return the parser for all commands."""
     from relops.training.cli import eval, models, predict, propose, train
     from relops.training.cli.arguments import CommandParser, add_command
 
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     The status is 0 after success, 1 if a loss is not finite or if `predict` skipped an image, 2 after any other error
-    that the user can fix, and 128 plus the number of the signal if a signal stopped the command. An error that the user
-    can fix is printed as a single line.
+    that the user can fix, and 128 plus the signal number if a signal stopped the command. An error that the user can
+    fix is printed as one line without a traceback.
     """
     from relops.training.errors import LossError, user_message
 
@@ -72,8 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         status: int = arguments.run(arguments)
         print(end="", flush=True)
         return status
-    except BrokenPipeError:
-        # The reader closed the pipe. Redirect stdout, so that the flush at exit does not fail, too.
+    except BrokenPipeError:  # the reader closed the pipe, so the flush of stdout at exit would also fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

@@ -296,7 +296,7 @@ class TestCOCO:
         file = tmp_path / "annotations" / "instances_val.json"
         file.write_text(json.dumps(content))
 
-        with pytest.warns(UserWarning, match="Training ignores such boxes"):
+        with pytest.warns(UserWarning, match="Training ignores invalid boxes"):
             data = open_data(f"coco:{tmp_path}", "test")
         evaluator = Evaluator(data)
         for annotation, detections in zip(data.annotations(), found):

@@ -608,7 +608,7 @@ def write_coco(folder: Path, name: str, images: int, masks: int = 0) -> None:
     (folder / "annotations" / name).write_text(json.dumps(content))
 
 
-@pytest.mark.filterwarnings("ignore:.*pixels are not bytes")
+@pytest.mark.filterwarnings("ignore:.*pixels have more than 8 bits")
 def test_annotation_files_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file model.pt of a run stores the names of the annotation files and the pixel range."""
     write_coco(tmp_path, "latest.json", 4)
@@ -636,7 +636,7 @@ def test_annotation_files_can_be_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--test-annotations" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:.*pixels are not bytes")
+@pytest.mark.filterwarnings("ignore:.*pixels have more than 8 bits")
 @pytest.mark.parametrize(("masks", "warning"), [(2, "2 of 4 objects have no mask"), (0, "no object has a mask")])
 def test_objects_without_masks_cause_a_warning(masks: int, warning: str, tmp_path: Path) -> None:
     write_coco(tmp_path, "train.json", 4, masks)

@@ -420,7 +420,7 @@ def test_images_of_16_bits_share_one_pixel_range(run: Path, tmp_path: Path) -> N
         pixels = np.full((48, 64), 200, np.uint16)
         pixels[0, 0] = brightest
         Image.fromarray(pixels).save(images / f"{name}.png")
-    with pytest.warns(UserWarning, match=r"a\.png: pixels are not bytes, so values from 0 to 4095 are scaled"):
+    with pytest.warns(UserWarning, match=r"a\.png: pixels have more than 8 bits, so values from 0 to 4095 are scaled"):
         assert main(["predict", str(run), str(images), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
     drawn = [np.array(Image.open(tmp_path / "drawn" / f"{name}.png.png").convert("RGB"))[300, 300] for name in "ab"]
     assert np.array_equal(*drawn) and drawn[0].max() == 12

@@ -3,15 +3,15 @@
 - cli: the commands of `python -m relops`, one module per command.
 - config: the settings of a training run.
 - engine: `train`, the training loop.
-- data: data sets, and how their images become batches.
-- detector: building a model by name, and saving and loading trained detectors.
-- prediction: detections, drawings and proposals of a trained detector.
+- data: data sets, and the conversion of their images to batches.
+- detector: building models by name, and saving and loading trained detectors.
+- prediction: detecting objects with a trained detector, drawing them, and computing proposals.
 - evaluation: average precision.
-- errors: the errors that a user can fix.
+- errors: exception classes for errors that the user can fix.
 - checkpoint: files that hold the state of a run.
-- distributed: the processes of a run.
-- log: the log of a run, its losses and its times.
+- distributed: training with several processes.
+- log: writing the log of a run, and collecting its losses and times.
 - optimization: optimizers, learning rate schedules and weight averages.
-- plots: drawings of detections and training curves.
-- signals: stopping a run on SIGINT and SIGTERM.
+- plots: drawings of detections, and plots of training curves.
+- signals: stopping a run on SIGINT or SIGTERM.
 """

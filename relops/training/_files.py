@@ -1,4 +1,4 @@
-"""Helpers for output files: check paths before computing, write files atomically, and lock the folder of a run."""
+"""Helpers for output files: check paths early, write files atomically, and lock the folder of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOCK = ".lock"
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, or raise a UsageError that says why this is not possible."""
+    """Create a folder and its parents, or raise a UsageError that gives the reason for the failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: the path contains a null character
@@ -56,10 +56,10 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` if the context ends without an error.
+    """Open a temporary file that replaces `path` if the `with` block ends without an error.
 
-    At every moment `path` is either the complete old file or the complete new one. An OSError in the context is raised
-    again as an OutputError that names the path.
+    At any time, `path` is either the complete old file or the complete new file. An OSError in the `with` block is
+    raised again as an OutputError that names the path.
     """
     in_place = _is_device(path)
     temporary = path if in_place else _temporary_path(path)
@@ -75,7 +75,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
         if not in_place:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        # If the disk is full, torch.save raises a RuntimeError whose context is the OSError.
+        # If the disk is full, torch.save raises a RuntimeError with the OSError as its __context__.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise OutputError(f"{path}: the file cannot be written ({why(cause)})") from error
@@ -93,7 +93,7 @@ def _is_device(path: Path) -> bool:
 
 
 def _temporary_path(path: Path) -> str:
-    """Return the path of the temporary file that later replaces `path`, or the target of `path` if it is a link."""
+    """Return the path of the temporary file that replaces `path` or, if `path` is a link, the target of the link."""
     return f"{os.path.realpath(path)}.{os.getpid()}.tmp"
 
 
@@ -103,11 +103,11 @@ def why(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that any other process that tries to lock it gets a UsageError that names this process.
+    """Lock a folder. If another process tries to lock it, that process raises a UsageError that names this process.
 
-    The kernel releases the lock when the process ends for any reason. The lock file stays in the folder and only names
-    the process that holds the lock. `lockf` is used because processes that load data would inherit a lock of `flock`
-    and would still hold it after their parent was killed.
+    The operating system releases the lock when this process ends, even if it is killed. The lock file then stays in the
+    folder, but it only names the process that last held the lock. `lockf` is used instead of `flock`, because processes
+    that load data would inherit a lock made by `flock` and keep it after the training process was killed.
     """
     try:
         file = open(folder / LOCK, "a+", encoding="utf-8", errors="backslashreplace")
@@ -121,7 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
                 file.seek(0)
                 raise UsageError(f"{folder}: another run is writing to this folder: {file.read() or '?'}") from error
             warnings.warn(
-                f"{folder}: the folder cannot be locked, so a second run in it is not detected ({why(error)})",
+                f"{folder}: the folder cannot be locked, so a second run in it would not be detected ({why(error)})",
                 stacklevel=3,
             )
         else:

@@ -21,7 +21,7 @@ def require(module: str, package: str) -> ModuleType:
 
 
 def require_all(*packages: str) -> None:
-    """Import the given packages of MODULES before a command begins, or raise one error that names all missing ones."""
+    """Import the given packages, which are keys of MODULES, or raise one error that names all missing packages."""
     missing = []
     for package in packages:
         try:

@@ -16,18 +16,19 @@ from relops.models.detectors.base import BaseDetector
 from relops.training._files import why, written
 from relops.training.errors import UsageError
 
-# The output of torch.save is followed by a line with its checksum, which torch.load ignores. The checksums that a zip
-# file contains are not sufficient, because they do not cover the attributes and offsets of its members.
+# `save` adds a line with a checksum after the output of torch.save, and torch.load ignores this line. The checksums
+# inside the zip file that torch.save writes are not sufficient: they do not cover the attributes and offsets of the zip
+# file's members.
 MARK = b"\nsha256 "
 LENGTH = len(MARK) + 2 * hashlib.sha256().digest_size
-# This key of the state says that the file must end with a checksum. Files of earlier versions do not have the key.
+# If the state has this key, the file must end with a checksum. Files from earlier versions do not have the key.
 CHECKED = "checksum"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a dict of tensors and plain types to a file.
 
-    At every moment `path` is either the complete old file or the complete new one.
+    At any time, `path` is either the complete old file or the complete new file.
     """
     with written(path) as file:
         torch.save(state | {CHECKED: True}, file)
@@ -49,7 +50,7 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the exception that torch.load raises depends on which bytes are wrong
-        # The rest of torch's message advises the user to load the file without weights_only.
+        # The rest of torch's message is omitted, because it advises the user to load the file without weights_only.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
         raise UsageError(
             f"{path}: the file is not a checkpoint or is damaged ({type(error).__name__}: {reason})"
@@ -88,7 +89,7 @@ def _checksum(path: str | Path, length: int) -> bytes:
 
 
 def check_keys(path: Path, state: Any, *keys: str) -> None:
-    """Raise UsageError if the content of a file is not a dict that has all of these keys."""
+    """Raise UsageError unless the content of a file is a dict with all of these keys."""
     if not isinstance(state, dict):
         raise UsageError(f"{path}: the file must contain a dict, got {type(state).__name__}")
     missing = [key for key in keys if key not in state]
@@ -97,16 +98,16 @@ def check_keys(path: Path, state: Any, *keys: str) -> None:
 
 
 def load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
-    """Load a state_dict into a model, or raise a UsageError that names the file `path`, from which it was read."""
+    """Load a state_dict into a model, or raise a UsageError that names the file `path` that contains the state_dict."""
     try:
         model.load_state_dict(weights)
     except Exception as error:  # RuntimeError if names or shapes differ, any exception if `weights` is not a state_dict
         reason = textwrap.shorten(str(error), 400)
-        raise UsageError(f"{path}: the weights in the file must fit the model that it names: {reason}") from error
+        raise UsageError(f"{path}: the weights in the file must fit the model that the file names: {reason}") from error
 
 
 def load_backbone_weights(path: Path, model: BaseDetector) -> None:
-    """Load a file with the state_dict of a classifier into the backbone of a detector."""
+    """Load the weights of a classifier from a file into the backbone of a detector."""
     weights = load(path)
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
@@ -118,7 +119,7 @@ def load_backbone_weights(path: Path, model: BaseDetector) -> None:
 
 
 def check_same(path: Path, stored: dict[str, Any], requested: dict[str, Any]) -> None:
-    """Raise UsageError if a run would resume with other settings than those that its checkpoint stores."""
+    """Raise UsageError if the requested settings of a run differ from those stored in its checkpoint."""
     for name in requested | stored:
         if stored.get(name) != requested.get(name):
             raise UsageError(

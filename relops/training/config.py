@@ -14,11 +14,11 @@ from relops.training.optimization import OPTIMIZERS, SCHEDULES
 
 EPOCHS = 12  # the length of a run if neither iterations nor epochs are given
 
-# Settings that may change when a run resumes, because its results do not depend on them except for rounding.
+# Settings that may be changed when a run resumes. They do not affect the results, except for rounding errors.
 FREE = ("output", "epochs", "cache", "workers", "device", "threads", "eval_every", "checkpoint_every", "log_every")
 
-# The minimum and maximum of each numeric setting or argument. The maxima are the limits of C's integers and of the
-# number of processes.
+# The minimum and maximum of each numeric setting or argument. The maxima are the largest values of C's number types,
+# and 4096 for the number of threads or processes.
 COUNT = 1, 2**31 - 1
 FINITE = 0, sys.float_info.max
 LIMITS = {
@@ -46,7 +46,7 @@ LIMITS = {
 
 
 def check_limits(values: Mapping[str, Any], **extra_limits: tuple[int, int]) -> None:
-    """Raise UsageError if a number among the settings or arguments is outside its limits. None is ignored."""
+    """Raise UsageError if a numeric setting or argument is outside its limits. None is always allowed."""
     for name, (minimum, maximum) in (LIMITS | extra_limits).items():
         value = values.get(name)
         if value is not None and not minimum <= value <= maximum:
@@ -71,8 +71,8 @@ def setting(
         default: the default value.
         help: the description of the setting.
         choices: the allowed values, or None for any.
-        default_text: a phrase that describes the default in the help, or None to print the value.
-        metavar: the name of the value in the help, or None to choose it by type.
+        default_text: a phrase that describes the default in the help, or None to print the default value.
+        metavar: the name of the value in the help, or None to derive the name from the type.
     """
     metadata = {"group": group, "help": help, "choices": choices, "default_text": default_text, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
@@ -88,14 +88,14 @@ class TrainConfig:
     train_annotations: str | None = setting(
         "data",
         None,
-        "annotation file of coco:DIR to train on",
+        "annotation file of the training images of coco:DIR",
         default_text="the file whose name contains train",
         metavar="FILE",
     )
     test_annotations: str | None = setting(
         "data",
         None,
-        "annotation file of coco:DIR to evaluate on",
+        "annotation file of the test images of coco:DIR",
         default_text="the file whose name contains val or test",
         metavar="FILE",
     )
@@ -105,21 +105,21 @@ class TrainConfig:
     backbone_weights: str | None = setting(
         "model",
         None,
-        "file with the state_dict of a classifier of torchvision or relops that initializes the backbone",
+        "file with the state_dict of a torchvision or relops classifier, from which the backbone is initialized",
         default_text="random weights",
         metavar="FILE",
     )
     proposals: str | None = setting(
         "data",
         None,
-        "file of proposals for the training images, which only fast_rcnn needs",
+        "file with proposals for the training images; only fast_rcnn needs this file",
         default_text="none",
         metavar="FILE",
     )
     test_proposals: str | None = setting(
         "data",
         None,
-        "file of proposals for the test images, which only fast_rcnn needs",
+        "file with proposals for the test images; only fast_rcnn needs this file",
         default_text="none",
         metavar="FILE",
     )
@@ -131,14 +131,14 @@ class TrainConfig:
         "optimization", None, "number of passes over the training images", default_text=str(EPOCHS)
     )
     batch: int = setting("optimization", 2, "number of images per iteration in each process")
-    seed: int = setting("run", 0, "random seed of initial weights, image order, augmentation and sampling")
+    seed: int = setting("run", 0, "random seed for initial weights, image order, augmentation and sampling")
 
     optimizer: str = setting("optimization", "sgd", "optimizer", OPTIMIZERS)
     lr: float = setting(
         "optimization", 0.0025, "learning rate; with sgd, about 0.02 suits 16 images per iteration over all processes"
     )
     weight_decay: float = setting(
-        "optimization", 1e-4, "weight decay of all parameters except vectors, which are biases and scales"
+        "optimization", 1e-4, "weight decay of all parameters except vectors (biases and scales)"
     )
     momentum: float = setting("optimization", 0.9, "momentum of sgd")
     backbone_lr: float = setting("optimization", 1.0, "learning rate of the backbone as a multiple of --lr")
@@ -148,12 +148,12 @@ class TrainConfig:
         (0.67, 0.89),
         "fractions of the run after which the step schedule divides the learning rate by 10",
     )
-    warmup: int = setting("optimization", 500, "number of iterations over which the learning rate rises at the start")
+    warmup: int = setting("optimization", 500, "number of iterations at the start during which the learning rate rises")
     clip: float | None = setting("optimization", None, "maximum norm of the gradient", default_text="no clipping")
     ema: float | None = setting(
         "optimization",
         None,
-        "decay of a moving average of the weights, which is then evaluated and saved in place of the weights",
+        "decay of a moving average of the weights; the average is then evaluated and saved instead of the weights",
         default_text="no average",
     )
     amp: bool = setting("optimization", False, "autocast to bfloat16")
@@ -166,7 +166,7 @@ class TrainConfig:
     vertical_flip: bool = setting("images", False, "flip half of the training images upside down")
     cache: bool = setting("images", False, "keep resized images in the memory of each process that loads them")
 
-    workers: int = setting("run", 2, "number of processes that load images, for each training process")
+    workers: int = setting("run", 2, "number of processes that load images for each training process")
     threads: int | None = setting(
         "run", None, "number of CPU threads in each process", default_text="the number that torch chooses"
     )

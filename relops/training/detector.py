@@ -1,4 +1,4 @@
-"""Models built by name, and trained detectors in files."""
+"""Building models by name, and saving and loading trained detectors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from relops.training.errors import RunNotFoundError, UsageError
 
 
 def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDetector:
-    """Build a detector with `relops.models.build` from options of a command line or a file.
+    """Build a detector with `relops.models.build` from options given on the command line or stored in a file.
 
     Args:
         name: a key of `relops.models.DETECTORS`.
@@ -30,8 +30,8 @@ def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDet
         options: the keyword arguments of the detector's factory function.
 
     Raises:
-        UsageError: If there is no model of this name, or it cannot be built with these options. The message names the
-            model.
+        UsageError: If there is no model with this name, or if the model cannot be built with these options. The message
+            names the model.
     """
     try:
         if name in models.DETECTORS:
@@ -45,7 +45,7 @@ def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDet
 
 
 def _check_options(factory: Callable[..., object], num_classes: int, options: dict[str, Any]) -> None:
-    """Raise an error if the factory does not have one of the options, or if the value of an option has a wrong type."""
+    """Raise an error if an option is not a parameter of the factory, or if the value of an option has a wrong type."""
     inspect.signature(factory).bind(num_classes, **options)
     hints = typing.get_type_hints(factory)
     for option, value in options.items():
@@ -58,7 +58,7 @@ def _check_options(factory: Callable[..., object], num_classes: int, options: di
 
 @dataclass
 class Detector:
-    """A model together with everything that is needed to use it.
+    """A model and everything that is needed to use it.
 
     Attributes:
         model: the model, which is in evaluation mode if it was loaded from a file.
@@ -66,9 +66,9 @@ class Detector:
         classes: class names. Label `i` stands for `classes[i]`.
         min_size, max_size: limits of the image size in pixels, see `relops.training.data.prepare`.
         data: the data set that the model was trained on, see `relops.training.data.open_data`.
-        train_annotations, test_annotations: the annotation files that were passed to the run, or None.
-        pixel_range: the pixel values that are scaled to 0 and 255, or None if the pixels of all training images are
-            bytes.
+        train_annotations, test_annotations: the annotation files that were given for the run, or None.
+        pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel,
+            or None if there were no such training images.
     """
 
     model: BaseDetector
@@ -98,8 +98,8 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     """Load a detector from the folder of a run or from a file.
 
     Args:
-        path: a file model.pt or last.pt, or the folder of a run. From a folder, model.pt is loaded, or last.pt if the
-            run has not finished.
+        path: a file model.pt or last.pt, or the folder of a run. If it is a folder, model.pt is loaded, or last.pt if
+            the run has not finished.
         device: the device that the model is moved to.
 
     Raises:
@@ -110,7 +110,7 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     found = next(filter(os.path.exists, candidates), None)
     if found is None:
         raise RunNotFoundError(
-            f"{path}: must be the folder of a run, or its file model.pt or last.pt, but no such file exists"
+            f"{path}: must be the folder of a run or a file model.pt or last.pt, but no such file exists"
         )
     stored = checkpoint.load(found, "model", "classes")
     weights = stored["model"]

@@ -1,4 +1,4 @@
-"""The processes of a run: a single process, or those that torchrun started."""
+"""The processes of a run: a single process, or the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from relops.training.errors import UsageError
 
 
 class World(NamedTuple):
-    """The rank of this process, the number of processes of the run, and the device of this process."""
+    """The rank of this process, the number of processes in the run, and the device of this process."""
 
     rank: int
     size: int
@@ -23,11 +23,11 @@ class World(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is the main process, which writes the files and prints."""
+        """Return whether this is the main process, which writes files and prints messages."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Return a list of the values of all processes, ordered by rank, in every process."""
+        """Return, in every process, the values of all processes as a list ordered by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -35,7 +35,7 @@ class World(NamedTuple):
         return values
 
     def largest(self, number: int) -> int:
-        """Return the maximum of the numbers of all processes in every process, without waiting for a GPU."""
+        """Return, in every process, the largest of the numbers of all processes. This does not wait for the GPU."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)
@@ -43,7 +43,7 @@ class World(NamedTuple):
         return int(tensor)
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Run a function in the main process, and raise its exception in all processes so that none of them hangs."""
+        """Run a function in the main process, and raise its exception in all processes so that no process hangs."""
         error = None
         if self.is_main:
             try:
@@ -56,7 +56,7 @@ class World(NamedTuple):
 
 
 def device_named(name: str | None) -> torch.device:
-    """Return the device `cpu`, `cuda` or `cuda:N`, or the default device for None: a GPU if available, else the CPU."""
+    """Return the device named `cpu`, `cuda` or `cuda:N`. For None, return a GPU if one is available, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
@@ -70,7 +70,7 @@ def device_named(name: str | None) -> torch.device:
 
 @contextlib.contextmanager
 def world(device: str | None = None) -> Iterator[World]:
-    """Join the process group that torchrun's environment variables describe, or yield a world of one process.
+    """Join the process group that torchrun's environment variables describe, or yield a World of one process.
 
     Args:
         device: see `device_named`. If the device is a GPU and the run has several processes, each process uses the GPU
@@ -84,8 +84,7 @@ def world(device: str | None = None) -> Iterator[World]:
     if own_device.type == "cuda":
         own_device = device_named(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(own_device)
-    # The gloo backend serves CPU tensors, so that collectives on them do not wait for the work that is queued on the
-    # GPU.
+    # CPU tensors use the gloo backend. Collectives on CPU tensors therefore do not wait for work queued on the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, own_device)

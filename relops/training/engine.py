@@ -1,11 +1,11 @@
 """The training loop.
 
-No iteration waits for the device: the losses stay on the device until they are read, checked and logged every
+Most iterations do not wait for the device. The losses stay on the device, and are read and checked only every
 `log_every` iterations and before each checkpoint.
 
 Each iteration sets its own random seed, which depends only on the run's seed, the iteration and the process. The
-augmentation of each image is seeded in the same way. Therefore a run that resumes from a checkpoint takes the same
-steps as an uninterrupted run; on the CPU, its results are bitwise identical.
+augmentation of each image also has its own seed. Therefore a run that resumes from a checkpoint takes the same steps as
+an uninterrupted run. On the CPU, the results of both runs are bitwise identical.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ STATE = ("model", "optimizer", "average", "phase", "iteration", "losses", "times
 
 
 def seed_of(*numbers: int) -> int:
-    """Hash numbers to a seed of 32 bits, because torch's CPU generator uses no more bits of a seed."""
+    """Hash numbers to a seed of 32 bits, because torch's CPU generator uses only the lowest 32 bits of a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -77,20 +77,20 @@ def train(config: TrainConfig, restart: bool = False) -> dict[str, Any]:
     - log.jsonl: losses, learning rates and metrics.
     - metrics.json: the metrics of the last evaluation.
     - curves.png: a plot of losses and average precision.
-    - predictions/: drawings of detections in the first test images.
+    - predictions/: drawings of the first test images with their detections.
 
     Args:
         config: the settings.
-        restart: start again even if there is a checkpoint.
+        restart: start over even if there is a checkpoint.
 
     Returns:
         The metrics of the last evaluation.
 
     Raises:
-        UsageError: If a setting or a file breaks a rule, or if another process is using the folder. The message names
-            the setting or file, the rule, and the value.
+        UsageError: If a setting or a file is invalid, or if another process is using the folder. The message names the
+            setting or file, the rule that it breaks, and the invalid value.
         Interrupted: If SIGINT or SIGTERM is received. Calling `train` again with the same settings resumes the run.
-        LossError: If a loss is not finite. The last checkpoint was saved before that loss.
+        LossError: If a loss is not finite. The last checkpoint was saved before this loss occurred.
     """
     require_all(*MODULES)
     if not config.output:
@@ -107,7 +107,7 @@ def train(config: TrainConfig, restart: bool = False) -> dict[str, Any]:
 
 
 def _open_both(config: TrainConfig) -> tuple[DetectionData, DetectionData]:
-    """Open the training data and the test data, and add proposals to each if a file of proposals is given."""
+    """Open the training data and the test data, and add the proposals for which files are given."""
     data = open_data(config.data, "train", annotations=config.train_annotations)
     if not data.classes:
         raise UsageError(f"{config.data}: the training images must have objects of at least one class, got none")
@@ -134,12 +134,13 @@ def _make_model(config: TrainConfig, num_classes: int) -> BaseDetector:
 class Run:
     """The part of a run that one process executes.
 
-    Creating a `Run` opens the input files. Then `begin` locks the output folder and loads the checkpoint, `train` does
-    the training, and `close` must be called at the end, even after an error.
+    Creating a `Run` opens the input files. Then `begin` locks the output folder and loads the checkpoint, and `train`
+    trains the model. `close` must be called at the end, even after an error.
     """
 
-    # These attributes are set by __init__. `config.iterations` is the resolved length of the run, `determining` has the
-    # settings that must match those of a checkpoint, and `ends` has the iteration at which each phase ends.
+    # These attributes are set by __init__. `config.iterations` is the length of the run, even if `epochs` was given.
+    # `determining` contains the settings that must equal those in a checkpoint, and `ends` contains the iteration at
+    # which each phase ends.
     world: World
     signals: Signals
     folder: Path
@@ -154,8 +155,9 @@ class Run:
     ends: list[int]
     lock: contextlib.ExitStack
 
-    # These attributes are set by begin. `stored` is the content of the checkpoint, `iteration` the number of iterations
-    # that are done, and `logged` the minutes of training at the last line of the log. Only the main process has a log.
+    # These attributes are set by begin. `stored` is the content of the checkpoint, `iteration` is the number of
+    # completed iterations, and `logged` is the training time in minutes at the last line of the log. Only the main
+    # process has a log.
     stored: dict[str, Any] | None
     iteration: int
     losses: Losses
@@ -164,8 +166,8 @@ class Run:
     log: Log | None = None
     batches: Iterator[Batch]
 
-    # These attributes are set by _start_phase. `parallel` is the model itself, or a wrapper that averages its gradients
-    # over processes.
+    # These attributes are set by _start_phase. `parallel` is the model, or a wrapper that averages the gradients of the
+    # model over processes.
     phase: int
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
@@ -197,8 +199,8 @@ class Run:
         self.ends = [round(self.iterations * fraction) for fraction in fractions]
 
     def begin(self, restart: bool) -> None:
-        """Lock the folder, and restore the state of the run from its checkpoint, or set the state of a new run."""
-        # No process looks for a checkpoint before the folder is locked.
+        """Lock the folder, and load the state of the run from its checkpoint or, without one, set the initial state."""
+        # All processes wait here until the folder is locked. Only then do they look for a checkpoint.
         self.world.on_main(lambda: self._claim(restart))
         self.stored = self._load_checkpoint() if self.checkpoint_file.exists() else None
         start = self.stored or {"iteration": 0, "losses": [], "times": (0.0, 0.0, 0.0)}
@@ -249,18 +251,20 @@ class Run:
 
     def close(self) -> None:
         """Release the workers, the process group, the log files and the lock of the folder."""
-        self.batches = iter(())  # ends the workers even if the traceback of an exception keeps the run alive
-        # DistributedDataParallel must not hold the last reference to the process group. Otherwise its destructor would
-        # join the group's threads while holding the interpreter lock, for which those threads may be waiting.
+        self.batches = iter(())  # ends the workers even if a traceback still refers to this object
+        # DistributedDataParallel must not hold the last reference to the process group. Otherwise the destructor of the
+        # group would join the group's threads while it holds the interpreter lock, and these threads may be waiting for
+        # the same lock.
         self.parallel = self.model
         if self.log is not None:
             self.log.close()
         self.lock.close()
 
     def _start_phase(self, phase: int) -> None:
-        """Begin a phase, in which the model may copy and freeze weights.
+        """Begin a phase. The model may copy and freeze weights at the start of a phase.
 
-        The optimizer, the weight average and the parallel wrapper depend on the trained weights and are created again.
+        The optimizer, the weight average and the parallel wrapper depend on which weights are trained, so they are
+        created again for each phase.
         """
         config = self.config
         torch.manual_seed(seed_of(config.seed, phase))
@@ -280,7 +284,7 @@ class Run:
         self.parallel = self.model
         if self.world.size > 1:
             # An image may have no objects or no masks, so the parameters that contribute to the loss may differ between
-            # processes. DDP must therefore look for unused parameters, whatever the model is.
+            # processes. DDP must therefore look for unused parameters for every model.
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
 
     def _restore(self, stored: dict[str, Any]) -> None:
@@ -290,7 +294,7 @@ class Run:
             checkpoint.load_weights(self.checkpoint_file, self.average.model, stored["average"])
 
     def _train_until(self, end: int) -> None:
-        """Take the remaining steps of the phase, and log, save and evaluate whenever that is due."""
+        """Take the remaining steps of the phase, and log, save and evaluate at the intervals in the settings."""
         config = self.config
         begin = self.ends[self.phase - 1] if self.phase else 0
         self.model.train()
@@ -310,7 +314,7 @@ class Run:
         self.clock.stop()
 
     def _step(self, batch: Batch, step: int, steps: int) -> None:
-        """Take step number `step` of the `steps` steps of this phase on one batch."""
+        """Train on one batch. This is step number `step`, counted from 0, out of `steps` in this phase."""
         config, device = self.config, self.world.device
         torch.manual_seed(seed_of(config.seed, self.iteration, self.world.rank))
         set_lr(self.optimizer, lr_factor(config.schedule, step, steps, config.warmup, config.milestones))
@@ -375,8 +379,7 @@ class Run:
     def _evaluate_if_due(self) -> None:
         """Evaluate the model if an evaluation is due.
 
-        A checkpoint is always saved before an evaluation, so that a resumed run repeats an evaluation that was
-        interrupted.
+        A checkpoint is always saved first, so if an evaluation is interrupted, the resumed run repeats it.
         """
         if not self._evaluation_is_due():
             return

@@ -1,8 +1,9 @@
 """The errors that a user can fix.
 
-`python -m relops` prints these errors in one line. Any other exception is a bug of relops and keeps its traceback. The
-code that raises an error chooses the class, so no later code has to guess whether the user can fix it. Each class also
-derives from the matching built-in exception, so callers of `relops.training` can catch the built-in one.
+`python -m relops` prints each of these errors as one line. Any other exception is a bug in relops, and its traceback is
+printed. The code that raises an error chooses its class, so no other code has to guess whether the user can fix the
+error. Each class also derives from the matching built-in exception, so callers of `relops.training` can catch the
+built-in exception.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class OutputError(RelopsError, OSError):
 
 
 class RunNotFoundError(RelopsError, FileNotFoundError):
-    """An error for a path that contains no trained detector."""
+    """An error for a path at which there is no trained detector."""
 
 
 class MissingPackageError(RelopsError, ImportError):
-    """An error for a package that only training needs and that is missing or broken."""
+    """An error for a missing or broken package that only training needs."""
 
 
 class LossError(RelopsError, FloatingPointError):
@@ -39,12 +40,12 @@ def user_message(error: Exception) -> str | None:
     """Return the message of an error that the user can fix, or None for a bug."""
     message = str(error)
     if isinstance(error, RelopsError):
-        # A DataLoader raises the exception of a worker again, with the worker's traceback as its message. The traceback
-        # ends with the class, the message and a newline.
+        # A DataLoader raises the exception of a worker again, with the worker's traceback as the message. This
+        # traceback ends with the exception class, the original message and a newline.
         return message.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip("\n")
-    # The user can fix errors of the operating system that name a file. The user can also fix errors of ops and
-    # detectors, which begin with a prefix such as "relops.nms: ". The model's options cause these errors, because
-    # everything else that the command line passes to ops was checked before.
+    # The user can fix errors of the operating system that name a file. The user can also fix errors that an op or a
+    # detector raises, which begin with a prefix such as "relops.nms: ". They are caused by the options of the model,
+    # because all other arguments that the commands pass to ops were checked before.
     names_file = isinstance(error, OSError) and error.filename is not None
     names_op = isinstance(error, ValueError) and message.startswith("relops.")
     return message if names_file or names_op else None

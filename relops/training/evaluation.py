@@ -1,4 +1,4 @@
-"""Average precision of detections as defined by COCO and by Pascal VOC."""
+"""Average precision of detections, as COCO and Pascal VOC define it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def evaluate(
         batch_size: the number of images per batch in each process.
         min_size, max_size: limits of the image size in pixels, see `relops.training.data.prepare`.
         world: the processes.
-        workers: the number of processes that load images, for each process that detects.
+        workers: the number of processes that load images for each process that runs the detector.
         amp: autocast to bfloat16.
         channels_last: convert the images to the channels_last memory format.
         before_batch: a function that is called before every batch, the same number of times in all processes. If it
@@ -80,10 +80,10 @@ class _Found(NamedTuple):
 
 
 class Evaluator:
-    """A collector of detections, which compares them with the annotated objects.
+    """A class that collects detections and compares them with the annotated objects.
 
-    The detections of the images may be added in any order. All objects of an image without detections count as missed.
-    If an image is added again, its new detections replace the old ones.
+    Images may be added in any order. If an image is added again, its new detections replace the old ones. If an image
+    is not added, all of its objects count as missed.
 
     Args:
         data: the images and their annotations.
@@ -102,7 +102,7 @@ class Evaluator:
         self._found: dict[int, _Found] = {}
 
     def add(self, batch: Batch, detections: Detections) -> None:
-        """Add the detections of a batch, given in pixels of the images of the batch."""
+        """Add the detections of a batch, with coordinates in pixels of the resized images in the batch."""
         scales = batch.scales.cpu().flip(1).repeat(1, 2)[:, None]
         boxes = (detections.boxes.detach().float().cpu() / scales).numpy()
         scores, labels = (x.detach().cpu().numpy() for x in (detections.scores.float(), detections.labels))
@@ -120,26 +120,26 @@ class Evaluator:
         return [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in pasted]
 
     def state(self) -> list[tuple[int, _Found]]:
-        """Return the added detections, which can be pickled and passed to `merge` in another process."""
+        """Return the added detections in a form that can be pickled and passed to `merge` in another process."""
         return list(self._found.items())
 
     def merge(self, others: list[list[tuple[int, _Found]]]) -> None:
-        """Add detections that the method `state` of other evaluators of the same data returned."""
+        """Add the detections that other evaluators of the same data returned from their method `state`."""
         for state in others:
             self._found.update(state)
 
     def summarize(self) -> dict[str, float]:
         """Compute COCO's metrics with faster-coco-eval.
 
-        The boxes of the objects are used exactly as in the annotation file, so they may reach outside the image or
-        be empty. Ignored objects are treated like COCO's crowds: a detection that lies mostly inside one counts as
-        neither correct nor wrong.
+        The boxes of the objects are used exactly as in the annotation file, so they may extend outside the image or be
+        empty. Ignored objects are treated like COCO's crowds: a detection that lies mostly inside such an object counts
+        as neither correct nor wrong.
 
         Returns:
             A dict with AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_1, AR_10, AR_100 and AP/<class>. Each value is
-            in [0,1], or NaN if there are no such objects. If both the data and the detections have masks, the dict also
-            has mask_AP, mask_AP50 and so on. Mask detections inside the box of an object that has no mask count as
-            neither correct nor wrong.
+            in [0,1], or NaN if there are no objects of this size or class. If both the data and the detections have
+            masks, the dict also has mask_AP, mask_AP50 and so on. In the mask metrics, detections inside the box of an
+            object that has no mask count as neither correct nor wrong.
         """
         metrics = self._coco("bbox")
         with_masks = any(annotation.masks is not None for annotation in self._annotations.values())
@@ -149,8 +149,8 @@ class Evaluator:
 
     def _coco(self, kind: str) -> dict[str, float]:
         api = require("faster_coco_eval", "faster-coco-eval")
-        # Images and categories are numbered from 1 in their order. The data's own ids may be strings or integers that
-        # are too large for float64, to which faster-coco-eval converts them.
+        # Images and categories are numbered from 1, because faster-coco-eval converts ids to float64. The ids in the
+        # data may be strings or integers that are too large for float64.
         numbers = {image_id: 1 + i for i, image_id in enumerate(sorted(self._annotations))}
         truth = api.COCO(self._coco_truth(numbers, masks=kind == "segm"))
         results = self._results(numbers, range(1, 1 + len(self._classes)))
@@ -188,7 +188,7 @@ class Evaluator:
         }
 
     def coco_results(self) -> list[dict[str, Any]]:
-        """Return the detections in COCO's results format, with the image ids and category ids of the data's files."""
+        """Return the detections in COCO's results format, with the image and category ids of the annotation file."""
         return self._results({id: a.own_id for id, a in self._annotations.items()}, self._category_ids)
 
     def _results(self, image_ids: Mapping[int, int | str], category_ids: Sequence[int | str]) -> list[dict[str, Any]]:
@@ -211,20 +211,20 @@ class Evaluator:
         """Compute VOC's average precision of each class and its mean over the classes.
 
         The detections of a class are processed in order of descending score. Each detection is compared with the object
-        of the class that it overlaps most. It is wrong if their IoU is less than `iou_threshold`. Otherwise it counts
-        as neither correct nor wrong if the object is marked as difficult, as correct if it is the first detection of
-        the object, and as wrong if it is a later one.
+        of its class that has the highest IoU. If this IoU is less than `iou_threshold`, the detection is wrong.
+        Otherwise, if the object is marked as difficult, the detection counts as neither correct nor wrong. If the
+        object is not difficult, its first detection is correct and all later detections are wrong.
 
         Args:
             iou_threshold: the minimum IoU of a correct detection.
-            metric: "area", the area under the monotonic precision-recall curve (VOC from 2010 on), or "11point", the
-                mean precision at the recalls 0, 0.1, ..., 1 (VOC until 2009).
+            metric: "area", the area under the monotonic precision-recall curve (VOC 2010 and later), or "11point", the
+                mean precision at the recalls 0, 0.1, ..., 1 (before VOC 2010).
 
         Returns:
-            A dict with AP/<class>, which is NaN for classes without objects, and mAP, the mean of the other values.
+            A dict with AP/<class>, which is NaN for classes without objects, and mAP, the mean over all other classes.
 
         Raises:
-            ValueError: If `metric` has another value.
+            ValueError: If `metric` is neither of these.
         """
         if metric not in ("area", "11point"):
             raise ValueError(f"metric must be 'area' or '11point', got {metric!r}")
@@ -266,7 +266,7 @@ def _finite(annotation: Annotation) -> Annotation:
 
 
 def _verdicts(boxes: np.ndarray, annotation: Annotation, label: int, iou_threshold: float) -> np.ndarray:
-    """Return a verdict on each of K boxes, sorted by descending score: 1 if correct, 0 if wrong, -1 if neither."""
+    """Return [K] int for boxes sorted by descending score: 1 if a box is correct, 0 if it is wrong, -1 if neither."""
     of_class = annotation.labels == label
     objects, ignore = annotation.boxes[of_class], annotation.ignore[of_class]
     verdicts = np.zeros(len(boxes), int)
@@ -291,7 +291,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _segmentation(a: Annotation, i: int) -> dict[str, Any]:
-    """Return the entries for the mask of object `i` in COCO's format.
+    """Return the dict entries that describe the mask of object `i` in COCO's format.
 
     An object that has no mask becomes a crowd that fills its box, so that detections inside the box are ignored.
     """

@@ -1,4 +1,4 @@
-"""The log of a run as JSON lines, in TensorBoard and on the terminal, and the losses and times that are logged."""
+"""The log of a run (as JSON lines, in TensorBoard and on the terminal), and the losses and times to log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75")
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a log, or return an empty list if the file does not exist.
 
-    An incomplete last line is skipped. Damaged lines are skipped, too, with a message on standard error.
+    An incomplete last line is skipped. Damaged lines are also skipped, with a message on standard error.
     """
     if not path.exists():
         return []
@@ -32,7 +32,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             if not _is_line(line):
-                raise ValueError("a line must be an object of numbers with an iteration")
+                raise ValueError("a line must be a JSON object with an iteration and numeric values")
         except (ValueError, RecursionError) as error:
             print(f"{path}: line {number} is damaged and is skipped: {error}", file=sys.stderr)
         else:
@@ -63,7 +63,7 @@ def in_words(metrics: Mapping[str, Any]) -> str:
 
 
 class Log:
-    """The writer of `log.jsonl`, of scalars for TensorBoard if it is installed, and of progress on the terminal.
+    """A writer for `log.jsonl`, for TensorBoard files if TensorBoard is installed, and for progress on the terminal.
 
     Args:
         folder: the folder for the files.
@@ -133,10 +133,10 @@ class Log:
 
 
 class Losses:
-    """The losses since the last line of the log, which stay on the device until `read` transfers them together.
+    """The losses since the last line of the log. They stay on the device until `read` transfers them all at once.
 
     Attributes:
-        values: the losses that were read, as one dict per iteration with means over the processes.
+        values: the losses that were read, averaged over the processes, as one dict per iteration.
     """
 
     def __init__(self, values: list[dict[str, float]] | None = None) -> None:
@@ -170,7 +170,7 @@ class Losses:
             )
 
     def pop_means(self) -> dict[str, float]:
-        """Return the means over the iterations that were read, and remove these iterations."""
+        """Return the mean of each loss over the iterations in `values`, and clear `values`."""
         names = {name: None for losses in self.values for name in losses}
         means = {name: sum(losses.get(name, 0.0) for losses in self.values) / len(self.values) for name in names}
         self.values = []
@@ -178,10 +178,10 @@ class Losses:
 
 
 class Clock:
-    """The minutes of training, including data loading, and the elapsed minutes of the whole run.
+    """A clock for the training time (including data loading) and the total time of a run, in minutes.
 
     Args:
-        training, elapsed: the minutes of the earlier part of a run that is resumed.
+        training, elapsed: for a resumed run, the training time and the total time before it was interrupted.
     """
 
     def __init__(self, training: float = 0.0, elapsed: float = 0.0) -> None:

@@ -31,12 +31,12 @@ def make_optimizer(
         model: the model.
         kind: "sgd" or "adamw".
         lr: the learning rate.
-        weight_decay: the weight decay of all parameters except vectors, which are biases and scales.
+        weight_decay: the weight decay of all parameters except vectors (biases and scales).
         momentum: the momentum of sgd.
-        backbone_lr: the factor of the learning rate for the parameters of a module named `body`, which is the network
-            of a backbone.
-        slower: names of modules whose learning rate is a tenth of `lr` with adamw, because the size of the first steps
-            of adamw does not depend on the size of the gradient.
+        backbone_lr: the factor by which the learning rate of the backbone is multiplied. The network of the backbone is
+            the module named `body`.
+        slower: names of modules that have a tenth of the learning rate if `kind` is "adamw". They need this because the
+            size of adamw's first steps does not depend on the size of the gradient.
 
     Raises:
         UsageError: If no parameter requires a gradient.
@@ -59,11 +59,11 @@ def make_optimizer(
 
 
 def lr_factor(kind: str, iteration: int, total: int, warmup: int, milestones: Sequence[float]) -> float:
-    """Return the factor of the learning rate in iteration number `iteration` of `total`.
+    """Return the factor by which the learning rate is multiplied in iteration number `iteration` of `total`.
 
-    The factor rises linearly in the first `warmup` iterations. With "cosine" it then follows half a cosine wave down to
-    0. With "step" it is divided by 10 at each milestone, which is a fraction of the run. The factor depends only on the
-    iteration, so a checkpoint need not store any state of the schedule.
+    The factor rises linearly in the first `warmup` iterations. For "cosine", it is also multiplied by half a cosine
+    wave, which falls from 1 to 0 over the run. For "step", the factor is divided by 10 at each milestone (a fraction
+    of the run). The factor does not depend on earlier iterations, so a checkpoint need not store a schedule state.
     """
     rise = min(1.0, (iteration + 1) / (warmup + 1))
     progress = iteration / total
@@ -84,7 +84,7 @@ class WeightAverage:
 
     Args:
         model: the model, which is copied.
-        decay: the factor of the previous average in each update.
+        decay: the weight of the previous average in each update.
 
     Attributes:
         model: the copy that holds the averages.
@@ -96,7 +96,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:
-        """Update the average with the weights of `model`, after `steps` earlier updates."""
+        """Update the average with the weights of `model`. `steps` is the number of earlier updates."""
         weight = 1.0 - min(self.decay, (1 + steps) / (10 + steps))
         averages, weights = self.model.state_dict(), model.state_dict()
         floating = [name for name, value in weights.items() if value.is_floating_point()]

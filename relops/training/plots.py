@@ -1,4 +1,4 @@
-"""Drawings of detections and plots of training curves."""
+"""Drawings of detections, and plots of training curves."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def draw_detections(
         boxes: [D,4] x1, y1, x2, y2 in pixels of the image.
         labels: [D] integers. Detections with a negative label are not drawn.
         scores: [D].
-        classes: names of the labels.
+        classes: class names, indexed by label.
         masks: [D,H,W] bool, or None to draw no masks.
 
     Returns:
         The drawing as a PIL image. The input image is not changed.
     """
     pil, draw = require("PIL.Image", "pillow"), require("PIL.ImageDraw", "pillow")
-    shown = [d for d in np.argsort(scores, kind="stable") if labels[d] >= 0]  # the highest score is drawn last
+    shown = [d for d in np.argsort(scores, kind="stable") if labels[d] >= 0]  # highest score last
     if masks is not None:
         image = image.copy()
         for d in shown:
@@ -63,12 +63,12 @@ def _color(label: int) -> tuple[int, int, int]:
 
 
 def plot_curves(log: Sequence[dict[str, Any]], path: Path | str) -> None:
-    """Plot the losses over the iterations (left) and the average precision over the minutes of training (right).
+    """Plot the losses against the iteration (left) and the average precision against the training time (right).
 
     Args:
-        log: lines {"iteration", "minutes", "loss", "losses": {name: value}} of training and lines {"iteration",
-            "minutes", "AP", "AP50", ..., "mask_AP", ...} of evaluation, in any order. A value that is missing in a line
-            is not plotted.
+        log: the lines of a log in any order. Training lines have the keys "iteration", "minutes", "loss" and "losses",
+            which is a dict {name: value}. Evaluation lines have "iteration", "minutes" and metrics such as "AP", "AP50"
+            and "mask_AP". Values that are missing in a line are not plotted.
         path: the output file. Its extension determines the format.
     """
     figure_type = require("matplotlib.figure", "matplotlib").Figure  # unlike pyplot, Figure does not set a backend
@@ -99,7 +99,7 @@ def plot_curves(log: Sequence[dict[str, Any]], path: Path | str) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return running means, ignoring NaN, over windows that end at each value and span 1/20 of all values."""
+    """Return running means that ignore NaN. Each window ends at one of the values and contains 1/20 of all values."""
     window = max(1, len(values) // 20)
     finite = np.isfinite(values)
     sums, counts = (np.concatenate([np.zeros(window), x]).cumsum() for x in (np.where(finite, values, 0), finite))

@@ -1,4 +1,4 @@
-"""Detections, objects, drawings and proposals that a detector computes for images."""
+"""Running a detector on images: detections, drawings and proposals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from relops.training.detector import Detector
 from relops.training.errors import UsageError
 from relops.training.plots import draw_detections
 
-DRAWN_SIZE = 640  # maximum length in pixels to which the longer side of a small image is enlarged
+DRAWN_SIZE = 640  # small images are drawn enlarged, with at most this many pixels on the longer side
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def detect(detector: Detector, sample: Sample, threshold: float) -> Objects:
 
 
 def draw(detector: Detector, sample: Sample, found: Objects, path: Path) -> None:
-    """Write a drawing of an image with the objects that were detected in it."""
+    """Draw the objects that were detected in an image, and write the drawing to a file."""
     # Small images are enlarged, because the font size of the class names is fixed.
     factor = max(1, DRAWN_SIZE // max(sample.image.shape[:2]))
     image, masks = sample.image.repeat(factor, 0).repeat(factor, 1), found.masks
@@ -74,7 +74,7 @@ def draw(detector: Detector, sample: Sample, found: Objects, path: Path) -> None
 
 
 def draw_examples(detector: Detector, data: DetectionData, folder: Path, count: int) -> None:
-    """Write drawings of the first `count` images, with the objects that are detected in them, to a folder."""
+    """Detect the objects in the first `count` images, and write the drawings to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     detector.model.eval()
     for index in range(min(count, len(data))):
@@ -103,7 +103,8 @@ def propose(
         workers: the number of processes that load images.
 
     Returns:
-        A dict from the id of each image to its proposals [P,4] in pixels of the image, in order of descending score.
+        A dict that maps the id of each image to its proposals [P,4], in pixels of the image and in order of descending
+        score.
 
     Raises:
         UsageError: If the detector does not generate proposals.

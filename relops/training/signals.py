@@ -1,4 +1,4 @@
-"""Handling of the signals that stop a run after a checkpoint."""
+"""Handling of SIGINT and SIGTERM. These signals make a run save a checkpoint and stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The exception that ends a run after it received a signal and saved a checkpoint."""
+    """The exception that ends a run after the run received a signal and saved a checkpoint."""
 
     def __init__(self, number: int, iteration: int) -> None:
         super().__init__(f"{signal.Signals(number).name}: stopped after iteration {iteration} and saved a checkpoint")
@@ -18,9 +18,9 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """A context manager that records SIGINT and SIGTERM in `number`, so that the run can stop after a checkpoint.
+    """A context manager that stores the number of a received SIGINT or SIGTERM in `number`.
 
-    A second signal ends the process at once.
+    The run then saves a checkpoint and stops. A second signal ends the process immediately.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Signals:
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._record)
         return self

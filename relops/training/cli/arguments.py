@@ -1,4 +1,4 @@
-"""The parser class of all commands, and the arguments that eval, predict and propose have in common."""
+"""The parser class for all commands, and the arguments that eval, predict and propose have in common."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ class CommandParser(argparse.ArgumentParser):
     """An argument parser whose help may depend on the other arguments of the command.
 
     Attributes:
-        make_epilog: a function that returns the end of the help, given the arguments of the command, or None.
+        make_epilog: a function that takes the arguments of the command and returns the text at the end of the help, or
+            None for no such text.
     """
 
     make_epilog: Callable[[Sequence[str]], str] | None = None
     _arguments: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments, and keep them for `format_help`, which --help calls before parsing has ended."""
+        """Parse arguments, and keep them for `format_help`, which is called before parsing ends if --help is given."""
         self._arguments = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
@@ -41,14 +42,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_command(commands: argparse._SubParsersAction, name: str, help: str, **options: Any) -> argparse.ArgumentParser:
-    """Add a command to the parser. Its description is `help` as a sentence unless `options` has another one."""
+    """Add a command to the parser. The description of the command is `help` as a sentence, unless `options` has one."""
     options = {"description": f"{help[0].upper()}{help[1:]}."} | options
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, **options)
     return parser
 
 
 def default_folder(model: str, data: str) -> str:
-    """Return the default output folder of a run."""
+    """Return the default output folder of a run with these settings."""
     return os.path.join("runs", f"{model}-" + re.sub(r"[^\w.-]+", "-", data).strip("-"))
 
 
@@ -59,20 +60,20 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="RUN",
-        help="folder of a run, or its file model.pt or last.pt (default: the folder runs/MODEL-DATA, where train puts "
-        "a run with the same --model and --data)",
+        help="folder of a run, or the file model.pt or last.pt in it (default: runs/MODEL-DATA, the folder that train "
+        "creates for the same --model and --data)",
     )
     parser.add_argument(
         "--model",
         default=TrainConfig.model,
-        help=f"model of the run, which is used only if RUN is not given (default: {TrainConfig.model})",
+        help=f"MODEL in the default of RUN; ignored if RUN is given (default: {TrainConfig.model})",
     )
-    parser.add_argument("--data", help="data set: coco:DIR, voc:DIR or shapes[:N] (default: that of the run)")
+    parser.add_argument("--data", help="data set: coco:DIR, voc:DIR or shapes[:N] (default: the data set of the run)")
     parser.add_argument(
         "--test-annotations",
         metavar="FILE",
-        help="annotation file of the test images of coco:DIR (default: that of the run, or, if --data is given, the "
-        "file whose name contains val or test)",
+        help="annotation file of the test images of coco:DIR (default: the file that the run used or, if --data is "
+        "given, the file whose name contains val or test)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if one is available)")
     parser.add_argument(
@@ -89,7 +90,7 @@ def add_loader(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace) -> Detector:
-    """Check the numbers among the arguments, and load the detector."""
+    """Check the numeric arguments, and load the detector."""
     check_limits(vars(arguments))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -100,7 +101,7 @@ def load(arguments: argparse.Namespace) -> Detector:
 def open_split(
     arguments: argparse.Namespace, detector: Detector, split: str, with_masks: bool = False
 ) -> DetectionData:
-    """Open the data set that the arguments name, or otherwise that of the run, with the classes of the detector."""
+    """Open the data set given by --data, or else the data set of the run, with the classes of the detector."""
     annotations = vars(arguments).get(f"{split}_annotations")
     if annotations is None and arguments.data is None:
         annotations = getattr(detector, f"{split}_annotations")

@@ -1,4 +1,4 @@
-"""Descriptions of the detectors and their options, which come from the signatures and docstrings of their factories."""
+"""Descriptions of the detectors and their options, from the signatures and docstrings of the factory functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def summary(factory: Callable[..., object]) -> str:
 
 
 def options_of(factory: Callable[..., object]) -> list[Option]:
-    """Return the options of a detector, which are the parameters of its factory function that have a default."""
+    """Return the options of a detector: all parameters of its factory function that have a default value."""
     descriptions = described_arguments(inspect.getdoc(factory) or "")
     return [
         Option(name, parameter.default, descriptions.get(name, ""))
@@ -45,13 +45,13 @@ def described_arguments(docstring: str) -> dict[str, str]:
         docstring: the docstring as `inspect.getdoc` returns it.
 
     Returns:
-        A dict from the name of each parameter to its description as one line of text. An entry for several names, such
-        as "height, width: ...", is returned for each of them.
+        A dict that maps the name of each parameter to its description as one line of text. If an entry has several
+        names, as in "height, width: ...", each name gets the same description.
     """
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", docstring, re.MULTILINE)
     if section is None:
         return {}
-    # An entry begins with its names at the indentation of the section, and its further lines are indented more.
+    # The first line of each entry begins with its names. The other lines of the entry are indented further.
     entries = re.split(r"^(?=\S)", textwrap.dedent(section[1]), flags=re.MULTILINE)
     descriptions = {}
     for entry in entries:
@@ -63,23 +63,23 @@ def described_arguments(docstring: str) -> dict[str, str]:
 
 
 def as_argument(value: Any) -> str:
-    """Format a value as `--option NAME=VALUE` accepts it."""
+    """Format a value in the form that `--option NAME=VALUE` accepts."""
     return value if isinstance(value, str) else repr(value).replace(" ", "")
 
 
 def models_help(model: str | None, shapes_settings: Mapping[str, Any], shapes_options: Mapping[str, Any]) -> str:
-    """Return the part of `train --help` that lists all models with the defaults of their options, and all backbones.
+    """Return the part of `train --help` that lists all models, the defaults of their options, and all backbones.
 
     Args:
         model: the name of a model whose options are also described, or None.
-        shapes_settings: the settings of a run whose defaults differ for the data set `shapes`.
-        shapes_options: the options of models whose defaults differ for the data set `shapes`.
+        shapes_settings: the settings that have different defaults for the data set `shapes`, with these defaults.
+        shapes_options: the model options that have different defaults for the data set `shapes`, with these defaults.
     """
     defaults = {name: {o.name: o.default for o in options_of(factory)} for name, factory in models.DETECTORS.items()}
     backbones = (
-        f"A ResNet, vgg16 or zf may be followed by a normalization: -{', -'.join(NORM_SUFFIXES)}. A ResNet or LR-Net "
-        "may then be followed by a width, which is 64 by default. Examples are resnet50-frozen, resnet18-gn-32 and "
-        "lr_net26-32."
+        "The name of a ResNet, vgg16 or zf may be followed by a normalization: "
+        f"-{', -'.join(NORM_SUFFIXES)}. The name of a ResNet or LR-Net may end with a width, which is 64 by default. "
+        "Examples are resnet50-frozen, resnet18-gn-32 and lr_net26-32."
     )
     sections = {
         "models, with their options and defaults": [

@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--proposals",
         metavar="FILE",
-        help="file of proposals for the images, which only fast_rcnn needs (default: none)",
+        help="file with proposals for the test images; only fast_rcnn needs this file (default: none)",
     )
     parser.add_argument(
         "--voc", action="store_true", help="also compute the average precision of Pascal VOC (default: no)"

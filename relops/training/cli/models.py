@@ -15,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    """Print the name of each detector and what it is."""
+    """Print the name and a short description of each detector."""
     for name, factory in models.DETECTORS.items():
         print(f"{name:24}{summary(factory)}")
     return 0

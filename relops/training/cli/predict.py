@@ -43,9 +43,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write drawings and detections.json.
+    """Detect objects in images, and write drawings and detections.json.
 
-    Images that cannot be read are reported and skipped, and the exit status is then 1.
+    Images that cannot be read are reported and skipped. In this case, the exit status is 1.
     """
     require_all("pillow")
     output: Path = arguments.output
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     detector = load(arguments)
     if detector.model.uses_proposals:
-        raise UsageError(f"model {detector.name} needs proposals, which image files do not have")
+        raise UsageError(f"model {detector.name} needs proposals, but predict does not accept any")
     images = _images(arguments, detector)
     drawings = _drawings(output, [file for file, _ in images])
 
@@ -77,9 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _images(arguments: argparse.Namespace, detector: Detector) -> list[tuple[str, Callable[[], Sample]]]:
-    """Return the file of each image and a function that reads it.
+    """Return the path of each image and a function that reads the image.
 
-    The images are those that the arguments name, or otherwise the test images of the data set.
+    The images are those given as arguments or, if there are none, the test images of the data set.
     """
     if not arguments.images:
         data = open_split(arguments, detector, "test")
@@ -90,7 +90,7 @@ def _images(arguments: argparse.Namespace, detector: Detector) -> list[tuple[str
 
 
 def _image_files(paths: list[Path]) -> list[str]:
-    """Return the given files, and the image files in the given folders."""
+    """Return the given files, and all image files in the given folders."""
     files: list[Path] = []
     for path in paths:
         expanded = [path]
@@ -116,7 +116,7 @@ def _drawings(output: Path, files: list[str]) -> list[Path]:
     for file in files:
         other = by_name.setdefault(Path(file).name, file)
         if other is not file:
-            raise UsageError(f"the names of images must be unique, got {other} and {file}")
+            raise UsageError(f"no two images may have the same file name, got {other} and {file}")
     make_folder(output)
     check_file(output / "detections.json")
     drawings = [output / f"{Path(file).name}.png" for file in files]

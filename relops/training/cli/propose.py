@@ -23,8 +23,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--train-annotations",
         metavar="FILE",
-        help="annotation file of the training images of coco:DIR (default: that of the run, or, if --data is given, "
-        "the file whose name contains train)",
+        help="annotation file of the training images of coco:DIR (default: the file that the run used or, if --data "
+        "is given, the file whose name contains train)",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file for the proposals (required)")
     parser.add_argument(
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the proposals of a detector for all images of a split to a file."""
     require_all("pillow")
     detector = load(arguments)
-    proposing_model(detector)  # raises an error before the data set is opened
+    proposing_model(detector)  # raises an error for an unsuitable model before the data set is opened
     data = open_split(arguments, detector, arguments.split)
     check_file(arguments.output)
     proposals = propose(detector, data, arguments.count, arguments.batch, arguments.workers)

@@ -21,15 +21,15 @@ from relops.training.errors import UsageError
 from relops.training.log import in_words
 from relops.training.signals import Interrupted
 
-# These options of models have their own flags, in addition to --option.
+# These model options can be set with their own flags, as well as with --option.
 MODEL_OPTIONS: dict[str, tuple[type, str]] = {
-    "backbone": (str, "backbone of the model, one of those listed below (default: that of the model)"),
-    "channels": (int, "number of channels of the model's feature maps (default: that of the model)"),
-    "hidden": (int, "width of the model's fully connected layers (default: that of the model)"),
+    "backbone": (str, "backbone, one of those listed below (default: depends on the model)"),
+    "channels": (int, "number of channels of the feature maps (default: depends on the model)"),
+    "hidden": (int, "width of the fully connected layers (default: depends on the model)"),
 }
 
-# For the data set `shapes`, these defaults replace those of TrainConfig and of the models. A model ignores the options
-# that it does not have.
+# For the data set `shapes`, these defaults replace the defaults of TrainConfig and of the models. Options that a model
+# does not have are ignored.
 SHAPES_DEFAULTS: dict[str, Any] = {
     "options": {
         "backbone": "resnet18-gn-32",
@@ -79,7 +79,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         if field.name != "options":
             _add_setting(groups[field.metadata["group"]], field, types[field.name])
     groups["run"].add_argument(
-        "--restart", action="store_true", help="start again even if the output folder has a checkpoint (default: no)"
+        "--restart", action="store_true", help="start over even if the output folder has a checkpoint (default: no)"
     )
     for name, (kind, help) in MODEL_OPTIONS.items():
         groups["model"].add_argument(f"--{name}", type=kind, metavar="N" if kind is int else None, help=help)
@@ -88,13 +88,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set any option of the model; may be repeated (default: the options listed below)",
+        help="set any option of the model; may be repeated (default: see the list of models below)",
     )
     parser.set_defaults(run=run)
 
 
 def _add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any) -> None:
-    """Add a flag for a setting. The value of the flag is None if it is not given."""
+    """Add a flag for a setting. If the flag is not given, its value is None."""
     flag, help, text = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["default_text"]
     default = typing.cast(Any, field.default)
     if kind is bool:
@@ -116,7 +116,7 @@ def _add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field, kind:
 
 
 def _epilog(arguments: Sequence[str]) -> str:
-    """Return the end of the help, which describes the options of a model if the arguments name one."""
+    """Return the text at the end of the help. It describes the options of a model if --model is given."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--model")
     try:
@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train a detector and print its metrics.
 
     Returns:
-        0, or 128 plus the number of the signal that stopped the run after a checkpoint.
+        0 if training is complete, or 128 plus the signal number if a signal stopped the run.
     """
     config = train_config(arguments)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:
-    """Return the settings given on the command line, completed with the defaults for the data set."""
+    """Return the settings given on the command line, with the defaults of the data set for all other settings."""
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     given: dict[str, Any] = {name: x for name in names if (x := getattr(arguments, name, None)) is not None}
     if "milestones" in given:

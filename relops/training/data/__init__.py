@@ -1,6 +1,6 @@
-"""Data sets, and how their images become batches.
+"""Data sets, and the conversion of their images to batches.
 
-The batches of a training run are made as follows::
+A training run creates its batches as follows::
 
     data = open_data("voc:VOC2007", "train")
     prepared = Transformed(data, min_size=600, max_size=1000, augment=True)
@@ -57,12 +57,13 @@ def open_data(
         classes: class names in the order of their labels. For test data, pass the classes of the training data. None
             means the classes that occur in the training split (VOC), or the categories of the file (COCO).
         annotations: the annotation file of a COCO data set. None means that the file is found by its name.
-        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. For test data, pass the
-            range of the training data. None means that the range is determined from a sample of the images.
+        pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel.
+            For test data, pass the range of the training data. None means that the range is determined from a sample of
+            the images.
 
     Raises:
-        UsageError: If an argument or a file breaks a rule. The message names the argument or file, the rule, and the
-            value.
+        UsageError: If an argument or a file is invalid. The message names the argument or file, the rule that it
+            breaks, and the invalid value.
     """
     if split not in ("train", "test"):
         raise UsageError(f"split must be 'train' or 'test', got {split!r}")
@@ -92,7 +93,7 @@ def warn_of_common_images(train: DetectionData, test: DetectionData) -> None:
     common = [a.file for a in test.annotations() if os.path.realpath(a.file) in trained]
     if common:
         warnings.warn(
-            f"{common[0]}: a test image should not also be a training image (such images: {len(common)} of "
-            f"{len(test)})",
+            f"{common[0]}: a test image should not also be a training image, but {len(common)} of {len(test)} test "
+            "images are",
             stacklevel=2,
         )

@@ -27,9 +27,9 @@ class Batch(NamedTuple):
         images: [N,3,H,W] float32, normalized with MEAN and STD, and padded with zeros on the right and at the bottom. H
             and W are multiples of 32.
         sizes: [N,2] float32 (height, width) of the images without padding.
-        targets: the objects that are not ignored.
+        targets: the objects of the images, without those that are ignored.
         image_ids: [N] int64.
-        scales: [N,2] float32 (y, x), the ratio of the size in the batch to the size of the original image.
+        scales: [N,2] float32, the height and width in `sizes` divided by the height and width of the original image.
     """
 
     images: Tensor
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     scales: Tensor
 
     def to(self, device: torch.device | str, *, channels_last: bool = False) -> Batch:
-        """Copy the batch to a device. From pinned memory, the copy is asynchronous.
+        """Copy the batch to a device. The copy is asynchronous if the batch is in pinned memory.
 
         Args:
             device: the target device.
@@ -55,7 +55,10 @@ class Batch(NamedTuple):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Pad N samples to one batch, whose H and W are the largest height and width, rounded up to multiples of 32."""
+    """Pad N samples to the same size, and combine them into a batch.
+
+    H and W of the batch are the largest height and width of the samples, rounded up to multiples of 32.
+    """
     N = len(samples)
     sizes = np.array([sample.image.shape[:2] for sample in samples])
     H, W = (-(-int(side) // DIVISOR) * DIVISOR for side in sizes.max(0))
@@ -89,13 +92,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def load_batches(
     data: Transformed, indices: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
 ) -> DataLoader[Batch]:
-    """Return a loader of batches in a given order.
+    """Return a loader that yields batches in a given order.
 
     Args:
         data: the images.
-        indices: for each batch, the (epoch, index) of its images.
-        workers: the number of worker processes. With 0, this process loads the images.
-        device: the device of the model. Memory is pinned if the device is a GPU.
+        indices: for each batch, the (epoch, index) pairs of its images.
+        workers: the number of worker processes, or 0 to load the images in this process.
+        device: the device of the model. If it is a GPU, batches are placed in pinned memory.
     """
     return DataLoader(
         data,
@@ -111,8 +114,8 @@ def _leave_group(_: int) -> None:
     """Remove a worker from the process group of the training process.
 
     Terminals, `timeout` and torchrun send a signal to all processes of a group, but the training process still needs
-    its workers until it has saved a checkpoint. The exception hook is disabled because the thread of a worker that
-    sends tensors would print a traceback if the training process ended while receiving a tensor.
+    its workers until it has saved a checkpoint. Each worker sends tensors from a thread, which would print a traceback
+    if the training process ended while receiving a tensor. The exception hook is disabled to suppress this traceback.
     """
     os.setpgid(0, 0)
     sys.excepthook = lambda *_: None

@@ -19,12 +19,12 @@ from relops.training.data.masks import mask_area, shown, usable_mask
 from relops.training.data.samples import Annotation, FileData, parse_flag
 from relops.training.errors import UsageError
 
-# These words in file names say which split a file belongs to.
+# Words in the name of an annotation file that say which split the file belongs to.
 JOINT = {"trainval"}
 TRAIN = {"train", "training"} | JOINT
 VALIDATION = {"val", "valid", "validation"}
 TEST = {"test", "testing"}
-NOT_INSTANCES = {"captions", "info", "keypoints", "panoptic", "stuff"}  # COCO's files for other tasks
+NOT_INSTANCES = {"captions", "info", "keypoints", "panoptic", "stuff"}  # in COCO's files for other tasks
 
 
 def open_coco(
@@ -36,24 +36,24 @@ def open_coco(
 ) -> FileData:
     """Open a split of the data set in a folder.
 
-    For the split "train", the annotation file is the one in annotations/ whose name contains the word train. For
-    "test", it is the one whose name contains val or, if there is no such file, test. Words are separated by "_", "-"
-    and ".", and may end in digits, as in instances_train2017.json and val.json. A file whose name contains trainval, or
-    both train and val, belongs to "train", and then only a file whose name contains test can belong to "test". Files
-    whose names contain the word instances are preferred. If no file or more than one file remains, `annotations` must
-    name one.
+    If `annotations` is None, the annotation file is found in annotations/ by the words in its name. For the split
+    "train", the name must contain the word train. For "test", it must contain val or, if there is no such file, test.
+    Words are separated by "_", "-" and ".", and may end in digits, as in instances_train2017.json and val.json. A file
+    whose name contains trainval, or both train and val, belongs to "train". In this case, the name of the file for
+    "test" must contain test. If several files match, files whose names contain the word instances are preferred. If no
+    file or more than one file remains, `annotations` must name the file.
 
-    The images of instances_train2017.json are searched for in train2017, images/train2017, images and `folder` itself.
-    Objects with iscrowd are ignored. An object without a usable segmentation has no mask.
+    The images of instances_train2017.json, for example, are searched for in the folders train2017, images/train2017,
+    images and `folder` itself. Objects with iscrowd=1 are ignored. An object without a usable segmentation has no mask.
 
     Args:
         folder: the folder of the data set.
         split: "train" or "test".
         classes: class names in the order of their labels. None means the categories of the file by ascending id.
-        annotations: the path of the annotation file, which may be relative to `folder` or to its annotations/. None
-            means that the file is found by its name.
-        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
-            determined from a sample of the images.
+        annotations: the path of the annotation file, which may be relative to `folder` or to its folder annotations.
+            None means that the file is found by its name.
+        pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel.
+            None means that the range is determined from a sample of the images.
 
     Raises:
         UsageError: If a file is missing or cannot be read, or if an object belongs to none of the classes. The message
@@ -68,7 +68,7 @@ def open_coco(
 
 
 def _words(file: Path) -> set[str]:
-    # Remove years and sizes, as in "train2017" and "trainval35k".
+    # Remove numbers at the end of words, such as the year or size in "train2017" and "trainval35k".
     return {re.sub(r"\d+k?$", "", word) for word in re.split(r"[\W_]+", file.stem.lower())}
 
 
@@ -110,7 +110,8 @@ def _named_file(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise UsageError(
-        f"{name}: the annotation file must exist at this path, or at this path relative to {folder} or its annotations"
+        f"{name}: the annotation file must exist at this path, which may be relative to {folder} or its annotations "
+        "folder"
     )
 
 
@@ -120,13 +121,13 @@ class _Reader:
     def __init__(self, folder: Path, file: Path, content: Any, classes: Sequence[str] | None) -> None:
         self.folder, self.file = folder, file
         self.labels: list[int] = []  # the labels of all objects
-        self.problems: list[str] = []  # the problems of unusable segmentations
+        self.problems: list[str] = []  # what makes segmentations unusable
         self.entries = {name: self._list(content, name) for name in ("images", "annotations", "categories")}
         categories = self.entries["categories"]
         names = {self._id("categories", i, "id"): self._name(i) for i in range(len(categories))}
         if len(set(names.values())) != len(categories):
             raise UsageError(f"{file}: ids and names of categories must be unique, got {categories}")
-        # Numbers are sorted before strings, because the two cannot be compared.
+        # Numeric ids come before ids that are strings, because Python cannot compare numbers with strings.
         self.names = dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
         self.classes = list(self.names.values()) if classes is None else list(classes)
         self.label_of = {id: self.classes.index(name) for id, name in self.names.items() if name in self.classes}
@@ -144,7 +145,7 @@ class _Reader:
             first[id] = path
         unknown = next((id for id in of_image if id not in first), None)
         if unknown is not None:
-            raise UsageError(f"{self.file}: image_id must be the id of an image of the file, got {unknown!r}")
+            raise UsageError(f"{self.file}: image_id must be the id of an image in this file, got {unknown!r}")
         path, times = Counter(map(os.path.normpath, files)).most_common(1)[0]
         if times > 1:
             warnings.warn(
@@ -204,7 +205,7 @@ class _Reader:
         if without == total:
             for a in annotations:
                 a.masks = None
-        text = f"{without} of {total} objects have no mask and are trained with their boxes only"
+        text = f"{without} of {total} objects have no mask, so only their boxes are used in training"
         if self.problems:
             named, more = "; ".join(self.problems[:5]), len(self.problems) - 5
             text += f". Unusable parts of segmentations are ignored: {named}" + f"; and {more} more" * (more > 0)
@@ -212,7 +213,7 @@ class _Reader:
             warnings.warn(f"{self.file}: {text}", stacklevel=2)
 
     def _objects_by_image(self) -> dict[int | str, list[int]]:
-        """Group the indices of the annotations by image id, and set `labels`."""
+        """Group the indices of all annotations by image id, and append the label of each annotation to `labels`."""
         of_image = defaultdict(list)
         for j, entry in enumerate(self.entries["annotations"]):
             of_image[self._id("annotations", j, "image_id")].append(j)
@@ -226,7 +227,7 @@ class _Reader:
         return of_image
 
     def _category_ids(self) -> list[int | str]:
-        """Return the category ids of the classes. Classes that are missing in the file get ids below all others."""
+        """Return the category id of each class. Classes that are not in the file get ids below all ids in the file."""
         ids = {self._id("categories", i, "id"): entry["id"] for i, entry in enumerate(self.entries["categories"])}
         id_of = {label: ids[id] for id, label in self.label_of.items()}
         lowest = min([0, *(id for id in ids if isinstance(id, int))])
@@ -238,11 +239,11 @@ class _Reader:
             raise self._wrong("images", i, "file_name", "the name of a file")
         part = re.sub("^instances_", "", self.file.stem, flags=re.IGNORECASE)
         folders = [self.folder / part, self.folder / "images" / part, self.folder / "images", self.folder]
-        for spelling in dict.fromkeys([name, name.replace("\\", "/")]):  # a file from Windows has backslashes
+        for spelling in dict.fromkeys([name, name.replace("\\", "/")]):  # paths from Windows have backslashes
             for folder in folders:
                 if os.path.isfile(path := os.path.join(folder, spelling)):
                     return path
-        raise UsageError(f"{name}: this image of {self.file} must be in one of {list(map(str, folders))}")
+        raise UsageError(f"{name}: this image of {self.file} must be in one of the folders {list(map(str, folders))}")
 
     def _boxes(self, objects: list[int]) -> np.ndarray:
         """Return the boxes of objects as [T,4] float64 x, y, width, height."""
@@ -278,7 +279,7 @@ class _Reader:
         return str(name)
 
     def _id(self, name: str, i: int, key: str) -> int | str:
-        """Return an id as an integer if it is an integer or a string that contains an integer, or else as a string."""
+        """Return an id. A string that contains an integer is converted to that integer."""
         value = self._get(name, i, key)
         if type(value) is int and -(2**63) <= value < 2**63:
             return value
@@ -289,7 +290,7 @@ class _Reader:
     def _list(self, content: Any, name: str) -> list[dict[str, Any]]:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise UsageError(f"{self.file}: the file must have COCO's format for instances, with a list {name!r}")
+            raise UsageError(f"{self.file}: the file must have COCO's instances format, with a list {name!r}")
         for i, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 raise UsageError(f"{self.file}: {name}[{i}] must be an object, got {shown(entry)}")
@@ -315,7 +316,7 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 def _positive(value: Any) -> float:
     """Return a positive, finite number unchanged, and 0 for anything else."""
-    if type(value) is float:  # this is the usual case
+    if type(value) is float:  # the usual case
         return value if 0 < value < math.inf else 0.0
     number = _numbers(value)
     return float(number) if number is not None and number.ndim == 0 and 0 < number < math.inf else 0.0

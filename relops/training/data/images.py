@@ -1,4 +1,4 @@
-"""Image reading, and the pixel range of images with more than 8 bits per pixel."""
+"""Reading of images, and the pixel range of grayscale images with more than 8 bits per pixel."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SAMPLE_SIZE = 64  # maximum number of images from which the pixel range of a data set is determined
-# These are the usual maximum values that cameras and programs write. If the largest value is between 1 and 16, none of
-# them is likely, and the largest value itself is the maximum.
+# The maximum pixel values that cameras and programs usually write. If the largest pixel value in the images is between
+# 1 and 16, none of these maxima is likely, and the largest pixel value is used instead.
 INTEGER_MAXIMA = (1, 255, 1023, 4095, 16383, 65535)
 FLOAT_MAXIMA = (1, 255, 65535)
-TOLERANCE = 0.02  # fraction of the range by which resampled floats may exceed it
+TOLERANCE = 0.02  # resampled floats may exceed the range by this fraction of it
 MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE, BITS_PER_SAMPLE, GDAL_NODATA = 281, 341, 258, 42113  # TIFF tags
 
 
 class PixelRange(NamedTuple):
-    """The pixel values that are scaled to 0 and 255 in images whose pixels are not bytes."""
+    """The pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel."""
 
     low: float
     high: float
@@ -40,12 +40,12 @@ class PixelRange(NamedTuple):
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file name is that of an image. Files like "._a.jpg", which macOS creates, are not images."""
+    """Return whether a file name is the name of an image. Files like "._a.jpg", which macOS creates, are not images."""
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith("._")
 
 
 def is_deep(image: Image) -> bool:
-    """Return whether each pixel is a single integer of 16 or 32 bits, or a single float."""
+    """Return whether an image is grayscale with more than 8 bits per pixel (integers or floats)."""
     return image.mode.startswith(("I", "F"))
 
 
@@ -54,8 +54,8 @@ def read_image(file: str, pixel_range: PixelRange | None = None) -> np.ndarray:
 
     Args:
         file: the path of the image.
-        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
-            determined from this image only.
+        pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel.
+            None means that the range is determined from this image only.
 
     Raises:
         UsageError: If the file is missing or cannot be read completely. The message names the file.
@@ -68,14 +68,14 @@ def read_image(file: str, pixel_range: PixelRange | None = None) -> np.ndarray:
 
 
 def image_size(file: str) -> tuple[int, int]:
-    """Return (height, width), which are read from the header of the file."""
+    """Read the header of an image file, and return (height, width)."""
     with _opened(file) as image:
         return image.height, image.width
 
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Image]:
-    """Open an image, and raise any error in the context again as a UsageError that names the file."""
+    """Open an image, and raise any error in the `with` block again as a UsageError that names the file."""
     pil = require("PIL.Image", "pillow")
     try:
         with pil.open(file) as image:
@@ -87,8 +87,8 @@ def _opened(file: str) -> Iterator[Image]:
 class _Extremes(NamedTuple):
     """The minimum and maximum pixel values of images.
 
-    `stated` is the maximum possible value that the files state, or 0 if they state none. `is_float` says whether the
-    pixels are floats.
+    `stated` is the maximum possible value according to the TIFF tags, or 0 if the tags do not contain it. `is_float`
+    says whether the pixels are floats.
     """
 
     low: float
@@ -97,9 +97,10 @@ class _Extremes(NamedTuple):
     is_float: bool
 
     def usual_range(self) -> PixelRange:
-        """Return the range that the files state, or otherwise the smallest usual range that contains the values.
+        """Return the range up to `stated` or, if that is unknown, the smallest usual range that contains all values.
 
-        There is no usual range for negative values, so the range is then from the minimum to the maximum.
+        If there are negative values, no usual range contains them, and the range from the minimum to the maximum is
+        returned.
         """
         if self.low < -TOLERANCE * self.high:
             return PixelRange(self.low, max(self.high, self.low + 1))
@@ -124,9 +125,9 @@ def _extremes(image: Image) -> _Extremes:
 
 
 def _stated_maximum(image: Image) -> float:
-    """Return the maximum pixel value that the tags of a TIFF file state, or 0 if they state none.
+    """Return the maximum pixel value according to the tags of a TIFF file, or 0 if the tags do not contain it.
 
-    The value 65535 is disregarded, because many programs write it without examining the pixels.
+    The value 65535 is ignored, because many programs write it without examining the pixels.
     """
     tags = getattr(image, "tag_v2", {})
     for tag in (MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE):
@@ -139,11 +140,11 @@ def _stated_maximum(image: Image) -> float:
 
 
 def common_range(files: Sequence[str]) -> PixelRange | None:
-    """Determine one pixel range for all images whose pixels are not bytes, and warn about it.
+    """Determine a common pixel range for all grayscale images with more than 8 bits per pixel, and warn about it.
 
-    At most SAMPLE_SIZE of the files are examined. The result is None if none of these files has such pixels. Another
-    warning is given if images have 16 bits per color channel and the upper 8 bits, which are the only bits that are
-    read, have small values. Broken files are skipped here, because reading them later raises an error.
+    At most SAMPLE_SIZE files are examined. If they contain no such image, None is returned. Only the upper 8 bits of
+    color images with 16 bits per channel are read, so a warning is also given if these upper 8 bits have small values.
+    Broken files are skipped, because reading them later raises an error.
     """
     pil = require("PIL.Image", "pillow")
     deep: dict[str, _Extremes] = {}
@@ -168,15 +169,15 @@ def common_range(files: Sequence[str]) -> PixelRange | None:
     lows, highs, stated, is_float = zip(*deep.values())
     result = _Extremes(min(lows), max(highs), max(stated), any(is_float)).usual_range()
     warnings.warn(
-        f"{next(iter(deep))}: pixels are not bytes, so values from {result.low:g} to {result.high:g} are scaled to the "
-        "range from 0 to 255 in all images of this data set",
+        f"{next(iter(deep))}: pixels have more than 8 bits, so values from {result.low:g} to {result.high:g} are "
+        "scaled to the range from 0 to 255 in all images of this data set",
         stacklevel=2,
     )
     return result
 
 
 def _has_wide_colors(image: Image) -> bool:
-    # The last item of a tile is the raw mode (the layout of its bytes) or a tuple that begins with the raw mode.
+    # The last item of a PIL tile is the raw mode (the layout of the bytes) or a tuple that begins with the raw mode.
     tile = getattr(image, "tile", None)  # only images that were opened from files have this attribute
     raw_mode = tile[0][3] if tile else ""
     raw_mode = raw_mode[0] if isinstance(raw_mode, tuple) and raw_mode else raw_mode

@@ -22,8 +22,8 @@ def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
         height, width: the size of the image in pixels.
 
     Returns:
-        The segmentation without its unusable polygons, which is [] if nothing is usable, and the reason why a polygon
-        or the RLE is unusable, which is "" if everything is usable.
+        The segmentation without its unusable polygons ([] if nothing is usable), and the reason why a polygon or the
+        RLE is unusable ("" if everything is usable).
 
     Raises:
         UsageError: If the segmentation is malformed. The message names the rule and the value.
@@ -48,7 +48,7 @@ def usable_mask(segmentation: Any, height: int, width: int) -> tuple[Any, str]:
 def _problem(numbers: list[float], height: int, width: int) -> str:
     """Return the reason why a polygon is not usable, or "" if it is usable."""
     if len(numbers) % 2:
-        return f"a polygon with an odd number of coordinates, {len(numbers)}"
+        return f"a polygon with {len(numbers)} coordinates, which is an odd number"
     if len(numbers) < 6:
         return f"a polygon with {len(numbers) // 2} points"
     xs, ys = numbers[::2], numbers[1::2]
@@ -57,13 +57,14 @@ def _problem(numbers: list[float], height: int, width: int) -> str:
         return "a polygon outside the image"
     if _area(xs, ys) <= 1e-9 * (right - left + bottom - top) ** 2:
         return "a polygon without area"
-    # The memory that the decoder needs is proportional to the total length of the edges. The width plus the height of
-    # the polygon is an upper bound of the length of each edge, so the exact length is rarely computed.
+    # The memory that the decoder needs is proportional to the total length of the edges. No edge is longer than
+    # the width plus the height of the polygon. The exact total is computed only if the sum of these bounds exceeds the
+    # limit.
     max_length = 1000 * (height + width)
     if len(xs) * (right - left + bottom - top) > max_length:
         points = np.array([xs, ys])
         if np.abs(points - np.roll(points, 1, 1)).sum() > max_length:
-            return "a polygon whose edges are longer in total than 1000 times the height plus width of the image"
+            return "a polygon whose total edge length exceeds 1000 times the height plus width of the image"
     return ""
 
 
@@ -73,7 +74,7 @@ def _area(xs: list[float], ys: list[float]) -> float:
 
 
 def _coordinates(polygon: Any) -> list[float]:
-    """Return the coordinates of a polygon, and raise UsageError if they are not finite numbers."""
+    """Return the coordinates of a polygon, or raise UsageError if they are not finite numbers."""
     if not isinstance(polygon, list):
         raise UsageError(f"a segmentation must consist of polygons that are lists of numbers, got {shown(polygon)}")
     with contextlib.suppress(TypeError, OverflowError):
@@ -89,14 +90,14 @@ def _coordinates(polygon: Any) -> list[float]:
 
 
 def run_lengths(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """Return the lengths [R] int64 of the alternating runs of 0 and 1 of an RLE, beginning with 0, in column order."""
+    """Return the run lengths [R] int64 of an RLE. Runs of 0 and 1 alternate in column order, beginning with 0."""
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
         raise UsageError(f"a segmentation must have the size of its image, {[height, width]}, got {shown(size)}")
     if isinstance(counts, (str, bytes)):
         lengths = _decompressed(counts.encode() if isinstance(counts, str) else counts)
     elif isinstance(counts, list) and all(type(count) is int for count in counts):
-        lengths = np.array(counts, object)  # Python integers do not overflow in the checks below
+        lengths = np.array(counts, object)  # with Python integers, the checks below cannot overflow
     else:
         raise UsageError(f"a segmentation must have counts that are a string or integers, got {shown(counts)}")
     if len(lengths) == 0 or lengths.min() < 0 or lengths.sum() != height * width:
@@ -108,11 +109,12 @@ def run_lengths(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def _decompressed(text: bytes) -> np.ndarray:
-    """Decode the string of a compressed RLE.
+    """Decode the counts string of a compressed RLE to run lengths.
 
-    Each character holds 5 bits of a number, starting with the lowest bits. Bit 5 says that another character of the
-    same number follows, and bit 4 of the last character of a number is the sign. From the fourth number on, each number
-    is the difference from the run length two positions before. The result is empty if the string is malformed.
+    Each character holds 5 bits of a number, starting with the lowest bits. Bit 5 is set if the number continues in the
+    next character. Bit 4 of the last character is the sign of the number. The first three numbers are run lengths. Each
+    later number is the difference from the run length two positions before. If the string is malformed, the result is
+    empty.
     """
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(~digits & 32)
@@ -124,7 +126,7 @@ def _decompressed(text: bytes) -> np.ndarray:
         return np.zeros(0, np.int64)
     values = np.add.reduceat((digits & 31) << 5 * position, begins)
     values -= np.where(digits[ends] & 16, np.int64(1) << 5 * (position[ends] + 1), 0)
-    # The first three counts are stored directly. Each later count is stored as a difference from the count two before.
+    # From the fourth value, each value is a difference from the run length two positions before.
     for first in (1, 2):
         values[first::2] = values[first::2].cumsum()
     return values
@@ -136,7 +138,7 @@ def shown(value: Any) -> str:
 
 
 def mask_area(segmentation: Any, height: int, width: int) -> float:
-    """Return the area in pixels of a result of `usable_mask`, assuming that polygons do not overlap."""
+    """Return the area in pixels of a segmentation from `usable_mask`, assuming that polygons do not overlap."""
     if isinstance(segmentation, dict):
         return float(run_lengths(segmentation, height, width)[1::2].sum())
     return float(sum(_area(polygon[::2], polygon[1::2]) for polygon in segmentation))

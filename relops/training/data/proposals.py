@@ -14,11 +14,11 @@ from relops.training.errors import UsageError
 
 
 class _WithProposals(DetectionData):
-    """A data set whose samples also have the proposals of their image.
+    """A data set that adds proposals to the samples of another data set.
 
     Args:
-        data: the data set.
-        proposals: a dict from the id of each image to its proposals [P,4].
+        data: the other data set.
+        proposals: a dict that maps the id of each image to its proposals [P,4].
     """
 
     def __init__(self, data: DetectionData, proposals: Mapping[int, np.ndarray]) -> None:
@@ -55,7 +55,7 @@ def save_proposals(file: str, proposals: Mapping[int | str, np.ndarray]) -> None
 
     Args:
         file: the path of the file.
-        proposals: a dict from the id of each image in its data set to [P,4] boxes in pixels of the original image.
+        proposals: a dict that maps the id of each image in the data set to [P,4] boxes in pixels of the original image.
     """
     boxes = [np.asarray(b, np.float32).reshape(-1, 4) for b in proposals.values()]
     with written(Path(file)) as stream:
@@ -68,7 +68,7 @@ def save_proposals(file: str, proposals: Mapping[int | str, np.ndarray]) -> None
 
 
 def with_proposals(data: DetectionData, file: str) -> DetectionData:
-    """Return the same data set with the proposals of a file that `save_proposals` wrote.
+    """Return a data set with the proposals from a file that `save_proposals` wrote.
 
     Raises:
         UsageError: If the file cannot be read, or if it lacks the proposals of an image.
@@ -80,7 +80,7 @@ def with_proposals(data: DetectionData, file: str) -> DetectionData:
         raise UsageError(f"{file}: the file must have been written by save_proposals: {error}") from error
     shapes_fit = image_ids.shape == counts.shape == (len(image_ids),) and boxes.shape == (counts.sum(), 4)
     if not shapes_fit or (counts < 0).any() or not np.isfinite(boxes).all():
-        raise UsageError(f"{file}: the file must have been written by save_proposals: its arrays do not fit together")
+        raise UsageError(f"{file}: the file must have been written by save_proposals: its arrays are inconsistent")
     stored = dict(zip(map(str, image_ids.tolist()), np.split(boxes, np.cumsum(counts)[:-1])))
     proposals = {}
     for annotation in data.annotations():

@@ -11,12 +11,12 @@ from relops.training.errors import UsageError
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """A sampler of endless batches of (epoch, index).
+    """A sampler that yields an endless sequence of batches. A batch is a list of (epoch, index) pairs.
 
-    In each epoch, every image occurs once over all ranks, in a new random order, except that an incomplete last batch
-    is dropped. If aspect ratios are given, wide images (width >= height) and tall images are put into separate batches.
-    The remaining images of both kinds form at most one mixed batch per epoch. Without the mixed batch, images of a kind
-    that does not fill a batch would never occur.
+    In each epoch, the batches of all ranks contain every image once, in a new random order. Images that do not fill a
+    batch on every rank are left out. If aspect ratios are given, wide images (width >= height) and tall images are put
+    into separate batches. The remaining wide and tall images form at most one mixed batch per epoch. If, for example,
+    the tall images were too few for a batch, they would never be used without the mixed batch.
 
     Args:
         length: the number of images.
@@ -24,7 +24,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         seed: the random seed, which must not be negative.
         rank: the rank of this process.
         world_size: the number of processes.
-        aspect_ratios: width / height of every image, or None to ignore the shapes of images.
+        aspect_ratios: width / height of every image, or None to mix wide and tall images.
 
     Raises:
         UsageError: If there are fewer images than one batch of all ranks needs.
@@ -58,7 +58,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def batches(self, first_iteration: int) -> Iterator[list[tuple[int, int]]]:
         """Yield the batches of this rank, starting with the given iteration.
 
-        The batches depend only on the iteration and the arguments of the class.
+        Each batch depends only on its iteration and the constructor's arguments.
         """
         epoch, first = divmod(first_iteration, self.batches_per_epoch)
         while True:

@@ -24,9 +24,9 @@ class Sample:
         image: [H,W,3] uint8 RGB.
         boxes: [T,4] float32 x1, y1, x2, y2.
         labels: [T] int64, the classes, counted from 0.
-        ignore: [T] bool, which marks crowds (COCO) and difficult objects (VOC). These objects are not used for training
-            and do not count in evaluation.
-        masks: [T,H,W] bool, where an object without a mask is all False, or None if the data set has no masks.
+        ignore: [T] bool, which is True for crowds (COCO) and difficult objects (VOC). These objects are not used for
+            training and do not count in evaluation.
+        masks: [T,H,W] bool, or None if the data set has no masks. For an object without a mask, all values are False.
         proposals: [P,4] float32 boxes, or None if there are no proposals.
         image_id: the id of the image in the annotations, or its index if the annotations have no ids.
         file: the path of the image, or the name of a drawn image.
@@ -52,20 +52,21 @@ def image_sample(image: np.ndarray, file: str) -> Sample:
 
 @dataclass
 class Annotation:
-    """The size of an image and all T objects in its annotation file, which evaluation compares with detections.
+    """The size of an image and its T annotated objects. Evaluation compares detections with these objects.
 
     Attributes:
         image_id: the id of the image in the annotations, or its index if the annotations have no ids.
         file: the path of the image, or the name of a drawn image.
         height, width: the size of the image in pixels.
-        boxes: [T,4] x1, y1, x2, y2 exactly as in the file. Boxes may reach outside the image or be empty.
+        boxes: [T,4] x1, y1, x2, y2, without clipping. Boxes may extend outside the image or be empty.
         labels: [T] int64, the classes, counted from 0.
-        ignore: [T] bool, which marks crowds (COCO) and difficult objects (VOC).
-        areas: [T], which evaluation uses to distinguish small and large objects. If the data set has masks, these are
-            the areas of the masks.
+        ignore: [T] bool, which is True for crowds (COCO) and difficult objects (VOC).
+        areas: [T], the areas by which evaluation distinguishes small and large objects. If the data set has masks,
+            these are the areas of the masks.
         masks: T segmentations in COCO's formats (polygons, or a compressed or uncompressed RLE), or None if the data
-            set has no masks. An entry is [] if the segmentation is empty, and None if the object has none.
-        original_id: the id of the image in its file if it differs from image_id, for example because it is a string.
+            set has no masks. An entry is [] if the segmentation is empty, and None if the object has no segmentation.
+        original_id: the id of the image in the annotation file, or None if it is the same as `image_id`. The two differ
+            if ids in the file are strings.
     """
 
     image_id: int
@@ -81,7 +82,7 @@ class Annotation:
 
     @property
     def own_id(self) -> int | str:
-        """Return the id of the image in its file."""
+        """Return the id of the image in the annotation file."""
         return self.image_id if self.original_id is None else self.original_id
 
 
@@ -92,7 +93,8 @@ class DetectionData(Dataset, abc.ABC):
         classes: class names. Label `i` stands for `classes[i]`.
         has_masks: whether samples have masks. This is False if no object has a mask, or if `use_masks` disabled them.
         category_ids: the ids of the classes in COCO's results format.
-        pixel_range: the pixel values that are scaled to 0 and 255, or None if all pixels are bytes.
+        pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel,
+            or None if there are no such images.
     """
 
     classes: list[str]
@@ -114,7 +116,7 @@ class DetectionData(Dataset, abc.ABC):
         """Raise a UsageError that names the file if a mask is malformed."""
 
     def use_masks(self, enabled: bool) -> None:
-        """Check all masks if `enabled` is True. Otherwise omit the masks from the samples, which saves time."""
+        """If `enabled` is True, check all masks. Otherwise omit the masks from the samples, which saves time."""
         self.has_masks = self.has_masks and enabled
         if self.has_masks:
             self.check_masks()
@@ -127,19 +129,19 @@ class DetectionData(Dataset, abc.ABC):
 class FileData(DetectionData):
     """A data set of image files.
 
-    An EXIF orientation is not applied to the pixels, because COCO's tools do not apply it either. Gray, palette and
-    CMYK images are converted to RGB, alpha is dropped, and pixels that are not bytes are scaled to bytes with
-    `pixel_range`. Samples contain the objects to train on: their boxes are clipped to the image, and objects whose
-    clipped box is empty are left out. One warning for the data set reports the objects that were left out.
+    The EXIF orientation is not applied to the pixels, because COCO's tools do not apply it either. Grayscale, palette
+    and CMYK images are converted to RGB, and alpha channels are dropped. Grayscale pixels with more than 8 bits are
+    scaled to 8 bits with `pixel_range`. Samples contain only the objects to train on: their boxes are clipped to the
+    image, and objects whose clipped box is empty are left out. A single warning reports all objects that are left out.
 
     Args:
         classes: class names.
         annotations: one annotation per image.
         min_extent: the width and the height of a box must exceed this number of pixels.
-        category_ids: the ids of the classes in COCO's results format. None means the labels.
-        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
-            determined from a sample of the images.
-        sources: for each annotation, the file that warnings about its boxes name. None means the image files.
+        category_ids: the ids of the classes in COCO's results format. None means that labels are used as ids.
+        pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel.
+            None means that the range is determined from a sample of the images.
+        sources: for each annotation, the file to name in warnings about its boxes. None means the image file.
     """
 
     def __init__(
@@ -165,15 +167,15 @@ class FileData(DetectionData):
         if dropped:
             warnings.warn(
                 f"{dropped[0]}: a box must be finite and must not be empty after clipping to its image. Training "
-                f"ignores such boxes ({len(dropped)} in this data set, of which this file has the first)",
+                f"ignores invalid boxes ({len(dropped)} in this data set; the first is in this file)",
                 stacklevel=2,
             )
         first = next((source for source, a in zip(sources, self._annotations) if len(a.boxes)), None)
         if first is not None and all((a.boxes < 2).all() and max(a.height, a.width) > 2 for a in self._annotations):
             warnings.warn(
                 f"{first}: every box of this data set ends within the first two pixels of its image, so coordinates "
-                "seem to be fractions of the image size. They must be pixels: multiply x by the width and y by the "
-                "height of the image",
+                "seem to be fractions of the image size. Coordinates must be pixels: multiply x by the width and y by "
+                "the height of the image",
                 stacklevel=2,
             )
 
@@ -184,14 +186,14 @@ class FileData(DetectionData):
         """Read a sample.
 
         Raises:
-            UsageError: If the image cannot be read, or if its size is not that of its annotation.
+            UsageError: If the image cannot be read, or if its size differs from the size in its annotation.
         """
         a, kept = self._annotations[index], self._trainable[index]
         image = read_image(a.file, self.pixel_range)
         if image.shape[:2] != (a.height, a.width):
             raise UsageError(
-                f"{a.file}: the size of the image must be that of its annotation, {a.width} x {a.height} (width x "
-                f"height), got {image.shape[1]} x {image.shape[0]}"
+                f"{a.file}: the image must have the size in its annotation, {a.width} x {a.height} (width x height), "
+                f"got {image.shape[1]} x {image.shape[0]}"
             )
         masks = None
         if self.has_masks:
@@ -218,7 +220,7 @@ def parse_flag(value: Any) -> bool:
     Raises:
         UsageError: If the value is anything else.
     """
-    if type(value) in (int, bool) and value in (0, 1):  # this is the usual case
+    if type(value) in (int, bool) and value in (0, 1):  # the usual case
         return value == 1
     text = str(value).strip().lower()
     if text in ("true", "yes"):
@@ -235,7 +237,7 @@ def parse_flag(value: Any) -> bool:
 
 
 def _trainable(a: Annotation, min_extent: float) -> np.ndarray:
-    """Return which objects can be used for training, as [T] bool."""
+    """Return [T] bool, which is True for the objects that can be used for training."""
     clipped = clip_boxes(a.boxes, a.height, a.width)
     valid = (a.boxes[:, 2:] - a.boxes[:, :2] > min_extent) & (clipped[:, 2:] > clipped[:, :2])
     return valid.all(1) & np.isfinite(a.boxes).all(1)

@@ -1,4 +1,4 @@
-"""A data set of drawn shapes, in which each image depends only on its split and index."""
+"""A data set of drawn shapes. Each image depends only on its split and index."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return abs(np.hypot(x, y) - 0.75) <= 0.25
 
 
-# Each function says which points are inside a shape. The coordinates are in [-1,1] in the square around the shape,
-# and y points downwards.
+# Each function returns whether points are inside a shape. The shape lies in the square in which x and y are in [-1,1].
+# The y axis points downwards.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,
     "square": _square,
@@ -43,7 +43,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 class ShapesData(DetectionData):
-    """A data set of drawn images of 160 x 128 pixels with up to 6 objects on a noisy background.
+    """A data set of drawn images, 160 pixels wide and 128 high, with up to 6 objects on a noisy background.
 
     The objects are circles, squares, triangles and rings with sizes of 12 to 60 pixels. At most 40 % of an object may
     be hidden by other objects. Masks contain the visible pixels of an object, and boxes are tight around the masks.
@@ -67,7 +67,7 @@ class ShapesData(DetectionData):
         return sample if self.has_masks else dataclasses.replace(sample, masks=None)
 
     def _drawn(self, index: int) -> Sample:
-        """Draw an image and the masks of its objects."""
+        """Draw an image, and return it as a sample with masks."""
         image, labels, masks = _draw(np.random.default_rng((self._split == "test", index)))
         boxes = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
         file = f"shapes[{self._split}][{index}]"
@@ -89,7 +89,7 @@ class ShapesData(DetectionData):
 
 
 def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw an image [H,W,3] uint8 with labels [T] int64 and masks [T,H,W] bool of the visible pixels."""
+    """Return a drawn image [H,W,3] uint8, and labels [T] int64 and masks [T,H,W] bool of its objects."""
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) + np.float32(0.5)
     background = rng.uniform(40, 216, 3).astype(np.float32)
     across, down, phase = (rng.uniform([-0.08, -0.08, 0], [0.08, 0.08, 2 * np.pi])).astype(np.float32)
@@ -115,6 +115,6 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _bounds(mask: np.ndarray) -> list[int]:
-    """Return x1, y1, x2, y2 of the tight box around the True pixels of a mask."""
+    """Return x1, y1, x2, y2 of the smallest box that contains all True pixels of a mask."""
     xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]

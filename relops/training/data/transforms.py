@@ -15,10 +15,10 @@ def prepare(sample: Sample, min_size: int, max_size: int, *, flip: bool = False,
     """Resize and flip a sample.
 
     The aspect ratio is kept. The shorter side of the image becomes `min_size`, unless the longer side would then exceed
-    `max_size`; in that case the longer side becomes `max_size`. The image is interpolated bilinearly, with antialiasing
-    if it shrinks, and masks are interpolated with the nearest pixel. The new height and width are rounded to whole
-    pixels, and the coordinates of boxes and proposals are multiplied by the exact ratio of the new to the old size in
-    each direction.
+    `max_size`; in that case the longer side becomes `max_size`. The new height and width are rounded to whole pixels.
+    Images are resized with bilinear interpolation, with antialiasing when they become smaller, and masks with
+    nearest-neighbor interpolation. The coordinates of boxes and proposals are multiplied by the exact ratio of the new
+    size to the old size in each direction.
 
     Args:
         sample: the sample, which is not changed.

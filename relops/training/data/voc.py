@@ -23,27 +23,27 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
 
     The folder may have one of two layouts:
 
-    - The folders Annotations and JPEGImages, and lists ImageSets/Main/*.txt. If test.txt exists, it is the list of
-      "test", and trainval.txt, or train.txt if that is missing, is the list of "train". Otherwise val.txt is the list
-      of "test", and train.txt is the list of "train".
-    - The folders train/Annotations and train/Images (or train/JPEGImages), and the same folders in test or val. An
-      image and its XML file have the same name except for the extension.
+    - The folders Annotations and JPEGImages, and lists of images in ImageSets/Main. If test.txt exists, it lists the
+      images of "test", and trainval.txt (or train.txt, if trainval.txt is missing) lists the images of "train".
+      Otherwise val.txt lists the images of "test", and train.txt lists the images of "train".
+    - The folders train/Annotations and train/Images (or train/JPEGImages), and the same folders in test or val.
+
+    An image and its XML file have the same name except for the extension.
 
     VOC counts pixels from 1, and xmax and ymax are the last pixels inside a box. Therefore x1 = xmin - 1,
     y1 = ymin - 1, x2 = xmax and y2 = ymax. For training, boxes are clipped to the image. Boxes that are empty after
-    clipping, or whose xmax (ymax) is not larger than xmin (ymin), are left out with a warning. Difficult objects are
-    ignored.
+    clipping, and boxes with xmax <= xmin or ymax <= ymin, are left out with a warning. Difficult objects are ignored.
 
     Each line of a list is the name of an image, with or without its extension. Repeated names count once. In VOC's
-    lists for a single class, -1 after a name means that the image has no object of the class. These images are left
-    out.
+    lists for a single class, -1 after the name of an image means that the image has no object of the class. Such images
+    are left out.
 
     Args:
         folder: the folder of the data set.
         split: "train" or "test".
-        classes: class names in the order of their labels. None means the sorted names that occur in "train".
-        pixel_range: the pixel values that are scaled to 0 and 255 if pixels are not bytes. None means that the range is
-            determined from a sample of the images.
+        classes: class names in the order of their labels. None means the sorted class names that occur in "train".
+        pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel.
+            None means that the range is determined from a sample of the images.
 
     Raises:
         UsageError: If a file is missing or cannot be read, or if an object belongs to none of the classes. The message
@@ -84,8 +84,8 @@ def open_voc(folder: str, split: str, classes: Sequence[str] | None, pixel_range
                 (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1),
             )
         )
-    # VOC's coordinates are inclusive, so a box is one pixel wide if its xmax equals its xmin. Such a box is an
-    # annotation error and is left out, because `min_extent` is 1.
+    # VOC's coordinates are inclusive, so a box with xmax = xmin is one pixel wide. Such a box is an annotation error.
+    # With a `min_extent` of 1, it is left out.
     return FileData(classes, annotations, min_extent=1.0, pixel_range=pixel_range, sources=list(map(str, xmls)))
 
 
@@ -111,7 +111,7 @@ def _files(root: Path, split: str) -> tuple[list[Path], Path]:
 
 
 def _listed(listing: Path, folder: Path) -> list[Path]:
-    """Return the annotation files of the images in a list of ImageSets, in its order and without duplicates."""
+    """Return the annotation files of the images that a file in ImageSets lists, in order and without duplicates."""
     try:
         lines = listing.read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -120,7 +120,7 @@ def _listed(listing: Path, folder: Path) -> list[Path]:
     for line in filter(None, map(str.strip, lines)):
         number = re.search(r"\s+([+-]?[01])\Z", line)
         name, flag = (line[: number.start()], number[1]) if number else (line, "")
-        # The end of a line may look like a number or a file extension but be a part of the name.
+        # The end of an image's name may look like a flag or a file extension, so longer names are tried first.
         stems = [stem for text in (line, name) for stem in (text, ENDING.sub("", text))]
         found = next((i for i, stem in enumerate(stems) if os.path.isfile(folder / f"{stem}.xml")), None)
         if found is None:
@@ -141,16 +141,16 @@ def _read(xml: Path) -> tuple[tuple[int, int] | None, list[tuple[str, bool, list
     """Read an annotation file.
 
     Returns:
-        The (height, width) of the image, or None if the file does not state it; a list with the class name of each
-        object, whether it is difficult, and its [xmin, ymin, xmax, ymax]; and the name of the image file, or "" if the
-        annotation file does not state it.
+        The (height, width) of the image, or None if the annotation file does not contain them; a list with a tuple for
+        each object (class name, whether the object is difficult, [xmin, ymin, xmax, ymax]); and the name of the image
+        file, or "" if the annotation file does not contain it.
     """
     try:
         root = ElementTree.parse(xml).getroot()
         if root.tag != "annotation":
             raise UsageError(f"the root must be <annotation>, got <{root.tag}>")
         for element in root.iter():
-            # Elements with unknown names are skipped, so misspelled names of the elements below must be errors.
+            # The code below skips elements with unknown names, so misspellings of these two names must be errors.
             for name in ("object", "difficult"):
                 if element.tag != name and element.tag.rpartition("}")[2].lower() == name:
                     raise UsageError(f"the name of an element must be <{name}>, got <{element.tag}>")
