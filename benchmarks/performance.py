@@ -275,7 +275,7 @@ test images. Logs and metrics are in `benchmarks/results/cells/`.
 CELLS_NOTES = """\
 - `faster_rcnn_fpn` had both cores to itself. Its AP50 is 0.945 after 4.8 minutes. Its AP is 0.602 after 7.2 minutes,
   and its best AP is 0.615.
-- `relation_networks` exceeds an AP of 0.615 after 12 minutes with 0.624, and reaches 0.641 after 16 minutes. As
+- `relation_networks` reaches an AP of 0.624 after 12 minutes, which exceeds 0.615, and 0.641 after 16 minutes. As
   published, its RPN suppresses proposals above an IoU of 0.7. Its detections are not suppressed. If the proposals are
   not suppressed either (`unsuppressed`), AP is 0.621 after 17 minutes.
 - Sparse R-CNN with the published attention (`sparse_rcnn`) has AP 0.587 and AP50 0.853 after 23.7 minutes. Even at the

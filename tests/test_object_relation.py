@@ -58,9 +58,10 @@ def test_released_parameters_give_the_released_result(geometry: str, num_keys: i
 
 
 def test_head_of_the_paper(device: str) -> None:
-    """Check two modules that process the same boxes.
+    """Compare two modules that process the same boxes with the released code.
 
-    In the released code, they share the embedding of the pairs of boxes.
+    The released code computes the embedding of the pairs of boxes once for both modules. In relops, each module
+    computes its own.
     """
     torch.manual_seed(1)
     fc = [torch.nn.Linear(width, 12).double() for width in (20, 12)]

@@ -179,8 +179,8 @@ void locate_samples(const SampleConstants<Compute>& k, int64_t S, const bool* ma
       if (row[i] != S && mask[row[i]]) row[i] = S;
 }
 
-// Computes an item's gradients of locations and weights, or of offsets, logits and reference points, from the dot
-// products.
+// Computes the gradients of an item's locations and weights, or of its offsets, logits and reference points,
+// from the dot products.
 template <class T, class U, class Compute>
 void write_sampling_grads(const MsDeformAttnArgs<T, U>& a, const SampleConstants<Compute>& k, int64_t n, int64_t q,
                           int64_t m, const Samples<Compute>& s) {

@@ -23,7 +23,7 @@ namespace relops {
 
 constexpr int kChunk = 8;            // number of samples that are staged at a time
 constexpr int kStride = kChunk + 1;  // staging slots per item; odd, so that the items of a warp use different banks
-constexpr int kPatchRows = 8;        // height of the patch that a block of an encoder processes
+constexpr int kPatchRows = 8;        // height of a thread block's patch of queries if the queries are pixels
 constexpr int kLevelsInParams = 16;  // if there are more levels, they are read from device memory
 
 struct DeviceLevel {

@@ -46,7 +46,7 @@ class LocalRelation(nn.Module):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size is out of its range, or if `prior`, `similarity` or `border` is unknown.
+        ValueError: If a size is out of range, or if `prior`, `similarity` or `border` is unknown.
 
     Example:
         >>> import torch, relops

@@ -31,9 +31,10 @@ class ObjectRelation(nn.Module):
     times less work. Head m uses the same rows of the weight in both layouts, so the weight of linear_out needs only to
     be flattened to become the weight of `value`.
 
-    With Adam, `query` and `key` should be trained with a tenth of the learning rate. The attention weights are
-    exponentials of query-key products, and the first steps of Adam are as large as the initial parameters of these two
-    layers. With the full learning rate, a few objects could permanently get the largest weights regardless of geometry.
+    With Adam, train `query` and `key` with a tenth of the learning rate of the other parameters. The attention weights
+    are exponentials of query-key products, and the first steps of Adam are as large as the initial parameters of these
+    two layers. With the full learning rate, a few objects could permanently get the largest weights regardless of
+    geometry.
 
     Args:
         channels: Width C of the features; must be divisible by `heads`.

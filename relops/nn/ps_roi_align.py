@@ -57,7 +57,7 @@ class PSRoIAlign(nn.Module):
 
         Raises:
             TypeError: If an argument has the wrong type or dtype.
-            ValueError: If an argument has the wrong shape or device, if a number is out of its range, or if PH * PW
+            ValueError: If an argument has the wrong shape or device, if a number is out of range, or if PH * PW
                 does not divide C. The error for boxes of a wrong shape is also an AssertionError, as in torchvision.
             IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
                 require a synchronization, so the output of the box is NaN instead.

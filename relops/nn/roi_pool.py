@@ -53,7 +53,7 @@ class RoIPool(nn.Module):
 
         Raises:
             TypeError: If an argument has the wrong type or dtype.
-            ValueError: If an argument has the wrong shape or device, or if a number is out of its range. The error for
+            ValueError: If an argument has the wrong shape or device, or if a number is out of range. The error for
                 boxes of a wrong shape is also an AssertionError, as in torchvision.
             IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
                 require a synchronization, so the output of the box is NaN instead.

@@ -44,7 +44,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or `iou_threshold` is out of its range.
+        ValueError: If an argument has the wrong shape or device, or `iou_threshold` is out of range.
 
     Example:
         >>> import torch, relops

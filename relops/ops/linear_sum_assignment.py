@@ -50,9 +50,9 @@ def linear_sum_assignment(
     Returns:
         A tuple ``(row_to_col, col_to_row)``.
 
-        - ``row_to_col``, an int64 tensor [R] or [B,R], has the column that is matched with each row, or -1 for an
+        - ``row_to_col``, an int64 tensor [R] or [B,R], contains the column that is matched with each row, or -1 for an
           unmatched row.
-        - ``col_to_row``, an int64 tensor [C] or [B,C], has the row that is matched with each column, or -1 for an
+        - ``col_to_row``, an int64 tensor [C] or [B,C], contains the row that is matched with each column, or -1 for an
           unmatched column.
 
     Gradients:

@@ -76,7 +76,7 @@ def local_relation(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or device, `similarity` or `border` is unknown, or a number is
-            out of its range.
+            out of range.
 
     Example:
         >>> import torch, relops

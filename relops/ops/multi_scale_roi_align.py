@@ -82,7 +82,7 @@ def multi_scale_roi_align(
     Raises:
         TypeError: If an argument has the wrong type or dtype, or the levels differ in dtype.
         ValueError: If an argument has the wrong shape or device, `inputs` is empty, the levels differ in N, C or
-            device, a number is out of its range, or `spatial_scales` are not powers of 1/2, each half of the previous
+            device, a number is out of range, or `spatial_scales` are not powers of 1/2, each half of the previous
             one. If `boxes` has the wrong shape, the error is also an AssertionError, as in torchvision.
         IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
             require a synchronization, so the output of a box with such an index is NaN instead.

@@ -42,7 +42,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or `iou_threshold` is out of its range.
+        ValueError: If an argument has the wrong shape or device, or `iou_threshold` is out of range.
 
     Example:
         >>> import torch, relops

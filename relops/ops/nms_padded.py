@@ -63,7 +63,7 @@ def nms_padded(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or a number is out of its range.
+        ValueError: If an argument has the wrong shape or device, or a number is out of range.
 
     Example:
         >>> import torch, relops

@@ -44,7 +44,7 @@ def ps_roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int]
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, a number is out of its range, or C is not divisible by
+        ValueError: If an argument has the wrong shape or device, a number is out of range, or C is not divisible by
             PH * PW. If `boxes` has the wrong shape, the error is also an AssertionError, as in torchvision.
         IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
             require a synchronization, so the output of a box with such an index is NaN instead.

@@ -42,7 +42,7 @@ def rank_embedding(ranks: Tensor, dim: int = 128, wavelength: float = 1000.0) ->
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If `dim` or `wavelength` is out of its range.
+        ValueError: If `dim` or `wavelength` is out of range.
 
     Example:
         >>> import torch, relops

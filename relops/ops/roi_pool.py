@@ -41,7 +41,7 @@ def roi_pool(input: Tensor, boxes: Boxes, output_size: BroadcastingList2[int], s
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, or a number is out of its range. If `boxes` has the
+        ValueError: If an argument has the wrong shape or device, or a number is out of range. If `boxes` has the
             wrong shape, the error is also an AssertionError, as in torchvision.
         IndexError: If a batch index is outside of [0,N) and the tensors are on the CPU. On CUDA, this check would
             require a synchronization, so the output of a box with such an index is NaN instead.

@@ -59,7 +59,7 @@ def soft_nms(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or device, `method` is unknown, or a number is out of its range.
+        ValueError: If an argument has the wrong shape or device, `method` is unknown, or a number is out of range.
 
     Example:
         >>> import torch, relops

@@ -18,8 +18,8 @@ def linear_sum_assignment(
 
     `cost` is [R,C] or [B,R,C]. Pairs with a non-finite cost are never matched. Problem b uses only its first
     ``num_rows[b]`` rows and ``num_cols[b]`` columns. If `maximize` is True, the sum of the costs is maximized instead.
-    The first result, [R] or [B,R], has the column that is matched with each row. The second result, [C] or [B,C], has
-    the row that is matched with each column. Unmatched rows and columns have -1.
+    The first result, [R] or [B,R], contains the column that is matched with each row. The second result, [C] or
+    [B,C], contains the row that is matched with each column. Unmatched rows and columns have -1.
 
     All problems are solved in float64 on the CPU. The search is a Python loop, in which each step updates all columns
     with vectorized operations.

@@ -16,7 +16,7 @@ class RelopsError(Exception):
 class UsageError(RelopsError, ValueError):
     """An error in a setting, an option or an input file.
 
-    The message names the faulty item, the rule that it breaks, and its value.
+    The message names the faulty item, its value, and the rule that the value breaks.
     """
 
 
