@@ -2,11 +2,11 @@
 // defined (<family>/cpu*.cpp, <family>/cuda*.cu). The argument checks that raise errors for users, the fake kernels,
 // autograd and autocast are in relops/ops/<op>.py.
 //
-// An op whose name begins with an underscore computes the gradients of the op that it is named after. If it returns
-// several gradients, needs_grad has one flag per gradient, in the same order. For a list of gradients, needs_grad has
-// one flag per element. A gradient that is not needed is returned as an empty tensor of one dimension. The backward ops
-// of region ops get the input features only if a gradient depends on them, as the gradient of the boxes and the
-// gradient of roi_pool do.
+// An op whose name begins with an underscore computes the gradients of the op that it is named after. If such an op
+// returns several gradients, needs_grad has one flag per gradient, in the same order. For a list of gradients,
+// needs_grad has one flag per element. A gradient that is not needed is returned as an empty tensor of one dimension.
+// The backward ops of region ops get the input features only if a gradient depends on them, as the gradient of the
+// boxes and the gradient of roi_pool do.
 
 #include <torch/csrc/stable/library.h>
 

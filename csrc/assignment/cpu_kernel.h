@@ -213,7 +213,7 @@ struct Size {
   bool columns_are_rows;
 };
 
-// Packs the rows of a cost matrix. The tensor that contains it ends at `end`.
+// Packs the rows of a cost matrix. The tensor that contains the matrix ends at `end`.
 template <class T, class Compute>
 Packing<Compute> pack_rows(const T* cost, int64_t stride, const T* end, const Size& size, Packing<Compute> packing,
                            Compute* out) {

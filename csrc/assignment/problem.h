@@ -1,13 +1,13 @@
-// linear_sum_assignment: the code that CPU and CUDA have in common. Both take the same steps and return the same
-// assignment.
+// linear_sum_assignment: the code that CPU and CUDA have in common. The kernels of both devices perform the same steps
+// and return the same assignment.
 //
 // A problem has n rows and m columns with n <= m. If the costs have more rows than columns, rows and columns are
 // exchanged. The search is the algorithm of Jonker and Volgenant (1987), which Crouse (2016) describes for rectangular
 // problems. Columns have prices v <= 0, and a column without a row has price 0. First, the rows bid for their cheapest
 // columns one after another. A row that bids for a column lowers the price of this column until the row's second choice
-// is equally good, and displaces the row that had the column before. Then each row without a column gets one through a
-// shortest augmenting path (Dijkstra). Prices and distances are float64. The search has no multiplications that a
-// compiler could fuse with additions, so both devices round identically.
+// is equally good, and displaces the row that had the column before. Then each row that has no column gets a column
+// through a shortest augmenting path (Dijkstra). Prices and distances are float64. The search has no multiplications
+// that a compiler could fuse with additions, so both devices round identically.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -2,8 +2,8 @@
 //
 // In the forward pass, the lanes of a vector are neighboring elements of a row of the output, and writing the output
 // limits the speed of the loop. In the backward pass, the lanes are neighboring elements of a row of grad_output, so
-// grad_output is read in memory order. For `a`, the gradient of each box is summed in registers, and its lanes are
-// added up at the end. For `b`, each row is added to the gradients of all boxes of a tile, which stay in the L1 cache.
+// grad_output is read in memory order. For `a`, the gradient of each box is summed in registers, whose lanes are added
+// up at the end. For `b`, each row is added to the gradients of all boxes of a tile, which stay in the L1 cache.
 
 #include "box_iou/cpu_args.h"
 #include "common/cpu/simd.h"

@@ -1,15 +1,15 @@
 // box_iou and generalized_box_iou on CUDA.
 //
 // Forward: a thread keeps one box of `b` in registers and loops over boxes of `a`, so a warp writes neighboring
-// outputs. The kernel is bound by these writes, and the arithmetic takes nearly as long. If `b` has few boxes, a warp
-// computes several rows of the output.
+// outputs. Writing the output limits the speed, and the arithmetic takes nearly as long as the writes. If `b` has few
+// boxes, a warp computes several rows of the output.
 //
 // Backward: a launch computes the gradient of one input. The boxes of this input are called "own" boxes, and those of
 // the other input "other" boxes. grad_output has a smaller stride along one of the two inputs, and the lanes of a warp
-// process neighboring boxes of that input. If these are own boxes, each lane sums the gradient of one own box, and the
-// warps of a block divide the other boxes among themselves. If they are other boxes, a warp sums the gradient of one
-// own box and adds up its lanes at the end. A second launch adds up the sums of the blocks in a fixed order. The kernel
-// is bound by arithmetic.
+// process neighboring boxes of that input. If the lanes process own boxes, each lane sums the gradient of one own box,
+// and the warps of a block divide the other boxes among themselves. If the lanes process other boxes, each warp sums
+// the gradient of one own box and adds up the sums of its lanes at the end. A second launch adds up the sums of the
+// blocks in a fixed order. The kernel is bound by arithmetic.
 
 #include <algorithm>
 

@@ -42,8 +42,8 @@ RELOPS_HOST_DEVICE_INLINE F overlap(const Box<F>& a, const Box<F>& b, F area_a, 
   }
 }
 
-// Sums over pairs, from which the gradient of a box is computed. `area` is the gradient with respect to the area of the
-// box. The derivatives of the area with respect to the coordinates are the same for every pair, so coordinates()
+// The sums over pairs from which the gradient of a box is computed. `area` is the gradient with respect to the area of
+// the box. The derivatives of the area with respect to the coordinates are the same for every pair, so coordinates()
 // multiplies `area` by them only once.
 template <class F>
 struct BoxGradient {

@@ -50,8 +50,8 @@ void dispatch_features(const char* op, ScalarType features, F f) {
   }
 }
 
-// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U. U is the same as T or, if T has 16
-// bits, may also be float.
+// Calls f(Type<T>{}, Type<U>{}) for features of type T and coordinates of type U. U is the same type as T. If T has 16
+// bits, U may also be float.
 template <class F>
 void dispatch_features_and_coordinates(const char* op, ScalarType features, ScalarType coordinates, F f) {
   const bool same = features == coordinates;

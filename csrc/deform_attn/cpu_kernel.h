@@ -25,8 +25,8 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Estimates the time of a forward or backward pass in nanoseconds. `sampled` and `of_value` are the nanoseconds per
-// vector of a sampled row and per vector of value.
+// Estimates the time of a forward or backward pass in nanoseconds. `sampled` is the time per vector of a sampled row,
+// and `of_value` is the time per vector of value.
 template <class T, class U>
 double nanoseconds(const MsDeformAttnArgs<T, U>& a, double sampled, double of_value) {
   const double vectors = ceil_div(a.D, kLanes<ComputeType<T>>), items = static_cast<double>(a.N) * a.M;
@@ -52,7 +52,7 @@ template <class X>
 
 // Prefetches what the backward pass of item (n, q, m) reads and writes. In memory, the items of all other heads lie
 // between consecutive items of a head. Hardware prefetchers do not follow this stride, and an item is too much work for
-// out-of-order execution to reach the next one. The item need not exist and its gradients need not be requested,
+// out-of-order execution to reach the next item. The item need not exist and its gradients need not be requested,
 // because prefetching an invalid address is harmless.
 template <class T, class U>
 [[gnu::always_inline]] inline void prefetch_item(const MsDeformAttnArgs<T, U>& a, int64_t n, int64_t q, int64_t m) {

@@ -10,8 +10,8 @@
 // A block processes queries of one head of one image. Blocks are ordered by image, then by head, so at any time the
 // whole device gathers from one or two heads (2.8 MB of float32 at 800x1333), which fit in L2. If the queries are the
 // pixels of the pyramid themselves (Q = S, an encoder), a block processes a patch that is 8 pixels high instead of
-// consecutive pixels of one line. Neighbors in both directions sample the same rows of value, so L1 can reuse these
-// rows.
+// consecutive pixels of one line. Queries that are neighbors in either direction sample the same rows of value, so L1
+// can reuse these rows.
 #pragma once
 
 #include <vector>

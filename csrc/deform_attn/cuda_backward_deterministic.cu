@@ -1,14 +1,15 @@
 // ms_deform_attn and ms_deform_attn_fused on CUDA: the deterministic gradient of value, which is identical from run to
 // run because it gathers in a fixed order instead of adding atomically.
 //
-//   1. The key of a sample is the cell of its level in which the sample lies. Cell (x, y) holds the samples whose top
-//      left corner is (x, y). Coordinates begin at -1, so a level has (H + 1)(W + 1) cells.
+//   1. The sort key of a sample identifies the head, the level, and the cell of the level in which the sample lies.
+//      Cell (x, y) holds the samples whose top left corner is (x, y). Coordinates begin at -1, so a level has (H + 1)(W
+//      + 1) cells.
 //   2. A stable radix sort groups the samples by cell and keeps the samples of each cell in the order of their numbers.
 //   3. For each row of value, a warp finds the samples of the four surrounding cells by binary search (in two ranges,
 //      because horizontal neighbors are adjacent) and sums weight * output gradient over these samples in sorted order.
 //
 // Sums are accumulated in registers, so no memory needs zeroing, and 16-bit gradients are rounded only once. One sort
-// handles as many heads of an image as 32-bit keys and sample numbers allow. It needs about 16 bytes of memory per
+// handles as many heads of an image as 32-bit keys and sample numbers allow. A sort needs about 16 bytes of memory per
 // sample.
 
 #include <cub/device/device_radix_sort.cuh>

@@ -56,8 +56,9 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
   }
 
  private:
-  // A tap with which outputs read the current row of inputs. The pointers refer to the output that reads column 0 of
-  // the phase. They point to its weight, the gradient of its logit, its query, and its output gradient.
+  // A tap with which outputs read the current row of inputs. The pointers belong to the output that reads column 0 of
+  // the phase, and point to the weight of the tap, the gradient of its logit, the query of the output, and the gradient
+  // of the output.
   struct Read {
     const Compute *weight, *logit, *query, *grad;
   };
@@ -80,8 +81,8 @@ class LocalRelationBackward : LocalRelationWorker<kSimilarity, T> {
 
   int64_t sums_size() const { return (1 + a_.m) * columns_.width; }
 
-  // Returns the sums that accumulate the gradients of a row of inputs. They exist only if keeps_sums_ is set, and are 0
-  // when a strip begins.
+  // Returns the sums that accumulate the gradients of a row of inputs. The sums exist only if keeps_sums_ is set, and
+  // are 0 when a strip begins.
   Compute* sums_of(int64_t y, int64_t part) const {
     return sums_ + (y % this->ring_ * static_cast<int64_t>(columns_.parts.size()) + part) * sums_size();
   }

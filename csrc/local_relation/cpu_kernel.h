@@ -10,11 +10,11 @@
 // For each tap and vector of outputs with 8 channels, there are about 13 operations for the exponential, 6 for the
 // logit and 8 multiply-adds, each with a load.
 //
-// The backward pass does the same for each row of outputs and stores the weights and the gradients of the logits in
-// further ring buffers. As soon as the last output row that reads a row of inputs has been processed, the gradients of
-// the keys and values of that row are computed as sums over taps from these buffers. For large windows, the buffers
-// would need too much memory. In that case, only the weights of one output row are kept, and what this row contributes
-// is added immediately to the sums of all input rows that it reads.
+// The backward pass computes the weights again in the same way, one row of outputs at a time, and stores the weights
+// and the gradients of the logits in further ring buffers. As soon as the last output row that reads a row of inputs
+// has been processed, the gradients of the keys and values of that row are computed as sums over taps from these
+// buffers. For large windows, the buffers would need too much memory. In that case, only the weights of one output row
+// are kept, and what this row contributes is added immediately to the sums of all input rows that it reads.
 
 #include "common/cpu/simd.h"
 #include "local_relation/cpu_args.h"

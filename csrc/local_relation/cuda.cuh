@@ -1,10 +1,11 @@
 // local_relation on CUDA: how the forward and backward passes divide their work, and the code that both use.
 //
-// A thread computes several neighboring outputs of a column for one group, or inputs in one kernel of the backward
-// pass. A block computes a tile of outputs or inputs. If stride and dilation are 1, the windows of a tile are read from
-// shared memory, which holds eight channels of the values at a time. A pixel that a thread reads from shared memory
-// serves several outputs of the thread: in a column of taps, tap i of output r is in row r + i. Otherwise, in direct
-// mode, a thread has one output and reads taps from global memory, mostly from L1.
+// A thread computes several neighboring outputs of a column for one group, and a block computes a tile of outputs. In
+// one kernel of the backward pass, threads and blocks compute gradients of inputs instead of outputs. If stride and
+// dilation are 1, the windows of a tile are read from shared memory, which holds eight channels of the values at a
+// time. A pixel that a thread reads from shared memory serves several outputs of the thread: in a column of taps, tap i
+// of output r is in row r + i. Otherwise, in direct mode, a thread has one output and reads taps from global memory,
+// mostly from L1.
 #pragma once
 
 #include <algorithm>

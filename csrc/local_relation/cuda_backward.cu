@@ -1,8 +1,8 @@
 // local_relation on CUDA: the backward pass. cuda.cuh explains how the work is divided.
 //
-// The backward pass has two kernels, one over outputs and one over inputs. In both, no two threads add to the same
-// value. The outputs kernel computes the softmax again. Let e be the weights before the division by their sum S, d the
-// gradients of the weights, and s the derivative of the logit with respect to the query. Then
+// The backward pass has two kernels, one over outputs and one over inputs. In both kernels, no two threads add to the
+// same value. The outputs kernel computes the softmax again. Let e be the weights before the division by their sum S, d
+// the gradients of the weights, and s the derivative of the logit with respect to the query. Then
 //   delta = sum of e d / S,  grad_query = sum of e d s / S - delta * sum of e s / S
 // A first pass over the window finds the largest logit, and a second pass computes all these sums. The outputs kernel
 // writes delta and the logarithm of S for the inputs kernel. For each pixel, the inputs kernel visits the outputs whose
@@ -10,7 +10,7 @@
 // over a warp and over a block. A separate kernel sums over all blocks.
 //
 // The inputs kernel cannot visit taps outside the map, because they have no pixel. If these taps are part of the
-// softmax (border "zero"), the outputs kernel computes their gradients of the prior.
+// softmax (border "zero"), the outputs kernel computes the gradients of the prior for them.
 
 #include "common/cuda/partial_sums.cuh"
 #include "local_relation/cuda.cuh"

@@ -33,8 +33,8 @@ struct SeriesForFloat {
   }
 };
 
-// Computes sine and cosine for |x| < kLargeAngle. The error is a few units of 2^-53 or that of the series S, if larger.
-// F is double or a vector of doubles (common/cpu/simd.h).
+// Computes sine and cosine for |x| < kLargeAngle. The error is a few units of 2^-53 or the error of the series S,
+// whichever is larger. F is double or a vector of doubles (common/cpu/simd.h).
 template <class S = Series<double>, class F>
 RELOPS_HOST_DEVICE_INLINE void sin_cos(F x, F& sine, F& cosine) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52; adding it rounds to integers

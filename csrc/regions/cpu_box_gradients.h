@@ -2,8 +2,8 @@
 //
 // NCHW: a work item is a block of channels of a map, for all or some of the regions that read the map. It stores
 // partial sums for each region, which cpu.cpp adds up. For each vector of columns, two weighted sums are computed: one
-// over the gradients of a row of bins and one over rows of pixels. Both use the weights of the taps and the slopes of
-// these weights.
+// over the gradients of a row of bins and one over rows of pixels. Both sums use the weights of the taps and the slopes
+// of these weights.
 //
 // channels_last: a work item is a region.
 #ifndef RELOPS_REGIONS_BOX_GRADIENTS

@@ -19,8 +19,9 @@ namespace {
 inline int64_t floor_log2(int64_t n) { return 63 - __builtin_clzll(static_cast<uint64_t>(n)); }
 
 // Two runs of 2^s columns, which may overlap, cover all columns of a bin, so the maximum of the bin is the larger of
-// their maxima. The kernel first computes the maximum of the run that begins at each column, for every power of two as
-// length, each length from half the length. Then each bin gathers two of these maxima.
+// the maxima of these runs. The kernel first computes, for each s and each column, the maximum of the run of 2^s
+// columns that begins at this column. The maximum of a longer run is computed from the maxima of its two halves. Then
+// each bin gathers two maxima.
 template <class T>
 void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
   using Compute = ComputeType<T>;
@@ -65,8 +66,8 @@ void maximum_forward_planes(const RegionArgs<T>& a, int64_t threads) {
                                  columns.width, runs + ph * columns.width);
             }
             for (int64_t level = 0; level < levels; ++level) {
-              // Runs that reach past the last column have wrong maxima. No bin gathers these, and computing them reads
-              // only memory of this thread.
+              // Runs that reach past the last column have wrong maxima. No bin gathers these maxima, and computing them
+              // reads only memory of this thread.
               for (int64_t i = 0; i < run; i += V) {
                 const Vec<Compute> left = load(runs + level * run + i);
                 const Vec<Compute> right = load(runs + level * run + i + (1 << level));

@@ -28,9 +28,9 @@ struct PixelList {
         weight(scratch.allocate<Compute>(max_count)) {}
 
   // Lists the pixels of a bin, which has the y taps [begin, end) and the x taps of bin column pw. Calls f(first, last)
-  // after filling each list, where `first` and `last` say whether this is the first and whether it is the last list of
-  // the bin. A bin has at least one list. If it has only one, `first` and `last` are compile-time constants. Pixel 0 of
-  // the map has the offset `origin`, and pixels are `stride` elements apart.
+  // after filling each list: `first` is true for the first list of the bin, and `last` is true for its last list. A bin
+  // has at least one list. If it has only one list, `first` and `last` are compile-time constants. Pixel 0 of the map
+  // has the offset `origin`, and pixels are `stride` elements apart.
   template <class F>
   void visit(const Region<Compute>& r, int32_t begin, int32_t end, int64_t pw, int64_t map_width, int64_t origin,
              int64_t stride, F f) {
@@ -82,7 +82,8 @@ void forward_pixels(const RegionArgs<T>& a, int64_t threads) {
   for_each_item(a.K, threads, [&] {
     auto scratch = std::make_shared<Scratch>();
     PixelList<Compute> pixels(a.max_taps_y, a.max_taps_x, *scratch);
-    // If a bin needs several lists, `previous` and `current` hold its results after the previous and the current list.
+    // If a bin needs several lists, `previous` holds its results up to the previous list, and `current` holds its
+    // results up to the current list.
     const int64_t partial_size = pixels.max_count < a.max_taps_y * a.max_taps_x ? a.out_channels : 0;
     Compute *previous = scratch->template allocate<Compute>(partial_size),
             *current = scratch->template allocate<Compute>(partial_size);

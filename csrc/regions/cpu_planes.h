@@ -2,9 +2,9 @@
 // and, for ps_roi_align and ps_roi_pool, the gradient of the input.
 //
 // roi_align, prroi_pool, multi_scale_roi_align: these kernels are used if the regions read little of a map. (Otherwise,
-// those of cpu_slices.h are used.) A work item is a block of channels of a map, for all or some of the regions that
-// read the map. For each row of bins, the rows of pixels are combined into one row, a vector of columns at a time and
-// without a transposition. Then the bins gather their columns from the combined rows, a vector of bins at a time.
+// the kernels of cpu_slices.h are used.) A work item is a block of channels of a map, for all or some of the regions
+// that read the map. For each row of bins, the rows of pixels are combined into one row, a vector of columns at a time
+// and without a transposition. Then the bins gather their columns from the combined rows, a vector of bins at a time.
 //
 // ps_roi_align, ps_roi_pool: a plane is read by only one bin of each region, so each output is computed from a few
 // pixels, one by one.

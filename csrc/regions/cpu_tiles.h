@@ -149,7 +149,7 @@ inline void combine_rows(const T* first, const T* end, const int64_t* offset, co
                 : combine_some_rows<kMaximum, 0>(first, offset, weight, width, more, out);
     return;
   }
-  // Close to the end of the tensor, a vector may reach past the end, so every load checks for it.
+  // Close to the end of the tensor, a vector may reach past the end, so every load checks for the end.
   for (int64_t i = 0; i < width; i += kLanes<Compute>) {
     Vec<Compute> result = broadcast(kMaximum ? -std::numeric_limits<Compute>::infinity() : Compute(0));
     for (t = 0; t < count; ++t) {

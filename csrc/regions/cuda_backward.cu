@@ -88,7 +88,7 @@ __device__ __forceinline__ Tile tile_of_block(const P& p) {
 }
 
 // Returns whether a region may read any of the pixels [low, high] of an axis. The result may be true although the
-// region reads none of them.
+// region reads none of these pixels.
 __device__ inline bool may_reach(const RegionAxis& axis, int low, int high) {
   const double end = axis.start + axis.bins * axis.bin;
   const double region_low = end < axis.start ? end : axis.start, region_high = end < axis.start ? axis.start : end;

@@ -10,8 +10,8 @@
 //
 // Taps are computed in double for every type of features, because there are few of them and boxes may be huge. The
 // exceptions are the number of samples and the edges that are rounded to pixels: they are computed in Compute, the type
-// of the boxes. Their computation follows torchvision step by step, so the results are the same in torchvision, on the
-// CPU and on CUDA.
+// of the boxes. The computation of these values follows torchvision step by step, so the results are the same in
+// torchvision, on the CPU and on CUDA.
 #pragma once
 
 #include "common/host_device.h"
@@ -113,9 +113,10 @@ RELOPS_HOST_DEVICE PixelRange pixel_range(const RegionAxis& axis, int bin) {
 }
 
 // Calls tap(pixel, weight, slope_first, slope_last) for the pixels in [low, high] that the bin reads. The samples or
-// cells of the bin are visited in ascending order, and tap is called for up to two neighboring pixels of each. If tap
-// is called several times for a pixel, its weights and slopes must be added up. The slopes are the derivatives of the
-// weight with respect to the first and the last coordinate of the box. low and high must be in [0, axis.size).
+// cells of the bin are visited in ascending order, and tap is called for up to two neighboring pixels of each sample or
+// cell. If tap is called several times for a pixel, its weights and slopes must be added up. The slopes are the
+// derivatives of the weight with respect to the first and the last coordinate of the box. low and high must be at least
+// 0 and less than axis.size.
 template <class Compute, class Tap>
 RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, int high, Tap tap) {
   switch (axis.kind) {
@@ -127,7 +128,8 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
       const double nearest = low - 1, farthest = high + 1;
       double from = 0, count = axis.grid;
       if (step != 0) {
-        // The range includes one more sample on either side than the division gives. The loop checks each sample.
+        // To allow for rounding, the range is one sample longer on either side than the division gives. The loop checks
+        // each sample.
         const double a = (nearest - first) / step - 0.5, b = (farthest - first) / step - 0.5;
         from = clamped(floor(a < b ? a : b) - 1, 0, axis.grid);
         const double to = clamped(ceil(a < b ? b : a) + 1, -1, axis.grid - 1);

@@ -126,7 +126,7 @@ struct BoxTable {
 };
 
 // A query paired with the vector of keys that begins at `first`: the differences of their centers, and the sizes by
-// which these are divided.
+// which the differences are divided.
 template <class Compute>
 struct Pairs {
   Vec<Compute> dx, dy, w, h;

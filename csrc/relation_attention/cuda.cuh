@@ -1,11 +1,12 @@
 // relation_attention on CUDA: how the forward and backward passes divide their work. cuda_geometry.cuh contains the
-// geometry of pairs, cuda_products.cuh the products of rows of features.
+// geometry of pairs, and cuda_products.cuh contains the products of rows of features.
 //
 // In the forward and backward passes, a block owns 16 rows, or a multiple of 16, of up to 8 heads. These own rows are
 // queries, or keys in the kernel that computes the gradients of keys, values and key boxes. If the own rows are
 // queries, the other rows are keys, and vice versa. The block iterates over the other rows in tiles. The following
 // stages form a pipeline: in each step, every stage processes a different tile, so one barrier per step suffices.
-//   1. The boxes of the tile: compute the logarithms of sizes, and their sines and cosines.
+//   1. The boxes of the tile: threads compute the logarithms of the sizes, and the sines and cosines of these
+//      logarithms times each frequency.
 //   2. b of all pairs and heads: a warp combines one other row with all own rows and writes b to shared memory. The 32
 //      features of dx and dy of a pair are computed in the registers from which a tensor core reads them.
 //   3. The products of features: a warp processes one head.

@@ -1,5 +1,5 @@
-// relation_attention on CUDA: the backward pass. Its results are bit-identical from run to run, because it has no
-// atomic additions.
+// relation_attention on CUDA: the backward pass. The results are bit-identical from run to run, because the kernels
+// have no atomic additions.
 //
 // The same kernel runs twice: with queries as own rows for the gradients of queries, weights, biases and query boxes,
 // and with keys as own rows for the gradients of keys, values and key boxes. With e = exp(s - logsumexp),
@@ -8,9 +8,9 @@
 // The gradients of own rows are products of ds (or p, for values) with the other rows. db replaces b in shared memory.
 // From db, the warps compute the gradients that flow through the features. Each warp processes one other box at a time:
 //
-// - Weights: features times db, summed over pairs. For the features of sizes, the sum uses the sines and cosines of the
-//   own box and is then rotated by the angle of the other box.
-// - Boxes: db times weights, summed over heads, is the gradient of a feature.
+// - Weights: the gradient of a weight is the sum over pairs of its feature times db. For the features of sizes, the sum
+//   uses the sines and cosines of the own box and is then rotated by the angle of the other box.
+// - Boxes: the gradient of a feature is the sum over heads of its weight times db.
 //
 // Each lane handles one wave in this computation, so the gradients of a logarithm are summed over lanes and over warps
 // once at the end. A second kernel adds the partial sums of the blocks in a fixed order.

@@ -74,8 +74,8 @@ __device__ __forceinline__ void set_box_terms(BoxTerms<Compute>& terms, const Co
 
 template <class Compute>
 struct HeadWeights {
-  // The weights W, with one column per feature of a pair. The columns of sizes apply to log(own / other), even if the
-  // other box is the query.
+  // The weights W, with one column per feature of a pair. The columns for widths and heights apply to log(own / other),
+  // even if the other box is the query.
   Compute weight[kHeads][kEmbedding + 4];
   Compute bias[kHeads];
   Wave<Compute> waves[kWaves];
@@ -131,7 +131,7 @@ __device__ __forceinline__ Log2<Compute> shuffle(Log2<Compute> x, int lane) {
 
 // Computes b for all pairs of a tile and all heads of the block, with eight warps. If by_own, distances are divided by
 // the size of the own box. Widths are processed first, then heights, then distances, so that registers hold the
-// operands of only one of them at a time.
+// operands of only one of these steps at a time.
 template <int kOthers, class Compute>
 __device__ __forceinline__ void compute_logits(const HeadWeights<Compute>& w, const BoxTerms<Compute>* own,
                                                const BoxTerms<Compute>* others, bool by_own, Compute* tile) {

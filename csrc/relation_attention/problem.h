@@ -10,13 +10,13 @@
 // stored as n + l, where n is the integer exponent and l is the logarithm of the mantissa. In half turns, an angle is
 // (n + l) times the number of half turns per octave of the wave. The product of n and the leading bits of this number
 // is exact. Each center is stored as a sum of two numbers, so the difference between close centers is as exact as the
-// boxes are. The remaining error of e is about 1e-5 for float32 boxes. Most of it is the rounding error of dx,
+// boxes are. The remaining error of e is about 1e-5 for float32 boxes. Most of this error is the rounding error of dx,
 // multiplied by 100.
 //
 // The half of e that depends on widths and heights is separable. With u and v the angles of the query and the key,
 //   W_s sin(u - v) + W_c cos(u - v) = sin v (W_c sin u - W_s cos u) + cos v (W_s sin u + W_c cos u).
-// Therefore pairs need sines only for dx and dy. The separable half contributes to b a dot product of 32 terms of the
-// query and head (the `rotated` weights) with 32 terms of the key.
+// Therefore pairs need sines only for dx and dy. The contribution of the separable half to b is a dot product of 32
+// terms of the query and head (the `rotated` weights) with 32 terms of the key.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

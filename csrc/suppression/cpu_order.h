@@ -17,8 +17,8 @@ struct Entry {
   uint32_t index;
 };
 
-// Sorts `entries` by key and keeps the order of equal keys. `other` is a buffer with n elements, like `entries`.
-// Returns the sorted entries, which are in either of these two arrays.
+// Sorts `entries` by key and keeps the order of entries with equal keys. `other` is a buffer with n elements, like
+// `entries`. Returns the sorted entries, which are in either of these two arrays.
 template <class Key>
 Entry<Key>* sort_by_key(Entry<Key>* entries, Entry<Key>* other, int64_t n) {
   constexpr int kBits = 11, kDigits = (8 * sizeof(Key) + kBits - 1) / kBits, kValues = 1 << kBits;

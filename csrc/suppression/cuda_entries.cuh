@@ -58,7 +58,7 @@ struct SortBuffers {
     arena.allocate(workspace, workspace_bytes);
   }
 
-  // Sorts by the low `bits` bits of the keys and keeps the order of equal keys.
+  // Sorts by the low `bits` bits of the keys and keeps the order of pairs with equal keys.
   void sort(int64_t n, int bits, cudaStream_t stream) {
     STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, keys, sorted, values, order,
                                                    static_cast<int>(n), 0, bits, stream));
@@ -119,8 +119,8 @@ static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, 
   const int64_t i = thread_index();
   if (i >= n) return;
   const int first = static_cast<int>(i) / K * K;
-  // Returns the first position in [low, high) whose class is at least the class at position i or, if or_equal, greater
-  // than it. Returns high if no position satisfies this.
+  // Returns the first position in [low, high) whose class is greater than the class at position i or, unless or_equal
+  // is set, equal to it. Returns `high` if no such position exists.
   const auto search = [&](int low, int high, bool or_equal) {
     while (low < high) {
       const int middle = low + (high - low) / 2;
@@ -139,7 +139,7 @@ static __global__ __launch_bounds__(kEntryThreads) void spans_kernel(int64_t n, 
 // Copies the number of kept entries from the device to the host. Only ops whose output size depends on the data wait
 // for the device, and they do so only in this function.
 inline int64_t read_count(const Tensor& count) {
-  // The handle of a default stream does not identify a device. It refers to the default stream of the current device.
+  // The handle of a default stream does not identify a device: it refers to the default stream of the current device.
   const torch::stable::accelerator::DeviceGuard guard(count.get_device_index());
   const cudaStream_t stream = current_stream(count.get_device_index());
   cudaStreamCaptureStatus capture;

@@ -8,10 +8,10 @@
 //   launch is bound by arithmetic: all rounds together compare about N/2 pairs per kept box.
 // - mask: finds, for each box, the later boxes of the same chunk that it would suppress, and stores one bit per pair of
 //   boxes. Each warp processes one box.
-// - resolve: decides which boxes of each chunk are kept, in the order of descending score, with one block per chunk. A
-//   step decides about 64 boxes, whose state is stored as bits in registers. Then it marks as suppressed all later
-//   boxes whose bits are set in the mask rows of the kept boxes. This launch is bound by latency: 16 steps of about a
-//   microsecond.
+// - resolve: decides which boxes of each chunk are kept, in the order of descending score, with one block per chunk.
+//   Each step decides which of 64 boxes are kept. The state of these boxes is stored as bits in registers. The step
+//   then marks as suppressed all later boxes whose bits are set in the mask rows of the kept boxes. This launch is
+//   bound by latency: 16 steps of about a microsecond.
 //
 // The host does not know the lengths of the spans, so it launches as many rounds as the longest possible span needs.
 

@@ -68,7 +68,7 @@ RELOPS_HOST_DEVICE inline BoundedBox<Compute> with_area_bound(const Box<Compute>
   return {box, larger(area_bound, Compute(0))};
 }
 
-// Returns whether either of two boxes, if it is kept, suppresses the other.
+// Returns whether the IoU of two boxes exceeds the threshold, so that either box, if kept, suppresses the other.
 template <class Compute>
 RELOPS_HOST_DEVICE inline bool suppresses(const Box<Compute>& a, const Box<Compute>& b, Compute threshold) {
   return iou(area(a), area(b), intersection(a, b)) > threshold;

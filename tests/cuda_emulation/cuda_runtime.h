@@ -239,7 +239,7 @@ inline void wait(Barrier& barrier) {
 }
 
 [[gnu::noinline]] inline void run_block() {
-  // A step that is coprime to the number of threads reaches all of them.
+  // A step that is coprime to the number of threads reaches all threads.
   do step = 1 + order() % blockDim.x;
   while (std::gcd(step, blockDim.x) != 1);
   warps_run_ahead = order() % 2;

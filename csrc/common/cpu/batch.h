@@ -1,6 +1,6 @@
 // A batch of vectors to which the same operations are applied. In a chain of dependent operations, each operation waits
 // for the previous one. If the operations of several vectors are interleaved, the processor does not have to look far
-// ahead to find one that is ready.
+// ahead to find an operation that is ready.
 //
 // Vector is the type Vec<Compute> (common/cpu/simd.h) of any instruction set, so every function of this file must be
 // inlined.

@@ -358,9 +358,9 @@ inline Batch<double, N> exponential(Batch<double, N> x) {
   return x;
 }
 
-// Computes e^x for x <= 0 with an absolute error of at most 1.5e-7, which suffices for a softmax. This takes two thirds
-// as many operations as exponential(). The relative error of small results grows in proportion to -x, because x times
-// log2(e) is rounded once.
+// Computes e^x for x <= 0 with an absolute error of at most 1.5e-7, which suffices for a softmax. The function takes
+// two thirds as many operations as exponential(). The relative error of small results grows in proportion to -x,
+// because x times log2(e) is rounded once.
 template <int N>
 RELOPS_HOST_DEVICE_INLINE Batch<float, N> exponential_of_softmax(Batch<float, N> x) {
   x = x * 1.44269504f;

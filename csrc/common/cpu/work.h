@@ -67,8 +67,8 @@ double vectors_of(double values) {
   return values * sizeof(Compute) / vector_bytes(isa());
 }
 
-// Each thread creates its own worker with make(). It then gets one item at a time and calls worker(item), so items of
-// unequal cost are spread evenly. The result of an item must not depend on which thread computes it.
+// Each thread creates its own worker with make(). The thread then gets one item at a time and calls worker(item), so
+// items of unequal cost are spread evenly. The result of an item must not depend on which thread computes it.
 template <class Make>
 void for_each_item(int64_t items, int64_t threads, const Make& make) {
   const int64_t workers = std::min(items, threads);

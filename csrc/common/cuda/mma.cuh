@@ -4,8 +4,8 @@
 //   of a: rows g and g + 8, kLaneDepth elements each;
 //   of b: row g, kLaneDepth elements;
 //   of c: rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2t and 2t + 1.
-// Each row of a and b is divided among four lanes. Any division of its elements works, as long as it is the same for a
-// and b.
+// Each row of a and b is divided among four lanes. The elements of a row may be divided in any way, as long as a and b
+// are divided in the same way.
 //
 // A tensor core rounds float32 to 11 bits (TF32). An operand that must keep the precision of float32 is split into two
 // TF32 numbers. The product of two split operands takes three tensor core products and is accurate to about 21 bits.
@@ -109,7 +109,7 @@ struct MmaSplit {
       high = static_cast<T>(x);
       rest = static_cast<T>(x - static_cast<Compute>(high));
     } else if constexpr (kExact) {
-      // This line rounds to nearest. It may turn NaN into zero, but then `rest` is NaN.
+      // This line rounds to nearest. If it turns NaN into zero, `rest` is NaN.
       high = std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u);
       rest = x - high;
     } else {
