@@ -39,7 +39,7 @@ def register_differentiable(
     setup_context: Callable[..., Any],
     backward: Callable[..., Any],
 ) -> None:
-    """Register the fake kernels of `op` and `_<op>_backward`, and a backward formula of `op` that calls the latter."""
+    """Register the fake kernels of `op` and its backward op, and a backward formula that calls the backward op."""
     torch.library.register_fake(f"relops::{op}", fake)
     torch.library.register_fake(f"relops::_{op}_backward", fake_backward)
     register_autograd(op, backward, setup_context=setup_context)

@@ -41,8 +41,8 @@ def ms_deform_attn(
         value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
             The levels are concatenated along this dimension, each in row-major order.
         spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
-            tensor is faster than a CUDA tensor, because the kernel does not have to read the sizes from memory. The
-            host can then also check them.
+            tensor is faster than a CUDA tensor, because the kernel does not have to read the sizes from memory. Only
+            the sizes in a list or a CPU tensor can be checked without a synchronization.
         level_start_index: An int64 tensor [L] with the index along dimension S at which each level begins. If None,
             each level begins where the previous one ends.
         sampling_locations: A tensor [N,Q,M,L,P,2] with coordinates (x,y) normalized to [0,1] over the level, in the
@@ -120,8 +120,8 @@ def ms_deform_attn_fused(
         value: A tensor [N,S,M,D] of dtype float64, float32, float16 or bfloat16. S is the sum of H * W over all levels.
             The levels are concatenated along this dimension, each in row-major order.
         spatial_shapes: An int64 tensor [L,2] with rows (H,W), or a list of such pairs. For CUDA inputs, a list or a CPU
-            tensor is faster than a CUDA tensor, because the kernel does not have to read the sizes from memory. The
-            host can then also check them.
+            tensor is faster than a CUDA tensor, because the kernel does not have to read the sizes from memory. Only
+            the sizes in a list or a CPU tensor can be checked without a synchronization.
         level_start_index: An int64 tensor [L] with the index along dimension S at which each level begins. If None,
             each level begins where the previous one ends.
         reference_points: A tensor [N,Q,L,2] with points (x,y), or [N,Q,L,4] with boxes (center x, center y, width,

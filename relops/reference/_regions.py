@@ -2,7 +2,7 @@
 
 Every region op except roi_pool computes weighted means. The weight of a pixel is the product of a row weight and a
 column weight, so the code handles the two axes separately. The taps of an axis are the pixels that bin p of box k reads
-along the axis, and their weights. They are padded to a common number T.
+along the axis, and the weights of these pixels. All bins have the same number T of taps, including padding.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def max_length(lengths: Tensor) -> int:
     return int(lengths.max()) if lengths.numel() else 0
 
 
-# ---- Taps of one axis. Box k begins at start[k] and has size[k] and P bins. The map has n pixels. ----
+# ---- Taps of one axis. Along it, box k begins at start[k], is size[k] long and has P bins. The map has n pixels. ----
 
 
 def sampled_taps(start: Tensor, size: Tensor, P: int, sampling_ratio: int, n: int) -> Taps:

@@ -56,7 +56,7 @@ def integral_taps(start: Tensor, size: Tensor, P: int, n: int) -> Taps:
 
     # The rising and the falling half of the hat are integrated separately, as the length of an interval times the value
     # at its midpoint, which avoids cancellation. If an end of the bin lies on a pixel, the gradient of that end flows
-    # through only one half.
+    # through only one half of the hat.
     (rise_a, fall_a), (rise_b, fall_b) = (
         (clamp_where((d > -1) & (d <= 0), d, -1, 0), clamp_where((d > 0) & (d < 1), d, 0, 1))
         for d in (a - pixels, b - pixels)

@@ -103,7 +103,7 @@ def why(error: Exception) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder. If another process tries to lock it, that process raises a UsageError that names this process.
+    """Lock a folder. Other processes that try to lock it get a UsageError that names this process.
 
     The operating system releases the lock when this process ends, even if it is killed. The lock file then stays in the
     folder, but it only names the process that last held the lock. `lockf` is used instead of `flock`, because processes

@@ -45,7 +45,7 @@ def build_model(name: str, num_classes: int, options: dict[str, Any]) -> BaseDet
 
 
 def _check_options(factory: Callable[..., object], num_classes: int, options: dict[str, Any]) -> None:
-    """Raise an error if an option is not a parameter of the factory, or if the value of an option has a wrong type."""
+    """Raise an error if an option is not a parameter of the factory, or if its value has the wrong type."""
     inspect.signature(factory).bind(num_classes, **options)
     hints = typing.get_type_hints(factory)
     for option, value in options.items():

@@ -35,7 +35,7 @@ class World(NamedTuple):
         return values
 
     def largest(self, number: int) -> int:
-        """Return, in every process, the largest of the numbers of all processes. This does not wait for the GPU."""
+        """Return, in every process, the largest of the numbers of all processes, without waiting for the GPU."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number)

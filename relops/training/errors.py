@@ -44,8 +44,8 @@ def user_message(error: Exception) -> str | None:
         # traceback ends with the exception class, the original message and a newline.
         return message.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip("\n")
     # The user can fix errors of the operating system that name a file. The user can also fix errors that an op or a
-    # detector raises, which begin with a prefix such as "relops.nms: ". They are caused by the options of the model,
-    # because all other arguments that the commands pass to ops were checked before.
+    # detector raises, whose messages begin with a prefix such as "relops.nms: ". Only the options of the model can
+    # cause such errors, because all other arguments that the commands pass to ops were checked before.
     names_file = isinstance(error, OSError) and error.filename is not None
     names_op = isinstance(error, ValueError) and message.startswith("relops.")
     return message if names_file or names_op else None

@@ -224,7 +224,7 @@ class Evaluator:
             A dict with AP/<class>, which is NaN for classes without objects, and mAP, the mean over all other classes.
 
         Raises:
-            ValueError: If `metric` is neither of these.
+            ValueError: If `metric` is neither "area" nor "11point".
         """
         if metric not in ("area", "11point"):
             raise ValueError(f"metric must be 'area' or '11point', got {metric!r}")

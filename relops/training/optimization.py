@@ -35,8 +35,8 @@ def make_optimizer(
         momentum: the momentum of sgd.
         backbone_lr: the factor by which the learning rate of the backbone is multiplied. The network of the backbone is
             the module named `body`.
-        slower: names of modules that have a tenth of the learning rate if `kind` is "adamw". They need this because the
-            size of adamw's first steps does not depend on the size of the gradient.
+        slower: names of modules whose learning rate is multiplied by 0.1 if `kind` is "adamw". The first steps of adamw
+            would otherwise be too large, because their size does not depend on the size of the gradient.
 
     Raises:
         UsageError: If no parameter requires a gradient.

@@ -24,7 +24,7 @@ BODIES: dict[str, Callable[..., Body]] = {
     "resnet101": lambda **options: resnet101(None, **options),
 }
 
-# For each network, the options that it does not support. A suffix of the name or a detector can set these options.
+# For each network, the options that it does not support. Both detectors and suffixes of the name set options.
 UNSUPPORTED: dict[str, set[str]] = {
     "lr_net26": {"norm"},
     "lr_net50": {"norm"},

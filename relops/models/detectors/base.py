@@ -25,7 +25,7 @@ class BaseDetector(nn.Module):
     phases: tuple[tuple[str, float], ...] = (("", 1.0),)  # training phases: name and fraction of the iterations
     uses_proposals = False  # whether the detector needs Targets.proposals
     uses_masks = False  # whether the detector uses Targets.masks
-    slower: tuple[str, ...] = ()  # names of modules that AdamW trains with a tenth of the learning rate
+    slower: tuple[str, ...] = ()  # names of modules whose learning rate is multiplied by 0.1 with AdamW
 
     backbone: Backbone
 

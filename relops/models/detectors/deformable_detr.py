@@ -127,7 +127,7 @@ class DeformableDETR(SetDetector):
         refine: Whether each decoder layer refines the boxes of the previous layer.
     """
 
-    slower = ("sampling_offsets", "reference_points")  # trained with a tenth of the learning rate (section 5)
+    slower = ("sampling_offsets", "reference_points")  # learning rate times 0.1 (section 5)
 
     def __init__(
         self, num_classes: int, backbone: Backbone, transformer: DeformableTransformer, queries: int, refine: bool

@@ -71,7 +71,7 @@ class AlternatingFasterRCNN(TwoStageDetector):
         """Set training or evaluation mode. In the last two steps, the backbone stays in evaluation mode."""
         super().train(mode)
         if mode and self.phase >= 2:
-            self.backbone.eval()  # the stages share its normalization statistics, so these must not change
+            self.backbone.eval()  # both stages share the backbone, so its normalization statistics must not change
         return self
 
     def forward(

@@ -1,6 +1,6 @@
 """Sparse R-CNN (Sun et al., End-to-End Object Detection with Learnable Proposals, https://arxiv.org/abs/2011.12450).
 
-The first two section titles below are from section 3 of the paper. Parameters have the same names as in the released
+The first two headings in this file are from section 3 of the paper. Parameters have the same names as in the released
 code, except in the backbone, where they have the same names as in torchvision.
 """
 
@@ -29,7 +29,7 @@ from relops.ops.box_iou import box_iou
 HEADS = 8  # the number of heads of the self-attention
 REGION = 7  # the height and width of pooled regions
 LOG_CLAMP = math.log(100_000 / 16)  # the maximum growth of log w and log h
-MIN_IOU = 1e-6  # smaller IoUs are raised to this number, so that the logarithm is finite
+MIN_IOU = 1e-6  # the lower limit of an IoU, so that its logarithm is finite
 INITS = "image", "center", "grid", "random"
 
 

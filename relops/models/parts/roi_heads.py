@@ -95,7 +95,7 @@ class TwoFCHead(TwoFC):
 
 
 class BoxPredictor(nn.Module):
-    """The layers that predict scores for the background and each class, and deltas per class or for all classes."""
+    """The layers that predict scores for the background and each class, and deltas (per class or class-agnostic)."""
 
     def __init__(self, in_features: int, num_classes: int, class_agnostic: bool = False) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class SetPrediction(NamedTuple):
 
 
 def focal_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each logit's focal loss (https://arxiv.org/abs/1708.02002) with a positive and a negative target."""
+    """Return the focal loss (https://arxiv.org/abs/1708.02002) of each logit for the target 1 and for the target 0."""
     p, log_p = logits.sigmoid(), F.logsigmoid(logits)
     return ALPHA * (1 - p) ** GAMMA * -log_p, (1 - ALPHA) * p**GAMMA * (logits - log_p)
 

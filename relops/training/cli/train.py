@@ -94,7 +94,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: Any) -> None:
-    """Add a flag for a setting. If the flag is not given, its value is None."""
+    """Add a flag for a setting. The parsed value is None if the flag is not given."""
     flag, help, text = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["default_text"]
     default = typing.cast(Any, field.default)
     if kind is bool:

@@ -24,7 +24,7 @@ JOINT = {"trainval"}
 TRAIN = {"train", "training"} | JOINT
 VALIDATION = {"val", "valid", "validation"}
 TEST = {"test", "testing"}
-NOT_INSTANCES = {"captions", "info", "keypoints", "panoptic", "stuff"}  # in COCO's files for other tasks
+NOT_INSTANCES = {"captions", "info", "keypoints", "panoptic", "stuff"}  # in file names of COCO's other tasks
 
 
 def open_coco(

@@ -21,7 +21,7 @@ SAMPLE_SIZE = 64  # maximum number of images from which the pixel range of a dat
 # 1 and 16, none of these maxima is likely, and the largest pixel value is used instead.
 INTEGER_MAXIMA = (1, 255, 1023, 4095, 16383, 65535)
 FLOAT_MAXIMA = (1, 255, 65535)
-TOLERANCE = 0.02  # resampled floats may exceed the range by this fraction of it
+TOLERANCE = 0.02  # resampled floats may lie outside of the range by up to this fraction of its maximum
 MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE, BITS_PER_SAMPLE, GDAL_NODATA = 281, 341, 258, 42113  # TIFF tags
 
 

@@ -91,7 +91,7 @@ class DetectionData(Dataset, abc.ABC):
 
     Attributes:
         classes: class names. Label `i` stands for `classes[i]`.
-        has_masks: whether samples have masks. This is False if no object has a mask, or if `use_masks` disabled them.
+        has_masks: whether samples have masks. False if no object has a mask, or if `use_masks` disabled the masks.
         category_ids: the ids of the classes in COCO's results format.
         pixel_range: the pixel values that are mapped to 0 and 255 in grayscale images with more than 8 bits per pixel,
             or None if there are no such images.
