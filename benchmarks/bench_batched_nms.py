@@ -2,8 +2,8 @@
 
 torchvision has two strategies. It either suppresses class by class, or adds an offset per class to the boxes, so that
 boxes of different classes do not overlap. The number of boxes decides which one it uses (on CUDA, class by class above
-25,000 boxes). On CUDA, both are timed. Adding the offset rounds the coordinates, which changes the selection of a few
-boxes.
+25,000 boxes). On CUDA, both strategies are timed. Adding the offset rounds the coordinates, which changes the selection
+of a few boxes.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ proposal is the probability of its own class. Of the remaining probability, 9/10
 other classes, in proportion to exp(2 x) with a normal variable x per class. As a result, a few hundred pairs of an
 object and a class have a score above 0.01.
 
-For comparison, greedy suppression with one call of `relops.nms` per class is also timed. It computes different scores
-and needs much less arithmetic.
+For comparison, greedy suppression with one call of `relops.nms` per class is also timed. This suppression
+computes different scores and needs much less arithmetic.
 """
 
 from __future__ import annotations

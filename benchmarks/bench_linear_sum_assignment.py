@@ -1,8 +1,8 @@
 """Benchmarks of linear_sum_assignment: the matching in the loss of DETR, and large problems of several kinds.
 
-Some DETR rows are padded or have many queries. Every contender returns the total cost of its matching, and verification
-compares these costs, because several matchings can be optimal. As in DETR, SciPy solves one problem at a time on the
-CPU. On CUDA, the time of SciPy includes the copies from and to the device.
+Some of the DETR problems are padded or have many queries. Every contender returns the total cost of its matching, and
+verification compares these costs, because several matchings can be optimal. As in DETR, SciPy solves one problem at a
+time on the CPU. On CUDA, the time of SciPy includes the copies from and to the device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Benchmarks of local_relation: the layers of an LR-Net at 224 x 224, windows from 3 to 15, both memory formats."""
+"""Benchmarks of local_relation: layers of an LR-Net at 224 x 224, windows of 3 x 3 to 15 x 15, both memory formats."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def shifted(
     k, dtype_of_value = kernel_size, value.dtype
     dtype = torch.promote_types(dtype_of_value, torch.float32)
     before, reach = dilation * (k // 2), dilation * (k - 1) + 1
-    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # pixels from the first to the last one that a tap reads
+    spans = [stride * (size - 1) + 1 for size in (Ho, Wo)]  # rows and columns that the reads of one tap span
     below, right = (span - 1 + reach - before - size for span, size in zip(spans, (H, W)))
     around = (before, right, before, below)
     inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=value.device), around)

@@ -167,7 +167,7 @@ def locations_of(levels: Levels, points: Tensor, offsets: Tensor) -> Tensor:
 
 
 def relops_unfused(value: Tensor, levels: Levels, starts: None, points: Tensor, offsets: Tensor, logits: Tensor):
-    """Compute the fused op with `relops.ms_deform_attn` and PyTorch functions, which should be slower."""
+    """Compute the fused op with `relops.ms_deform_attn` and PyTorch functions. The fused op should be faster."""
     wide_dtype = compute_dtype(value.dtype)
     weights = logits.to(wide_dtype).flatten(-2).softmax(-1).view(logits.shape)
     return relops.ms_deform_attn(value, levels, starts, locations_of(levels, points, offsets.to(wide_dtype)), weights)
@@ -319,7 +319,7 @@ def benches(device: str) -> list[Bench | Skipped]:
     f32 = torch.float32
 
     def target(ratio: float) -> float | None:
-        return ratio if device == "cpu" else None  # on CUDA, targets refer to peers instead of the twin
+        return ratio if device == "cpu" else None  # on CUDA, the targets are ratios to peers, not to PyTorch
 
     rows: list[Bench | Skipped] = [
         make(encoder, device, f32, FORWARD, target=target(20), quick=True, compiled=True),

@@ -62,8 +62,8 @@ def draw(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple:
     differences between their centers are exact in float32. With other coordinates, the gradients of the twin with
     respect to the boxes have an error of 5%.
 
-    The geometric weights b are between 0.3 and 1.7. The op clamps them to at least 1e-6. The gradient is discontinuous
-    at this bound, and a comparison with float64 would measure the direction of rounding there.
+    The geometric weights b are between 0.3 and 1.7, far from 1e-6. The op clamps b to at least 1e-6, and the gradient
+    is discontinuous at this bound, where a comparison with float64 would measure the direction of rounding.
     """
     device, wide_dtype = generator.device, compute_dtype(dtype)
     features = [

@@ -164,7 +164,7 @@ class Skipped:
 
 
 class VerificationError(Exception):
-    """Raised if the results of a contender differ from those of the twin. Its time would then be meaningless."""
+    """Raised if a contender and the twin return different results. The time of the contender would be meaningless."""
 
 
 # ---- Running one contender ----
@@ -608,7 +608,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def describe_run(device: str) -> dict[str, Any]:
-    """Return a description of this benchmark run. Its rows refer to it by its date."""
+    """Return a description of this benchmark run. The rows that the run measures refer to it by its date."""
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     run: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -75,7 +75,7 @@ Figures are comparable only between runs on the same machine with the same numbe
 class Machine(NamedTuple):
     """A machine on which results were recorded.
 
-    It names the generation of the processor, which the records do not contain.
+    Both fields name the generation of the processor, which the records do not contain.
     """
 
     short: str
@@ -96,7 +96,7 @@ class Family:
         name: The heading.
         ops: The ops, as the records name them.
         text: The explanation of the inputs and of the PyTorch version.
-        notes: Additional text for some machines. The keys are the names of their results folders.
+        notes: Additional text for some machines, by the name of the machine's results folder.
     """
 
     name: str
@@ -207,7 +207,7 @@ formulations.
 products, so these ratios are close to what the arithmetic allows. The ratios grow with the number of boxes. In a
 separate measurement with 4000 boxes on the same machine and date, one forward and backward pass took 2.4 s and 130 MB
 of memory, not counting the inputs. PyTorch took 27 s and 11 GB. `nn.DuplicateRemoval` and the AVX2 kernels became
-faster after these measurements. The table for Zen 1 includes these changes.
+faster after these measurements. The table for Zen 1 was measured with the faster versions.
 """,
             "amd-epyc-avx2-2-cores": """\
 The two cores multiply large matrices at 86 GFLOP/s. At this rate, the matrix products of the forward pass take 72 ms
@@ -275,12 +275,12 @@ test images. Logs and metrics are in `benchmarks/results/cells/`.
 CELLS_NOTES = """\
 - `faster_rcnn_fpn` had both cores to itself. Its AP50 is 0.945 after 4.8 minutes. Its AP is 0.602 after 7.2 minutes,
   and its best AP is 0.615.
-- `relation_networks` reaches an AP of 0.624 after 12 minutes, which exceeds 0.615, and 0.641 after 16 minutes. As
-  published, its RPN suppresses proposals above an IoU of 0.7. Its detections are not suppressed. If the proposals are
-  not suppressed either (`unsuppressed`), AP is 0.621 after 17 minutes.
+- `relation_networks` reaches an AP of 0.624 after 12 minutes, more than the best AP of `faster_rcnn_fpn`, and 0.641
+  after 16 minutes. Its RPN suppresses proposals with an IoU above 0.7, as published. Its detections are not suppressed.
+  If the proposals are not suppressed either (`unsuppressed`), AP is 0.621 after 17 minutes.
 - Sparse R-CNN with the published attention (`sparse_rcnn`) has AP 0.587 and AP50 0.853 after 23.7 minutes. Even at the
   end of training, it often detects a platelet twice (platelets are the smallest cells). With `iou_attention`
-  (`sparse_rcnn_iou`), its AP50 is 0.893 after 24 minutes.
+  (`sparse_rcnn_iou`), the AP50 is 0.893 after 24 minutes.
 - `hypernet`, `lr_net`, `relation_networks`, `unsuppressed` and `sparse_rcnn` also had both cores to themselves. The
   other runs shared the cores, so they took longer than they would have alone.
 - The evaluations of these runs ignored one of the 908 objects in the test images, a red cell whose box has zero width

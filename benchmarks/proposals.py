@@ -14,9 +14,9 @@ kept. This fraction is far larger than for the boxes of a detector.
 - A quarter of the boxes are background. Each of them is drawn like an object, and its score is 0.3 times the square of
   a uniform number.
 - Each of the remaining boxes belongs to a randomly chosen object. The offset of the box center from the object center,
-  divided by the sides of the object, is normal with a standard deviation of 0.1. The ratios between the sides of the
-  box and those of the object have logarithms with the same distribution. The score is exp(-d^2) times a uniform number
-  between 0.7 and 1, where d^2 is the sum of the squares of these four deviations, divided by 0.04.
+  divided by the sides of the object, is normal with a standard deviation of 0.1. The logarithms of the ratios of the
+  box's sides to the object's sides have the same distribution. The score is exp(-d^2) times a uniform number between
+  0.7 and 1, where d^2 is the sum of the squares of these four numbers (two offsets, two logarithms), divided by 0.04.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def draw_boxes(case: Case, generator: torch.Generator) -> Tensor:
     The gradient with respect to a box is discontinuous where the four pixels around one of its samples change, and a
     comparison with float64 would only measure the direction of rounding there. If `case.box_gradients` is true, every
     sample is therefore at least 1/128 pixel of the last map away from such positions. The corners of the boxes lie at
-    odd multiples of 1/128 pixel, and their sides are chosen so that the samples do as well. This also works for maps
-    that are up to 32 times finer.
+    odd multiples of 1/128 pixel, and their sides are chosen so that the samples lie at odd multiples, too. This also
+    keeps the samples away from such positions on maps that are up to 32 times finer.
     """
     device, (low, high) = generator.device, case.sides
     index = torch.arange(case.K, device=device) * case.N // case.K
@@ -122,12 +122,13 @@ def taps_along_axis(op: str, case: Case) -> float:
 def work(op: str, case: Case, dtype: torch.dtype, direction: str) -> Model:
     """Return the compulsory work of a row.
 
-    Bytes: The forward pass reads the input once and writes the outputs once. If the bins need fewer values than the
-    input has, only these are counted. The backward pass reads the gradient of the outputs and writes the gradient of
+    Bytes: The forward pass reads the input once and writes the outputs once. If the bins need only a part of the
+    input, only this part is counted. The backward pass reads the gradient of the outputs and writes the gradient of
     the whole input. If it computes gradients with respect to the boxes, it also reads the input.
 
-    Flops: Each value that a bin reads costs one multiply-add for the output and one for each gradient. In roi_pool, it
-    costs one comparison, and the backward pass needs one addition per output. In ps_roi_pool, it costs one addition.
+    Flops: Each value that a bin reads costs one multiply-add for the output and one for each gradient. In roi_pool, a
+    value costs one comparison, and the backward pass needs one addition per output. In ps_roi_pool, a value costs one
+    addition.
     """
     bins, size = case.output**2, dtype.itemsize
     channels = case.C // bins if op in POSITION_SENSITIVE else case.C  # the channels that a bin reads

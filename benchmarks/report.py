@@ -83,7 +83,10 @@ def label_ratio_axis(axes: Any, smallest: float, largest: float) -> None:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw a bar for relops and for each peer. The length shows, on a log scale, how much faster than PyTorch it is."""
+    """Draw a bar for relops and for each peer.
+
+    The length of a bar shows, on a log scale, how many times faster than PyTorch the contender is.
+    """
     pyplot = load_pyplot()
     rows = record["rows"]
     # A variant of relops (deterministic, unfused) is not a competitor, so only the table shows its ratio.

@@ -14,7 +14,7 @@ def scenes(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Two pairs of objects overlap with an IoU of about 0.8, and their detections are precise. The other four objects are
     far apart, and their detections are imprecise. Therefore no IoU threshold separates duplicates from neighbors. The
-    features do, because all detections of an object have similar features.
+    features separate them, because all detections of an object have similar features.
     """
     x = torch.tensor([0.0, 8, 100, 108, 200, 300, 400, 500]) + 4 * torch.rand(count, OBJECTS)
     objects = torch.stack([x, torch.zeros_like(x), x + 60, torch.full_like(x, 100.0)], -1)

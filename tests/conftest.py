@@ -184,7 +184,7 @@ def run_python(program: str, **more: str) -> subprocess.CompletedProcess:
 def resident_growth(begin: str, small: str, large: str) -> int:
     """Return by how many KB the statements `large` raise the peak resident set size.
 
-    `begin` and `small` run before them.
+    The statements `begin` and `small` run before `large`.
     """
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KB only on Linux")

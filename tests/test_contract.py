@@ -69,8 +69,9 @@ DTYPE_PAIRS = [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in D
 def in_turn(name: str, choices: Sequence[Any], samples: list[Any]) -> pytest.MarkDecorator:
     """Parametrize a test over samples and choices without running all of their combinations.
 
-    The first sample of an op is combined with every choice, and every other sample with a single choice; the choices
-    take turns. Use this for tests whose outcome does not depend on the combination of a sample and a choice.
+    The first sample of an op is combined with every choice. Each of the remaining samples is combined with only one
+    choice, and the choices are used in rotation. Use this for tests whose outcome does not depend on the combination of
+    a sample and a choice.
     """
     chosen = [
         pytest.param(*sample.values, choice, id=f"{sample.id}-{choice}", marks=sample.marks)

@@ -396,8 +396,8 @@ def test_invalid_boxes_give_nan(box: tuple[float, ...]) -> None:
 # ---- Local relation ----
 
 # These cases are larger than the samples. "tiles" has several tiles in both directions and a narrow last tile. "chunks"
-# has several chunks of channels, and tiles that at full height do not fit in shared memory. The taps of "direct" are
-# not kept in shared memory.
+# has several chunks of channels, and such large windows that tiles of full height do not fit in shared memory. The taps
+# of "direct" are not kept in shared memory.
 LARGE_WINDOWS = {
     "tiles": Windows(N=1, C=9, G=2, H=69, W=67, k=3),
     "chunks": Windows(N=1, C=19, G=1, H=40, W=33, k=13, similarity="product", border="zero"),

@@ -602,9 +602,10 @@ def test_cascade_stage_receives_the_boxes_of_the_previous_stage() -> None:
     pool = model.roi_heads.box_roi_pool
     pool.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[1]))
     with torch.no_grad():
+        # The three predictors shift boxes by 1/10, 1/20 and 1/30 of the width.
         for predictor in model.roi_heads.box_predictor:
             predictor.bbox_pred.weight.zero_()
-            predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))  # shift by 1/10, 1/20 and 1/30 of the width
+            predictor.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
         images, sizes, _ = batch()
         model.eval()(images, sizes)
     assert len(seen) == 3

@@ -204,7 +204,7 @@ class TestCOCO:
 
     def test_one_of_two_objects_is_detected(self, capsys: pytest.CaptureFixture[str]) -> None:
         metrics = evaluated(FixedData([(box(10), 0), (box(100), 0)]), [(box(10), 0.9, 0)]).summarize()
-        # The precision is 1 at 51 of 101 recalls, which are 0, 0.01, ..., 0.5.
+        # The precision is 1 at 51 of the 101 recalls: 0, 0.01, ..., 0.5.
         assert metrics["AP"] == metrics["AP50"] == metrics["AP/cat"] == pytest.approx(51 / 101)
         assert metrics["AR_100"] == 0.5 and math.isnan(metrics["AP/dog"])
         assert capsys.readouterr() == ("", "")

@@ -282,7 +282,7 @@ def test_integer_costs(dtype: torch.dtype, device: str) -> None:
 
 
 def test_many_problems(device: str) -> None:
-    """Check that the results are the same in every run and if the problems are solved one by one.
+    """Check that the results are the same in every run, and the same as when the problems are solved one by one.
 
     There are more problems than threads, and the sizes of the problems differ.
     """

@@ -184,8 +184,8 @@ def test_logits_far_from_zero(similarity: str, dtype: torch.dtype, device: str) 
     inputs["query"] = inputs["query"] + (300 if similarity == "absolute_difference" else 30)
     inputs["key"] = inputs["key"] * 0.1 - (30 if similarity == "product" else 0)
     results, expected = OP.run(inputs), OP.run_twin(inputs)
-    # Rounding a logit of 1000 changes its weight by 6e-5. If the absolute differences of a query all have the same
-    # sign, its gradient is zero except for rounding errors.
+    # Rounding a logit of 1000 changes its weight by 6e-5. For "absolute_difference", each query is greater than all
+    # keys, so its gradient is zero except for rounding errors.
     for name, x in results.items():
         if name == "query" and similarity == "absolute_difference":
             assert x.abs().max() < 1e-3
@@ -240,7 +240,10 @@ def test_gradient_of_absolute_differences_that_are_zero(device: str) -> None:
 @borders
 @pytest.mark.parametrize("step", [7, 100, 2**24])
 def test_steps_larger_than_the_map(border: str, step: int, device: str) -> None:
-    """Check that a dilation larger than the map leaves only the center tap, and such a stride only the first output."""
+    """Check dilations and strides that are larger than the map.
+
+    Such a dilation leaves only the center tap, and such a stride leaves only the first output.
+    """
     inputs = draw(Windows(N=1, H=5, W=6, prior=False, border=border), device)
     center = OP.run(inputs | {"dilation": step})
     if border == "mask":

@@ -121,8 +121,8 @@ def test_state_dict_has_the_layout_of_deformable_detr() -> None:
 
 def test_initial_parameters_equal_deformable_detr() -> None:
     layer = relops.nn.MSDeformAttn(d_model=64, n_levels=3, n_heads=8, n_points=4)
-    # Each of the eight heads samples points in another compass direction, at distances of 1 to 4 pixels in the maximum
-    # norm.
+    # Each of the eight heads samples points in a different compass direction, at distances of 1 to 4 pixels in the
+    # maximum norm.
     compass = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor([[[[p * x, p * y] for p in range(1, 5)]] * 3 for x, y in compass]).float()
     torch.testing.assert_close(layer.sampling_offsets.bias.view(8, 3, 4, 2), expected, rtol=0, atol=1e-5)

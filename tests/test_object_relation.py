@@ -61,7 +61,7 @@ def test_head_of_the_paper(device: str) -> None:
     """Compare two modules that process the same boxes with the released code.
 
     The released code computes the embedding of the pairs of boxes once for both modules. In relops, each module
-    computes its own.
+    computes the geometry itself.
     """
     torch.manual_seed(1)
     fc = [torch.nn.Linear(width, 12).double() for width in (20, 12)]

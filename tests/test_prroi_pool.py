@@ -55,7 +55,7 @@ def test_one_pixel(box: tuple[float, ...], expected: float, dtype: torch.dtype, 
 
 
 def test_linear_ramp_is_exact(device: str) -> None:
-    """Check that the mean of 3x - 2y + 1 over a bin is the value at the bin's center, which moves with the box."""
+    """Check the mean of 3x - 2y + 1 over a bin, which is the value at the bin's center, and its gradient."""
     rows, columns = torch.meshgrid(torch.arange(20), torch.arange(24), indexing="ij")
     image = (3.0 * columns - 2.0 * rows + 1).double().to(device)[None, None]
     scale, PH, PW = 0.5, 3, 2

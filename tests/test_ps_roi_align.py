@@ -36,7 +36,7 @@ def test_every_bin_has_its_own_channel(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("ratio", [1, 2, -1])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_equals_roi_align_of_each_channel(ratio: int, memory_format: torch.memory_format, device: str) -> None:
-    """Compare outputs and gradients with one of the PH * PW bins per channel of aligned roi_align."""
+    """Compare outputs and gradients with aligned roi_align, of which one bin per channel is selected."""
     case = Regions(H=9, W=13, K=18)
     image = torch.randn(case.N, CHANNELS * PH * PW, case.H, case.W, dtype=torch.float64, device=device)
     image = image.to(memory_format=memory_format).requires_grad_()

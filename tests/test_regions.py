@@ -271,7 +271,7 @@ def test_gradient_of_batch_index_is_zero(region: Region, device: str) -> None:
 def test_gradcheck(region: Region, device: str, deterministic: None) -> None:
     """Check the gradients of all columns of boxes.
 
-    That of the batch index is zero, because small changes of it have no effect.
+    The gradient of the batch index is zero, because small changes of it have no effect.
     """
     for options in region.options:
         case = Regions(N=3, H=5, W=6, C=2, K=5, output_size=(2, 3), **options)
@@ -467,7 +467,7 @@ def compare_where_smooth(region: Region, features: list[Tensor], boxes: Tensor, 
     stable_gradient = stable
     size = torch.where(boxes[:, 1:].isfinite(), boxes[:, 1:].abs(), 0)
     if not region.whole_pixels:
-        # The step is at least a few units in the last place of the coordinates.
+        # Boxes are moved by at least a few units in the last place of their coordinates.
         step = 1e-9 + 4 * torch.finfo(boxes.dtype).eps * size
         for sign in (1, -1):
             moved = torch.cat([boxes[:, :1], boxes[:, 1:] + sign * step], 1)

@@ -18,7 +18,7 @@ in_both_formats = pytest.mark.parametrize("memory_format", [torch.contiguous_for
 
 
 def numbered(H: int, W: int, device: str) -> Tensor:
-    """Return a map of two channels, whose pixels (y,x) are 10 y + x and -(10 y + x).
+    """Return a map of two channels, whose values at pixel (y,x) are 10 y + x and -(10 y + x).
 
     The maximum of the first channel identifies the last pixel of a bin, and that of the second channel the first pixel.
     """

@@ -370,7 +370,7 @@ class TestImages:
     def test_pixels_that_are_not_bytes_are_scaled(
         self, tmp_path: Path, dtype: type, values: tuple, tags: dict[int, float], high: float
     ) -> None:
-        """All images of the data set are scaled by the same range, even a black one."""
+        """All images of the data set, even a black one, are scaled by the same range."""
         spec = write_voc(tmp_path, "train", {"a": xml(), "b": xml(), "c": xml()}, ending="tif")
         write_voc(tmp_path, "test", {"d": xml()}, ending="tif")
         for image, value in zip("abc", values):

@@ -287,7 +287,7 @@ def test_inconsistent_detector_file_is_an_error(
 def damaged(content: bytes) -> list[bytes]:
     """Return truncated copies of `content`, and copies with one flipped bit each.
 
-    All bits that the checksums of a zip file do not cover are flipped, and a random sample of the others.
+    There is a copy for every bit that the checksums of a zip file do not cover, and for a random sample of other bits.
     """
     attributes = [match.start() + 38 for match in re.finditer(b"PK\x01\x02", content)]
     offsets = {*attributes, *range(len(content) - checkpoint.LENGTH - 100, len(content))}
@@ -327,7 +327,7 @@ def test_error_names_the_damaged_file_of_a_run(tmp_path: Path, capsys: pytest.Ca
 def test_checksum_of_a_checkpoint_is_optional(tmp_path: Path) -> None:
     """Files of earlier versions have no checksum.
 
-    `torch.load` reads files with a checksum, also if it maps them into memory.
+    `torch.load` reads files with a checksum, even if it maps them into memory.
     """
     content = {"x": torch.arange(1000.0)}
     torch.save(content, tmp_path / "before.pt")
@@ -572,7 +572,7 @@ def test_drawing_that_cannot_be_written_is_an_error(
 def test_drawings_may_be_next_to_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawings in a subfolder of the image folder are not read as images.
 
-    The drawing of a single file may be next to it.
+    The drawing of a single image may be next to the image.
     """
     picture = (run / "predictions" / "0.png").read_bytes()
     (tmp_path / os.fsdecode(b"a\xff.png")).write_bytes(picture)  # the name is not valid UTF-8

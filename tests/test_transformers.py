@@ -42,8 +42,8 @@ def detector() -> torch.nn.Module:
     model = transformers.DeformableDetrForObjectDetection(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # These weights are initialized to zero. Every location would be exactly on a pixel center, where the
-            # gradient of a location jumps.
+            # The initial values of these weights are zero, so every location would be exactly on a pixel center, where
+            # the gradient of a location jumps.
             if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
                 parameter.normal_(std=0.05)
     return model

@@ -18,8 +18,8 @@ class Relations:
     """The sizes and options of a sample. The letters have the same meaning as in relops.relation_attention.
 
     Coordinates are whole numbers, and the width and height of a box are odd numbers of pixels. The distances between
-    box centers are therefore exact in float32. None is close to 1e-3 times the side of a box, where the gradient jumps.
-    The gradient also jumps where the geometric weight b is 1e-6, but hardly any b is close to that value.
+    box centers are therefore exact in float32. No distance is close to 1e-3 times the side of a box, where the gradient
+    jumps. The gradient also jumps where the geometric weight b is 1e-6, but hardly any b is close to that value.
     """
 
     N: int = 2
@@ -45,7 +45,7 @@ class Relations:
 
         weight, bias, mask = 0.1 * normal(self.M, 64), None, None
         if self.bias is None:
-            weight[:, 47] += 4  # makes b positive: this is the slowest cosine of log(wq / wk), and it exceeds 0.7
+            weight[:, 47] += 4  # scales the slowest cosine of log(wq / wk), which exceeds 0.7, so b is positive
         else:
             bias = self.bias + 0.3 * normal(self.M)
             bias[self.M - self.clamped :] = -10
