@@ -202,7 +202,10 @@ def assert_postprocessed(actual: tuple[torch.Tensor, ...], kept: int, given: tup
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("inductor", True)])
 def test_compiled_graph_keeps_any_number(backend: str, dynamic: bool | None, device: str, fresh_compiler: None) -> None:
-    """Check that one graph works for any number of kept boxes. With torchvision's nms, it would need at least two."""
+    """Check that one graph works for any number of kept boxes.
+
+    With torchvision's nms, a graph works only if at least two boxes are kept.
+    """
     compiled = torch.compile(postprocess, fullgraph=True, backend=backend, dynamic=dynamic)
     for kept, K in ((3, 5), (0, 5), (1, 5), (5, 5), (1, 9), (0, 12), (1, 1), (0, 0)):
         given = detections(kept, K, device)

@@ -325,7 +325,7 @@ def test_error_names_the_damaged_file_of_a_run(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_checksum_of_a_checkpoint_is_optional(tmp_path: Path) -> None:
-    """Files of earlier versions have no checksum.
+    """Files of earlier versions have no checksum, and load as well.
 
     `torch.load` reads files with a checksum, even if it maps them into memory.
     """
