@@ -124,5 +124,5 @@ def check_same(path: Path, stored: dict[str, Any], requested: dict[str, Any]) ->
         if stored.get(name) != requested.get(name):
             raise UsageError(
                 f"{path}: the run was started with {name} = {stored.get(name)!r}, got {requested.get(name)!r}. Resume "
-                "with the same settings, choose another output, or start again with --restart"
+                "with the same settings, choose another folder with --output, or start again with --restart"
             )
