@@ -1,4 +1,4 @@
-"""Benchmarks of prroi_pool: a map of stride 16 and the headline map, with and without gradients for the boxes."""
+"""Benchmarks of prroi_pool: maps of stride 16 and stride 4, with and without gradients with respect to the boxes."""
 
 from __future__ import annotations
 

@@ -608,7 +608,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def describe_run(device: str) -> dict[str, Any]:
-    """Return a description of this benchmark run. The rows that the run measures refer to it by its date."""
+    """Return a description of this benchmark run. Each measured row names its run by the date of the run."""
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     run: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

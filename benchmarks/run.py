@@ -70,7 +70,7 @@ def run_device(options: argparse.Namespace, device: str, rows: list[dict[str, An
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
-        description="Verify relops against a float64 twin, time it against PyTorch, and print and record the results.",
+        description="Verify relops against pure PyTorch in float64, time both, and print and record the results.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="run only the main rows for a few rounds, and record nothing"

@@ -70,7 +70,8 @@ __global__ __launch_bounds__(kTransposeThreads) void transpose_kernel(const Bits
     if (j0 + k < used.c && i0 + lane < used.r) out[(b * C + j0 + k) * R + i0 + lane] = tile[lane][k];
 }
 
-// The key of a column and its row. Keys order columns with equal values: first columns without a row, then by index.
+// Returns the key by which columns with equal values are ordered: columns without a row come first, and ties are broken
+// by the index of the column.
 __device__ __forceinline__ uint64_t column_key(int column, int row) {
   return uint64_t{row >= 0} << 63 | uint64_t{static_cast<unsigned>(column)} << 32 | static_cast<unsigned>(row);
 }

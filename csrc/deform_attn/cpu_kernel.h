@@ -1,5 +1,5 @@
 // ms_deform_attn and ms_deform_attn_fused on the CPU: the entry points. foreach_isa.h compiles this file once per
-// instruction set. cpu_samples.h converts samples to rows and weights; cpu_rows.h sums rows.
+// instruction set. cpu_samples.h converts samples to row indices and weights, and cpu_rows.h accumulates weighted rows.
 //
 // The work consists of N * Q * M * L * P samples. Each sample reads four rows of D values, one per corner. Fetching
 // these rows limits the speed. In value [N,S,M,D], consecutive rows of one head are M * D values apart, so they use

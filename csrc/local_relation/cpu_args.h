@@ -12,8 +12,8 @@
 namespace relops {
 
 // The positions, in lines of memory, of the columns that taps read. On the map, the taps of neighboring outputs are
-// `stride` pixels apart. Therefore a line of inputs is a row of the map that is split into parts, one for each phase.
-// The phase of a column is the column modulo the stride. Within a part, the taps of neighboring outputs are adjacent.
+// `stride` pixels apart. The phase of a column is the column modulo the stride. A line of memory holds the columns of a
+// row of the map in parts, one for each phase. Within a part, the taps of neighboring outputs are therefore adjacent.
 // All lines are padded with zeros on both sides, so that every tap can read whole vectors.
 struct WindowColumns {
   // If phase is -1, no output has this tap on the map. Otherwise output w reads column w + shift of this phase.

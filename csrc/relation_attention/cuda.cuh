@@ -22,7 +22,8 @@ constexpr int kOwnRows = 16;
 constexpr int kHeads = 8;  // number of heads in a block
 constexpr int kHeadThreads = 32 * kHeads;
 
-// The layout of values per pair and head: Compute tile[kHeads][kOwnRows][others], padded to avoid bank conflicts.
+// The layout of an array [kHeads][kOwnRows][kOthers] with one value for each head and pair, padded to avoid bank
+// conflicts.
 template <int kOthers>
 struct TileLayout {
   static constexpr int kRow = kOthers + 1, kHead = kOwnRows * kRow + 4, kSize = kHeads * kHead;

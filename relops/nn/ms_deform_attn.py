@@ -159,8 +159,8 @@ class MultiScaleDeformableAttention(nn.Module):
             value_spatial_shapes_list: Height and width of each of the L levels.
             level_start_index: Not used.
             sampling_locations: Locations [N,Q,M,L,P,2] as (x, y), normalized to [0,1] over the level, in the dtype of
-                `value`, or float32 if `value` has 16 bits.
-            attention_weights: Weights [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has 16 bits.
+                `value`, or float32 if `value` has a 16-bit dtype.
+            attention_weights: Weights [N,Q,M,L,P] in the dtype of `value`, or float32 if `value` has a 16-bit dtype.
             im2col_step: Not used.
 
         Returns:

@@ -60,7 +60,7 @@ class MultiScaleRoIAlign(nn.Module):
         Args:
             x: Feature maps [N,C,Hl,Wl] by name, all of dtype float64, float32, float16 or bfloat16.
             boxes: Boxes in pixels of the images: N tensors [Ki,4] of rows (x1, y1, x2, y2). Their dtype is that of the
-                maps, or float32 if the maps have 16 bits. float32 is recommended.
+                maps, or float32 if the maps have a 16-bit dtype. float32 is recommended.
             image_shapes: Height and width of each image before it was padded to the size of the batch.
 
         Returns:

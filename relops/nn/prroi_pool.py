@@ -42,8 +42,8 @@ class PrRoIPool(nn.Module):
                 without a copy.
             rois: Boxes in pixels of the image, given as a tensor [K,5] of rows (batch index, x1, y1, x2, y2) or as a
                 list of N tensors [Ki,4] of rows (x1, y1, x2, y2), one per image. Their dtype is that of `input`, or
-                float32 if `input` has 16 bits. float32 is recommended, because bfloat16 coordinates near 200 have a
-                resolution of only one pixel.
+                float32 if `input` has a 16-bit dtype. float32 is recommended, because bfloat16 coordinates near 200
+                have a resolution of only one pixel.
 
         Returns:
             A tensor [K,C,PH,PW] in the dtype of `input`, channels_last if `input` is. The output of a box with a

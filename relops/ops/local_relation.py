@@ -54,8 +54,8 @@ def local_relation(
         key: A tensor [N,G,H,W] in the dtype of `value`.
         value: A tensor [N,C,H,W] of dtype float64, float32, float16 or bfloat16. channels_last values are read without
             a copy.
-        prior: A tensor [G,k,k] in the dtype of `value`. If `value` has 16 bits, float32 is also allowed. If None, the
-            prior is zero.
+        prior: A tensor [G,k,k] in the dtype of `value`. If `value` has a 16-bit dtype, float32 is also allowed. If
+            None, the prior is zero.
         kernel_size: The window size k, from 1 to 63.
         stride: The distance in pixels between neighboring outputs, from 1 to 2^24.
         dilation: The distance in pixels between neighboring taps, from 1 to 2^24.
@@ -65,8 +65,8 @@ def local_relation(
             the key 0 and the value 0.
 
     Returns:
-        A tensor [N,C,Ho,Wo] in the dtype of `value`, channels_last if `value` is. If `value` has 16 bits, sums are
-        computed in float32.
+        A tensor [N,C,Ho,Wo] in the dtype of `value`, channels_last if `value` is. If `value` has a 16-bit dtype, sums
+        are computed in float32.
 
     Gradients:
         Gradients flow to `query`, `key`, `value` and `prior`. Only the gradients that are needed are computed. The

@@ -46,14 +46,14 @@ def ms_deform_attn(
         level_start_index: An int64 tensor [L] with the index along dimension S at which each level begins. If None,
             each level begins where the previous one ends.
         sampling_locations: A tensor [N,Q,M,L,P,2] with coordinates (x,y) normalized to [0,1] over the level, in the
-            dtype of `value`. If `value` has 16 bits, float32 is also allowed and is recommended, because bfloat16
-            locations near pixel 200 have a resolution of only one pixel. Locations are processed in at least float32
-            precision. A non-finite location contributes zero to the output and gets a gradient of zero.
-        attention_weights: A tensor [N,Q,M,L,P] in the dtype of `value`. If `value` has 16 bits, float32 is also
+            dtype of `value`. If `value` has a 16-bit dtype, float32 is also allowed and is recommended, because
+            bfloat16 locations near pixel 200 have a resolution of only one pixel. Locations are processed in at least
+            float32 precision. A non-finite location contributes zero to the output and gets a gradient of zero.
+        attention_weights: A tensor [N,Q,M,L,P] in the dtype of `value`. If `value` has a 16-bit dtype, float32 is also
             allowed.
 
     Returns:
-        A tensor [N,Q,M*D] in the dtype of `value`. If `value` has 16 bits, sums are computed in float32.
+        A tensor [N,Q,M*D] in the dtype of `value`. If `value` has a 16-bit dtype, sums are computed in float32.
 
     Gradients:
         Gradients flow to `value`, `sampling_locations` and `attention_weights`. Only the gradients that are needed are
@@ -125,17 +125,18 @@ def ms_deform_attn_fused(
         level_start_index: An int64 tensor [L] with the index along dimension S at which each level begins. If None,
             each level begins where the previous one ends.
         reference_points: A tensor [N,Q,L,2] with points (x,y), or [N,Q,L,4] with boxes (center x, center y, width,
-            height), normalized to [0,1] over the level. The dtype is that of `value`. If `value` has 16 bits, float32
-            is also allowed.
-        sampling_offsets: A tensor [N,Q,M,L,P,2] in the dtype of `value`. If `value` has 16 bits, float32 is also
+            height), normalized to [0,1] over the level. The dtype is that of `value`. If `value` has a 16-bit dtype,
+            float32 is also allowed.
+        sampling_offsets: A tensor [N,Q,M,L,P,2] in the dtype of `value`. If `value` has a 16-bit dtype, float32 is also
             allowed. If the references are points, the unit is one pixel of the level. If they are boxes, the unit is
             half of the box size divided by P.
-        attention_logits: A tensor [N,Q,M,L,P] in the dtype of `value`. If `value` has 16 bits, float32 is also allowed.
+        attention_logits: A tensor [N,Q,M,L,P] in the dtype of `value`. If `value` has a 16-bit dtype, float32 is also
+            allowed.
         value_mask: A bool tensor [N,S] that is True for padding. Padding is treated as zero. If None, there is no
             padding.
 
     Returns:
-        A tensor [N,Q,M*D] in the dtype of `value`. If `value` has 16 bits, sums are computed in float32.
+        A tensor [N,Q,M*D] in the dtype of `value`. If `value` has a 16-bit dtype, sums are computed in float32.
 
     Gradients:
         Gradients flow to `value`, `reference_points`, `sampling_offsets` and `attention_logits`. Only the gradients

@@ -70,8 +70,8 @@ def multi_scale_roi_align(
             has the spatial scale 1/16.
 
     Returns:
-        A tensor [K,C,PH,PW] in the dtype of `inputs`, channels_last if at least one level is. If `inputs` have 16 bits,
-        sums are computed in float32. The output of a box with a non-finite coordinate is zero.
+        A tensor [K,C,PH,PW] in the dtype of `inputs`, channels_last if at least one level is. If `inputs` have a 16-bit
+        dtype, sums are computed in float32. The output of a box with a non-finite coordinate is zero.
 
     Gradients:
         Gradients flow to `inputs` and `boxes`. Only the gradients that are needed are computed. The gradients of batch

@@ -36,18 +36,18 @@ def ps_roi_align(
         input: Feature maps [N,C,H,W] of dtype float64, float32, float16 or bfloat16. C must be divisible by PH * PW.
             channels_last inputs are read without a copy.
         boxes: A tensor [K,5] with rows (batch index, x1, y1, x2, y2) in image pixels, or a list of N tensors [Ki,4]
-            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`. If `input` has 16 bits,
-            float32 is also allowed and is recommended, because bfloat16 coordinates near 200 have a resolution of only
-            one pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an integer
-            is rounded to that integer, and any other batch index is truncated toward zero.
+            with rows (x1, y1, x2, y2), one tensor for each image. The dtype is that of `input`. If `input` has a 16-bit
+            dtype, float32 is also allowed and is recommended, because bfloat16 coordinates near 200 have a resolution
+            of only one pixel. Coordinates are processed in at least float32 precision. A batch index within 2^-10 of an
+            integer is rounded to that integer, and any other batch index is truncated toward zero.
         output_size: The number of bins (PH,PW), or one int for both.
         spatial_scale: The number of feature map pixels per image pixel.
         sampling_ratio: The number n of samples along each axis of a bin, at most 65536. If it is not positive, the
             number of samples along an axis is the size of the bin in feature map pixels, rounded up.
 
     Returns:
-        A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. If `input` has 16 bits, sums
-        are computed in float32. The output of a box with a non-finite coordinate is zero.
+        A tensor [K,C/(PH*PW),PH,PW] in the dtype of `input`, channels_last if `input` is. If `input` has a 16-bit
+        dtype, sums are computed in float32. The output of a box with a non-finite coordinate is zero.
 
     Gradients:
         Gradients flow to `input` and `boxes`. Only the gradients that are needed are computed. The gradients of batch

@@ -71,9 +71,10 @@ def relation_attention(
             pixels. Boxes are processed in at least float32 precision.
         key_boxes: A tensor [N,K,4] with rows (x1, y1, x2, y2) in pixels, in the dtype of `query`. If `query` has 16
             bits, float32 is also allowed.
-        geometry_weight: A tensor [M,64] in the dtype of `query`. If `query` has 16 bits, float32 is also allowed.
-        geometry_bias: A tensor [M] in the dtype of `query`. If `query` has 16 bits, float32 is also allowed. If None,
-            the bias is 0.
+        geometry_weight: A tensor [M,64] in the dtype of `query`. If `query` has a 16-bit dtype, float32 is also
+            allowed.
+        geometry_bias: A tensor [M] in the dtype of `query`. If `query` has a 16-bit dtype, float32 is also allowed. If
+            None, the bias is 0.
         key_mask: A bool tensor [N,K] that is True for keys to ignore. Such a key has no influence on the output,
             whatever values its features and box have. If None, no key is ignored.
         geometry: "paper" divides dx and dy by the size of the key's box, as in eq. 5. "official" divides them by the
@@ -82,10 +83,11 @@ def relation_attention(
         scale: A finite number, or None for ``1 / sqrt(D)``.
 
     Returns:
-        A tensor [N,Q,M,Dv] in the dtype of `query`. If `query` has 16 bits, sums are computed in float32. If K is 0 or
-        all keys of an image are masked, all outputs of this image are zero. The logarithms are undefined for a box with
-        a non-finite coordinate, or with a width or height that is not positive. Such a box in `query_boxes` makes the
-        output of its query NaN. Such a box in `key_boxes` makes all outputs of its image NaN, unless its key is masked.
+        A tensor [N,Q,M,Dv] in the dtype of `query`. If `query` has a 16-bit dtype, sums are computed in float32. If K
+        is 0 or all keys of an image are masked, all outputs of this image are zero. The logarithms are undefined for a
+        box with a non-finite coordinate, or with a width or height that is not positive. Such a box in `query_boxes`
+        makes the output of its query NaN. Such a box in `key_boxes` makes all outputs of its image NaN, unless its key
+        is masked.
 
     Gradients:
         Gradients flow to `query`, `key`, `value`, `query_boxes`, `key_boxes`, `geometry_weight` and `geometry_bias`.

@@ -88,7 +88,7 @@ class Op(Case):
     """A differentiable op with one output."""
 
     features: tuple[str, ...]  # arguments that get the tested dtype
-    coordinates: tuple[str, ...]  # arguments that stay float32 if the features have 16 bits
+    coordinates: tuple[str, ...]  # arguments that stay float32 if the features have a 16-bit dtype
     differentiable: tuple[str, ...]
     # Multiplies the absolute tolerance, for an op that amplifies the rounding errors of its intermediate values.
     noise: float = 1.0

@@ -134,7 +134,7 @@ class DynamicHead(nn.Module):
 
         Args:
             maps: The maps of the feature pyramid.
-            boxes: [N,Q,4] x1, y1, x2, y2 in pixels, the boxes of the proposals.
+            boxes: The boxes [N,Q,4] of the proposals as x1, y1, x2, y2 in pixels.
             features: [N,Q,C], the features of the proposals.
         """
         outputs = []
