@@ -39,7 +39,6 @@ quick: build $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -m quick -n auto --maxprocesses 8 --dist worksteal
 
 docs: build $(VENV)/installed
-	$(PY) docs/draw_figures.py
 	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo "The first page is build/docs/index.html"
 

@@ -578,81 +578,47 @@ def page(results: Path = harness.RESULTS) -> str:
 class Selected(NamedTuple):
     """A row of the summary: the fields that identify its record, and a description of its input."""
 
-    machine: str
     op: str
     shape: str
     direction: str
     description: str
+    machine: str = "amd-epyc-avx512-2-cores"
 
 
-SUMMARY = tuple(
-    Selected(machine, *rest)
-    for machine, *rest in (
-        (
-            "amd-epyc-avx512-2-cores",
-            "ms_deform_attn",
-            "encoder 100x152..13x19 Q=S M8 D32 P4",
-            harness.FORWARD,
-            "encoder with 4 levels, 20,197 queries",
-        ),
-        (
-            "amd-epyc-avx512-2-cores",
-            "ms_deform_attn_fused",
-            "encoder 100x152..13x19 Q=S M8 D32 P4",
-            harness.FORWARD_BACKWARD,
-            "encoder with 4 levels, 20,197 queries",
-        ),
-        (
-            "amd-epyc-avx512-2-cores",
-            "roi_align",
-            "headline 2x256x200x304 K=1000 7x7",
-            harness.FORWARD,
-            "2 x 256 x 200 x 304, 1000 boxes, 7 x 7",
-        ),
-        (
-            "amd-epyc-avx512-2-cores",
-            "multi_scale_roi_align",
-            "box head 2x256x200x304..25x38 K=1000 7x7",
-            harness.FORWARD_BACKWARD,
-            "pyramid of 4 levels, 1000 boxes, 7 x 7",
-        ),
-        ("amd-epyc-avx512-2-cores", "nms", "proposals K=12000 IoU 0.7", harness.FORWARD, "12,000 proposals"),
-        (
-            "amd-epyc-avx512-2-cores",
-            "generalized_box_iou",
-            "anchors 20000x100",
-            harness.FORWARD_BACKWARD,
-            "20,000 x 100 boxes",
-        ),
-        (
-            "amd-epyc-avx512-2-cores",
-            "linear_sum_assignment",
-            "DETR 32x300x60",
-            harness.FORWARD,
-            "32 images, 300 queries, 60 objects",
-        ),
-        (
-            "amd-epyc-avx512-2-cores",
-            "relation_attention",
-            "self N1 K1000 M16 D64 Dv64",
-            harness.FORWARD_BACKWARD,
-            "1000 boxes, 16 heads",
-        ),
-        (
-            "amd-epyc-avx512-2-cores",
-            "rank_embedding",
-            "paper, 80 classes 80x100, 128 wide",
-            harness.FORWARD,
-            "80 x 100 ranks, 128 wide",
-        ),
-        (
-            "amd-epyc-avx2-2-cores",
-            "local_relation",
-            "2x256x56x56 G32 k7",
-            harness.FORWARD_BACKWARD,
-            "2 x 256 x 56 x 56, 7 x 7 window",
-        ),
-    )
+SUMMARY = (
+    Selected(
+        "ms_deform_attn",
+        "encoder 100x152..13x19 Q=S M8 D32 P4",
+        harness.FORWARD,
+        "encoder with 4 levels, 20,197 queries",
+    ),
+    Selected(
+        "ms_deform_attn_fused",
+        "encoder 100x152..13x19 Q=S M8 D32 P4",
+        harness.FORWARD_BACKWARD,
+        "encoder with 4 levels, 20,197 queries",
+    ),
+    Selected(
+        "roi_align", "headline 2x256x200x304 K=1000 7x7", harness.FORWARD, "2 x 256 x 200 x 304, 1000 boxes, 7 x 7"
+    ),
+    Selected(
+        "multi_scale_roi_align",
+        "box head 2x256x200x304..25x38 K=1000 7x7",
+        harness.FORWARD_BACKWARD,
+        "pyramid of 4 levels, 1000 boxes, 7 x 7",
+    ),
+    Selected("nms", "proposals K=12000 IoU 0.7", harness.FORWARD, "12,000 proposals"),
+    Selected("generalized_box_iou", "anchors 20000x100", harness.FORWARD_BACKWARD, "20,000 x 100 boxes"),
+    Selected("linear_sum_assignment", "DETR 32x300x60", harness.FORWARD, "32 images, 300 queries, 60 objects"),
+    Selected("relation_attention", "self N1 K1000 M16 D64 Dv64", harness.FORWARD_BACKWARD, "1000 boxes, 16 heads"),
+    Selected("rank_embedding", "paper, 80 classes 80x100, 128 wide", harness.FORWARD, "80 x 100 ranks, 128 wide"),
+    Selected(
+        "local_relation",
+        "2x256x56x56 G32 k7",
+        harness.FORWARD_BACKWARD,
+        "2 x 256 x 56 x 56, 7 x 7 window",
+        "amd-epyc-avx2-2-cores",
+    ),
 )
 SUMMARY_DTYPE = "float32"
 # The peers in the summary, which leaves out variants of relops and the PyTorch version under torch.compile.

@@ -74,11 +74,11 @@ def load_pyplot() -> Any:
     return pyplot
 
 
-def label_ratio_axis(axes: Any, smallest: float, largest: float) -> None:
-    """Make the x axis logarithmic, with a line at 1 and room for the labels of the bars."""
+def label_ratio_axis(axes: Any, left: float, right: float) -> None:
+    """Make the x axis logarithmic, with a line at 1. `right` leaves room for the labels of the bars."""
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.5, 0.7 * smallest), 2 * largest)
+    axes.set_xlim(left, right)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
 
 
@@ -118,7 +118,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     for height, target in targets:
         axes.plot([target, target], [height - 0.45, height + 0.45], color="black", linewidth=2)
     values = [times for _, times, _ in bars]
-    label_ratio_axis(axes, min(values), max(values))
+    label_ratio_axis(axes, min(0.5, 0.7 * min(values)), 2 * max(values))
     axes.set_yticks([height for height, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.set_ylim(y, -1)
     axes.set_xlabel("times faster than pure PyTorch in the same run" + (" (black mark: target)" if targets else ""))
@@ -145,8 +145,7 @@ def plot_summary(results: Path, path: Path) -> None:
             axes.bar_label(drawn, [f"{performance.format_ratio(ratio)} ({name})"], padding=3, fontsize=8)
             values.append(ratio)
         ticks.append(f"{selected.op}, {selected.direction}\n{selected.description}")
-    label_ratio_axis(axes, min(values), 2 * max(values))
-    axes.set_xlim(left=min(1, 0.7 * min(values)))
+    label_ratio_axis(axes, min(1, 0.7 * min(values)), 4 * max(values))
     axes.set_yticks(range(len(rows)), ticks, fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("speed-up of relops on two CPU cores, float32")

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, environment
 
 import relops
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"ops": relops.ops, "nn": relops.nn, "models": relops.models}
 
 
@@ -48,5 +48,5 @@ def test_links_between_pages_lead_to_files() -> None:
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

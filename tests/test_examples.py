@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(ROOT.joinpath("examples").glob("*.py"))
 
 
@@ -22,8 +21,8 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
     missing = {name for name in (x.partition(".")[0] for x in imports) if importlib.util.find_spec(name) is None}
     if missing:
         pytest.skip(f"{', '.join(sorted(missing))} is not installed")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, str(path)], cwd=tmp_path, env=environment, check=True, timeout=600)
+    command = [sys.executable, str(path)]
+    subprocess.run(command, cwd=tmp_path, env=environment(HF_HUB_OFFLINE="1"), check=True, timeout=600)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
 from relops.models.backbones.base import Body
-from relops.models.backbones.lr_net import lr_net26, lr_net50
-from relops.models.backbones.resnet import resnet18, resnet34, resnet50, resnet101
-from relops.models.backbones.vgg import vgg16
-from relops.models.backbones.zf import zf
+from relops.models.backbones.lr_net import LRNet, lr_net26, lr_net50
+from relops.models.backbones.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+from relops.models.backbones.vgg import VGG16, vgg16
+from relops.models.backbones.zf import ZF, zf
 
 NORM_SUFFIXES = {"bn": "batch", "frozen": "frozen", "gn": "group"}
-BODIES: dict[str, Callable[..., Body]] = {
-    "lr_net26": lambda **options: lr_net26(None, **options),
-    "lr_net50": lambda **options: lr_net50(None, **options),
-    "vgg16": lambda **options: vgg16(None, **options),
-    "zf": zf,
-    "resnet18": lambda **options: resnet18(None, **options),
-    "resnet34": lambda **options: resnet34(None, **options),
-    "resnet50": lambda **options: resnet50(None, **options),
-    "resnet101": lambda **options: resnet101(None, **options),
-}
-
-# For each network, the options that it does not support. Both detectors and suffixes of the name set options.
-UNSUPPORTED: dict[str, set[str]] = {
-    "lr_net26": {"norm"},
-    "lr_net50": {"norm"},
-    "vgg16": {"dilated", "width"},
-    "zf": {"dilated", "stages", "width"},
+# The factory and the class of each network. The parameters of both are the options that the network supports.
+BODIES: dict[str, tuple[Callable[..., Body], type[Body]]] = {
+    "lr_net26": (lr_net26, LRNet),
+    "lr_net50": (lr_net50, LRNet),
+    "vgg16": (vgg16, VGG16),
+    "zf": (zf, ZF),
+    "resnet18": (resnet18, ResNet),
+    "resnet34": (resnet34, ResNet),
+    "resnet50": (resnet50, ResNet),
+    "resnet101": (resnet101, ResNet),
 }
 
 
@@ -60,12 +54,16 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
         options["norm"] = NORM_SUFFIXES[norm]
     if width:
         options["width"] = int(width)
-    unsupported = sorted(options.keys() & UNSUPPORTED.get(kind, set()))
+    factory, network = BODIES[kind]
+    supported = inspect.signature(factory).parameters.keys() | inspect.signature(network).parameters.keys()
+    unsupported = sorted(options.keys() - supported)
     if unsupported:
         raise ValueError(
             f"relops.models: backbone must support {', '.join(unsupported)}, which {kind} does not, got {name!r}"
         )
-    body = BODIES[kind](**options)
+    if "num_classes" in supported:
+        options["num_classes"] = None  # no classifier
+    body = factory(**options)
     for part in body.parts()[:frozen_stages]:
         for module in part:
             module.requires_grad_(False)

@@ -41,11 +41,12 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def add_command(commands: argparse._SubParsersAction, name: str, help: str, **options: Any) -> argparse.ArgumentParser:
+def add_command(
+    commands: argparse._SubParsersAction[CommandParser], name: str, help: str, **options: Any
+) -> CommandParser:
     """Add a command to the parser. The description of the command is `help` as a sentence, unless `options` has one."""
     options = {"description": f"{help[0].upper()}{help[1:]}."} | options
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, **options)
-    return parser
+    return commands.add_parser(name, help=help, **options)
 
 
 def default_folder(model: str, data: str) -> str:

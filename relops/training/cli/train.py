@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from relops import models
-from relops.training.cli.arguments import CommandParser, add_command, default_folder
+from relops.training.cli.arguments import add_command, default_folder
 from relops.training.cli.descriptions import models_help
 from relops.training.config import TrainConfig, check_limits
 from relops.training.engine import train
@@ -71,8 +71,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         usage="%(prog)s [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if isinstance(parser, CommandParser):
-        parser.make_epilog = _epilog
+    parser.make_epilog = _epilog
     groups = {name: parser.add_argument_group(name) for name in ("data", "images", "model", "optimization", "run")}
     types = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
