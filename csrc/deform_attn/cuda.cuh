@@ -56,6 +56,8 @@ struct MsDeformAttnParams : MsDeformAttnSizes {
   int group_log2;           // log2 of the number of lanes per item
   unsigned channel_blocks;  // number of blocks among which the channels of an item are divided
   unsigned tiles;           // number of blocks per (image, head, block of channels)
+  uint64_t row_bytes;       // distance between the rows of value
+  uint64_t grad_row_bytes;  // distance between the rows of grad_value
   Compute half_per_point;   // 0.5 / P
 
   T* output;                  // [N,Q,M,D]
@@ -112,9 +114,9 @@ __device__ inline int64_t query_in_patch_order(int64_t q, const MsDeformAttnSize
   int l = 0;
   while (l + 1 < z.L && q >= levels[l + 1].offset) ++l;
   const DeviceLevel level = levels[l];
-  const int local = static_cast<int>(q) - level.offset;
+  const unsigned local = static_cast<unsigned>(q) - level.offset;  // unsigned division takes fewer instructions
   const int band = local / (kPatchRows * level.width);
-  const int within = local - band * kPatchRows * level.width;
+  const unsigned within = local - band * kPatchRows * level.width;
   const int rows = min(kPatchRows, level.height - band * kPatchRows);
   const int column = rows == kPatchRows ? within / kPatchRows : within / rows;
   const int row = within - column * rows;
@@ -154,12 +156,19 @@ __device__ inline SoftmaxStats<Compute> softmax_stats(const U* logits, int count
   return {top, 1 / sum};
 }
 
+// Returns the level of sample s, which is s / P. Rounding cannot change the result, because (s + 0.5) / P is at least
+// 0.5 / P away from the next integer, and L * P is at most 2^20. An integer division would take 20 instructions.
+template <class Params>
+__device__ __forceinline__ int level_of(const Params& p, int s) {
+  return static_cast<int>(static_cast<typename Params::Compute>(2 * s + 1) * p.half_per_point);
+}
+
 // Reads sample s of an item and converts its location to pixels. nq is n * Q + q, and item is nq * M + m.
 template <bool kFused, class Params, class Compute>
 __device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel* levels, int64_t nq, int64_t item,
                                               int s, SoftmaxStats<Compute> stats) {
   using U = typename Params::U;
-  const int count = static_cast<int>(p.L * p.P), l = s / static_cast<int>(p.P);
+  const int count = static_cast<int>(p.L * p.P), l = level_of(p, s);
   Sample<Compute> sample;
   sample.level = levels[l];
   const Pack<U, 2> xy = load_pack<U, 2>(p.locations + (item * count + s) * 2);
@@ -184,42 +193,102 @@ __device__ inline Sample<Compute> read_sample(const Params& p, const DeviceLevel
   return sample;
 }
 
-// The four rows around a sample: top left, top right, bottom left, bottom right. A row is -1 if it is masked or outside
-// the level.
-template <class Compute>
-struct Corners {
-  int4 row;
-  Compute fx, fy;  // distance of the sample from its top left corner, to the right and downwards
-};
-
 // Returns whether any corner of the sample is inside the level. Returns false for NaN. Coordinates inside the level fit
 // in an int.
 template <class Compute>
 __device__ __forceinline__ bool is_inside(const Sample<Compute>& s) {
-  return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height);
+  return s.x > Compute(-1) && s.y > Compute(-1) && s.x < Compute(s.level.width) && s.y < Compute(s.level.height) &&
+         s.level.width > 0 && s.level.height > 0;
 }
+
+// The two pixels of a row or column of a level between which a sample lies. If one of them is outside the level, both
+// are the pixel inside, and each has half of its weight.
+template <class Compute>
+struct Neighbors {
+  int pixel[2];
+  Compute weight[2];
+  Compute fraction;  // distance of the sample from the first pixel
+  bool inside[2];
+};
+
+template <class Compute>
+__device__ __forceinline__ Neighbors<Compute> find_neighbors(Compute x, int size) {
+  const int left = static_cast<int>(floor(x)), first = max(left, 0), second = min(left + 1, size - 1);
+  const Compute fraction = x - static_cast<Compute>(left);
+  const Compute half = Compute(0.5) * (left < 0 ? fraction : 1 - fraction);
+  return {{first, second},
+          {first == second ? half : 1 - fraction, first == second ? half : fraction},
+          fraction,
+          {first == left, second == left + 1}};
+}
+
+// The corners of a sample: top left, top right, bottom left, bottom right. A corner that is masked or outside the level
+// is replaced by another corner, which then has half of its weight twice. Hence the loops over corners need neither
+// predicates nor zeros instead of the rows that must not be read. If there is no other corner, all rows are -1.
+template <class Compute>
+struct Corners {
+  int row[4];
+  Compute weight[4];  // attention weight * bilinear weight
+  Compute fx, fy;     // distance of the sample from its top left corner, to the right and downwards
+  bool inside[4];     // whether the corner is neither masked nor outside the level
+};
 
 template <class Compute>
 __device__ inline Corners<Compute> find_corners(const Sample<Compute>& s, const bool* mask) {
-  Corners<Compute> c{{-1, -1, -1, -1}, 0, 0};
+  Corners<Compute> c{{-1, -1, -1, -1}, {}, 0, 0, {}};
   if (!is_inside(s)) return c;
-  const Compute left = floor(s.x), top = floor(s.y);
-  const int x = static_cast<int>(left), y = static_cast<int>(top);
-  c.fx = s.x - left;
-  c.fy = s.y - top;
-  const int row = s.level.start + y * s.level.width + x;
-  const bool in_left = x >= 0, in_right = x + 1 < s.level.width, in_top = y >= 0, in_bottom = y + 1 < s.level.height;
-  if (in_left && in_top) c.row.x = row;
-  if (in_right && in_top) c.row.y = row + 1;
-  if (in_left && in_bottom) c.row.z = row + s.level.width;
-  if (in_right && in_bottom) c.row.w = row + s.level.width + 1;
-  if (mask != nullptr) {
-    if (c.row.x >= 0 && mask[c.row.x]) c.row.x = -1;
-    if (c.row.y >= 0 && mask[c.row.y]) c.row.y = -1;
-    if (c.row.z >= 0 && mask[c.row.z]) c.row.z = -1;
-    if (c.row.w >= 0 && mask[c.row.w]) c.row.w = -1;
+  const Neighbors<Compute> x = find_neighbors(s.x, s.level.width), y = find_neighbors(s.y, s.level.height);
+  c.fx = x.fraction;
+  c.fy = y.fraction;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    c.row[i] = s.level.start + y.pixel[i / 2] * s.level.width + x.pixel[i % 2];
+    c.weight[i] = y.weight[i / 2] * s.weight * x.weight[i % 2];
+    c.inside[i] = x.inside[i % 2] && y.inside[i / 2];
   }
+  if (mask == nullptr) return c;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (mask[c.row[i]]) {
+      c.row[i] = -1;
+      c.inside[i] = false;
+    }
+#pragma unroll
+  for (int distance = 1; distance <= 2; ++distance)  // to the horizontal, then to the vertical neighbor
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (c.row[i] < 0) {
+        const int other = i ^ distance;
+        c.row[i] = c.row[other];
+        c.weight[i] = c.weight[other] *= Compute(0.5);
+      }
   return c;
+}
+
+// Returns the address of `row`, which is stride * row bytes after p. The stride is a parameter of the kernel, so this
+// takes two instructions: a multiply-add of 32 x 32 to 64 bits, and one for the upper half of the stride.
+template <class T>
+__device__ __forceinline__ T* row_at(T* p, int row, uint64_t stride) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + static_cast<unsigned>(row) * stride);
+}
+
+// Loads V channels at p, which belong to row `row`. If row is negative, nothing is loaded and the result is undefined.
+// Unlike load_pack, this function spends no instructions on zeros.
+template <class T, int V>
+__device__ __forceinline__ Pack<T, V> load_row(const T* p, int row) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) * V == 16) {
+    uint4 raw;
+    asm("{.reg .pred p; setp.ge.s32 p, %5, 0; @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];}"
+        : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+        : "l"(p), "r"(row));
+    Pack<T, V> pack;
+    memcpy(&pack, &raw, sizeof(pack));
+    return pack;
+  }
+#endif
+  return load_pack<T, V>(p, row >= 0);
 }
 
 // Four values of a staged sample.
@@ -256,25 +325,22 @@ __device__ inline WorkItem find_work_item(const Params& p, const DeviceLevel* le
   return work;
 }
 
-// The layout of dynamic shared memory: the levels, then the rows and the values of the staged samples, kStride slots
-// per item.
+// The layout of dynamic shared memory: the levels, then the rows and the numbers of the staged samples, kStride slots
+// per item. The backward pass has a second array of numbers, `samples`.
 template <class Compute>
 struct Staging {
   DeviceLevel* levels;
   int4* rows;
-  Quad<Compute>* numbers;
+  Quad<Compute>*numbers, *samples;
 
   __device__ Staging(char* memory, int64_t L, int group_log2) {
+    const int slots = (blockDim.x >> group_log2) * kStride;
     levels = reinterpret_cast<DeviceLevel*>(memory);
     rows = reinterpret_cast<int4*>(levels + L);
-    numbers = reinterpret_cast<Quad<Compute>*>(rows + (blockDim.x >> group_log2) * kStride);
+    numbers = reinterpret_cast<Quad<Compute>*>(rows + slots);
+    samples = numbers + slots;
   }
 };
-
-template <class Compute>
-size_t staging_bytes(int64_t L, int threads, int group_log2) {
-  return L * sizeof(DeviceLevel) + (threads >> group_log2) * kStride * (sizeof(int4) + sizeof(Quad<Compute>));
-}
 
 // Host side -----------------------------------------------------------------------------------------------------------
 
@@ -285,18 +351,20 @@ struct Launch {
 
 // Chooses the number of lanes per item so that V channels per lane cover D, and the number of blocks. If
 // `split_channels` is set and D exceeds the channels of 32 lanes, the channels are divided among several blocks.
+// `slot_bytes` is the size of a staged sample.
 template <class Params>
-Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
-  // With at least 2 lanes (float) or 4 lanes (double), the staged samples of 256 threads fit in the 48 KB that every
-  // launch may use.
-  p.group_log2 = sizeof(typename Params::Compute) == 8 ? 2 : 1;
+Launch plan_launch(const char* op, Params& p, int V, bool split_channels, size_t slot_bytes) {
+  p.group_log2 = 1;
   while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
   p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
   const int64_t rows = p.N * p.M * p.channel_blocks;
   // A small amount of work is divided into small blocks so that it reaches all multiprocessors.
-  const unsigned threads = (rows * p.Q) << p.group_log2 < (1 << 18) ? 64 : 256;
+  unsigned threads = (rows * p.Q) << p.group_log2 < (1 << 18) ? 64 : 256;
+  // Every launch may use 48 KB of shared memory. 512 levels take 8 KB.
+  const auto staged = [&] { return (threads >> p.group_log2) * kStride * slot_bytes; };
+  while (staged() > 40 << 10) threads /= 2;
   p.tiles = grid_size(op, ceil_div(p.Q, threads >> p.group_log2));
-  return {grid_size(op, rows * p.tiles), threads, staging_bytes<typename Params::Compute>(p.L, threads, p.group_log2)};
+  return {grid_size(op, rows * p.tiles), threads, p.L * sizeof(DeviceLevel) + staged()};
 }
 
 // Sets the parameters that the forward and backward passes have in common. `keep_alive` holds the tensors to which the
@@ -306,11 +374,13 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
   using Compute = ComputeType<T>;
   MsDeformAttnParams<T, U> p{};
   static_cast<MsDeformAttnSizes&>(p) = in.sizes;
+  p.row_bytes = p.M * p.D * sizeof(T);
+  p.grad_row_bytes = p.M * p.D * sizeof(Compute);
   p.half_per_point = Compute(0.5) / p.P;
   STD_TORCH_CHECK(in.value.is_cuda(), in.op, ": value must be a CUDA tensor like the other inputs");
   // The levels and the staged samples must fit in 48 KB of shared memory.
   STD_TORCH_CHECK(p.L <= 512, in.op, ": at most 512 levels are supported, got L = ", p.L);
-  // With fewer than 2^28 channels, the size of a row in bytes fits in 32 bits.
+  // Channel numbers have 32 bits.
   STD_TORCH_CHECK(p.M * p.D < 1 << 28, in.op, ": value must have fewer than 2^28 channels, got ", p.M * p.D);
   STD_TORCH_CHECK(p.L * p.P <= 1 << 20, in.op, ": at most 2^20 samples per query and head are supported, got ",
                   p.L * p.P);

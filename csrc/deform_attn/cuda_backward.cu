@@ -14,37 +14,57 @@ namespace relops {
 
 namespace {
 
-// The number of samples whose derivatives are summed together. A larger number would cost more in registers than it
-// saves in shuffles.
-constexpr int kReducedTogether = 4;
+// The number of samples that are gathered and summed together. With 4 samples of 16 bits, registers would not suffice.
+template <int V>
+constexpr int kTogether = V > 4 ? 2 : 4;
 
-// Sums x[j] over the lanes of a group for all j and distributes the sums among the lanes. Each lane gets 4, 2 or 1 sums
-// in x[0..count), which belong to samples first, first + 1, ... In groups of more than 4 lanes, several lanes get the
-// same sum.
-template <class Compute>
-__device__ __forceinline__ void reduce_scatter(Compute (&x)[kReducedTogether][3], int lane, int group, int& first,
-                                               int& count) {
-  first = 0;
-  count = kReducedTogether;
-  int distance = group / 2;
+// Sums x[j] over the lanes of a group and stores the sums in sums[0..kCount). Each step halves the number of sums to
+// which a lane contributes. `distance` is half the number of lanes of the group, so at least 1.
+template <int kCount, class Compute>
+__device__ __forceinline__ void reduce_scatter(Compute* x, int lane, int distance, Compute* sums) {
+  constexpr int kHalf = kCount / 2, kPacked = kHalf * sizeof(Compute) <= 16 ? kHalf : 16 / sizeof(Compute);
+  // With __shfl_xor_sync, every shuffle would copy the distance from a uniform register.
+  const auto exchange = [](Compute give, int distance) { return __shfl_sync(kAll, give, threadIdx.x % 32 ^ distance); };
+  const bool upper = lane & distance;
 #pragma unroll
-  for (int half = kReducedTogether / 2; half > 0; half /= 2) {
-    if (distance == 0) return;
-    const bool upper = lane & distance;
-#pragma unroll
-    for (int j = 0; j < half; ++j)
-#pragma unroll
-      for (int k = 0; k < 3; ++k) {
-        const Compute keep = upper ? x[j + half][k] : x[j][k], give = upper ? x[j][k] : x[j + half][k];
-        x[j][k] = keep + __shfl_xor_sync(kAll, give, distance);
-      }
-    first += upper ? half : 0;
-    count = half;
-    distance /= 2;
+  for (int j = 0; j < kHalf; ++j)
+    x[j] = (upper ? x[j + kHalf] : x[j]) + exchange(upper ? x[j] : x[j + kHalf], distance);
+  if (upper) sums += kHalf;
+  if (distance > 1) {
+    if constexpr (kHalf > 1) return reduce_scatter<kHalf>(x, lane, distance / 2, sums);
+    x[0] += exchange(x[0], distance / 2);  // in a group of 32 lanes, pairs of lanes have the same sum
   }
-  for (; distance > 0; distance /= 2)
 #pragma unroll
-    for (int k = 0; k < 3; ++k) x[0][k] += __shfl_xor_sync(kAll, x[0][k], distance);
+  for (int j = 0; j < kHalf; j += kPacked) {
+    Pack<Compute, kPacked> pack;
+#pragma unroll
+    for (int k = 0; k < kPacked; ++k) pack.x[k] = x[j + k];
+    store_pack<Compute, kPacked>(sums + j, pack);
+  }
+}
+
+// The number of neighboring channels that one reduction to memory adds. Hopper adds four floats.
+template <class Compute, int V>
+__device__ constexpr int reduction_width() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if (std::is_same_v<Compute, float> && V % 4 == 0) return 4;
+#endif
+  return 1;
+}
+
+// Adds x[0..W) to p[0..W). Each addition is atomic and does not return the sum.
+template <int W, class Compute>
+__device__ __forceinline__ void reduce_add(Compute* p, const Compute (&x)[W]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (W == 4) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+                 "f"(x[3])
+                 : "memory");
+    return;
+  }
+#endif
+#pragma unroll
+  for (int k = 0; k < W; ++k) atomicAdd(p + k, x[k]);
 }
 
 // If kOneStep, the lanes of the group hold all D channels at once.
@@ -59,99 +79,99 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
 
   const WorkItem work = find_work_item(p, staging.levels, levels_fit);
   const int64_t nq = work.n * p.Q + work.q, item = nq * p.M + work.m;
-  const int64_t first_row = (work.n * p.S * p.M + work.m) * p.D + work.lane * V;
-  const T* rows = p.value + first_row;
-  const unsigned row_stride = static_cast<unsigned>(p.M * p.D * sizeof(T));
+  const int64_t first_row = (work.n * p.S * p.M + work.m) * p.D;
+  const T* value = p.value + first_row + work.lane * V;
   const bool scatter = p.grad_value != nullptr, sampling_grad = p.grad_locations != nullptr;
-  Compute* grad_rows = scatter ? p.grad_value + first_row : nullptr;
-  const unsigned grad_row_stride = static_cast<unsigned>(p.M * p.D * sizeof(Compute));
   const bool* mask = p.mask != nullptr ? p.mask + work.n * p.S : nullptr;
-  const int count = static_cast<int>(p.L * p.P);
+  const int count = static_cast<int>(p.L * p.P), staged = work.active ? count : 0;
   int4* staged_rows = staging.rows + work.slot;
   Quad<Compute>* staged_numbers = staging.numbers + work.slot;
+  Quad<Compute>* staged_samples = staging.samples + work.slot;
 
   SoftmaxStats<Compute> stats{};
   if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, work.lane, work.group);
 
-  // Loads the output gradient of V channels, starting `offset` after the first channel of this lane.
+  const T* grad_output = p.grad_output + item * p.D;
+  // Loads the output gradient of the channels that this lane gathers.
   const auto load_grad = [&](int offset, Compute(&grad)[V]) {
-    const int channel = work.lane * V + offset;
-    const Pack<T, V> pack = load_pack<T, V>(p.grad_output + item * p.D + channel, work.active && channel < p.D);
-#pragma unroll
-    for (int v = 0; v < V; ++v) grad[v] = static_cast<Compute>(pack.x[v]);
+    const int channel = offset + work.lane * V;
+    to_compute(load_pack<T, V>(grad_output + channel, work.active && channel < p.D), grad);
   };
   Compute grad[V];
-  load_grad(0, grad);
+  if (kOneStep) load_grad(0, grad);
+  const int step = V << p.group_log2, steps = kOneStep ? 1 : ceil_div(static_cast<int>(p.D), step);
 
   Compute expected = 0;  // fused: sum of weight * derivative with respect to weight
   for (int first = 0; first < count; first += kChunk) {
     __syncwarp();  // waits until the previous chunk has been read
     for (int j = work.lane; j < kChunk; j += work.group) {
-      Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
+      Corners<Compute> c{{-1, -1, -1, -1}, {}, 0, 0, {}};
       Compute weight = 0;
-      if (work.active && first + j < count) {
+      if (first + j < staged) {
         const Sample<Compute> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
-        corners = find_corners(sample, mask);
+        c = find_corners(sample, mask);
         weight = sample.weight;
       }
-      staged_rows[j] = corners.row;
-      staged_numbers[j] = {corners.fx, corners.fy, weight, 0};
+      const int inside = c.inside[0] + 2 * c.inside[1] + 4 * c.inside[2] + 8 * c.inside[3];
+      staged_rows[j] = {c.row[0], c.row[1], c.row[2], c.row[3]};
+      staged_numbers[j] = {c.weight[0], c.weight[1], c.weight[2], c.weight[3]};
+      staged_samples[j] = {c.fx, c.fy, weight, static_cast<Compute>(inside)};
     }
     __syncwarp();
 
 #pragma unroll 1
-    for (int begin = 0; begin < kChunk; begin += kReducedTogether) {
-      Compute derivatives[kReducedTogether][3];  // with respect to weight, x and y, from the channels of this lane
+    for (int begin = 0; begin < min(kChunk, count - first); begin += kTogether<V>) {
+      if (scatter)
+        for (int i = 0, offset = 0; i < steps; ++i, offset += step) {
+          // A lane adds to other channels than it gathers, because neighboring lanes must add to neighboring addresses.
+          constexpr int W = reduction_width<Compute, V>();
+#pragma unroll 1
+          for (int v = 0; v < V; v += W) {
+            const int channel = offset + v * work.group + work.lane * W;
+            if (channel >= p.D) break;
+            Compute part[W];
+            if constexpr (kOneStep && W == V)
+              for (int k = 0; k < W; ++k) part[k] = grad[k];
+            else
+              to_compute(load_pack<T, W>(grad_output + channel, work.active), part);
+            Compute* grad_value = p.grad_value + first_row + channel;
 #pragma unroll
-      for (int j = 0; j < kReducedTogether; ++j) {
-        const int4 row = staged_rows[begin + j];
-        const Quad<Compute> number = staged_numbers[begin + j];
-        const Compute fx = number.x, fy = number.y, weight = number.z;
-        const int row_of[4] = {row.x, row.y, row.z, row.w};
-        const Compute bilinear[4] = {(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy};
-        Compute dot[4] = {};
-        const auto visit = [&](int offset) {
-          const bool owned = work.lane * V + offset < p.D;
-          Pack<T, V> values[4];
+            for (int j = begin; j < begin + kTogether<V>; ++j) {
+              const int4 row = staged_rows[j];
+              const Quad<Compute> weight = staged_numbers[j];
+              if (row.x < 0) continue;
+              const int row_of[4] = {row.x, row.y, row.z, row.w};
+              const Compute weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
 #pragma unroll
-          for (int corner = 0; corner < 4; ++corner)
-            values[corner] = load_pack<T, V>(row_at(rows + offset, row_of[corner], row_stride),
-                                             sampling_grad && owned && row_of[corner] >= 0);
+              for (int corner = 0; corner < 4; ++corner) {
+                Compute x[W];
 #pragma unroll
-          for (int corner = 0; corner < 4; ++corner)
+                for (int k = 0; k < W; ++k) x[k] = weight_of[corner] * part[k];
+                reduce_add(row_at(grad_value, row_of[corner], p.grad_row_bytes), x);
+              }
+            }
+          }
+        }
+      if (!sampling_grad) continue;
+      Compute dots[kTogether<V> * 4] = {};  // of grad and the rows; undefined for rows of -1
+      for (int i = 0, offset = 0; i < steps; ++i, offset += step) {
+        if (!kOneStep) load_grad(offset, grad);
+        if (offset + work.lane * V >= p.D) break;
 #pragma unroll
-            for (int v = 0; v < V; ++v) dot[corner] += grad[v] * static_cast<Compute>(values[corner].x[v]);
+        for (int j = 0; j < kTogether<V>; ++j) {
+          const int4 row = staged_rows[begin + j];
+          const int row_of[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            Compute add[V];
+            Compute x[V];
+            to_compute(load_row<T, V>(row_at(value + offset, row_of[corner], p.row_bytes), row.x), x);
 #pragma unroll
-            for (int v = 0; v < V; ++v) add[v] = weight * bilinear[corner] * grad[v];
-            reduce_add<V>(row_at(grad_rows + offset, row_of[corner], grad_row_stride), add,
-                          scatter && owned && row_of[corner] >= 0);
-          }
-        };
-        if constexpr (kOneStep) {
-          visit(0);
-        } else {
-          for (int offset = 0; offset < p.D; offset += V << p.group_log2) {
-            load_grad(offset, grad);
-            visit(offset);
+            for (int v = 0; v < V; ++v) dots[j * 4 + corner] += grad[v] * x[v];
           }
         }
-        derivatives[j][0] = bilinear[0] * dot[0] + bilinear[1] * dot[1] + bilinear[2] * dot[2] + bilinear[3] * dot[3];
-        derivatives[j][1] = weight * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
-        derivatives[j][2] = weight * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
       }
-      if (!sampling_grad) continue;
-      int first_sum, sum_count;
-      reduce_scatter(derivatives, work.lane, work.group, first_sum, sum_count);
-      __syncwarp();  // waits until all lanes have read their slots
-#pragma unroll
-      for (int j = 0; j < kReducedTogether; ++j)
-        if (j < sum_count) {
-          Quad<Compute>& number = staged_numbers[begin + first_sum + j];
-          number = {derivatives[j][1], derivatives[j][2], number.z, derivatives[j][0]};
-        }
+      __syncwarp();  // waits until all lanes have read the weights, which the dot products replace
+      reduce_scatter<kTogether<V> * 4>(dots, work.lane, work.group / 2, &staged_numbers[begin].x);
     }
     if (!sampling_grad) continue;
     __syncwarp();
@@ -159,11 +179,17 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
     // addresses.
     for (int j = work.lane; j < kChunk; j += work.group) {
       const int s = first + j;
-      if (!work.active || s >= count) break;
-      const Quad<Compute> number = staged_numbers[j];
-      const Compute by_x = number.x, by_y = number.y, weight = number.z, by_weight = number.w;
+      if (s >= staged) break;
+      const Quad<Compute> number = staged_numbers[j], sample = staged_samples[j];
+      const Compute fx = sample.x, fy = sample.y, weight = sample.z;
+      const int inside = static_cast<int>(sample.w);
+      const Compute dot[4] = {inside & 1 ? number.x : 0, inside & 2 ? number.y : 0, inside & 4 ? number.z : 0,
+                              inside & 8 ? number.w : 0};
+      const Compute by_weight = (1 - fy) * ((1 - fx) * dot[0] + fx * dot[1]) + fy * ((1 - fx) * dot[2] + fx * dot[3]);
+      const Compute by_x = weight * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
+      const Compute by_y = weight * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
       const int64_t at = item * count + s;
-      const int l = s / static_cast<int>(p.P);
+      const int l = level_of(p, s);
       Compute unit_x, unit_y;  // pixels per unit of the locations or offsets
       if constexpr (kFused) {
         unit_x = unit_y = 1;
@@ -202,7 +228,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
 
 template <class Params, int V, bool kFused>
 void launch_backward(const char* op, Params p, cudaStream_t stream) {
-  const Launch launch = plan_launch(op, p, V, false);
+  const Launch launch = plan_launch(op, p, V, false, sizeof(int4) + 2 * sizeof(Quad<typename Params::Compute>));
   bool one_step = false;
   if constexpr (V > 1) {
     one_step = p.D <= V << p.group_log2;

@@ -71,9 +71,9 @@ __global__ __launch_bounds__(256, 1) void keys_kernel(const __grid_constant__ Pa
   const Sample<Compute> sample =
       read_sample<kFused>(p, levels, nq, nq * p.M + m, s, kFused ? stats_of(stats, q, m, p) : SoftmaxStats<Compute>{});
   int64_t key = slice.heads * slice.cells;
-  if (is_inside(sample) && cells_of(sample.level) > 0) {
+  if (is_inside(sample)) {
     key = head * slice.cells;
-    for (int l = 0; l < s / static_cast<int>(p.P); ++l) key += cells_of(levels[l]);
+    for (int l = 0; l < level_of(p, s); ++l) key += cells_of(levels[l]);
     key += static_cast<int64_t>(floor(sample.y) + 1) * (sample.level.width + 1) +
            static_cast<int64_t>(floor(sample.x) + 1);
   }

@@ -16,7 +16,7 @@ constexpr int kUnroll = 4;
 // A lane owns V channels of an item. If D exceeds the channels of a group of lanes, the channels are divided among
 // several blocks.
 template <class Params, int V, bool kFused>
-__global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__ Params p) {
+__global__ __launch_bounds__(256, 2) void forward_kernel(const __grid_constant__ Params p) {
   using T = typename Params::T;
   using Compute = typename Params::Compute;
   extern __shared__ __align__(16) char memory[];
@@ -27,10 +27,10 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
   const int64_t channel = ((work.channel_block << p.group_log2) + work.lane) * V;
   const bool owns_channels = work.active && channel < p.D;
   const int64_t nq = work.n * p.Q + work.q, item = nq * p.M + work.m;
-  const T* rows = p.value + (work.n * p.S * p.M + work.m) * p.D + channel;
-  const unsigned row_stride = static_cast<unsigned>(p.M * p.D * sizeof(T));
+  const T* value = p.value + (work.n * p.S * p.M + work.m) * p.D + channel;
   const bool* mask = p.mask != nullptr ? p.mask + work.n * p.S : nullptr;
   const int count = static_cast<int>(p.L * p.P);
+  const int staged = work.active ? count : 0;
   int4* staged_rows = staging.rows + work.slot;
   Quad<Compute>* staged_weights = staging.numbers + work.slot;
 
@@ -41,32 +41,34 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
   for (int first = 0; first < count; first += kChunk) {
     __syncwarp();  // waits until the previous chunk has been read
     for (int j = work.lane; j < kChunk; j += work.group) {
-      Corners<Compute> corners{{-1, -1, -1, -1}, 0, 0};
-      Compute weight = 0;
-      if (work.active && first + j < count) {
-        const Sample<Compute> sample = read_sample<kFused>(p, staging.levels, nq, item, first + j, stats);
-        corners = find_corners(sample, mask);
-        weight = sample.weight;
-      }
-      const Compute above = (1 - corners.fy) * weight, below = corners.fy * weight;
-      staged_rows[j] = corners.row;
-      staged_weights[j] = {(1 - corners.fx) * above, corners.fx * above, (1 - corners.fx) * below, corners.fx * below};
+      Corners<Compute> c{{-1, -1, -1, -1}, {}, 0, 0, {}};
+      if (first + j < staged)
+        c = find_corners(read_sample<kFused>(p, staging.levels, nq, item, first + j, stats), mask);
+      staged_rows[j] = {c.row[0], c.row[1], c.row[2], c.row[3]};
+      staged_weights[j] = {c.weight[0], c.weight[1], c.weight[2], c.weight[3]};
     }
     __syncwarp();
     if (!owns_channels) continue;
-#pragma unroll kUnroll
-    for (int j = 0; j < kChunk; ++j) {
-      const int4 row = staged_rows[j];
-      const Quad<Compute> weight = staged_weights[j];
-      const int row_of[4] = {row.x, row.y, row.z, row.w};
-      const Compute weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
+    for (int begin = 0; begin < min(kChunk, count - first); begin += kUnroll) {
 #pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        const bool inside = row_of[corner] >= 0;
-        const Pack<T, V> values = load_pack<T, V>(row_at(rows, row_of[corner], row_stride), inside);
-        const Compute w = inside ? weight_of[corner] : Compute(0);  // the weight may be NaN
+      for (int j = begin; j < begin + kUnroll; ++j) {
+        const int4 row = staged_rows[j];
+        const Quad<Compute> weight = staged_weights[j];
+        const int row_of[4] = {row.x, row.y, row.z, row.w};
+        const Compute weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
+        Pack<T, V> values[4];
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] += w * static_cast<Compute>(values.x[v]);
+        for (int corner = 0; corner < 4; ++corner)
+          values[corner] = load_row<T, V>(row_at(value, row_of[corner], p.row_bytes), row.x);
+        if (row.x >= 0) {
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+            Compute x[V];
+            to_compute(values[corner], x);
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[v] += weight_of[corner] * x[v];
+          }
+        }
       }
     }
   }
@@ -79,7 +81,7 @@ __global__ __launch_bounds__(256, 1) void forward_kernel(const __grid_constant__
 
 template <class Params, int V, bool kFused>
 void launch_forward(const char* op, Params p, cudaStream_t stream) {
-  const Launch launch = plan_launch(op, p, V, true);
+  const Launch launch = plan_launch(op, p, V, true, sizeof(int4) + sizeof(Quad<typename Params::Compute>));
   forward_kernel<Params, V, kFused><<<launch.blocks, launch.threads, launch.shared, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

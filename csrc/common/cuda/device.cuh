@@ -97,41 +97,22 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
-// Adds x[0..V) to p[0..V) if `active`. Each addition is atomic and does not return the sum. Hopper adds four floats
-// with one instruction, which requires p to be aligned to 16 bytes.
-template <int V>
-__device__ __forceinline__ void reduce_add(float* p, const float (&x)[V], bool active) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (V % 4 == 0) {
-    const int predicate = active;
+// Converts V values to the compute type. Two values of 16 bits share a register; converting them one by one would take
+// another instruction per value to separate them.
+template <class T, int V>
+__device__ __forceinline__ void to_compute(const Pack<T, V>& pack, ComputeType<T> (&x)[V]) {
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16> && V % 2 == 0) {
+    uint32_t words[V / 2];
+    memcpy(words, &pack, sizeof(words));
 #pragma unroll
-    for (int i = 0; i < V; i += 4)
-      asm volatile(
-          "{.reg .pred p; setp.ne.s32 p, %5, 0;"
-          " @p red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};}" ::"l"(p + i),
-          "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]), "r"(predicate)
-          : "memory");
-    return;
+    for (int v = 0; v < V; ++v) {
+      const uint32_t bits = v % 2 == 0 ? words[v / 2] << 16 : words[v / 2] & 0xffff0000u;
+      memcpy(&x[v], &bits, 4);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] = static_cast<ComputeType<T>>(pack.x[v]);
   }
-#endif
-  if (!active) return;
-#pragma unroll
-  for (int i = 0; i < V; ++i) atomicAdd(p + i, x[i]);
-}
-
-template <int V>
-__device__ __forceinline__ void reduce_add(double* p, const double (&x)[V], bool active) {
-  if (!active) return;
-#pragma unroll
-  for (int i = 0; i < V; ++i) atomicAdd(p + i, x[i]);
-}
-
-// Returns the address row * stride bytes after p. With 32-bit factors, this takes one multiply-add; with 64-bit
-// factors, it would take half a dozen instructions.
-template <class T>
-__device__ __forceinline__ T* row_at(T* p, int row, unsigned stride) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t{static_cast<unsigned>(row)} * stride);
 }
 
 // Divides a warp into groups of `group` neighboring lanes, where `group` is a power of two, and returns the sum of x
