@@ -88,11 +88,12 @@ def test_single_gradients_of_deformable_attention(needs_grad: tuple[str, ...]) -
         assert_matches(actual, expected[name].double(), name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [40, 200, 260], ids=lambda D: f"D{D}")
-def test_heads_may_be_wider_than_a_group_of_lanes(D: int) -> None:
+def test_heads_may_be_wider_than_a_group_of_lanes(D: int, dtype: torch.dtype) -> None:
     case = DeformAttn(N=1, M=1, D=D, mask=True)
     for op, sample in ((PLAIN, case.plain), (FUSED, case.fused)):
-        assert_matches_twin(op, op.draw(sample))
+        assert_matches_twin(op, op.draw(sample, dtype=dtype), dtype)
 
 
 def test_patches_may_end_inside_a_level() -> None:

@@ -14,10 +14,6 @@ namespace relops {
 
 namespace {
 
-// The number of samples that are gathered and summed together. With 4 samples of 16 bits, registers would not suffice.
-template <int V>
-constexpr int kTogether = V > 4 ? 2 : 4;
-
 // Sums x[j] over the lanes of a group and stores the sums in sums[0..kCount). Each step halves the number of sums to
 // which a lane contributes. `distance` is half the number of lanes of the group, so at least 1.
 template <int kCount, class Compute>
@@ -32,7 +28,7 @@ __device__ __forceinline__ void reduce_scatter(Compute* x, int lane, int distanc
   if (upper) sums += kHalf;
   if (distance > 1) {
     if constexpr (kHalf > 1) return reduce_scatter<kHalf>(x, lane, distance / 2, sums);
-    x[0] += exchange(x[0], distance / 2);  // in a group of 32 lanes, pairs of lanes have the same sum
+    for (distance /= 2; distance > 0; distance /= 2) x[0] += exchange(x[0], distance);
   }
 #pragma unroll
   for (int j = 0; j < kHalf; j += kPacked) {
@@ -73,6 +69,8 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
   using T = typename Params::T;
   using U = typename Params::U;
   using Compute = typename Params::Compute;
+  // The number of samples that are gathered and summed together. For 4 samples, other kernels lack registers.
+  constexpr int kTogether = kOneStep && sizeof(T) == 4 ? 4 : 2;
   extern __shared__ __align__(16) char memory[];
   const Staging<Compute> staging(memory, p.L, p.group_log2);
   const bool levels_fit = load_levels(p, p.levels, staging.levels);
@@ -120,7 +118,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
     __syncwarp();
 
 #pragma unroll 1
-    for (int begin = 0; begin < min(kChunk, count - first); begin += kTogether<V>) {
+    for (int begin = 0; begin < min(kChunk, count - first); begin += kTogether) {
       if (scatter)
         for (int i = 0, offset = 0; i < steps; ++i, offset += step) {
           // A lane adds to other channels than it gathers, because neighboring lanes must add to neighboring addresses.
@@ -136,7 +134,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
               to_compute(load_pack<T, W>(grad_output + channel, work.active), part);
             Compute* grad_value = p.grad_value + first_row + channel;
 #pragma unroll
-            for (int j = begin; j < begin + kTogether<V>; ++j) {
+            for (int j = begin; j < begin + kTogether; ++j) {
               const int4 row = staged_rows[j];
               const Quad<Compute> weight = staged_numbers[j];
               if (row.x < 0) continue;
@@ -153,12 +151,12 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
           }
         }
       if (!sampling_grad) continue;
-      Compute dots[kTogether<V> * 4] = {};  // of grad and the rows; undefined for rows of -1
+      Compute dots[kTogether * 4] = {};  // of grad and the rows; undefined for rows of -1
       for (int i = 0, offset = 0; i < steps; ++i, offset += step) {
         if (!kOneStep) load_grad(offset, grad);
         if (offset + work.lane * V >= p.D) break;
 #pragma unroll
-        for (int j = 0; j < kTogether<V>; ++j) {
+        for (int j = 0; j < kTogether; ++j) {
           const int4 row = staged_rows[begin + j];
           const int row_of[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
@@ -171,7 +169,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
         }
       }
       __syncwarp();  // waits until all lanes have read the weights, which the dot products replace
-      reduce_scatter<kTogether<V> * 4>(dots, work.lane, work.group / 2, &staged_numbers[begin].x);
+      reduce_scatter<kTogether * 4>(dots, work.lane, work.group / 2, &staged_numbers[begin].x);
     }
     if (!sampling_grad) continue;
     __syncwarp();
