@@ -291,17 +291,18 @@ __device__ __forceinline__ Pack<T, V> load_row(const T* p, int row) {
   return load_pack<T, V>(p, row >= 0);
 }
 
-// Four values of a staged sample.
+// A sample as it is staged in shared memory.
 template <class Compute>
-struct alignas(16) Quad {
-  Compute x, y, z, w;
+struct alignas(16) StagedSample {
+  int row[4];
+  Compute weight[4];
 };
 
 // The item on which this lane works. Lanes beyond the last query keep running with their warp but access no memory.
 struct WorkItem {
   int lane;   // index within the group
   int group;  // number of lanes per item
-  int slot;   // first staging slot of the item
+  int slot;   // number of the first staged sample of the item
   int64_t n, m, q;
   int64_t channel_block;
   bool active;
@@ -325,21 +326,14 @@ __device__ inline WorkItem find_work_item(const Params& p, const DeviceLevel* le
   return work;
 }
 
-// The layout of dynamic shared memory: the levels, then the rows and the numbers of the staged samples, kStride slots
-// per item. The backward pass has a second array of numbers, `samples`.
-template <class Compute>
+// The layout of dynamic shared memory: the levels, then kStride staged samples per item.
+template <class StagedSample>
 struct Staging {
   DeviceLevel* levels;
-  int4* rows;
-  Quad<Compute>*numbers, *samples;
+  StagedSample* samples;
 
-  __device__ Staging(char* memory, int64_t L, int group_log2) {
-    const int slots = (blockDim.x >> group_log2) * kStride;
-    levels = reinterpret_cast<DeviceLevel*>(memory);
-    rows = reinterpret_cast<int4*>(levels + L);
-    numbers = reinterpret_cast<Quad<Compute>*>(rows + slots);
-    samples = numbers + slots;
-  }
+  __device__ Staging(char* memory, int64_t L)
+      : levels(reinterpret_cast<DeviceLevel*>(memory)), samples(reinterpret_cast<StagedSample*>(levels + L)) {}
 };
 
 // Host side -----------------------------------------------------------------------------------------------------------
@@ -351,9 +345,8 @@ struct Launch {
 
 // Chooses the number of lanes per item so that V channels per lane cover D, and the number of blocks. If
 // `split_channels` is set and D exceeds the channels of 32 lanes, the channels are divided among several blocks.
-// `slot_bytes` is the size of a staged sample.
-template <class Params>
-Launch plan_launch(const char* op, Params& p, int V, bool split_channels, size_t slot_bytes) {
+template <class StagedSample, class Params>
+Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
   p.group_log2 = 1;
   while (p.group_log2 < 5 && (int64_t{V} << p.group_log2) < p.D) ++p.group_log2;
   p.channel_blocks = split_channels ? grid_size(op, ceil_div(p.D, int64_t{V} << p.group_log2)) : 1;
@@ -361,7 +354,7 @@ Launch plan_launch(const char* op, Params& p, int V, bool split_channels, size_t
   // A small amount of work is divided into small blocks so that it reaches all multiprocessors.
   unsigned threads = (rows * p.Q) << p.group_log2 < (1 << 18) ? 64 : 256;
   // Every launch may use 48 KB of shared memory. 512 levels take 8 KB.
-  const auto staged = [&] { return (threads >> p.group_log2) * kStride * slot_bytes; };
+  const auto staged = [&] { return (threads >> p.group_log2) * kStride * sizeof(StagedSample); };
   while (staged() > 40 << 10) threads /= 2;
   p.tiles = grid_size(op, ceil_div(p.Q, threads >> p.group_log2));
   return {grid_size(op, rows * p.tiles), threads, p.L * sizeof(DeviceLevel) + staged()};

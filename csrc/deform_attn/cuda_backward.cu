@@ -14,20 +14,30 @@ namespace relops {
 
 namespace {
 
-// Sums x[j] over the lanes of a group and stores the sums in sums[0..kCount). Each step halves the number of sums to
-// which a lane contributes. `distance` is half the number of lanes of the group, so at least 1.
+template <class Compute>
+struct alignas(16) BackwardSample {
+  int row[4];
+  Compute weight[4];  // replaced by the dot products of the output gradient and the rows
+  Compute fx, fy, attention_weight;
+  int inside;  // bit i says whether corner i is neither masked nor outside the level
+};
+
+// Sums x[j] over the lanes of a group for all j and stores the sums as the dot products of the samples, four for each
+// sample. Each step halves the number of sums to which a lane contributes. `distance` is half the number of lanes of
+// the group, so at least 1.
 template <int kCount, class Compute>
-__device__ __forceinline__ void reduce_scatter(Compute* x, int lane, int distance, Compute* sums) {
+__device__ __forceinline__ void reduce_scatter(Compute* x, int lane, int distance, Compute* dots) {
   constexpr int kHalf = kCount / 2, kPacked = kHalf * sizeof(Compute) <= 16 ? kHalf : 16 / sizeof(Compute);
+  constexpr auto at = [](int j) { return j / 4 * int(sizeof(BackwardSample<Compute>) / sizeof(Compute)) + j % 4; };
   // With __shfl_xor_sync, every shuffle would copy the distance from a uniform register.
   const auto exchange = [](Compute give, int distance) { return __shfl_sync(kAll, give, threadIdx.x % 32 ^ distance); };
   const bool upper = lane & distance;
 #pragma unroll
   for (int j = 0; j < kHalf; ++j)
     x[j] = (upper ? x[j + kHalf] : x[j]) + exchange(upper ? x[j] : x[j + kHalf], distance);
-  if (upper) sums += kHalf;
+  if (upper) dots += at(kHalf);
   if (distance > 1) {
-    if constexpr (kHalf > 1) return reduce_scatter<kHalf>(x, lane, distance / 2, sums);
+    if constexpr (kHalf > 1) return reduce_scatter<kHalf>(x, lane, distance / 2, dots);
     for (distance /= 2; distance > 0; distance /= 2) x[0] += exchange(x[0], distance);
   }
 #pragma unroll
@@ -35,7 +45,7 @@ __device__ __forceinline__ void reduce_scatter(Compute* x, int lane, int distanc
     Pack<Compute, kPacked> pack;
 #pragma unroll
     for (int k = 0; k < kPacked; ++k) pack.x[k] = x[j + k];
-    store_pack<Compute, kPacked>(sums + j, pack);
+    store_pack<Compute, kPacked>(dots + at(j), pack);
   }
 }
 
@@ -72,7 +82,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
   // The number of samples that are gathered and summed together. For 4 samples, other kernels lack registers.
   constexpr int kTogether = kOneStep && sizeof(T) == 4 ? 4 : 2;
   extern __shared__ __align__(16) char memory[];
-  const Staging<Compute> staging(memory, p.L, p.group_log2);
+  const Staging<BackwardSample<Compute>> staging(memory, p.L);
   const bool levels_fit = load_levels(p, p.levels, staging.levels);
 
   const WorkItem work = find_work_item(p, staging.levels, levels_fit);
@@ -82,9 +92,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
   const bool scatter = p.grad_value != nullptr, sampling_grad = p.grad_locations != nullptr;
   const bool* mask = p.mask != nullptr ? p.mask + work.n * p.S : nullptr;
   const int count = static_cast<int>(p.L * p.P), staged = work.active ? count : 0;
-  int4* staged_rows = staging.rows + work.slot;
-  Quad<Compute>* staged_numbers = staging.numbers + work.slot;
-  Quad<Compute>* staged_samples = staging.samples + work.slot;
+  BackwardSample<Compute>* samples = staging.samples + work.slot;
 
   SoftmaxStats<Compute> stats{};
   if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, work.lane, work.group);
@@ -111,9 +119,12 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
         weight = sample.weight;
       }
       const int inside = c.inside[0] + 2 * c.inside[1] + 4 * c.inside[2] + 8 * c.inside[3];
-      staged_rows[j] = {c.row[0], c.row[1], c.row[2], c.row[3]};
-      staged_numbers[j] = {c.weight[0], c.weight[1], c.weight[2], c.weight[3]};
-      staged_samples[j] = {c.fx, c.fy, weight, static_cast<Compute>(inside)};
+      samples[j] = {{c.row[0], c.row[1], c.row[2], c.row[3]},
+                    {c.weight[0], c.weight[1], c.weight[2], c.weight[3]},
+                    c.fx,
+                    c.fy,
+                    weight,
+                    inside};
     }
     __syncwarp();
 
@@ -135,17 +146,13 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
             Compute* grad_value = p.grad_value + first_row + channel;
 #pragma unroll
             for (int j = begin; j < begin + kTogether; ++j) {
-              const int4 row = staged_rows[j];
-              const Quad<Compute> weight = staged_numbers[j];
-              if (row.x < 0) continue;
-              const int row_of[4] = {row.x, row.y, row.z, row.w};
-              const Compute weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
+              if (samples[j].row[0] < 0) continue;
 #pragma unroll
               for (int corner = 0; corner < 4; ++corner) {
                 Compute x[W];
 #pragma unroll
-                for (int k = 0; k < W; ++k) x[k] = weight_of[corner] * part[k];
-                reduce_add(row_at(grad_value, row_of[corner], p.grad_row_bytes), x);
+                for (int k = 0; k < W; ++k) x[k] = samples[j].weight[corner] * part[k];
+                reduce_add(row_at(grad_value, samples[j].row[corner], p.grad_row_bytes), x);
               }
             }
           }
@@ -157,19 +164,18 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
         if (offset + work.lane * V >= p.D) break;
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-          const int4 row = staged_rows[begin + j];
-          const int row_of[4] = {row.x, row.y, row.z, row.w};
+          const auto& row = samples[begin + j].row;
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             Compute x[V];
-            to_compute(load_row<T, V>(row_at(value + offset, row_of[corner], p.row_bytes), row.x), x);
+            to_compute(load_row<T, V>(row_at(value + offset, row[corner], p.row_bytes), row[0]), x);
 #pragma unroll
             for (int v = 0; v < V; ++v) dots[j * 4 + corner] += grad[v] * x[v];
           }
         }
       }
       __syncwarp();  // waits until all lanes have read the weights, which the dot products replace
-      reduce_scatter<kTogether * 4>(dots, work.lane, work.group / 2, &staged_numbers[begin].x);
+      reduce_scatter<kTogether * 4>(dots, work.lane, work.group / 2, samples[begin].weight);
     }
     if (!sampling_grad) continue;
     __syncwarp();
@@ -178,11 +184,11 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
     for (int j = work.lane; j < kChunk; j += work.group) {
       const int s = first + j;
       if (s >= staged) break;
-      const Quad<Compute> number = staged_numbers[j], sample = staged_samples[j];
-      const Compute fx = sample.x, fy = sample.y, weight = sample.z;
-      const int inside = static_cast<int>(sample.w);
-      const Compute dot[4] = {inside & 1 ? number.x : 0, inside & 2 ? number.y : 0, inside & 4 ? number.z : 0,
-                              inside & 8 ? number.w : 0};
+      const BackwardSample<Compute> sample = samples[j];
+      const Compute fx = sample.fx, fy = sample.fy, weight = sample.attention_weight;
+      Compute dot[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dot[i] = sample.inside >> i & 1 ? sample.weight[i] : Compute(0);
       const Compute by_weight = (1 - fy) * ((1 - fx) * dot[0] + fx * dot[1]) + fy * ((1 - fx) * dot[2] + fx * dot[3]);
       const Compute by_x = weight * ((1 - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]));
       const Compute by_y = weight * ((1 - fx) * (dot[2] - dot[0]) + fx * (dot[3] - dot[1]));
@@ -226,7 +232,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
 
 template <class Params, int V, bool kFused>
 void launch_backward(const char* op, Params p, cudaStream_t stream) {
-  const Launch launch = plan_launch(op, p, V, false, sizeof(int4) + 2 * sizeof(Quad<typename Params::Compute>));
+  const Launch launch = plan_launch<BackwardSample<typename Params::Compute>>(op, p, V, false);
   bool one_step = false;
   if constexpr (V > 1) {
     one_step = p.D <= V << p.group_log2;

@@ -20,7 +20,7 @@ __global__ __launch_bounds__(256, 2) void forward_kernel(const __grid_constant__
   using T = typename Params::T;
   using Compute = typename Params::Compute;
   extern __shared__ __align__(16) char memory[];
-  const Staging<Compute> staging(memory, p.L, p.group_log2);
+  const Staging<StagedSample<Compute>> staging(memory, p.L);
   const bool levels_fit = load_levels(p, p.levels, staging.levels);
 
   const WorkItem work = find_work_item(p, staging.levels, levels_fit);
@@ -31,8 +31,7 @@ __global__ __launch_bounds__(256, 2) void forward_kernel(const __grid_constant__
   const bool* mask = p.mask != nullptr ? p.mask + work.n * p.S : nullptr;
   const int count = static_cast<int>(p.L * p.P);
   const int staged = work.active ? count : 0;
-  int4* staged_rows = staging.rows + work.slot;
-  Quad<Compute>* staged_weights = staging.numbers + work.slot;
+  StagedSample<Compute>* samples = staging.samples + work.slot;
 
   SoftmaxStats<Compute> stats{};
   if constexpr (kFused) stats = softmax_stats<Compute>(p.weights + item * count, count, work.lane, work.group);
@@ -44,29 +43,25 @@ __global__ __launch_bounds__(256, 2) void forward_kernel(const __grid_constant__
       Corners<Compute> c{{-1, -1, -1, -1}, {}, 0, 0, {}};
       if (first + j < staged)
         c = find_corners(read_sample<kFused>(p, staging.levels, nq, item, first + j, stats), mask);
-      staged_rows[j] = {c.row[0], c.row[1], c.row[2], c.row[3]};
-      staged_weights[j] = {c.weight[0], c.weight[1], c.weight[2], c.weight[3]};
+      samples[j] = {{c.row[0], c.row[1], c.row[2], c.row[3]}, {c.weight[0], c.weight[1], c.weight[2], c.weight[3]}};
     }
     __syncwarp();
     if (!owns_channels) continue;
     for (int begin = 0; begin < min(kChunk, count - first); begin += kUnroll) {
 #pragma unroll
       for (int j = begin; j < begin + kUnroll; ++j) {
-        const int4 row = staged_rows[j];
-        const Quad<Compute> weight = staged_weights[j];
-        const int row_of[4] = {row.x, row.y, row.z, row.w};
-        const Compute weight_of[4] = {weight.x, weight.y, weight.z, weight.w};
+        const StagedSample<Compute> sample = samples[j];
         Pack<T, V> values[4];
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner)
-          values[corner] = load_row<T, V>(row_at(value, row_of[corner], p.row_bytes), row.x);
-        if (row.x >= 0) {
+          values[corner] = load_row<T, V>(row_at(value, sample.row[corner], p.row_bytes), sample.row[0]);
+        if (sample.row[0] >= 0) {
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             Compute x[V];
             to_compute(values[corner], x);
 #pragma unroll
-            for (int v = 0; v < V; ++v) sum[v] += weight_of[corner] * x[v];
+            for (int v = 0; v < V; ++v) sum[v] += sample.weight[corner] * x[v];
           }
         }
       }
@@ -81,7 +76,7 @@ __global__ __launch_bounds__(256, 2) void forward_kernel(const __grid_constant__
 
 template <class Params, int V, bool kFused>
 void launch_forward(const char* op, Params p, cudaStream_t stream) {
-  const Launch launch = plan_launch(op, p, V, true, sizeof(int4) + sizeof(Quad<typename Params::Compute>));
+  const Launch launch = plan_launch<StagedSample<typename Params::Compute>>(op, p, V, true);
   forward_kernel<Params, V, kFused><<<launch.blocks, launch.threads, launch.shared, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
