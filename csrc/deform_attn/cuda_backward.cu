@@ -1,12 +1,13 @@
 // ms_deform_attn and ms_deform_attn_fused on CUDA: the backward pass. cuda.cuh explains how the work is divided.
 //
-// A group of lanes iterates over the samples of its item, as in the forward pass. For each sample, it gathers four rows
-// of value and multiplies them by the output gradient of the item. It adds weight * output gradient to the same four
-// rows of the gradient of value by reductions to memory, four floats at a time on Hopper. Then the derivatives of
-// several samples with respect to weight, x and y are summed over the group at the same time. Each shuffle step halves
-// the number of samples that a lane still sums, so 4 samples in a group of 8 lanes need 12 shuffles instead of 36. The
-// reductions to memory limit the speed (728 M floats at the encoder shape of 800x1333, N = 2), so they are omitted if
-// value needs no gradient. The gradients of 16-bit values are summed in float32 and converted at the end.
+// A group of lanes iterates over the samples of its item, as in the forward pass. For each sample, it adds weight *
+// output gradient to the four rows of the gradient of value by reductions to memory, four floats at a time on Hopper.
+// Then it gathers the four rows of value and multiplies them by the output gradient of the item. These dot products are
+// summed over the group for several samples at the same time: each shuffle step halves the number of sums to which a
+// lane contributes, so 4 samples in a group of 8 lanes need 14 shuffles instead of 48. The lane that staged a sample
+// computes the derivatives with respect to weight, x and y from the four sums. The reductions to memory limit the speed
+// (728 M floats at the encoder shape of 800x1333, N = 2), so they are omitted if value needs no gradient. The gradients
+// of 16-bit values are summed in float32 and converted at the end.
 
 #include "deform_attn/cuda.cuh"
 
