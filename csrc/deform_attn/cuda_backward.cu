@@ -135,7 +135,7 @@ __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant_
         for (int i = 0, offset = 0; i < steps; ++i, offset += step) {
           // A lane adds to other channels than it gathers, because neighboring lanes must add to neighboring addresses.
           constexpr int W = reduction_width<Compute, V>();
-#pragma unroll 1
+#pragma unroll(W == 4 ? V / W : 1)  // before Hopper, the addresses of all V reductions would lack registers
           for (int v = 0; v < V; v += W) {
             const int channel = offset + v * work.group + work.lane * W;
             if (channel >= p.D) break;

@@ -1,9 +1,10 @@
 // ms_deform_attn and ms_deform_attn_fused on CUDA: the forward pass, and the registration of both passes. cuda.cuh
 // explains how the work is divided.
 //
-// L1 limits the speed for float32: at the encoder shape of 800x1333 the gathered rows amount to 2.9 GB, whereas only 159
-// MB must be read from memory. For 16-bit dtypes, the limit is the number of instructions. Therefore each lane requests
-// 16 bytes of a row, kUnroll samples with 4 corners each are in flight, and the order of blocks favors the caches.
+// L1 limits the speed for float32: at the encoder shape of 800x1333 the gathered rows amount to 2.9 GB, whereas only
+// 159 MB must be read from memory. For 16-bit dtypes, the limit is the number of instructions. Therefore each lane
+// requests 16 bytes of a row, kUnroll samples with 4 corners each are in flight, and the order of blocks favors the
+// caches.
 
 #include "deform_attn/cuda.cuh"
 
