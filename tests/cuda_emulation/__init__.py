@@ -32,7 +32,7 @@ def translate(source: str) -> str:
     """Translate the CUDA constructs that macros cannot express: launches, dynamic shared memory and registration."""
     source = re.sub(
         r"(\w+_kernel(?:<[^;]*?>)?)\s*<<<([^;]*?)>>>\(([^;]*?)\);",
-        r"emulation::launch(\2, [&] { \1(\3); });",
+        r"emulation::launch(\2, \1, [&] { \1(\3); });",
         source,
     )
     assert "<<<" not in source, "translate() does not support the form of a kernel launch"

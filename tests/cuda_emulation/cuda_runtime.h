@@ -8,25 +8,20 @@
 // the order of blocks or threads therefore differs from run to run.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "devices.h"
 
 #define __global__
 #define __device__
@@ -35,54 +30,6 @@
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
-
-// The tensors of the emulated ops are on the CPU.
-#define is_cuda is_cpu
-#define DeviceGuard EmulatedDeviceGuard
-
-namespace emulation {
-
-inline int guards;  // number of existing guards
-
-// On a machine with several devices, CUDA calls affect the wrong device unless a guard has selected the device of the
-// tensors.
-inline void check_guarded(const char* call) {
-  if (guards == 0) throw std::runtime_error(std::string(call) + " outside of a DeviceGuard");
-}
-
-}  // namespace emulation
-
-using cudaStream_t = void*;
-using cudaError_t = int;
-inline cudaError_t cudaGetLastError() { return 0; }
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
-inline void cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  emulation::check_guarded("cudaStreamIsCapturing");
-  *status = cudaStreamCaptureStatusNone;
-}
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
-inline void cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  emulation::check_guarded("cudaMemcpyAsync");
-  std::memcpy(to, from, bytes);
-}
-inline void cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  emulation::check_guarded("cudaMemsetAsync");
-  std::memset(p, value, bytes);
-}
-inline void cudaStreamSynchronize(cudaStream_t) { emulation::check_guarded("cudaStreamSynchronize"); }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
-
-namespace torch::stable::accelerator {
-struct EmulatedDeviceGuard {
-  explicit EmulatedDeviceGuard(int32_t) { ++emulation::guards; }
-  EmulatedDeviceGuard(const EmulatedDeviceGuard&) = delete;
-  ~EmulatedDeviceGuard() { --emulation::guards; }
-};
-}  // namespace torch::stable::accelerator
 
 struct alignas(16) int4 {
   int x, y, z, w;
@@ -165,7 +112,6 @@ inline bool warps_run_ahead;    // whether the rest of the warp runs before the 
 inline std::mt19937 order;
 inline const std::function<void()>* body;
 inline std::vector<char> shared_memory;
-inline size_t shared_limit = 48 << 10;  // for the next launch
 inline uint64_t exchanged[2][1024];
 
 inline char* dynamic_shared() {
@@ -190,13 +136,7 @@ void run_fiber();
   setcontext(&context);
 }
 
-[[gnu::noinline]] inline void leave_block() {
-  if (block.members > 0) {
-    std::fprintf(stderr, "emulated launch: %d threads wait for one another forever\n", block.members);
-    std::abort();
-  }
-  __builtin_longjmp(scheduler, 1);
-}
+[[gnu::noinline]] inline void leave_block() { __builtin_longjmp(scheduler, 1); }
 
 // Returns the next thread that need not wait, or the current one if all threads must wait.
 inline unsigned next_ready() {
@@ -246,17 +186,15 @@ inline void wait(Barrier& barrier) {
   if (__builtin_setjmp(scheduler) == 0) enter(order() % blockDim.x);
 }
 
-inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& kernel) {
-  check_guarded("a launch");
-  // The memory is poisoned, because no kernel may rely on the initial contents of shared memory.
-  shared_memory.assign(shared + 16, static_cast<char>(0xcd));
-  if (shared > shared_limit || threads > 1024 || grid.y > 65535) {
-    std::fprintf(stderr, "emulated launch: %zu bytes of shared memory, %u threads, %u blocks in y\n", shared, threads,
-                 grid.y);
-    std::abort();
-  }
-  shared_limit = 48 << 10;
-  body = &kernel;
+template <class Kernel>
+void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, Kernel* kernel,
+            const std::function<void()>& run) {
+  check_stream("a launch", stream);
+  check_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads == 0 || threads > 1024)
+    fail("a launch of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " blocks of " +
+         std::to_string(threads) + " threads");
+  body = &run;
   blockDim = dim3(threads);
   gridDim = grid;
   std::vector<unsigned> blocks(size_t{grid.x} * grid.y);
@@ -271,7 +209,13 @@ inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, con
       fibers[t].barrier = nullptr;
       fibers[t].done = false;
     }
+    // The memory is poisoned, because no kernel may rely on the initial contents of shared memory.
+    shared_memory.assign(shared + 16, static_cast<char>(0xcd));
     run_block();
+    if (block.members > 0) {
+      for (Fiber& fiber : fibers) fiber.stack.reset();  // the threads that wait must not resume in the next launch
+      fail(std::to_string(block.members) + " threads of a block wait for one another forever");
+    }
   }
 }
 
@@ -296,12 +240,6 @@ T shuffle(T x, int source_lane) {
 }
 
 }  // namespace emulation
-
-template <class Kernel>
-void cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  emulation::check_guarded("cudaFuncSetAttribute");
-  emulation::shared_limit = min<size_t>(bytes, 163 << 10);  // the limit of sm_80
-}
 
 inline void __syncthreads() { emulation::wait(emulation::block); }
 inline void __syncwarp() { emulation::wait(emulation::warps[emulation::current / emulation::kWarp]); }

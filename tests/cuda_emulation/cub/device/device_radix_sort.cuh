@@ -12,13 +12,14 @@ namespace cub {
 
 struct DeviceRadixSort {
   template <class Key, class Value>
-  static int SortPairs(void* workspace, size_t& bytes, const Key* keys, Key* sorted_keys, const Value* values,
-                       Value* sorted_values, int64_t count, int begin_bit, int end_bit, void*) {
-    emulation::check_guarded("cub::DeviceRadixSort");
-    if (workspace == nullptr) {
+  static cudaError_t SortPairs(void* workspace, size_t& bytes, const Key* keys, Key* sorted_keys, const Value* values,
+                               Value* sorted_values, int64_t count, int begin_bit, int end_bit, cudaStream_t stream) {
+    if (workspace == nullptr) {  // even this call asks the current device for its properties
+      emulation::check_device("cub::DeviceRadixSort");
       bytes = 1;
-      return 0;
+      return cudaSuccess;
     }
+    emulation::check_stream("cub::DeviceRadixSort", stream);
     const Key mask = static_cast<Key>(~uint64_t{0} >> (64 - end_bit) >> begin_bit << begin_bit);
     std::vector<int64_t> order(count);
     std::iota(order.begin(), order.end(), 0);
@@ -28,7 +29,7 @@ struct DeviceRadixSort {
       sorted_keys[i] = keys[order[i]];
       sorted_values[i] = values[order[i]];
     }
-    return 0;
+    return cudaSuccess;
   }
 };
 
