@@ -14,6 +14,8 @@
 // can reuse these rows.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "common/cuda/device.cuh"
@@ -360,6 +362,30 @@ Launch plan_launch(const char* op, Params& p, int V, bool split_channels) {
   return {grid_size(op, rows * p.tiles), threads, p.L * sizeof(DeviceLevel) + staged()};
 }
 
+struct HostNumbers {
+  int64_t x[256];
+};
+
+static __global__ void write_kernel(const __grid_constant__ HostNumbers numbers, int count, int64_t* out) {
+  if (threadIdx.x < count) out[threadIdx.x] = numbers.x[threadIdx.x];
+}
+
+// Returns the numbers of a CPU tensor in a tensor on the device of value. Unlike a copy from the host, launches with
+// the numbers as parameters can be captured in a CUDA graph, and the host does not wait for them.
+inline Tensor on_device(const MsDeformAttnInputs& in, const Tensor& host) {
+  constexpr int kMaxCount = std::size(HostNumbers{}.x);
+  const Tensor result = torch::stable::new_empty(in.value, host.sizes(), ScalarType::Long);
+  int64_t* out = result.mutable_data_ptr<int64_t>();
+  for (int64_t first = 0; first < host.numel(); first += kMaxCount) {
+    const int count = static_cast<int>(std::min<int64_t>(host.numel() - first, kMaxCount));
+    HostNumbers numbers;
+    std::copy_n(host.const_data_ptr<int64_t>() + first, count, numbers.x);
+    write_kernel<<<1, kMaxCount, 0, current_stream(in.value.get_device_index())>>>(numbers, count, out + first);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return result;
+}
+
 // Sets the parameters that the forward and backward passes have in common. `keep_alive` holds the tensors to which the
 // pointers refer.
 template <class T, class U>
@@ -386,12 +412,12 @@ MsDeformAttnParams<T, U> make_params(const MsDeformAttnInputs& in, std::vector<T
       offset += static_cast<int>(level.height * level.width);
     }
   } else {
-    const auto to_device = [&](const Tensor& tensor) {
-      keep_alive.push_back(torch::stable::to(tensor, in.value.device()));
+    const auto pointer = [&](const Tensor& tensor) {
+      keep_alive.push_back(tensor.is_cpu() ? on_device(in, tensor) : tensor);
       return keep_alive.back().const_data_ptr<int64_t>();
     };
-    p.levels.shapes = to_device(shapes);
-    if (starts) p.levels.starts = to_device(*starts);
+    p.levels.shapes = pointer(shapes);
+    if (starts) p.levels.starts = pointer(*starts);
   }
   const auto pointer = [&](const Tensor& tensor) {
     keep_alive.push_back(aligned(tensor));

@@ -187,27 +187,28 @@ template <class Compute>
 __device__ void resolve_chunk(const NmsParams<Compute>& p, int chunk, int end, uint64_t* suppressed, uint64_t* kept) {
   const int size = min(kChunk, end - chunk), words = (size + 63) / 64;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const uint64_t* mask = p.mask + p.slot(chunk) * kWords;  // the rows of a chunk are contiguous
   for (int j = threadIdx.x; j < 64 * words; j += blockDim.x) {
     const unsigned bits = __ballot_sync(kAll, j >= size || p.suppressed[chunk + j]);
     if (lane == 0) reinterpret_cast<unsigned*>(suppressed)[j / 32] = bits;
   }
   __syncthreads();
   for (int w = 0; w < words; ++w) {
-    // The mask rows of suppressed boxes are uninitialized. They are read here, but not used.
-    const int low = 64 * w + lane, high = low + 32;
-    const uint64_t* low_row = p.mask + p.slot(chunk + min(low, size - 1)) * kWords;
-    const uint64_t* high_row = p.mask + p.slot(chunk + min(high, size - 1)) * kWords;
-    const uint64_t low_bits = low_row[w], high_bits = high_row[w];
-    const int column = w + 1 + warp, second_column = column + warps;
-    uint64_t low_word = 0, high_word = 0, low_second_word = 0, high_second_word = 0;
-    if (column < words) low_word = low_row[column], high_word = high_row[column];
-    if (second_column < words) low_second_word = low_row[second_column], high_second_word = high_row[second_column];
-
-    // Every warp computes the same bits.
     uint64_t remaining = ~suppressed[w];
     const uint64_t low_lane = uint64_t{1} << lane, high_lane = low_lane << 32;
-    uint64_t suppressors = __ballot_sync(kAll, (remaining & low_lane) && (low_bits & remaining));
-    suppressors |= uint64_t{__ballot_sync(kAll, (remaining & high_lane) && (high_bits & remaining))} << 32;
+    // The mask rows of suppressed boxes are uninitialized, so they are not loaded.
+    const auto load = [&](int row, int column) {
+      const bool active = column < words && (remaining >> row & 1);
+      return load_pack<uint64_t, 1>(mask + (64 * w + row) * kWords + column, active).x[0];
+    };
+    const int column = w + 1 + warp, second_column = column + warps;
+    const uint64_t low_bits = load(lane, w), high_bits = load(lane + 32, w);
+    const uint64_t low_word = load(lane, column), high_word = load(lane + 32, column);
+    const uint64_t low_second_word = load(lane, second_column), high_second_word = load(lane + 32, second_column);
+
+    // Every warp computes the same bits.
+    uint64_t suppressors = __ballot_sync(kAll, (low_bits & remaining) != 0);
+    suppressors |= uint64_t{__ballot_sync(kAll, (high_bits & remaining) != 0)} << 32;
     while (suppressors != 0) {
       const int j = __ffsll(static_cast<long long>(suppressors)) - 1;
       const uint64_t removed = __shfl_sync(kAll, j < 32 ? low_bits : high_bits, j % 32);
