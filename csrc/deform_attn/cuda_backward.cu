@@ -281,7 +281,7 @@ __global__ __launch_bounds__(256, 1) void reference_kernel(const __grid_constant
 template <class Params>
 void launch_reference(const char* op, const Params& p, typename Params::Compute* grad_reference, cudaStream_t stream) {
   const unsigned blocks = grid_size(op, p.N * p.Q * p.L) / 256 + 1;
-  reference_kernel<<<blocks, 256, p.L * sizeof(DeviceLevel), stream>>>(p, grad_reference);
+  reference_kernel<Params><<<blocks, 256, p.L * sizeof(DeviceLevel), stream>>>(p, grad_reference);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

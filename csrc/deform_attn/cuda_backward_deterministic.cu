@@ -217,7 +217,7 @@ void ms_deform_attn_grad_value_deterministic(const MsDeformAttnInputs& in, const
     }
     for (int64_t n = 0; n < z.N; ++n) {
       if (stats != nullptr) {
-        stats_kernel<<<grid_size(in.op, ceil_div(z.Q * z.M * 8, 256)), 256, 0, stream>>>(p, n, stats);
+        stats_kernel<Params><<<grid_size(in.op, ceil_div(z.Q * z.M * 8, 256)), 256, 0, stream>>>(p, n, stats);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       }
       for (int64_t first = 0; first < z.M; first += heads) {
