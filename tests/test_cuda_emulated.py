@@ -272,11 +272,12 @@ def test_assignments_with_sizes_out_of_range_give_no_pairs() -> None:
 # ---- IoU ----
 
 # These cases are larger than the samples: sums over either side are split into slices, and there are more tiles than
-# blocks.
+# blocks. In "rows of a thread", a thread computes several rows of the output.
 MANY_PAIRS = {
     "columns": BoxPairs(A=3, B=700),
     "rows": BoxPairs(A=700, B=3),
     "rows and columns": BoxPairs(A=90, B=300),
+    "rows of a thread": BoxPairs(A=1500, B=1500),
     "matrices": BoxPairs(N=2050, A=2, B=9),
 }
 
@@ -295,6 +296,21 @@ def test_overlap_equals_plain_arithmetic(op: Op, dtype: torch.dtype) -> None:
     boxes = torch.cartesian_prod(*[torch.tensor(numbers, dtype=dtype)] * 4)
     a, b = boxes[torch.randperm(len(boxes))][:300].split([100, 200])
     torch.testing.assert_close(op.function(a, b), op.reference(a, b), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("B", [50, 300])
+@pytest.mark.parametrize("op", BOX_PAIR_OPS, ids=lambda op: op.name)
+def test_overlap_of_ordinary_boxes_equals_plain_arithmetic(op: Op, B: int) -> None:
+    """Test the division that handles no special cases, which needs boxes between certain limits."""
+    for exponent in (-37, -36, -30, -24, -10, -6, -5):
+        corners = torch.randint(2**24, (100 + B, 2, 2)).sort(1).values
+        boxes = corners.flatten(1) * 2.0**exponent
+        boxes[::3] = boxes[::3] % 2.0 ** (exponent + 3) + torch.tensor([0.0, 0.0, 1.0, 1.0]) * 2.0 ** (exponent + 3)
+        a, b = boxes.split([100, B])
+        torch.testing.assert_close(op.function(a, b), op.reference(a, b), rtol=0, atol=0)
+        without_area = a * torch.tensor([1.0, 0.0, 1.0, 0.0])
+        torch.testing.assert_close(op.function(without_area, b), op.reference(without_area, b), rtol=0, atol=0)
+        torch.testing.assert_close(op.function(b, without_area), op.reference(b, without_area), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "row expanded", "column expanded"])

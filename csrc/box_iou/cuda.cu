@@ -1,8 +1,10 @@
 // box_iou and generalized_box_iou on CUDA.
 //
-// Forward: a thread keeps one box of `b` in registers and loops over boxes of `a`, so a warp writes neighboring
-// outputs. Writing the output limits the speed, and the arithmetic takes nearly as long as the writes. If `b` has few
-// boxes, a warp computes several rows of the output.
+// Forward: a thread keeps four boxes of `b`, or one if `b` has few boxes, in registers and loops over boxes of `a` in
+// shared memory. A warp writes neighboring outputs, or several rows if `b` has few boxes. Writing the output limits the
+// speed as long as a float32 output takes at most 29 instructions (docs/internals/box_iou.md). The division of IEEE 754
+// alone takes more, mostly to handle special cases. Before a block begins its loop, it therefore checks that none of
+// its boxes can lead to such a case.
 //
 // Backward: a launch computes the gradient of one input. The boxes of this input are called "own" boxes, and those of
 // the other input "other" boxes. grad_output has a smaller stride along one of the two inputs, and the lanes of a warp
@@ -12,6 +14,7 @@
 // blocks in a fixed order. The kernel is bound by arithmetic.
 
 #include <algorithm>
+#include <bit>
 
 #include "box_iou/problem.h"
 #include "common/cuda/device.cuh"
@@ -22,8 +25,6 @@ namespace {
 
 constexpr int kBoxThreads = 256;
 constexpr int kBoxWarps = kBoxThreads / 32;
-// Each block loops over several tiles, so launching more blocks than can run at the same time has no benefit.
-constexpr int64_t kMaxBlocks = 2048;
 // If a launch would have fewer blocks than this, each block gets less work and the number of blocks increases.
 constexpr int64_t kRequestedBlocks = 1024;
 
@@ -37,41 +38,127 @@ __device__ __forceinline__ Box<double> load_box(const double* boxes, int64_t i) 
   return {p.x[0], p.x[1], q.x[0], q.x[1]};
 }
 
+// Returns 1 / x with an error of at most one unit in the last place. x and 1 / x must be normal numbers.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float result;
+#ifdef __CUDA_ARCH__
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+#else  // the emulation of tests/cuda_emulation, which is wrong in the last place for two of three numbers
+  result = std::bit_cast<float>(std::bit_cast<uint32_t>(1 / x) + std::bit_cast<uint32_t>(x) % 3 - 1);
+#endif
+  return result;
+}
+
+// Returns x / y, correctly rounded. These are the instructions of the compiler for a division that is not a special
+// case. It is none if y, 1 / y and x / y are normal numbers, x is normal or 0, and the remainder below is exact.
+__device__ __forceinline__ float quotient(float x, float y) {
+  float reciprocal = approximate_reciprocal(y);
+  reciprocal = fmaf(reciprocal, fmaf(-y, reciprocal, 1), reciprocal);
+  const float rounded = product(x, reciprocal), remainder = fmaf(-y, rounded, x);
+  return fmaf(reciprocal, remainder, rounded);
+}
+
+// Returns whether regular_overlap() may be used for the box together with any other regular box, if at least one of the
+// two has an area. The coordinates are multiples of 2^-36 and at most 2^18. Widths and heights are then 0 or between
+// 2^-36 and 2^19, and areas are 0 or between 2^-72 and 2^38. An intersection is at most as large as each of the two
+// boxes, and the union and the hull are at least as large, except for rounding errors. No quotient of areas is
+// therefore closer to 0 than 2^-111, and no remainder has a bit below 2^-143.
+__device__ __forceinline__ bool is_regular(const Box<float>& box) {
+  const auto regular = [](float x) { return (fabsf(x) <= 0x1p18f) & (x * 0x1p36f == rintf(x * 0x1p36f)); };
+  return regular(box.x1) & regular(box.y1) & regular(box.x2) & regular(box.y2) & (box.x1 <= box.x2) &
+         (box.y1 <= box.y2);
+}
+__device__ __forceinline__ bool is_regular(const Box<double>&) { return false; }
+
+// Returns the same number as overlap(). min and max differ from smaller() and larger() only if an argument is NaN, and
+// in the sign of a zero, which changes no width, height or area except for its sign if it is 0.
+template <bool kGeneralized, class F>
+__device__ __forceinline__ F regular_overlap(const Box<F>& a, const Box<F>& b, F area_a, F area_b) {
+  const F width = min(a.x2, b.x2) - max(a.x1, b.x1), height = min(a.y2, b.y2) - max(a.y1, b.y1);
+  const F common_area = product(max(width, F(0)), max(height, F(0))), union_area = area_a + area_b - common_area;
+  const F value = quotient(common_area, union_area);
+  if constexpr (!kGeneralized) return value;
+  const F hull_area = product(max(a.x2, b.x2) - min(a.x1, b.x1), max(a.y2, b.y2) - min(a.y1, b.y1));
+  return value - quotient(hull_area - union_area, hull_area);
+}
+
 template <class Compute>
 struct ForwardParams {
-  int64_t N, A, B;
+  int64_t A, B;
   const Compute *a, *b;
   Compute* output;
-  int64_t row_tiles, column_tiles;
-  int width;  // columns of a tile: a power of two
-  int rows;   // rows that each thread computes
+  unsigned row_tiles, column_tiles;
+  unsigned tile_rows;  // at most kBoxThreads
+  int width_bits;      // log2 of the number of threads along a row of the output
 };
 
-template <class Compute, bool kGeneralized>
-__global__ __launch_bounds__(256, 2) void box_iou_kernel(const __grid_constant__ ForwardParams<Compute> p) {
-  const int height = blockDim.x / p.width;
-  for (int64_t tile = blockIdx.x; tile < p.N * p.row_tiles * p.column_tiles; tile += gridDim.x) {
-    const int64_t column = tile % p.column_tiles * p.width + threadIdx.x % p.width;
-    const int64_t row_tile = tile / p.column_tiles % p.row_tiles, n = tile / p.column_tiles / p.row_tiles;
-    if (column >= p.B) continue;
-    const Box<Compute> b = load_box(p.b, n * p.B + column);
-    const Compute area_b = area(b);
-    const int64_t first = row_tile * height * p.rows + threadIdx.x / p.width;
-    for (int i = 0; i < p.rows; ++i) {
-      const int64_t row = first + i * height;
-      if (row >= p.A) break;
-      const Box<Compute> a = load_box(p.a, n * p.A + row);
-      p.output[(n * p.A + row) * p.B + column] = overlap<kGeneralized>(a, b, area(a), area_b);
-    }
+template <class Compute>
+struct alignas(16) MeasuredBox {
+  Box<Compute> box;
+  Compute area;
+};
+
+template <class Compute, bool kGeneralized, int kColumns>
+__global__ __launch_bounds__(kBoxThreads, 2) void box_iou_kernel(const __grid_constant__ ForwardParams<Compute> p) {
+  __shared__ MeasuredBox<Compute> tile[kBoxThreads];
+  const int height = kBoxThreads >> p.width_bits, x = threadIdx.x & ((1 << p.width_bits) - 1),
+            y = threadIdx.x >> p.width_bits;
+  const unsigned column_tile = blockIdx.x % p.column_tiles, row_tiles = blockIdx.x / p.column_tiles;
+  const unsigned row_tile = row_tiles % p.row_tiles, n = row_tiles / p.row_tiles;
+  const int64_t first_row = uint64_t{row_tile} * p.tile_rows;
+  const int rows = static_cast<int>(min(p.A - first_row, int64_t{p.tile_rows}));
+  // Lane l of a warp has columns l, l + 32, ... of 32 kColumns neighboring columns.
+  const int64_t column = (uint64_t{column_tile} << p.width_bits) * kColumns + x / 32 * 32 * kColumns + x % 32;
+
+  bool regular = true, has_area_a = true, has_area_b = true;
+  if (static_cast<int>(threadIdx.x) < rows) {
+    const Box<Compute> a = load_box(p.a, n * p.A + first_row + threadIdx.x);
+    tile[threadIdx.x] = {a, area(a)};
+    regular = is_regular(a);
+    has_area_a = area(a) > 0;
   }
+  const int last = static_cast<int>(min(p.B - 1 - column, int64_t{32 * kColumns}));
+  Box<Compute> b[kColumns];
+  Compute area_b[kColumns];
+#pragma unroll
+  for (int k = 0; k < kColumns; ++k) {
+    b[k] = load_box(p.b + 4 * (n * p.B + column), min(32 * k, last));
+    area_b[k] = area(b[k]);
+    regular &= is_regular(b[k]);
+    has_area_b &= area_b[k] > 0;
+  }
+  const bool all_a = __syncthreads_and(regular & has_area_a), all_b = __syncthreads_and(regular & has_area_b);
+  if (column >= p.B) return;
+
+  const auto write = [&](auto all_regular) {
+    Compute* to = p.output + (n * p.A + first_row + y) * p.B + column;
+    const int64_t step = height * p.B;
+    for (int row = y; row < rows; row += height, to += step) {
+      const MeasuredBox<Compute> a = tile[row];
+      Compute values[kColumns];
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        if constexpr (all_regular())
+          values[k] = regular_overlap<kGeneralized>(a.box, b[k], a.area, area_b[k]);
+        else
+          values[k] = overlap<kGeneralized>(a.box, b[k], a.area, area_b[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k)
+        if (32 * k <= last) to[32 * k] = values[k];
+    }
+  };
+  if constexpr (sizeof(Compute) == 4)
+    if (all_a || all_b) return write(std::true_type{});
+  write(std::false_type{});
 }
 
 template <class Compute>
 struct BackwardParams {
   BoxIouGradient<Compute> gradient;
-  int64_t own_tiles;
-  int64_t slices, slice_size;  // the other boxes are divided into `slices` slices of `slice_size`
-  Compute* partials;           // [slices,N,own_count,4]
+  unsigned own_tiles, slices;
+  int64_t slice_size;  // the other boxes are divided into `slices` slices of `slice_size`
+  Compute* partials;   // [slices,N,own_count,4]
 };
 
 // If kAlongOwn, a tile has 32 own boxes, one per lane. Otherwise, a tile has one own box per warp, and the lanes of the
@@ -81,39 +168,37 @@ __global__ __launch_bounds__(256, 2) void box_iou_backward_kernel(const __grid_c
   __shared__ Compute warp_gradients[kBoxWarps][32][4];
   const BoxIouGradient<Compute>& g = p.gradient;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t tile = blockIdx.x; tile < g.N * p.slices * p.own_tiles; tile += gridDim.x) {
-    const int64_t slice = tile / p.own_tiles % p.slices, n = tile / p.own_tiles / p.slices;
-    const int64_t own_index = tile % p.own_tiles * (kAlongOwn ? 32 : kBoxWarps) + (kAlongOwn ? lane : warp);
-    const bool active = own_index < g.own_count;
-    const int64_t end = active ? min((slice + 1) * p.slice_size, g.other_count) : 0;
-    const Box<Compute> own = load_box(g.own, n * g.own_count + (active ? own_index : 0));
-    const Compute own_area = area(own);
-    const Compute* grad_output = g.grad_output + n * g.stride_n + own_index * g.stride_own;
-    BoxGradient<Compute> sums{};
-    for (int64_t i = slice * p.slice_size + (kAlongOwn ? warp : lane); i < end; i += kAlongOwn ? kBoxWarps : 32) {
-      const Box<Compute> other = load_box(g.other, n * g.other_count + i);
-      add_gradient<kGeneralized>(sums, own, other, own_area, area(other), grad_output[i * g.stride_other]);
+  const unsigned tile = blockIdx.x % p.own_tiles, slices = blockIdx.x / p.own_tiles;
+  const int64_t slice = slices % p.slices, n = slices / p.slices;
+  const int64_t own_index = int64_t{tile} * (kAlongOwn ? 32 : kBoxWarps) + (kAlongOwn ? lane : warp);
+  const bool active = own_index < g.own_count;
+  const int64_t end = active ? min((slice + 1) * p.slice_size, g.other_count) : 0;
+  const Box<Compute> own = load_box(g.own, n * g.own_count + (active ? own_index : 0));
+  const Compute own_area = area(own);
+  const Compute* grad_output = g.grad_output + n * g.stride_n + own_index * g.stride_own;
+  BoxGradient<Compute> sums{};
+  for (int64_t i = slice * p.slice_size + (kAlongOwn ? warp : lane); i < end; i += kAlongOwn ? kBoxWarps : 32) {
+    const Box<Compute> other = load_box(g.other, n * g.other_count + i);
+    add_gradient<kGeneralized>(sums, own, other, own_area, area(other), grad_output[i * g.stride_other]);
+  }
+  const Box<Compute> gradient = sums.coordinates(own);
+  const Compute parts[4] = {gradient.x1, gradient.y1, gradient.x2, gradient.y2};
+  Compute* partial = p.partials + (slice * g.N + n) * g.own_count * 4;
+  if constexpr (kAlongOwn) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) warp_gradients[warp][lane][i] = parts[i];
+    __syncthreads();
+    const int64_t element = int64_t{tile} * 128 + threadIdx.x;
+    if (threadIdx.x < 128 && element < 4 * g.own_count) {
+      Compute sum = 0;
+      for (int w = 0; w < kBoxWarps; ++w) sum += warp_gradients[w][threadIdx.x / 4][threadIdx.x % 4];
+      partial[element] = sum;
     }
-    const Box<Compute> gradient = sums.coordinates(own);
-    const Compute parts[4] = {gradient.x1, gradient.y1, gradient.x2, gradient.y2};
-    Compute* partial = p.partials + (slice * g.N + n) * g.own_count * 4;
-    if constexpr (kAlongOwn) {
+  } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) warp_gradients[warp][lane][i] = parts[i];
-      __syncthreads();
-      const int64_t element = tile % p.own_tiles * 128 + threadIdx.x;
-      if (threadIdx.x < 128 && element < 4 * g.own_count) {
-        Compute sum = 0;
-        for (int w = 0; w < kBoxWarps; ++w) sum += warp_gradients[w][threadIdx.x / 4][threadIdx.x % 4];
-        partial[element] = sum;
-      }
-      __syncthreads();  // before the next tile overwrites warp_gradients
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Compute sum = group_sum(parts[i], 32);
-        if (lane == i && active) partial[4 * own_index + i] = sum;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const Compute sum = group_sum(parts[i], 32);
+      if (lane == i && active) partial[4 * own_index + i] = sum;
     }
   }
 }
@@ -122,46 +207,50 @@ __global__ __launch_bounds__(256, 2) void box_iou_backward_kernel(const __grid_c
 template <class Compute>
 __global__ __launch_bounds__(256, 1) void box_iou_sum_kernel(const Compute* partials, int64_t slices, int64_t size,
                                                              Compute* result) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += int64_t{gridDim.x} * blockDim.x) {
-    Compute sum = 0;
-    for (int64_t slice = 0; slice < slices; ++slice) sum += partials[slice * size + i];
-    result[i] = sum;
-  }
+  const int64_t i = int64_t{blockIdx.x} * kBoxThreads + threadIdx.x;
+  if (i >= size) return;
+  Compute sum = 0;
+  for (int64_t slice = 0; slice < slices; ++slice) sum += partials[slice * size + i];
+  result[i] = sum;
 }
 
-unsigned blocks_for(int64_t tiles) { return static_cast<unsigned>(std::min(tiles, kMaxBlocks)); }
-
-template <class Compute, bool kGeneralized>
-void launch_forward(ForwardParams<Compute> p, cudaStream_t stream) {
-  p.width = 1;
-  while (p.width < kBoxThreads && p.width < p.B) p.width *= 2;
-  p.rows = static_cast<int>(std::clamp<int64_t>(p.N * p.A * p.B / (kBoxThreads * kRequestedBlocks), 1, 16));
-  p.row_tiles = ceil_div(p.A, kBoxThreads / p.width * p.rows);
-  p.column_tiles = ceil_div(p.B, p.width);
-  const unsigned blocks = blocks_for(p.N * p.row_tiles * p.column_tiles);
-  box_iou_kernel<Compute, kGeneralized><<<blocks, kBoxThreads, 0, stream>>>(p);
+template <class Compute, bool kGeneralized, int kColumns>
+void launch_forward(const BoxPairs& pairs, ForwardParams<Compute> p, cudaStream_t stream) {
+  p.width_bits = 0;
+  while (1 << p.width_bits < kBoxThreads && kColumns << p.width_bits < p.B) ++p.width_bits;
+  const int64_t width = 1 << p.width_bits, height = kBoxThreads / width;
+  const int64_t rows_for_requested_blocks = pairs.N * p.A * p.B / (kBoxThreads * kColumns * kRequestedBlocks);
+  const int64_t rows = std::clamp<int64_t>(rows_for_requested_blocks, 1, std::min<int64_t>(width, 64));  // per thread
+  const int64_t row_tiles = ceil_div(p.A, height * rows), column_tiles = ceil_div(p.B, width * kColumns);
+  const unsigned blocks = grid_size(pairs.op, pairs.N * row_tiles * column_tiles);
+  p.tile_rows = static_cast<unsigned>(height * rows);
+  p.row_tiles = static_cast<unsigned>(row_tiles);
+  p.column_tiles = static_cast<unsigned>(column_tiles);
+  box_iou_kernel<Compute, kGeneralized, kColumns><<<blocks, kBoxThreads, 0, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <class Compute, bool kGeneralized, bool kAlongOwn>
 void launch_backward(const BoxPairs& pairs, const BoxIouGradient<Compute>& gradient, cudaStream_t stream) {
   BackwardParams<Compute> p{gradient};
-  p.own_tiles = ceil_div(gradient.own_count, kAlongOwn ? 32 : kBoxWarps);
+  const int64_t own_tiles = ceil_div(gradient.own_count, kAlongOwn ? 32 : kBoxWarps);
   // Uses enough slices to launch the requested number of blocks, but leaves at least 8 pairs for each thread. The
   // number of slices depends only on tensor sizes, so every device sums in the same order.
   const int64_t max_slices = ceil_div(gradient.other_count, 8 * (kAlongOwn ? kBoxWarps : 32));
-  p.slices =
-      std::clamp<int64_t>(ceil_div(kRequestedBlocks, gradient.N * p.own_tiles), 1, std::max<int64_t>(max_slices, 1));
-  p.slice_size = ceil_div(gradient.other_count, p.slices);
+  const int64_t slices =
+      std::clamp<int64_t>(ceil_div(kRequestedBlocks, gradient.N * own_tiles), 1, std::max<int64_t>(max_slices, 1));
+  p.slice_size = ceil_div(gradient.other_count, slices);
   const int64_t size = gradient.N * gradient.own_count * 4;
-  const Tensor partials = torch::stable::new_empty(pairs.a, {p.slices > 1 ? p.slices : 0, size});
-  p.partials = p.slices > 1 ? static_cast<Compute*>(partials.mutable_data_ptr()) : gradient.result;
-  const unsigned blocks = blocks_for(gradient.N * p.slices * p.own_tiles);
+  const Tensor partials = torch::stable::new_empty(pairs.a, {slices > 1 ? slices : 0, size});
+  p.partials = slices > 1 ? static_cast<Compute*>(partials.mutable_data_ptr()) : gradient.result;
+  const unsigned blocks = grid_size(pairs.op, gradient.N * slices * own_tiles);
+  p.own_tiles = static_cast<unsigned>(own_tiles);
+  p.slices = static_cast<unsigned>(slices);
   box_iou_backward_kernel<Compute, kGeneralized, kAlongOwn><<<blocks, kBoxThreads, 0, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (p.slices == 1) return;
-  const unsigned sum_blocks = blocks_for(ceil_div(size, kBoxThreads));
-  box_iou_sum_kernel<Compute><<<sum_blocks, kBoxThreads, 0, stream>>>(p.partials, p.slices, size, gradient.result);
+  if (slices == 1) return;
+  const unsigned sum_blocks = grid_size(pairs.op, ceil_div(size, kBoxThreads));
+  box_iou_sum_kernel<Compute><<<sum_blocks, kBoxThreads, 0, stream>>>(p.partials, slices, size, gradient.result);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -172,13 +261,14 @@ struct Kernels {
     const Tensor a = aligned(p.a), b = aligned(p.b);
     p.dispatch([&](auto c) {
       using Compute = typename decltype(c)::type;
-      ForwardParams<Compute> params{p.N,
-                                    p.A,
-                                    p.B,
-                                    static_cast<const Compute*>(a.const_data_ptr()),
-                                    static_cast<const Compute*>(b.const_data_ptr()),
-                                    static_cast<Compute*>(output.mutable_data_ptr())};
-      p.generalized ? launch_forward<Compute, true>(params, stream) : launch_forward<Compute, false>(params, stream);
+      const ForwardParams<Compute> params{p.A, p.B, static_cast<const Compute*>(a.const_data_ptr()),
+                                          static_cast<const Compute*>(b.const_data_ptr()),
+                                          static_cast<Compute*>(output.mutable_data_ptr())};
+      const auto launch = [&](auto columns) {
+        p.generalized ? launch_forward<Compute, true, columns()>(p, params, stream)
+                      : launch_forward<Compute, false, columns()>(p, params, stream);
+      };
+      p.B > 64 ? launch(std::integral_constant<int, 4>{}) : launch(std::integral_constant<int, 1>{});
     });
   }
 

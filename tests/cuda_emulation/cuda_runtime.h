@@ -242,6 +242,14 @@ T shuffle(T x, int source_lane) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::block); }
+inline int __syncthreads_and(int predicate) {
+  static bool predicates[std::size(emulation::fibers)];
+  predicates[emulation::current] = predicate != 0;
+  __syncthreads();
+  const bool all = std::all_of(predicates, predicates + blockDim.x, [](bool x) { return x; });
+  __syncthreads();  // before the next call overwrites the predicates
+  return all;
+}
 inline void __syncwarp() { emulation::wait(emulation::warps[emulation::current / emulation::kWarp]); }
 template <class T>
 T __shfl_sync(unsigned, T x, int lane) {
