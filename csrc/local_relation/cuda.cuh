@@ -17,7 +17,8 @@
 namespace relops {
 
 constexpr int kLocalThreads = 256;
-constexpr int kChannels = 8;  // number of channels of a group that are processed together
+constexpr int kLocalMaxBytes = 96 << 10;  // of shared memory, so that two blocks fit on a multiprocessor of sm_90
+constexpr int kChannels = 8;              // number of channels of a group that are processed together
 
 // Values in shared memory are packs of 16 bytes, [kPacks][pixels of the tile].
 template <class T>
@@ -50,11 +51,11 @@ struct LocalBlock {
   template <class T>
   __device__ LocalBlock(const LocalRelationParams<T>& p, int rows) {
     // Chunks vary fastest, then groups, because their channels may be adjacent.
-    int64_t b = blockIdx.x;
-    chunk = static_cast<int>(b % p.chunks), b /= p.chunks;
-    g = b % p.a.G, b /= p.a.G;
-    const int tiles = p.tiles_x * p.tiles_y;
-    tile = static_cast<int>(b % tiles), n = b / tiles;
+    const unsigned chunks = p.chunks, channel_groups = static_cast<unsigned>(p.a.G), tiles = p.tiles_x * p.tiles_y;
+    unsigned b = blockIdx.x;
+    chunk = b % chunks, b /= chunks;
+    g = b % channel_groups, b /= channel_groups;
+    tile = b % tiles, n = b / tiles;
     y = tile / p.tiles_x * p.groups * rows, x = tile % p.tiles_x * p.width;
   }
 };
@@ -83,36 +84,47 @@ struct TileArea {
   int y, x, rows, columns, height, width;
 };
 
+// Calls f(i, y, x, inside) for every pixel i of an area, with the position of the pixel in the map and whether the map
+// contains it. The threads of the block divide the pixels among themselves.
+template <class F>
+__device__ __forceinline__ void visit_area(const TileArea& area, F f) {
+  const int threads = blockDim.x, first = threadIdx.x;
+  const int row_step = threads / area.columns, column_step = threads % area.columns;
+  int row = first / area.columns, column = first % area.columns;
+  for (int i = first; i < area.rows * area.columns; i += threads) {
+    const int y = area.y + row, x = area.x + column;
+    f(i, y, x, y >= 0 && y < area.height && x >= 0 && x < area.width);
+    row += row_step, column += column_step;
+    if (column >= area.columns) column -= area.columns, ++row;
+  }
+}
+
 template <class T, class Compute>
 __device__ void stage(Compute* to, const Map<T>& map, int64_t n, int64_t c, const TileArea& area) {
-  for (int i = threadIdx.x; i < area.rows * area.columns; i += blockDim.x) {
-    const int y = area.y + i / area.columns, x = area.x + i % area.columns;
-    const bool inside = y >= 0 && y < area.height && x >= 0 && x < area.width;
+  visit_area(area, [&](int i, int y, int x, bool inside) {
     to[i] = inside ? static_cast<Compute>(*map.at(n, c, y, x)) : Compute(0);
-  }
+  });
 }
 
 // Stages channels [c, c + channels), but at most kChannels of them, and pads them with zeros to kChannels channels.
 template <class T>
 __device__ void stage_packs(Pack<T, kPack<T>>* to, const Map<const T>& map, int64_t n, int64_t c, int channels,
                             bool packs, const TileArea& area) {
-  const int pixels = area.rows * area.columns;
-  for (int i = threadIdx.x; i < kPacks<T> * pixels; i += blockDim.x) {
-    const int pack = i / pixels, pixel = i % pixels;
-    const int y = area.y + pixel / area.columns, x = area.x + pixel % area.columns;
-    const bool inside = y >= 0 && y < area.height && x >= 0 && x < area.width;
-    const int first = pack * kPack<T>;
-    const T* const from = map.at(n, c + first, inside ? y : 0, inside ? x : 0);
-    if (packs) {
-      to[i] = load_pack<T, kPack<T>>(from, inside && first < channels);
-    } else {
-      Pack<T, kPack<T>> staged;
+  visit_area(area, [&](int i, int y, int x, bool inside) {
+    const T* const from = map.at(n, c, inside ? y : 0, inside ? x : 0);
 #pragma unroll
-      for (int j = 0; j < kPack<T>; ++j)
-        staged.x[j] = inside && first + j < channels ? from[j * map.c_stride] : static_cast<T>(0.0f);
-      to[i] = staged;
+    for (int pack = 0; pack < kPacks<T>; ++pack) {
+      const int first = pack * kPack<T>;
+      Pack<T, kPack<T>> staged;
+      if (packs)
+        staged = load_pack<T, kPack<T>>(from + first, inside && first < channels);
+      else
+#pragma unroll
+        for (int j = 0; j < kPack<T>; ++j)
+          staged.x[j] = inside && first + j < channels ? from[(first + j) * map.c_stride] : static_cast<T>(0.0f);
+      to[pack * area.rows * area.columns + i] = staged;
     }
-  }
+  });
 }
 
 template <class T>
@@ -160,10 +172,11 @@ template <bool kTiled, int R, class T, class Compute, class Load, class F>
 __device__ __forceinline__ void visit_taps(const LocalRelationArgs<T>& a, const LocalBlock& block, const Compute* keys,
                                            int columns, int at, int ho, int wo, Load load, F f) {
   const int k = static_cast<int>(a.k), before = k / 2, H = static_cast<int>(a.H), W = static_cast<int>(a.W);
+  const int stride = static_cast<int>(a.stride), dilation = static_cast<int>(a.dilation);
   for (int j = 0; j < k; ++j) {
-    const int x = kTiled ? wo + j - before : static_cast<int>(a.stride * wo + a.dilation * (j - before));
+    const int x = kTiled ? wo + j - before : stride * wo + dilation * (j - before);
     for (int i = 0; i < k + R - 1; ++i) {
-      const int y = kTiled ? ho + i - before : static_cast<int>(a.stride * ho + a.dilation * (i - before));
+      const int y = kTiled ? ho + i - before : stride * ho + dilation * (i - before);
       const bool inside = y >= 0 && y < H && x >= 0 && x < W;
       if (!inside && !a.zero_border) continue;
       const int pixel = at + i * columns + j;
@@ -208,7 +221,7 @@ struct LocalMemory {
   int per_pixel;
   bool sums;
 
-  __host__ __device__ int numbers() const {
+  RELOPS_HOST_DEVICE constexpr int numbers() const {
     const int n = taps * (sums ? 1 + warps : 1) + pixels * per_pixel;
     return (n + 15) / 16 * 16;  // the packs that follow must be aligned
   }
@@ -227,13 +240,13 @@ struct LocalLaunch {
   LocalLaunch(const LocalRelationParams<T>& p_, int rows, int columns, int direct_columns, int per_pixel, bool sums)
       : p(p_) {
     using Compute = ComputeType<T>;
-    constexpr size_t kMaxBytes = 96 << 10;  // so that two blocks fit on a multiprocessor
+    const size_t max_bytes = shared_memory_limit(kLocalMaxBytes);
     const LocalRelationArgs<T>& a = p.a;
     const int k = static_cast<int>(a.k);
     const auto fits = [&](int pixels, int threads) {
       const LocalMemory<Compute> memory{k * k, threads / 32, pixels, per_pixel, sums};
       bytes = memory.numbers() * sizeof(Compute) + size_t{16} * kPacks<T> * pixels;
-      return bytes <= kMaxBytes;
+      return bytes <= max_bytes;
     };
     const auto choose = [&](int thread_rows, int map_columns, int halo) {
       p.columns = map_columns;
@@ -252,15 +265,15 @@ struct LocalLaunch {
     };
     tiled = a.stride == 1 && a.dilation == 1 && choose(kRows<T, true>, columns, k - 1);
     if (!tiled) choose(kRows<T, false>, direct_columns, -1);
+    constexpr LocalMemory<Compute> kLargest{kMaxKernelSize * kMaxKernelSize, 1, 0, 0, true};  // of one row of threads
+    static_assert(kLargest.numbers() * sizeof(Compute) <= kSmallestSharedLimit);
     blocks = grid_size(LocalRelation::op, a.N * a.G * p.chunks * int64_t{p.tiles_x} * p.tiles_y);
   }
 
-  using Kernel = void (*)(LocalRelationParams<T>);
-
-  void run(Kernel tiled_kernel, Kernel direct_kernel, cudaStream_t stream) const {
-    const Kernel chosen_kernel = tiled ? tiled_kernel : direct_kernel;
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(chosen_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  template <auto tiled_kernel, auto direct_kernel>
+  void run(cudaStream_t stream) const {
+    const auto chosen_kernel = tiled ? tiled_kernel : direct_kernel;
+    tiled ? allow_shared_memory<tiled_kernel>(kLocalMaxBytes) : allow_shared_memory<direct_kernel>(kLocalMaxBytes);
     chosen_kernel<<<blocks, threads, bytes, stream>>>(p);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

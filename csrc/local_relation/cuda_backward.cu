@@ -147,6 +147,7 @@ __global__ __launch_bounds__(kLocalThreads,
   const LocalBlock block(p, R);
   const LocalThread thread(p, R);
   const int k = static_cast<int>(a.k), Ho = static_cast<int>(a.Ho), Wo = static_cast<int>(a.Wo);
+  const int stride = static_cast<int>(a.stride), dilation = static_cast<int>(a.dilation);
   const int after = k - 1 - k / 2;  // i and j count outputs, so the taps are k - 1 - i and k - 1 - j
   const int64_t first = block.g * a.m;
   const int64_t group_channels = max(min(a.C - first, a.m), int64_t{0});
@@ -176,7 +177,7 @@ __global__ __launch_bounds__(kLocalThreads,
   // In direct mode, the columns of a map are ordered by their remainder modulo the stride, so neighboring threads have
   // the same taps.
   const int y = block.y + thread.row, column = block.x + thread.column;
-  const int x = kTiled ? column : static_cast<int>(column % Wo * a.stride + column / Wo);
+  const int x = kTiled ? column : column % Wo * stride + column / Wo;
   const bool active = thread.active && column < p.columns && x < a.W;
   Compute key[R], grad_key[R];
 #pragma unroll
@@ -202,13 +203,11 @@ __global__ __launch_bounds__(kLocalThreads,
     for (int j = 0; j < k; ++j) {
       // tap_sums[r] is the gradient of the prior of tap i - r, summed over pixels 0 to r.
       Compute tap_sums[R] = {};
-      const int64_t from_x = kTiled ? x + j - after : x + a.dilation * (j - after);
-      const int wo = static_cast<int>(kTiled ? from_x : from_x / a.stride);
-      const bool inside_x = active && from_x >= 0 && wo < Wo && (kTiled || from_x % a.stride == 0);
+      const int from_x = kTiled ? x + j - after : x + dilation * (j - after), wo = kTiled ? from_x : from_x / stride;
+      const bool inside_x = active && from_x >= 0 && wo < Wo && (kTiled || from_x % stride == 0);
       for (int i = 0; i < k + R - 1; ++i) {
-        const int64_t from_y = kTiled ? y + i - after : y + a.dilation * (i - after);
-        const int ho = static_cast<int>(kTiled ? from_y : from_y / a.stride);
-        const bool inside = inside_x && from_y >= 0 && ho < Ho && (kTiled || from_y % a.stride == 0);
+        const int from_y = kTiled ? y + i - after : y + dilation * (i - after), ho = kTiled ? from_y : from_y / stride;
+        const bool inside = inside_x && from_y >= 0 && ho < Ho && (kTiled || from_y % stride == 0);
 #pragma unroll
         for (int r = R - 1; r > 0; --r) tap_sums[r] = tap_sums[r - 1];
         tap_sums[0] = 0;
@@ -294,11 +293,11 @@ void local_relation_backward(const LocalRelation& r, const LocalRelationArgs<T>&
   if (output_partials > 0) outputs.p.partials = inputs.p.partials + input_partials * taps;
 
   dispatch_similarity(r.similarity, [&](auto similarity) {
-    outputs.run(local_relation_outputs_kernel<T, similarity(), true>,
-                local_relation_outputs_kernel<T, similarity(), false>, stream);
+    outputs.template run<local_relation_outputs_kernel<T, similarity(), true>,
+                         local_relation_outputs_kernel<T, similarity(), false>>(stream);
     if (a.grad_key.data != nullptr || a.grad_value.data != nullptr || prior)
-      inputs.run(local_relation_inputs_kernel<T, similarity(), true>,
-                 local_relation_inputs_kernel<T, similarity(), false>, stream);
+      inputs.template run<local_relation_inputs_kernel<T, similarity(), true>,
+                          local_relation_inputs_kernel<T, similarity(), false>>(stream);
   });
   if (prior)
     launch_sum_of_partials<Compute>(r.op, inputs.p.partials, input_partials + output_partials, taps, taps, a.grad_prior,

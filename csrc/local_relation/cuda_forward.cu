@@ -95,7 +95,8 @@ struct Kernels {
     const LocalLaunch<T> launch(params, Ho, Wo, Wo, 1, false);
     const cudaStream_t stream = current_stream(r.value.get_device_index());
     dispatch_similarity(r.similarity, [&](auto similarity) {
-      launch.run(local_relation_kernel<T, similarity(), true>, local_relation_kernel<T, similarity(), false>, stream);
+      launch.template run<local_relation_kernel<T, similarity(), true>, local_relation_kernel<T, similarity(), false>>(
+          stream);
     });
   }
 

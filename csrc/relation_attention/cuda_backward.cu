@@ -26,13 +26,16 @@ namespace relops {
 
 namespace {
 
-constexpr int kOthers = 16;
+// The number of other rows in a tile. Shared memory holds b for three tiles.
+template <class Compute>
+constexpr int kBackwardOthers = sizeof(Compute) == 8 ? 8 : 16;
 constexpr int kBackwardRing = 4;
 constexpr int kDeltaThreads = 256;
 constexpr int kDeltaWarps = kDeltaThreads / 32;
 
 template <class Compute>
 struct BackwardShared {
+  static constexpr int kOthers = kBackwardOthers<Compute>;
   HeadWeights<Compute> weights;
   BoxTerms<Compute> own[kOwnRows];
   BoxTerms<Compute> others[kBackwardRing][kOthers];
@@ -69,6 +72,7 @@ template <bool kWeights, bool kBoxes, class Compute>
 __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w, const BoxTerms<Compute>* own,
                                                    const BoxTerms<Compute>* others, bool by_own, const Compute* tile,
                                                    GeometryGrads<Compute>& grads) {
+  constexpr int kOthers = kBackwardOthers<Compute>;
   using Layout = TileLayout<kOthers>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const Wave<Compute> wave = w.waves[g];
@@ -154,9 +158,11 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
   }
 }
 
-// The gradients of weights and boxes together do not always fit in 255 registers.
+// In float64, the gradients of boxes and all other gradients together do not fit in 255 registers.
+template <class T, bool kBoxGrads>
+constexpr bool kOtherGrads = !(kBoxGrads && sizeof(T) == 8);
 template <class T, bool kOwnKeys, bool kBoxGrads>
-constexpr bool kWeightGrads = !kOwnKeys && !(kBoxGrads && sizeof(T) == 8);
+constexpr bool kWeightGrads = !kOwnKeys && kOtherGrads<T, kBoxGrads>;
 
 // True if 128 registers per thread suffice, so that two blocks fit on a multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -174,6 +180,7 @@ __global__ __launch_bounds__(
                       : 1) void relation_attention_backward_kernel(const __grid_constant__ RelationParams<T> p) {
   using Compute = ComputeType<T>;
   constexpr Compute kLog2E = 1.44269504088896340736;
+  constexpr int kOthers = kBackwardOthers<Compute>;
   using Layout = TileLayout<kOthers>;
   extern __shared__ __align__(16) char memory[];
   BackwardShared<Compute>& shared = *reinterpret_cast<BackwardShared<Compute>*>(memory);
@@ -199,8 +206,8 @@ __global__ __launch_bounds__(
   // The product of own_a and other_a is s; the product of own_b and other_b is the gradient of p.
   const FeatureRows<const T>&own_a = kOwnKeys ? a.key : a.query, &own_b = kOwnKeys ? a.value : a.grad_output;
   const FeatureRows<const T>&other_a = kOwnKeys ? a.query : a.key, &other_b = kOwnKeys ? a.grad_output : a.value;
-  T* grad_a = kOwnKeys ? a.grad_key : a.grad_query;
-  T* grad_b = kOwnKeys ? a.grad_value : nullptr;
+  T* grad_a = !kOtherGrads<T, kBoxGrads> ? nullptr : kOwnKeys ? a.grad_key : a.grad_query;
+  T* grad_b = !kOtherGrads<T, kBoxGrads> || !kOwnKeys ? nullptr : a.grad_value;
   const unsigned own_active = active_bits(kOwnRows, block.first, own_rows, own_mask);
   const int channel = block.chunk * kColumns<T>;
   const Compute scale = a.scale * kLog2E;
@@ -345,10 +352,10 @@ template <class T>
 __global__ __launch_bounds__(kDeltaThreads) void relation_delta_kernel(
     const __grid_constant__ RelationAttentionArgs<T> a, ComputeType<T>* delta) {
   using Compute = ComputeType<T>;
-  const int64_t row = int64_t{blockIdx.x} * kDeltaWarps + threadIdx.x / 32;
-  if (row >= a.N * a.Q * a.M) return;
-  const int64_t m = row % a.M, q = row / a.M % a.Q, n = row / a.M / a.Q;
-  const T *grad = a.grad_output.at(n, q, m), *output = a.output + row * a.Dv;
+  const unsigned M = static_cast<unsigned>(a.M), Q = static_cast<unsigned>(a.Q);
+  const unsigned row = blockIdx.x * kDeltaWarps + threadIdx.x / 32, q = row / M, n = q / Q;
+  if (n >= a.N) return;
+  const T *grad = a.grad_output.at(n, q % Q, row % M), *output = a.output + row * a.Dv;
   Compute sum = 0;
   for (int64_t i = threadIdx.x % 32; i < a.Dv; i += 32)
     sum += static_cast<Compute>(grad[i]) * static_cast<Compute>(output[i]);
@@ -364,9 +371,10 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
   p.row_tiles = 1;
   p.row_blocks = static_cast<unsigned>(ceil_div(own_rows, kOwnRows));
   p.groups = static_cast<unsigned>(ceil_div(a.M, kHeads));
-  const int64_t width_a = (kOwnKeys ? a.grad_key : a.grad_query) == nullptr ? 0 : a.D;
-  const int64_t width_b = kOwnKeys && a.grad_value != nullptr ? a.Dv : 0;
-  p.chunks = static_cast<unsigned>(std::max<int64_t>(ceil_div(std::max(width_a, width_b), kColumns<T>), 1));
+  int64_t width = 0;  // of the gradients of features
+  if (kOtherGrads<T, kBoxGrads> && (kOwnKeys ? a.grad_key : a.grad_query) != nullptr) width = a.D;
+  if (kOtherGrads<T, kBoxGrads> && kOwnKeys && a.grad_value != nullptr) width = std::max(width, a.Dv);
+  p.chunks = static_cast<unsigned>(std::max<int64_t>(ceil_div(width, kColumns<T>), 1));
   const int64_t count = a.N * p.row_blocks, size = a.M * (kEmbedding + 1);
   const bool needs_weights =
       kWeightGrads<T, kOwnKeys, kBoxGrads> && (a.grad_weight != nullptr || a.grad_bias != nullptr);
@@ -378,9 +386,9 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
   p.box_partials = split ? static_cast<Compute*>(group_partials.mutable_data_ptr()) : grad_boxes;
 
   const unsigned blocks = grid_size("relops.relation_attention", a.N * p.row_blocks * p.groups * p.chunks);
-  constexpr size_t kBytes = sizeof(BackwardShared<Compute>);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(relation_attention_backward_kernel<T, kExact, kOwnKeys, kBoxGrads>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
+  constexpr int kBytes = sizeof(BackwardShared<Compute>);
+  static_assert(kBytes <= kSmallestSharedLimit);
+  allow_shared_memory<relation_attention_backward_kernel<T, kExact, kOwnKeys, kBoxGrads>>(kBytes);
   relation_attention_backward_kernel<T, kExact, kOwnKeys, kBoxGrads><<<blocks, kHeadThreads, kBytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (split)
@@ -397,11 +405,11 @@ void launch_side(RelationParams<T> p, const Tensor& like, ComputeType<T>* grad_b
 // number of blocks per multiprocessor.
 template <class T, bool kOwnKeys>
 void launch_side(const RelationAttention& r, RelationParams<T> p, ComputeType<T>* grad_boxes, cudaStream_t stream) {
-  if (grad_boxes != nullptr) {
-    launch_side<T, true, kOwnKeys, true>(p, r.query_boxes, grad_boxes, stream);
-    if (kOwnKeys || kWeightGrads<T, kOwnKeys, true> || (p.a.grad_weight == nullptr && p.a.grad_bias == nullptr)) return;
-    p.a.grad_query = nullptr;
-  }
+  const RelationAttentionArgs<T>& a = p.a;
+  const bool others = kOwnKeys ? a.grad_key != nullptr || a.grad_value != nullptr
+                               : a.grad_query != nullptr || a.grad_weight != nullptr || a.grad_bias != nullptr;
+  if (grad_boxes != nullptr) launch_side<T, true, kOwnKeys, true>(p, r.query_boxes, grad_boxes, stream);
+  if (grad_boxes != nullptr && (kOtherGrads<T, true> || !others)) return;
   dispatch_exact<T>(r.allow_tf32,
                     [&](auto exact) { launch_side<T, exact, kOwnKeys, false>(p, r.query_boxes, nullptr, stream); });
 }
@@ -420,7 +428,8 @@ void relation_attention_backward(const RelationAttention& r, const RelationAtten
     launch_delta(a, delta, stream);
     if (partials > 1) launch_sum_of_partials(r.op, delta, partials, rows, rows, delta, stream);
   } else {
-    relation_delta_kernel<T><<<grid_size(r.op, ceil_div(rows, kDeltaWarps)), kDeltaThreads, 0, stream>>>(a, delta);
+    const int64_t blocks = ceil_div(grid_size(r.op, rows), kDeltaWarps);  // the kernel numbers the rows in 32 bits
+    relation_delta_kernel<T><<<static_cast<unsigned>(blocks), kDeltaThreads, 0, stream>>>(a, delta);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   RelationParams<T> p{a};

@@ -35,6 +35,10 @@ struct ForwardShared {
     Compute tile[kForwardRing - 1][TileLayout<kKeys>::kSize];
   };
   alignas(16) Rows rows[1];
+
+  static constexpr int bytes(int row_tiles) {
+    return static_cast<int>(sizeof(ForwardShared) + (row_tiles - 1) * sizeof(Rows));
+  }
 };
 
 // Returns floor(log2(x)) for x > 0.
@@ -45,9 +49,19 @@ __device__ __forceinline__ double exponent(double x) {
   return static_cast<double>(static_cast<int>(std::bit_cast<uint64_t>(x) >> 52) - 1023);
 }
 
+// The number of groups of kOwnRows queries in a block. The shared memory of sm_75 holds only one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T>
+constexpr int kMaxRowTiles = 1;
+#else
+template <class T>
+constexpr int kMaxRowTiles = sizeof(T) == 8 ? 1 : 2;
+#endif
+
 template <class T, bool kExact>
-__global__ __launch_bounds__(sizeof(T) == 8 ? kHeadThreads : 2 * kHeadThreads) void relation_attention_kernel(
-    const __grid_constant__ RelationParams<T> p) {
+__global__ __launch_bounds__(kMaxRowTiles<T>* kHeadThreads,
+                             kMaxRowTiles<T> ==
+                                 1) void relation_attention_kernel(const __grid_constant__ RelationParams<T> p) {
   using Compute = ComputeType<T>;
   constexpr int kKeys = kForwardKeys<Compute>;
   constexpr Compute kInfinity = std::numeric_limits<Compute>::infinity(), kLog2E = 1.44269504088896340736;
@@ -176,16 +190,18 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
   p.vector = are_packs(a.query, a.D) && are_packs(a.key, a.D) && are_packs(a.value, a.Dv);
   p.groups = static_cast<unsigned>(ceil_div(a.M, kHeads));
   p.chunks = static_cast<unsigned>(ceil_div(a.Dv, kColumns<T>));
-  // If enough blocks remain, a block gets twice the queries, so that keys and values are read half as often from L2.
+  // If enough blocks remain, and if the shared memory suffices, a block gets twice the queries, so that keys and values
+  // are read half as often from L2.
   constexpr int64_t kManyBlocks = 256;
+  constexpr int kMaxBytes = Shared::bytes(kMaxRowTiles<T>);
+  static_assert(Shared::bytes(1) <= kSmallestSharedLimit);
   const int64_t others = a.N * p.groups * p.chunks, tiles = ceil_div(a.Q, kOwnRows);
-  p.row_tiles = sizeof(T) < 8 && others * tiles >= kManyBlocks && tiles > 1 ? 2 : 1;
+  const bool fits = shared_memory_limit(kMaxBytes) == kMaxBytes;
+  p.row_tiles = fits && others * tiles >= kManyBlocks && tiles > 1 ? kMaxRowTiles<T> : 1;
   p.row_blocks = static_cast<unsigned>(ceil_div(tiles, p.row_tiles));
   const unsigned blocks = grid_size("relops.relation_attention", others * p.row_blocks);
-  const int threads = p.row_tiles * kHeadThreads;
-  const size_t bytes = sizeof(Shared) + (p.row_tiles - 1) * sizeof(typename Shared::Rows);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(relation_attention_kernel<T, kExact>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
+  const int threads = p.row_tiles * kHeadThreads, bytes = Shared::bytes(p.row_tiles);
+  allow_shared_memory<relation_attention_kernel<T, kExact>>(kMaxBytes);
   relation_attention_kernel<T, kExact><<<blocks, threads, bytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

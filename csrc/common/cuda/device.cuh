@@ -1,5 +1,5 @@
-// Functions that all CUDA ops use: the current stream, grid sizes, wide loads, atomic additions, and reductions over
-// lanes.
+// Functions that all CUDA ops use: the current stream, grid sizes, limits of shared memory, wide loads, atomic
+// additions, and reductions over lanes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -40,6 +42,34 @@ constexpr unsigned kAll = 0xffffffffu;  // the mask of all lanes of a warp
 inline unsigned grid_size(const char* op, int64_t blocks) {
   STD_TORCH_CHECK(blocks <= 2147483647, op, ": the input is too large for one launch (", blocks, " blocks)");
   return static_cast<unsigned>(blocks);
+}
+
+inline int current_device() {
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+// The number of bytes of shared memory that a block can use on every supported device (that of sm_75).
+constexpr int kSmallestSharedLimit = 64 << 10;
+
+// Returns the number of bytes of shared memory that a block can use on the current device, but at most `bytes`.
+inline int shared_memory_limit(int bytes) {
+  int limit = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()));
+  return std::min(bytes, limit);
+}
+
+// Allows `kernel` to use shared_memory_limit(bytes) bytes of dynamic shared memory on the current device. `bytes` must
+// be the same in all calls for a kernel, because the threads of the host share this setting.
+template <auto kernel>
+void allow_shared_memory(int bytes) {
+  static std::atomic<uint64_t> done;  // bit mask of devices
+  const int device = current_device();
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (done & bit) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit(bytes)));
+  done |= bit;
 }
 
 // V values that are loaded and stored with one instruction. Their total size must be 2, 4, 8 or 16 bytes.
