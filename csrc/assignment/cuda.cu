@@ -57,8 +57,9 @@ __global__ __launch_bounds__(kTransposeThreads) void transpose_kernel(const Bits
                                                                       const int64_t* num_cols, int R, int C,
                                                                       int tiles_down, int tiles_across, Bits* out) {
   __shared__ Bits tile[kTile][kTile + 1];
-  const int64_t b = blockIdx.x / (int64_t{tiles_down} * tiles_across);
-  const int tile_index = static_cast<int>(blockIdx.x - b * tiles_down * tiles_across);
+  const unsigned tiles = tiles_down * tiles_across;
+  const int64_t b = blockIdx.x / tiles;
+  const int tile_index = blockIdx.x % tiles;
   const UsedSizes used = used_sizes(num_rows, num_cols, R, C, b);
   const int i0 = tile_index / tiles_across * kTile, j0 = tile_index % tiles_across * kTile;
   if (used.r <= used.c || i0 >= used.r || j0 >= used.c) return;

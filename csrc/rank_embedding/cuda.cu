@@ -33,8 +33,8 @@ __device__ __forceinline__ void sin_cos_of_any(double angle, double& s, double& 
 // of threads.
 template <class T, class O>
 __global__ __launch_bounds__(256, 2) void rank_embedding_kernel(const __grid_constant__ RankEmbeddingArgs<T, O> p,
-                                                                int64_t tiles, int width, int64_t ranks) {
-  const int64_t j = blockIdx.x % tiles * width + threadIdx.x % width;
+                                                                unsigned tiles, int width, int64_t ranks) {
+  const int64_t j = int64_t{blockIdx.x % tiles} * width + threadIdx.x % width;
   if (j >= p.half) return;
   const double w = frequency(p.wavelength, j, p.half);
   const int height = blockDim.x / width;
@@ -79,7 +79,7 @@ void launch_forward(const char* op, const RankEmbeddingArgs<T, O>& args, cudaStr
       std::clamp<int64_t>(args.count * tiles * width / (kRankThreads * kRequestedBlocks), 1, 16);
   const int64_t ranks = ranks_per_thread * (kRankThreads / width);
   const unsigned blocks = grid_size(op, tiles * ceil_div(args.count, ranks));
-  rank_embedding_kernel<T, O><<<blocks, kRankThreads, 0, stream>>>(args, tiles, width, ranks);
+  rank_embedding_kernel<T, O><<<blocks, kRankThreads, 0, stream>>>(args, static_cast<unsigned>(tiles), width, ranks);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -84,10 +84,7 @@ struct NmsParams {
 struct PositionRange {
   int first, count;
 
-  __device__ int position(int64_t i, int K) const {
-    const int image = static_cast<int>(i / count);
-    return image * K + first + static_cast<int>(i - int64_t{image} * count);
-  }
+  __device__ int position(int i, int K) const { return i / count * K + first + i % count; }
 };
 
 template <class Compute, class S>
@@ -130,9 +127,8 @@ __global__ __launch_bounds__(kEntryThreads) void nms_suppress_kernel(const __gri
     const int chunk = p.span(position).begin + (p.round - 1) * kChunk;
     if (position < chunk + kChunk || p.suppressed[position]) continue;
     // Blocks that differ only in blockIdx.y divide the kept boxes among themselves.
-    const int64_t count = p.kept_count[chunk];
-    const int from = static_cast<int>(count * blockIdx.y / gridDim.y);
-    const int to = static_cast<int>(count * (blockIdx.y + 1) / gridDim.y);
+    const unsigned count = p.kept_count[chunk];
+    const int from = count * blockIdx.y / gridDim.y, to = count * (blockIdx.y + 1) / gridDim.y;
     const BoundedBox<Compute> own = p.sorted.get(position);
 #pragma unroll 4
     for (int k = from; k < to; ++k) {

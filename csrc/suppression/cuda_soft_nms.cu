@@ -144,7 +144,7 @@ __global__ __launch_bounds__(kEntryThreads) void soft_nms_output_kernel(int64_t 
                                                                         Compute* scores, int64_t* count) {
   const int64_t i = thread_index();
   if (i >= n) return;
-  const int64_t image = i / K, first = image * K;
+  const int64_t image = static_cast<int>(i) / K, first = image * K;
   const Compute score = decayed[ranked[i]];
   const bool kept = score > 0;
   keep[i] = kept ? ranked[i] - first : -1;
