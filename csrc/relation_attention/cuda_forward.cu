@@ -49,19 +49,17 @@ __device__ __forceinline__ double exponent(double x) {
   return static_cast<double>(static_cast<int>(std::bit_cast<uint64_t>(x) >> 52) - 1023);
 }
 
-// The number of groups of kOwnRows queries in a block. The shared memory of sm_75 holds only one.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-template <class T>
-constexpr int kMaxRowTiles = 1;
-#else
+// The largest number of groups of kOwnRows queries in a block.
 template <class T>
 constexpr int kMaxRowTiles = sizeof(T) == 8 ? 1 : 2;
-#endif
+
+// With one group, ptxas spills unless a minimum number of blocks is given. With two groups, it spills if one is given.
+template <class T>
+constexpr int kMinBlocks = kMaxRowTiles<T> == 1;
 
 template <class T, bool kExact>
-__global__ __launch_bounds__(kMaxRowTiles<T>* kHeadThreads,
-                             kMaxRowTiles<T> ==
-                                 1) void relation_attention_kernel(const __grid_constant__ RelationParams<T> p) {
+__global__ __launch_bounds__(kMaxRowTiles<T>* kHeadThreads, kMinBlocks<T>) void relation_attention_kernel(
+    const __grid_constant__ RelationParams<T> p) {
   using Compute = ComputeType<T>;
   constexpr int kKeys = kForwardKeys<Compute>;
   constexpr Compute kInfinity = std::numeric_limits<Compute>::infinity(), kLog2E = 1.44269504088896340736;
