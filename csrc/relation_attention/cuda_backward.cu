@@ -102,7 +102,9 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        __syncwarp();  // keeps the compiler from moving all loads to the front, which would need too many registers
+        // Each __syncwarp() of this loop keeps the compiler from moving loads before it, which would need too many
+        // registers.
+        __syncwarp();
         Compute sine[2], cosine[2];
         OperandA<Compute, true> features;  // rows: sine and cosine of wave g; depth: own rows
 #pragma unroll
@@ -132,6 +134,7 @@ __device__ __forceinline__ void add_geometry_grads(const HeadWeights<Compute>& w
         Compute grad_features[4];
         set_zero(grad_features);
         multiply<false>(grad_features, weights, by_head);
+        __syncwarp();
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const Compute grad_log = wave.radians * (cosine[e] * grad_features[e] - sine[e] * grad_features[2 + e]);
