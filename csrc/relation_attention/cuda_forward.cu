@@ -57,7 +57,9 @@ constexpr int kMaxRowTiles = sizeof(T) == 8 ? 1 : 2;
 template <class T>
 constexpr int kMinBlocks = kMaxRowTiles<T> == 1;
 
-template <class T, bool kExact>
+// If kDelta, the kernel writes only delta. The gradient of geometry_bias is a sum of small differences from delta,
+// which therefore needs all bits of the weights.
+template <class T, bool kExact, bool kDelta>
 __global__ __launch_bounds__(kMaxRowTiles<T>* kHeadThreads, kMinBlocks<T>) void relation_attention_kernel(
     const __grid_constant__ RelationParams<T> p) {
   using Compute = ComputeType<T>;
@@ -144,7 +146,8 @@ __global__ __launch_bounds__(kMaxRowTiles<T>* kHeadThreads, kMinBlocks<T>) void 
           scores[j][i] = active >> k & 1 ? weight * exp2(scores[j][i] - shift[i / 2]) : 0;
           total[i / 2] += scores[j][i];
         }
-      add_rows<kKeys, kExact>(sums, scores, TileRows<T>(a.value, block.n, key, m, active, a.Dv, p.vector), channel);
+      add_rows<kKeys, kExact, kDelta>(sums, scores, TileRows<T>(a.value, block.n, key, m, active, a.Dv, p.vector),
+                                      channel);
     }
     __syncthreads();
   }
@@ -160,28 +163,24 @@ __global__ __launch_bounds__(kMaxRowTiles<T>* kHeadThreads, kMinBlocks<T>) void 
             ? 0
             : 1 / total[i];  // a total of 0 means that there are no keys, because the largest weight is at least 1
   }
-  if constexpr (sizeof(T) == 2) {
-    if (a.delta != nullptr) {
-      Compute dots[2];
-      dot_sums<T>(sums, factor, a.grad_output.at(block.n, block.first, m), a.grad_output.i_stride, block.rows, channel,
-                  static_cast<int>(a.Dv), dots);
+  if constexpr (kDelta) {
+    Compute dots[2];
+    dot_sums<T>(sums, factor, a.grad_output.at(block.n, block.first, m), a.grad_output.i_stride, block.rows, channel,
+                static_cast<int>(a.Dv), dots);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (t == 0 && g + 8 * i < block.rows)
-          a.delta[block.chunk * a.N * a.Q * a.M + row + (g + 8 * i) * a.M] = dots[i];
-      return;
-    }
-  }
+    for (int i = 0; i < 2; ++i)
+      if (t == 0 && g + 8 * i < block.rows) a.delta[block.chunk * a.N * a.Q * a.M + row + (g + 8 * i) * a.M] = dots[i];
+  } else {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (t == 0 && block.chunk == 0 && g + 8 * i < block.rows)
-      a.logsumexp[row + (g + 8 * i) * a.M] = total[i] == 0 ? kInfinity : (maximum[i] + log2(total[i])) / kLog2E;
+    for (int i = 0; i < 2; ++i)
+      if (t == 0 && block.chunk == 0 && g + 8 * i < block.rows)
+        a.logsumexp[row + (g + 8 * i) * a.M] = total[i] == 0 ? kInfinity : (maximum[i] + log2(total[i])) / kLog2E;
+    store_rows<T>(sums, factor, a.output + row * a.Dv, a.M * a.Dv, block.rows, own_active, channel,
+                  static_cast<int>(a.Dv), p.vector);
   }
-  store_rows<T>(sums, factor, a.output + row * a.Dv, a.M * a.Dv, block.rows, own_active, channel,
-                static_cast<int>(a.Dv), p.vector);
 }
 
-template <class T, bool kExact>
+template <class T, bool kExact, bool kDelta = false>
 void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
   using Shared = ForwardShared<ComputeType<T>>;
   RelationParams<T> p{a};
@@ -199,8 +198,8 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
   p.row_blocks = static_cast<unsigned>(ceil_div(tiles, p.row_tiles));
   const unsigned blocks = grid_size("relops.relation_attention", others * p.row_blocks);
   const int threads = p.row_tiles * kHeadThreads, bytes = Shared::bytes(p.row_tiles);
-  allow_shared_memory<relation_attention_kernel<T, kExact>>(kMaxBytes);
-  relation_attention_kernel<T, kExact><<<blocks, threads, bytes, stream>>>(p);
+  allow_shared_memory<relation_attention_kernel<T, kExact, kDelta>>(kMaxBytes);
+  relation_attention_kernel<T, kExact, kDelta><<<blocks, threads, bytes, stream>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -209,7 +208,7 @@ void launch_forward(const RelationAttentionArgs<T>& a, cudaStream_t stream) {
 template <class T>
 void launch_delta(RelationAttentionArgs<T> a, float* partials, cudaStream_t stream) {
   a.delta = partials;
-  launch_forward<T, true>(a, stream);
+  launch_forward<T, true, true>(a, stream);
 }
 
 template void launch_delta(RelationAttentionArgs<Half>, float*, cudaStream_t);

@@ -87,8 +87,9 @@ __device__ __forceinline__ void dot_rows(ComputeType<T> (&sums)[kOthers / 8][4],
 }
 
 // Adds p times the other rows to sums, for the channels beginning with `first`. p has the layout of the sums of
-// dot_rows. Column 8 (i V + v) + g of the sums is channel first + (8 i + g) V + v.
-template <int kOthers, bool kExact, class T>
+// dot_rows. Column 8 (i V + v) + g of the sums is channel first + (8 i + g) V + v. The operands hold 16 bits of p if T
+// is BFloat16, or 24 bits if kAllBits.
+template <int kOthers, bool kExact, bool kAllBits = false, class T>
 __device__ __forceinline__ void add_rows(ComputeType<T> (&sums)[kColumns<T> / 8][4],
                                          const ComputeType<T> (&p)[kOthers / 8][4], const TileRows<T>& others,
                                          int first) {
@@ -101,6 +102,16 @@ __device__ __forceinline__ void add_rows(ComputeType<T> (&sums)[kColumns<T> / 8]
     for (int row = 0; row < 2; ++row)
 #pragma unroll
       for (int e = 0; e < kDepth; ++e) a.set_sum(row, e, p[step * kTiles + e / 2][2 * row + e % 2]);
+    constexpr bool kThreeParts = kAllBits && std::is_same_v<T, BFloat16>;
+    T last[2][kDepth];  // the third part of p
+    if constexpr (kThreeParts) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row)
+#pragma unroll
+        for (int e = 0; e < kDepth; ++e)
+          last[row][e] = static_cast<T>(p[step * kTiles + e / 2][2 * row + e % 2] - static_cast<float>(a.high[row][e]) -
+                                        static_cast<float>(a.rest[row][e]));
+    }
 #pragma unroll
     for (int i = 0; i < kColumns<T> / 8 / V; ++i) {
       if (first + 8 * i * V >= others.width) break;
@@ -111,6 +122,7 @@ __device__ __forceinline__ void add_rows(ComputeType<T> (&sums)[kColumns<T> / 8]
         OperandB<T, kExact> b;
 #pragma unroll
         for (int e = 0; e < kDepth; ++e) b.set_stored(e, y[e].x[v]);
+        if constexpr (kThreeParts) mma(sums[i * V + v], last, b.high);
         multiply<true>(sums[i * V + v], a, b);
       }
     }

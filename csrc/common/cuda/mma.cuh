@@ -34,7 +34,7 @@ template <class T>
 __device__ inline ComputeType<T> mma_input(T x) {
   return static_cast<ComputeType<T>>(x);
 }
-#ifndef __CUDA_ARCH__
+#ifndef __CUDACC__
 // The emulation reads a float32 operand of at most 12 significant bits, as MmaSplit promises. How a tensor core rounds
 // the last of these bits is not specified, so the emulation rounds some operands up and others down. An operand with
 // more bits becomes NaN, unless it is so small that its rounding error does not matter.
