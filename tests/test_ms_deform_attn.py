@@ -515,16 +515,19 @@ def compare(op: Op, inputs: Inputs, twin: Callable[..., Tensor], smooth: dict[st
 
 @needs_cuda
 @both
-@pytest.mark.parametrize("shapes", ["list", "tensor", "on the device"])
-def test_cuda_graph(op: Op, shapes: str) -> None:
+@pytest.mark.parametrize("levels", ["few", "many", "on the device", "with starts on the device"])
+def test_cuda_graph(op: Op, levels: str) -> None:
     """Capture a call once, and replay it with other inputs.
 
     If spatial_shapes are on the host, the graph stores them.
     """
-    case = DeformAttn(mask=True, shapes="list" if shapes == "list" else "tensor")
+    case = DeformAttn(
+        levels=((2, 3),) * 17 if levels == "many" else DeformAttn.levels,
+        mask=True,
+        shapes="tensor" if levels == "on the device" else "list",
+        starts="in order" if levels == "with starts on the device" else None,
+    )
     inputs = draw(op, case, "cuda")
-    if shapes == "on the device":
-        inputs["spatial_shapes"] = inputs["spatial_shapes"].cuda()
     op.function(**inputs)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()

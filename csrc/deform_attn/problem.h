@@ -115,8 +115,8 @@ struct MsDeformAttnInputs {
     check_device("weights or logits", weights);
     if (reference_points) check_device("reference_points", *reference_points);
     if (value_mask) check_device("value_mask", *value_mask);
-    if (value.is_cpu()) check_device("spatial_shapes", spatial_shapes);
-    if (value.is_cpu() && level_start_index) check_device("level_start_index", *level_start_index);
+    if (!spatial_shapes.is_cpu()) check_device("spatial_shapes", spatial_shapes);
+    if (level_start_index && !level_start_index->is_cpu()) check_device("level_start_index", *level_start_index);
   }
 
   const char* op;
