@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import re
 import shlex
@@ -25,11 +27,24 @@ CSRC = ROOT / "csrc"
 NAMESPACE = "relops_emulated"
 STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{sum(n << shift for n, shift in zip(_library.MINIMUM_TORCH, (56, 48))):016x}ULL"
 
+# The devices of devices.h that can have tensors. Each has the shared memory of its architecture.
+DEVICES = {"sm_80": 1, "sm_75": 2, "sm_86": 3, "sm_90": 4}
+
 in_use = False
 
 
+def declare_shared(declaration: re.Match[str]) -> str:
+    """Translate a declaration of static shared memory."""
+    variables = re.sub(r"<.*?>|\[.*?\]", "", declaration[1]).split(",")
+    names = ", ".join(variable.split()[-1] for variable in variables)
+    return f"static {declaration[1]}; emulation::declare_shared({names});"
+
+
 def translate(source: str) -> str:
-    """Translate the CUDA constructs that macros cannot express: launches, dynamic shared memory and registration."""
+    """Translate the CUDA constructs that macros cannot express: launches, shared memory and registration.
+
+    Poison the tensors that torch does not initialize.
+    """
     source = re.sub(
         r"(\w+_kernel(?:<[^;]*?>)?)\s*<<<([^;]*?)>>>\(([^;]*?)\);",
         r"emulation::launch(\2, \1, [&] { \1(\3); });",
@@ -39,6 +54,10 @@ def translate(source: str) -> str:
     source = source.replace(
         "extern __shared__ __align__(16) char memory[];", "char* memory = emulation::dynamic_shared();"
     )
+    source = "#include <cuda_runtime.h>\n" + source
+    source = re.sub(r"(?<!extern )__shared__ ([^;]*);", declare_shared, source)
+    assert not re.search(r"stable::to\([^;]*device", source), "a CUDA graph cannot capture copies from the host"
+    source = re.sub(r"torch::stable::(?:new_)?empty(?:_like)?\(", r"emulation::poisoned << \g<0>", source)
     source = source.replace("LIBRARY_IMPL(relops, CUDA,", f"LIBRARY_IMPL({NAMESPACE}, CPU,")
     return source.replace("STABLE_TORCH_LIBRARY(relops,", f"STABLE_TORCH_LIBRARY({NAMESPACE},")
 
@@ -46,8 +65,9 @@ def translate(source: str) -> str:
 def write_translated(folder: Path) -> list[Path]:
     """Write the translated files that have changed, in the layout of csrc, and return the sources to compile."""
     sources = []
-    for path in [CSRC / "library.cpp", *sorted(CSRC.rglob("*.cu")), *sorted(CSRC.rglob("*.cuh"))]:
-        source, translated = translate(path.read_text()), folder / path.relative_to(CSRC)
+    paths = [CSRC / "library.cpp", *sorted(CSRC.rglob("*.cu*")), *sorted(CSRC.rglob("*.h"))]
+    for path, root in [*((path, CSRC) for path in paths), (HERE / "checks.cu", HERE)]:
+        source, translated = translate(path.read_text()), folder / path.relative_to(root)
         translated.parent.mkdir(parents=True, exist_ok=True)
         if not translated.exists() or translated.read_text() != source:
             translated.write_text(source)
@@ -56,6 +76,7 @@ def write_translated(folder: Path) -> list[Path]:
     return sources
 
 
+@functools.cache
 def build() -> Path:
     """Compile what has changed and return the path of the library for torch.ops.load_library."""
     folder = ROOT / "build" / f"cuda_emulation-torch{torch.__version__}"
@@ -87,6 +108,39 @@ def build() -> Path:
         done = subprocess.run([shutil.which("ninja", path=path), "-C", folder], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
     return library
+
+
+def controls() -> ctypes.CDLL:
+    """Return the functions that devices.h declares with EMULATION_CONTROL."""
+    return ctypes.CDLL(str(build()))
+
+
+@contextlib.contextmanager
+def tensors_on(architecture: str) -> Iterator[None]:
+    """Place all tensors on a device of an architecture, instead of sm_80."""
+    controls().emulation_place_tensors(DEVICES[architecture])
+    try:
+        yield
+    finally:
+        controls().emulation_place_tensors(DEVICES["sm_80"])
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[None]:
+    """Capture a graph. Copies between host and device, and synchronizations, then raise an error."""
+    controls().emulation_set_capturing(True)
+    try:
+        yield
+    finally:
+        controls().emulation_set_capturing(False)
+
+
+def ignore_guard(index: int) -> int:
+    """Ignore the guard with this index, counted from this call, or none if it is -1.
+
+    Return the number of guards since the previous call.
+    """
+    return controls().emulation_ignore_guard(index)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "devices.h"
@@ -27,7 +29,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -44,10 +45,23 @@ inline dim3 threadIdx{0}, blockIdx{0}, blockDim{1}, gridDim{1};
 using std::max;
 using std::min;
 
+namespace emulation {
+
+// An atomic addition of floats in device memory replaces subnormal numbers by zero.
+template <class T>
+T flushed(T x) {
+  return std::is_same_v<T, float> && std::fpclassify(x) == FP_SUBNORMAL ? T(0) : x;
+}
+
+// Returns a number from -1 to 1 that has no pattern, but is always the same for the same x.
+inline float noise(float x) { return static_cast<int32_t>(std::hash<float>{}(x) >> 8) * 0x1p-31f; }
+
+}  // namespace emulation
+
 template <class T>
 T atomicAdd(T* p, T x) {
   const T old = *p;
-  *p += x;
+  *p = emulation::flushed(emulation::flushed(old) + emulation::flushed(x));
   return old;
 }
 
@@ -61,9 +75,17 @@ inline unsigned atomicOr(unsigned* p, unsigned x) {
   *p |= x;
   return old;
 }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __sinf(float x) { return sinf(x); }
-inline float __cosf(float x) { return cosf(x); }
+
+// The fast functions have the largest errors that CUDA's documentation gives for the arguments that occur: 2 units in
+// the last place for division, and an absolute error of 4e-7 for sines and cosines.
+inline float __fdividef(float a, float b) {
+  const float quotient = a / b;
+  if (quotient == 0 || !std::isfinite(quotient)) return quotient;
+  return std::bit_cast<float>(std::bit_cast<int32_t>(quotient) +
+                              static_cast<int32_t>(std::lround(2 * emulation::noise(quotient))));
+}
+inline float __sinf(float x) { return sinf(x) + 4e-7f * emulation::noise(x); }
+inline float __cosf(float x) { return cosf(x) + 4e-7f * emulation::noise(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
@@ -73,6 +95,7 @@ namespace emulation {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
+constexpr int kPoison = 0xcd;  // the bytes of shared memory when a block begins, because no kernel may rely on zeros
 
 // Threads that wait for one another: all threads of a block or of a warp. A thread that has returned counts as arrived.
 struct Barrier {
@@ -113,6 +136,23 @@ inline std::mt19937 order;
 inline const std::function<void()>* body;
 inline std::vector<char> shared_memory;
 inline uint64_t exchanged[2][1024];
+
+// The variables in static shared memory that the current block has reached, and their total size.
+inline std::vector<void*> shared_variables;
+inline size_t static_shared;
+
+// translate() calls this function after the declaration of shared variables. The first thread of a block that reaches
+// the declaration poisons them.
+template <class... T>
+void declare_shared(T&... variables) {
+  const auto declare = [](void* variable, size_t bytes) {
+    if (std::ranges::find(shared_variables, variable) != shared_variables.end()) return;
+    shared_variables.push_back(variable);
+    static_shared += bytes;
+    std::memset(variable, kPoison, bytes);
+  };
+  (declare(&variables, sizeof(variables)), ...);
+}
 
 inline char* dynamic_shared() {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 15) / 16 * 16);
@@ -190,7 +230,7 @@ template <class Kernel>
 void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, Kernel* kernel,
             const std::function<void()>& run) {
   check_stream("a launch", stream);
-  check_shared(reinterpret_cast<const void*>(kernel), shared);
+  check_shared(kernel, shared);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads == 0 || threads > 1024)
     fail("a launch of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " blocks of " +
          std::to_string(threads) + " threads");
@@ -209,13 +249,15 @@ void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, Ker
       fibers[t].barrier = nullptr;
       fibers[t].done = false;
     }
-    // The memory is poisoned, because no kernel may rely on the initial contents of shared memory.
-    shared_memory.assign(shared + 16, static_cast<char>(0xcd));
+    shared_memory.assign(shared + 16, static_cast<char>(kPoison));
+    shared_variables.clear();
+    static_shared = 0;
     run_block();
     if (block.members > 0) {
       for (Fiber& fiber : fibers) fiber.stack.reset();  // the threads that wait must not resume in the next launch
       fail(std::to_string(block.members) + " threads of a block wait for one another forever");
     }
+    check_shared(kernel, shared, static_shared);
   }
 }
 

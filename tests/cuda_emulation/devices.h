@@ -11,11 +11,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -46,10 +48,10 @@ inline int created_guards = 0, ignored_guard = -1;
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error("emulated CUDA: " + message); }
 
-inline void check_device(const std::string& call) {
-  if (current_device != tensor_device)
-    fail(call + " while device " + std::to_string(current_device) + " is current, but the tensors are on device " +
-         std::to_string(tensor_device));
+inline void check_device(const std::string& call, int device = current_device) {
+  if (device != tensor_device)
+    fail(call + " on device " + std::to_string(device) + ", but the tensors are on device " +
+         std::to_string(tensor_device) + "; is a DeviceGuard missing?");
 }
 
 inline void check_stream(const std::string& call, cudaStream_t stream) {
@@ -61,16 +63,34 @@ inline void check_not_capturing(const std::string& call) {
   if (capturing) fail(call + " while a graph is captured");
 }
 
-// The largest dynamic shared memory with which a kernel may be launched on a device, for kernels whose attribute was
+// The largest dynamic shared memory with which kernels may be launched, for each kernel and device whose attribute was
 // set.
-inline std::map<std::pair<const void*, int>, size_t> shared_limits;
+inline std::map<std::pair<void (*)(), int>, size_t> dynamic_limits;
 
-inline void check_shared(const void* kernel, size_t bytes) {
-  const auto set = shared_limits.find({kernel, current_device});
-  const size_t limit = set == shared_limits.end() ? kDefaultSharedLimit : set->second;
-  if (bytes > limit)
-    fail("a launch with " + std::to_string(bytes) + " bytes of dynamic shared memory, but the limit of the kernel is " +
-         std::to_string(limit));
+// A block may use 48 KB, static and dynamic shared memory together, unless the attribute of the kernel was set.
+template <class Kernel>
+void check_shared(Kernel* kernel, size_t dynamic_bytes, size_t static_bytes = 0) {
+  const auto set = dynamic_limits.find({reinterpret_cast<void (*)()>(kernel), current_device});
+  const bool is_set = set != dynamic_limits.end();
+  const size_t limit = is_set ? kSharedLimits[current_device] : kDefaultSharedLimit;
+  if (static_bytes + dynamic_bytes > limit || (is_set && dynamic_bytes > set->second))
+    fail("a launch with " + std::to_string(dynamic_bytes) + " bytes of dynamic and " + std::to_string(static_bytes) +
+         " bytes of static shared memory, but the limit is " + std::to_string(limit) +
+         (is_set ? ", and the attribute of the kernel is " + std::to_string(set->second) : ""));
+}
+
+// translate() puts `poisoned <<` before every call of torch that returns uninitialized memory. No kernel may rely on
+// its contents: floats are NaN, and integers are large.
+struct Poisoned {
+} inline constexpr poisoned;
+
+inline torch::stable::Tensor operator<<(Poisoned, const torch::stable::Tensor& tensor) {
+  using torch::stable::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  const bool is_float = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
+                        dtype == ScalarType::BFloat16;
+  std::memset(tensor.mutable_data_ptr(), is_float ? 0xff : 0x7f, tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 }  // namespace emulation
@@ -117,7 +137,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-  if (device != emulation::tensor_device) emulation::fail("cudaDeviceGetAttribute of a device that has no tensors");
+  emulation::check_device("cudaDeviceGetAttribute", device);
   *value = static_cast<int>(emulation::kSharedLimits[device]);
   return cudaSuccess;
 }
@@ -131,7 +151,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
   const size_t bytes = value;
   if (value < 0 || bytes > emulation::kSharedLimits[emulation::current_device]) return cudaErrorInvalidValue;
   const auto [set, inserted] =
-      emulation::shared_limits.try_emplace({reinterpret_cast<const void*>(kernel), emulation::current_device}, bytes);
+      emulation::dynamic_limits.try_emplace({reinterpret_cast<void (*)()>(kernel), emulation::current_device}, bytes);
   set->second = std::min(set->second, bytes);
   return cudaSuccess;
 }
