@@ -159,15 +159,24 @@ class NinjaBuild(build_ext):
         return edges
 
 
-def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
+def common_flags() -> str:
+    """Return the flags of the C++ compiler and of nvcc."""
     import pybind11
 
     # pybind11 comes first, because the copy in some versions of torch does not compile for the stable ABI.
     system = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
     includes = " ".join([f"-I{shlex.quote(str(CSRC))}", *(f"-isystem {shlex.quote(path)}" for path in system)])
     target = sum(part << shift for part, shift in zip(MINIMUM_TORCH, (56, 48)))
-    common = f"-std=c++20 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
-    cflags = f"{common} -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
+    return f"-std=c++20 -O3 -DTORCH_TARGET_VERSION=0x{target:016x}ULL {includes}"
+
+
+def nvcc_flags() -> str:
+    """Return the flags of nvcc, except for the architectures."""
+    return f"{common_flags()} -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr -Xptxas -v"
+
+
+def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
+    cflags = f"{common_flags()} -fPIC -fvisibility=hidden -Wall -Wno-psabi {os.environ.get('CFLAGS', '')}"
     paths = " ".join(f"-L{shlex.quote(p)} -Wl,-rpath-link,{shlex.quote(p)}" for p in cpp_extension.library_paths())
     # Without --no-as-needed, the linker would drop libtorch, which loads libtorch_cuda if torch has CUDA.
     link = f"{cxx} -shared $in -o $out -Wl,--no-as-needed {paths} -ltorch -ltorch_cpu -lc10"
@@ -181,7 +190,7 @@ def ninja_rules(cxx: str, cuda_home: Path | None) -> list[str]:
         return rules
     nvcc = os.environ.get("PYTORCH_NVCC", str(cuda_home / "bin/nvcc"))
     archs = " ".join(cpp_extension._get_cuda_arch_flags())
-    flags = f"{common} -DUSE_CUDA -O3 {archs} -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr -Xptxas -v"
+    flags = f"{nvcc_flags()} {archs}"
     lib = next((d for d in ("lib64", "lib") if (cuda_home / d / "libcudart_static.a").exists()), "lib64")
     # The CUDA runtime is linked statically, so that the build does not depend on the CUDA version of the user's torch.
     cudart = f"-L{shlex.quote(str(cuda_home / lib))} -lcudart_static -lrt -ldl -lpthread"
@@ -211,10 +220,11 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern))
 
 
-setup(
-    ext_modules=[
-        Extension("relops._C", sources("**/*.cpp")),
-        Extension("relops._cuda", sources("**/*.cu")),
-    ],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension("relops._C", sources("**/*.cpp")),
+            Extension("relops._cuda", sources("**/*.cu")),
+        ],
+        cmdclass={"build_ext": NinjaBuild},
+    )
