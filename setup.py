@@ -24,7 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-DEFAULT_ARCHS = "8.0;9.0+PTX"
+# Code runs on later minor versions, so 8.6 includes 8.9. The PTX of 9.0 is for 10.x and 11.x, which have no code here.
+DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "9.0+PTX", "12.0")
 MINIMUM_TORCH = tuple(
     map(int, re.search(r"^MINIMUM_TORCH = \((\d+), (\d+)\)", (ROOT / "relops/_library.py").read_text(), re.M).groups())
 )
@@ -76,6 +77,24 @@ def cuda_plan() -> tuple[Path | None, str]:
     return None, "skipped: no nvcc found (set CUDA_HOME, or RELOPS_CUDA=1 to make this an error)"
 
 
+def default_archs(cuda_home: Path) -> str:
+    """Return the default architectures that this nvcc knows, with PTX of the last one, for GPUs that come later."""
+    known = run(str(cuda_home / "bin/nvcc"), "--list-gpu-code").split()
+    archs = [arch for arch in DEFAULT_ARCHS if f"sm_{arch.removesuffix('+PTX').replace('.', '')}" in known]
+    if not archs:
+        raise SystemExit(
+            f"relops: {cuda_home}/bin/nvcc knows none of {', '.join(DEFAULT_ARCHS)}; set TORCH_CUDA_ARCH_LIST"
+        )
+    return ";".join([*archs[:-1], archs[-1].removesuffix("+PTX") + "+PTX"])
+
+
+def gpu_codes() -> list[str]:
+    """Return what nvcc generates for the architectures, for example sm_90 and compute_90 (PTX) for 9.0+PTX."""
+    names = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    flags = " ".join([*cpp_extension._get_cuda_arch_flags(), *(os.environ.get(name, "") for name in names)])
+    return re.findall(r"\bcode=(\w+)", flags)
+
+
 def version() -> str:
     return re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 
@@ -102,8 +121,9 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", "g++")
         if shutil.which(shlex.split(cxx)[0]) is None:
             raise SystemExit(f"relops: building needs a C++ compiler, but {cxx} was not found; install g++ or set CXX")
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         cuda_home, cuda_words = cuda_plan()
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or (default_archs(cuda_home) if cuda_home else "")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch reads it when it makes the flags of nvcc
         if cuda_home is None:
             # Remove a library from an earlier in-place build, because relops would load it.
             for stale in (ROOT / "relops").glob("_cuda.*") if self.into_source else ():
@@ -113,7 +133,7 @@ class NinjaBuild(build_ext):
             "VERSION": version(),
             "TORCH": torch.__version__,
             "COMPILER": run(*shlex.split(cxx), "--version").splitlines()[0],
-            "CUDA_ARCHS": archs if cuda_home else "",
+            "CUDA_ARCHS": " ".join(gpu_codes()) if cuda_home else "",
             "NVCC": nvcc_release(cuda_home) if cuda_home else "",
         }
         temp = Path(self.build_temp)

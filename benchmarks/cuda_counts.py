@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -319,17 +320,23 @@ def shorten(name: str) -> str:
 
 
 @functools.cache
-def nvcc() -> list[str]:
-    """Return the command of setup.py that compiles .cu files, without the architectures."""
+def build() -> types.ModuleType:
+    """Return setup.py as a module."""
     specification = importlib.util.spec_from_file_location("relops_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(setup)
-    return [str(setup.find_cuda_home() / "bin/nvcc"), *shlex.split(setup.nvcc_flags())]
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def nvcc() -> str | None:
+    """Return the path of nvcc, or None if it was not found."""
+    home = build().find_cuda_home()
+    return str(home / "bin/nvcc") if home and (home / "bin/nvcc").exists() else None
 
 
 def compile_cubin(source: Path, arch: str, cubin: Path) -> str:
     """Compile a .cu file of csrc for one architecture, with the flags of setup.py, and return the report of ptxas."""
-    command = [*nvcc(), "-cubin", f"-arch=sm_{arch}", "-o", str(cubin), str(source)]
+    command = [nvcc(), *shlex.split(build().nvcc_flags()), "-cubin", f"-arch=sm_{arch}", "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed on {source}:\n{done.stdout}{done.stderr}")
@@ -339,8 +346,11 @@ def compile_cubin(source: Path, arch: str, cubin: Path) -> str:
 # ---- Command line ----
 
 
-def default_files() -> list[Path]:
-    return sorted(ROOT.glob("build/*-torch*/csrc/**/*.cu.o"))
+def built_objects() -> list[Path]:
+    """Return the object files of the last build with this version of torch."""
+    import torch
+
+    return sorted(ROOT.glob(f"build/{sys.implementation.cache_tag}-torch{torch.__version__}/csrc/**/*.cu.o"))
 
 
 def kernels_of(path: Path, arch: str) -> list[Kernel]:
@@ -373,7 +383,7 @@ def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in ordered)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cuda_counts",
         description="Print the registers, occupancy and instruction counts of compiled CUDA kernels.",
@@ -383,8 +393,8 @@ def main() -> int:
     parser.add_argument("--arch", default="90", help="the architecture (default: 90)")
     parser.add_argument("--shared", type=int, default=0, help="the bytes of dynamic shared memory of a block")
     parser.add_argument("--threads", type=int, help="the threads of a block (default: the launch bound)")
-    options = parser.parse_args()
-    files = options.files or default_files()
+    options = parser.parse_args(argv)
+    files = options.files or built_objects()
     if not files:
         parser.error("there is no build: name a .cu or .cubin file, or run `make build` first")
     arch = options.arch.removeprefix("sm_")

@@ -32,7 +32,9 @@ def info(_: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            rows[f"cuda:{i}"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+            unusable = _library.cuda_missing is None and _library.cuda_problem(torch.device("cuda", i)) is not None
+            note = " (relops._cuda was not built for it)" if unusable else ""
+            rows[f"cuda:{i}"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}{note}"
     else:
         rows["GPU"] = "none visible to torch"
     for key, value in rows.items():

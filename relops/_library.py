@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 
@@ -85,6 +86,45 @@ def op_kernels() -> dict[str, list[str]]:
 
 
 def check_device_has_kernels(op: str, device: torch.device) -> None:
-    """If the device is CUDA and the CUDA kernels are not loaded, raise a clearer error than the dispatcher would."""
-    if device.type == "cuda" and cuda_missing is not None:
-        raise RuntimeError(f"relops.{op}: got CUDA tensors, but relops._cuda is {cuda_missing}")
+    """If the CUDA kernels cannot run on the device, raise a clearer error than the dispatcher or CUDA would."""
+    if device.type == "cuda" and (problem := cuda_problem(device)) is not None:
+        raise RuntimeError(f"relops.{op}: got CUDA tensors, but {problem}")
+
+
+@torch.compiler.assume_constant_result  # the compiler would trace a cached function without its cache
+def cuda_problem(device: torch.device) -> str | None:
+    """Return why the CUDA kernels cannot run on the device, or None if they can or if this machine has no such GPU."""
+    return _find_cuda_problem(device)
+
+
+@functools.cache
+def _find_cuda_problem(device: torch.device) -> str | None:
+    if cuda_missing is not None:
+        return f"relops._cuda is {cuda_missing}"
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return None  # a fake tensor may be on a GPU that does not exist
+    codes = build_info()["cuda_archs"]
+    capability = torch.cuda.get_device_capability(device)
+    if any(runs_on(code, capability) for code in codes.split()):
+        return None
+    name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+    return (
+        f"{name} has compute capability {version}, and relops._cuda was built for {codes}. "
+        f"Build it again with TORCH_CUDA_ARCH_LIST={version}, or with a list that contains {version}"
+    )
+
+
+def runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """Return whether a GPU runs code that nvcc generated: sm_90 is machine code and compute_90 is PTX, for example.
+
+    A GPU runs machine code for the same major version and at most its minor version. Its driver compiles PTX for at
+    most its version. A letter after the number restricts the code: sm_90a and compute_90a run only on 9.0.
+    """
+    kind, number = code.split("_")
+    letter = number.lstrip("0123456789")
+    version = divmod(int(number.removesuffix(letter)), 10)
+    if letter == "a":
+        return capability == version
+    if kind == "sm" or letter == "f":
+        return capability[0] == version[0] and capability >= version
+    return capability >= version

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import relops
+from benchmarks import cuda_counts
 from relops import _library
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,56 +32,6 @@ def python(*arguments: str, cwd: Path, path: Path | None = None, **environment: 
 def join_lines(text: str) -> str:
     """Replace line breaks with spaces, because a message may be wrapped anywhere."""
     return " ".join(text.split())
-
-
-# ---- Register spills ----
-
-# Kernels that may spill registers: a part of the kernel's mangled name, and the reason.
-ALLOWED_SPILLS: dict[str, str] = {}
-
-
-def spills(report: str) -> dict[str, int]:
-    """Return the bytes of spill stores and loads of each "kernel for arch" in the output of nvcc -Xptxas -v."""
-    found, arch = {}, "unknown"
-    kernel = None
-    for line in report.splitlines():
-        if entry := re.search(r"Compiling entry function '\S+' for '(\w+)'", line):
-            arch = entry[1]
-        elif properties := re.search(r"Function properties for (\S+)", line):
-            kernel = properties[1]
-        elif sizes := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            found[f"{kernel} for {arch}"] = int(sizes[1]) + int(sizes[2])
-    return found
-
-
-def test_report_of_spills_is_parsed() -> None:
-    report = """\
-ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
-ptxas info    : Compiling entry function '_Z4goodv' for 'sm_80'
-ptxas info    : Function properties for _Z4goodv
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 87 registers, used 1 barriers, 16 bytes smem, 800 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z3badv' for 'sm_90'
-ptxas info    : Function properties for _Z3badv
-    48 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers, 800 bytes cmem[0]
-"""
-    assert spills(report) == {"_Z4goodv for sm_80": 0, "_Z3badv for sm_90": 32}
-
-
-def test_no_kernel_spills() -> None:
-    reports = sorted(ROOT.glob("build/**/*.cu.o.ptxas"))
-    if not reports:
-        pytest.skip("no ptxas reports: relops._cuda was not built in this source tree")
-    kernels: dict[str, int] = {}
-    for report in reports:
-        file_spills = spills(report.read_text())
-        assert file_spills, f"{report} names no kernel. Did nvcc run with -Xptxas -v?"
-        kernels |= file_spills
-    spilling = {
-        kernel: size for kernel, size in kernels.items() if size and not any(part in kernel for part in ALLOWED_SPILLS)
-    }
-    assert not spilling
 
 
 # ---- Registered kernels ----
@@ -140,6 +93,35 @@ def test_build_errors_name_the_remedy(environment: dict[str, str], message: str,
     assert message.format(empty=empty) in join_lines(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("known", "archs"),
+    [
+        ("75 80 86 87 89 90 100 120 121", "7.5;8.0;8.6;9.0+PTX;12.0+PTX"),
+        ("50 60 70 75 80 86 89 90 90a", "7.5;8.0;8.6;9.0+PTX"),
+        ("80 86", "8.0;8.6+PTX"),
+    ],
+    ids=["CUDA 13", "CUDA 12.0", "few"],
+)
+def test_default_architectures_are_those_that_nvcc_knows(known: str, archs: str, tmp_path: Path) -> None:
+    fake_nvcc(tmp_path, known)
+    assert cuda_counts.build().default_archs(tmp_path) == archs
+
+
+def test_the_build_plan_shows_the_architectures(tmp_path: Path) -> None:
+    """The build fails after the plan, because the C++ compiler is `false`."""
+    fake_nvcc(tmp_path, "80 90")
+    environment = {"CXX": "false", "CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": ""}
+    done = python("setup.py", "build_ext", "--build-lib", str(tmp_path / "library"), cwd=ROOT, **environment)
+    assert done.returncode != 0
+    assert re.search(r"^  CUDA archs +8\.0;9\.0\+PTX$", done.stderr, re.MULTILINE), done.stderr
+
+
+def fake_nvcc(home: Path, known: str) -> None:
+    (home / "bin").mkdir()
+    (home / "bin/nvcc").write_text(f"#!/bin/sh\nprintf 'sm_%s\\n' {known}\n")
+    (home / "bin/nvcc").chmod(0o755)
+
+
 def test_build_without_torch_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     done = python("setup.py", "build_ext", cwd=ROOT, path=tmp_path)
@@ -197,6 +179,65 @@ except RuntimeError as error:
     missing, error = done.stdout.splitlines()
     assert missing.startswith("not built (build with nvcc on PATH or CUDA_HOME set")
     assert error == f"relops.some_op: got CUDA tensors, but relops._cuda is {missing}"
+
+
+@pytest.mark.parametrize(
+    ("code", "runs"),
+    [
+        ("sm_86", ["8.6", "8.9"]),
+        ("sm_90", ["9.0"]),
+        ("compute_90", ["9.0", "10.0", "10.3", "11.0", "12.0", "12.1"]),
+        ("sm_90a", ["9.0"]),
+        ("compute_90a", ["9.0"]),
+        ("sm_100f", ["10.0", "10.3"]),
+        ("sm_120", ["12.0", "12.1"]),
+    ],
+)
+def test_gpus_that_run_the_code(code: str, runs: list[str]) -> None:
+    gpus = ["7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"]
+    assert [gpu for gpu in gpus if _library.runs_on(code, tuple(map(int, gpu.split("."))))] == runs
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pretend that relops._cuda is loaded, and that cuda:0 is a GPU with compute capability 7.0."""
+    build = {**_library.build_info(), "cuda_archs": "sm_75 sm_80 compute_80"}
+    monkeypatch.setattr(_library, "cuda_missing", None)
+    monkeypatch.setattr(_library, "build_info", lambda: build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    _library._find_cuda_problem.cache_clear()
+    yield
+    _library._find_cuda_problem.cache_clear()
+
+
+UNUSABLE = (
+    "relops.some_op: got CUDA tensors, but Tesla V100 has compute capability 7.0, and relops._cuda was built for sm_75 "
+    "sm_80 compute_80. Build it again with TORCH_CUDA_ARCH_LIST=7.0, or with a list that contains 7.0"
+)
+
+
+def test_error_for_a_gpu_that_the_build_does_not_support(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(UNUSABLE)}$"):
+            _library.check_device_has_kernels("some_op", torch.device(device))
+    _library.check_device_has_kernels("some_op", torch.device("cuda:1"))  # of fake tensors: no such GPU exists
+    _library._find_cuda_problem.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    _library.check_device_has_kernels("some_op", torch.device("cuda"))
+
+
+def test_a_graph_is_traced_past_the_check_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_find_cuda_problem", functools.cache(lambda device: None))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def function(x: torch.Tensor) -> torch.Tensor:
+        _library.check_device_has_kernels("some_op", torch.device("cuda"))
+        return x + 1
+
+    assert function(torch.zeros(1)) == 1
 
 
 def test_info_command(tmp_path: Path) -> None:
