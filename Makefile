@@ -6,6 +6,7 @@
 # make docs      set up, build, and write the documentation to build/docs
 # make bench     set up, build, run all benchmarks, and write results, plots and docs/performance.md
 # make sanitize  set up, build, and run tests of every CUDA kernel under compute-sanitizer; needs a GPU
+# make prove     set up, build for the GPU of this machine, and run the tests, the sanitizers and all benchmarks on it
 #
 # PYTHON   the Python that creates the virtual environment (python3)
 # VENV     the folder of the virtual environment (.venv)
@@ -20,7 +21,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 # This file makes pip keep the installed version of torch, because some packages (timm) would replace it.
 PIN := $(VENV)/torch-pin.txt
 
-.PHONY: run test quick docs bench sanitize memcheck racecheck synccheck build info lint oldest clean
+.PHONY: run test quick docs bench sanitize prove build info lint oldest clean
 
 run: export RELOPS_CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 || echo 0)
 # Some of the quick benchmarks compare with SciPy. The full benchmarks (make bench) need more packages.
@@ -47,16 +48,14 @@ bench: build
 	$(PY) -m benchmarks.run
 	$(PY) -m benchmarks.report
 
-# These tests run the forward and backward passes of every op on all sample inputs, in float32 and, with the
-# deterministic kernels, in bfloat16. torch's memory cache is off, so every tensor has its own allocation and an access
-# beyond its end is detected.
-SANITIZERS := memcheck racecheck synccheck
-sanitize: $(SANITIZERS)
-$(SANITIZERS): build $(VENV)/installed
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $@ --kernel-name kernel_substring=relops \
-	  --report-api-errors no --error-exitcode 1 \
-	  $(PY) -m pytest -q tests/test_contract.py tests/test_contract_selection.py -k "cuda and (test_equals_twin \
-	  or test_matches_twin and torch.float32-torch.float32 or test_deterministic and torch.bfloat16)"
+# Only for the GPU of this machine, or for 9.0 without a GPU. Parts that passed are not repeated unless FRESH=1.
+prove: export TORCH_CUDA_ARCH_LIST := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1),9.0)
+prove: $(VENV)/installed
+	$(PIP) -c $(PIN) -e '.[bench]' --no-build-isolation
+	$(PY) -m benchmarks.prove $(if $(FRESH),--fresh)
+
+sanitize: build $(VENV)/installed
+	$(PY) -m benchmarks.prove --only memcheck racecheck synccheck initcheck
 
 # The build is incremental: it compiles only what changed.
 build: $(VENV)/can-build
