@@ -284,8 +284,8 @@ def read_cubin(path: Path) -> list[Kernel]:
         elif attribute == "EIATTR_MAX_THREADS" and (found := re.match(r"\s*Value:\s*(.*)", line)):
             x, y, z = (int(value, 16) for value in found[1].split())
             threads[name] = x * y * z
-    # cuobjdump adds the reserved bytes to the static shared memory of kernels that have some.
-    reserved = ARCHITECTURES[arch].reserved if arch in ARCHITECTURES else 0
+    # From sm_90 on, cuobjdump adds the reserved bytes to the static shared memory of kernels that have some.
+    reserved = ARCHITECTURES[arch].reserved if int(arch) >= 90 else 0
     return [
         Kernel(
             name=short,
@@ -307,6 +307,8 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def shorten(name: str) -> str:
+    if kernel := re.match(r"(?:void )?cub::[^<]*?(\w+)<", name):  # its namespaces and arguments depend on the version
+        return f"cub::{kernel[1]}"
     name = re.sub(r"\(anonymous namespace\)::|\b(relops|c10)::|^void |\((int|bool|long|unsigned int)\)", "", name)
     depth = 0
     for i, character in enumerate(name):
@@ -367,7 +369,7 @@ def describe(kernel: Kernel, dynamic: int, threads: int | None) -> Iterator[str]
     yield f"{kernel.name}  sm_{kernel.arch}"
     threads = threads or kernel.threads
     words = f"  {kernel.registers} registers, {kernel.shared + dynamic} bytes of shared memory, {kernel.stack} of stack"
-    if threads and kernel.arch in ARCHITECTURES:
+    if threads:
         blocks = blocks_per_multiprocessor(kernel.arch, kernel.registers, threads, kernel.shared + dynamic)
         words += f", {threads} threads: {blocks} blocks a multiprocessor"
     yield words
@@ -390,22 +392,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("pattern", help="a regular expression that part of the kernel's name matches")
     parser.add_argument("files", nargs="*", type=Path, help=".cubin, .o, .so or .cu files (default: the last build)")
-    parser.add_argument("--arch", default="90", help="the architecture (default: 90)")
+    parser.add_argument("--arch", default="90", choices=ARCHITECTURES, help="the architecture (default: 90)")
     parser.add_argument("--shared", type=int, default=0, help="the bytes of dynamic shared memory of a block")
     parser.add_argument("--threads", type=int, help="the threads of a block (default: the launch bound)")
     options = parser.parse_args(argv)
     files = options.files or built_objects()
     if not files:
         parser.error("there is no build: name a .cu or .cubin file, or run `make build` first")
-    arch = options.arch.removeprefix("sm_")
     found = False
     for path in files:
-        for kernel in kernels_of(path, arch):
+        for kernel in kernels_of(path, options.arch):
             if re.search(options.pattern, kernel.name):
                 found = True
                 print(*describe(kernel, options.shared, options.threads), "", sep="\n")
     if not found:
-        print(f"No kernel for sm_{arch} matches {options.pattern!r}.", file=sys.stderr)
+        print(f"No kernel for sm_{options.arch} matches {options.pattern!r}.", file=sys.stderr)
     return 0 if found else 1
 
 

@@ -52,6 +52,11 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def pytest_configure() -> None:
+    if os.environ.get("RELOPS_REQUIRE_GPU") == "1" and (reason := why_no_cuda()):
+        raise pytest.UsageError(f"RELOPS_REQUIRE_GPU=1, but {reason}")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if why_no_cuda():
         terminalreporter.write_line(f"Tests ran on the CPU only. CUDA: {why_no_cuda()}")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import prove
 from benchmarks.prove import FAILED, NOT_RUN, PASSED, TIMED_OUT, Part, Result
@@ -68,14 +69,9 @@ def test_parts_that_failed_or_ran_out_of_time_run_again(root: Path) -> None:
 
 def test_processes_of_a_part_end_with_it(root: Path) -> None:
     pid = root / "pid"
-    child = "import time; time.sleep(60)"
-    program = (
-        "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        f"open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(60)"
-    )
-    assert statuses(run(root, part("hangs", program, minutes=1 / 12))) == [TIMED_OUT]
-    stat = Path(f"/proc/{pid.read_text()}/stat")
+    hangs = Part("hangs", ["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"], minutes=1 / 20, sources=[])
+    assert statuses(run(root, hangs)) == [TIMED_OUT]
+    stat = Path(f"/proc/{pid.read_text().strip()}/stat")
     deadline = time.monotonic() + 10
     while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -142,6 +138,15 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
     (path,) = tmp_path.glob("*/nms.json")
     assert [row["shape"] for row in json.loads(path.read_text())["rows"]] == ["first", "second"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_suite_can_require_a_gpu() -> None:
+    environment = {**os.environ, "RELOPS_REQUIRE_GPU": "1"}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_nms.py"]
+    done = subprocess.run(command, cwd=prove.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "RELOPS_REQUIRE_GPU=1, but no GPU visible to torch" in done.stderr
 
 
 def test_an_unknown_part_is_an_error(capsys: pytest.CaptureFixture) -> None:
