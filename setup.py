@@ -92,7 +92,7 @@ def gpu_codes() -> list[str]:
     """Return what nvcc generates for the architectures, for example sm_90 and compute_90 (PTX) for 9.0+PTX."""
     names = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
     flags = " ".join([*cpp_extension._get_cuda_arch_flags(), *(os.environ.get(name, "") for name in names)])
-    return re.findall(r"\bcode=(\w+)", flags)
+    return sorted(set(re.findall(r"\bcode=(\w+)", flags)), key=lambda code: (int(re.sub(r"\D", "", code)), code))
 
 
 def version() -> str:

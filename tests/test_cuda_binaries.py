@@ -91,6 +91,7 @@ def test_kernels_fit(source: str, arch: str) -> None:
 
 
 def test_the_command_writes_the_table_in_its_format() -> None:
+    assert list(TABLE["sources"]) == SOURCES, REMEDY
     assert cuda_binaries.PINS.read_text() == cuda_binaries.format_table(TABLE)
 
 

@@ -180,8 +180,12 @@ def write_table(part: str) -> None:
     """Write the counts of the sources whose path contains `part` into the table."""
     table = read_table()
     table["nvcc"] = nvcc_release()
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
+    if missing := [source for source, rows in table["sources"].items() if rows["kernels"] and source not in sources]:
+        raise SystemExit(f"{missing[0]} does not exist. Move its kernels in {PINS.name} to another source.")
+    table["sources"] = {source: table["sources"].get(source, {"kernels": {}}) for source in sources}
     for source, rows in table["sources"].items():
-        if part not in source:
+        if part not in source and "stacks" in rows:
             continue
         entries = rows["kernels"]
         kernels = {kernel.name: kernel for kernel in compiled(source, PINNED_ARCH)[1]}
