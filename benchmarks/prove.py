@@ -80,17 +80,10 @@ def make_parts(capability: str | None) -> list[Part]:
     pytest = [sys.executable, "-m", "pytest", "-q"]
     suite = ["tests", "relops", "docs", "README.md", "CONTRIBUTING.md", "--doctest-modules", "--markdown-docs"]
     suite += ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
-    on_gpu = {"RELOPS_REQUIRE_GPU": "1"}
+    on_gpu, passive = {"RELOPS_REQUIRE_GPU": "1"}, {"OMP_WAIT_POLICY": "passive"}
     parts = [
         Part("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 10, code, build, no_nvcc),
-        Part(
-            "tests",
-            [*pytest, *suite],
-            10,
-            (*code, "tests", "benchmarks", "docs"),
-            on_gpu | {"OMP_WAIT_POLICY": "passive"},
-            no_gpu,
-        ),
+        Part("tests", [*pytest, *suite], 10, (*code, "tests", "benchmarks", "docs"), passive | on_gpu, no_gpu),
     ]
     # The forward and backward passes of every op on all sample inputs, in float32 and, with the deterministic kernels,
     # in bfloat16. torch's memory cache is off, so every tensor has its own allocation and an access beyond its end is
@@ -144,7 +137,8 @@ def run_part(part: Part, machine: str, state: Path, deadline: float) -> Result:
     temporary = record.with_suffix(".tmp")
     temporary.write_text(json.dumps({"status": status, "seconds": seconds, "fingerprint": mark, "machine": machine}))
     temporary.replace(record)
-    return Result(part.name, status, f"{seconds} s" + ("" if status == PASSED else f", see {folder}/output.txt"))
+    output = "" if status == PASSED else f", see {os.path.relpath(folder, ROOT)}/output.txt"
+    return Result(part.name, status, f"{seconds} s{output}")
 
 
 def run_command(part: Part, log: Path, limit: float) -> str:
@@ -183,7 +177,7 @@ def run_parts(parts: Sequence[Part], machine: str, state: Path, minutes: float) 
 
     def run(part: Part) -> Result:
         if any(result.part == "build" and result.status in (FAILED, TIMED_OUT) for result in results):
-            return Result(part.name, NOT_RUN, "the build failed")
+            return Result(part.name, NOT_RUN, "the build did not pass")
         return run_part(part, machine, state, deadline)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
