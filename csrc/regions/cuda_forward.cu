@@ -1,91 +1,24 @@
 // roi_align, roi_pool, ps_roi_align, ps_roi_pool, prroi_pool, multi_scale_roi_align on CUDA: the forward pass, and the
-// gradient of the boxes.
+// registration of both passes.
 //
-// A block processes one region. First, its threads convert the box to taps in shared memory, with one thread per bin
-// and axis. The conversion is done once per region, not once per channel. Then:
-//
-// - channels_last: a warp computes one bin at a time. Each lane processes 16 bytes of neighboring channels, so every
-//   access is coalesced.
-// - NCHW: a warp computes one channel at a time. First, for each row of bins, it combines the rows of pixels into one
-//   row in shared memory, with one lane per column. Then each lane adds up the few columns of a bin. Each pixel is
-//   loaded about once per row of bins, in full sectors. With one thread per output instead, each thread would load 16
-//   scattered pixels.
-//
-// Both kernels are bound by L1 and L2 traffic, because regions overlap and read the map from L2 many times.
+// - NCHW: a block copies a tile of the map with the surrounding pixels to shared memory, for the channels that fill 16
+//   bytes, so that each pixel is loaded from L2 about once or twice, whatever number of boxes reads it. Then the block
+//   computes the bins that begin in the tile. Each thread computes a bin of all these channels, so it looks up the taps
+//   of the bin once for all of them. The kernel is bound by shared memory and by the copies.
+// - channels_last: a block processes one region, and a warp computes one bin at a time. Each lane processes 16 bytes of
+//   neighboring channels, so every access is coalesced. The kernel is bound by the traffic from L2, because regions
+//   overlap and read the map many times.
+// - Bins that are larger than what surrounds a tile, position-sensitive ops, and maps with thousands of rows or
+// columns:
+//   each thread computes one output.
 
-#include "common/cuda/partial_sums.cuh"
-#include "regions/cuda.cuh"
+#include "regions/cuda_taps.cuh"
+#include "regions/cuda_tiles.cuh"
 #include "regions/ops.h"
 
 namespace relops {
 
 namespace {
-
-// The taps of a region on one axis, in shared memory. Bin b has the taps [begin[b], begin[b + 1]).
-template <class Compute>
-struct SharedTaps {
-  int* begin;
-  int* pixel;
-  Compute *weight, *slope_first, *slope_last;
-
-  RELOPS_HOST_DEVICE static size_t bytes(int64_t bins, int64_t max_taps, bool slopes) {
-    return max_taps * sizeof(Compute) * (slopes ? 3 : 1) + (max_taps + bins + 1) * sizeof(int) + sizeof(Compute);
-  }
-  // Allocates the taps at `memory` and advances `memory` past them.
-  __device__ static SharedTaps allocate(char*& memory, int bins, int max_taps, bool slopes) {
-    SharedTaps taps{};
-    taps.weight = reinterpret_cast<Compute*>(memory);
-    taps.slope_first = slopes ? taps.weight + max_taps : nullptr;
-    taps.slope_last = slopes ? taps.weight + 2 * max_taps : nullptr;
-    taps.pixel = reinterpret_cast<int*>(taps.weight + (slopes ? 3 : 1) * max_taps);
-    taps.begin = taps.pixel + max_taps;
-    memory += (bytes(bins, max_taps, slopes) / sizeof(Compute)) * sizeof(Compute);
-    return taps;
-  }
-};
-
-// Finds the taps of all bins of an axis, with one thread per bin. If `readable` is false, there are no taps. All
-// threads of the block must call this function.
-template <class Compute>
-__device__ void find_taps(const RegionAxis& axis, bool readable, int max_taps, const SharedTaps<Compute>& taps) {
-  for (int bin = threadIdx.x; bin < axis.bins; bin += blockDim.x) {
-    // Positions ascend, so a pixel that the bin has already read is one of the last two distinct pixels.
-    int count = 0, last = -1, second_last = -1;
-    if (readable)
-      for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int pixel, double, double, double) {
-        if (pixel == last || pixel == second_last) return;
-        second_last = last;
-        last = pixel;
-        ++count;
-      });
-    taps.begin[bin + 1] = count;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    taps.begin[0] = 0;
-    for (int bin = 0; bin < axis.bins; ++bin)
-      taps.begin[bin + 1] = min(taps.begin[bin] + taps.begin[bin + 1], max_taps);
-  }
-  __syncthreads();
-  for (int bin = threadIdx.x; bin < axis.bins && readable; bin += blockDim.x) {
-    int next = taps.begin[bin];
-    const int begin = next, end = taps.begin[bin + 1];
-    for_each_tap<Compute>(axis, bin, 0, axis.size - 1, [&](int pixel, double weight, double first, double last) {
-      int tap = next;
-      for (int i = next - 1; i >= begin && i >= next - 2; --i)
-        if (taps.pixel[i] == pixel) tap = i;
-      if (tap == end) return;
-      const bool is_new = tap == next;
-      next += is_new;
-      taps.pixel[tap] = pixel;
-      taps.weight[tap] = static_cast<Compute>(weight) + (is_new ? 0 : taps.weight[tap]);
-      if (taps.slope_first == nullptr) return;
-      taps.slope_first[tap] = static_cast<Compute>(first) + (is_new ? 0 : taps.slope_first[tap]);
-      taps.slope_last[tap] = static_cast<Compute>(last) + (is_new ? 0 : taps.slope_last[tap]);
-    });
-  }
-  __syncthreads();
-}
 
 // Accumulates a pixel into a weighted sum or a maximum. The maximum ignores NaN, as in torchvision.
 template <bool kMaximum, class Compute>
@@ -101,6 +34,143 @@ __device__ __forceinline__ Compute initial_value(bool empty) {
   return kMaximum && !empty ? -static_cast<Compute>(INFINITY) : Compute(0);
 }
 
+// ---- Tiles of NCHW maps ----
+
+constexpr int kTileSide = 32;
+constexpr int kMaxExtent = 15;  // a bin that spans more rows or columns is not computed from tiles
+constexpr int kWindowSide = kTileSide + kMaxExtent - 1;
+constexpr int kTapBytes = 11 << 10;                 // shared memory for the taps of bins
+constexpr int kBatchBoxes = 32, kBatchLines = 512;  // limits for the bins that a block computes at a time
+
+// A tap of a bin: the offset of its row or column in the window, and its weight.
+template <class Compute>
+struct alignas(2 * sizeof(Compute)) WindowTap {
+  Compute weight;
+  int offset;
+};
+
+template <class P, bool kMaximum>
+__global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(const __grid_constant__ P p,
+                                                                         const __grid_constant__ RegionTiles tiles,
+                                                                         int taps_per_bin) {
+  using T = typename P::T;
+  using Compute = typename P::Compute;
+  constexpr int V = 16 / sizeof(T), kTaps = kTapBytes / sizeof(WindowTap<Compute>);
+  // The taps of the bins of a box must fit.
+  constexpr int kBins = sizeof(Compute) == 8 ? 16 : 32;
+  static_assert(2 * kBins <= kBatchLines && 2 * kBins * kMaxExtent <= kTaps);
+  __shared__ Pack<T, V> window[kWindowSide * kWindowSide];
+  __shared__ WindowTap<Compute> taps[kTaps];
+  __shared__ unsigned char tap_counts[kBatchLines];
+  __shared__ unsigned own_bins[kBatchBoxes][2];  // the rows and the columns of bins that begin in the tile, as bits
+  __shared__ int max_extent;
+  __shared__ Tile tile;  // in shared memory, because registers are short
+  if (threadIdx.x == 0) tile = tile_of_block<kTileSide>(p, tiles);
+  __syncthreads();
+  const RegionLevel<T>& level = p.levels[tile.level];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channel = blockIdx.y * V;
+  const int bins = p.PH * p.PW, lines = p.PH + p.PW;
+  bool loaded = false;
+
+  // Copies the tile and the pixels below and to the right of it that its bins may read.
+  const auto load_window = [&](const int* list, int count, bool is_all) {
+    if (threadIdx.x == 0) max_extent = is_all ? 1 : kMaxExtent;
+    __syncthreads();
+    if (is_all && threadIdx.x < count) atomicMax(&max_extent, p.boxes[list[threadIdx.x]].extent);
+    __syncthreads();
+    const int rows = min(kTileSide + max_extent - 1, level.H - tile.top);
+    const int columns = min(kTileSide + max_extent - 1, level.W - tile.left);
+    const int64_t plane = int64_t{level.H} * level.W;
+    const T* origin = level.input + (int64_t{tile.image} * p.channels + channel) * plane + tile.left;
+    const int planes = min(V, p.channels - channel);
+    for (int i = threadIdx.x; i < rows * kWindowSide; i += kRegionThreads) {
+      const int row = i / kWindowSide, column = i - row * kWindowSide;
+      if (column >= columns) continue;
+      const T* pixel = origin + int64_t{tile.top + row} * level.W + column;
+      Pack<T, V> pack;
+#pragma unroll
+      for (int v = 0; v < V; ++v) pack.x[v] = load_pack<T, 1>(pixel + v * plane, v < planes).x[0];
+      window[i] = pack;
+    }
+  };
+
+  for_each_list(tiles, [&](const int* list, int count, bool is_all) {
+    if (!loaded) load_window(list, count, is_all);
+    loaded = true;
+    for (int ph = 0; ph < p.PH; ph += kBins)
+      for (int pw = 0; pw < p.PW; pw += kBins) {
+        // A line is a row or a column of bins.
+        const int bin_rows = min(kBins, p.PH - ph), batch_lines = bin_rows + min(kBins, p.PW - pw);
+        const int batch = min(min(kTaps / taps_per_bin, kBatchLines) / batch_lines, kBatchBoxes);
+        for (int first = 0; first < count; first += batch) {
+          const int boxes = min(batch, count - first);
+          if (threadIdx.x < 2 * boxes) own_bins[threadIdx.x / 2][threadIdx.x % 2] = 0;
+          __syncthreads();
+          // Each thread finds the taps of a line.
+          for (int i = threadIdx.x; i < boxes * batch_lines; i += kRegionThreads) {
+            const int b = i / batch_lines, line = i - b * batch_lines;
+            const bool is_x = line >= bin_rows;
+            const int bin = is_x ? line - bin_rows : line, size = is_x ? level.W : level.H;
+            const int begin = is_x ? tile.left : tile.top, k = list[first + b];
+            const RegionBin<Compute> region_bin = p.bins[int64_t{k} * lines + (is_x ? p.PH + pw : ph) + bin];
+            const int own = own_pixel(region_bin, size) - begin;
+            if (own < 0 || own >= kTileSide) continue;
+            atomicOr(&own_bins[b][is_x], 1u << bin);
+            WindowTap<Compute>* const bin_taps = taps + i * taps_per_bin;
+            const int stride = is_x ? 1 : kWindowSide;
+            int next = 0;
+            for_each_tap(p.spec.kind, region_bin, is_x ? p.boxes[k].weight_x : p.boxes[k].weight_y, size, 0, size - 1,
+                         [&](int pixel, Compute weight) {
+                           // Positions ascend, so a pixel that the bin has already read is one of the last two.
+                           const int offset = (pixel - begin) * stride;
+                           int tap = next;
+                           for (int j = next - 1; j >= 0 && j >= next - 2; --j)
+                             if (bin_taps[j].offset == offset) tap = j;
+                           if (tap == next) bin_taps[next++] = {0, offset};
+                           bin_taps[tap].weight += weight;
+                         });
+            tap_counts[i] = next;
+          }
+          __syncthreads();
+          // Each warp computes the bins of a box, and each lane one of them at a time.
+          for (int b = warp; b < boxes; b += kRegionWarps) {
+            const unsigned own_rows = own_bins[b][0], own_columns = own_bins[b][1];
+            const int first_row = __ffs(own_rows) - 1, first_column = __ffs(own_columns) - 1;
+            const int columns = __popc(own_columns), outputs = __popc(own_rows) * columns;
+            for (int o = lane; o < outputs; o += 32) {
+              const int row = first_row + o / columns, column = first_column + o % columns;
+              const int y_line = b * batch_lines + row, x_line = b * batch_lines + bin_rows + column;
+              const WindowTap<Compute>*y_taps = taps + y_line * taps_per_bin, *x_taps = taps + x_line * taps_per_bin;
+              const int y_count = tap_counts[y_line], x_count = tap_counts[x_line];
+              Compute result[V];
+#pragma unroll
+              for (int v = 0; v < V; ++v) result[v] = initial_value<kMaximum, Compute>(y_count == 0 || x_count == 0);
+              for (int i = 0; i < y_count; ++i) {
+                const WindowTap<Compute> y = y_taps[i];
+                for (int j = 0; j < x_count; ++j) {
+                  const WindowTap<Compute> x = x_taps[j];
+                  const Pack<T, V> pack = window[y.offset + x.offset];
+                  const Compute weight = y.weight * x.weight;
+#pragma unroll
+                  for (int v = 0; v < V; ++v) accumulate<kMaximum>(result[v], static_cast<Compute>(pack.x[v]), weight);
+                }
+              }
+              T* out =
+                  p.output + (int64_t{list[first + b]} * p.channels + channel) * bins + (ph + row) * p.PW + pw + column;
+#pragma unroll
+              for (int v = 0; v < V; ++v)
+                if (channel + v < p.channels) out[int64_t{v} * bins] = static_cast<T>(result[v]);
+            }
+          }
+          __syncthreads();
+        }
+      }
+  });
+}
+
+// ---- Other kernels ----
+
+// Fills the outputs of a region that this block would compute.
 template <class P>
 __device__ void fill_region(const P& p, int64_t k, typename P::Compute value) {
   const int64_t size = int64_t{p.out_channels} * p.PH * p.PW;
@@ -108,53 +178,47 @@ __device__ void fill_region(const P& p, int64_t k, typename P::Compute value) {
     p.output[k * size + i] = static_cast<typename P::T>(value);
 }
 
-// Computes one output in one thread, pixel by pixel. The strides are in elements.
-template <bool kMaximum, class Compute, class T>
-__device__ Compute pool_pixels(const SharedTaps<Compute>& y, const SharedTaps<Compute>& x, int ph, int pw,
-                               const T* origin, int64_t row_stride, int64_t column_stride) {
-  const int y_end = y.begin[ph + 1], x_begin = x.begin[pw], x_end = x.begin[pw + 1];
-  Compute result = initial_value<kMaximum, Compute>(y.begin[ph] == y_end || x_begin == x_end);
-  for (int i = y.begin[ph]; i < y_end; ++i) {
-    const T* row = origin + y.pixel[i] * row_stride;
-    for (int j = x_begin; j < x_end; ++j)
-      accumulate<kMaximum>(result, static_cast<Compute>(row[x.pixel[j] * column_stride]), y.weight[i] * x.weight[j]);
-  }
-  return result;
+// Finds the taps of box k on both axes.
+template <class P, class Compute>
+__device__ __forceinline__ void find_box_taps(const P& p, int64_t k, const RegionBox<Compute>& box, int H, int W,
+                                              MaxTaps max_taps, const SharedTaps<Compute>& y,
+                                              const SharedTaps<Compute>& x) {
+  const RegionBin<Compute>* bins = p.bins + k * (p.PH + p.PW);
+  find_taps(p.PH, max_taps.y, y,
+            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[bin], box.weight_y, H, 0, H - 1, tap); });
+  find_taps(p.PW, max_taps.x, x,
+            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[p.PH + bin], box.weight_x, W, 0, W - 1, tap); });
 }
 
 // Computes the forward pass on channels_last maps. Each lane computes V neighboring channels.
 template <class P, bool kMaximum, int V>
-__global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const __grid_constant__ P p) {
+__global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const __grid_constant__ P p,
+                                                                          MaxTaps max_taps) {
   using T = typename P::T;
   using Compute = typename P::Compute;
   extern __shared__ __align__(16) char memory[];
   char* free_memory = memory;
   const int64_t k = blockIdx.x;
-  const RegionSource from = region_source(p, k);
-  if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
-  const SharedTaps<Compute> y = SharedTaps<Compute>::allocate(free_memory, p.PH, p.max_taps_y, false);
-  const SharedTaps<Compute> x = SharedTaps<Compute>::allocate(free_memory, p.PW, p.max_taps_x, false);
-  find_taps(region_axis(p, from.level, k, false), from.finite, p.max_taps_y, y);
-  find_taps(region_axis(p, from.level, k, true), from.finite, p.max_taps_x, x);
-  const RegionLevel<T>& level = p.levels[from.level];
+  const RegionBox<Compute> box = p.boxes[k];
+  if (box.map < 0) return fill_region(p, k, box.map == kNotInBatch ? static_cast<Compute>(NAN) : Compute(0));
+  const int image = box.map / p.L;
+  const RegionLevel<T>& level = p.levels[box.map - image * p.L];
+  const SharedTaps<Compute> y = SharedTaps<Compute>::allocate(free_memory, p.PH, max_taps.y, false);
+  const SharedTaps<Compute> x = SharedTaps<Compute>::allocate(free_memory, p.PW, max_taps.x, false);
+  find_box_taps(p, k, box, level.H, level.W, max_taps, y, x);
   const int64_t column = p.channels, row = column * level.W;
-  const T* image = level.input + from.image * row * level.H;
+  const T* origin = level.input + image * row * level.H;
   const int lane = threadIdx.x % 32, bins = p.PH * p.PW;
   for (int bin = blockIdx.y * kRegionWarps + threadIdx.x / 32; bin < bins; bin += gridDim.y * kRegionWarps) {
     const int ph = bin / p.PW, pw = bin - ph * p.PW;
-    T* out = p.output + (k * bins + bin) * p.out_channels;
-    if (p.spec.position_sensitive) {
-      for (int c = lane; c < p.out_channels; c += 32)
-        out[c] = static_cast<T>(pool_pixels<kMaximum>(y, x, ph, pw, image + int64_t{c} * bins + bin, row, column));
-      continue;
-    }
+    T* out = p.output + (k * bins + bin) * p.channels;
     const int y_begin = y.begin[ph], y_end = y.begin[ph + 1], x_begin = x.begin[pw], x_end = x.begin[pw + 1];
     for (int c = lane * V; c < p.channels; c += 32 * V) {
       Compute result[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) result[v] = initial_value<kMaximum, Compute>(y_begin == y_end || x_begin == x_end);
       for (int i = y_begin; i < y_end; ++i) {
-        const T* pixels = image + y.pixel[i] * row + c;
+        const T* pixels = origin + y.pixel[i] * row + c;
         const Compute weight = y.weight[i];
 #pragma unroll 2
         for (int j = x_begin; j < x_end; ++j) {
@@ -172,263 +236,114 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_pixels_kernel(const 
   }
 }
 
-constexpr int kRowBytes = 2048;  // shared memory for the combined rows of a warp
-
-// Computes the forward pass on NCHW maps.
-template <class P, bool kMaximum>
-__global__ __launch_bounds__(kRegionThreads, 2) void region_planes_kernel(const __grid_constant__ P p) {
+// Computes one output per thread and step, for both layouts. If kStaged, the taps of the box are in shared memory;
+// otherwise, every thread finds the taps of its outputs. The outputs of boxes that region_tiles_kernel computes are
+// left out if `without_tiled` is true.
+template <class P, bool kMaximum, bool kStaged>
+__global__ __launch_bounds__(kRegionThreads, 2) void region_outputs_kernel(const __grid_constant__ P p,
+                                                                           MaxTaps max_taps, bool channels_last,
+                                                                           bool without_tiled) {
   using T = typename P::T;
   using Compute = typename P::Compute;
-  constexpr int kCapacity = kRowBytes / sizeof(Compute);
   extern __shared__ __align__(16) char memory[];
-  char* free_memory = memory + kRegionWarps * kRowBytes;
+  char* free_memory = memory;
   const int64_t k = blockIdx.x;
-  const RegionSource from = region_source(p, k);
-  if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
-  const SharedTaps<Compute> y = SharedTaps<Compute>::allocate(free_memory, p.PH, p.max_taps_y, false);
-  const SharedTaps<Compute> x = SharedTaps<Compute>::allocate(free_memory, p.PW, p.max_taps_x, false);
-  find_taps(region_axis(p, from.level, k, false), from.finite, p.max_taps_y, y);
-  find_taps(region_axis(p, from.level, k, true), from.finite, p.max_taps_x, x);
-  const RegionLevel<T>& level = p.levels[from.level];
-  const int64_t plane = int64_t{level.H} * level.W;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bins = p.PH * p.PW;
-  Compute* rows = reinterpret_cast<Compute*>(memory + warp * kRowBytes);
-
-  // Columns ascend within a bin, and bins ascend or descend. The lowest and the highest column are therefore the first
-  // or last column of a bin.
-  int low = level.W, high = 0;
-  for (int pw = 0; pw < p.PW; ++pw)
-    if (x.begin[pw] < x.begin[pw + 1]) {
-      low = min(low, x.pixel[x.begin[pw]]);
-      high = max(high, x.pixel[x.begin[pw + 1] - 1] + 1);
-    }
-  const int width = max(high - low, 0);
-  const bool lane_per_output = p.spec.position_sensitive || width > kCapacity;
-
-  if (lane_per_output) {
-    const int64_t outputs = int64_t{p.out_channels} * bins;
-    for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs;
-         i += int64_t{gridDim.y} * blockDim.x) {
-      const int bin = static_cast<int>(i % bins), ph = bin / p.PW;
-      const int64_t c = p.spec.position_sensitive ? i : i / bins;
-      const T* origin = level.input + (int64_t{from.image} * p.channels + c) * plane;
-      p.output[k * outputs + i] = static_cast<T>(pool_pixels<kMaximum>(y, x, ph, bin - ph * p.PW, origin, level.W, 1));
-    }
-    return;
+  const RegionBox<Compute> box = p.boxes[k];
+  if (box.map < 0) return fill_region(p, k, box.map == kNotInBatch ? static_cast<Compute>(NAN) : Compute(0));
+  if (without_tiled && box.extent <= kMaxExtent) return;
+  const int image = box.map / p.L;
+  const RegionLevel<T>& level = p.levels[box.map - image * p.L];
+  SharedTaps<Compute> y{}, x{};
+  if constexpr (kStaged) {
+    y = SharedTaps<Compute>::allocate(free_memory, p.PH, max_taps.y, false);
+    x = SharedTaps<Compute>::allocate(free_memory, p.PW, max_taps.x, false);
+    find_box_taps(p, k, box, level.H, level.W, max_taps, y, x);
   }
-  const int max_rows = min(p.PH, kCapacity / max(width, 1));  // rows of bins that fit in shared memory
-  for (int c = blockIdx.y * kRegionWarps + warp; c < p.channels; c += gridDim.y * kRegionWarps) {
-    const T* origin = level.input + (int64_t{from.image} * p.channels + c) * plane + low;
-    T* out = p.output + (k * p.channels + c) * bins;
-    for (int first = 0; first < p.PH; first += max_rows) {
-      const int row_count = min(max_rows, p.PH - first);
-      for (int ph = 0; ph < row_count; ++ph) {
-        const int begin = y.begin[first + ph], end = y.begin[first + ph + 1];
-        for (int column = lane; column < width; column += 32) {
-          Compute result = initial_value<kMaximum, Compute>(begin == end);
-#pragma unroll 4
-          for (int i = begin; i < end; ++i)
-            accumulate<kMaximum>(result, static_cast<Compute>(origin[int64_t{y.pixel[i]} * level.W + column]),
-                                 y.weight[i]);
-          rows[ph * width + column] = result;
-        }
-      }
-      __syncwarp();
-      for (int o = lane; o < row_count * p.PW; o += 32) {
-        const int ph = o / p.PW, pw = o - ph * p.PW;
-        const int begin = x.begin[pw], end = x.begin[pw + 1];
-        const bool empty = begin == end || y.begin[first + ph] == y.begin[first + ph + 1];
-        Compute result = initial_value<kMaximum, Compute>(empty);
-        for (int j = begin; j < end && !empty; ++j)
-          accumulate<kMaximum>(result, rows[ph * width + x.pixel[j] - low], x.weight[j]);
-        out[first * p.PW + o] = static_cast<T>(result);
-      }
-      __syncwarp();
-    }
-  }
-}
-
-// Computes the forward pass on maps with thousands of rows or columns, for both layouts. On such maps, the taps of a
-// region do not fit in shared memory, so every thread finds the taps of its outputs itself.
-template <class P, bool kMaximum>
-__global__ __launch_bounds__(kRegionThreads, 1) void region_outputs_kernel(const __grid_constant__ P p,
-                                                                           bool channels_last) {
-  using T = typename P::T;
-  using Compute = typename P::Compute;
-  const int64_t k = blockIdx.x;
-  const RegionSource from = region_source(p, k);
-  if (!from.in_batch) return fill_region(p, k, static_cast<Compute>(NAN));
-  if (!from.finite) return fill_region(p, k, Compute(0));
-  const RegionAxis y_axis = region_axis(p, from.level, k, false), x_axis = region_axis(p, from.level, k, true);
-  const RegionLevel<T>& level = p.levels[from.level];
-  const int64_t plane = int64_t{level.H} * level.W, bins = int64_t{p.PH} * p.PW, outputs = bins * p.out_channels;
-  for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs; i += int64_t{gridDim.y} * blockDim.x) {
-    const int64_t bin = channels_last ? i / p.out_channels : i % bins,
-                  out = channels_last ? i % p.out_channels : i / bins;
-    const int64_t c = p.spec.position_sensitive ? out * bins + bin : out;
-    const T* origin = level.input + int64_t{from.image} * p.channels * plane + (channels_last ? c : c * plane);
-    const int64_t stride = channels_last ? p.channels : 1;
-    const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
-    Compute result = initial_value<kMaximum, Compute>(false);
-    for_each_tap<Compute>(y_axis, ph, 0, level.H - 1, [&](int y, double y_weight, double, double) {
-      for_each_tap<Compute>(x_axis, pw, 0, level.W - 1, [&](int x, double x_weight, double, double) {
-        accumulate<kMaximum>(result, static_cast<Compute>(origin[(int64_t{y} * level.W + x) * stride]),
-                             static_cast<Compute>(y_weight * x_weight));
+  const int64_t plane = int64_t{level.H} * level.W, row_stride = int64_t{level.W} * (channels_last ? p.channels : 1);
+  const int64_t column_stride = channels_last ? p.channels : 1, channel_stride = channels_last ? 1 : plane;
+  const int bins = p.PH * p.PW, outputs = bins * p.out_channels;
+  const T* origin = level.input + image * p.channels * plane;
+  for (int i = blockIdx.y * kRegionThreads + threadIdx.x; i < outputs; i += gridDim.y * kRegionThreads) {
+    const int out_channel = channels_last ? i % p.out_channels : i / bins;
+    const int bin = channels_last ? i / p.out_channels : i - out_channel * bins;
+    const int ph = bin / p.PW, pw = bin - ph * p.PW;
+    const int64_t channel = p.spec.position_sensitive ? int64_t{out_channel} * bins + bin : out_channel;
+    const T* pixels = origin + channel * channel_stride;
+    Compute result;
+    const auto add = [&](int row, int column, Compute weight) {
+      accumulate<kMaximum>(result, static_cast<Compute>(pixels[row * row_stride + column * column_stride]), weight);
+    };
+    if constexpr (kStaged) {
+      const int y_end = y.begin[ph + 1], x_begin = x.begin[pw], x_end = x.begin[pw + 1];
+      result = initial_value<kMaximum, Compute>(y.begin[ph] == y_end || x_begin == x_end);
+      for (int a = y.begin[ph]; a < y_end; ++a)
+        for (int b = x_begin; b < x_end; ++b) add(y.pixel[a], x.pixel[b], y.weight[a] * x.weight[b]);
+    } else {
+      const RegionBin<Compute> y_bin = p.bins[k * (p.PH + p.PW) + ph], x_bin = p.bins[k * (p.PH + p.PW) + p.PH + pw];
+      result = initial_value<kMaximum, Compute>(y_bin.count == 0 || x_bin.count == 0);
+      for_each_tap(p.spec.kind, y_bin, box.weight_y, level.H, 0, level.H - 1, [&](int row, Compute y_weight) {
+        for_each_tap(p.spec.kind, x_bin, box.weight_x, level.W, 0, level.W - 1,
+                     [&](int column, Compute x_weight) { add(row, column, y_weight * x_weight); });
       });
-    });
-    if (kMaximum) {
-      const PixelRange y = pixel_range<Compute>(y_axis, ph), x = pixel_range<Compute>(x_axis, pw);
-      if (y.begin >= y.end || x.begin >= x.end) result = 0;
     }
     p.output[k * outputs + i] = static_cast<T>(result);
   }
 }
 
-// The gradient with respect to x1, y1, x2 and y2 of a box.
-template <class Compute>
-struct BoxSums {
-  Compute x_first = 0, y_first = 0, x_last = 0, y_last = 0;
-};
+// ---- Host side ----
 
-// Computes the partial sums of one block for the gradient of box k. Each output of the block contributes its gradient
-// times the pixels that it reads, weighted by the slopes of the taps. `partials` is [blocks,K,5], where `blocks` is the
-// number of blocks per region. The gradient of the batch index is 0. If kStaged, the taps are in shared memory;
-// otherwise, every thread finds them itself.
-template <class P, bool kStaged>
-__global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const __grid_constant__ P p,
-                                                                         bool channels_last,
-                                                                         typename P::Compute* partials) {
-  using T = typename P::T;
-  using Compute = typename P::Compute;
-  extern __shared__ __align__(16) char memory[];
-  __shared__ Compute warp_sums[kRegionWarps][4];
-  char* free_memory = memory;
-  const int64_t k = blockIdx.x;
-  const RegionSource from = region_source(p, k);
-  const bool readable = from.readable();
-  const RegionAxis y_axis = region_axis(p, from.level, k, false), x_axis = region_axis(p, from.level, k, true);
-  SharedTaps<Compute> y{}, x{};
-  if constexpr (kStaged) {
-    y = SharedTaps<Compute>::allocate(free_memory, p.PH, p.max_taps_y, true);
-    x = SharedTaps<Compute>::allocate(free_memory, p.PW, p.max_taps_x, true);
-    find_taps(y_axis, readable, p.max_taps_y, y);
-    find_taps(x_axis, readable, p.max_taps_x, x);
-  }
-  const RegionLevel<T>& level = p.levels[from.level];
-  const int64_t plane = int64_t{level.H} * level.W, bins = int64_t{p.PH} * p.PW, outputs = bins * p.out_channels;
-  BoxSums<Compute> sums;
-  for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs && readable;
-       i += int64_t{gridDim.y} * blockDim.x) {
-    const int64_t bin = channels_last ? i / p.out_channels : i % bins,
-                  out = channels_last ? i % p.out_channels : i / bins;
-    const int64_t c = p.spec.position_sensitive ? out * bins + bin : out;
-    const T* origin = level.input + int64_t{from.image} * p.channels * plane + (channels_last ? c : c * plane);
-    const int64_t stride = channels_last ? p.channels : 1;
-    const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
-    const Compute grad = static_cast<Compute>(p.grad_output[k * outputs + i]);
-    // `sum` is the sum of the pixels of a row times the weights of their columns. sum_first and sum_last use the slopes
-    // of these weights instead.
-    const auto add_row = [&](Compute weight, Compute first, Compute last, Compute sum, Compute sum_first,
-                             Compute sum_last) {
-      sums.x_first += grad * weight * sum_first;
-      sums.x_last += grad * weight * sum_last;
-      sums.y_first += grad * first * sum;
-      sums.y_last += grad * last * sum;
-    };
-    if constexpr (kStaged) {
-      for (int a = y.begin[ph]; a < y.begin[ph + 1]; ++a) {
-        const T* row = origin + int64_t{y.pixel[a]} * level.W * stride;
-        Compute sum = 0, sum_first = 0, sum_last = 0;
-        for (int b = x.begin[pw]; b < x.begin[pw + 1]; ++b) {
-          const Compute pixel = static_cast<Compute>(row[x.pixel[b] * stride]);
-          sum += pixel * x.weight[b];
-          sum_first += pixel * x.slope_first[b];
-          sum_last += pixel * x.slope_last[b];
-        }
-        add_row(y.weight[a], y.slope_first[a], y.slope_last[a], sum, sum_first, sum_last);
-      }
-    } else {
-      for_each_tap<Compute>(y_axis, ph, 0, level.H - 1, [&](int y, double weight, double first, double last) {
-        const T* row = origin + int64_t{y} * level.W * stride;
-        Compute sum = 0, sum_first = 0, sum_last = 0;
-        for_each_tap<Compute>(x_axis, pw, 0, level.W - 1, [&](int x, double w, double slope_first, double slope_last) {
-          const Compute pixel = static_cast<Compute>(row[x * stride]);
-          sum += pixel * static_cast<Compute>(w);
-          sum_first += pixel * static_cast<Compute>(slope_first);
-          sum_last += pixel * static_cast<Compute>(slope_last);
-        });
-        add_row(static_cast<Compute>(weight), static_cast<Compute>(first), static_cast<Compute>(last), sum, sum_first,
-                sum_last);
-      });
-    }
-  }
-  const Compute own[4] = {sums.x_first, sums.y_first, sums.x_last, sums.y_last};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Compute sum = group_sum(own[i], 32);
-    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32][i] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x >= 5) return;
-  Compute sum = 0;
-  for (int warp = 0; warp < kRegionWarps && threadIdx.x > 0; ++warp) sum += warp_sums[warp][threadIdx.x - 1];
-  partials[(blockIdx.y * p.K + k) * 5 + threadIdx.x] = sum;
+template <class P, bool kMaximum>
+void launch_outputs(const RegionProblem& problem, const P& p, bool without_tiled, cudaStream_t stream) {
+  const int64_t outputs = problem.PH * problem.PW * p.out_channels;
+  STD_TORCH_CHECK(outputs < 1 << 30, problem.spec.op, ": a box must have fewer than 2^30 outputs, got ", outputs);
+  const MaxTaps taps = max_taps(problem);
+  const size_t bytes = taps.bytes<typename P::Compute>(p.PH, p.PW, false);
+  const dim3 grid(grid_size(problem.spec.op, problem.K),
+                  blocks_per_region(problem.K, ceil_div(outputs, kRegionThreads)));
+  if (bytes <= kSharedBytes)
+    region_outputs_kernel<P, kMaximum, true>
+        <<<grid, kRegionThreads, bytes, stream>>>(p, taps, problem.channels_last, without_tiled);
+  else
+    region_outputs_kernel<P, kMaximum, false>
+        <<<grid, kRegionThreads, 0, stream>>>(p, taps, problem.channels_last, without_tiled);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// The limit for dynamic shared memory per block. A higher limit would have to be enabled for each kernel.
-constexpr size_t kSharedBytes = 46 << 10;
-
-// Returns the number of blocks per region: enough to occupy every multiprocessor, but at most `work`.
-unsigned blocks_of(int64_t K, int64_t work) {
-  constexpr int64_t kBlocks = 1024;
-  return static_cast<unsigned>(std::clamp<int64_t>(std::min(ceil_div(kBlocks, K), work), 1, 65535));
+template <class P, bool kMaximum>
+void launch_tiles(const RegionProblem& problem, const P& p, cudaStream_t stream) {
+  constexpr int V = 16 / sizeof(typename P::T);
+  RegionTiles tiles{};
+  const Tensor memory = find_tiles<kTileSide>(problem, p, kMaxExtent, [](const auto&) { return true; }, tiles, stream);
+  const bool few_samples = p.spec.kind == RegionKind::kSampled && p.spec.sampling_ratio > 0;
+  const int taps_per_bin = few_samples ? std::min(2 * p.spec.sampling_ratio, kMaxExtent) : kMaxExtent;
+  const int64_t channel_blocks = ceil_div(p.channels, V);
+  STD_TORCH_CHECK(channel_blocks <= 65535, problem.spec.op, ": too many channels for one launch (", p.channels, ")");
+  if (tiles.total > 0) {
+    const dim3 grid(tiles.total, static_cast<unsigned>(channel_blocks));
+    region_tiles_kernel<P, kMaximum><<<grid, kRegionThreads, 0, stream>>>(p, tiles, taps_per_bin);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  launch_outputs<P, kMaximum>(problem, p, true, stream);
 }
 
 template <class P, bool kMaximum>
 void launch_forward(const RegionProblem& problem, const P& p, cudaStream_t stream) {
   using T = typename P::T;
-  using Compute = typename P::Compute;
   constexpr int V = 16 / sizeof(T);
-  const int64_t bins = problem.PH * problem.PW;
-  const size_t taps =
-      SharedTaps<Compute>::bytes(p.PH, p.max_taps_y, false) + SharedTaps<Compute>::bytes(p.PW, p.max_taps_x, false);
-  const unsigned K = grid_size(problem.spec.op, problem.K);
-  if (taps + kRegionWarps * kRowBytes > kSharedBytes) {
-    const dim3 grid(K, blocks_of(problem.K, ceil_div(bins * p.out_channels, kRegionThreads)));
-    region_outputs_kernel<P, kMaximum><<<grid, kRegionThreads, 0, stream>>>(p, problem.channels_last);
-  } else if (!problem.channels_last) {
-    const dim3 grid(K, blocks_of(problem.K, ceil_div(p.channels, 2 * kRegionWarps)));
-    region_planes_kernel<P, kMaximum><<<grid, kRegionThreads, taps + kRegionWarps * kRowBytes, stream>>>(p);
-  } else {
-    const dim3 grid(K, blocks_of(problem.K, ceil_div(bins, kRegionWarps)));
-    bool aligned = p.channels % V == 0 && reinterpret_cast<uintptr_t>(p.output) % 16 == 0;
-    for (int l = 0; l < p.L; ++l) aligned = aligned && reinterpret_cast<uintptr_t>(p.levels[l].input) % 16 == 0;
-    if (aligned)
-      region_pixels_kernel<P, kMaximum, V><<<grid, kRegionThreads, taps, stream>>>(p);
-    else
-      region_pixels_kernel<P, kMaximum, 1><<<grid, kRegionThreads, taps, stream>>>(p);
-  }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <class P>
-void launch_boxes(const RegionProblem& problem, const P& p, typename P::Compute* grad_boxes, cudaStream_t stream) {
-  using Compute = typename P::Compute;
-  const char* op = problem.spec.op;
-  const int64_t outputs = problem.PH * problem.PW * p.out_channels;
-  const unsigned blocks = blocks_of(problem.K, ceil_div(outputs, 4 * kRegionThreads));
-  // If a region has only one block, the partial sums of this block are the gradient.
-  const Tensor memory = torch::stable::new_empty(problem.boxes, {blocks > 1 ? blocks : 0, problem.K, 5});
-  Compute* partials = blocks > 1 ? static_cast<Compute*>(memory.mutable_data_ptr()) : grad_boxes;
-  const size_t taps =
-      SharedTaps<Compute>::bytes(p.PH, p.max_taps_y, true) + SharedTaps<Compute>::bytes(p.PW, p.max_taps_x, true);
-  const dim3 grid(grid_size(op, problem.K), blocks);
-  if (taps <= kSharedBytes)
-    region_boxes_kernel<P, true><<<grid, kRegionThreads, taps, stream>>>(p, problem.channels_last, partials);
+  const MaxTaps taps = max_taps(problem);
+  const size_t bytes = taps.bytes<typename P::Compute>(p.PH, p.PW, false);
+  if (p.spec.position_sensitive || (problem.channels_last && bytes > kSharedBytes))
+    return launch_outputs<P, kMaximum>(problem, p, false, stream);
+  if (!problem.channels_last) return launch_tiles<P, kMaximum>(problem, p, stream);
+  const dim3 grid(grid_size(problem.spec.op, problem.K),
+                  blocks_per_region(problem.K, ceil_div(problem.PH * problem.PW, kRegionWarps)));
+  bool aligned = p.channels % V == 0 && reinterpret_cast<uintptr_t>(p.output) % 16 == 0;
+  for (int l = 0; l < p.L; ++l) aligned = aligned && reinterpret_cast<uintptr_t>(p.levels[l].input) % 16 == 0;
+  if (aligned)
+    region_pixels_kernel<P, kMaximum, V><<<grid, kRegionThreads, bytes, stream>>>(p, taps);
   else
-    region_boxes_kernel<P, false><<<grid, kRegionThreads, 0, stream>>>(p, problem.channels_last, partials);
+    region_pixels_kernel<P, kMaximum, 1><<<grid, kRegionThreads, bytes, stream>>>(p, taps);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (blocks > 1) launch_sum_of_partials(op, partials, blocks, 5 * problem.K, 5 * problem.K, grad_boxes, stream);
 }
 
 Tensor forward(const RegionProblem& p) {
@@ -440,6 +355,7 @@ Tensor forward(const RegionProblem& p) {
     using T = typename decltype(t)::type;
     RegionParams<T> a = make_region_params<T>(p);
     a.output = static_cast<T*>(output.mutable_data_ptr());
+    const Tensor description = describe_boxes(p, a, stream);
     if (p.spec.kind == RegionKind::kMaximum)
       launch_forward<RegionParams<T>, true>(p, a, stream);
     else
@@ -452,13 +368,7 @@ void backward(const RegionProblem& p, const Tensor& grad_output, const Tensor* o
   const torch::stable::accelerator::DeviceGuard guard(p.boxes.get_device_index());
   const cudaStream_t stream = current_stream(p.boxes.get_device_index());
   region_backward_input(p, grad_output, output, stream);
-  if (grad_boxes == nullptr || p.K == 0) return;
-  dispatch_features(p.spec.op, p.dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    RegionParams<T> a = make_region_params<T>(p);
-    a.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
-    launch_boxes(p, a, static_cast<ComputeType<T>*>(grad_boxes->mutable_data_ptr()), stream);
-  });
+  if (grad_boxes != nullptr && p.K > 0) region_backward_boxes(p, grad_output, *grad_boxes, stream);
 }
 
 }  // namespace
