@@ -152,50 +152,58 @@ __device__ __forceinline__ int last_pixel(RegionKind kind, const RegionBin<Compu
   return min(last, size - 1);
 }
 
-// Calls tap(pixel, weight) for the pixels in [low, high] that the bin reads, as for_each_tap in taps.h does.
-// sample_weight is RegionBox::weight_y or weight_x.
+// Returns a / b. The quotient of floats is accurate to 2 units in the last place, and takes no branch.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
+
+// Calls tap(pixel - low, weight) for the pixels in [low, low + count) that the bin reads, as for_each_tap in taps.h
+// does. sample_weight is RegionBox::weight_y or weight_x.
 template <class Compute, class Tap>
 __device__ __forceinline__ void for_each_tap(RegionKind kind, const RegionBin<Compute>& bin, Compute sample_weight,
-                                             int size, int low, int high, Tap tap) {
-  const int first = bin.first;
+                                             int size, int low, int count, Tap tap) {
+  const int first = bin.first - low;
+  const auto visit = [&](int offset, Compute weight) {
+    if (static_cast<unsigned>(offset) < static_cast<unsigned>(count)) tap(offset, weight);
+  };
   switch (kind) {
     case RegionKind::kSampled: {
-      int from = 0, to = bin.count;
+      int sample = 0, end = bin.count;
       if (bin.step > 0) {
-        // Only samples that may read the pixels [low, high] are visited. To allow for rounding, the range is one sample
-        // longer on either side than the division gives.
-        const Compute nearest = (static_cast<Compute>(low - 1 - first) - bin.begin) / bin.step - 1;
-        const Compute farthest = (static_cast<Compute>(high + 1 - first) - bin.begin) / bin.step + 2;
-        if (nearest > 0) from = nearest < to ? static_cast<int>(nearest) : to;
-        if (farthest < to) to = farthest > 0 ? static_cast<int>(farthest) : 0;
+        // Only samples that may read the pixels are visited. To allow for rounding, the range is one sample longer on
+        // either side than the division gives.
+        const Compute nearest = quotient(static_cast<Compute>(-1 - first) - bin.begin, bin.step) - 1;
+        const Compute farthest = quotient(static_cast<Compute>(count - first) - bin.begin, bin.step) + 2;
+        if (nearest > 0) sample = nearest < end ? static_cast<int>(nearest) : end;
+        if (farthest < end) end = farthest > 0 ? static_cast<int>(farthest) : 0;
       }
 #pragma unroll 1
-      for (int sample = from; sample < to; ++sample) {
+      for (; sample < end; ++sample) {
         const Compute position = sample_position(bin, sample, size);
         const int pixel = static_cast<int>(position);
         const Compute right = (position - pixel) * sample_weight;
-        if (first + pixel >= low && first + pixel <= high) tap(first + pixel, sample_weight - right);
-        if (first + pixel + 1 >= low && first + pixel + 1 <= high) tap(first + pixel + 1, right);
+        visit(first + pixel, sample_weight - right);
+        visit(first + pixel + 1, right);
       }
       return;
     }
     case RegionKind::kPrecise: {
-      const Compute length = bin.step - bin.begin;
+      const Compute scale = quotient(Compute(1), bin.step - bin.begin);
 #pragma unroll 1
-      for (int cell = max(first, low - 1); cell < min(first + bin.count, high + 1); ++cell) {
-        const Compute left = static_cast<Compute>(cell - first);
-        const Compute from = bin.begin > left ? bin.begin : left, to = bin.step < left + 1 ? bin.step : left + 1;
-        const Compute part = (to - from) / length, right = part * ((from + to) / 2 - left);
-        if (cell >= low) tap(cell, part - right);
-        if (cell + 1 <= high) tap(cell + 1, right);
+      for (int cell = max(0, -1 - first); cell < min(bin.count, count - first); ++cell) {
+        const Compute from = bin.begin > cell ? bin.begin : static_cast<Compute>(cell);
+        const Compute to = bin.step < cell + 1 ? bin.step : static_cast<Compute>(cell + 1);
+        const Compute part = (to - from) * scale, right = part * ((from + to) / 2 - cell);
+        visit(first + cell, part - right);
+        visit(first + cell + 1, right);
       }
       return;
     }
     case RegionKind::kAveraged:
     case RegionKind::kMaximum: {
-      const Compute weight = kind == RegionKind::kMaximum ? Compute(1) : 1 / static_cast<Compute>(bin.count);
+      const Compute weight =
+          kind == RegionKind::kMaximum ? Compute(1) : quotient(Compute(1), static_cast<Compute>(bin.count));
 #pragma unroll 1
-      for (int pixel = max(first, low); pixel < min(first + bin.count, high + 1); ++pixel) tap(pixel, weight);
+      for (int i = max(0, -first); i < min(bin.count, count - first); ++i) tap(first + i, weight);
       return;
     }
   }
@@ -239,8 +247,8 @@ RegionParams<T> make_region_params(const RegionProblem& p) {
   const int64_t L = p.levels.size(), limit = 2147483647;
   STD_TORCH_CHECK(L <= kMaxRegionLevels, p.spec.op, ": there must be at most ", kMaxRegionLevels,
                   " levels on CUDA, got ", L);
-  STD_TORCH_CHECK(p.N * L <= limit && p.C <= limit, p.spec.op,
-                  ": N times the number of levels and C must be at most 2^31 - 1");
+  STD_TORCH_CHECK(p.N * L <= limit && p.C <= limit && p.K <= limit, p.spec.op,
+                  ": N times the number of levels, C and K must be at most 2^31 - 1");
   RegionParams<T> a{};
   a.spec = p.spec;
   a.N = static_cast<int>(p.N);

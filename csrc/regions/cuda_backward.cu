@@ -50,26 +50,27 @@ constexpr int kGatherChannels = sizeof(T) == 8 ? 2 : 4;  // channels per lane
 // Computes the weights of a tile in bins [ph, ph + kBatchBins) x [pw, pw + kBatchBins) of some boxes, with one thread
 // per row or column of bins. All threads of the block must call this function, which ends with a barrier.
 template <class P, class Compute>
-__device__ __forceinline__ void find_weights(const P& p, const Tile& tile, const int* list, int boxes, int ph, int pw,
-                                             TileWeights<Compute>& weights) {
+__device__ __forceinline__ void find_weights(const P& p, RegionKind kind, const Tile& tile, const int* list, int boxes,
+                                             int ph, int pw, TileWeights<Compute>& weights) {
   if (threadIdx.x < kBatchBoxes * kGatherSide)
     weights.row_bins[threadIdx.x / kGatherSide][threadIdx.x % kGatherSide] = 0;
   if (threadIdx.x < kBatchBoxes) weights.column_bins[threadIdx.x] = 0;
   __syncthreads();
   const int rows = min(kBatchBins, p.PH - ph), lines = rows + min(kBatchBins, p.PW - pw);
+#pragma unroll 1
   for (int i = threadIdx.x; i < boxes * lines; i += kRegionThreads) {
     const int b = i / lines, line = i - b * lines, k = list[b];
     const bool is_x = line >= rows;
-    const int bin = is_x ? line - rows : line, size = is_x ? p.levels[tile.level].W : p.levels[tile.level].H;
-    const int low = is_x ? tile.left : tile.top, high = is_x ? tile.right : tile.bottom;
+    const int bin = is_x ? line - rows : line;
+    const RegionBin<Compute> region_bin = p.bins[int64_t{k} * (p.PH + p.PW) + (is_x ? p.PH + pw : ph) + bin];
+    const Compute sample_weight = is_x ? p.boxes[k].weight_x : p.boxes[k].weight_y;
+    const int size = is_x ? p.levels[tile.level].W : p.levels[tile.level].H, low = is_x ? tile.left : tile.top;
     Compute* const of_bin = is_x ? weights.x[b][bin] : weights.y[b][bin];
     unsigned read = 0;  // the lines of the tile that the bin reads, as bits
-    for_each_tap(p.spec.kind, p.bins[int64_t{k} * (p.PH + p.PW) + (is_x ? p.PH + pw : ph) + bin],
-                 is_x ? p.boxes[k].weight_x : p.boxes[k].weight_y, size, low, high, [&](int pixel, Compute weight) {
-                   const int at = pixel - low;
-                   of_bin[at] = weight + (read >> at & 1 ? of_bin[at] : Compute(0));
-                   read |= 1u << at;
-                 });
+    for_each_tap(kind, region_bin, sample_weight, size, low, min(kGatherSide, size - low), [&](int at, Compute weight) {
+      of_bin[at] = weight + (read >> at & 1 ? of_bin[at] : Compute(0));
+      read |= 1u << at;
+    });
     if (read == 0) continue;
     if (is_x) {
       weights.bin_columns[b][bin] = static_cast<unsigned char>(read);
@@ -100,17 +101,24 @@ __device__ __forceinline__ void store_values(T* out, const Compute (&values)[kSi
   }
 }
 
+// The number of blocks that must fit on a multiprocessor. It limits the number of registers per thread, and with one
+// more block, some kernels would spill registers.
+template <class Compute, Gather kGather>
+constexpr int kGatherBlocks = sizeof(Compute) == 8       ? 2
+                              : kGather == Gather::kMean ? 4
+                                                         : 3;
+
 // Computes the gradient of a tile. The gradients of the outputs and argmax are [K,PH,PW,grad_channels], where
 // grad_channels is a multiple of V; if the op is position-sensitive, the gradients are in the layout of the input.
 template <class P, Gather kGather, bool kChannelsLast>
-__global__ __launch_bounds__(kRegionThreads, sizeof(typename P::Compute) == 8 ? 2 : 4) void region_gather_kernel(
+__global__ __launch_bounds__(kRegionThreads, (kGatherBlocks<typename P::Compute, kGather>)) void region_gather_kernel(
     const __grid_constant__ P p, const __grid_constant__ RegionTiles tiles, int grad_channels, const int* argmax) {
   using T = typename P::T;
   using Compute = typename P::Compute;
   constexpr int V = kGatherChannels<T>;
   __shared__ TileWeights<Compute> weights;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channel = (blockIdx.y * 32 + lane) * V;
-  const int bins = p.PH * p.PW;
+  const unsigned bins = p.PH * p.PW;
   __shared__ Tile tile;  // in shared memory, because registers are short
   if (threadIdx.x == 0) tile = tile_of_block<kGatherSide>(p, tiles);
   __syncthreads();
@@ -125,18 +133,20 @@ __global__ __launch_bounds__(kRegionThreads, sizeof(typename P::Compute) == 8 ? 
       for (int ph = 0; ph < p.PH; ph += kBatchBins)
         for (int pw = 0; pw < p.PW; pw += kBatchBins) {
           const int boxes = min(kBatchBoxes, count - first);
-          find_weights(p, tile, list + first, boxes, ph, pw, weights);
+          find_weights(p, kGather == Gather::kMaximum ? RegionKind::kMaximum : p.spec.kind, tile, list + first, boxes,
+                       ph, pw, weights);
           for (int b = 0; b < boxes && channel < p.channels; ++b) {
             const int64_t k = list[first + b];
             if constexpr (kGather == Gather::kSensitive) {
 #pragma unroll
               for (int v = 0; v < V; ++v) {
-                const int c = channel + v, bin = c % bins, y = bin / p.PW - ph, x = bin % p.PW - pw;
-                if (c >= p.channels || y < 0 || y >= kBatchBins || x < 0 || x >= kBatchBins) continue;
+                const unsigned c = channel + v, bin = c % bins, y = bin / p.PW - ph, x = bin % p.PW - pw;
+                if (c >= p.channels || y >= kBatchBins || x >= kBatchBins) continue;
                 if ((weights.row_bins[b][warp] >> y & weights.column_bins[b] >> x & 1) == 0) continue;
                 const unsigned columns = weights.bin_columns[b][x];
-                const int64_t from = kChannelsLast ? (k * bins + bin) * p.out_channels + c / bins : k * p.channels + c;
-                const Compute grad = weights.y[b][y][warp] * static_cast<Compute>(p.grad_output[from]);
+                const T* grads = p.grad_output + k * p.channels;
+                const Compute grad = weights.y[b][y][warp] *
+                                     static_cast<Compute>(grads[kChannelsLast ? bin * p.out_channels + c / bins : c]);
 #pragma unroll
                 for (int i = 0; i < kGatherSide; ++i)
                   if (columns >> i & 1) sums[i][v] += weights.x[b][x][i] * grad;
@@ -156,10 +166,12 @@ __global__ __launch_bounds__(kRegionThreads, sizeof(typename P::Compute) == 8 ? 
                   const Pack<int, V> maximum = load_pack<int, V>(argmax + (grads - p.grad_output) + from);
                   const int pixel = (tile.top + warp) * p.levels[tile.level].W + tile.left;
 #pragma unroll
-                  for (int i = 0; i < kGatherSide; ++i)
+                  for (int v = 0; v < V; ++v) {
+                    const int column = maximum.x[v] - pixel;
 #pragma unroll
-                    for (int v = 0; v < V; ++v)
-                      if (maximum.x[v] == pixel + i) sums[i][v] += static_cast<Compute>(grad.x[v]);
+                    for (int i = 0; i < kGatherSide; ++i)
+                      if (column == i) sums[i][v] += static_cast<Compute>(grad.x[v]);
+                  }
                 } else {
                   Compute weighted[V];
 #pragma unroll

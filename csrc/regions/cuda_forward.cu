@@ -119,10 +119,10 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(const _
             WindowTap<Compute>* const bin_taps = taps + i * taps_per_bin;
             const int stride = is_x ? 1 : kWindowSide;
             int next = 0;
-            for_each_tap(p.spec.kind, region_bin, is_x ? p.boxes[k].weight_x : p.boxes[k].weight_y, size, 0, size - 1,
-                         [&](int pixel, Compute weight) {
+            for_each_tap(p.spec.kind, region_bin, is_x ? p.boxes[k].weight_x : p.boxes[k].weight_y, size, begin,
+                         size - begin, [&](int pixel, Compute weight) {
                            // Positions ascend, so a pixel that the bin has already read is one of the last two.
-                           const int offset = (pixel - begin) * stride;
+                           const int offset = pixel * stride;
                            int tap = next;
                            for (int j = next - 1; j >= 0 && j >= next - 2; --j)
                              if (bin_taps[j].offset == offset) tap = j;
@@ -145,8 +145,11 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(const _
               Compute result[V];
 #pragma unroll
               for (int v = 0; v < V; ++v) result[v] = initial_value<kMaximum, Compute>(y_count == 0 || x_count == 0);
+            // Unrolled loops would not execute fewer instructions per tap.
+#pragma unroll 1
               for (int i = 0; i < y_count; ++i) {
                 const WindowTap<Compute> y = y_taps[i];
+#pragma unroll 1
                 for (int j = 0; j < x_count; ++j) {
                   const WindowTap<Compute> x = x_taps[j];
                   const Pack<T, V> pack = window[y.offset + x.offset];
@@ -185,9 +188,9 @@ __device__ __forceinline__ void find_box_taps(const P& p, int64_t k, const Regio
                                               const SharedTaps<Compute>& x) {
   const RegionBin<Compute>* bins = p.bins + k * (p.PH + p.PW);
   find_taps(p.PH, max_taps.y, y,
-            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[bin], box.weight_y, H, 0, H - 1, tap); });
+            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[bin], box.weight_y, H, 0, H, tap); });
   find_taps(p.PW, max_taps.x, x,
-            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[p.PH + bin], box.weight_x, W, 0, W - 1, tap); });
+            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[p.PH + bin], box.weight_x, W, 0, W, tap); });
 }
 
 // Computes the forward pass on channels_last maps. Each lane computes V neighboring channels.
@@ -281,8 +284,8 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_outputs_kernel(const
     } else {
       const RegionBin<Compute> y_bin = p.bins[k * (p.PH + p.PW) + ph], x_bin = p.bins[k * (p.PH + p.PW) + p.PH + pw];
       result = initial_value<kMaximum, Compute>(y_bin.count == 0 || x_bin.count == 0);
-      for_each_tap(p.spec.kind, y_bin, box.weight_y, level.H, 0, level.H - 1, [&](int row, Compute y_weight) {
-        for_each_tap(p.spec.kind, x_bin, box.weight_x, level.W, 0, level.W - 1,
+      for_each_tap(p.spec.kind, y_bin, box.weight_y, level.H, 0, level.H, [&](int row, Compute y_weight) {
+        for_each_tap(p.spec.kind, x_bin, box.weight_x, level.W, 0, level.W,
                      [&](int column, Compute x_weight) { add(row, column, y_weight * x_weight); });
       });
     }

@@ -19,7 +19,7 @@ struct Tile {
 struct RegionTiles {
   unsigned count[kMaxRegionLevels];  // tiles per level
   unsigned total;
-  int64_t words;      // words of `reached` per tile
+  int words;          // words of `reached` per tile
   unsigned* reached;  // [total,words]; bit k % 32 of word k / 32 is set if box k reaches the tile
 };
 
@@ -53,7 +53,7 @@ __global__ __launch_bounds__(kRegionThreads) void region_reach_kernel(const __gr
                 box.left <= tile.right && box.right >= tile.left;
     }
     const unsigned word = __ballot_sync(kAll, reaches);
-    if (threadIdx.x % 32 == 0 && k < p.K) tiles.reached[blockIdx.x * tiles.words + k / 32] = word;
+    if (threadIdx.x % 32 == 0 && k < p.K) tiles.reached[int64_t{blockIdx.x} * tiles.words + k / 32] = word;
   }
 }
 
@@ -66,14 +66,14 @@ template <class F>
 __device__ __forceinline__ void for_each_list(const RegionTiles& tiles, F f) {
   __shared__ int list[kListed];
   __shared__ int warp_counts[kRegionWarps];
-  for (int64_t first = 0; first < tiles.words; first += kRegionThreads) {
-    int total = 1;
-    // The counts are computed again for every list, because the registers are short while f runs.
-    for (int skipped = 0; skipped < total; skipped += kListed) {
+  __shared__ int total;  // number of boxes in the words of all threads
+  for (int first = 0; first < tiles.words; first += kRegionThreads) {
+    // The counts are computed again for every list, because registers are short while f runs.
+    for (int skipped = 0; skipped == 0 || skipped < total; skipped += kListed) {
       // Each thread lists the boxes of one word.
       const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-      const int64_t index = first + threadIdx.x;
-      unsigned word = index < tiles.words ? tiles.reached[blockIdx.x * tiles.words + index] : 0;
+      const int index = first + threadIdx.x;
+      unsigned word = index < tiles.words ? tiles.reached[int64_t{blockIdx.x} * tiles.words + index] : 0;
       int end = __popc(word);  // number of boxes in the words of the warp up to this one
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_sync(kAll, end, max(lane - distance, 0));
@@ -81,16 +81,13 @@ __device__ __forceinline__ void for_each_list(const RegionTiles& tiles, F f) {
       }
       if (lane == 31) warp_counts[warp] = end;
       __syncthreads();
+      for (int w = 0; w < warp; ++w) end += warp_counts[w];
+      if (threadIdx.x == kRegionThreads - 1) total = end;
       int i = end - __popc(word) - skipped;
-      total = 0;
-      for (int w = 0; w < kRegionWarps; ++w) {
-        if (w < warp) i += warp_counts[w];
-        total += warp_counts[w];
-      }
       for (; word != 0; word &= word - 1, ++i)
-        if (i >= 0 && i < kListed) list[i] = static_cast<int>(index * 32 + __ffs(word) - 1);
+        if (i >= 0 && i < kListed) list[i] = index * 32 + __ffs(word) - 1;
       __syncthreads();
-      f(list, min(total - skipped, kListed), tiles.words <= kRegionThreads && total <= kListed);
+      if (total > 0) f(list, min(total - skipped, kListed), tiles.words <= kRegionThreads && total <= kListed);
     }
   }
 }
@@ -107,8 +104,8 @@ Tensor find_tiles(const RegionProblem& problem, const P& p, int max_extent, F ta
     total += tiles.count[l];
   }
   tiles.total = grid_size(problem.spec.op, total);
-  tiles.words = ceil_div(p.K, 32);
-  Tensor memory = torch::stable::new_empty(problem.boxes, {total * tiles.words}, ScalarType::Int);
+  tiles.words = static_cast<int>(ceil_div(p.K, 32));
+  Tensor memory = torch::stable::new_empty(problem.boxes, {total * int64_t{tiles.words}}, ScalarType::Int);
   tiles.reached = static_cast<unsigned*>(memory.mutable_data_ptr());
   if (total > 0 && p.K > 0) {
     region_reach_kernel<P, kSide><<<tiles.total, kRegionThreads, 0, stream>>>(p, tiles, max_extent);
