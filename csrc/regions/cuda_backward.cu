@@ -128,7 +128,7 @@ __global__ __launch_bounds__(kRegionThreads, (kGatherBlocks<typename P::Compute,
 #pragma unroll
     for (int v = 0; v < V; ++v) sums[i][v] = 0;
 
-  for_each_list(tiles, [&](const int* list, int count, bool) {
+  for_each_list(tiles, [&](const int* list, int count) {
     for (int first = 0; first < count; first += kBatchBoxes)
       for (int ph = 0; ph < p.PH; ph += kBatchBins)
         for (int pw = 0; pw < p.PW; pw += kBatchBins) {

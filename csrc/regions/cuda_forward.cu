@@ -38,124 +38,210 @@ __device__ __forceinline__ Compute initial_value(bool empty) {
 
 constexpr int kTileSide = 32;
 constexpr int kMaxExtent = 15;  // a bin that spans more rows or columns is not computed from tiles
+constexpr int kMaxPairs = 8;    // pairs of taps of a bin that spans kMaxExtent rows or columns
 constexpr int kWindowSide = kTileSide + kMaxExtent - 1;
-constexpr int kTapBytes = 11 << 10;                 // shared memory for the taps of bins
-constexpr int kBatchBoxes = 32, kBatchLines = 512;  // limits for the bins that a block computes at a time
+constexpr int kTapBytes = 11 << 10;                 // shared memory for taps
+constexpr int kBatchBoxes = 32, kBatchLines = 512;  // limits for what a block computes at a time
 
-// A tap of a bin: the offset of its row or column in the window, and its weight.
+// A tap of a bin. `at` is a pixel of the axis or, in shared memory, the offset of its row or column in the window.
 template <class Compute>
-struct alignas(2 * sizeof(Compute)) WindowTap {
+struct alignas(2 * sizeof(Compute)) RegionTap {
   Compute weight;
-  int offset;
+  int at;
 };
 
+template <class Compute>
+using TapPair = Pack<RegionTap<Compute>, 2>;
+
+// The taps of all bins that are computed from tiles, in pairs. If a bin has an odd number of taps, the last tap is
+// divided into two taps of half the weight, so that the loops over taps need not handle odd numbers.
+template <class Compute>
+struct RegionTaps {
+  int max_pairs;
+  TapPair<Compute>* pairs;     // [K,PH + PW,max_pairs]
+  unsigned char* pair_counts;  // [K,PH + PW]
+};
+
+// Finds the taps of all boxes that are computed from tiles, with one warp per box.
+template <class P>
+__global__ __launch_bounds__(kRegionThreads) void region_taps_kernel(
+    const __grid_constant__ P p, const __grid_constant__ RegionTaps<typename P::Compute> out) {
+  using Compute = typename P::Compute;
+  const int lines = p.PH + p.PW;
+  const int64_t k = int64_t{blockIdx.x} * kRegionWarps + threadIdx.x / 32;
+  if (k >= p.K || p.boxes[k].map < 0 || p.boxes[k].extent > kMaxExtent) return;
+  const RegionBox<Compute> box = p.boxes[k];
+  const RegionLevel<typename P::T>& level = p.levels[box.map % p.L];
+  for (int line = threadIdx.x % 32; line < lines; line += 32) {
+    RegionTap<Compute>* taps = out.pairs[(k * lines + line) * out.max_pairs].x;
+    int count = 0;
+    // Positions ascend, so only the last two pixels may be visited again.
+    RegionTap<Compute> second_last{0, -1}, last{0, -1};
+    const auto finish = [&](const RegionTap<Compute>& tap) {
+      if (tap.at >= 0 && count < 2 * out.max_pairs) taps[count++] = tap;
+    };
+    const bool is_x = line >= p.PH;
+    const int size = is_x ? level.W : level.H;
+    for_each_tap(p.spec.kind, p.bins[k * lines + line], is_x ? box.weight_x : box.weight_y, size, 0, size,
+                 [&](int pixel, Compute weight) {
+                   if (pixel == second_last.at) {
+                     second_last.weight += weight;
+                   } else if (pixel == last.at) {
+                     last.weight += weight;
+                   } else {
+                     finish(second_last);
+                     second_last = last;
+                     last = {weight, pixel};
+                   }
+                 });
+    finish(second_last);
+    finish(last);
+    if (count % 2 != 0) {
+      taps[count - 1].weight /= 2;
+      taps[count] = taps[count - 1];
+    }
+    out.pair_counts[k * lines + line] = static_cast<unsigned char>((count + 1) / 2);
+  }
+}
+
+// The outputs of a box that a block computes: rows of `columns` bins from bin (row, column) on. Their numbers begin
+// with `begin`.
+struct BoxOutputs {
+  int begin;
+  unsigned char row, column, columns;
+};
+
+// Computes the bins that begin in a tile, for groups_per_block groups of V channels.
 template <class P, bool kMaximum>
-__global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(const __grid_constant__ P p,
-                                                                         const __grid_constant__ RegionTiles tiles,
-                                                                         int taps_per_bin) {
+__global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
+    const __grid_constant__ P p, const __grid_constant__ RegionTiles tiles,
+    const __grid_constant__ RegionTaps<typename P::Compute> all_taps, int groups_per_block) {
   using T = typename P::T;
   using Compute = typename P::Compute;
-  constexpr int V = 16 / sizeof(T), kTaps = kTapBytes / sizeof(WindowTap<Compute>);
+  constexpr int V = 16 / sizeof(T), kPairs = kTapBytes / sizeof(TapPair<Compute>);
   // The taps of the bins of a box must fit.
   constexpr int kBins = sizeof(Compute) == 8 ? 16 : 32;
-  static_assert(2 * kBins <= kBatchLines && 2 * kBins * kMaxExtent <= kTaps);
+  static_assert(2 * kBins <= kBatchLines && 2 * kBins * kMaxPairs <= kPairs && kBatchBoxes == 32);
   __shared__ Pack<T, V> window[kWindowSide * kWindowSide];
-  __shared__ WindowTap<Compute> taps[kTaps];
-  __shared__ unsigned char tap_counts[kBatchLines];
+  __shared__ TapPair<Compute> pairs[kPairs];
+  __shared__ unsigned char pair_counts[kBatchLines];
   __shared__ unsigned own_bins[kBatchBoxes][2];  // the rows and the columns of bins that begin in the tile, as bits
-  __shared__ int max_extent;
+  __shared__ BoxOutputs outputs[kBatchBoxes];
+  __shared__ int output_count, max_extent;
   __shared__ Tile tile;  // in shared memory, because registers are short
   if (threadIdx.x == 0) tile = tile_of_block<kTileSide>(p, tiles);
   __syncthreads();
   const RegionLevel<T>& level = p.levels[tile.level];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channel = blockIdx.y * V;
-  const int bins = p.PH * p.PW, lines = p.PH + p.PW;
-  bool loaded = false;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, bins = p.PH * p.PW, lines = p.PH + p.PW;
 
-  // Copies the tile and the pixels below and to the right of it that its bins may read.
-  const auto load_window = [&](const int* list, int count, bool is_all) {
-    if (threadIdx.x == 0) max_extent = is_all ? 1 : kMaxExtent;
-    __syncthreads();
-    if (is_all && threadIdx.x < count) atomicMax(&max_extent, p.boxes[list[threadIdx.x]].extent);
-    __syncthreads();
+  // Copies the tile and the pixels below and to the right of it that its bins read.
+  const auto load_window = [&](int channel) {
     const int rows = min(kTileSide + max_extent - 1, level.H - tile.top);
     const int columns = min(kTileSide + max_extent - 1, level.W - tile.left);
     const int64_t plane = int64_t{level.H} * level.W;
-    const T* origin = level.input + (int64_t{tile.image} * p.channels + channel) * plane + tile.left;
-    const int planes = min(V, p.channels - channel);
-    for (int i = threadIdx.x; i < rows * kWindowSide; i += kRegionThreads) {
-      const int row = i / kWindowSide, column = i - row * kWindowSide;
-      if (column >= columns) continue;
-      const T* pixel = origin + int64_t{tile.top + row} * level.W + column;
-      Pack<T, V> pack;
+    const T* pixels[V];  // of this lane, one per channel
 #pragma unroll
-      for (int v = 0; v < V; ++v) pack.x[v] = load_pack<T, 1>(pixel + v * plane, v < planes).x[0];
-      window[i] = pack;
+    for (int v = 0; v < V; ++v)  // beyond the last channel, that channel is copied again
+      pixels[v] = level.input + (int64_t{tile.image} * p.channels + min(channel + v, p.channels - 1)) * plane +
+                  int64_t{tile.top + warp} * level.W + tile.left + lane;
+#pragma unroll 1
+    for (int row = warp; row < rows; row += kRegionWarps) {
+#pragma unroll
+      for (int first = 0; first < kWindowSide; first += 32) {
+        if (first + lane >= columns) continue;
+        Pack<T, V> pack;
+#pragma unroll
+        for (int v = 0; v < V; ++v) pack.x[v] = load_pack<T, 1>(pixels[v] + first).x[0];
+        window[row * kWindowSide + first + lane] = pack;
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) pixels[v] += int64_t{kRegionWarps} * level.W;
     }
   };
 
-  for_each_list(tiles, [&](const int* list, int count, bool is_all) {
-    if (!loaded) load_window(list, count, is_all);
-    loaded = true;
+  for_each_list(tiles, [&](const int* list, int count) {
     for (int ph = 0; ph < p.PH; ph += kBins)
       for (int pw = 0; pw < p.PW; pw += kBins) {
         // A line is a row or a column of bins.
         const int bin_rows = min(kBins, p.PH - ph), batch_lines = bin_rows + min(kBins, p.PW - pw);
-        const int batch = min(min(kTaps / taps_per_bin, kBatchLines) / batch_lines, kBatchBoxes);
+        const int batch = min(min(kPairs / all_taps.max_pairs, kBatchLines) / batch_lines, kBatchBoxes);
+        const int line_bits = 32 - __clz(batch_lines - 1);
         for (int first = 0; first < count; first += batch) {
           const int boxes = min(batch, count - first);
           if (threadIdx.x < 2 * boxes) own_bins[threadIdx.x / 2][threadIdx.x % 2] = 0;
           __syncthreads();
-          // Each thread finds the taps of a line.
-          for (int i = threadIdx.x; i < boxes * batch_lines; i += kRegionThreads) {
-            const int b = i / batch_lines, line = i - b * batch_lines;
+          // Each thread copies the taps of a line.
+          for (int i = threadIdx.x; i < boxes << line_bits; i += kRegionThreads) {
+            const int b = i >> line_bits, line = i & ((1 << line_bits) - 1);
+            if (line >= batch_lines) continue;
             const bool is_x = line >= bin_rows;
-            const int bin = is_x ? line - bin_rows : line, size = is_x ? level.W : level.H;
-            const int begin = is_x ? tile.left : tile.top, k = list[first + b];
-            const RegionBin<Compute> region_bin = p.bins[int64_t{k} * lines + (is_x ? p.PH + pw : ph) + bin];
-            const int own = own_pixel(region_bin, size) - begin;
-            if (own < 0 || own >= kTileSide) continue;
+            const int bin = is_x ? line - bin_rows : line, begin = is_x ? tile.left : tile.top;
+            const int64_t from = int64_t{list[first + b]} * lines + (is_x ? p.PH + pw : ph) + bin;
+            const unsigned own = own_pixel(p.bins[from], is_x ? level.W : level.H) - begin;
+            if (own >= kTileSide) continue;
             atomicOr(&own_bins[b][is_x], 1u << bin);
-            WindowTap<Compute>* const bin_taps = taps + i * taps_per_bin;
-            const int stride = is_x ? 1 : kWindowSide;
-            int next = 0;
-            for_each_tap(p.spec.kind, region_bin, is_x ? p.boxes[k].weight_x : p.boxes[k].weight_y, size, begin,
-                         size - begin, [&](int pixel, Compute weight) {
-                           // Positions ascend, so a pixel that the bin has already read is one of the last two.
-                           const int offset = pixel * stride;
-                           int tap = next;
-                           for (int j = next - 1; j >= 0 && j >= next - 2; --j)
-                             if (bin_taps[j].offset == offset) tap = j;
-                           if (tap == next) bin_taps[next++] = {0, offset};
-                           bin_taps[tap].weight += weight;
-                         });
-            tap_counts[i] = next;
+            const int pair_count = all_taps.pair_counts[from], stride = is_x ? 1 : kWindowSide;
+            const int to = b * batch_lines + line;
+            const RegionTap<Compute>* in = all_taps.pairs[from * all_taps.max_pairs].x;
+            RegionTap<Compute>* const copies = pairs[to * all_taps.max_pairs].x;
+#pragma unroll 2
+            for (int j = 0; j < 2 * pair_count; ++j) {
+              const RegionTap<Compute> tap = load_pack<RegionTap<Compute>, 1>(in + j).x[0];
+              copies[j] = {tap.weight, (tap.at - begin) * stride};
+            }
+            pair_counts[to] = static_cast<unsigned char>(pair_count);
           }
           __syncthreads();
-          // Each warp computes the bins of a box, and each lane one of them at a time.
-          for (int b = warp; b < boxes; b += kRegionWarps) {
-            const unsigned own_rows = own_bins[b][0], own_columns = own_bins[b][1];
-            const int first_row = __ffs(own_rows) - 1, first_column = __ffs(own_columns) - 1;
-            const int columns = __popc(own_columns), outputs = __popc(own_rows) * columns;
-            for (int o = lane; o < outputs; o += 32) {
-              const int row = first_row + o / columns, column = first_column + o % columns;
+          // The first warp numbers the outputs, with one lane per box.
+          if (warp == 0) {
+            const unsigned own_rows = lane < boxes ? own_bins[lane][0] : 0;
+            const unsigned own_columns = lane < boxes ? own_bins[lane][1] : 0;
+            const int box_outputs = __popc(own_rows) * __popc(own_columns), end = inclusive_sum(box_outputs);
+            outputs[lane] = {end - box_outputs, static_cast<unsigned char>(__ffs(own_rows) - 1),
+                             static_cast<unsigned char>(__ffs(own_columns) - 1),
+                             static_cast<unsigned char>(__popc(own_columns))};
+            const int extent = group_max(lane < boxes ? p.boxes[list[first + lane]].extent : 1, 32);
+            if (lane == 31) {
+              output_count = end;
+              max_extent = extent;
+            }
+          }
+          __syncthreads();
+          for (int group = 0; group < groups_per_block; ++group) {
+            const int channel = (blockIdx.y * groups_per_block + group) * V;
+            if (channel >= p.channels || output_count == 0) break;
+            load_window(channel);
+            __syncthreads();
+            for (int output = threadIdx.x; output < output_count; output += kRegionThreads) {
+              int b = 0;  // the last box whose outputs begin at or before this one
+#pragma unroll
+              for (int step = kBatchBoxes / 2; step > 0; step /= 2)
+                if (outputs[b + step].begin <= output) b += step;
+              const BoxOutputs own = outputs[b];
+              const unsigned within = output - own.begin, row_within = within / own.columns;
+              const int row = own.row + row_within, column = own.column + within - row_within * own.columns;
               const int y_line = b * batch_lines + row, x_line = b * batch_lines + bin_rows + column;
-              const WindowTap<Compute>*y_taps = taps + y_line * taps_per_bin, *x_taps = taps + x_line * taps_per_bin;
-              const int y_count = tap_counts[y_line], x_count = tap_counts[x_line];
+              const int y_count = pair_counts[y_line], x_count = pair_counts[x_line];
+              const RegionTap<Compute>* y_taps = pairs[y_line * all_taps.max_pairs].x;
+              const TapPair<Compute>* x_pairs = pairs + x_line * all_taps.max_pairs;
               Compute result[V];
 #pragma unroll
               for (int v = 0; v < V; ++v) result[v] = initial_value<kMaximum, Compute>(y_count == 0 || x_count == 0);
-            // Unrolled loops would not execute fewer instructions per tap.
 #pragma unroll 1
-              for (int i = 0; i < y_count; ++i) {
-                const WindowTap<Compute> y = y_taps[i];
+              for (int i = 0; i < 2 * y_count; ++i) {
+                const Compute y_weight = y_taps[i].weight;
+                const Pack<T, V>* pixels = window + y_taps[i].at;
 #pragma unroll 1
                 for (int j = 0; j < x_count; ++j) {
-                  const WindowTap<Compute> x = x_taps[j];
-                  const Pack<T, V> pack = window[y.offset + x.offset];
-                  const Compute weight = y.weight * x.weight;
+                  const TapPair<Compute> x = x_pairs[j];
 #pragma unroll
-                  for (int v = 0; v < V; ++v) accumulate<kMaximum>(result[v], static_cast<Compute>(pack.x[v]), weight);
+                  for (int t = 0; t < 2; ++t) {
+                    const Pack<T, V> pack = pixels[x.x[t].at];
+                    const Compute weight = y_weight * x.x[t].weight;
+#pragma unroll
+                    for (int v = 0; v < V; ++v)
+                      accumulate<kMaximum>(result[v], static_cast<Compute>(pack.x[v]), weight);
+                  }
                 }
               }
               T* out =
@@ -164,8 +250,8 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(const _
               for (int v = 0; v < V; ++v)
                 if (channel + v < p.channels) out[int64_t{v} * bins] = static_cast<T>(result[v]);
             }
+            __syncthreads();
           }
-          __syncthreads();
         }
       }
   });
@@ -314,16 +400,31 @@ void launch_outputs(const RegionProblem& problem, const P& p, bool without_tiled
 
 template <class P, bool kMaximum>
 void launch_tiles(const RegionProblem& problem, const P& p, cudaStream_t stream) {
+  using Compute = typename P::Compute;
   constexpr int V = 16 / sizeof(typename P::T);
   RegionTiles tiles{};
-  const Tensor memory = find_tiles<kTileSide>(problem, p, kMaxExtent, [](const auto&) { return true; }, tiles, stream);
-  const bool few_samples = p.spec.kind == RegionKind::kSampled && p.spec.sampling_ratio > 0;
-  const int taps_per_bin = few_samples ? std::min(2 * p.spec.sampling_ratio, kMaxExtent) : kMaxExtent;
-  const int64_t channel_blocks = ceil_div(p.channels, V);
-  STD_TORCH_CHECK(channel_blocks <= 65535, problem.spec.op, ": too many channels for one launch (", p.channels, ")");
+  const Tensor tile_memory =
+      find_tiles<kTileSide>(problem, p, kMaxExtent, [](const auto&) { return true; }, tiles, stream);
+  const int64_t groups = ceil_div(p.channels, V);
+  STD_TORCH_CHECK(groups <= 65535, problem.spec.op, ": too many channels for one launch (", p.channels, ")");
   if (tiles.total > 0) {
-    const dim3 grid(tiles.total, static_cast<unsigned>(channel_blocks));
-    region_tiles_kernel<P, kMaximum><<<grid, kRegionThreads, 0, stream>>>(p, tiles, taps_per_bin);
+    RegionTaps<Compute> taps{};
+    const bool few_samples = p.spec.kind == RegionKind::kSampled && p.spec.sampling_ratio > 0;
+    taps.max_pairs = few_samples ? std::min(p.spec.sampling_ratio, kMaxPairs) : kMaxPairs;
+    const int64_t lines = p.K * (int64_t{p.PH} + p.PW), pairs = lines * taps.max_pairs;
+    const Tensor tap_memory = torch::stable::new_empty(
+        problem.boxes, {pairs * static_cast<int64_t>(sizeof(TapPair<Compute>)) + lines}, ScalarType::Byte);
+    taps.pairs = static_cast<TapPair<Compute>*>(tap_memory.mutable_data_ptr());
+    taps.pair_counts = reinterpret_cast<unsigned char*>(taps.pairs + pairs);
+    const unsigned blocks = grid_size(problem.spec.op, ceil_div(p.K, kRegionWarps));
+    region_taps_kernel<P><<<blocks, kRegionThreads, 0, stream>>>(p, taps);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    // More groups per block share the taps, but a launch must have enough blocks for all multiprocessors.
+    constexpr int64_t kBlocks = 2048, kMaxGroups = 4;
+    const int64_t groups_per_block = std::clamp<int64_t>(tiles.total * groups / kBlocks, 1, kMaxGroups);
+    const dim3 grid(tiles.total, static_cast<unsigned>(ceil_div(groups, groups_per_block)));
+    region_tiles_kernel<P, kMaximum>
+        <<<grid, kRegionThreads, 0, stream>>>(p, tiles, taps, static_cast<int>(groups_per_block));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   launch_outputs<P, kMaximum>(problem, p, true, stream);

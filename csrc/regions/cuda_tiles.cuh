@@ -57,11 +57,20 @@ __global__ __launch_bounds__(kRegionThreads) void region_reach_kernel(const __gr
   }
 }
 
+// Returns the sum of x over the lanes up to this one. Every lane of the warp must call this function.
+__device__ __forceinline__ int inclusive_sum(int x) {
+  const int lane = threadIdx.x % 32;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_sync(kAll, x, max(lane - distance, 0));
+    if (lane >= distance) x += other;
+  }
+  return x;
+}
+
 constexpr int kListed = 256;  // boxes that a block lists at a time
 
-// Lists the boxes that reach the tile of this block and calls f(list, count, is_all) for up to kListed of them at a
-// time, where is_all tells whether the list has all of them. All threads of the block must call this function. f must
-// end with a barrier after its last access to the list.
+// Lists the boxes that reach the tile of this block and calls f(list, count) for up to kListed of them at a time. All
+// threads of the block must call this function. f must end with a barrier after its last access to the list.
 template <class F>
 __device__ __forceinline__ void for_each_list(const RegionTiles& tiles, F f) {
   __shared__ int list[kListed];
@@ -74,11 +83,7 @@ __device__ __forceinline__ void for_each_list(const RegionTiles& tiles, F f) {
       const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
       const int index = first + threadIdx.x;
       unsigned word = index < tiles.words ? tiles.reached[int64_t{blockIdx.x} * tiles.words + index] : 0;
-      int end = __popc(word);  // number of boxes in the words of the warp up to this one
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_sync(kAll, end, max(lane - distance, 0));
-        if (lane >= distance) end += other;
-      }
+      int end = inclusive_sum(__popc(word));  // number of boxes in the words of the warp up to this one
       if (lane == 31) warp_counts[warp] = end;
       __syncthreads();
       for (int w = 0; w < warp; ++w) end += warp_counts[w];
@@ -87,7 +92,7 @@ __device__ __forceinline__ void for_each_list(const RegionTiles& tiles, F f) {
       for (; word != 0; word &= word - 1, ++i)
         if (i >= 0 && i < kListed) list[i] = index * 32 + __ffs(word) - 1;
       __syncthreads();
-      if (total > 0) f(list, min(total - skipped, kListed), tiles.words <= kRegionThreads && total <= kListed);
+      if (total > 0) f(list, min(total - skipped, kListed));
     }
   }
 }

@@ -88,6 +88,7 @@ inline float __sinf(float x) { return sinf(x) + 4e-7f * emulation::noise(x); }
 inline float __cosf(float x) { return cosf(x) + 4e-7f * emulation::noise(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
