@@ -40,8 +40,8 @@ constexpr int kTileSide = 32;
 constexpr int kMaxExtent = 15;  // a bin that spans more rows or columns is not computed from tiles
 constexpr int kMaxPairs = 8;    // pairs of taps of a bin that spans kMaxExtent rows or columns
 constexpr int kWindowSide = kTileSide + kMaxExtent - 1;
-constexpr int kTapBytes = 11 << 10;                 // shared memory for taps
-constexpr int kBatchBoxes = 32, kBatchLines = 512;  // limits for what a block computes at a time
+constexpr int kTapBytes = 9 << 10;                  // shared memory for taps
+constexpr int kBatchBoxes = 64, kBatchLines = 896;  // limits for what a block computes at a time
 
 // A tap of a bin. `at` is a pixel of the axis or, in shared memory, the offset of its row or column in the window.
 template <class Compute>
@@ -104,6 +104,12 @@ __global__ __launch_bounds__(kRegionThreads) void region_taps_kernel(
   }
 }
 
+// The bins of a box that begin in the tile of a block.
+struct OwnBins {
+  unsigned rows, columns;  // as bits
+  int pairs;               // number of pairs of taps of these rows and columns
+};
+
 // The outputs of a box that a block computes: rows of `columns` bins from bin (row, column) on. Their numbers begin
 // with `begin`.
 struct BoxOutputs {
@@ -121,13 +127,14 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
   constexpr int V = 16 / sizeof(T), kPairs = kTapBytes / sizeof(TapPair<Compute>);
   // The taps of the bins of a box must fit.
   constexpr int kBins = sizeof(Compute) == 8 ? 16 : 32;
-  static_assert(2 * kBins <= kBatchLines && 2 * kBins * kMaxPairs <= kPairs && kBatchBoxes == 32);
+  static_assert(2 * kBins <= kBatchLines && 2 * kBins * kMaxPairs <= kPairs);
   __shared__ Pack<T, V> window[kWindowSide * kWindowSide];
   __shared__ TapPair<Compute> pairs[kPairs];
-  __shared__ unsigned char pair_counts[kBatchLines];
-  __shared__ unsigned own_bins[kBatchBoxes][2];  // the rows and the columns of bins that begin in the tile, as bits
+  __shared__ unsigned short line_pairs[kBatchLines];  // for each line, 16 * first pair + number of pairs
+  __shared__ OwnBins own_bins[kBatchBoxes];
+  __shared__ int next_pair[kBatchBoxes];
   __shared__ BoxOutputs outputs[kBatchBoxes];
-  __shared__ int output_count, max_extent;
+  __shared__ int box_count, output_count, max_extent;
   __shared__ Tile tile;  // in shared memory, because registers are short
   if (threadIdx.x == 0) tile = tile_of_block<kTileSide>(p, tiles);
   __syncthreads();
@@ -164,48 +171,68 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
       for (int pw = 0; pw < p.PW; pw += kBins) {
         // A line is a row or a column of bins.
         const int bin_rows = min(kBins, p.PH - ph), batch_lines = bin_rows + min(kBins, p.PW - pw);
-        const int batch = min(min(kPairs / all_taps.max_pairs, kBatchLines) / batch_lines, kBatchBoxes);
         const int line_bits = 32 - __clz(batch_lines - 1);
-        for (int first = 0; first < count; first += batch) {
-          const int boxes = min(batch, count - first);
-          if (threadIdx.x < 2 * boxes) own_bins[threadIdx.x / 2][threadIdx.x % 2] = 0;
-          __syncthreads();
-          // Each thread copies the taps of a line.
+        // Calls g(b, line, from, begin, pair_count) for the lines of some boxes that begin in the tile. Line `line` of
+        // box b is line `from` of all boxes, and `begin` is the first pixel of the tile on its axis.
+        const auto for_each_own_line = [&](const int* batch, int boxes, auto g) {
           for (int i = threadIdx.x; i < boxes << line_bits; i += kRegionThreads) {
             const int b = i >> line_bits, line = i & ((1 << line_bits) - 1);
             if (line >= batch_lines) continue;
             const bool is_x = line >= bin_rows;
-            const int bin = is_x ? line - bin_rows : line, begin = is_x ? tile.left : tile.top;
-            const int64_t from = int64_t{list[first + b]} * lines + (is_x ? p.PH + pw : ph) + bin;
+            const int bin = is_x ? p.PH + pw + line - bin_rows : ph + line, begin = is_x ? tile.left : tile.top;
+            const int64_t from = int64_t{batch[b]} * lines + bin;
             const unsigned own = own_pixel(p.bins[from], is_x ? level.W : level.H) - begin;
-            if (own >= kTileSide) continue;
-            atomicOr(&own_bins[b][is_x], 1u << bin);
-            const int pair_count = all_taps.pair_counts[from], stride = is_x ? 1 : kWindowSide;
-            const int to = b * batch_lines + line;
-            const RegionTap<Compute>* in = all_taps.pairs[from * all_taps.max_pairs].x;
-            RegionTap<Compute>* const copies = pairs[to * all_taps.max_pairs].x;
-#pragma unroll 2
-            for (int j = 0; j < 2 * pair_count; ++j) {
-              const RegionTap<Compute> tap = load_pack<RegionTap<Compute>, 1>(in + j).x[0];
-              copies[j] = {tap.weight, (tap.at - begin) * stride};
-            }
-            pair_counts[to] = static_cast<unsigned char>(pair_count);
+            if (own < kTileSide) g(b, line, from, begin, all_taps.pair_counts[from]);
           }
+        };
+        for (int first = 0; first < count; first += box_count) {
+          const int* batch = list + first;
+          const int max_boxes = min(min(kBatchLines / batch_lines, kBatchBoxes), count - first);
+          if (threadIdx.x < max_boxes) own_bins[threadIdx.x] = {0, 0, 0};
           __syncthreads();
-          // The first warp numbers the outputs, with one lane per box.
+          for_each_own_line(batch, max_boxes, [&](int b, int line, int64_t, int, int pair_count) {
+            const bool is_x = line >= bin_rows;
+            atomicOr(is_x ? &own_bins[b].columns : &own_bins[b].rows, 1u << (is_x ? line - bin_rows : line));
+            atomicAdd(&own_bins[b].pairs, pair_count);
+          });
+          __syncthreads();
+          // The first warp numbers the outputs of as many boxes as have room for their taps.
           if (warp == 0) {
-            const unsigned own_rows = lane < boxes ? own_bins[lane][0] : 0;
-            const unsigned own_columns = lane < boxes ? own_bins[lane][1] : 0;
-            const int box_outputs = __popc(own_rows) * __popc(own_columns), end = inclusive_sum(box_outputs);
-            outputs[lane] = {end - box_outputs, static_cast<unsigned char>(__ffs(own_rows) - 1),
-                             static_cast<unsigned char>(__ffs(own_columns) - 1),
-                             static_cast<unsigned char>(__popc(own_columns))};
-            const int extent = group_max(lane < boxes ? p.boxes[list[first + lane]].extent : 1, 32);
-            if (lane == 31) {
-              output_count = end;
+            int pair_end = 0, output_end = 0, extent = 1, fitting = 0;
+            for (int half = 0; half < max_boxes; half += 32) {
+              const int b = half + lane;
+              const OwnBins own = b < max_boxes ? own_bins[b] : OwnBins{0, 0, kPairs + 1};
+              const int box_pairs = min(own.pairs, kPairs + 1), last_pair = pair_end + inclusive_sum(box_pairs);
+              const bool fits = last_pair <= kPairs;
+              const int box_outputs = fits ? __popc(own.rows) * __popc(own.columns) : 0;
+              const int last_output = output_end + inclusive_sum(box_outputs);
+              fitting += __popc(__ballot_sync(kAll, fits));
+              extent = max(extent, group_max(fits ? p.boxes[batch[b]].extent : 1, 32));
+              pair_end = __shfl_sync(kAll, last_pair, 31);
+              output_end = __shfl_sync(kAll, last_output, 31);
+              next_pair[b] = last_pair - box_pairs;
+              outputs[b] = {last_output - box_outputs, static_cast<unsigned char>(__ffs(own.rows) - 1),
+                            static_cast<unsigned char>(__ffs(own.columns) - 1),
+                            static_cast<unsigned char>(__popc(own.columns))};
+            }
+            if (lane == 0) {
+              box_count = fitting;
+              output_count = output_end;
               max_extent = extent;
             }
           }
+          __syncthreads();
+          for_each_own_line(batch, box_count, [&](int b, int line, int64_t from, int begin, int pair_count) {
+            const int first_pair = atomicAdd(&next_pair[b], pair_count), stride = line >= bin_rows ? 1 : kWindowSide;
+            line_pairs[b * batch_lines + line] = static_cast<unsigned short>(16 * first_pair + pair_count);
+            const RegionTap<Compute>* in = all_taps.pairs[from * all_taps.max_pairs].x;
+            RegionTap<Compute>* const copies = pairs[first_pair].x;
+#pragma unroll 2
+            for (int i = 0; i < 2 * pair_count; ++i) {
+              const RegionTap<Compute> tap = load_pack<RegionTap<Compute>, 1>(in + i).x[0];
+              copies[i] = {tap.weight, (tap.at - begin) * stride};
+            }
+          });
           __syncthreads();
           for (int group = 0; group < groups_per_block; ++group) {
             const int channel = (blockIdx.y * groups_per_block + group) * V;
@@ -216,14 +243,15 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
               int b = 0;  // the last box whose outputs begin at or before this one
 #pragma unroll
               for (int step = kBatchBoxes / 2; step > 0; step /= 2)
-                if (outputs[b + step].begin <= output) b += step;
+                if (b + step < box_count && outputs[b + step].begin <= output) b += step;
               const BoxOutputs own = outputs[b];
               const unsigned within = output - own.begin, row_within = within / own.columns;
               const int row = own.row + row_within, column = own.column + within - row_within * own.columns;
-              const int y_line = b * batch_lines + row, x_line = b * batch_lines + bin_rows + column;
-              const int y_count = pair_counts[y_line], x_count = pair_counts[x_line];
-              const RegionTap<Compute>* y_taps = pairs[y_line * all_taps.max_pairs].x;
-              const TapPair<Compute>* x_pairs = pairs + x_line * all_taps.max_pairs;
+              const int y_line = line_pairs[b * batch_lines + row];
+              const int x_line = line_pairs[b * batch_lines + bin_rows + column];
+              const int y_count = y_line % 16, x_count = x_line % 16;
+              const RegionTap<Compute>* y_taps = pairs[y_line / 16].x;
+              const TapPair<Compute>* x_pairs = pairs + x_line / 16;
               Compute result[V];
 #pragma unroll
               for (int v = 0; v < V; ++v) result[v] = initial_value<kMaximum, Compute>(y_count == 0 || x_count == 0);
