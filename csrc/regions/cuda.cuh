@@ -281,11 +281,31 @@ Tensor describe_boxes(const RegionProblem& problem, RegionParams<T>& p, cudaStre
   return memory;
 }
 
-// Fills the gradients of the levels that need one. The definition is in cuda_backward.cu.
+// Accumulates a pixel into a weighted sum or a maximum. The maximum ignores NaN, as in torchvision.
+template <bool kMaximum, class Compute>
+__device__ __forceinline__ void accumulate(Compute& result, Compute pixel, Compute weight) {
+  if constexpr (kMaximum)
+    result = pixel > result ? pixel : result;
+  else
+    result += pixel * weight;
+}
+
+template <bool kMaximum, class Compute>
+__device__ __forceinline__ Compute initial_value(bool empty) {
+  return kMaximum && !empty ? -static_cast<Compute>(INFINITY) : Compute(0);
+}
+
+constexpr int kMaxExtent = 15;  // a bin that spans more rows or columns is not computed from tiles
+
+// Computes the outputs of the boxes whose bins span at most kMaxExtent rows and columns, on NCHW maps.
+template <class T>
+void region_forward_tiles(const RegionProblem& problem, const RegionParams<T>& p, cudaStream_t stream);
+
+// Fills the gradients of the levels that need one.
 void region_backward_input(const RegionProblem& p, const Tensor& grad_output, const Tensor* output,
                            cudaStream_t stream);
 
-// Computes the gradient of the boxes. The definition is in cuda_boxes.cu.
+// Computes the gradient of the boxes.
 void region_backward_boxes(const RegionProblem& p, const Tensor& grad_output, const Tensor& grad_boxes,
                            cudaStream_t stream);
 

@@ -278,6 +278,7 @@ Tensor packed(const RegionProblem& p, const Tensor& values, int channels, cudaSt
   if (p.channels_last && channels == p.C && aligned) return values;
   const int bins = static_cast<int>(p.PH * p.PW);
   const Tensor result = torch::stable::new_empty(values, {p.K * bins, channels});
+  if (p.K == 0) return result;
   const int channel_stride = p.channels_last ? 1 : bins, bin_stride = p.channels_last ? static_cast<int>(p.C) : 1;
   const dim3 grid(grid_size(p.spec.op, p.K), static_cast<unsigned>(ceil_div(channels, kPackChannels)));
   region_pack_kernel<T><<<grid, kPackThreads, 0, stream>>>(static_cast<const T*>(values.const_data_ptr()),
@@ -304,6 +305,7 @@ Tensor find_argmax(const RegionProblem& problem, const P& p, const Tensor& outpu
   check_pixels_fit_int(problem);
   const Tensor argmax =
       torch::stable::new_empty(output, {problem.K * problem.C * problem.PH * problem.PW}, ScalarType::Int);
+  if (p.K == 0) return argmax;
   const unsigned blocks = static_cast<unsigned>(
       std::clamp<int64_t>(ceil_div(problem.C * problem.PH * problem.PW, 4 * kRegionThreads), 1, 65535));
   region_argmax_kernel<P><<<dim3(grid_size(problem.spec.op, p.K), blocks), kRegionThreads, 0, stream>>>(
@@ -319,7 +321,7 @@ void region_backward_input(const RegionProblem& problem, const Tensor& grad_outp
                            cudaStream_t stream) {
   const char* op = problem.spec.op;
   const int64_t outputs = problem.C * problem.PH * problem.PW;
-  STD_TORCH_CHECK(outputs < 1 << 30, op, ": a box must have fewer than 2^30 outputs per input channel, got ", outputs);
+  STD_TORCH_CHECK(outputs < 1 << 30, op, ": C times the number of bins must be less than 2^30, got ", outputs);
   STD_TORCH_CHECK(ceil_div(problem.C, kPackChannels) <= 65535, op, ": too many channels for one launch (", problem.C,
                   ")");
   dispatch_features(op, problem.dtype, [&](auto t) {
