@@ -42,7 +42,8 @@ PINNED_ARCH = "90"
 LARGEST = (
     "csrc/deform_attn/cuda_backward.cu",
     "csrc/local_relation/cuda_backward.cu",
-    "csrc/regions/cuda_forward.cu",
+    "csrc/regions/cuda_backward.cu",
+    "csrc/regions/cuda_forward_tiles.cu",
     "csrc/relation_attention/cuda_backward.cu",
     "csrc/relation_attention/cuda_forward.cu",
 )
