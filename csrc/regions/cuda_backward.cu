@@ -223,19 +223,20 @@ __global__ __launch_bounds__(kPackThreads) void region_pack_kernel(const T* in, 
                                                                    int packed_channels, T* out) {
   __shared__ T values[kPackChannels][kPackBins + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, channel = blockIdx.y * kPackChannels;
-  const T* box_in = in + int64_t{blockIdx.x} * channels * bins;
-  T* box_out = out + int64_t{blockIdx.x} * packed_channels * bins;
+  in += int64_t{blockIdx.x} * channels * bins;
+  out += int64_t{blockIdx.x} * packed_channels * bins;
   for (int first = 0; first < bins; first += kPackBins) {
     const int count = min(kPackBins, bins - first);
-    for (int c = warp; c < kPackChannels; c += kRegionWarps)
-      for (int bin = lane; bin < count; bin += 32)
-        values[c][bin] = channel + c < channels
-                             ? box_in[int64_t{channel + c} * channel_stride + int64_t{first + bin} * bin_stride]
-                             : static_cast<T>(0);
+    for (int c = warp; c < kPackChannels; c += kRegionWarps) {
+      const T* line = in + ((channel + c) * channel_stride + first * bin_stride);
+#pragma unroll
+      for (int bin = lane; bin < kPackBins; bin += 32)
+        if (bin < count) values[c][bin] = channel + c < channels ? line[bin * bin_stride] : static_cast<T>(0);
+    }
     __syncthreads();
-    for (int bin = warp; bin < count; bin += kRegionWarps)
-      if (channel + lane < packed_channels)
-        box_out[int64_t{first + bin} * packed_channels + channel + lane] = values[lane][bin];
+    T* column = out + (first * packed_channels + channel + lane);
+    for (int bin = warp; bin < count && channel + lane < packed_channels; bin += kRegionWarps)
+      column[bin * packed_channels] = values[lane][bin];
     __syncthreads();
   }
 }

@@ -175,7 +175,7 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
           // The first warp numbers the outputs of as many boxes as have room for their taps.
           if (warp == 0) {
             int pair_end = 0, output_end = 0, extent = 1, fitting = 0;
-            for (int half = 0; half < max_boxes; half += 32) {
+            for (int half = 0; half < kBatchBoxes; half += 32) {
               const int b = half + lane;
               const OwnBins own = b < max_boxes ? own_bins[b] : OwnBins{0, 0, kPairs + 1};
               const int box_pairs = min(own.pairs, kPairs + 1), last_pair = pair_end + inclusive_sum(box_pairs);
@@ -219,7 +219,7 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
               int b = 0;  // the last box whose outputs begin at or before this one
 #pragma unroll
               for (int step = kBatchBoxes / 2; step > 0; step /= 2)
-                if (b + step < box_count && outputs[b + step].begin <= output) b += step;
+                if (outputs[b + step].begin <= output) b += step;
               const BoxOutputs own = outputs[b];
               const unsigned within = output - own.begin, row_within = within / own.columns;
               const int row = own.row + row_within, column = own.column + within - row_within * own.columns;
@@ -232,16 +232,15 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
 #pragma unroll
               for (int v = 0; v < V; ++v) result[v] = initial_value<kMaximum, Compute>(y_count == 0 || x_count == 0);
 #pragma unroll 1
-              for (int i = 0; i < 2 * y_count; ++i) {
-                const Compute y_weight = y_taps[i].weight;
-                const Pack<T, V>* pixels = window + y_taps[i].at;
+              for (int j = 0; j < x_count; ++j) {
+                const TapPair<Compute> x = x_pairs[j];
 #pragma unroll 1
-                for (int j = 0; j < x_count; ++j) {
-                  const TapPair<Compute> x = x_pairs[j];
+                for (int i = 0; i < 2 * y_count; ++i) {
+                  const RegionTap<Compute> y = y_taps[i];
 #pragma unroll
                   for (int t = 0; t < 2; ++t) {
-                    const Pack<T, V> pack = pixels[x.x[t].at];
-                    const Compute weight = y_weight * x.x[t].weight;
+                    const Pack<T, V> pack = window[y.at + x.x[t].at];
+                    const Compute weight = y.weight * x.x[t].weight;
 #pragma unroll
                     for (int v = 0; v < V; ++v)
                       accumulate<kMaximum>(result[v], static_cast<Compute>(pack.x[v]), weight);
