@@ -142,13 +142,14 @@ def test_nonfinite_samples_contribute_nothing(deterministic: bool) -> None:
 
 # ---- Regions ----
 
-# Each case exceeds a limit that the samples do not reach. "wide" exceeds the number of column sums in shared memory,
-# "bins" and "boxes" exceed the numbers of bins and boxes that a tile processes at once, and "channels" exceeds the
-# number of channels that a block processes in the backward pass, for maps and for boxes.
+# Each case exceeds a limit that the samples do not reach. "wide" has bins that are too large for a tile, "bins" has
+# more bins and "boxes" more boxes than a block processes at once, "taps" has more taps than fit in shared memory, and
+# "channels" has more channels than a block processes, in both passes.
 LARGE_REGIONS = {
     "wide": Regions(N=1, C=2, H=3, W=800, K=4, spatial_scale=1.0),
     "bins": Regions(N=1, C=2, H=5, W=40, K=2, output_size=(2, 35), spatial_scale=0.5, sampling_ratio=1),
     "boxes": Regions(C=1, H=6, W=40, K=300, output_size=(1, 1), sampling_ratio=1, aligned=True),
+    "taps": Regions(N=1, C=5, H=40, W=60, K=60, output_size=(3, 3), spatial_scale=1.0),
     "channels": Regions(N=1, C=200, H=5, W=10, K=3, spatial_scale=0.5, sampling_ratio=1),
 }
 
