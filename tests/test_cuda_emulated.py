@@ -26,6 +26,7 @@ from conftest import (
     assert_same_selection,
     determinism,
 )
+from helpers.regions import assert_inverted_boxes_match_the_twin
 from helpers.search_nms import search
 from helpers.suppression import clustered
 
@@ -202,8 +203,30 @@ def test_boxes_far_larger_than_the_map_give_finite_results() -> None:
     for op in REGION_OPS:
         inputs = op.draw(op.samples["typical"])
         inputs["boxes"][:, 1:] = torch.tensor([-1e9, -1e30, 1e9, 1e30])
+        inputs["boxes"][0, 1:] = torch.tensor([-3e38, -3e38, 3e38, 3e38])  # the length is infinite in float32
         inputs["boxes"][3:, 1:] *= -1
         assert all(x.isfinite().all() for x in op.run(inputs).values())
+
+
+@pytest.mark.parametrize("sampling_ratio", [5, 100])
+def test_inverted_boxes_far_larger_than_the_map(sampling_ratio: int) -> None:
+    assert_inverted_boxes_match_the_twin(sampling_ratio, "cpu")
+
+
+def test_boxes_of_prroi_pool_may_be_thinner_than_a_step_of_float32() -> None:
+    """The kernels compute weights in float32, in which both ends of such a bin may be equal."""
+    first = torch.tensor([0.3, 1.7, 100.3, 5.0])
+    last = torch.nextafter(first, torch.tensor(200.0))
+    x = torch.randn(1, 2, 8, 128, generator=torch.Generator().manual_seed(0))
+    boxes = torch.stack([torch.zeros(4), first, torch.full((4,), 1.2), last, torch.full((4,), 6.1)], 1)
+    results = []
+    for module, dtype in ((relops, torch.float32), (reference, torch.float64)):
+        features = x.to(dtype, copy=True).requires_grad_()
+        output = module.prroi_pool(features, boxes.to(dtype), 7)
+        output.backward(grad_like(output))
+        results += [output.detach(), features.grad]
+    assert_matches(results[0], results[2])
+    assert_matches(results[1], results[3], "gradient")
 
 
 # ---- Linear assignment ----

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import grad_like
 from cases.regions import Regions
 from conftest import DTYPES, assert_matches, run_python, why_no_cuda
-from helpers.regions import REGION_OPS, Region, as_rows, box_dtype, random_boxes
+from helpers.regions import REGION_OPS, Region, as_rows, assert_inverted_boxes_match_the_twin, box_dtype, random_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -385,7 +385,7 @@ def test_batch_index_out_of_range_is_an_error_or_gives_nan(region: Region, index
 
 @on_ops
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("size", [1e4, 1e9, 1e18, 1e30])
+@pytest.mark.parametrize("size", [1e4, 1e9, 1e18, 1e30, 3e38])
 def test_huge_boxes_give_finite_results(region: Region, size: float, dtype: torch.dtype, device: str) -> None:
     case = Regions()
     boxes = as_rows(
@@ -405,6 +405,12 @@ def test_huge_boxes_give_finite_results(region: Region, size: float, dtype: torc
     results = region.run(features, boxes, case)
     assert all(x.isfinite().all() for x in results.values())
     assert not results["input 0"][0].any()
+
+
+@pytest.mark.parametrize("sampling_ratio", [5, 100])
+def test_inverted_boxes_far_larger_than_the_map(sampling_ratio: int, device: str) -> None:
+    """Only some samples of a bin are on the map, and their positions descend."""
+    assert_inverted_boxes_match_the_twin(sampling_ratio, device)
 
 
 @on_ops

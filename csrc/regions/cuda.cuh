@@ -3,10 +3,12 @@
 //
 // A first kernel describes the bins of every box once, in double. The kernels that read or write features compute
 // weights from these descriptions in Compute, so that they contain no double arithmetic if the features are not
-// float64. The positions in a description are relative to a pixel, so that float32 has enough digits on large maps.
+// float64. The positions in a description are relative to a pixel of the bin, so that their rounding errors grow with
+// the width of the bin but not with the map.
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "common/cuda/device.cuh"
 #include "regions/problem.h"
@@ -20,9 +22,9 @@ constexpr int kRegionWarps = kRegionThreads / 32;
 // The pixels that a bin reads on one axis.
 template <class Compute>
 struct alignas(16) RegionBin {
-  int first;      // kSampled: the pixel of the first sample; otherwise the first cell or pixel
+  int first;      // kSampled: the pixel of the lowest sample; otherwise the first cell or pixel
   int count;      // number of samples (kSampled), cells (kPrecise) or pixels (kAveraged, kMaximum)
-  Compute begin;  // position of the first sample (kSampled) or of the start of the bin (kPrecise), relative to `first`
+  Compute begin;  // position of the lowest sample (kSampled) or of the start of the bin (kPrecise), relative to `first`
   Compute step;   // distance between samples (kSampled), or the end of the bin relative to `first` (kPrecise)
 };
 
@@ -101,7 +103,7 @@ __device__ inline RegionBin<Compute> describe_bin(const RegionAxis& axis, int bi
         from = clamped(floor(a < b ? a : b) - 1, 0, axis.grid);
         to = clamped(ceil(a < b ? b : a) + 1, -1, axis.grid - 1);
         // Above 2^53, neighboring positions round to the same number, so `to` needs another bound.
-        const double max_count = (axis.size + 1) / (step < 0 ? -step : step) + 4;
+        const double max_count = ceil((axis.size + 1) / (step < 0 ? -step : step)) + 5;
         to = to < from + max_count ? to : from + max_count;
       }
       for (int i = 0; i < 3 && from <= to && outside(from); ++i) ++from;
@@ -116,7 +118,14 @@ __device__ inline RegionBin<Compute> describe_bin(const RegionAxis& axis, int bi
       if (!(axis.bin > 0 && end > start)) return {nearest_pixel(start), 0, 0, 0};
       const int first = static_cast<int>(clamped(floor(start), -1, axis.size));
       const int last = static_cast<int>(clamped(ceil(end), -1, axis.size));
-      return {first, last - first, static_cast<Compute>(start - first), static_cast<Compute>(end - first)};
+      // A shorter bin is made longer, because its ends might be equal in Compute.
+      constexpr double kShortest = 2 * std::numeric_limits<Compute>::epsilon();
+      double from = start - first, to = end - first;
+      if (to - from < kShortest) {
+        from = clamped(from, 0, last - first - kShortest);
+        to = from + kShortest;
+      }
+      return {first, last - first, static_cast<Compute>(from), static_cast<Compute>(to)};
     }
     case RegionKind::kAveraged:
     case RegionKind::kMaximum:
@@ -159,8 +168,8 @@ __device__ __forceinline__ double quotient(double a, double b) { return a / b; }
 // Calls tap(pixel - low, weight) for the pixels in [low, low + count) that the bin reads, as for_each_tap in taps.h
 // does. sample_weight is RegionBox::weight_y or weight_x.
 template <class Compute, class Tap>
-__device__ __forceinline__ void for_each_tap(RegionKind kind, const RegionBin<Compute>& bin, Compute sample_weight,
-                                             int size, int low, int count, Tap tap) {
+__device__ __forceinline__ void for_each_weight(RegionKind kind, const RegionBin<Compute>& bin, Compute sample_weight,
+                                                int size, int low, int count, Tap tap) {
   const int first = bin.first - low;
   const auto visit = [&](int offset, Compute weight) {
     if (static_cast<unsigned>(offset) < static_cast<unsigned>(count)) tap(offset, weight);
@@ -249,6 +258,8 @@ RegionParams<T> make_region_params(const RegionProblem& p) {
                   " levels on CUDA, got ", L);
   STD_TORCH_CHECK(p.N * L <= limit && p.C <= limit && p.K <= limit, p.spec.op,
                   ": N times the number of levels, C and K must be at most 2^31 - 1");
+  const int64_t outputs = p.out_channels() * p.PH * p.PW;
+  STD_TORCH_CHECK(outputs < 1 << 30, p.spec.op, ": a box must have fewer than 2^30 outputs, got ", outputs);
   RegionParams<T> a{};
   a.spec = p.spec;
   a.N = static_cast<int>(p.N);

@@ -67,10 +67,11 @@ __device__ __forceinline__ void find_weights(const P& p, RegionKind kind, const 
     const int size = is_x ? p.levels[tile.level].W : p.levels[tile.level].H, low = is_x ? tile.left : tile.top;
     Compute* const of_bin = is_x ? weights.x[b][bin] : weights.y[b][bin];
     unsigned read = 0;  // the lines of the tile that the bin reads, as bits
-    for_each_tap(kind, region_bin, sample_weight, size, low, min(kGatherSide, size - low), [&](int at, Compute weight) {
-      of_bin[at] = weight + (read >> at & 1 ? of_bin[at] : Compute(0));
-      read |= 1u << at;
-    });
+    for_each_weight(kind, region_bin, sample_weight, size, low, min(kGatherSide, size - low),
+                    [&](int at, Compute weight) {
+                      of_bin[at] = weight + (read >> at & 1 ? of_bin[at] : Compute(0));
+                      read |= 1u << at;
+                    });
     if (read == 0) continue;
     if (is_x) {
       weights.bin_columns[b][bin] = static_cast<unsigned char>(read);
@@ -321,8 +322,8 @@ Tensor find_argmax(const RegionProblem& problem, const P& p, const Tensor& outpu
 void region_backward_input(const RegionProblem& problem, const Tensor& grad_output, const Tensor* output,
                            cudaStream_t stream) {
   const char* op = problem.spec.op;
-  const int64_t outputs = problem.C * problem.PH * problem.PW;
-  STD_TORCH_CHECK(outputs < 1 << 30, op, ": C times the number of bins must be less than 2^30, got ", outputs);
+  const auto needs_grad = [](const auto& level) { return level.grad_input != nullptr; };
+  if (std::none_of(problem.levels.begin(), problem.levels.end(), needs_grad)) return;
   STD_TORCH_CHECK(ceil_div(problem.C, kPackChannels) <= 65535, op, ": too many channels for one launch (", problem.C,
                   ")");
   dispatch_features(op, problem.dtype, [&](auto t) {
@@ -330,9 +331,8 @@ void region_backward_input(const RegionProblem& problem, const Tensor& grad_outp
     RegionParams<T> p = make_region_params<T>(problem);
     const Tensor description = describe_boxes(problem, p, stream);
     RegionTiles tiles{};
-    const Tensor reached = find_tiles<kGatherSide>(
-        problem, p, std::numeric_limits<int>::max(), [](const auto& level) { return level.grad_input != nullptr; },
-        tiles, stream);
+    const Tensor reached =
+        find_tiles<kGatherSide>(problem, p, std::numeric_limits<int>::max(), needs_grad, tiles, stream);
     if (tiles.total == 0 || p.channels == 0) return;
     p.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
     if (p.spec.position_sensitive) {

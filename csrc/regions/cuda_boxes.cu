@@ -48,17 +48,16 @@ __global__ __launch_bounds__(kRegionThreads, 1) void region_boxes_kernel(const _
     find_taps(p.PH, max_taps.y, y, visit(y_axis));
     find_taps(p.PW, max_taps.x, x, visit(x_axis));
   }
-  const int64_t plane = int64_t{level.H} * level.W, bins = int64_t{p.PH} * p.PW, outputs = bins * p.out_channels;
+  const int64_t plane = int64_t{level.H} * level.W, stride = channels_last ? p.channels : 1;
+  const int bins = p.PH * p.PW, outputs = bins * p.out_channels;
   const int64_t image = readable ? static_cast<int64_t>(region_image(p.coordinates[5 * k])) : 0;
   BoxSums<Compute> sums;
-  for (int64_t i = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; i < outputs && readable;
-       i += int64_t{gridDim.y} * blockDim.x) {
-    const int64_t bin = channels_last ? i / p.out_channels : i % bins,
-                  out = channels_last ? i % p.out_channels : i / bins;
-    const int64_t c = p.spec.position_sensitive ? out * bins + bin : out;
+  for (int i = blockIdx.y * kRegionThreads + threadIdx.x; i < outputs && readable; i += gridDim.y * kRegionThreads) {
+    const int out = channels_last ? i % p.out_channels : i / bins;
+    const int bin = channels_last ? i / p.out_channels : i - out * bins;
+    const int64_t c = p.spec.position_sensitive ? int64_t{out} * bins + bin : out;
     const T* origin = level.input + image * p.channels * plane + (channels_last ? c : c * plane);
-    const int64_t stride = channels_last ? p.channels : 1;
-    const int ph = static_cast<int>(bin / p.PW), pw = static_cast<int>(bin % p.PW);
+    const int ph = bin / p.PW, pw = bin - ph * p.PW;
     const Compute grad = static_cast<Compute>(p.grad_output[k * outputs + i]);
     // `sum` is the sum of the pixels of a row times the weights of their columns. sum_first and sum_last use the slopes
     // of these weights instead.

@@ -30,9 +30,9 @@ __device__ __forceinline__ void find_box_taps(const P& p, int64_t k, const Regio
                                               const SharedTaps<Compute>& x) {
   const RegionBin<Compute>* bins = p.bins + k * (p.PH + p.PW);
   find_taps(p.PH, max_taps.y, y,
-            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[bin], box.weight_y, H, 0, H, tap); });
+            [&](int bin, auto tap) { for_each_weight(p.spec.kind, bins[bin], box.weight_y, H, 0, H, tap); });
   find_taps(p.PW, max_taps.x, x,
-            [&](int bin, auto tap) { for_each_tap(p.spec.kind, bins[p.PH + bin], box.weight_x, W, 0, W, tap); });
+            [&](int bin, auto tap) { for_each_weight(p.spec.kind, bins[p.PH + bin], box.weight_x, W, 0, W, tap); });
 }
 
 // Computes the forward pass on channels_last maps. Each lane computes V neighboring channels.
@@ -126,9 +126,9 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_outputs_kernel(const
     } else {
       const RegionBin<Compute> y_bin = p.bins[k * (p.PH + p.PW) + ph], x_bin = p.bins[k * (p.PH + p.PW) + p.PH + pw];
       result = initial_value<kMaximum, Compute>(y_bin.count == 0 || x_bin.count == 0);
-      for_each_tap(p.spec.kind, y_bin, box.weight_y, level.H, 0, level.H, [&](int row, Compute y_weight) {
-        for_each_tap(p.spec.kind, x_bin, box.weight_x, level.W, 0, level.W,
-                     [&](int column, Compute x_weight) { add(row, column, y_weight * x_weight); });
+      for_each_weight(p.spec.kind, y_bin, box.weight_y, level.H, 0, level.H, [&](int row, Compute y_weight) {
+        for_each_weight(p.spec.kind, x_bin, box.weight_x, level.W, 0, level.W,
+                        [&](int column, Compute x_weight) { add(row, column, y_weight * x_weight); });
       });
     }
     p.output[k * outputs + i] = static_cast<T>(result);
@@ -138,7 +138,6 @@ __global__ __launch_bounds__(kRegionThreads, 2) void region_outputs_kernel(const
 template <class P, bool kMaximum>
 void launch_outputs(const RegionProblem& problem, const P& p, bool without_tiled, cudaStream_t stream) {
   const int64_t outputs = problem.PH * problem.PW * p.out_channels;
-  STD_TORCH_CHECK(outputs < 1 << 30, problem.spec.op, ": a box must have fewer than 2^30 outputs, got ", outputs);
   const MaxTaps taps = max_taps(problem);
   const size_t bytes = taps.bytes<typename P::Compute>(p.PH, p.PW, false);
   const dim3 grid(grid_size(problem.spec.op, problem.K),

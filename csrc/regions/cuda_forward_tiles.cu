@@ -14,7 +14,7 @@ namespace relops {
 namespace {
 
 constexpr int kTileSide = 32;
-constexpr int kMaxPairs = 8;  // pairs of taps of a bin that spans kMaxExtent rows or columns
+constexpr int kMaxPairs = (kMaxExtent + 1) / 2;
 constexpr int kWindowSide = kTileSide + kMaxExtent - 1;
 constexpr int kTapBytes = 9 << 10;                  // shared memory for taps
 constexpr int kBatchBoxes = 64, kBatchLines = 896;  // limits for what a block computes at a time
@@ -58,18 +58,18 @@ __global__ __launch_bounds__(kRegionThreads) void region_taps_kernel(
     };
     const bool is_x = line >= p.PH;
     const int size = is_x ? level.W : level.H;
-    for_each_tap(p.spec.kind, p.bins[k * lines + line], is_x ? box.weight_x : box.weight_y, size, 0, size,
-                 [&](int pixel, Compute weight) {
-                   if (pixel == second_last.at) {
-                     second_last.weight += weight;
-                   } else if (pixel == last.at) {
-                     last.weight += weight;
-                   } else {
-                     finish(second_last);
-                     second_last = last;
-                     last = {weight, pixel};
-                   }
-                 });
+    for_each_weight(p.spec.kind, p.bins[k * lines + line], is_x ? box.weight_x : box.weight_y, size, 0, size,
+                    [&](int pixel, Compute weight) {
+                      if (pixel == second_last.at) {
+                        second_last.weight += weight;
+                      } else if (pixel == last.at) {
+                        last.weight += weight;
+                      } else {
+                        finish(second_last);
+                        second_last = last;
+                        last = {weight, pixel};
+                      }
+                    });
     finish(second_last);
     finish(last);
     if (count % 2 != 0) {
@@ -202,7 +202,7 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
             const int first_pair = atomicAdd(&next_pair[b], pair_count), stride = line >= bin_rows ? 1 : kWindowSide;
             line_pairs[b * batch_lines + line] = static_cast<unsigned short>(16 * first_pair + pair_count);
             const RegionTap<Compute>* in = all_taps.pairs[from * all_taps.max_pairs].x;
-            RegionTap<Compute>* const copies = pairs[first_pair].x;
+            RegionTap<Compute>* const copies = pairs->x + 2 * first_pair;
 #pragma unroll 2
             for (int i = 0; i < 2 * pair_count; ++i) {
               const RegionTap<Compute> tap = load_pack<RegionTap<Compute>, 1>(in + i).x[0];
@@ -226,7 +226,7 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
               const int y_line = line_pairs[b * batch_lines + row];
               const int x_line = line_pairs[b * batch_lines + bin_rows + column];
               const int y_count = y_line % 16, x_count = x_line % 16;
-              const RegionTap<Compute>* y_taps = pairs[y_line / 16].x;
+              const RegionTap<Compute>* y_taps = pairs->x + 2 * (y_line / 16);
               const TapPair<Compute>* x_pairs = pairs + x_line / 16;
               Compute result[V];
 #pragma unroll
@@ -282,7 +282,7 @@ void launch_tiles(const RegionProblem& problem, const P& p, cudaStream_t stream)
     region_taps_kernel<P><<<blocks, kRegionThreads, 0, stream>>>(p, taps);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     // More groups per block share the taps, but a launch must have enough blocks for all multiprocessors.
-    constexpr int64_t kBlocks = 2048, kMaxGroups = 4;
+    constexpr int64_t kBlocks = 1024, kMaxGroups = 4;
     const int64_t groups_per_block = std::clamp<int64_t>(tiles.total * groups / kBlocks, 1, kMaxGroups);
     const dim3 grid(tiles.total, static_cast<unsigned>(ceil_div(groups, groups_per_block)));
     region_tiles_kernel<P, kMaximum>

@@ -43,7 +43,8 @@ struct MaxTaps {
 };
 
 inline MaxTaps max_taps(const RegionProblem& p) {
-  // Neighboring bins have at most two pixels in common.
+  // Neighboring bins have at most two pixels in common, unless the box is so huge that positions are rounded to the
+  // same numbers. find_taps then leaves out taps, whose weights are about 0.
   const auto bound = [&](int64_t size, int64_t bins) {
     const int64_t any = size + 2 * bins;
     return p.spec.kind == RegionKind::kSampled && p.spec.sampling_ratio > 0
@@ -58,8 +59,9 @@ inline MaxTaps max_taps(const RegionProblem& p) {
   return taps;
 }
 
-// Finds the taps of all bins of an axis, with one thread per bin. visit(bin, tap) must call tap(pixel, weight,
-// slope_first, slope_last) as for_each_tap in taps.h does. All threads of the block must call this function.
+// Finds the taps of all bins of an axis, with one thread per bin. visit(bin, tap) must call tap(pixel, weight) or
+// tap(pixel, weight, slope_first, slope_last) in the order of for_each_tap in taps.h. All threads of the block must
+// call this function.
 template <class Compute, class Visit>
 __device__ void find_taps(int bins, int max_taps, const SharedTaps<Compute>& taps, Visit visit) {
   for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {

@@ -11,7 +11,7 @@
 //   RegionOps                 the ops with the signatures of library.cpp (ops.h)
 //   RegionArgs, RegionParams  the arguments of CPU kernels (cpu_args.h) and of CUDA kernels (cuda.cuh)
 //   Region, RegionWork        CPU: one box as taps (cpu_args.h); all boxes in order, with their memory (cpu.cpp)
-//   RegionSource              CUDA: the level and the image that a box reads (cuda.cuh)
+//   RegionBox, RegionBin      CUDA: what a box and its bins read (cuda.cuh)
 #pragma once
 
 #include <cmath>

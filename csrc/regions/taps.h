@@ -8,10 +8,10 @@
 // has a few pixels with weights, which are called its taps. roi_pool computes the maximum over a rectangle, and its
 // taps only tell which pixels are in the rectangle.
 //
-// Taps are computed in double for every type of features, because there are few of them and boxes may be huge. The
-// exceptions are the number of samples and the edges that are rounded to pixels: they are computed in Compute, the type
-// of the boxes. The computation of these values follows torchvision step by step, so the results are the same in
-// torchvision, on the CPU and on CUDA.
+// Taps are computed in double for every type of features, because there are few of them and boxes may be huge. (On
+// CUDA, only the position of each bin is computed in double, see cuda.cuh.) The exceptions are the number of samples
+// and the edges that are rounded to pixels: they are computed in Compute, the type of the boxes. The computation of
+// these values follows torchvision step by step, so the results are the same in torchvision, on the CPU and on CUDA.
 #pragma once
 
 #include "common/host_device.h"
@@ -92,8 +92,9 @@ RELOPS_HOST_DEVICE RegionAxis region_axis(const RegionSpec& spec, Compute first,
   return axis;
 }
 
+// Returns x limited to [low, high], or low if x is NaN.
 RELOPS_HOST_DEVICE inline double clamped(double x, double low, double high) {
-  return x < low ? low : x > high ? high : x;
+  return x > low ? (x < high ? x : high) : low;
 }
 
 // The pixels [begin, end) of a bin, for kAveraged and kMaximum.
@@ -134,7 +135,7 @@ RELOPS_HOST_DEVICE void for_each_tap(const RegionAxis& axis, int bin, int low, i
         from = clamped(floor(a < b ? a : b) - 1, 0, axis.grid);
         const double to = clamped(ceil(a < b ? b : a) + 1, -1, axis.grid - 1);
         // Above 2^53, neighboring positions round to the same number, so `count` needs another bound.
-        const double max_count = (farthest - nearest) / (step < 0 ? -step : step) + 4;
+        const double max_count = ceil((farthest - nearest) / (step < 0 ? -step : step)) + 5;
         count = to - from + 1 < max_count ? to - from + 1 : max_count;
       }
       for (int j = 0; j < count; ++j) {

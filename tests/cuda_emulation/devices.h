@@ -89,7 +89,8 @@ inline torch::stable::Tensor operator<<(Poisoned, const torch::stable::Tensor& t
   const ScalarType dtype = tensor.scalar_type();
   const bool is_float = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
                         dtype == ScalarType::BFloat16;
-  std::memset(tensor.mutable_data_ptr(), is_float ? 0xff : 0x7f, tensor.numel() * tensor.element_size());
+  if (tensor.numel() > 0)
+    std::memset(tensor.mutable_data_ptr(), is_float ? 0xff : 0x7f, tensor.numel() * tensor.element_size());
   return tensor;
 }
 

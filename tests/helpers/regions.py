@@ -113,3 +113,19 @@ def random_boxes(case: Regions, inside: bool = False) -> Tensor:  # [K,5] float6
         corners[8::9, 1] = corners[8::9, 0]
     images = torch.randint(max(case.N, 1), (case.K, 1), dtype=torch.float64)
     return torch.cat([images, corners.flatten(1)], 1).float().double()
+
+
+def assert_inverted_boxes_match_the_twin(sampling_ratio: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(sampling_ratio)
+    x = torch.randn(1, 2, 20, 30, generator=generator, dtype=torch.float64).to(device)
+    center, extent = torch.tensor([15.0, 10.0]), 10 ** (1 + 3 * torch.rand(40, 2, 2, generator=generator))
+    corners = (center + torch.tensor([1, -1])[:, None] * extent).flatten(1)
+    boxes = torch.cat([torch.zeros(40, 1), corners], 1).to(device, torch.float64)
+    results = []
+    for module in (relops, reference):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, boxes)]
+        output = module.roi_align(*leaves, (2, 3), 1.0, sampling_ratio, True)
+        output.backward(grad_like(output))
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
