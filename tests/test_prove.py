@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,3 +155,10 @@ def test_an_unknown_part_is_an_error(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         prove.main(["--only", "memchek"])
     assert "--only: memchek is not a part; the parts are build, tests, memcheck" in capsys.readouterr().err
+
+
+def test_the_suite_is_that_of_make_test() -> None:
+    (recipe,) = re.findall(r"^test: .*\n((?:\t.*\n)+)", (prove.ROOT / "Makefile").read_text(), re.MULTILINE)
+    arguments = shlex.split(recipe.replace("\\\n", " "))
+    (tests,) = (part for part in prove.make_parts(None) if part.name == "tests")
+    assert arguments[arguments.index("pytest") + 1 :] == list(tests.command)[tests.command.index("-q") + 1 :]

@@ -49,8 +49,9 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
   return result;
 }
 
-// Returns x / y, correctly rounded. These are the instructions of the compiler for a division that is not a special
-// case. It is none if y, 1 / y and x / y are normal numbers, x is normal or 0, and the remainder below is exact.
+// Returns x / y, correctly rounded, with the instructions of the compiler for divisions that are not special cases. The
+// caller must make sure that y, 1 / y and x / y are normal numbers, that x is normal or 0, and that the remainder below
+// is exact.
 __device__ __forceinline__ float quotient(float x, float y) {
   float reciprocal = approximate_reciprocal(y);
   reciprocal = fmaf(reciprocal, fmaf(-y, reciprocal, 1), reciprocal);

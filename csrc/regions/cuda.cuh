@@ -57,7 +57,7 @@ struct RegionParams {
 
   // These tensors are [K,out_channels,PH,PW] in the layout of the input.
   T* output;             // forward pass only
-  const T* grad_output;  // backward pass only
+  const T* grad_output;  // backward pass only; region_gather_kernel may read another layout
 };
 
 // Returns the level that box k reads if its coordinates are finite. Returns kReadsNothing or kNotInBatch if the box
@@ -162,8 +162,8 @@ __device__ __forceinline__ int last_pixel(RegionKind kind, const RegionBin<Compu
 }
 
 // Returns a / b. The quotient of floats is accurate to 2 units in the last place, and takes no branch.
-__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
-__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
+__device__ __forceinline__ float approximate_quotient(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double approximate_quotient(double a, double b) { return a / b; }
 
 // Calls tap(pixel - low, weight) for the pixels in [low, low + count) that the bin reads, as for_each_tap in taps.h
 // does. sample_weight is RegionBox::weight_y or weight_x.
@@ -180,8 +180,8 @@ __device__ __forceinline__ void for_each_weight(RegionKind kind, const RegionBin
       if (bin.step > 0) {
         // Only samples that may read the pixels are visited. To allow for rounding, the range is one sample longer on
         // either side than the division gives.
-        const Compute nearest = quotient(static_cast<Compute>(-1 - first) - bin.begin, bin.step) - 1;
-        const Compute farthest = quotient(static_cast<Compute>(count - first) - bin.begin, bin.step) + 2;
+        const Compute nearest = approximate_quotient(static_cast<Compute>(-1 - first) - bin.begin, bin.step) - 1;
+        const Compute farthest = approximate_quotient(static_cast<Compute>(count - first) - bin.begin, bin.step) + 2;
         if (nearest > 0) sample = nearest < end ? static_cast<int>(nearest) : end;
         if (farthest < end) end = farthest > 0 ? static_cast<int>(farthest) : 0;
       }
@@ -196,7 +196,7 @@ __device__ __forceinline__ void for_each_weight(RegionKind kind, const RegionBin
       return;
     }
     case RegionKind::kPrecise: {
-      const Compute scale = quotient(Compute(1), bin.step - bin.begin);
+      const Compute scale = approximate_quotient(Compute(1), bin.step - bin.begin);
 #pragma unroll 1
       for (int cell = max(0, -1 - first); cell < min(bin.count, count - first); ++cell) {
         const Compute from = bin.begin > cell ? bin.begin : static_cast<Compute>(cell);
@@ -210,7 +210,7 @@ __device__ __forceinline__ void for_each_weight(RegionKind kind, const RegionBin
     case RegionKind::kAveraged:
     case RegionKind::kMaximum: {
       const Compute weight =
-          kind == RegionKind::kMaximum ? Compute(1) : quotient(Compute(1), static_cast<Compute>(bin.count));
+          kind == RegionKind::kMaximum ? Compute(1) : approximate_quotient(Compute(1), static_cast<Compute>(bin.count));
 #pragma unroll 1
       for (int i = max(0, -first); i < min(bin.count, count - first); ++i) tap(first + i, weight);
       return;

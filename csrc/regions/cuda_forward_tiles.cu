@@ -148,8 +148,8 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
         // A line is a row or a column of bins.
         const int bin_rows = min(kBins, p.PH - ph), batch_lines = bin_rows + min(kBins, p.PW - pw);
         const int line_bits = 32 - __clz(batch_lines - 1);
-        // Calls g(b, line, from, begin, pair_count) for the lines of some boxes that begin in the tile. Line `line` of
-        // box b is line `from` of all boxes, and `begin` is the first pixel of the tile on its axis.
+        // Calls g(b, line, is_x, from, begin, pair_count) for the lines of some boxes that begin in the tile. Line
+        // `line` of box b is line `from` of all boxes, and `begin` is the first pixel of the tile on its axis.
         const auto for_each_own_line = [&](const int* batch, int boxes, auto g) {
           for (int i = threadIdx.x; i < boxes << line_bits; i += kRegionThreads) {
             const int b = i >> line_bits, line = i & ((1 << line_bits) - 1);
@@ -158,7 +158,7 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
             const int bin = is_x ? p.PH + pw + line - bin_rows : ph + line, begin = is_x ? tile.left : tile.top;
             const int64_t from = int64_t{batch[b]} * lines + bin;
             const unsigned own = own_pixel(p.bins[from], is_x ? level.W : level.H) - begin;
-            if (own < kTileSide) g(b, line, from, begin, all_taps.pair_counts[from]);
+            if (own < kTileSide) g(b, line, is_x, from, begin, all_taps.pair_counts[from]);
           }
         };
         for (int first = 0; first < count; first += box_count) {
@@ -166,8 +166,7 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
           const int max_boxes = min(min(kBatchLines / batch_lines, kBatchBoxes), count - first);
           if (threadIdx.x < max_boxes) own_bins[threadIdx.x] = {0, 0, 0};
           __syncthreads();
-          for_each_own_line(batch, max_boxes, [&](int b, int line, int64_t, int, int pair_count) {
-            const bool is_x = line >= bin_rows;
+          for_each_own_line(batch, max_boxes, [&](int b, int line, bool is_x, int64_t, int, int pair_count) {
             atomicOr(is_x ? &own_bins[b].columns : &own_bins[b].rows, 1u << (is_x ? line - bin_rows : line));
             atomicAdd(&own_bins[b].pairs, pair_count);
           });
@@ -198,8 +197,8 @@ __global__ __launch_bounds__(kRegionThreads, 4) void region_tiles_kernel(
             }
           }
           __syncthreads();
-          for_each_own_line(batch, box_count, [&](int b, int line, int64_t from, int begin, int pair_count) {
-            const int first_pair = atomicAdd(&next_pair[b], pair_count), stride = line >= bin_rows ? 1 : kWindowSide;
+          for_each_own_line(batch, box_count, [&](int b, int line, bool is_x, int64_t from, int begin, int pair_count) {
+            const int first_pair = atomicAdd(&next_pair[b], pair_count), stride = is_x ? 1 : kWindowSide;
             line_pairs[b * batch_lines + line] = static_cast<unsigned short>(16 * first_pair + pair_count);
             const RegionTap<Compute>* in = all_taps.pairs[from * all_taps.max_pairs].x;
             RegionTap<Compute>* const copies = pairs->x + 2 * first_pair;

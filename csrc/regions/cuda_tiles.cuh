@@ -57,16 +57,6 @@ __global__ __launch_bounds__(kRegionThreads) void region_reach_kernel(const __gr
   }
 }
 
-// Returns the sum of x over the lanes up to this one. Every lane of the warp must call this function.
-__device__ __forceinline__ int inclusive_sum(int x) {
-  const int lane = threadIdx.x % 32;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_sync(kAll, x, max(lane - distance, 0));
-    if (lane >= distance) x += other;
-  }
-  return x;
-}
-
 constexpr int kListed = 256;  // boxes that a block lists at a time
 
 // Lists the boxes that reach the tile of this block and calls f(list, count) for up to kListed of them at a time. All

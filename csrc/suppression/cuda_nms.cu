@@ -279,14 +279,9 @@ __global__ __launch_bounds__(kCompactThreads) void nms_compact_kernel(const __gr
 #pragma unroll
     for (int j = 0; j < kFlags; ++j)
       if (begin + j < p.K && p.is_kept[first + begin + j]) flags |= 1 << j;
-    int before = __popc(flags);  // includes the flags of this thread until they are subtracted below
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_sync(kAll, before, max(lane - distance, 0));
-      if (lane >= distance) before += other;
-    }
-    if (lane == 31) sums[warp] = before;
-    before -= __popc(flags);
+    const int warp_sum = inclusive_sum(__popc(flags));
+    if (lane == 31) sums[warp] = warp_sum;
+    int before = warp_sum - __popc(flags);
     __syncthreads();
     int total = 0;
     for (int w = 0; w < kCompactThreads / 32; ++w) {

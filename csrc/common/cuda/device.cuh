@@ -1,5 +1,5 @@
-// Functions that all CUDA ops use: the current stream, grid sizes, limits of shared memory, wide loads, atomic
-// additions, and reductions over lanes.
+// Functions that all CUDA ops use: the current stream, grid sizes, limits of shared memory, wide loads, conversions,
+// and reductions and sums over lanes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -158,6 +158,17 @@ __device__ __forceinline__ Compute group_max(Compute x, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2) {
     const Compute other = __shfl_xor_sync(kAll, x, distance);
     x = other > x ? other : x;
+  }
+  return x;
+}
+
+// Returns the sum of x over the lanes up to this one. Every lane of the warp must call this function.
+__device__ __forceinline__ int inclusive_sum(int x) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_sync(kAll, x, max(lane - distance, 0));
+    if (lane >= distance) x += other;
   }
   return x;
 }
