@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/host_device.h"
 
 namespace relops {
 
@@ -48,5 +49,25 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
   for (int64_t size : shape) equal = equal && tensor.size(i++) == size;
   STD_TORCH_CHECK(equal, op, ": ", name, " has the wrong shape");
 }
+
+// A map [N,C,H,W] with strides in elements.
+template <class T>
+struct Map {
+  T* data = nullptr;
+  int64_t n_stride = 0, c_stride = 0, h_stride = 0, w_stride = 0;
+  RELOPS_HOST_DEVICE T* at(int64_t n, int64_t c, int64_t h, int64_t w = 0) const {
+    return data + n * n_stride + c * c_stride + h * h_stride + w * w_stride;
+  }
+};
+
+template <class T>
+Map<T> map_of(const Tensor& x) {
+  // torch regards a map of width 1 as contiguous whatever its stride along the rows, so as_map() does not copy it.
+  const int64_t w_stride = x.size(3) == 1 && x.stride(1) != 1 ? 1 : x.stride(3);
+  return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1), x.stride(2), w_stride};
+}
+
+// Returns x, or a copy of x if neither the stride along the rows nor the stride along the channels is 1.
+inline Tensor as_map(const Tensor& x) { return x.stride(3) == 1 || x.stride(1) == 1 ? x : dense(x); }
 
 }  // namespace relops

@@ -61,23 +61,6 @@ RELOPS_HOST_DEVICE_INLINE F slope(F d) {
 template <Similarity kSimilarity>
 constexpr int kSlopeScale = kSimilarity == Similarity::kSquaredDifference ? 2 : 1;
 
-// A map [N,C,H,W] with strides in elements. The stride along the row or along the channels is 1.
-template <class T>
-struct Map {
-  T* data = nullptr;
-  int64_t n_stride = 0, c_stride = 0, h_stride = 0, w_stride = 0;
-  RELOPS_HOST_DEVICE T* at(int64_t n, int64_t c, int64_t h, int64_t w = 0) const {
-    return data + n * n_stride + c * c_stride + h * h_stride + w * w_stride;
-  }
-};
-
-template <class T>
-Map<T> map_of(const Tensor& x) {
-  return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-inline Tensor as_map(const Tensor& x) { return x.stride(3) == 1 || x.stride(1) == 1 ? x : dense(x); }
-
 // The checked arguments of the forward pass. The sizes have the same letters as in relops/ops/local_relation.py.
 struct LocalRelation {
   LocalRelation(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& prior_,

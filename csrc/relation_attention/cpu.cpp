@@ -5,8 +5,8 @@
 // queries with all heads (PackedKeys and ForwardWorker in cpu_forward.h). In the backward pass, each thread processes
 // some heads of an image (BackwardWorker in cpu_backward.h) and writes partial gradients of weights and boxes. This
 // file adds the partial gradients in a fixed order, so the results do not depend on thread scheduling. The
-// multiply-adds of cpu_products.h limit the speed of both passes; cpu_kernel.h counts them. The sines and cosines of
-// cpu_geometry.h are the second largest cost.
+// multiply-adds of the matrix products limit the speed of both passes; cpu_kernel.h counts them. The sines and cosines
+// of cpu_geometry.h are the second largest cost.
 
 #include <algorithm>
 #include <cstdint>

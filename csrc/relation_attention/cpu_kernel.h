@@ -53,6 +53,7 @@ void relation_attention_backward(const RelationAttentionArgs<T>& a, const KeyInd
 }  // namespace relops::RELOPS_ISA
 
 // Each instruction set compiles these headers again.
+#undef RELOPS_PRODUCTS
 #undef RELOPS_RELATION_ATTENTION_PRODUCTS
 #undef RELOPS_RELATION_ATTENTION_GEOMETRY
 #undef RELOPS_RELATION_ATTENTION_FORWARD
