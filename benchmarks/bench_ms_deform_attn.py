@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import relops
-from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Contender, Model, Skipped
+from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, Contender, Model, Skipped, deterministic
 from relops import reference
 from relops._dtypes import compute_dtype
 
@@ -195,16 +194,6 @@ def deformops_peers(fused: bool) -> dict[str, Callable]:
         return msda(value, *level_tensors(levels), locations, logits, method="softmax").view(*offsets.shape[:2], -1)
 
     return {"deformops": softmax_fused if fused else unfused}
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def make(case: Case, device: str, dtype: torch.dtype, direction: str, fused: bool = False, **options) -> Bench:

@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,17 @@ class VerificationError(Exception):
 
 
 # ---- Running one contender ----
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Run contenders with deterministic algorithms. Use this function as the context of a Contender."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:

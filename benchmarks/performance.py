@@ -122,6 +122,21 @@ unfused" computes the fused op with `relops.ms_deform_attn` and PyTorch function
         {},
     ),
     Family(
+        "Deformable convolution",
+        ("deform_conv2d",),
+        """\
+The input "1x256x50x76 to 256" means maps [N,C,H,W] of shape [1,256,50,76] and 256 output channels. Kernels are 3x3, and
+outputs are as large as inputs. "v1" rows have no mask, and "d2" means a dilation of 2. Offsets have a standard
+deviation of 2 pixels. In rows "without offsets", all offsets are zero, so the result is that of
+`torch.nn.functional.conv2d`, which is shown for comparison. These rows compute only the gradients of the input and the
+weight.
+
+"PyTorch" gathers the four pixels of every sample and multiplies the matrix of all samples by the weight. "torchvision
+in float32" casts 16-bit tensors to float32, because torchvision does not support bfloat16.
+""",
+        {},
+    ),
+    Family(
         "Region ops",
         ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "prroi_pool", "multi_scale_roi_align"),
         """\

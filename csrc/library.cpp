@@ -80,6 +80,14 @@ STABLE_TORCH_LIBRARY(relops, m) {
       "(Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
+      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, Tensor? mask, bool allow_tf32) -> Tensor");
+  m.def(
+      "_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, int[2] stride, "
+      "int[2] padding, int[2] dilation, Tensor? mask, bool allow_tf32, bool deterministic, bool[] needs_grad) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  m.def(
       "linear_sum_assignment(Tensor cost, Tensor? num_rows=None, Tensor? num_cols=None, bool maximize=False) -> "
       "(Tensor, Tensor)");
   m.def("box_iou(Tensor a, Tensor b) -> Tensor");

@@ -8,6 +8,7 @@ from relops import models, nn, ops, reference  # noqa: E402  (these modules need
 from relops.ops import (  # noqa: E402
     batched_nms,
     box_iou,
+    deform_conv2d,
     generalized_box_iou,
     linear_sum_assignment,
     local_relation,
@@ -31,6 +32,7 @@ __version__: str = _library.build_info()["version"]
 __all__ = [
     "batched_nms",
     "box_iou",
+    "deform_conv2d",
     "generalized_box_iou",
     "linear_sum_assignment",
     "local_relation",

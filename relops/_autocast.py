@@ -44,3 +44,10 @@ def promote_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
         return features
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in features))
     return tuple(x.to(dtype) for x in features)
+
+
+def parameters_under_autocast(features: Tensor, *parameters: Tensor | None) -> list[Any]:
+    """Under autocast, convert parameters to the dtype of the features."""
+    if not (isinstance(features, Tensor) and features.dtype in FEATURE_DTYPES and is_autocasting(features)):
+        return list(parameters)
+    return [p.to(features.dtype) if isinstance(p, Tensor) and p.dtype in FEATURE_DTYPES else p for p in parameters]

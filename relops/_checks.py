@@ -37,6 +37,18 @@ def check_size(op: str, name: str, number: object, max_size: int) -> None:
         )
 
 
+def checked_pair(op: str, name: str, sizes: object, min_size: int, max_size: int) -> tuple[int, int]:
+    """Check an int or a pair of ints and return it as a pair."""
+    pair = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes, sizes)
+    if len(pair) == 2:
+        first, second = pair
+        if is_int(first) and is_int(second) and min_size <= first <= max_size and min_size <= second <= max_size:
+            return first, second
+    raise (ValueError if all(is_int(size) for size in pair) else TypeError)(
+        f"relops.{op}: {name} must be an int from {min_size} to {max_size} or a pair of such ints, got {sizes!r}"
+    )
+
+
 def check_choice(op: str, name: str, choice: object, choices: tuple[str, ...]) -> None:
     if choice not in choices:
         words = ", ".join(f'"{x}"' for x in choices[:-1]) + f' or "{choices[-1]}"'
@@ -66,14 +78,19 @@ def check_features_or_integers(op: str, name: str, tensor: Tensor) -> None:
 
 def check_features_like(op: str, name: str, tensor: Tensor, letters: str, features_name: str, features: Tensor) -> None:
     """Check that the tensor has the same dtype, device and number of dimensions as the features."""
+    check_like(op, name, tensor, features_name, features)
+    if tensor.dim() != features.dim():
+        raise ValueError(f"relops.{op}: {name} must be {letters}, got shape {list(tensor.shape)}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:
+    """Check that the tensor has the same dtype and device as the features."""
     check_tensor(op, name, tensor)
     if tensor.dtype != features.dtype:
         raise TypeError(
             f"relops.{op}: {name} must be {features.dtype}, the dtype of {features_name}, got {tensor.dtype}"
         )
     check_device(op, name, tensor, features_name, features)
-    if tensor.dim() != features.dim():
-        raise ValueError(f"relops.{op}: {name} must be {letters}, got shape {list(tensor.shape)}")
 
 
 def check_coordinates(op: str, name: str, tensor: Tensor, features_name: str, features: Tensor) -> None:

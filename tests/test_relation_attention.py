@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import relops
-from relops.ops.relation_attention import _tf32_allowed
+from relops.ops._tf32 import tf32_allowed
 
 both_geometries = pytest.mark.parametrize("geometry", ["paper", "official"])
 
@@ -480,11 +480,11 @@ def test_tf32_follows_the_settings(matmul_precision: None, fresh_compiler: None)
         yield lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), True
         yield lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"), False
 
-    compiled = torch.compile(lambda x: x + 1 if _tf32_allowed() else x, fullgraph=True, backend="eager")
-    assert not _tf32_allowed() and compiled(torch.zeros(())) == 0
+    compiled = torch.compile(lambda x: x + 1 if tf32_allowed() else x, fullgraph=True, backend="eager")
+    assert not tf32_allowed() and compiled(torch.zeros(())) == 0
     for switch, allowed in switches():
         switch()
-        assert _tf32_allowed() == allowed
+        assert tf32_allowed() == allowed
         assert compiled(torch.zeros(())) == allowed
 
 

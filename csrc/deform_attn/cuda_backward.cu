@@ -50,30 +50,6 @@ __device__ __forceinline__ void reduce_scatter(Compute* x, int lane, int distanc
   }
 }
 
-// The number of neighboring channels that one reduction to memory adds. Hopper adds four floats.
-template <class Compute, int V>
-__device__ constexpr int reduction_width() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if (std::is_same_v<Compute, float> && V % 4 == 0) return 4;
-#endif
-  return 1;
-}
-
-// Adds x[0..W) to p[0..W). Each addition is atomic and does not return the sum.
-template <int W, class Compute>
-__device__ __forceinline__ void reduce_add(Compute* p, const Compute (&x)[W]) {
-#ifdef __CUDA_ARCH__
-  if constexpr (W == 4) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-                 "f"(x[3])
-                 : "memory");
-    return;
-  }
-#endif
-#pragma unroll
-  for (int k = 0; k < W; ++k) atomicAdd(p + k, x[k]);
-}
-
 // If kOneStep, the lanes of the group hold all D channels at once.
 template <class Params, int V, bool kFused, bool kOneStep>
 __global__ __launch_bounds__(256, 2) void backward_kernel(const __grid_constant__ Params p) {

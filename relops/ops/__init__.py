@@ -6,6 +6,7 @@ The attribute `relops.ops.<op>` is the function, not the module of the same name
 
 from relops.ops.batched_nms import batched_nms
 from relops.ops.box_iou import box_iou
+from relops.ops.deform_conv2d import deform_conv2d
 from relops.ops.generalized_box_iou import generalized_box_iou
 from relops.ops.linear_sum_assignment import linear_sum_assignment
 from relops.ops.local_relation import local_relation
@@ -25,6 +26,7 @@ from relops.ops.soft_nms import soft_nms
 __all__ = [
     "batched_nms",
     "box_iou",
+    "deform_conv2d",
     "generalized_box_iou",
     "linear_sum_assignment",
     "local_relation",

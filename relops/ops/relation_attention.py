@@ -23,6 +23,7 @@ from relops._checks import (
 from relops._dtypes import compute_dtype
 from relops._library import check_device_has_kernels
 from relops.ops._autograd import fresh_gradients, only_needed, register_differentiable
+from relops.ops._tf32 import tf32_allowed
 from relops.ops._vmap import mapped_first
 
 GEOMETRIES = ("paper", "official")
@@ -156,16 +157,9 @@ def relation_attention(
         geometry,
         wavelength,
         scale,
-        query.is_cuda and _tf32_allowed(),
+        query.is_cuda and tf32_allowed(),
     )
     return output
-
-
-# The compiler cannot trace the getter of this setting, but it recompiles when the setting changes.
-@torch.compiler.assume_constant_result
-def _tf32_allowed() -> bool:
-    """Return whether any of torch's settings allows matrix products of float32 tensors in TF32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:

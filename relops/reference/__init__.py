@@ -9,6 +9,7 @@ with `from relops.reference.<op> import <name>`.
 
 from relops.reference.batched_nms import batched_nms
 from relops.reference.box_iou import box_iou
+from relops.reference.deform_conv2d import deform_conv2d
 from relops.reference.generalized_box_iou import generalized_box_iou
 from relops.reference.linear_sum_assignment import linear_sum_assignment
 from relops.reference.local_relation import local_relation
@@ -28,6 +29,7 @@ from relops.reference.soft_nms import soft_nms
 __all__ = [
     "batched_nms",
     "box_iou",
+    "deform_conv2d",
     "generalized_box_iou",
     "linear_sum_assignment",
     "local_relation",

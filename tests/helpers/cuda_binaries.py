@@ -41,6 +41,8 @@ PINNED_ARCH = "90"
 # The sources whose kernels need the most registers and shared memory, which are tested on all architectures.
 LARGEST = (
     "csrc/deform_attn/cuda_backward.cu",
+    "csrc/deform_conv/cuda_backward.cu",
+    "csrc/deform_conv/cuda_backward_weight.cu",
     "csrc/local_relation/cuda_backward.cu",
     "csrc/regions/cuda_backward.cu",
     "csrc/regions/cuda_forward_tiles.cu",

@@ -1,5 +1,5 @@
 // Functions that all CUDA ops use: the current stream, grid sizes, limits of shared memory, wide loads, conversions,
-// and reductions and sums over lanes.
+// reductions to memory, and sums over lanes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -143,6 +143,29 @@ __device__ __forceinline__ void to_compute(const Pack<T, V>& pack, ComputeType<T
 #pragma unroll
     for (int v = 0; v < V; ++v) x[v] = static_cast<ComputeType<T>>(pack.x[v]);
   }
+}
+
+// The number of neighboring values that one reduction to memory adds. Hopper adds four floats.
+template <class Compute, int V>
+__device__ constexpr int reduction_width() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if (std::is_same_v<Compute, float> && V % 4 == 0) return 4;
+#endif
+  return 1;
+}
+
+// Adds x[0..W) to p[0..W). Each addition is atomic and does not return the sum.
+template <int W, class Compute>
+__device__ __forceinline__ void reduce_add(Compute* p, const Compute (&x)[W]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (W == 4)
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+                 "f"(x[3])
+                 : "memory");
+  else
+#endif
+#pragma unroll
+    for (int k = 0; k < W; ++k) atomicAdd(p + k, x[k]);
 }
 
 // Divides a warp into groups of `group` neighboring lanes, where `group` is a power of two, and returns the sum of x

@@ -1,0 +1,136 @@
+// deform_conv2d on the CPU: the forward pass.
+#ifndef RELOPS_DEFORM_CONV_FORWARD
+#define RELOPS_DEFORM_CONV_FORWARD
+
+#include "common/cpu/products.h"
+#include "common/cpu/simd.h"
+#include "deform_conv/cpu_args.h"
+#include "deform_conv/cpu_samples.h"
+
+namespace relops::RELOPS_ISA {
+
+namespace {
+
+// Computes all output channels of a tile. The samples of some channels and taps are the rows of a matrix with one
+// column per pixel, by which the weights are multiplied. The order of this sum, (channel, tap) within a range of taps,
+// does not depend on the tile.
+template <class T>
+class DeformForward {
+ public:
+  using Compute = ComputeType<T>;
+  static constexpr int64_t V = kLanes<Compute>, L = kTileLine<Compute>;
+  static constexpr int64_t kPanel = kPanelVectors * V;  // columns that a product keeps in registers
+
+  DeformForward(const DeformConvArgs<T>& a, const Compute* weight, const DeformTiles& tiles)
+      : a_(a),
+        weight_(weight),
+        tiles_(tiles),
+        ranges_(tap_ranges(a.taps)),
+        depth_(max_depth(ranges_, V)),
+        samples_(a, scratch_),
+        rows_(scratch_.allocate<Compute>(samples_.kMaxRowElements)),
+        matrix_(scratch_.allocate<Compute>(depth_ * round_up(kTilePixels, kPanel))),
+        sums_(scratch_.allocate<Compute>(a.Co * L)) {}
+
+  void operator()(int64_t item) {
+    const DeformTile tile = tiles_.at(item);
+    for (int64_t c = 0; c < a_.Co; ++c)
+      std::fill_n(sums_ + c * L, L, a_.bias == nullptr ? Compute(0) : static_cast<Compute>(a_.bias[c]));
+    for (int64_t group = 0; group < a_.G; ++group)
+      for (const TapRange& taps : ranges_) {
+        samples_.template describe<true>(tile, group, taps);
+        const int64_t end = (group + 1) * a_.offset_channels;
+        for (int64_t c = group * a_.offset_channels; c < end; c += samples_.max_channels)
+          add_channels(taps, c, std::min(samples_.max_channels, end - c));
+      }
+    store_tile(a_.output, tile, a_.Co, sums_);
+  }
+
+ private:
+  // Adds what channels [first, first + channels) contribute.
+  void add_channels(TapRange taps, int64_t first, int64_t channels) {
+    if (samples_.has_box) samples_.load_rows(0, first, channels, rows_);
+    for (int64_t t = 0; t < taps.count; ++t) {
+      if (!samples_.has_box) samples_.load_rows(t, first, channels, rows_);
+      sample(t, taps.count, channels);
+    }
+    for (int64_t c = first; c < first + channels;) {
+      const int64_t group = c / a_.group_inputs;
+      const int64_t end = std::min(first + channels, (group + 1) * a_.group_inputs);
+      const Compute* const matrix = matrix_ + (c - first) * taps.count * kPanel;
+      if (taps.count == a_.taps) {
+        multiply_weights(group, c, 0, (end - c) * taps.count, matrix);
+      } else {
+        for (int64_t i = c; i < end; ++i)
+          multiply_weights(group, i, taps.first, taps.count, matrix + (i - c) * taps.count * kPanel);
+      }
+      c = end;
+    }
+  }
+
+  // Computes the samples of V pixels, each with `width` channels. This is a function of its own, because the compiler
+  // would otherwise keep some of its pointers on the stack.
+  __attribute__((noinline)) static void sample_pixels(const Compute* rows, const Int<Compute>* corners,
+                                                      const Compute* weights, int64_t width, Compute* out) {
+    for (int64_t j = 0; j < V; ++j, out += kMaxChannels) {
+      const Compute *const a = rows + corners[j], *const b = rows + corners[L + j];
+      const Compute *const c = rows + corners[2 * L + j], *const d = rows + corners[3 * L + j];
+      const Vec<Compute> weight_a = broadcast(weights[j]), weight_b = broadcast(weights[L + j]);
+      const Vec<Compute> weight_c = broadcast(weights[2 * L + j]), weight_d = broadcast(weights[3 * L + j]);
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < width; k += V)
+        store(out + k,
+              weight_a * load(a + k) + weight_b * load(b + k) + weight_c * load(c + k) + weight_d * load(d + k));
+    }
+  }
+
+  // Sets row (c, t) of the matrix to the samples of channel c with tap t.
+  void sample(int64_t t, int64_t taps, int64_t channels) {
+    for (int64_t p = 0; p < samples_.padded; p += V) {
+      Compute* const columns = matrix_ + p / kPanel * depth_ * kPanel + p % kPanel;
+      sample_pixels(rows_, samples_.corners(t) + p, samples_.weights(t) + p, round_up(channels, V), pixels_);
+      for (int64_t c = 0; c < channels; c += V) {
+        Vec<Compute> block[V];
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < V; ++j) block[j] = load(pixels_ + j * kMaxChannels + c);
+        transpose<Compute>(block);
+        Compute* const out = columns + (c * taps + t) * kPanel;
+        if (channels - c >= V) {
+#pragma GCC unroll 16
+          for (int64_t j = 0; j < V; ++j) store(out + j * taps * kPanel, block[j]);
+        } else {
+          for (int64_t j = 0; j < channels - c; ++j) store(out + j * taps * kPanel, block[j]);
+        }
+      }
+    }
+  }
+
+  // Multiplies the weights of a group by `depth` rows of the matrix, beginning with the weight of channel c and a tap.
+  void multiply_weights(int64_t group, int64_t c, int64_t tap, int64_t depth, const Compute* matrix) {
+    const int64_t row = a_.group_inputs * a_.taps;
+    const Compute* const weight =
+        weight_ + group * a_.group_outputs * row + (c - group * a_.group_inputs) * a_.taps + tap;
+    Compute* const sums = sums_ + group * a_.group_outputs * L;
+    for (int64_t p = 0; p < samples_.padded; p += kPanel, matrix += depth_ * kPanel)
+      multiply<Compute>({{weight, row, 1}, matrix, kPanel, depth}, a_.group_outputs,
+                        std::min<int64_t>((samples_.padded - p) / V, kPanelVectors), sums + p, L, true);
+  }
+
+  const DeformConvArgs<T>& a_;
+  const Compute* weight_;
+  const DeformTiles& tiles_;
+  std::vector<TapRange> ranges_;
+  int64_t depth_;  // rows of the matrix
+  Scratch scratch_;
+  DeformSamples<T> samples_;
+  Compute* rows_;
+  Compute* matrix_;  // [panels,depth_,kPanel]
+  Compute* sums_;    // [Co,L]
+  alignas(64) Compute pixels_[V * kMaxChannels];
+};
+
+}  // namespace
+
+}  // namespace relops::RELOPS_ISA
+
+#endif
