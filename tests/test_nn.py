@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import OPS, Op
 from conftest import TRACING_MODES, assert_matches
 from torch import Tensor
@@ -31,6 +36,11 @@ def detections_to_rank(B: int = 2, K: int = 9, C: int = 3) -> tuple[Tensor, ...]
 
 # Each function returns an instance of a module and arguments for its forward method.
 MODULES: dict[str, Callable[[], tuple[torch.nn.Module, tuple[Any, ...]]]] = {
+    "DeformConv2d": lambda: (
+        relops.nn.DeformConv2d(4, 6, (3, 2), stride=(2, 1), padding=1, groups=2),
+        (torch.randn(2, 4, 7, 8), torch.randn(2, 24, 4, 9), torch.rand(2, 12, 4, 9)),
+    ),
+    "ModulatedDeformConv2d": lambda: (modulated_layer(4, 6, 3, padding=1), (torch.randn(2, 4, 7, 8),)),
     "DuplicateRemoval": lambda: (
         relops.nn.DuplicateRemoval(16, first_n=5, rank_dim=8, hidden_dim=12, heads=3, head_dim=4, score_threshold=0.1),
         detections_to_rank(),
@@ -100,6 +110,227 @@ def test_fake_tensors_and_make_fx(name: str, tracing_mode: str) -> None:
 def test_every_module_is_traced() -> None:
     tested = {type(make()[0]).__name__ for make in MODULES.values()}
     assert tested == set(relops.nn.__all__) - {"RankedDetections"}
+
+
+# ---- Deformable convolution ----
+
+# Arguments for 8 input channels and 6 output channels.
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "all arguments": {
+        **{"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2), "groups": 2},
+        "bias": False,
+    },
+}
+
+on_convolutions = pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+
+
+def modulated_layer(*args: Any, **options: Any) -> relops.nn.ModulatedDeformConv2d:
+    """Return a layer whose offsets and masks differ from pixel to pixel."""
+    layer = relops.nn.ModulatedDeformConv2d(*args, **options)
+    for parameter in layer.conv_offset.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+@on_convolutions
+def test_deform_conv2d_equals_torchvision(options: dict[str, Any], device: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(1)
+    ours = relops.nn.DeformConv2d(8, 6, **options)
+    torch.manual_seed(1)
+    theirs = torchvision.ops.DeformConv2d(8, 6, **options)
+    assert repr(ours) == repr(theirs)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+    ours, theirs = ours.to(device, torch.float64), theirs.to(device, torch.float64)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64, device=device, requires_grad=True)
+    out_size = F.conv2d(x, theirs.weight, None, theirs.stride, theirs.padding, theirs.dilation, theirs.groups).shape[2:]
+    taps = math.prod(theirs.kernel_size)
+    offset = torch.randn(2, 4 * taps, *out_size, dtype=torch.float64, device=device, requires_grad=True)
+    mask = torch.rand(2, 2 * taps, *out_size, dtype=torch.float64, device=device, requires_grad=True)
+    for inputs in ((x, offset), (x, offset, mask)):
+        results = []
+        for layer in (ours, theirs):
+            output = layer(*inputs)
+            grads = torch.autograd.grad(output.square().sum(), [*inputs, *layer.parameters()])
+            results.append([output, *grads])
+        torch.testing.assert_close(*results)
+
+
+@on_convolutions
+@pytest.mark.parametrize("deform_groups", [1, 4])
+def test_modulated_layer_equals_the_definition_of_mmcv(
+    options: dict[str, Any], deform_groups: int, device: str
+) -> None:
+    layer = modulated_layer(8, 6, **options, deform_groups=deform_groups).to(device, torch.float64)
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64, device=device, requires_grad=True)
+
+    def definition(x: Tensor) -> Tensor:
+        """Compute the layer as ModulatedDeformConv2dPack of mmcv does."""
+        conv, sizes = layer.conv_offset, (layer.stride, layer.padding, layer.dilation)
+        o1, o2, mask = F.conv2d(x, conv.weight, conv.bias, *sizes).chunk(3, dim=1)
+        return reference.deform_conv2d(x, torch.cat([o1, o2], 1), layer.weight, layer.bias, *sizes, mask.sigmoid())
+
+    results = []
+    for f in (layer, definition):
+        output = f(x)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(*results)
+
+
+@on_convolutions
+def test_modulated_layer_begins_as_half_of_a_convolution(options: dict[str, Any], device: str) -> None:
+    layer = relops.nn.ModulatedDeformConv2d(8, 6, **options, deform_groups=2).to(device)
+    names = {"weight", "conv_offset.weight", "conv_offset.bias"} | ({"bias"} if options.get("bias", True) else set())
+    assert layer.state_dict().keys() == names
+    taps = math.prod(layer.kernel_size)
+    assert layer.conv_offset.weight.shape == (2 * 3 * taps, 8, *layer.kernel_size)
+    bound = (8 * taps) ** -0.5  # mmcv does not divide the number of channels by the number of groups
+    assert 0.9 * bound < layer.weight.abs().max() <= bound
+    if layer.bias is not None:
+        assert not layer.bias.any()
+        torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 8, 9, 7, device=device)
+    expected = F.conv2d(x, 0.5 * layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_order_of_offsets_and_masks() -> None:
+    """In torchvision and in mmcv, an offset group has pairs (dy, dx) of one tap after another."""
+    x = torch.randn(1, 4, 12, 12)
+    group, i, j, dy, dx = 1, 2, 0, 1, -2
+    logits = torch.full((2, 3, 3), 1.0)
+    logits[group, i, j] = 0.0
+    offset = torch.randn(2, 3, 3, 2)
+    offset[group, i, j] = torch.tensor([dy, dx])
+    layer = relops.nn.ModulatedDeformConv2d(4, 1, 3, padding=1, deform_groups=2, bias=False)
+    plain = relops.nn.DeformConv2d(4, 1, 3, padding=1, bias=False)
+    with torch.no_grad():
+        layer.conv_offset.bias.copy_(torch.cat([offset.flatten(), logits.flatten()]))
+        layer.weight.zero_()
+        layer.weight[0, 3, i, j] = 1  # channel 3 belongs to the second offset group
+        plain.weight.copy_(layer.weight)
+    shifted = x.roll((-(i - 1 + dy), -(j - 1 + dx)), dims=(2, 3))[:, 3:]
+    inner = (..., slice(4, -4), slice(4, -4))  # roll also moves pixels across the border
+    torch.testing.assert_close(layer(x)[inner], 0.5 * shifted[inner])
+    offsets, masks = (
+        y.view(1, -1, 1, 1).expand(-1, -1, 12, 12) for y in (offset.flatten(), logits.sigmoid().flatten())
+    )
+    torch.testing.assert_close(plain(x, offsets)[inner], shifted[inner])
+    torch.testing.assert_close(plain(x, offsets, masks)[inner], 0.5 * shifted[inner])
+
+
+def early_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace(".conv_offset.", "_offset."): x for name, x in state_dict.items()}
+
+
+def test_modulated_layer_loads_early_files() -> None:
+    """Early versions of DCNv2 and mmcv store the offset convolution of the layer `conv2` as `conv2_offset`."""
+
+    def network() -> torch.nn.Module:
+        block = OrderedDict(conv2=modulated_layer(4, 4, 3, padding=1), conv2_norm=torch.nn.BatchNorm2d(4))
+        return torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(block), modulated_layer(4, 2, 1))
+
+    saved = network()
+    state = early_keys(saved.state_dict())
+    assert "1.conv2_offset.weight" in state and "2_offset.bias" in state
+    stream = io.BytesIO()
+    torch.save(network(), stream)
+    stream.seek(0)
+    for loaded in (network(), copy.deepcopy(network()), torch.load(stream, weights_only=False)):
+        before = dict(state)
+        loaded.load_state_dict(state)
+        torch.testing.assert_close(dict(loaded.state_dict()), dict(saved.state_dict()), rtol=0, atol=0)
+        assert state.keys() == before.keys()
+        loaded.load_state_dict(saved.state_dict())  # the current names still work
+        with pytest.raises(RuntimeError, match=r'Missing key.*"2\.conv_offset\.bias"'):
+            loaded.load_state_dict({name: x for name, x in state.items() if name != "2_offset.bias"})
+
+
+def test_layer_named_like_an_early_offset_convolution_is_kept() -> None:
+    layers = OrderedDict(a=modulated_layer(4, 4, 3), a_offset=torch.nn.Conv2d(4, 2, 1))
+    network = torch.nn.Sequential(layers)
+    state = {name: torch.randn_like(x) for name, x in network.state_dict().items()}
+    network.load_state_dict(state)
+    torch.testing.assert_close(dict(network.state_dict()), state, rtol=0, atol=0)
+    incomplete = {name: x for name, x in state.items() if not name.startswith("a.conv_offset")}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"a\.conv_offset\.weight"'):
+        network.load_state_dict(incomplete)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_modulated_layer_in_16_bits(dtype: torch.dtype, autocast: bool, device: str) -> None:
+    """The result has the dtype of other convolutions and is as accurate as they are."""
+    layer, x = modulated_layer(16, 8, 3, padding=1).to(device), torch.randn(2, 16, 9, 8, device=device)
+    torch.nn.init.normal_(layer.conv_offset.weight, std=0.02)
+    exact = layer(x)
+    if autocast:
+        with torch.autocast(device, dtype):
+            output = layer(x)
+            assert layer(x.to(dtype)).dtype == dtype
+    else:
+        output = layer.to(dtype)(x.to(dtype))
+    assert output.dtype == dtype
+    assert (output - exact).square().mean().sqrt() < 0.02 * exact.square().mean().sqrt()
+    output.sum().backward()
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_layers_for_deformable_convolution_can_be_copied() -> None:
+    for name in ("DeformConv2d", "ModulatedDeformConv2d"):
+        module, arguments = MODULES[name]()
+        stream = io.BytesIO()
+        torch.save(module, stream)
+        stream.seek(0)
+        expected = module(*arguments)
+        for copied in (copy.deepcopy(module), torch.load(stream, weights_only=False)):
+            assert torch.equal(copied(*arguments), expected)
+
+
+def test_deform_conv2d_can_be_traced() -> None:
+    module, arguments = MODULES["DeformConv2d"]()
+    traced = torch.fx.symbolic_trace(module)
+    assert sum(node.op == "call_function" for node in traced.graph.nodes) == 1
+    assert torch.equal(traced(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("name", ["DeformConv2d", "ModulatedDeformConv2d"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"in_channels": 0}, ValueError, "in_channels must be an int from 1 to 2147483648, got 0"),
+        ({"out_channels": 2.0}, TypeError, "out_channels must be an int from 1 to 2147483648, got 2.0"),
+        ({"groups": 3}, ValueError, "in_channels must be divisible by groups, got 4, 3"),
+        ({"groups": 4}, ValueError, "out_channels must be divisible by groups, got 6, 4"),
+        ({"kernel_size": (3, 0)}, ValueError, r"kernel_size must be an int from 1 .* got \(3, 0\)"),
+        ({"stride": (1, 1, 1)}, ValueError, r"stride must be an int from 1 .* got \(1, 1, 1\)"),
+        ({"padding": "same"}, TypeError, "padding must be an int from 0 .* got 'same'"),
+        ({"dilation": True}, TypeError, "dilation must be an int from 1 .* got True"),
+    ],
+)
+def test_bad_arguments_of_deformable_convolutions(name: str, options: dict, error: type, message: str) -> None:
+    arguments = {"in_channels": 4, "out_channels": 6, "kernel_size": 3} | options
+    with pytest.raises(error, match=rf"^relops\.nn\.{name}: {message}"):
+        getattr(relops.nn, name)(**arguments)
+
+
+def test_bad_inputs_of_deformable_convolutions() -> None:
+    with pytest.raises(ValueError, match="in_channels must be divisible by deform_groups, got 4, 3"):
+        relops.nn.ModulatedDeformConv2d(4, 6, 3, deform_groups=3)
+    layer = relops.nn.ModulatedDeformConv2d(4, 6, 3)
+    for x in (torch.zeros(4, 8, 8), torch.zeros(1, 5, 8, 8)):
+        with pytest.raises(ValueError, match=r"input must be \[N,C,H,W\] with C = 4, got shape"):
+            layer(x)
+    with pytest.raises(TypeError, match="input must be float64, float32, float16 or bfloat16, got"):
+        layer(torch.zeros(1, 4, 8, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"relops\.deform_conv2d: offset must be"):
+        relops.nn.DeformConv2d(4, 6, 3)(torch.zeros(1, 4, 8, 8), torch.zeros(1, 9, 6, 6))
 
 
 # ---- Deformable attention ----

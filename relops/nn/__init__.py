@@ -1,5 +1,6 @@
 """Modules built on the operators of relops."""
 
+from relops.nn.deform_conv2d import DeformConv2d, ModulatedDeformConv2d
 from relops.nn.duplicate_removal import DuplicateRemoval, RankedDetections
 from relops.nn.dynamic_conv import DynamicConv
 from relops.nn.local_relation import LocalRelation
@@ -13,10 +14,12 @@ from relops.nn.roi_align import RoIAlign
 from relops.nn.roi_pool import RoIPool
 
 __all__ = [
+    "DeformConv2d",
     "DuplicateRemoval",
     "DynamicConv",
     "LocalRelation",
     "MSDeformAttn",
+    "ModulatedDeformConv2d",
     "MultiScaleDeformableAttention",
     "MultiScaleRoIAlign",
     "ObjectRelation",
