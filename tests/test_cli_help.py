@@ -80,7 +80,9 @@ def test_train_help_lists_every_backbone(help_of: Callable[..., str]) -> None:
 
 
 def test_train_help_lists_the_defaults_for_shapes(help_of: Callable[..., str]) -> None:
-    lines = section(help_of("train", "--help"), "defaults for --data shapes, which replace those above")
+    lines = section(
+        help_of("train", "--help"), "defaults for --data shapes and rotated-shapes, which replace those above"
+    )
     settings = parsed_options(lines[0].partition("settings ")[2])
     options = parsed_options(lines[1].partition("options of models ")[2])
     assert settings | {"options": options} == SHAPES_DEFAULTS

@@ -504,7 +504,7 @@ def test_faster_rcnn_options(options: dict) -> None:
     assert all(loss.isfinite() for loss in losses.values())
 
 
-@pytest.mark.parametrize("backbone", ["vgg16", "zf", "zf-gn", "resnet50-frozen-16", "lr_net26"])
+@pytest.mark.parametrize("backbone", ["vgg16", "zf", "zf-gn", "resnet50-frozen-16", "resnet18-dcnv2-16", "lr_net26"])
 def test_faster_rcnn_on_backbones(backbone: str) -> None:
     torch.manual_seed(0)
     model = relops.models.faster_rcnn(3, backbone=backbone, channels=16, hidden=16, frozen_stages=1)
@@ -694,6 +694,151 @@ def test_pretrained_weights_of_a_classifier() -> None:
         relops.models.load_backbone(small("detr"), state)
 
 
+# ---- Deformable backbones ----
+
+
+def trained(body: nn.Module) -> nn.Module:
+    """Give the normalizations of a body values as after training. Initially, they would hide parts of the body."""
+    with torch.no_grad():
+        for name, x in body.state_dict().items():
+            if name.endswith(("running_var", "bn1.weight", "bn2.weight", "bn3.weight")):
+                x.uniform_(0.3, 0.8)
+            elif name.endswith("running_mean"):
+                x.normal_(0, 0.1)
+    return body.eval()
+
+
+def assert_same_maps(body: nn.Module, other: nn.Module) -> None:
+    images = torch.randn(2, 3, 64, 96)
+    for x, y in zip(body.stage_maps(images), other.stage_maps(images), strict=True):
+        assert (x - y).abs().max() <= 1e-5 * x.abs().max()
+
+
+@pytest.mark.parametrize("version", ["dcn", "dcnv2"])
+@pytest.mark.parametrize("norm", ["bn", "frozen", "gn"])
+@pytest.mark.parametrize(("kind", "dilated"), [("resnet18", True), ("resnet50", False)])
+def test_deformable_body_begins_as_the_plain_body(version: str, norm: str, kind: str, dilated: bool) -> None:
+    plain = trained(make_body(f"{kind}-{norm}-16", dilated=dilated))
+    body = make_body(f"{kind}-{norm}-{version}-16", dilated=dilated).eval()
+    for x in body.parameters():
+        nn.init.normal_(x)  # loading also resets the offset convolutions
+    state = plain.state_dict()
+    body.load_state_dict(state)
+    assert_same_maps(plain, body)
+    plain.load_state_dict(state)  # the call above did not change the state_dict
+    assert_same_maps(plain, body)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(x.isfinite().all() for x in body.stage_maps(torch.randn(1, 3, 64, 64)))
+    body.train()
+    body.stage_maps(torch.randn(2, 3, 64, 64))[-1].square().sum().backward()
+    grads = {name: x.grad for name, x in body.named_parameters() if "conv_offset" in name}
+    assert grads and all(x.any() for x in grads.values())
+    if version == "dcnv2":  # one third of the outputs are masks
+        assert all(x[2 * len(x) // 3 :].any() for x in grads.values())
+
+
+def test_layers_that_are_deformable() -> None:
+    def deformable(body: nn.Module) -> list[str]:
+        return [name.removesuffix(".conv_offset") for name, _ in body.named_modules() if name.endswith("conv_offset")]
+
+    blocks = [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]
+    both = [f"{block}.conv{i}" for block in blocks for i in (1, 2)]
+    assert deformable(make_body("resnet18-dcn-8")) == both[12:]
+    assert deformable(make_body("resnet18-dcn-8", stages=3, dilated=True)) == both[8:12]
+    assert deformable(make_body("resnet18-dcnv2-8")) == both[4:]
+    assert deformable(make_body("resnet18-dcnv2-8", stages=3)) == both[4:12]
+    assert deformable(make_body("resnet50-gn-dcn-8")) == [f"layer4.{i}.conv2" for i in range(3)]
+    assert not deformable(make_body("resnet50-gn-8"))
+    body = make_body("resnet50-frozen-dcn-8", dilated=True)
+    layer = body.layer4[0].conv2
+    assert (layer.stride, layer.dilation, layer.padding, layer.deform_groups) == ((1, 1), (2, 2), (2, 2), 4)
+    assert layer.conv_offset.dilation == (2, 2) and layer.conv_offset.out_channels == 4 * 2 * 9
+    layer = make_body("resnet18-dcnv2-8").layer3[0].conv1
+    assert layer.stride == layer.conv_offset.stride == (2, 2) and layer.conv_offset.out_channels == 3 * 9
+
+
+def test_random_weights_of_deformable_layers() -> None:
+    """The initial standard deviation compensates for the masks of v2, which are initially 0.5."""
+    for version, factor in (("dcn", 1), ("dcnv2", 2)):
+        layer = make_body(f"resnet18-{version}-32").layer4[1].conv2
+        assert not layer.conv_offset.weight.any() and not layer.conv_offset.bias.any()
+        assert layer.weight.std().item() == pytest.approx(factor * (2 / (256 * 9)) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("version", ["dcn", "dcnv2"])
+def test_state_dict_of_a_deformable_body(version: str) -> None:
+    body, other = (trained(make_body(f"resnet18-gn-{version}-16")) for _ in range(2))
+    for x in body.parameters():
+        nn.init.normal_(x, std=0.05)
+    state = body.state_dict()
+    other.load_state_dict(state)
+    assert all(torch.equal(x, state[name]) for name, x in other.state_dict().items())
+    early = {name.replace(".conv_offset.", "_offset."): x for name, x in state.items()}
+    assert early.keys() != state.keys()
+    for x in other.parameters():
+        nn.init.zeros_(x)
+    other.load_state_dict(early)
+    assert all(torch.equal(x, state[name]) for name, x in other.state_dict().items())
+
+    with pytest.raises(RuntimeError, match=r'Missing key.*: "layer4\.1\.conv2\.conv_offset\.bias"\. $'):
+        other.load_state_dict({name: x for name, x in state.items() if name != "layer4.1.conv2.conv_offset.bias"})
+    plain = {name: x for name, x in state.items() if "conv_offset" not in name}
+    other.load_state_dict(plain)
+    with pytest.raises(RuntimeError, match=r'Missing key.*: "layer4\.1\.conv2\.weight"'):
+        other.load_state_dict({name: x for name, x in plain.items() if name != "layer4.1.conv2.weight"})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*: "layer5"'):
+        other.load_state_dict(plain | {"layer5": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*conv_offset"):
+        make_body("resnet18-gn-16").load_state_dict(state)
+
+
+@pytest.mark.parametrize("version", ["dcn", "dcnv2"])
+def test_pretrained_weights_of_a_plain_classifier_in_a_deformable_detector(version: str) -> None:
+    options = {"num_classes": 3, "channels": 16, "hidden": 16, "sizes": (16, 32, 64, 128, 256)}
+    plain = relops.models.faster_rcnn_fpn(backbone="resnet18-frozen-16", **options).eval()
+    model = relops.models.faster_rcnn_fpn(backbone=f"resnet18-frozen-{version}-16", **options).eval()
+    classifier = trained(relops.models.resnet18(num_classes=5, width=16))
+    for detector in (plain, model):
+        relops.models.load_backbone(detector, classifier.state_dict())
+    assert_same_maps(plain.backbone.body, model.backbone.body)
+    relops.models.load_torchvision(model, trained(plain).state_dict())
+    images, sizes, _ = batch()
+    for x, y in zip(plain.backbone(images), model.backbone(images)):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5 * x.abs().max().item())
+    torch.testing.assert_close(plain(images, sizes), model(images, sizes), rtol=1e-4, atol=1e-3)
+    # The weights of a deformable classifier keep their offsets.
+    classifier = make_body(f"resnet18-bn-{version}-16")
+    for x in classifier.parameters():
+        nn.init.normal_(x)
+    relops.models.load_backbone(model, classifier.state_dict())
+    for name in ("weight", "conv_offset.weight", "conv_offset.bias"):
+        name = f"layer4.1.conv2.{name}"
+        assert torch.equal(model.backbone.body.state_dict()[name], classifier.state_dict()[name])
+    state = {name: x for name, x in classifier.state_dict().items() if name != "layer4.0.conv1.conv_offset.bias"}
+    with pytest.raises(ValueError, match=r"state_dict must have layer4\.0\.conv1\.conv_offset\.bias"):
+        relops.models.load_backbone(model, state)
+
+
+@pytest.mark.parametrize("name", ["relation_networks", "r_fcn"])
+def test_published_detectors_with_deformable_convolutions(name: str) -> None:
+    torch.manual_seed(0)
+    model = relops.models.build(name, 3, backbone="resnet101-frozen-dcn-8", frozen_stages=2, channels=16, hidden=32)
+    if name == "r_fcn":
+        assert model.backbone.body.layer4[0].conv2.dilation == (2, 2)
+    trained(model.backbone.body)
+    images, sizes, targets = batch()
+    losses = model.train()(images, sizes, targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    torch.optim.SGD([x for x in model.parameters() if x.requires_grad], 1e-6).step()
+    offsets = [x for name, x in model.named_parameters() if "conv_offset" in name]
+    assert offsets and all(x.any() for x in offsets)  # the step moved all offsets away from 0
+    with torch.no_grad():
+        detections = model.eval()(images, sizes)
+    assert detections.boxes.isfinite().all() and (detections.labels >= 0).any()
+
+
 def test_objects_without_a_mask_still_train_the_box_head() -> None:
     model = small("mask_rcnn")
     images, sizes, targets = batch()
@@ -771,6 +916,12 @@ def test_bad_input_raises_an_error_that_names_it(change: dict, message: str) -> 
         (lambda: make_body("resnet19"), "backbone must be one of .*resnet18.*, got 'resnet19'"),
         (lambda: make_body("lr_net26-bn"), "backbone must support norm, which lr_net26 does not, got 'lr_net26-bn'"),
         (lambda: make_body("vgg16-64"), "backbone must support width, which vgg16 does not, got 'vgg16-64'"),
+        (lambda: make_body("vgg16-dcn"), "backbone must support deformable, which vgg16 does not, got 'vgg16-dcn'"),
+        (
+            lambda: make_body("resnet18-dcn-gn"),
+            "followed by -bn, -frozen, -gn, then, for a ResNet, by -dcn, -dcnv2, and then, .* by -WIDTH, got",
+        ),
+        (lambda: relops.models.resnet18(deformable="v3"), 'deformable must be "v1" or "v2", got \'v3\''),
         (lambda: relops.models.r_fcn(3, backbone="zf"), "backbone must support dilated, stages, which zf does not"),
         (lambda: relops.models.relation_networks(3, relations=(2,)), r"relations must be two numbers, got \(2,\)"),
         (lambda: relops.models.batch_images([]), "images must contain at least one image, got none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -691,7 +692,7 @@ def test_error_names_a_broken_image(
 ) -> None:
     """The message is the same whether the main process or a worker reads the image."""
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
-    monkeypatch.setattr(shapes, "_draw", lambda _: read_image(str(tmp_path / "broken.jpg")))
+    monkeypatch.setattr(shapes, "_draw", lambda *_: read_image(str(tmp_path / "broken.jpg")))
     assert main([*command_of(tmp_path / "run"), "--workers", workers]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"relops train: {tmp_path / 'broken.jpg'}: ") and errors.count("\n") == 1
@@ -703,7 +704,7 @@ def test_images_without_objects_are_accepted(
     """Training runs, although AP is undefined without objects."""
     height, width = shapes.HEIGHT, shapes.WIDTH
     empty = np.zeros((height, width, 3), np.uint8), np.zeros(0, np.int64), np.zeros((0, height, width), bool)
-    monkeypatch.setattr(shapes, "_draw", lambda _: empty)
+    monkeypatch.setattr(shapes, "_draw", lambda *_: empty)
     run = tmp_path / "run"
     assert main([*command_of(run), "--iterations", "2", "--workers", "0"]) == 0
     assert f"{run}: no AP, because the test images have no objects\n" in capsys.readouterr().out
@@ -713,7 +714,7 @@ def test_images_without_objects_are_accepted(
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def bug(_: Any) -> None:
+    def bug(*_: Any) -> None:
         raise ValueError("an unexpected error")
 
     monkeypatch.setattr(shapes, "_draw", bug)
@@ -737,6 +738,8 @@ def test_given_options_override_the_defaults_for_shapes() -> None:
     assert config.output == os.path.join("runs", "faster_rcnn_fpn-shapes")
     assert parse("--iterations", "5").epochs is None
     assert parse("--max-size", "500").max_size == 500  # below the default of --min-size for other data sets
+    rotated = parse("--data", "rotated-shapes:9", "--output", "run")
+    assert dataclasses.replace(rotated, data="shapes") == parse("--output", "run")
     assert parse("--model", "tiny").options == {"dropout": defaults["dropout"]}
     assert parse("--data", "coco:/x/y", "--lr", "1") == TrainConfig(
         data="coco:/x/y", lr=1.0, output=os.path.join("runs", "faster_rcnn_fpn-coco-x-y")

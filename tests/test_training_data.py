@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import struct
 import warnings
@@ -97,10 +98,13 @@ class TestSpecification:
             "shapes:-9",
             "shapes:" + "9" * 10,
             "shapes:" + "9" * 5000,
+            "rotated-shapes:",
+            "rotated-shapes:4",
+            "rotated",
         ],
     )
     def test_error_names_the_allowed_formats(self, spec: str) -> None:
-        with pytest.raises(ValueError, match="coco:DIR, voc:DIR, shapes"):
+        with pytest.raises(ValueError, match="coco:DIR, voc:DIR, shapes, shapes:N, rotated-shapes or rotated-shapes:N"):
             open_data(spec, "train")
 
     @pytest.mark.parametrize("kind", ["voc", "coco"])
@@ -839,26 +843,47 @@ class TestAnnotationFilesOfCOCO:
             open_data("shapes:50", "train", annotations="instances_a.json")
 
 
+@pytest.mark.parametrize("kind", ["shapes", "rotated-shapes"])
 class TestShapes:
-    def test_splits_have_lengths_and_classes(self) -> None:
-        train, test = open_data("shapes:50", "train"), open_data("shapes:50", "test")
-        assert (len(train), len(test)) == (50, 10) and len(open_data("shapes", "train")) == 1000
+    def test_splits_have_lengths_and_classes(self, kind: str) -> None:
+        train, test = open_data(f"{kind}:50", "train"), open_data(f"{kind}:50", "test")
+        assert (len(train), len(test)) == (50, 10) and len(open_data(kind, "train")) == 1000
         assert train.classes == test.classes and train.has_masks
-        with pytest.raises(ValueError, match="classes of shapes"):
-            open_data("shapes", "test", ["emu"])
+        with pytest.raises(ValueError, match=f"classes of {kind}"):
+            open_data(kind, "test", ["emu"])
 
-    def test_images_depend_only_on_split_and_index(self) -> None:
-        data = open_data("shapes:50", "train")
+    def test_images_depend_only_on_split_and_index(self, kind: str) -> None:
+        data = open_data(f"{kind}:50", "train")
         backwards = [data[i] for i in reversed(range(5))][::-1]
         for i, sample in enumerate(backwards):
-            again = open_data("shapes:99", "train")[i]
+            again = open_data(f"{kind}:99", "train")[i]
             assert np.array_equal(sample.image, again.image) and np.array_equal(sample.boxes, again.boxes)
-            assert not np.array_equal(sample.image, open_data("shapes:50", "test")[i].image)
+            assert not np.array_equal(sample.image, open_data(f"{kind}:50", "test")[i].image)
+            assert sample.file == again.file == f"{kind}[train][{i}]"
         assert not np.array_equal(backwards[0].image, backwards[1].image)
 
-    def test_boxes_and_masks_fit_the_objects(self) -> None:
-        data = open_data("shapes:100", "train")
+    def test_images_do_not_change_between_versions(self, kind: str) -> None:
+        """Otherwise, the recorded precision of detectors could not be reproduced.
+
+        The checksum covers the classes and the shapes of all objects. Pixels are compared by their mean, because numpy
+        may round sines differently on other processors.
+        """
+        checksums = {
+            "shapes": {"train": (2692365729, 124.1347), "test": (367061247, 131.8053)},
+            "rotated-shapes": {"train": (1942043535, 124.3596), "test": (355965419, 130.9787)},
+        }
+        for split, expected in checksums[kind].items():
+            data, checksum, means = open_data(f"{kind}:200", split), 0, []
+            for i in range(40):
+                sample = data[i]
+                checksum = zlib.crc32(sample.masks.tobytes(), zlib.crc32(sample.labels.tobytes(), checksum))
+                means.append(sample.image.mean())
+            assert (checksum, np.mean(means)) == (expected[0], pytest.approx(expected[1], abs=1e-3))
+
+    def test_boxes_and_masks_fit_the_objects(self, kind: str) -> None:
+        data = open_data(f"{kind}:100", "train")
         counts, labels = [], []
+        min_size, max_size = (5, 61) if kind == "shapes" else (3, 60 * 3**0.5 + 1)
         for i in range(60):
             sample = data[i]
             counts.append(len(sample.boxes))
@@ -870,12 +895,30 @@ class TestShapes:
                 within = mask[y1:y2, x1:x2]
                 assert within.sum() == mask.sum()
                 assert within[0].any() and within[-1].any() and within[:, 0].any() and within[:, -1].any()
-                assert 5 <= min(x2 - x1, y2 - y1) and max(x2 - x1, y2 - y1) <= 61
+                assert min_size <= min(x2 - x1, y2 - y1) and max(x2 - x1, y2 - y1) <= max_size
                 assert sample.image[mask].std(0).max() < 12  # one color, plus noise
         assert min(counts) == 0 and max(counts) >= 5 and set(labels) == {0, 1, 2, 3}
 
-    def test_annotations_equal_the_samples(self) -> None:
-        data = open_data("shapes:20", "train")
+    def test_aspect_ratios_and_angles(self, kind: str) -> None:
+        """Measure the ellipses that are completely visible."""
+        data, aspects, angles = open_data(kind, "train"), [], []
+        for i in range(200):
+            sample = data[i]
+            for mask in sample.masks[sample.labels == data.classes.index("circle")]:
+                (minor, major), axes = np.linalg.eigh(np.cov(np.nonzero(mask)))
+                area = 4 * np.pi * (minor * major) ** 0.5  # of a complete ellipse
+                if abs(mask.sum() - area) < 0.005 * area and area > 400:
+                    aspects.append((major / minor) ** 0.5)
+                    angles.append(math.atan2(axes[0, 1], axes[1, 1]) % math.pi)
+        assert len(aspects) > 30
+        if kind == "shapes":
+            assert max(aspects) < 1.1
+        else:
+            assert 1 <= min(aspects) < 1.2 and 2.7 < max(aspects) < 3.1
+            assert all(3 < count for count in np.histogram(angles, 4, (0, math.pi))[0])
+
+    def test_annotations_equal_the_samples(self, kind: str) -> None:
+        data = open_data(f"{kind}:20", "train")
         for sample, annotation in zip((data[i] for i in range(20)), data.annotations()):
             assert np.array_equal(sample.boxes, annotation.boxes) and sample.file == annotation.file
             assert annotation.areas.tolist() == sample.masks.sum((1, 2)).tolist()

@@ -83,7 +83,10 @@ class TrainConfig:
     """The settings of a run with their help texts. The defaults suit images like those of COCO."""
 
     data: str = setting(
-        "data", "shapes", "data set to train and evaluate on: coco:DIR, voc:DIR, or shapes[:N] for N drawn images"
+        "data",
+        "shapes",
+        "data set to train and evaluate on: coco:DIR, voc:DIR, shapes[:N] for N drawn images, or rotated-shapes[:N] "
+        "for N drawn images of rotated and stretched shapes",
     )
     train_annotations: str | None = setting(
         "data",

@@ -14,6 +14,7 @@ from relops.models.backbones.vgg import VGG16, vgg16
 from relops.models.backbones.zf import ZF, zf
 
 NORM_SUFFIXES = {"bn": "batch", "frozen": "frozen", "gn": "group"}
+DEFORMABLE_SUFFIXES = {"dcn": "v1", "dcnv2": "v2"}
 # The factory and the class of each network. The parameters of both are the options that the network supports.
 BODIES: dict[str, tuple[Callable[..., Body], type[Body]]] = {
     "lr_net26": (lr_net26, LRNet),
@@ -32,8 +33,10 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
 
     Args:
         name: "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "zf", "lr_net26" or "lr_net50". A ResNet, VGG-16
-            or ZF accepts a suffix for the normalization: "-bn", "-frozen" or "-gn". A ResNet or LR-Net also accepts its
-            width as the last suffix. The default width is 64. Examples are "resnet18-gn-32" and "lr_net26-32".
+            or ZF accepts a suffix for the normalization: "-bn", "-frozen" or "-gn". The next suffix of a ResNet can be
+            "-dcn" for deformable convolutions in its last stage, or "-dcnv2" for modulated deformable convolutions in
+            all stages except the first. A ResNet or LR-Net also accepts its width as the last suffix. The default width
+            is 64. Examples are "resnet18-gn-32", "resnet101-frozen-dcn", "resnet18-gn-dcnv2-32" and "lr_net26-32".
         frozen_stages: Number of stages that are not trained, counted from the first.
         options: Keyword arguments of the network, such as `stages` and `dilated` for ResNets and LR-Nets.
 
@@ -43,15 +46,19 @@ def make_body(name: str, frozen_stages: int = 0, **options: Any) -> Body:
     Raises:
         ValueError: If the name is unknown, or the network does not support one of the options.
     """
-    match = re.fullmatch(rf"({'|'.join(BODIES)})(?:-({'|'.join(NORM_SUFFIXES)}))?(?:-(\d+))?", name)
+    bodies, norms, versions = ("|".join(x) for x in (BODIES, NORM_SUFFIXES, DEFORMABLE_SUFFIXES))
+    match = re.fullmatch(rf"({bodies})(?:-({norms}))?(?:-({versions}))?(?:-(\d+))?", name)
     if not match:
         raise ValueError(
             f"relops.models: backbone must be one of {', '.join(BODIES)}, optionally followed by "
-            f"-{', -'.join(NORM_SUFFIXES)} and, for a ResNet or LR-Net, by -WIDTH, got {name!r}"
+            f"-{', -'.join(NORM_SUFFIXES)}, then, for a ResNet, by -{', -'.join(DEFORMABLE_SUFFIXES)}, and then, for a "
+            f"ResNet or LR-Net, by -WIDTH, got {name!r}"
         )
-    kind, norm, width = match.groups()
+    kind, norm, version, width = match.groups()
     if norm:
         options["norm"] = NORM_SUFFIXES[norm]
+    if version:
+        options["deformable"] = DEFORMABLE_SUFFIXES[version]
     if width:
         options["width"] = int(width)
     factory, network = BODIES[kind]

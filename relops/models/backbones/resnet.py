@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relops._checks import check_choice
 from relops.models.backbones.base import Body
+from relops.models.backbones.deformable import DEFORMABLE, begin_as_plain, convert_plain_weights, make_conv3x3
 from relops.models.backbones.norm import make_norm
+from relops.nn.deform_conv2d import DeformConvWithOffsets
 
 
 class BasicBlock(nn.Module):
@@ -20,12 +23,20 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        norm: Callable[[int], nn.Module],
+        deformable: str | None = None,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, dilation, dilation, bias=False)
+        self.conv1 = make_conv3x3(deformable, in_channels, width, stride, dilation)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, dilation, dilation, bias=False)
+        self.conv2 = make_conv3x3(deformable, width, width, 1, dilation)
         self.bn2 = norm(width)
         self.downsample = shortcut(in_channels, width, stride, norm)
 
@@ -40,12 +51,20 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, norm: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        norm: Callable[[int], nn.Module],
+        deformable: str | None = None,
+    ) -> None:
         super().__init__()
         out_channels = width * self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
+        self.conv2 = make_conv3x3(deformable, width, width, stride, dilation)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
@@ -73,6 +92,12 @@ class ResNet(Body):
     Parameters have the names of torchvision, so a state_dict of torchvision's ResNets can be loaded unchanged. With
     `norm="frozen"`, the num_batches_tracked entries of the state_dict are ignored.
 
+    With `deformable`, the parameters of a deformable convolution have the names of mmcv: weight, conv_offset.weight and
+    conv_offset.bias. The network initially has no offsets and computes the same as a plain network. A state_dict of a
+    plain ResNet, which has no conv_offset entries, can also be loaded. The offsets then begin at zero. For v2, whose
+    masks begin at 0.5, the weights of the deformable convolutions are doubled, so the network again computes the same
+    as the plain one.
+
     Args:
         block: BasicBlock or Bottleneck from relops.models.backbones.resnet.
         layers: Number of blocks in each stage.
@@ -83,13 +108,17 @@ class ResNet(Body):
             R-FCN uses this option to keep a stride of 16.
         stages: Number of stages, at most 4. Detectors omit the stages whose maps they do not need.
         width: Number of channels of the stem. The widths of all other layers are multiples of this number.
+        deformable: "v1" replaces the 3x3 convolutions of the last stage with deformable convolutions with four offset
+            groups (https://arxiv.org/abs/1703.06211). "v2" replaces those of all stages except the first with modulated
+            deformable convolutions (https://arxiv.org/abs/1811.11168). A BasicBlock has two 3x3 convolutions, and a
+            Bottleneck has one. None keeps plain convolutions.
 
     Attributes:
         channels: Number of channels of each stage's map.
         strides: Stride of each stage's map: 4, 8, ...
 
     Raises:
-        ValueError: If `norm` is unknown.
+        ValueError: If `norm` or `deformable` is unknown.
 
     Example:
         >>> import torch, relops
@@ -113,9 +142,13 @@ class ResNet(Body):
         dilated: bool = False,
         stages: int = 4,
         width: int = 64,
+        deformable: str | None = None,
     ) -> None:
         super().__init__()
         norm_layer = make_norm(norm)
+        if deformable is not None:
+            check_choice("models", "deformable", deformable, DEFORMABLE)
+        first_deformable = {None: stages, "v1": stages - 1, "v2": 1}[deformable]
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
@@ -131,7 +164,8 @@ class ResNet(Body):
             stride = 1 if stage == 0 or dilation > 1 else 2
             blocks = []
             for i in range(count):
-                blocks.append(block(channels, inner, stride if i == 0 else 1, dilation, norm_layer))
+                version = deformable if stage >= first_deformable else None
+                blocks.append(block(channels, inner, stride if i == 0 else 1, dilation, norm_layer, version))
                 channels = inner * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)
@@ -142,15 +176,23 @@ class ResNet(Body):
         """Initialize the parameters.
 
         Weights of convolutions are drawn from He's normal distribution. Unless the normalization is frozen, the weight
-        of the last normalization in each block is 0, so the block initially computes only its shortcut.
+        of the last normalization in each block is 0, so the block initially computes only its shortcut. Deformable
+        convolutions begin as plain ones.
         """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, DeformConvWithOffsets)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, (BasicBlock, Bottleneck)):
                 last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
                 if isinstance(last.weight, nn.Parameter):
                     nn.init.zeros_(last.weight)
+        for module in self.modules():
+            if isinstance(module, DeformConvWithOffsets):
+                begin_as_plain(module)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        convert_plain_weights(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def parts(self) -> list[list[nn.Module]]:
         """Return the modules of each stage, in the order in which they are applied."""
@@ -202,12 +244,13 @@ def resnet18(num_classes: int | None = 1000, **options: Any) -> ResNet:
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
             default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
             number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            `deformable` is "v1" or "v2" for deformable convolutions, and None by default.
 
     Returns:
         A `ResNet` with randomly initialized parameters.
 
     Raises:
-        ValueError: If `norm` is unknown.
+        ValueError: If `norm` or `deformable` is unknown.
 
     Example:
         >>> import torch, relops
@@ -233,12 +276,13 @@ def resnet34(num_classes: int | None = 1000, **options: Any) -> ResNet:
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
             default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
             number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            `deformable` is "v1" or "v2" for deformable convolutions, and None by default.
 
     Returns:
         A `ResNet` with randomly initialized parameters.
 
     Raises:
-        ValueError: If `norm` is unknown.
+        ValueError: If `norm` or `deformable` is unknown.
 
     Example:
         >>> import torch, relops
@@ -264,12 +308,13 @@ def resnet50(num_classes: int | None = 1000, **options: Any) -> ResNet:
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
             default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
             number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            `deformable` is "v1" or "v2" for deformable convolutions, and None by default.
 
     Returns:
         A `ResNet` with randomly initialized parameters.
 
     Raises:
-        ValueError: If `norm` is unknown.
+        ValueError: If `norm` or `deformable` is unknown.
 
     Example:
         >>> import torch, relops
@@ -295,12 +340,13 @@ def resnet101(num_classes: int | None = 1000, **options: Any) -> ResNet:
             statistics and weights) or "group" (32 groups, or fewer if a group would have fewer than two channels); the
             default is "batch". `dilated=True` replaces the stride of the last stage with dilation. `stages` is the
             number of stages (4 by default), and `width` is the number of channels of the stem (64 by default).
+            `deformable` is "v1" or "v2" for deformable convolutions, and None by default.
 
     Returns:
         A `ResNet` with randomly initialized parameters.
 
     Raises:
-        ValueError: If `norm` is unknown.
+        ValueError: If `norm` or `deformable` is unknown.
 
     Example:
         >>> import torch, relops

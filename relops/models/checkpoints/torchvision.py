@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from relops.models.backbones.deformable import convert_plain_weights
 from relops.models.backbones.norm import FrozenBatchNorm2d
 from relops.models.detectors.base import BaseDetector
 from relops.models.parts.roi_heads import TwoFC
@@ -16,7 +17,8 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
     """Load the weights of a classifier into the backbone of a detector.
 
     The fully connected layers fc6 and fc7 of a VGG-16 are also loaded into the head of the detector if the head has
-    these layers.
+    these layers. The weights of a plain ResNet can also be loaded into a ResNet with deformable convolutions, which
+    then computes the same as the plain one until it is trained.
 
     Args:
         model: Detector.
@@ -34,6 +36,8 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
         >>> torch.equal(model.backbone.body.conv1.weight, classifier.conv1.weight)
         True
     """
+    state_dict = dict(state_dict)
+    convert_plain_weights(model.backbone.body, state_dict)
     targets = {name: (name, value) for name, value in model.backbone.body.state_dict().items()}
     head = getattr(getattr(model, "roi_heads", None), "box_head", None)
     if "classifier.0.weight" in state_dict and isinstance(head, TwoFC):

@@ -144,9 +144,10 @@ def detr(
         num_classes: Number of object classes, without the background. The released models for COCO have 91 classes.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
             ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
-            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
-            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
-            and "lr_net26-32".
+            normalization with constant statistics and weights) or "-gn" (group normalization). After the normalization,
+            a ResNet also accepts "-dcn" (deformable convolutions in the last stage) or "-dcnv2" (modulated deformable
+            convolutions in all stages except the first). A number at the end of any name sets the width, that is, the
+            number of channels of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the transformer, divisible by 8.
         hidden: Width of the feed-forward networks of the transformer.
         queries: Number of object queries, which is the number of predictions per image.

@@ -89,9 +89,11 @@ def hypernet(
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
             or "zf". All except LR-Nets accept a suffix that selects the normalization: "-bn" (batch normalization),
-            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). For
-            ResNets and LR-Nets, a number at the end of the name sets the width, that is, the number of channels of the
-            stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
+            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). After
+            the normalization, a ResNet also accepts "-dcn" (deformable convolutions in the last stage) or "-dcnv2"
+            (modulated deformable convolutions in all stages except the first). For ResNets and LR-Nets, a number at the
+            end of the name sets the width, that is, the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of output channels of the convolution in the detection head.
         hidden: Width of the two fully connected layers of the detection head.
         dropout: Dropout probability after each of the two fully connected layers.

@@ -85,9 +85,10 @@ def r_fcn(
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
             ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
-            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
-            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
-            and "lr_net26-32".
+            normalization with constant statistics and weights) or "-gn" (group normalization). After the normalization,
+            a ResNet also accepts "-dcn" (deformable convolutions in the last stage) or "-dcnv2" (modulated deformable
+            convolutions in all stages except the first). A number at the end of any name sets the width, that is, the
+            number of channels of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Number of output channels of the 1x1 convolution between the backbone and the position-sensitive maps.
         frozen_stages: Number of backbone stages that are not trained, counted from the input.

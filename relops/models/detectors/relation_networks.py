@@ -212,15 +212,19 @@ def relation_networks(
 
     The detector (Hu et al., https://arxiv.org/abs/1711.11575) uses one feature map. The paper uses ResNet-101 (with
     frozen_stages=2) and pools regions from its fourth stage, which is dilated and reduced to 256 channels. In relops,
-    regions are pooled from the same map that the region proposal network (RPN) uses.
+    regions are pooled from the same map that the region proposal network (RPN) uses. This map comes from the third
+    stage, whose 3x3 convolutions are deformable if the backbone is "resnet101-frozen-dcn". In the paper's detector with
+    deformable convolutions, those of the fourth stage are.
 
     Args:
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26", "lr_net50", "vgg16"
             or "zf". All except LR-Nets accept a suffix that selects the normalization: "-bn" (batch normalization),
-            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). For
-            ResNets and LR-Nets, a number at the end of the name sets the width, that is, the number of channels of the
-            stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
+            "-frozen" (batch normalization with constant statistics and weights) or "-gn" (group normalization). After
+            the normalization, a ResNet also accepts "-dcn" (deformable convolutions in the last stage) or "-dcnv2"
+            (modulated deformable convolutions in all stages except the first). For ResNets and LR-Nets, a number at the
+            end of the name sets the width, that is, the number of channels of the stem (64 by default), as in
+            "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the 3x3 convolution of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
         relations: Numbers (r1, r2) of object relation modules after the first and after the second fully connected
@@ -313,9 +317,10 @@ def relation_networks_fpn(
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
             ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
-            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
-            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
-            and "lr_net26-32".
+            normalization with constant statistics and weights) or "-gn" (group normalization). After the normalization,
+            a ResNet also accepts "-dcn" (deformable convolutions in the last stage) or "-dcnv2" (modulated deformable
+            convolutions in all stages except the first). A number at the end of any name sets the width, that is, the
+            number of channels of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the region proposal network (RPN).
         hidden: Width of the two fully connected layers of the box head, divisible by 16.
         relations: Numbers (r1, r2) of object relation modules after the first and after the second fully connected

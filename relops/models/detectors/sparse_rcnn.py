@@ -229,9 +229,10 @@ def sparse_rcnn(
         num_classes: Number of object classes, without the background.
         backbone: Name of the backbone: "resnet18", "resnet34", "resnet50", "resnet101", "lr_net26" or "lr_net50".
             ResNets accept a suffix that selects the normalization: "-bn" (batch normalization), "-frozen" (batch
-            normalization with constant statistics and weights) or "-gn" (group normalization). A number at the end of
-            any name sets the width, that is, the number of channels of the stem (64 by default), as in "resnet18-gn-32"
-            and "lr_net26-32".
+            normalization with constant statistics and weights) or "-gn" (group normalization). After the normalization,
+            a ResNet also accepts "-dcn" (deformable convolutions in the last stage) or "-dcnv2" (modulated deformable
+            convolutions in all stages except the first). A number at the end of any name sets the width, that is, the
+            number of channels of the stem (64 by default), as in "resnet18-gn-32" and "lr_net26-32".
         channels: Number of channels of the feature pyramid and of the proposal features, divisible by 8. The width
             between the two dynamic filters is a quarter of this number.
         hidden: Width of the feed-forward network of each stage.

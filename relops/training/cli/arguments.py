@@ -69,7 +69,10 @@ def add_detector(parser: argparse.ArgumentParser) -> None:
         default=TrainConfig.model,
         help=f"MODEL in the default of RUN; ignored if RUN is given (default: {TrainConfig.model})",
     )
-    parser.add_argument("--data", help="data set: coco:DIR, voc:DIR or shapes[:N] (default: the data set of the run)")
+    parser.add_argument(
+        "--data",
+        help="data set: coco:DIR, voc:DIR, shapes[:N] or rotated-shapes[:N] (default: the data set of the run)",
+    )
     parser.add_argument(
         "--test-annotations",
         metavar="FILE",

@@ -72,21 +72,23 @@ def models_help(model: str | None, shapes_settings: Mapping[str, Any], shapes_op
 
     Args:
         model: the name of a model whose options are also described, or None.
-        shapes_settings: the settings that have different defaults for the data set `shapes`, with these defaults.
-        shapes_options: the model options that have different defaults for the data set `shapes`, with these defaults.
+        shapes_settings: the settings that have different defaults for drawn data sets, with these defaults.
+        shapes_options: the model options that have different defaults for drawn data sets, with these defaults.
     """
     defaults = {name: {o.name: o.default for o in options_of(factory)} for name, factory in models.DETECTORS.items()}
     backbones = (
         "The name of a ResNet, vgg16 or zf may be followed by a normalization: "
-        f"-{', -'.join(NORM_SUFFIXES)}. The name of a ResNet or LR-Net may end with a width, which is 64 by default. "
-        "Examples are resnet50-frozen, resnet18-gn-32 and lr_net26-32."
+        f"-{', -'.join(NORM_SUFFIXES)}. For a ResNet, -dcn (deformable convolutions in the last stage) or -dcnv2 "
+        "(modulated deformable convolutions in all stages except the first) may follow. The name of a ResNet or LR-Net "
+        "may end with a width, which is 64 by default. Examples are resnet50-frozen, resnet18-gn-32, "
+        "resnet101-frozen-dcn, resnet18-gn-dcnv2-32 and lr_net26-32."
     )
     sections = {
         "models, with their options and defaults": [
             (name, f"{summary(factory)}\n{_assignments(defaults[name])}") for name, factory in models.DETECTORS.items()
         ],
         "backbones": [(", ".join(BODIES), backbones)],
-        "defaults for --data shapes, which replace those above": [
+        "defaults for --data shapes and rotated-shapes, which replace those above": [
             ("settings", _assignments(shapes_settings)),
             (
                 "options of models",

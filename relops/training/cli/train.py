@@ -16,6 +16,7 @@ from relops import models
 from relops.training.cli.arguments import add_command, default_folder
 from relops.training.cli.descriptions import models_help
 from relops.training.config import TrainConfig, check_limits
+from relops.training.data import DRAWN
 from relops.training.engine import train
 from relops.training.errors import UsageError
 from relops.training.log import in_words
@@ -28,8 +29,8 @@ MODEL_OPTIONS: dict[str, tuple[type, str]] = {
     "hidden": (int, "width of the fully connected layers (default: depends on the model)"),
 }
 
-# For the data set `shapes`, these defaults replace the defaults of TrainConfig and of the models. Options that a model
-# does not have are ignored.
+# For drawn data sets, these defaults replace the defaults of TrainConfig and of the models. Options that a model does
+# not have are ignored.
 SHAPES_DEFAULTS: dict[str, Any] = {
     "options": {
         "backbone": "resnet18-gn-32",
@@ -155,7 +156,7 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
     check_limits(options)
     options |= dict(map(_option, arguments.option))
     model, data = (given.get(name, getattr(TrainConfig, name)) for name in ("model", "data"))
-    if data.partition(":")[0] == "shapes":
+    if data.partition(":")[0] in DRAWN:
         defaults = SHAPES_DEFAULTS | ({"epochs": None} if "iterations" in given else {})
         known = inspect.signature(models.DETECTORS[model]).parameters if model in models.DETECTORS else ()
         options = {name: value for name, value in defaults.pop("options").items() if name in known} | options

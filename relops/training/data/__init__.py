@@ -27,6 +27,7 @@ from relops.training.data.voc import open_voc
 from relops.training.errors import UsageError
 
 __all__ = [
+    "DRAWN",
     "Annotation",
     "Batch",
     "DetectionData",
@@ -40,6 +41,8 @@ __all__ = [
     "with_proposals",
 ]
 
+DRAWN = ("shapes", "rotated-shapes")  # the kinds of data sets that are drawn and not read from files
+
 
 def open_data(
     spec: str,
@@ -52,7 +55,8 @@ def open_data(
 
     Args:
         spec: `voc:DIR` for the Pascal VOC format, `coco:DIR` for the COCO format, or `shapes:N` for N drawn training
-            images and N // 5 drawn test images. `shapes` means `shapes:1000`.
+            images and N // 5 drawn test images. `shapes` means `shapes:1000`. `rotated-shapes` and `rotated-shapes:N`
+            are the same with rotated and stretched shapes.
         split: "train" or "test".
         classes: class names in the order of their labels. For test data, pass the classes of the training data. None
             means the classes that occur in the training split (VOC), or the categories of the file (COCO).
@@ -76,10 +80,14 @@ def open_data(
         if kind == "voc":
             return open_voc(source, split, classes, pixel_range)
         return open_coco(source, split, classes, annotations, pixel_range)
-    if spec != "shapes" and not (kind == "shapes" and re.fullmatch("[0-9]{1,9}", source) and int(source) >= 5):
-        raise UsageError(f"data must be coco:DIR, voc:DIR, shapes or shapes:N with N from 5 to 999999999, got {spec!r}")
+    has_count = re.fullmatch("[0-9]{1,9}", source) and int(source) >= 5
+    if kind not in DRAWN or not (spec == kind or has_count):
+        raise UsageError(
+            "data must be coco:DIR, voc:DIR, shapes, shapes:N, rotated-shapes or rotated-shapes:N with N from 5 to "
+            f"999999999, got {spec!r}"
+        )
     count = int(source or 1000)
-    data = ShapesData(split, count if split == "train" else count // 5)
+    data = ShapesData(split, count if split == "train" else count // 5, rotated=kind == "rotated-shapes")
     if classes is not None and list(classes) != data.classes:
         raise UsageError(f"classes of {spec} must be {data.classes}, got {list(classes)}")
     return data

@@ -1,8 +1,9 @@
-"""A data set of drawn shapes. Each image depends only on its split and index."""
+"""Data sets of drawn shapes. Each image depends only on the data set, its split and its index."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ HEIGHT, WIDTH = 128, 160
 MAX_OBJECTS = 6
 MIN_SIZE, MAX_SIZE = 12, 60
 MIN_VISIBLE = 0.6
+MAX_ASPECT = 3.0  # of rotated shapes
 
 
 def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -52,12 +54,14 @@ class ShapesData(DetectionData):
     Args:
         split: "train" or "test".
         length: the number of images.
+        rotated: if True, each object is also stretched by a random factor from 1 to 3, without changing its area, and
+            rotated by a random angle. The sizes of 12 to 60 pixels are those before stretching.
     """
 
-    def __init__(self, split: str, length: int) -> None:
+    def __init__(self, split: str, length: int, rotated: bool = False) -> None:
         self.classes, self.has_masks = list(SHAPES), True
         self.category_ids = list(range(len(SHAPES)))
-        self._split, self._length = split, length
+        self._split, self._length, self._rotated = split, length, rotated
 
     def __len__(self) -> int:
         return self._length
@@ -68,9 +72,9 @@ class ShapesData(DetectionData):
 
     def _drawn(self, index: int) -> Sample:
         """Draw an image, and return it as a sample with masks."""
-        image, labels, masks = _draw(np.random.default_rng((self._split == "test", index)))
+        image, labels, masks = _draw(np.random.default_rng((self._split == "test", index)), self._rotated)
         boxes = np.array([_bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
-        file = f"shapes[{self._split}][{index}]"
+        file = f"{'rotated-' if self._rotated else ''}shapes[{self._split}][{index}]"
         return Sample(image, boxes, labels, np.zeros(len(boxes), bool), masks, None, index, file, (HEIGHT, WIDTH))
 
     def annotations(self) -> list[Annotation]:
@@ -88,7 +92,7 @@ class ShapesData(DetectionData):
         return [WIDTH / HEIGHT] * len(self)
 
 
-def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _draw(rng: np.random.Generator, rotated: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return a drawn image [H,W,3] uint8, and labels [T] int64 and masks [T,H,W] bool of its objects."""
     y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) + np.float32(0.5)
     background = rng.uniform(40, 216, 3).astype(np.float32)
@@ -100,9 +104,16 @@ def _draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     areas = np.zeros(0)  # number of pixels of each object, including hidden pixels
     for _ in range(rng.integers(MAX_OBJECTS + 1)):
         label, radius = int(rng.integers(len(SHAPES))), rng.uniform(MIN_SIZE, MAX_SIZE) / 2
-        center_x, center_y = rng.uniform(radius, WIDTH - radius), rng.uniform(radius, HEIGHT - radius)
+        aspect, angle = (MAX_ASPECT ** rng.uniform(), rng.uniform(0, 2 * math.pi)) if rotated else (1.0, 0.0)
+        # The square around the shape becomes a rectangle with these half sides.
+        length, thickness = radius * math.sqrt(aspect), radius / math.sqrt(aspect)
+        cos, sin = math.cos(angle), math.sin(angle)
+        extent_x = length * abs(cos) + thickness * abs(sin)
+        extent_y = length * abs(sin) + thickness * abs(cos)
+        center_x, center_y = rng.uniform(extent_x, WIDTH - extent_x), rng.uniform(extent_y, HEIGHT - extent_y)
         color = rng.uniform(0, 255, 3)
-        mask = list(SHAPES.values())[label]((x - center_x) / radius, (y - center_y) / radius)
+        dx, dy = x - center_x, y - center_y
+        mask = list(SHAPES.values())[label]((cos * dx + sin * dy) / length, (cos * dy - sin * dx) / thickness)
         visible = masks & ~mask
         if (visible.sum((1, 2)) < MIN_VISIBLE * areas).any() or np.abs(color - background).max() < 60:
             continue
