@@ -50,7 +50,7 @@ struct ChunkCursor {
   int group_end;      // the end of the channels of the group
 
   __device__ ChunkCursor(const DeformConvSizes& z, int group)
-      : g(group * static_cast<int>(z.group_inputs) / static_cast<int>(z.offset_channels)),
+      : g(group * static_cast<int>(z.group_inputs) / max(static_cast<int>(z.offset_channels), 1)),
         first(group * static_cast<int>(z.group_inputs)),
         t(0),
         c(first),
@@ -239,7 +239,8 @@ struct Kernels {
     const torch::stable::accelerator::DeviceGuard guard(d.input.get_device_index());
     const cudaStream_t stream = current_stream(d.input.get_device_index());
     DeformConvParams<T> p{a};
-    const Tensor weight = arrange_weight(d, p, false, allow_tf32, stream);
+    std::optional<Tensor> weight;
+    if (d.C > 0) weight = arrange_weight(d, p, false, allow_tf32, stream);  // otherwise, the output is the bias
     const bool packs = has_packs<T>(a.input, a.C) && has_whole_segments<T>(a);
     dispatch_exact<T>(allow_tf32, [&](auto exact) {
       const auto launch = [&](auto is_small) {
