@@ -10,6 +10,8 @@ import pytest
 import torch
 from cases import OPS, SELECTIONS, Op, Selection, grad_like
 from cases.deform_attn import FUSED, PLAIN, DeformAttn
+from cases.deform_conv import DEFORM_CONV2D as CONVOLUTION
+from cases.deform_conv import Convolution
 from cases.iou import OPS as BOX_PAIR_OPS
 from cases.iou import BoxPairs
 from cases.local_relation import LOCAL_RELATION as LOCAL
@@ -52,8 +54,8 @@ def test_outputs_and_gradients_match_the_reference(op: Op, sample, dtype: torch.
     """
     inputs = op.draw(sample, dtype=dtype)
     expected = op.run_twin(inputs)
-    # Only deformable attention has separate deterministic kernels.
-    for deterministic in (False, True) if op in (PLAIN, FUSED) else (True,):
+    # All other ops use the same kernels whether they must be deterministic or not.
+    for deterministic in (False, True) if op in (PLAIN, FUSED, CONVOLUTION) else (True,):
         with determinism(deterministic):
             actual = op.run(inputs)
             again = op.run(inputs) if deterministic and dtype == torch.float32 else actual
@@ -139,6 +141,41 @@ def test_nonfinite_samples_contribute_nothing(deterministic: bool) -> None:
                 assert torch.equal(x, expected[name]), (name, value)
             else:  # the order of atomic additions differs
                 assert_matches(x, expected[name].double(), f"{name}, {value}")
+
+
+# ---- Deformable convolution ----
+
+# Each case exceeds a limit that the samples do not reach: the output channels of a tile, the input channels of a tile
+# in the backward pass, or the pixels for which the samples of the gradient of the weight are computed at once.
+LARGE_CONVOLUTIONS = {
+    "outputs": Convolution(N=1, C=72, Co=144, H=5, W=14, kernel=(2, 2), padding=(0, 1)),
+    "inputs": Convolution(N=1, C=272, Co=48, G=2, H=4, W=7, kernel=(1, 2), padding=(0, 0)),
+    "pixels": Convolution(N=3, C=8, Co=8, H=15, W=31, kernel=(1, 1), padding=(0, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("case", LARGE_CONVOLUTIONS.values(), ids=LARGE_CONVOLUTIONS)
+def test_convolutions_that_exceed_a_block_match_the_reference(
+    case: Convolution, channels_last: bool, dtype: torch.dtype
+) -> None:
+    inputs = CONVOLUTION.draw(replace(case, channels_last=channels_last).deform_conv2d, dtype=dtype)
+    expected = CONVOLUTION.run_twin(inputs)
+    for deterministic in (False, True):
+        with determinism(deterministic):
+            for name, x in CONVOLUTION.run(inputs).items():
+                assert_matches(x, expected[name], name, noise=CONVOLUTION.noise)
+
+
+def test_deterministic_convolutions_may_have_many_samples() -> None:
+    """The kernel sorts at most 2^18 samples of an image at once. Here, an image has more taps of output pixels."""
+    case = Convolution(N=1, C=2, Co=2, H=50, W=50, kernel=(48, 48), padding=(4, 4), spread=9.0, mask=False)
+    inputs = CONVOLUTION.draw(case.deform_conv2d, dtype=torch.float64)
+    expected = CONVOLUTION.run_twin(inputs)
+    with determinism(True):
+        actual = CONVOLUTION.run(inputs, needs_grad=("input",))
+    assert_matches(actual["input"], expected["input"])
 
 
 # ---- Regions ----

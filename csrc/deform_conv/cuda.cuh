@@ -413,6 +413,19 @@ bool has_whole_segments(const DeformConvSizes& z) {
   return z.group_inputs % kPieceSize<T> == 0 && z.offset_channels % kPieceSize<T> == 0;
 }
 
+// Makes the channels of each pixel of a.input whole pieces, if the sizes allow it, and returns the tensor to which it
+// then refers: the input, or a channels_last copy. Kernels that sample an input whose pixels are adjacent instead read
+// up to 32 lines of the cache per load, and they sample each channel several times.
+template <class T>
+Tensor sampled_input(const DeformConv& d, DeformConvArgs<T>& a) {
+  if (has_packs<T>(a.input, d.C) || d.C % kPieceSize<T> != 0 || !has_whole_segments<T>(d)) return d.input;
+  Tensor copy = torch::stable::empty(d.input.sizes(), d.input.scalar_type(), std::nullopt, d.input.device(),
+                                     std::nullopt, memory_format(true));
+  torch::stable::copy_(copy, d.input);
+  a.input = map_of<const T>(copy);
+  return copy;
+}
+
 // Copies the weight into chunks of kSampleDepth<T> elements, or kDepth<T> if by_input. The rows are the output
 // channels, or the input channels if by_input, and the elements of a row are the other channels of its group. If the
 // rows are output channels, every offset group begins a new chunk. Rounds float32 to TF32 if allow_tf32. Sets the

@@ -302,6 +302,7 @@ void deform_conv_grad_weight(const DeformConv& d, const DeformConvArgs<T>& a, bo
   using Compute = ComputeType<T>;
   using Tile = WeightTile<T>;
   WeightGradParams<T> p{{a}};
+  const Tensor input = sampled_input(d, p.a);
   p.grad_packs = has_packs<T>(a.grad_output, a.group_outputs);
   const Map<const T>& grad = a.grad_output;
   constexpr int V = kPieceSize<T>;
@@ -319,7 +320,7 @@ void deform_conv_grad_weight(const DeformConv& d, const DeformConvArgs<T>& a, bo
   const Tensor partials = torch::stable::empty({p.ranges * a.taps * a.C * a.group_outputs},
                                                compute_dtype(d.input.scalar_type()), std::nullopt, d.input.device());
   p.partials = static_cast<Compute*>(partials.mutable_data_ptr());
-  const bool packs = has_packs<T>(a.input, a.C) && has_whole_segments<T>(a);
+  const bool packs = has_packs<T>(p.a.input, a.C) && has_whole_segments<T>(a);
   dispatch_exact<T>(allow_tf32, [&](auto exact) {
     packs ? launch_weight<T, exact, true>(p, blocks, stream) : launch_weight<T, exact, false>(p, blocks, stream);
   });

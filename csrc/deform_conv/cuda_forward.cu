@@ -6,9 +6,8 @@
 // so tensor cores work while samples are loaded. The pixels and weights of all samples of kTableTaps taps are computed
 // ahead and kept in shared memory.
 //
-// With float32 inputs, the products on tensor cores limit the speed, because each takes three. With TF32 and 16-bit
-// inputs, it is limited by the loads of samples: neighboring lanes sample neighboring pixels, which may be on different
-// lines, or channels of the same pixel if the input is channels_last.
+// Instruction issue limits the speed: a warp takes about 680 instructions per step for float32, of which 96 are products
+// on tensor cores, and 555 with TF32. docs/internals/deform_conv.md has the model.
 
 #include "deform_conv/cuda.cuh"
 
@@ -40,7 +39,8 @@ struct ForwardTile {
 };
 
 // Iterates over the sampled rows of a block: over the segments of its group, which are the ranges of input channels
-// that belong to one offset group, over the taps, and over the channels of the segment in chunks.
+// that belong to one offset group, over tables of taps, over the channels of the segment in chunks, and over the taps
+// of the table. The taps vary fastest, because neighboring taps sample the same pixels, which are then still in L1.
 template <int kChannels>
 struct ChunkCursor {
   int g, first, end;  // offset group, and channels of the segment
@@ -81,10 +81,10 @@ struct ChunkCursor {
   }
 
   __device__ void next_chunk(const DeformConvSizes& z) {
+    if (++t < min(table_t + kTableTaps, static_cast<int>(z.taps))) return;
+    t = table_t;
     c += kChannels;
-    if (c < end) return;
-    c = first;
-    if (++t >= min(table_t + kTableTaps, static_cast<int>(z.taps))) next_table(z);
+    if (c >= end) next_table(z);
   }
 };
 
@@ -239,9 +239,10 @@ struct Kernels {
     const torch::stable::accelerator::DeviceGuard guard(d.input.get_device_index());
     const cudaStream_t stream = current_stream(d.input.get_device_index());
     DeformConvParams<T> p{a};
+    const Tensor input = sampled_input(d, p.a);
     std::optional<Tensor> weight;
     if (d.C > 0) weight = arrange_weight(d, p, false, allow_tf32, stream);  // otherwise, the output is the bias
-    const bool packs = has_packs<T>(a.input, a.C) && has_whole_segments<T>(a);
+    const bool packs = has_packs<T>(p.a.input, a.C) && has_whole_segments<T>(a);
     dispatch_exact<T>(allow_tf32, [&](auto exact) {
       const auto launch = [&](auto is_small) {
         packs ? launch_forward<T, exact, true, is_small>(p, stream)

@@ -55,7 +55,8 @@ def deform_conv2d(
     the backward pass stores the samples of a whole image. On the CPU, the additional memory does not depend on the size
     of the map. With 256 output channels, it is 1 MB per thread in the forward pass, and 2 MB per thread plus 2 MB in
     the backward pass. If `input` has a 16-bit dtype, `weight` is converted to float32, and the backward pass sums the
-    gradients of `input` and `weight` in float32 tensors of the same shape.
+    gradients of `input` and `weight` in float32 tensors of the same shape. On CUDA, `weight` and, unless it is
+    channels_last, `input` are copied.
 
     Args:
         input: A tensor [N,C,H,W] of dtype float64, float32, float16 or bfloat16. H and W are at most 2^24.
