@@ -6,8 +6,8 @@
 // so tensor cores work while samples are loaded. The pixels and weights of all samples of kTableTaps taps are computed
 // ahead and kept in shared memory.
 //
-// Instruction issue limits the speed: a warp takes about 680 instructions per step for float32, of which 96 are products
-// on tensor cores, and 555 with TF32. docs/internals/deform_conv.md has the model.
+// Instruction issue limits the speed: a warp takes about 680 instructions per step for float32, of which 96 are
+// products on tensor cores, and 555 with TF32. docs/internals/deform_conv.md has the model.
 
 #include "deform_conv/cuda.cuh"
 
