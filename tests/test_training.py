@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from relops import models
 from relops.__main__ import main
 from relops.models import Detections, Targets
+from relops.models.backbones.deformable import DeformConv2dPack
+from relops.nn import ModulatedDeformConv2d
 from relops.training import checkpoint, engine
 from relops.training.cli.train import SHAPES_DEFAULTS, add_parser, train_config
 from relops.training.config import TrainConfig
@@ -479,6 +481,18 @@ def test_parameter_groups_of_the_optimizer() -> None:
     )
     with pytest.raises(ValueError, match="parameters that require a gradient, got none"):
         make_optimizer(model.requires_grad_(False), "sgd", 0.1, 0.0, 0.9, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "factor"), [("adamw", 1, 0.1), ("adamw", 2, 0.1), ("sgd", 1, 1), ("sgd", 2, 0.1)]
+)
+def test_learning_rate_of_offset_convolutions(kind: str, version: int, factor: float) -> None:
+    layer = (DeformConv2dPack if version == 1 else ModulatedDeformConv2d)(2, 2, 3)
+    groups = make_optimizer(layer, kind, 0.5, 0.0, 0.9, 1.0).param_groups
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    names = {name: rates[parameter] for name, parameter in layer.named_parameters()}
+    slow = {"conv_offset.weight": 0.5 * factor, "conv_offset.bias": 0.5 * factor}
+    assert names == {"weight": 0.5, "bias": 0.5} | slow
 
 
 def test_weight_average() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from relops.models.detectors.base import BaseDetector
+from relops.nn.deform_conv2d import DeformConvWithOffsets
 from relops.training.errors import UsageError
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -27,6 +28,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Create an optimizer for the parameters that require a gradient.
 
+    The learning rate of the offset convolutions of modulated deformable convolutions is multiplied by 0.1, as in
+    Deformable ConvNets v2 (https://arxiv.org/abs/1811.11168). That of deformable convolutions without masks is
+    multiplied by 0.1 only if `kind` is "adamw".
+
     Args:
         model: the model.
         kind: "sgd" or "adamw".
@@ -41,12 +46,16 @@ def make_optimizer(
     Raises:
         UsageError: If no parameter requires a gradient.
     """
-    slowed = set(slower) if kind == "adamw" else set()
+    slowed: set[Tensor] = set()
+    for name, module in model.named_modules():
+        if kind == "adamw" and name.split(".")[-1] in slower:
+            slowed.update(module.parameters())
+        if isinstance(module, DeformConvWithOffsets) and (kind == "adamw" or module.modulated):
+            slowed.update(module.conv_offset.parameters())
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            modules = name.split(".")
-            rate = lr * (backbone_lr if "body" in modules else 0.1 if slowed.intersection(modules) else 1.0)
+            rate = lr * (backbone_lr if "body" in name.split(".") else 1.0) * (0.1 if parameter in slowed else 1.0)
             decay = weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     if not groups:
