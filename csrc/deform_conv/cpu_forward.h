@@ -34,8 +34,7 @@ class DeformForward {
 
   void operator()(int64_t item) {
     const DeformTile tile = tiles_.at(item);
-    for (int64_t c = 0; c < a_.Co; ++c)
-      std::fill_n(sums_ + c * L, L, a_.bias == nullptr ? Compute(0) : static_cast<Compute>(a_.bias[c]));
+    if (a_.C == 0) std::fill_n(sums_, a_.Co * L, Compute(0));  // otherwise, the first products set the sums
     for (int64_t group = 0; group < a_.G; ++group)
       for (const TapRange& taps : ranges_) {
         samples_.template describe<true>(tile, group, taps);
@@ -43,6 +42,10 @@ class DeformForward {
         for (int64_t c = group * a_.offset_channels; c < end; c += samples_.max_channels)
           add_channels(taps, c, std::min(samples_.max_channels, end - c));
       }
+    if (a_.bias != nullptr)
+      for (int64_t c = 0; c < a_.Co; ++c)
+        for (int64_t p = 0; p < tile.pixels(); p += V)
+          store(sums_ + c * L + p, load(sums_ + c * L + p) + broadcast(static_cast<Compute>(a_.bias[c])));
     store_tile(a_.output, tile, a_.Co, sums_);
   }
 
@@ -106,14 +109,16 @@ class DeformForward {
   }
 
   // Multiplies the weights of a group by `depth` rows of the matrix, beginning with the weight of channel c and a tap.
+  // The first product of a group sets the sums, and the others are added.
   void multiply_weights(int64_t group, int64_t c, int64_t tap, int64_t depth, const Compute* matrix) {
     const int64_t row = a_.group_inputs * a_.taps;
     const Compute* const weight =
         weight_ + group * a_.group_outputs * row + (c - group * a_.group_inputs) * a_.taps + tap;
     Compute* const sums = sums_ + group * a_.group_outputs * L;
+    const bool add = tap > 0 || c > group * a_.group_inputs;
     for (int64_t p = 0; p < samples_.padded; p += kPanel, matrix += depth_ * kPanel)
       multiply<Compute>({{weight, row, 1}, matrix, kPanel, depth}, a_.group_outputs,
-                        std::min<int64_t>((samples_.padded - p) / V, kPanelVectors), sums + p, L, true);
+                        std::min<int64_t>((samples_.padded - p) / V, kPanelVectors), sums + p, L, add);
   }
 
   const DeformConvArgs<T>& a_;

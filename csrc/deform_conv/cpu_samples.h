@@ -29,17 +29,28 @@ inline void for_row_parts(const DeformTile& tile, int64_t V, F f) {
       f(r * tile.columns + c, tile.row + r, tile.column + c, std::min(V, tile.columns - c));
 }
 
+// Copies n <= 2 kSize elements in two blocks, which may overlap. Unlike a memcpy of variable size, this takes no call.
+template <int64_t kSize, class T>
+inline void copy_few(const T* from, T* to, int64_t n) {
+  if (n >= kSize) {
+    std::memcpy(to, from, kSize * sizeof(T));
+    std::memcpy(to + n - kSize, from + n - kSize, kSize * sizeof(T));
+  } else if constexpr (kSize > 1) {
+    copy_few<kSize / 2>(from, to, n);
+  }
+}
+
 // Converts n elements. Neither array needs to have more of them, so the last vector overlaps with the one before it.
 template <class To, class From>
 inline void copy_row(const From* from, To* to, int64_t n) {
   using Compute = ComputeType<To>;
   constexpr int64_t V = kLanes<Compute>;
-  if constexpr (std::is_same_v<To, From>) {
-    std::memcpy(to, from, n * sizeof(To));
-  } else if (n < V) {
-    store_first(to, load_first(from, n), n);
-  } else {
+  if (n >= V) {
     for (int64_t i = 0; i < n; i += V) store(to + std::min(i, n - V), load(from + std::min(i, n - V)));
+  } else if constexpr (std::is_same_v<To, From>) {
+    copy_few<V / 2>(from, to, n);
+  } else {
+    store_first(to, load_first(from, n), n);
   }
 }
 
