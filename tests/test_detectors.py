@@ -818,6 +818,13 @@ def test_pretrained_weights_of_a_plain_classifier_in_a_deformable_detector(versi
     state = {name: x for name, x in classifier.state_dict().items() if name != "layer4.0.conv1.conv_offset.bias"}
     with pytest.raises(ValueError, match=r"state_dict must have layer4\.0\.conv1\.conv_offset\.bias"):
         relops.models.load_backbone(model, state)
+    # A plain network would ignore the offsets. A detector without the last stage does not need those of this stage.
+    early = {name.replace(".conv_offset.", "_offset."): x for name, x in classifier.state_dict().items()}
+    for state in (classifier.state_dict(), early):
+        with pytest.raises(ValueError, match=r"must have deformable convolutions .*_offset\.weight for a plain"):
+            relops.models.load_backbone(plain, state)
+    small_model = relops.models.faster_rcnn(3, backbone=f"resnet18-bn-{version}-16", stride=8, channels=16, hidden=16)
+    relops.models.load_backbone(small_model, classifier.state_dict())
 
 
 @pytest.mark.parametrize("name", ["relation_networks", "r_fcn"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -23,10 +24,11 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
     Args:
         model: Detector.
         state_dict: Parameters of a classifier of relops or torchvision. Parameters that the detector does not have are
-            ignored.
+            ignored, except offset convolutions.
 
     Raises:
-        ValueError: If a parameter is missing or has the wrong shape.
+        ValueError: If a parameter is missing or has the wrong shape, or if a layer has an offset convolution in
+            `state_dict` but not in the detector.
 
     Example:
         >>> import torch, relops
@@ -43,6 +45,13 @@ def load_backbone(model: BaseDetector, state_dict: Mapping[str, Tensor]) -> None
     if "classifier.0.weight" in state_dict and isinstance(head, TwoFC):
         for layer, name in ((head.fc6, "classifier.0"), (head.fc7, "classifier.3")):
             targets |= {f"{name}.{x}": (f"{name}.{x}", value) for x, value in layer.state_dict().items()}
+    for name in state_dict:
+        weight = re.sub(r"(\.conv)?_offset\..*", ".weight", name)  # of the layer that the offset convolution is for
+        if weight != name and weight in targets and name not in targets:
+            raise ValueError(
+                "relops.models: backbone must have deformable convolutions (-dcn or -dcnv2) in all layers that have "
+                f"them in state_dict, got {name} for a plain convolution"
+            )
     with torch.no_grad():
         for name, value in targets.values():
             if name not in state_dict:
