@@ -502,6 +502,16 @@ def test_pixels_that_are_not_finite_affect_only_their_samples(bad: float, channe
     assert not output[affected].isfinite().any()
 
 
+def test_pixels_that_are_not_finite_in_bfloat16(device: str) -> None:
+    """Check the same with matrix instructions, for which samples are divided into an upper and a lower half."""
+    inputs = draw(Convolution(N=1, C=32, Co=16, H=12, W=16), device, torch.bfloat16)
+    for i, value in enumerate([math.nan, math.inf, -math.inf, 3e38]):
+        inputs["input"][0, 7 * i, 5, 4 * i] = value
+    expected = OP.function(**{name: x.double() if isinstance(x, Tensor) else x for name, x in inputs.items()})
+    assert expected.isfinite().any() and expected.isnan().any() and expected.isinf().any()
+    torch.testing.assert_close(OP.function(**inputs), expected.bfloat16(), equal_nan=True)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_masks_and_gradients_that_are_not_finite_affect_only_their_samples(bad: float, device: str) -> None:
     inputs = draw(Convolution(C=12, Co=20, groups=2, G=3, H=13, W=21), device, torch.float32)
@@ -648,6 +658,11 @@ LARGE = {
     "depthwise": Convolution(N=2, C=70, Co=70, groups=70, H=20, W=31),
     "many parts": Convolution(N=1, C=300, Co=300, groups=300, H=5, W=6),
     "one output channel": Convolution(N=1, C=3, Co=1, H=200, W=190),
+    # The sizes of the following samples allow matrix instructions in bfloat16.
+    "whole tiles": Convolution(N=2, C=128, Co=96, groups=2, G=2, H=13, W=22),
+    "whole tiles and many channels": Convolution(N=1, C=192, Co=16, G=3, H=11, W=9, channels_last=True, bias=False),
+    "whole tiles, scattered": Convolution(N=1, C=64, Co=32, groups=2, H=80, W=90, spread=40.0),
+    "whole tiles and many taps": Convolution(N=1, C=64, Co=32, H=9, W=21, kernel=(5, 11), padding=(2, 5)),
 }
 
 

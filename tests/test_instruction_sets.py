@@ -11,13 +11,13 @@ from conftest import run_python
 
 from relops import _library
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "amx")
 # For each file, an expression for `pytest -k` that selects the tests that compare values.
 SELECTED = {
     "test_contract.py": "matches_twin or (local_relation and (deterministic or grad or layouts or expanded or empty))",
     "test_contract_selection.py": "equals_twin",
     "test_box_iou.py": "lane or ties or nan or finite or (many and dense)",
-    "test_deform_conv2d.py": "float32 and (large_maps or finite)",
+    "test_deform_conv2d.py": "(float32 or bfloat16) and (large_maps or finite)",
     "test_local_relation.py": "not (compile or export or memory or fake)",
     "test_ms_deform_attn.py": "matches_twin or leak or (finite and both)",
     "test_rank_embedding.py": "not compile",

@@ -24,6 +24,11 @@ struct Kernels {
 
   template <class T>
   static void forward(const DeformConv& d, const DeformConvArgs<T>& a, bool) {
+#if RELOPS_HAS_AMX
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (isa() == Isa::kAmx && avx512::AmxProduct::supports(a))
+        return avx512::deform_conv2d_forward_amx(a, threads_for(nanoseconds(a, 0.5)));
+#endif
     const Tensor weight = wide_weight(d);
     RELOPS_CALL_ISA(deform_conv2d_forward, a, static_cast<const ComputeType<T>*>(weight.const_data_ptr()),
                     threads_for(nanoseconds(a, 1)));

@@ -64,7 +64,7 @@ class DeformBackward {
         partials_(partials),
         needs_grad_samples_(a.needs_positions() || a.grad_input.data != nullptr),
         add_samples_(add_samples_for(a.grad_input.data != nullptr, a.needs_positions(), a.grad_weight != nullptr)),
-        samples_(a, scratch_),
+        samples_(a, V, scratch_),
         grad_lines_(scratch_.allocate<Compute>(a.group_outputs * L)),
         rows_(scratch_.allocate<Compute>(samples_.kMaxRowElements)) {
     const int64_t columns = part_channels(taps.count, V) * taps.count;

@@ -11,25 +11,87 @@ namespace relops::RELOPS_ISA {
 
 namespace {
 
-// Computes all output channels of a tile. The samples of some channels and taps are the rows of a matrix with one
-// column per pixel, by which the weights are multiplied. The order of this sum, (channel, tap) within a range of taps,
-// does not depend on the tile.
+// The samples of some channels and taps, multiplied with vector instructions. Row (c, t) of the matrix holds the
+// samples of channel c with tap t.
 template <class T>
+class VectorProduct {
+ public:
+  using Compute = ComputeType<T>;
+  using Weight = Compute;  // [Co,group_inputs,taps]
+  static constexpr int64_t V = kLanes<Compute>, L = kTileLine<Compute>;
+  static constexpr int64_t kChannelStep = V;            // channels that are processed together are a multiple of this
+  static constexpr int64_t kPanel = kPanelVectors * V;  // columns that a product keeps in registers
+
+  VectorProduct(const DeformConvArgs<T>& a, const Weight* weight, int64_t depth, Scratch& scratch)
+      : a_(a),
+        weight_(weight),
+        depth_(depth),
+        matrix_(scratch.allocate<Compute>(depth * round_up(kTilePixels, kPanel))) {}
+
+  // Sets the samples of pixels [p, p + V), channels [c, c + count) and tap t of `taps`. Vector j has those of channel
+  // c + j.
+  void set(const Vec<Compute> (&samples)[V], int64_t p, int64_t c, int64_t count, int64_t t, int64_t taps) {
+    Compute* const out = matrix_ + p / kPanel * depth_ * kPanel + p % kPanel + (c * taps + t) * kPanel;
+    if (count >= V) {
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < V; ++j) store(out + j * taps * kPanel, samples[j]);
+    } else {
+      for (int64_t j = 0; j < count; ++j) store(out + j * taps * kPanel, samples[j]);
+    }
+  }
+
+  // Multiplies the samples of channels [first, first + channels) by the weights. The first product of a group sets the
+  // sums [Co,L], and the others are added.
+  void multiply(TapRange taps, int64_t first, int64_t channels, int64_t pixels, Compute* sums) const {
+    for (int64_t c = first; c < first + channels;) {
+      const int64_t group = c / a_.group_inputs;
+      const int64_t end = std::min(first + channels, (group + 1) * a_.group_inputs);
+      const Compute* const matrix = matrix_ + (c - first) * taps.count * kPanel;
+      if (taps.count == a_.taps) {
+        multiply_rows(group, c, 0, (end - c) * taps.count, matrix, pixels, sums);
+      } else {
+        for (int64_t i = c; i < end; ++i)
+          multiply_rows(group, i, taps.first, taps.count, matrix + (i - c) * taps.count * kPanel, pixels, sums);
+      }
+      c = end;
+    }
+  }
+
+ private:
+  // Multiplies `depth` rows of the matrix by the weights of a group, beginning with the weight of channel c and a tap.
+  void multiply_rows(int64_t group, int64_t c, int64_t tap, int64_t depth, const Compute* matrix, int64_t pixels,
+                     Compute* sums) const {
+    const int64_t row = a_.group_inputs * a_.taps;
+    const Compute* const weight =
+        weight_ + group * a_.group_outputs * row + (c - group * a_.group_inputs) * a_.taps + tap;
+    const bool add = tap > 0 || c > group * a_.group_inputs;
+    sums += group * a_.group_outputs * L;
+    for (int64_t p = 0; p < pixels; p += kPanel, matrix += depth_ * kPanel)
+      relops::RELOPS_ISA::multiply<Compute>({{weight, row, 1}, matrix, kPanel, depth}, a_.group_outputs,
+                                            std::min<int64_t>((pixels - p) / V, kPanelVectors), sums + p, L, add);
+  }
+
+  const DeformConvArgs<T>& a_;
+  const Weight* weight_;
+  int64_t depth_;    // rows of the matrix
+  Compute* matrix_;  // [panels,depth_,kPanel]
+};
+
+// Computes all output channels of a tile. The samples of some channels and taps form a matrix, by which the weights are
+// multiplied. The order of this sum within a range of taps does not depend on the tile.
+template <class T, class Product>
 class DeformForward {
  public:
   using Compute = ComputeType<T>;
   static constexpr int64_t V = kLanes<Compute>, L = kTileLine<Compute>;
-  static constexpr int64_t kPanel = kPanelVectors * V;  // columns that a product keeps in registers
 
-  DeformForward(const DeformConvArgs<T>& a, const Compute* weight, const DeformTiles& tiles)
+  DeformForward(const DeformConvArgs<T>& a, const typename Product::Weight* weight, const DeformTiles& tiles)
       : a_(a),
-        weight_(weight),
         tiles_(tiles),
         ranges_(tap_ranges(a.taps)),
-        depth_(max_depth(ranges_, V)),
-        samples_(a, scratch_),
+        samples_(a, Product::kChannelStep, scratch_),
+        product_(a, weight, max_depth(ranges_, Product::kChannelStep), scratch_),
         rows_(scratch_.allocate<Compute>(samples_.kMaxRowElements)),
-        matrix_(scratch_.allocate<Compute>(depth_ * round_up(kTilePixels, kPanel))),
         sums_(scratch_.allocate<Compute>(a.Co * L)) {}
 
   void operator()(int64_t item) {
@@ -57,18 +119,7 @@ class DeformForward {
       if (!samples_.has_box) samples_.load_rows(t, first, channels, rows_);
       sample(t, taps.count, channels);
     }
-    for (int64_t c = first; c < first + channels;) {
-      const int64_t group = c / a_.group_inputs;
-      const int64_t end = std::min(first + channels, (group + 1) * a_.group_inputs);
-      const Compute* const matrix = matrix_ + (c - first) * taps.count * kPanel;
-      if (taps.count == a_.taps) {
-        multiply_weights(group, c, 0, (end - c) * taps.count, matrix);
-      } else {
-        for (int64_t i = c; i < end; ++i)
-          multiply_weights(group, i, taps.first, taps.count, matrix + (i - c) * taps.count * kPanel);
-      }
-      c = end;
-    }
+    product_.multiply(taps, first, channels, samples_.padded, sums_);
   }
 
   // Computes the samples of V pixels, each with `width` channels. This is a function of its own, because the compiler
@@ -87,50 +138,28 @@ class DeformForward {
     }
   }
 
-  // Sets row (c, t) of the matrix to the samples of channel c with tap t.
+  // Computes the samples of tap t.
   void sample(int64_t t, int64_t taps, int64_t channels) {
     for (int64_t p = 0; p < samples_.padded; p += V) {
-      Compute* const columns = matrix_ + p / kPanel * depth_ * kPanel + p % kPanel;
       sample_pixels(rows_, samples_.corners(t) + p, samples_.weights(t) + p, round_up(channels, V), pixels_);
       for (int64_t c = 0; c < channels; c += V) {
         Vec<Compute> block[V];
 #pragma GCC unroll 16
         for (int64_t j = 0; j < V; ++j) block[j] = load(pixels_ + j * kMaxChannels + c);
         transpose<Compute>(block);
-        Compute* const out = columns + (c * taps + t) * kPanel;
-        if (channels - c >= V) {
-#pragma GCC unroll 16
-          for (int64_t j = 0; j < V; ++j) store(out + j * taps * kPanel, block[j]);
-        } else {
-          for (int64_t j = 0; j < channels - c; ++j) store(out + j * taps * kPanel, block[j]);
-        }
+        product_.set(block, p, c, channels - c, t, taps);
       }
     }
   }
 
-  // Multiplies the weights of a group by `depth` rows of the matrix, beginning with the weight of channel c and a tap.
-  // The first product of a group sets the sums, and the others are added.
-  void multiply_weights(int64_t group, int64_t c, int64_t tap, int64_t depth, const Compute* matrix) {
-    const int64_t row = a_.group_inputs * a_.taps;
-    const Compute* const weight =
-        weight_ + group * a_.group_outputs * row + (c - group * a_.group_inputs) * a_.taps + tap;
-    Compute* const sums = sums_ + group * a_.group_outputs * L;
-    const bool add = tap > 0 || c > group * a_.group_inputs;
-    for (int64_t p = 0; p < samples_.padded; p += kPanel, matrix += depth_ * kPanel)
-      multiply<Compute>({{weight, row, 1}, matrix, kPanel, depth}, a_.group_outputs,
-                        std::min<int64_t>((samples_.padded - p) / V, kPanelVectors), sums + p, L, add);
-  }
-
   const DeformConvArgs<T>& a_;
-  const Compute* weight_;
   const DeformTiles& tiles_;
   std::vector<TapRange> ranges_;
-  int64_t depth_;  // rows of the matrix
   Scratch scratch_;
   DeformSamples<T> samples_;
+  Product product_;
   Compute* rows_;
-  Compute* matrix_;  // [panels,depth_,kPanel]
-  Compute* sums_;    // [Co,L]
+  Compute* sums_;  // [Co,L]
   alignas(64) Compute pixels_[V * kMaxChannels];
 };
 

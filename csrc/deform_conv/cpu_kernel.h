@@ -11,6 +11,7 @@
 
 #include "common/cpu/products.h"
 #include "common/cpu/simd.h"
+#include "deform_conv/cpu_amx.h"
 #include "deform_conv/cpu_args.h"
 #include "deform_conv/cpu_backward.h"
 #include "deform_conv/cpu_forward.h"
@@ -18,14 +19,25 @@
 
 namespace relops::RELOPS_ISA {
 
-template <class T>
-void deform_conv2d_forward(const DeformConvArgs<T>& a, const ComputeType<T>* weight, int64_t threads) {
+template <class T, class Product = VectorProduct<T>>
+void deform_conv2d_forward(const DeformConvArgs<T>& a, const typename Product::Weight* weight, int64_t threads) {
   constexpr int64_t V = kLanes<ComputeType<T>>;
   int64_t max_pixels = kTilePixels;  // smaller tiles keep more threads busy
   while (max_pixels > 32 && DeformTiles(a, V, max_pixels).count < 2 * threads) max_pixels /= 2;
   const DeformTiles tiles(a, V, max_pixels);
-  for_each_item(tiles.count, threads, [&] { return DeformForward<T>(a, weight, tiles); });
+  for_each_item(tiles.count, threads, [&] { return DeformForward<T, Product>(a, weight, tiles); });
 }
+
+#if RELOPS_HAS_AMX && RELOPS_VECTOR_BYTES == 64
+inline void deform_conv2d_forward_amx(const DeformConvArgs<BFloat16>& a, int64_t threads) {
+  Scratch scratch;
+  BFloat16* const weight = scratch.allocate<BFloat16>(a.Co * a.group_inputs * a.taps);
+  for_each_range(a.Co, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) pack_amx_weight(a, o, weight);
+  });
+  deform_conv2d_forward<BFloat16, AmxProduct>(a, weight, threads);
+}
+#endif
 
 template <class T>
 void deform_conv2d_backward(const DeformConvArgs<T>& a, const ComputeType<T>* weight, int64_t threads) {
@@ -54,5 +66,6 @@ void deform_conv2d_backward(const DeformConvArgs<T>& a, const ComputeType<T>* we
 // Each instruction set compiles these headers again.
 #undef RELOPS_PRODUCTS
 #undef RELOPS_DEFORM_CONV_SAMPLES
+#undef RELOPS_DEFORM_CONV_AMX
 #undef RELOPS_DEFORM_CONV_FORWARD
 #undef RELOPS_DEFORM_CONV_BACKWARD

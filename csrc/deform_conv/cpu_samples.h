@@ -78,6 +78,19 @@ inline void load_tile(const Map<const T>& map, const DeformTile& tile, int64_t c
   });
 }
 
+// Converts n elements of a line. The line has at least V elements.
+template <class T, class Compute = ComputeType<T>>
+inline void store_row(const Compute* from, T* to, int64_t n) {
+  constexpr int64_t V = kLanes<Compute>;
+  if (std::is_same_v<T, Compute> || n >= V) {
+    copy_row(from, to, n);
+  } else {
+    alignas(RELOPS_VECTOR_BYTES) T few[V];
+    store(few, load(from));
+    copy_few<V / 2>(few, to, n);
+  }
+}
+
 // Copies lines [channels,kTileLine] to all channels of a tile of a map.
 template <class T, class Compute = ComputeType<T>>
 inline void store_tile(const Map<T>& map, const DeformTile& tile, int64_t channels, const Compute* lines) {
@@ -86,7 +99,7 @@ inline void store_tile(const Map<T>& map, const DeformTile& tile, int64_t channe
     T* const first = map.at(tile.n, 0, tile.row, tile.column);
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t r = 0; r < tile.rows; ++r)
-        copy_row(lines + c * L + r * tile.columns, first + c * map.c_stride + r * map.h_stride, tile.columns);
+        store_row(lines + c * L + r * tile.columns, first + c * map.c_stride + r * map.h_stride, tile.columns);
     return;
   }
   for_row_parts(tile, V, [&](int64_t p, int64_t y, int64_t x, int64_t count) {
@@ -125,7 +138,9 @@ class DeformSamples {
   static constexpr int64_t V = kLanes<Compute>, L = kTileLine<Compute>;
   static constexpr int64_t kMaxRowElements = kBoxBytes / sizeof(Compute);
 
-  DeformSamples(const DeformConvArgs<T>& a, Scratch& scratch) : a_(a) {
+  // The number of channels that are processed together is a multiple of channel_step, which is a multiple of V.
+  DeformSamples(const DeformConvArgs<T>& a, int64_t channel_step, Scratch& scratch)
+      : a_(a), channel_step_(channel_step) {
     const int64_t size = std::min(a.taps, kTileTaps) * L;
     for (Index** line : {&top_, &left_}) *line = scratch.allocate<Index>(size);
     for (Compute** line : {&fraction_y, &fraction_x, &mask}) *line = scratch.allocate<Compute>(size);
@@ -176,7 +191,7 @@ class DeformSamples {
         x_range.add(inside, left);
       }
     }
-    place_box(y_range, x_range, tile_channels(taps.count, V));
+    place_box(y_range, x_range, tile_channels(taps.count, channel_step_));
     for (int64_t t = 0; t < taps.count; ++t)
       for (int64_t p = 0; p < padded; p += V) set_corners<kMasked>(t, p);
   }
@@ -290,9 +305,9 @@ class DeformSamples {
     x_range.read(a_.W, x_, width_);
     if (height_ == 0 || width_ == 0) height_ = width_ = 0;
     row_count = 1 + height_ * width_;
-    has_box = row_count <= kMaxRowElements / V;
+    has_box = row_count <= kMaxRowElements / channel_step_;
     if (!has_box) row_count = 1 + 4 * padded;
-    max_channels = std::min(channels, kMaxRowElements / row_count / V * V);
+    max_channels = std::min(channels, kMaxRowElements / row_count / channel_step_ * channel_step_);
   }
 
   template <bool kMasked>
@@ -348,6 +363,7 @@ class DeformSamples {
   }
 
   const DeformConvArgs<T>& a_;
+  int64_t channel_step_;
   DeformTile tile_;
   int64_t y_, x_, height_, width_;  // the box
   Index *top_, *left_, *corners_, *origin_y_, *origin_x_;

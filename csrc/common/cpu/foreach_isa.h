@@ -44,6 +44,7 @@
 
 #define RELOPS_CALL_ISA(kernel, ...)           \
   switch (::relops::isa()) {                   \
+    case ::relops::Isa::kAmx:                  \
     case ::relops::Isa::kAvx512:               \
       ::relops::avx512::kernel(__VA_ARGS__);   \
       break;                                   \

@@ -3,12 +3,20 @@
 
 #include <cstdint>
 
+// Whether this build has code for AMX, the matrix instructions of Intel processors.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11 && !defined(__clang__)
+#define RELOPS_HAS_AMX 1
+#else
+#define RELOPS_HAS_AMX 0
+#endif
+
 namespace relops {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+// kAmx is AVX-512 with products of bfloat16 matrices. Most kernels have no other code for it than for kAvx512.
+enum class Isa { kBaseline, kAvx2, kAvx512, kAmx };
 
 // Returns the widest instruction set that this processor and this build support. The environment variable
-// RELOPS_CPU_ISA=baseline|avx2|avx512 can select a narrower instruction set, but not a wider one.
+// RELOPS_CPU_ISA=baseline|avx2|avx512|amx can select a narrower instruction set, but not a wider one.
 Isa isa();
 
 const char* isa_name(Isa isa);
