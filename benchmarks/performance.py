@@ -35,7 +35,7 @@ an emulation of CUDA, and have not been run on a GPU.
 """
 
 OVERVIEW = """\
-![Bar chart of the speed-up of ten ops over PyTorch and other implementations](images/op_speedups.png)
+![Bar chart of the speed-up of eleven ops over PyTorch and other implementations](images/op_speedups.png)
 
 The chart shows one or two rows of the tables below for each family of ops.
 """
@@ -84,6 +84,7 @@ class Machine(NamedTuple):
 
 MACHINES = {
     "amd-epyc-avx512-2-cores": Machine("Zen 4", "two cores of an AMD EPYC processor (Zen 4, AVX-512)"),
+    "intel-r-xeon-r-processor-amx-2-cores": Machine("Xeon", "two cores of an Intel Xeon processor (AVX-512 and AMX)"),
     "amd-epyc-avx2-2-cores": Machine("Zen 1", "two cores of an older AMD EPYC processor (Zen 1, AVX2)"),
 }
 
@@ -662,6 +663,13 @@ SUMMARY = (
         harness.FORWARD_BACKWARD,
         "pyramid of 4 levels, 1000 boxes, 7 x 7",
     ),
+    Selected(
+        "deform_conv2d",
+        "1x256x50x76 to 256 v2",
+        harness.FORWARD_BACKWARD,
+        "1 x 256 x 50 x 76 to 256 channels, 3 x 3",
+        "intel-r-xeon-r-processor-amx-2-cores",
+    ),
     Selected("nms", "proposals K=12000 IoU 0.7", harness.FORWARD, "12,000 proposals"),
     Selected("generalized_box_iou", "anchors 20000x100", harness.FORWARD_BACKWARD, "20,000 x 100 boxes"),
     Selected("linear_sum_assignment", "DETR 32x300x60", harness.FORWARD, "32 images, 300 queries, 60 objects"),
@@ -705,7 +713,7 @@ def summary_peer(row: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def summary(results: Path = harness.RESULTS) -> str:
-    """Return a Markdown table with ten representative rows, and a sentence about the machines."""
+    """Return a Markdown table with representative rows, and a text about the machines."""
     cells, dates = [], {}
     for selected, row in summary_rows(results):
         peer = summary_peer(row)
@@ -721,8 +729,8 @@ def summary(results: Path = harness.RESULTS) -> str:
         )
         dates.setdefault((MACHINES[selected.machine].description, row["run"][:10]), []).append(op_name(selected.op))
     machine, date = next(iter(dates))
-    text = f"All rows are {SUMMARY_DTYPE}. They were measured on {machine} on {date}"
+    text = f"All rows are {SUMMARY_DTYPE}. Most of them were measured on {machine} on {date}."
     for (machine, date), ops in list(dates.items())[1:]:
-        text += f",\nexcept {' and '.join(ops)}, measured on {machine} on {date}"
+        text += f"\n{' and '.join(ops)}: measured on {machine} on {date}."
     columns = ["op", "input", "pass", "relops:", "faster than PyTorch:", "faster than others:"]
-    return table(columns, cells) + f"\n{text}.\n"
+    return table(columns, cells) + f"\n{text}\n"

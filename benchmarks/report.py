@@ -172,9 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--page", type=Path, metavar="PATH", help="write the performance page to this file, and do nothing else"
     )
-    parser.add_argument(
-        "--summary", action="store_true", help="print the table of ten rows for the README, and do nothing else"
-    )
+    parser.add_argument("--summary", action="store_true", help="print the table for the README, and do nothing else")
     options = parser.parse_args(argv)
     if options.summary:
         print(performance.summary(options.out), end="")

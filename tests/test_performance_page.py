@@ -47,15 +47,15 @@ def test_page_shows_no_targets() -> None:
     assert not re.search(r"\btargets?\b|MISSED", performance.page())
 
 
-def test_summary_has_ten_rows() -> None:
+def test_summary_has_eleven_rows() -> None:
     lines = performance.summary().splitlines()
-    assert len([line for line in lines if line.startswith("| `")]) == 10
-    assert "AMD EPYC" in lines[-2] + lines[-1] and "2026" in lines[-1]
+    assert len([line for line in lines if line.startswith("| `")]) == 11
+    assert all("two cores" in line and "2026" in line for line in lines[-3:])
 
 
 def test_page_of_an_unknown_machine(tmp_path: Path) -> None:
     """Results of a new machine get their own section, and GPU results remove the note that GPU results are missing."""
-    for folder in ("cells", "shapes"):
+    for folder in ("cells", "shapes", "dcn"):
         (tmp_path / folder).symlink_to(harness.RESULTS / folder)
     record = json.loads((harness.RESULTS / "amd-epyc-avx2-2-cores" / "rank_embedding.json").read_text())
     gpu = copy.deepcopy(record)
