@@ -12,8 +12,7 @@
 // handles as many heads of an image as 32-bit keys and sample numbers allow. A sort needs about 16 bytes of memory per
 // sample.
 
-#include <cub/device/device_radix_sort.cuh>
-
+#include "common/cuda/sort.cuh"
 #include "deform_attn/cuda.cuh"
 
 namespace relops {
@@ -176,9 +175,9 @@ void launch_slice(const MsDeformAttnInputs& in, const Params& p, const Slice& sl
   while ((int64_t{1} << bits) <= slice.heads * slice.cells) ++bits;
   size_t bytes = 0;
   const auto sort = [&](void* workspace) {
-    STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(workspace, bytes, pointer(keys), pointer(sorted_keys),
-                                                   pointer(numbers), pointer(sorted_numbers), slice.samples, 0, bits,
-                                                   stream));
+    sort_pairs(workspace, bytes, pointer(keys), pointer(sorted_keys),
+               static_cast<const int32_t*>(numbers.const_data_ptr()),
+               static_cast<int32_t*>(sorted_numbers.mutable_data_ptr()), slice.samples, bits, stream);
   };
   sort(nullptr);
   const Tensor workspace = torch::stable::new_empty(in.value, {static_cast<int64_t>(bytes)}, ScalarType::Byte);

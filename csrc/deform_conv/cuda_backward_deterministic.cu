@@ -10,8 +10,7 @@
 // so that the gradients of the samples take at most kMaxBytes, or those of kMinChannels channels. A sort needs about 16
 // bytes of memory per sample.
 
-#include <cub/device/device_radix_sort.cuh>
-
+#include "common/cuda/sort.cuh"
 #include "deform_conv/cuda.cuh"
 
 namespace relops {
@@ -153,8 +152,9 @@ void deform_conv_grad_input_deterministic(const DeformConv& d, const DeformConvA
   while ((int64_t{1} << bits) <= cells) ++bits;
   size_t bytes = 0;
   const auto sort = [&](void* workspace, int64_t count) {
-    STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(workspace, bytes, pointer(keys), pointer(sorted_keys),
-                                                   pointer(numbers), pointer(sorted_numbers), count, 0, bits, stream));
+    sort_pairs(workspace, bytes, pointer(keys), pointer(sorted_keys),
+               static_cast<const int32_t*>(numbers.const_data_ptr()),
+               static_cast<int32_t*>(sorted_numbers.mutable_data_ptr()), count, bits, stream);
   };
   sort(nullptr, samples);
   const Tensor workspace = torch::stable::new_empty(d.weight, {static_cast<int64_t>(bytes)}, ScalarType::Byte);

@@ -1,9 +1,8 @@
 // nms, batched_nms, nms_padded and soft_nms on CUDA: sorting entries by key, image and class.
 #pragma once
 
-#include <cub/device/device_radix_sort.cuh>
-
 #include "common/cuda/device.cuh"
+#include "common/cuda/sort.cuh"
 #include "suppression/nms.h"
 
 namespace relops {
@@ -53,15 +52,13 @@ struct SortBuffers {
     arena.allocate(sorted, n);
     arena.allocate(values, n);
     arena.allocate(order, n);
-    STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, workspace_bytes, keys, sorted, values, order,
-                                                   static_cast<int>(n), 0, static_cast<int>(8 * sizeof(Key)), nullptr));
+    sort_pairs(nullptr, workspace_bytes, keys, sorted, values, order, n, static_cast<int>(8 * sizeof(Key)), nullptr);
     arena.allocate(workspace, workspace_bytes);
   }
 
   // Sorts by the low `bits` bits of the keys and keeps the order of pairs with equal keys.
   void sort(int64_t n, int bits, cudaStream_t stream) {
-    STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, keys, sorted, values, order,
-                                                   static_cast<int>(n), 0, bits, stream));
+    sort_pairs(workspace, workspace_bytes, keys, sorted, values, order, n, bits, stream);
   }
 };
 
