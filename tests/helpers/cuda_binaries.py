@@ -49,7 +49,7 @@ LARGEST = (
     "csrc/relation_attention/cuda_backward.cu",
     "csrc/relation_attention/cuda_forward.cu",
 )
-# sm_89 is missing because nvcc 13.0 allocates the same registers and memory for it as for sm_86 in all of these sources.
+# sm_89 is missing because nvcc 13.0 allocates the same registers and memory for it as for sm_86 in these sources.
 ARCHS = ("75", "80", "86", "90", "100", "120")
 DEFAULT_ARCHS = ("75", "80", "86", "90", "120")  # those of the default build
 SLOW = ("LDG", "STG", "LDS", "STS", "ATOM", "SHFL", "BAR", "MUFU", "CVT", "WIDE", "FP64", "CALL", "LOCAL")
