@@ -127,8 +127,8 @@ unfused" computes the fused op with `relops.ms_deform_attn` and PyTorch function
         ("deform_conv2d",),
         """\
 The input "1x256x50x76 to 256" means maps [N,C,H,W] of shape [1,256,50,76] and 256 output channels. Kernels are 3x3, and
-outputs are as large as inputs. "v1" rows have no mask, and "d2" means a dilation of 2. Offsets have a standard
-deviation of 2 pixels. In rows "without offsets", all offsets are zero, so the result is that of
+the output maps are as high and wide as the input maps. Rows with "v1" have no mask, and "d2" means a dilation of 2.
+Offsets have a standard deviation of 2 pixels. In rows "without offsets", all offsets are zero, so the result is that of
 `torch.nn.functional.conv2d`, which is shown for comparison. These rows compute only the gradients of the input and the
 weight.
 
@@ -667,7 +667,7 @@ SUMMARY = (
         "deform_conv2d",
         "1x256x50x76 to 256 v2",
         harness.FORWARD_BACKWARD,
-        "1 x 256 x 50 x 76 to 256 channels, 3 x 3",
+        "1 x 256 x 50 x 76, 3 x 3 kernel",
         "intel-r-xeon-r-processor-amx-2-cores",
     ),
     Selected("nms", "proposals K=12000 IoU 0.7", harness.FORWARD, "12,000 proposals"),
@@ -731,6 +731,6 @@ def summary(results: Path = harness.RESULTS) -> str:
     machine, date = next(iter(dates))
     text = f"All rows are {SUMMARY_DTYPE}. Most of them were measured on {machine} on {date}."
     for (machine, date), ops in list(dates.items())[1:]:
-        text += f"\n{' and '.join(ops)}: measured on {machine} on {date}."
+        text += f"\nThe rows of {' and '.join(ops)} were measured on {machine} on {date}."
     columns = ["op", "input", "pass", "relops:", "faster than PyTorch:", "faster than others:"]
     return table(columns, cells) + f"\n{text}\n"

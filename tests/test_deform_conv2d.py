@@ -503,7 +503,7 @@ def test_pixels_that_are_not_finite_affect_only_their_samples(bad: float, channe
 
 
 def test_pixels_that_are_not_finite_in_bfloat16(device: str) -> None:
-    """Check the same with matrix instructions, for which samples are divided into an upper and a lower half."""
+    """Check values at which the two halves of a sample could differ, into which kernels with AMX divide it."""
     inputs = draw(Convolution(N=1, C=32, Co=16, H=12, W=16), device, torch.bfloat16)
     for i, value in enumerate([math.nan, math.inf, -math.inf, 3e38]):
         inputs["input"][0, 7 * i, 5, 4 * i] = value

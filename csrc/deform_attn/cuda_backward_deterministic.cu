@@ -171,8 +171,7 @@ void launch_slice(const MsDeformAttnInputs& in, const Params& p, const Slice& sl
       p, slice, stats, pointer(keys), pointer(numbers));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 
-  int bits = 1;
-  while ((int64_t{1} << bits) <= slice.heads * slice.cells) ++bits;
+  const int bits = bits_of(slice.heads * slice.cells + 1);
   size_t bytes = 0;
   const auto sort = [&](void* workspace) {
     sort_pairs(workspace, bytes, pointer(keys), pointer(sorted_keys),

@@ -1,5 +1,5 @@
 // deform_conv2d on the CPU: the products of the forward pass in bfloat16 with AMX, the matrix instructions of Intel
-// processors. It is compiled with the code for AVX-512.
+// processors. This file is empty except when cpu_kernel.h is compiled for AVX-512.
 #ifndef RELOPS_DEFORM_CONV_AMX
 #define RELOPS_DEFORM_CONV_AMX
 
@@ -20,12 +20,11 @@ namespace {
 inline void synchronize_memory() { asm volatile("" ::: "memory"); }
 
 // Configures the tile registers of a thread as 16 rows of 64 bytes. The destructor restores the previous configuration,
-// because other libraries may rely on it.
+// in case that another library still uses it.
 class TileRegisters {
  public:
   RELOPS_AMX_FUNCTION TileRegisters() {
     _tile_storeconfig(&previous_);
-    synchronize_memory();
     Configuration own{};
     own.palette = 1;
     std::fill_n(own.row_bytes, 8, 64);
@@ -64,8 +63,9 @@ inline void pack_amx_weight(const DeformConvArgs<BFloat16>& a, int64_t o, BFloat
       for (int64_t i = 0; i < 32; ++i) to[i] = from[(c + i) * a.taps + t];
 }
 
-// The samples of some channels and taps, multiplied with AMX. A sample is the sum of two bfloat16 numbers, which take
-// two products, because other instruction sets use samples in float32.
+// The samples of some channels and taps, multiplied with AMX. A sample is stored as the sum of two bfloat16 numbers,
+// each of which is multiplied by the weight. It is therefore almost as accurate as a sample in float32, which the other
+// instruction sets use.
 class AmxProduct {
  public:
   using Weight = BFloat16;  // see pack_amx_weight
@@ -95,27 +95,20 @@ class AmxProduct {
     }
   }
 
-  // Multiplies the samples of channels [first, first + channels) by the weights. The first product of a group sets the
-  // sums [Co,L], and the others are added.
-  void multiply(TapRange taps, int64_t first, int64_t channels, int64_t pixels, float* sums) const {
+  // Sets the sums [group_outputs,L] to the product of the samples and the weights, or adds it to them. All weights are
+  // read once per 32 pixels from L2, and the samples of these pixels are in L1.
+  void multiply(TapRange taps, const GroupChannels& channels, int64_t pixels, float* sums, bool add) const {
     const int64_t row = a_.group_inputs * a_.taps;
-    for (int64_t c = first; c < first + channels;) {
-      const int64_t group = c / a_.group_inputs, begin = group * a_.group_inputs;
-      const int64_t end = std::min(first + channels, begin + a_.group_inputs);
-      const int64_t last = (group + 1) * a_.group_outputs;
-      const bool add = taps.first > 0 || c > begin;
-      // All weights are read once per 32 pixels from L2, and the samples of these pixels are in L1.
-      for (int64_t p = 0; p < pixels; p += 32)
-        for (int64_t o = group * a_.group_outputs; o < last; o += 32) {
-          const bool rows = last - o > 16, columns = pixels - p > 16;  // whether there are two of them
-          const auto tiles = rows ? (columns ? &AmxProduct::multiply_tiles<2, 2> : &AmxProduct::multiply_tiles<2, 1>)
-                                  : (columns ? &AmxProduct::multiply_tiles<1, 2> : &AmxProduct::multiply_tiles<1, 1>);
-          (this->*tiles)(taps.count, (end - c) / 32,
-                         weight_ + o * row + ((c - begin) / 32 * a_.taps + taps.first) * kTileWeights,
-                         block(p, (c - first) / 32 * taps.count), sums + o * L + p, add);
-        }
-      c = end;
-    }
+    const BFloat16* const weight =
+        weight_ + channels.group * a_.group_outputs * row + (channels.first / 32 * a_.taps + taps.first) * kTileWeights;
+    for (int64_t p = 0; p < pixels; p += 32)
+      for (int64_t o = 0; o < a_.group_outputs; o += 32) {
+        const bool rows = a_.group_outputs - o > 16, columns = pixels - p > 16;  // whether there are two of them
+        const auto tiles = rows ? (columns ? &AmxProduct::multiply_tiles<2, 2> : &AmxProduct::multiply_tiles<2, 1>)
+                                : (columns ? &AmxProduct::multiply_tiles<1, 2> : &AmxProduct::multiply_tiles<1, 1>);
+        (this->*tiles)(taps.count, channels.count / 32, weight + o * row, block(p, channels.sampled / 32 * taps.count),
+                       sums + o * L + p, add);
+      }
   }
 
  private:
@@ -123,8 +116,8 @@ class AmxProduct {
   static constexpr int64_t kTileRows = 16;          // a row of samples is a vector of 16 pairs
   static constexpr uint32_t kUpper = 0xffff0000;
 
-  // A number as the sum of two numbers, whose upper 16 bits are bfloat16 numbers. `high` is truncated, so that it is
-  // finite if the number is. If the number is infinite, `low` is 0, and if it is NaN, `low` is NaN.
+  // A number as the sum of two numbers, whose upper 16 bits are bfloat16 numbers. `high` is truncated and not rounded,
+  // because rounding could turn a finite number into infinity. For an infinite number, `low` is 0. For NaN, it is NaN.
   struct Parts {
     FloatBits high, low;
     explicit Parts(Vec<float> x) : high((FloatBits)x & kUpper) {

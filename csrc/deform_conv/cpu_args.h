@@ -89,6 +89,12 @@ inline int64_t part_channels(int64_t taps, int64_t lanes) {
   return std::clamp<int64_t>(kTileDepth / 2 / taps / lanes * lanes, lanes, 32);
 }
 
+// Channels [first, first + count) of a group of the weight. Their samples begin at channel `sampled` of those that are
+// processed together.
+struct GroupChannels {
+  int64_t group, first, count, sampled;
+};
+
 // A range of channels that belong to the same group of the weight and to the same offset group.
 struct DeformPart {
   int64_t first, channels, group, offset_group;

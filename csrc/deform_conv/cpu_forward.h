@@ -40,32 +40,24 @@ class VectorProduct {
     }
   }
 
-  // Multiplies the samples of channels [first, first + channels) by the weights. The first product of a group sets the
-  // sums [Co,L], and the others are added.
-  void multiply(TapRange taps, int64_t first, int64_t channels, int64_t pixels, Compute* sums) const {
-    for (int64_t c = first; c < first + channels;) {
-      const int64_t group = c / a_.group_inputs;
-      const int64_t end = std::min(first + channels, (group + 1) * a_.group_inputs);
-      const Compute* const matrix = matrix_ + (c - first) * taps.count * kPanel;
-      if (taps.count == a_.taps) {
-        multiply_rows(group, c, 0, (end - c) * taps.count, matrix, pixels, sums);
-      } else {
-        for (int64_t i = c; i < end; ++i)
-          multiply_rows(group, i, taps.first, taps.count, matrix + (i - c) * taps.count * kPanel, pixels, sums);
-      }
-      c = end;
+  // Sets the sums [group_outputs,L] to the product of the samples and the weights, or adds it to them.
+  void multiply(TapRange taps, const GroupChannels& channels, int64_t pixels, Compute* sums, bool add) const {
+    const Compute* const matrix = matrix_ + channels.sampled * taps.count * kPanel;
+    if (taps.count == a_.taps) {
+      multiply_rows(channels.group, channels.first, 0, channels.count * taps.count, matrix, pixels, sums, add);
+    } else {
+      for (int64_t i = 0; i < channels.count; ++i)
+        multiply_rows(channels.group, channels.first + i, taps.first, taps.count, matrix + i * taps.count * kPanel,
+                      pixels, sums, add || i > 0);
     }
   }
 
  private:
-  // Multiplies `depth` rows of the matrix by the weights of a group, beginning with the weight of channel c and a tap.
-  void multiply_rows(int64_t group, int64_t c, int64_t tap, int64_t depth, const Compute* matrix, int64_t pixels,
-                     Compute* sums) const {
+  // Multiplies `depth` rows of the matrix by the weights of a group, beginning with the weight of a channel and a tap.
+  void multiply_rows(int64_t group, int64_t channel, int64_t tap, int64_t depth, const Compute* matrix, int64_t pixels,
+                     Compute* sums, bool add) const {
     const int64_t row = a_.group_inputs * a_.taps;
-    const Compute* const weight =
-        weight_ + group * a_.group_outputs * row + (c - group * a_.group_inputs) * a_.taps + tap;
-    const bool add = tap > 0 || c > group * a_.group_inputs;
-    sums += group * a_.group_outputs * L;
+    const Compute* const weight = weight_ + group * a_.group_outputs * row + channel * a_.taps + tap;
     for (int64_t p = 0; p < pixels; p += kPanel, matrix += depth_ * kPanel)
       relops::RELOPS_ISA::multiply<Compute>({{weight, row, 1}, matrix, kPanel, depth}, a_.group_outputs,
                                             std::min<int64_t>((pixels - p) / V, kPanelVectors), sums + p, L, add);
@@ -119,7 +111,14 @@ class DeformForward {
       if (!samples_.has_box) samples_.load_rows(t, first, channels, rows_);
       sample(t, taps.count, channels);
     }
-    product_.multiply(taps, first, channels, samples_.padded, sums_);
+    // The first product of a group sets the sums, and the others are added.
+    for (int64_t c = first; c < first + channels;) {
+      const int64_t group = c / a_.group_inputs, begin = group * a_.group_inputs;
+      const int64_t end = std::min(first + channels, begin + a_.group_inputs);
+      product_.multiply(taps, {group, c - begin, end - c, c - first}, samples_.padded,
+                        sums_ + group * a_.group_outputs * L, taps.first > 0 || c > begin);
+      c = end;
+    }
   }
 
   // Computes the samples of V pixels, each with `width` channels. This is a function of its own, because the compiler

@@ -138,7 +138,7 @@ class DeformSamples {
   static constexpr int64_t V = kLanes<Compute>, L = kTileLine<Compute>;
   static constexpr int64_t kMaxRowElements = kBoxBytes / sizeof(Compute);
 
-  // The number of channels that are processed together is a multiple of channel_step, which is a multiple of V.
+  // Channels are processed in multiples of channel_step, which must be a multiple of V.
   DeformSamples(const DeformConvArgs<T>& a, int64_t channel_step, Scratch& scratch)
       : a_(a), channel_step_(channel_step) {
     const int64_t size = std::min(a.taps, kTileTaps) * L;

@@ -148,8 +148,7 @@ void deform_conv_grad_input_deterministic(const DeformConv& d, const DeformConvA
   const Tensor keys = numbers_of(samples), numbers = numbers_of(samples);
   const Tensor sorted_keys = numbers_of(samples), sorted_numbers = numbers_of(samples);
   const Tensor grads = torch::stable::new_empty(d.weight, {samples * width}, compute_dtype(d.weight.scalar_type()));
-  int bits = 1;
-  while ((int64_t{1} << bits) <= cells) ++bits;
+  const int bits = bits_of(cells + 1);
   size_t bytes = 0;
   const auto sort = [&](void* workspace, int64_t count) {
     sort_pairs(workspace, bytes, pointer(keys), pointer(sorted_keys),

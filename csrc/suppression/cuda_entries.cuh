@@ -62,13 +62,6 @@ struct SortBuffers {
   }
 };
 
-// Returns the number of bits needed to represent the integers in [0, values).
-inline int bits_of(int64_t values) {
-  int bits = 1;
-  while (int64_t{1} << bits < values) ++bits;
-  return bits;
-}
-
 // Returns the index of the thread in a one-dimensional grid.
 __device__ inline int64_t thread_index() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 
